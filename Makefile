@@ -1,0 +1,44 @@
+# A fresh clone needs `make quickstart` and nothing else. Targets that need the environment make it first.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint format bench clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(STAMP)  ## make the environment in .venv
+
+quickstart: $(STAMP)  ## ingest the sample documents and ask questions, with and without blending
+	$(BIN)/python examples/quickstart.py
+
+test: $(STAMP)  ## run the tests; ARGS="-k word" for some of them
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP)  ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy lmcache_rag integrations
+
+format: $(STAMP)  ## format the code and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(STAMP)  ## measure the time to the first token
+	$(BIN)/python benchmarks/ttft.py
+
+clean:  ## remove the environment and everything else that was made here
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage htmlcov
+
+# Made last, so that an installation that was cut off is taken up again.
+$(STAMP): pyproject.toml .ci/install-torch
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 11) else f"Python 3.11 or newer is needed, and $(PYTHON) is {v[0]}.{v[1]}. Name another one: make PYTHON=python3.12 $(or $(MAKECMDGOALS),install)")'
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+	@echo "Installing into $(VENV); the first time takes some minutes."
+	sh .ci/install-torch $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,53 @@
+"""The program: its verbs and what it says about itself."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from lmcache_rag import __version__
+from lmcache_rag.cli import maintain
+from lmcache_rag.cli.ask import ask
+from lmcache_rag.cli.chat import chat
+from lmcache_rag.cli.configure import settings
+from lmcache_rag.cli.failures import EXIT_STATUS
+from lmcache_rag.cli.ingest import ingest
+
+app = typer.Typer(
+    name="lmcache-rag",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["--help", "-h"]},
+    epilog=EXIT_STATUS,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lmcache-rag {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """RAG that answers sooner: each chunk's KV is computed once, for any order.
+
+    [bold]The first steps[/bold]
+      lmcache-rag ingest docs/
+      lmcache-rag ask 'What is a KV cache?'
+
+    The store is the folder lmcache-rag-store, unless --store or the variable
+    LMCACHE_RAG_STORE names another.
+    """
+
+
+for _function in (ingest, ask, chat):
+    app.command(rich_help_panel="Use", no_args_is_help=_function is not chat)(_function)
+for _function in (maintain.status, maintain.warm, maintain.verify, maintain.remove, maintain.prune, settings):
+    app.command(rich_help_panel="Look after", no_args_is_help=_function is maintain.remove)(_function)

@@ -1,0 +1,124 @@
+"""ingest: fill the store."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from lmcache_rag.cli import options
+from lmcache_rag.cli.bars import IngestBars
+from lmcache_rag.cli.failures import PARTLY
+from lmcache_rag.cli.render import clean, count, duration, facts, place, plain, show, size
+from lmcache_rag.cli.run import Run
+from lmcache_rag.cli.verb import verb
+
+if TYPE_CHECKING:
+    from lmcache_rag.ingest import Failure, IngestPlan, IngestReport
+
+Paths = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="PATH...",
+        help="Files, folders and globs; - reads such a list from stdin, one a line.",
+        show_default=False,
+    ),
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done. Writes nothing.")]
+NoKV = Annotated[bool, typer.Option("--no-kv", help="Only index now; KV comes with the first use, or by warm.")]
+
+
+@verb(*options.PLACE, *options.EMBED, *options.SPLIT)
+def ingest(run: Run, paths: Paths, dry_run: DryRun = False, no_kv: NoKV = False) -> int:
+    """Put documents into the store, and compute each chunk's KV once.
+
+    What is in the store and has not changed is skipped, so the same command
+    goes on after an interruption. A document that cannot be read never stops
+    the others; the exit status is then 1.
+
+    [bold]Examples[/bold]
+      lmcache-rag ingest docs/ notes.md 'papers/**/*.pdf'
+      lmcache-rag ingest docs/ --dry-run
+      git ls-files '*.md' | lmcache-rag ingest -
+    """
+    sources = _listed(paths)
+    if dry_run:
+        plan = _plan(run, list(sources))
+        run.emit(plain(plan)) if run.json else _show_plan(run, plan)
+        return PARTLY if plan.failed else 0
+    with run.workspace(create=True) as workspace:
+        run.find(workspace, embedder=True)
+        ingestor = workspace.ingestor
+        with IngestBars(run, with_kv=not no_kv) as bars:
+            ingestor.on_progress = bars.step
+            report = ingestor.ingest(sources, kv=not no_kv)
+    run.emit(plain(report)) if run.json else _show_report(run, report, with_kv=not no_kv)
+    return PARTLY if report.failed else 0
+
+
+def _listed(paths: list[str]) -> Iterator[str]:
+    for path in paths:
+        if path == "-":
+            yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+        else:
+            yield path
+
+
+def _plan(run: Run, sources: list[str]) -> IngestPlan:
+    settings = run.settings()
+    with tempfile.TemporaryDirectory(prefix="lmcache-rag-") as nowhere:
+        if not (Path(settings.store) / "store.db").exists():  # even an empty store would be something written
+            settings = settings.model_copy(update={"store": Path(nowhere) / "store"})
+        with run.workspace(create=True, settings=settings) as workspace, run.waiting("Reading"):
+            return workspace.ingestor.plan(sources)
+
+
+def _show_plan(run: Run, plan: IngestPlan) -> None:
+    show(
+        run.out,
+        facts(
+            [
+                ("To ingest", count(plan.documents, "document")),
+                ("Unchanged", count(plan.unchanged, "document")),
+                ("Failed", _failed(plan.failed)),
+                ("Chunks", f"{plan.chunks:,} new ({count(plan.tokens, 'token')})"),
+                ("KV", f"{size(plan.kv_bytes)} to come"),
+            ]
+        ),
+    )
+    _show_failures(run, plan.failed)
+
+
+def _show_report(run: Run, report: IngestReport, *, with_kv: bool) -> None:
+    kv = report.kv
+    computed = f"{kv.computed:,} computed, {kv.existed:,} found ({count(kv.tokens, 'token')}, {size(kv.nbytes)})"
+    show(
+        run.out,
+        facts(
+            [
+                ("Added", count(len(report.added), "document")),
+                ("Updated", count(len(report.updated), "document")),
+                ("Unchanged", count(report.unchanged, "document")),
+                ("Failed", _failed(report.failed)),
+                ("Chunks", f"{report.chunks_added:,} added, {report.chunks_removed:,} removed"),
+                ("KV", computed if with_kv else "left for later: lmcache-rag warm, or the first use"),
+                ("Time", duration(report.seconds)),
+            ]
+        ),
+    )
+    _show_failures(run, report.failed)
+
+
+def _failed(failed: tuple[Failure, ...]) -> Text:
+    return Text(count(len(failed), "document"), style="bold red" if failed else "")
+
+
+def _show_failures(run: Run, failed: tuple[Failure, ...]) -> None:
+    for failure in failed:
+        named = repr(failure.source) in failure.reason  # most reasons name the file themselves
+        run.out.print(f"  {'' if named else f'{place(failure.source)}: '}{clean(failure.reason)}", soft_wrap=True)

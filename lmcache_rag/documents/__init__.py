@@ -1,0 +1,14 @@
+"""Files in, documents out, chunks out.
+
+::
+
+    find_files(paths) ─► Path ─► load_document ─► Document ─► Splitter.split ─► Chunk, Chunk, …
+                     └─► DocumentError (a path that cannot be read; the rest goes on)
+"""
+
+from lmcache_rag.documents.finding import find_files
+from lmcache_rag.documents.loading import MAX_BYTES, load_document
+from lmcache_rag.documents.splitter import Splitter
+from lmcache_rag.documents.types import Chunk, Document
+
+__all__ = ["MAX_BYTES", "Chunk", "Document", "Splitter", "find_files", "load_document"]

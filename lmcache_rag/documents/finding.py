@@ -1,0 +1,125 @@
+"""From what a user names (files, folders, globs) to the files meant."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from lmcache_rag.documents.access import access_error, quoted, special_error
+from lmcache_rag.errors import DocumentError
+
+logger = logging.getLogger("lmcache_rag.documents")
+
+# Files with no text in them that commonly lie beside documents. In a folder they are passed over, since an error for
+# each would hide the real ones; named outright they are tried, and refused with a message.
+# ruff: noqa: SIM905  (a list of quoted names would fill the screen)
+_NOT_DOCUMENTS = frozenset(
+    ".png .jpg .jpeg .gif .webp .bmp .ico .tif .tiff .heic .mp3 .wav .ogg .flac .m4a .mp4 .mkv .mov .avi .webm"
+    " .woff .woff2 .ttf .otf .eot .pyc .pyo .so .o .a .class .exe .dll .dylib".split()
+)
+
+
+def find_files(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path | DocumentError]:
+    """Find the files that paths mean, in a stable order, each once.
+
+    A folder means all files below it, sorted by name; hidden ones (a name that begins with a dot) and images, sound,
+    video, fonts and compiled code are passed over. Links are followed, loops end. A name that exists is taken as it
+    is; else ``*``, ``?``, ``[`` and ``**`` make it a glob, and a folder that a glob matches means its files.
+
+    Args:
+        paths: Files, folders and globs; ``~`` is the home folder.
+
+    Yields:
+        Resolved absolute paths, and a DocumentError for each path that cannot be followed or means no file.
+    """
+    finder = _Finder()
+    for given in paths:
+        yield from finder.find(os.fspath(given))
+
+
+class _Finder:
+    """Remembers what was found, over all paths of one call."""
+
+    def __init__(self) -> None:
+        self._files: set[str] = set()
+        self._folders: set[tuple[int, int]] = set()
+
+    def find(self, given: str) -> Iterator[Path | DocumentError]:
+        if not given or "\0" in given:
+            yield DocumentError(f"{given!r} is not a path.", remedy="Name a file, a folder or a glob.")
+            return
+        expanded = os.path.expanduser(given)  # noqa: PTH111  (Path("") would mean the current folder)
+        if os.path.lexists(expanded):
+            yield from self._below(expanded)
+        elif any(character in expanded for character in "*?["):
+            matches = _glob(expanded)
+            if not matches:
+                yield DocumentError(f"The glob {given!r} matches nothing.", remedy="Check it, and quote it in a shell.")
+            for match in matches:
+                yield from self._below(match)
+        else:
+            yield DocumentError(f"{quoted(given)} does not exist.", remedy="Check the spelling and the current folder.")
+
+    def _below(self, top: str) -> Iterator[Path | DocumentError]:
+        """Yield the file itself, or all files of a folder."""
+        pending = [top]
+        anything = False
+        while pending:
+            path = pending.pop()
+            try:
+                status = os.stat(path)  # noqa: PTH116
+                if stat.S_ISDIR(status.st_mode):
+                    # Device and inode tell a folder apart whatever its path: a link to a parent ends here.
+                    if (status.st_dev, status.st_ino) in self._folders:
+                        anything = True
+                        continue
+                    self._folders.add((status.st_dev, status.st_ino))
+                    pending += reversed(_listing(path))
+                    continue
+                real = os.path.realpath(path, strict=True)
+            except OSError as error:
+                anything = True
+                yield access_error(path, error)
+                continue
+            anything = True
+            refusal = special_error(path, status.st_mode)
+            if refusal is not None:
+                yield refusal
+            elif real not in self._files:
+                self._files.add(real)
+                yield Path(real)
+        if not anything:
+            yield DocumentError(f"The folder {quoted(top)} holds no documents.", remedy="Name a folder with documents.")
+
+
+def _listing(folder: str) -> list[str]:
+    """What a folder holds, sorted by name, without what is hidden or surely not text."""
+    kept = []
+    for name in sorted(os.listdir(folder)):  # noqa: PTH208
+        if name.startswith("."):
+            continue
+        if os.path.splitext(name)[1].lower() in _NOT_DOCUMENTS:  # noqa: PTH122
+            logger.debug("passed over %s: not a kind of document", quoted(os.path.join(folder, name)))  # noqa: PTH118
+            continue
+        kept.append(os.path.join(folder, name))  # noqa: PTH118
+    return kept
+
+
+def _glob(pattern: str) -> list[str]:
+    """Sorted matches. Path.glob is used because its ``**``, unlike glob.glob's, does not walk into links."""
+    parts = Path(pattern).parts
+    first = next(i for i, part in enumerate(parts) if any(character in part for character in "*?["))
+    root = Path(*parts[:first])
+    wants_hidden = any(part.startswith(".") for part in parts[first:])
+    try:
+        matches = sorted(root.glob(str(Path(*parts[first:]))))
+    except (OSError, ValueError, NotImplementedError):
+        return []
+    return [
+        str(match)
+        for match in matches
+        if wants_hidden or not any(part.startswith(".") for part in match.relative_to(root).parts)
+    ]

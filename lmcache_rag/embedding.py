@@ -1,0 +1,217 @@
+"""Texts to vectors: sentence-transformers, or any embedding object of LangChain or LlamaIndex."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from lmcache_rag.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from lmcache_rag.sources import Source
+
+
+PARTS = ("name", "dimension", "fingerprint", "embed_documents", "embed_query")
+
+
+class Embedder(Protocol):
+    """Turns texts into vectors of length 1. Implementations are safe to call from several threads."""
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        ...
+
+    @property
+    def dimension(self) -> int:
+        """Length of its vectors."""
+        ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Names everything that its vectors depend on: vectors of two fingerprints are never compared."""
+        ...
+
+    def embed_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Vectors of texts that will be searched, shape [len(texts), dimension]."""
+        ...
+
+    def embed_query(self, text: str) -> NDArray[np.float32]:
+        """Vector of a question, shape [dimension]."""
+        ...
+
+
+class SentenceTransformerEmbedder:
+    """An embedding model of sentence-transformers, found and loaded when it is first used.
+
+    A model that wants a prompt before queries or documents gets it.
+
+    Args:
+        path_or_name: Folder or name, see lmcache_rag.sources.find_embedder; None: the default embedder.
+        device: "cpu", "cuda", "cuda:1" …; None: a GPU if there is one.
+        batch_size: Texts computed at once.
+    """
+
+    def __init__(
+        self, path_or_name: str | Path | None = None, *, device: str | None = None, batch_size: int = 32
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1; got {batch_size}.")
+        self._wanted, self._device, self._batch_size = path_or_name, device, batch_size
+        self._lock = threading.RLock()
+
+    @property
+    def source(self) -> Source:
+        """Where the model was found.
+
+        Raises:
+            SourceError: No source has it.
+        """
+        with self._lock:
+            return self._source
+
+    @cached_property
+    def _source(self) -> Source:
+        from lmcache_rag.sources import find_embedder
+
+        return find_embedder(self._wanted)
+
+    @property
+    def name(self) -> str:
+        """Hugging Face name, or the folder's own name."""
+        return self.source.name
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Name and digest of the model's files: a copy from another source has the same one."""
+        from lmcache_rag.sources import content_digest
+
+        return f"{self.name}@{content_digest(self.source.path)}"
+
+    @cached_property
+    def dimension(self) -> int:
+        """Length of the vectors; loads the model."""
+        return int(self.embed_query("dimension").shape[0])
+
+    def embed_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Vectors of texts that will be searched, shape [len(texts), dimension], each of length 1."""
+        import numpy as np
+
+        if isinstance(texts, str):
+            raise ConfigError("embed_documents takes a list of texts.", remedy="Write [text].")
+        if not len(texts):
+            return np.empty((0, self.dimension), dtype=np.float32)
+        return self._encode("encode_document", list(texts))
+
+    def embed_query(self, text: str) -> NDArray[np.float32]:
+        """Vector of a question, shape [dimension], of length 1."""
+        vector: NDArray[np.float32] = self._encode("encode_query", [text])[0]
+        return vector
+
+    def _encode(self, method: str, texts: list[str]) -> NDArray[np.float32]:
+        # One at a time: a fast tokenizer's padding settings are shared, and torch uses every core already.
+        with self._lock:
+            vectors = getattr(self._model, method)(
+                texts, batch_size=self._batch_size, show_progress_bar=False, convert_to_numpy=True
+            )
+        return unit_length(vectors)
+
+    @cached_property
+    def _model(self) -> Any:
+        import sentence_transformers
+
+        with _no_progress_bars():
+            return sentence_transformers.SentenceTransformer(
+                str(self._source.path), device=self._device, local_files_only=True, trust_remote_code=False
+            )
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers from drawing on the terminal while a small model loads."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+class ForeignEmbedder:
+    """An embedding object of another library, with its vectors brought to length 1. See as_embedder."""
+
+    def __init__(self, obj: Any, *, documents: str, query: str, name: str | None = None) -> None:
+        self._documents, self._query = getattr(obj, documents), getattr(obj, query)
+        kind = f"{type(obj).__module__}.{type(obj).__qualname__}"
+        label = next((v for a in ("model_name", "model") if isinstance(v := getattr(obj, a, None), str) and v), "")
+        self.name = name or (f"{kind}:{label}" if label else kind)
+
+    @property
+    def fingerprint(self) -> str:
+        """Its name and dimension: all that can be known from outside."""
+        return f"{self.name}@{self.dimension}"
+
+    @cached_property
+    def dimension(self) -> int:
+        """Length of the vectors, found by embedding one word."""
+        return int(self.embed_query("dimension").shape[0])
+
+    def embed_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Vectors of texts that will be searched, shape [len(texts), dimension], each of length 1."""
+        import numpy as np
+
+        if not len(texts):
+            return np.empty((0, self.dimension), dtype=np.float32)
+        return unit_length(self._documents(list(texts)))
+
+    def embed_query(self, text: str) -> NDArray[np.float32]:
+        """Vector of a question, shape [dimension], of length 1."""
+        vector: NDArray[np.float32] = unit_length([self._query(text)])[0]
+        return vector
+
+
+def as_embedder(obj: Any, *, name: str | None = None) -> Embedder:
+    """Make an Embedder of what a user has.
+
+    Args:
+        obj: An Embedder, a LangChain Embeddings, a LlamaIndex BaseEmbedding, or the folder or name of a model.
+        name: Name that tells this embedding from others; needed when the object does not know its model.
+
+    Raises:
+        ConfigError: It is none of these.
+    """
+    if obj is None or isinstance(obj, str | Path):
+        return SentenceTransformerEmbedder(obj)
+    if all(inspect.getattr_static(obj, part, None) is not None for part in PARTS):  # isinstance would load the model
+        embedder: Embedder = obj
+        return embedder
+    for documents, query in (
+        ("embed_documents", "embed_query"),  # LangChain
+        ("get_text_embedding_batch", "get_query_embedding"),  # LlamaIndex
+    ):
+        if callable(getattr(obj, documents, None)) and callable(getattr(obj, query, None)):
+            return ForeignEmbedder(obj, documents=documents, query=query, name=name)
+    raise ConfigError(
+        f"{type(obj).__name__} cannot embed texts.",
+        remedy="Give the name or folder of a model, a LangChain Embeddings or a LlamaIndex BaseEmbedding.",
+    )
+
+
+def unit_length(vectors: Any) -> NDArray[np.float32]:
+    """Rows scaled to length 1, as float32; a row of zeros stays as it is."""
+    import numpy as np
+
+    rows = np.asarray(vectors, dtype=np.float32)
+    lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return np.asarray(rows / np.where(lengths == 0, 1, lengths), dtype=np.float32)

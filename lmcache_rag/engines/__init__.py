@@ -1,0 +1,1 @@
+"""Engines: what computes chunk KV and answers from it."""

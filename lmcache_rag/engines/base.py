@@ -1,0 +1,308 @@
+"""What an engine is: something that computes chunk KV once and answers prompts from it.
+
+Everything that travels between the prompt, the engine and the caller is a frozen dataclass from this module.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+
+from lmcache_rag.errors import ConfigError
+
+KV_FORMAT = 1  # raise when the meaning or layout of stored KV changes: old KV is then never read
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What an engine serves. All fields but the last three decide whether KV of one engine fits another.
+
+    Attributes:
+        engine: "embedded" or "vllm".
+        model: Name or folder of the model.
+        revision: What tells two sets of weights of one name apart (commit, or a digest of the files).
+        dtype: Element type of the KV, for example "float32".
+        tokenizer: Digest of the tokenizer.
+        kv_block: Unit of KV reuse in tokens; the shared prefix is padded to a multiple of it.
+        context_length: Most tokens of prompt and answer together.
+        kv_bytes_per_token: Size of one token's KV over all layers, in bytes.
+        can_blend: Whether chunk KV can be reused at all.
+        why_not: The reason when it cannot.
+    """
+
+    engine: str
+    model: str
+    revision: str
+    dtype: str
+    tokenizer: str
+    kv_block: int
+    context_length: int
+    kv_bytes_per_token: int
+    can_blend: bool = True
+    why_not: str = ""
+
+    def fingerprint(self, prefix_ids: Sequence[int], tenant: str = "") -> str:
+        """Name everything that a chunk's KV depends on besides the chunk, as 64 hex digits."""
+        facts = {
+            "format": KV_FORMAT,
+            "model": self.model,
+            "revision": self.revision,
+            "dtype": self.dtype,
+            "tokenizer": self.tokenizer,
+            "kv_block": self.kv_block,
+            "prefix": list(prefix_ids),
+            "tenant": tenant,
+        }
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def kv_key(fingerprint: str, chunk_ids: Sequence[int]) -> str:
+    """Name of one chunk's KV, as 64 hex digits: (fingerprint, token ids), never a document."""
+    return hashlib.sha256(f"{fingerprint}:{','.join(map(str, chunk_ids))}".encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSpan:
+    """Where a chunk stands in a prompt: token_ids[start:end], with the name of its KV."""
+
+    start: int
+    end: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class IngestPrompt:
+    """prefix ⧺ chunk: the prompt whose chunk part is kept as KV."""
+
+    token_ids: tuple[int, ...]
+    prefix_tokens: int
+    key: str
+    fingerprint: str
+
+    @property
+    def chunk_ids(self) -> tuple[int, ...]:
+        """The chunk's own tokens."""
+        return self.token_ids[self.prefix_tokens :]
+
+
+@dataclass(frozen=True, slots=True)
+class QueryPrompt:
+    """prefix ⧺ chunk₁ ⧺ sep₂ ⧺ chunk₂ ⧺ … ⧺ chunkₙ ⧺ suffix."""
+
+    token_ids: tuple[int, ...]
+    prefix_tokens: int
+    chunks: tuple[ChunkSpan, ...]
+    suffix_start: int
+    fingerprint: str
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen. temperature 0 is greedy."""
+
+    max_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        checks = {
+            "max_tokens must be at least 1": self.max_tokens >= 1,
+            "temperature must not be negative": self.temperature >= 0,
+            "top_p must be above 0 and at most 1": 0 < self.top_p <= 1,
+            "top_k must not be negative": self.top_k >= 0,
+            "repetition_penalty must be above 0": self.repetition_penalty > 0,
+        }
+        for message, holds in checks.items():
+            if not holds:
+                raise ConfigError(f"{message}; got {self}.")
+
+
+@dataclass(frozen=True, slots=True)
+class BlendOptions:
+    """How one request reuses KV.
+
+    Attributes:
+        policy: Name of a recompute policy, see lmcache_rag.blend.policies.
+        ratio: Share of the cached tokens to recompute, in [0, 1].
+        enabled: False computes the whole prompt (a full prefill).
+    """
+
+    policy: str = "query"
+    ratio: float = 0.15
+    enabled: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.ratio <= 1.0:
+            raise ConfigError(f"The recompute ratio must be between 0 and 1; got {self.ratio}.")
+
+
+@dataclass(frozen=True, slots=True)
+class ReuseStats:
+    """What the engine really did for one request; the four token counts add up to prompt_tokens.
+
+    Attributes:
+        prompt_tokens: Length of the prompt.
+        prefix_tokens: Taken from an exact prefix hit.
+        reused_tokens: Taken from cached chunks as they are.
+        recomputed_tokens: In cached chunks, selected and computed again.
+        computed_tokens: Never cached: separators, missed chunks, suffix.
+        chunks_hit: Chunks whose KV was found.
+        chunks_missed: Chunks whose KV was not found.
+        lookup_ms: Time to find the KV, in milliseconds.
+        load_ms: Time to load and place it.
+        blend_ms: Time of selection and recomputation.
+        ttft_ms: From the call to the first token.
+    """
+
+    prompt_tokens: int
+    prefix_tokens: int = 0
+    reused_tokens: int = 0
+    recomputed_tokens: int = 0
+    computed_tokens: int = 0
+    chunks_hit: int = 0
+    chunks_missed: int = 0
+    lookup_ms: float = 0.0
+    load_ms: float = 0.0
+    blend_ms: float = 0.0
+    ttft_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        parts = (self.prefix_tokens, self.reused_tokens, self.recomputed_tokens, self.computed_tokens)
+        if min(parts) < 0 or sum(parts) != self.prompt_tokens:
+            raise ValueError(f"the reuse counts {parts} do not add up to {self.prompt_tokens} prompt tokens")
+
+    @property
+    def blended(self) -> bool:
+        """Whether any cached chunk KV was used as it was."""
+        return self.reused_tokens > 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain numbers, for JSON."""
+        return {**asdict(self), "blended": self.blended}
+
+
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """A piece of the answer, as it is streamed."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A finished answer. token_ids includes the end-of-sequence token when the model gave one."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    stats: ReuseStats
+    warnings: tuple[str, ...] = ()
+
+
+StreamEvent: TypeAlias = TextDelta | Completion
+VerifyStatus: TypeAlias = Literal["ok", "missing", "damaged", "differs"]
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyResult:
+    """Outcome of computing one chunk's KV again; max_abs_diff is None when there was nothing to compare."""
+
+    key: str
+    status: VerifyStatus
+    max_abs_diff: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PrecomputeResult:
+    """One chunk whose KV now exists. computed is False when it existed already; nbytes is its size."""
+
+    key: str
+    tokens: int
+    nbytes: int
+    computed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KVUsage:
+    """How much KV an engine holds; zero where it cannot know."""
+
+    chunks: int = 0
+    disk_bytes: int = 0
+    memory_bytes: int = 0
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Computes, keeps and blends chunk KV. Implementations are safe to call from several threads.
+
+    stream() yields TextDelta events and ends with one Completion. A query whose KV is missing or damaged is answered
+    by computing it, and its statistics say so: no state of the KV store makes a query fail.
+    """
+
+    @property
+    def info(self) -> EngineInfo:
+        """What this engine serves."""
+        ...
+
+    @property
+    def tokenizer(self) -> Any:
+        """The transformers tokenizer that prompts for this engine are built with."""
+        ...
+
+    def precompute(self, prompts: Iterable[IngestPrompt]) -> Iterator[PrecomputeResult]:
+        """Compute and keep each chunk's KV, skipping what exists; yields each as soon as it is kept.
+
+        Raises:
+            PrecomputeError: A chunk's KV could not be computed or kept. What was yielded before is kept.
+        """
+        ...
+
+    def missing(self, prompts: Sequence[IngestPrompt]) -> list[bool]:
+        """For each prompt, whether its KV is absent (True) as far as this engine can tell."""
+        ...
+
+    def forget(self, prompts_or_keys: Iterable[tuple[str, str]]) -> None:
+        """Drop the KV of (fingerprint, key) pairs; unknown pairs are ignored."""
+        ...
+
+    def verify(self, prompt: IngestPrompt) -> VerifyResult:
+        """Compute one chunk's KV again and compare it with what is kept. Changes nothing."""
+        ...
+
+    def usage(self) -> KVUsage:
+        """How much KV is held."""
+        ...
+
+    def generate(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Completion:
+        """Answer one prompt."""
+        ...
+
+    def stream(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Iterator[StreamEvent]:
+        """Answer one prompt piece by piece. Closing the iterator stops the computation."""
+        ...
+
+    async def agenerate(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Completion:
+        """Async twin of generate."""
+        ...
+
+    def astream(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> AsyncIterator[StreamEvent]:
+        """Async twin of stream."""
+        ...
+
+    def close(self) -> None:
+        """Release what the engine holds. Safe to call twice."""
+        ...

@@ -1,0 +1,177 @@
+"""Decode with transformers' own generation, streamed from a thread, after a prefill that may be ours."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
+
+if TYPE_CHECKING:
+    import torch
+
+    from lmcache_rag.engines.base import FinishReason, Sampling
+    from lmcache_rag.engines.hf_model import HFModel
+    from lmcache_rag.engines.kv_buffer import KVBuffer
+
+
+class StopCutter:
+    """Ends a streamed text before the first stop string, and never lets a part of one out."""
+
+    def __init__(self, stop: tuple[str, ...]) -> None:
+        self._stop = tuple(s for s in stop if s)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, piece: str, *, end: bool = False) -> str:
+        """Take a piece of text; returns what may be shown by now."""
+        if self.stopped:
+            return ""
+        text = self._held + piece
+        at = min((i for s in self._stop if (i := text.find(s)) >= 0), default=-1)
+        if at >= 0:
+            self.stopped, self._held = True, ""
+            return text[:at]
+        keep = 0 if end else max((n for s in self._stop for n in range(1, len(s)) if text.endswith(s[:n])), default=0)
+        self._held = text[len(text) - keep :] if keep else ""
+        return text[: len(text) - keep]
+
+
+class _QueueStreamer(TextStreamer):  # type: ignore[misc]
+    """transformers' incremental detokenisation, into a queue, noting when the first token came."""
+
+    def __init__(self, tokenizer: Any, out: queue.Queue[Any]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        self._out = out
+        self.ids: list[int] = []
+        self.first_token: float | None = None
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called with the prompt, then with each token."""
+        if not self.next_tokens_are_prompt:
+            if self.first_token is None:
+                self.first_token = time.perf_counter()
+            self.ids += value.flatten().tolist()
+        super().put(value)
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Called with each piece of text."""
+        if text:
+            self._out.put(text)
+
+
+class _Cancelled(StoppingCriteria):  # type: ignore[misc]
+    def __init__(self, event: threading.Event) -> None:
+        self._event = event
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        return input_ids.new_full((len(input_ids),), self._event.is_set(), dtype=bool)
+
+
+@dataclass
+class Decoded:
+    """What a decode gave, complete once its iterator is exhausted."""
+
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    first_token: float = 0.0
+    finish_reason: FinishReason = "stop"
+
+
+def _config(model: HFModel, sampling: Sampling, room: int) -> Any:
+    """Our settings over the model's own special tokens; none of the model's sampling defaults."""
+    own = model.model.generation_config
+    warm: dict[str, Any] = {}
+    if sampling.temperature > 0:
+        warm = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+    eos = own.eos_token_id if own.eos_token_id is not None else model.tokenizer.eos_token_id
+    pad = own.pad_token_id if own.pad_token_id is not None else (eos[0] if isinstance(eos, list) else eos)
+    return GenerationConfig(
+        max_new_tokens=min(sampling.max_tokens, room),
+        repetition_penalty=sampling.repetition_penalty,
+        stop_strings=list(sampling.stop) or None,
+        eos_token_id=eos,
+        pad_token_id=pad,
+        **({"do_sample": False} | warm),
+    )
+
+
+def decode(
+    model: HFModel,
+    ids: torch.Tensor,
+    prepare: Callable[[], KVBuffer | None],
+    sampling: Sampling,
+    lock: threading.Lock,
+    result: Decoded,
+) -> Iterator[str]:
+    """Generate in a thread; yields the text piece by piece and fills `result`.
+
+    Closing the iterator stops the generation within one token and waits for it.
+
+    Args:
+        model: The model.
+        ids: The prompt, int64 [n].
+        prepare: Called in the thread, under the lock: returns the KV cache to go on from, or None to start afresh.
+        sampling: How tokens are chosen.
+        lock: One generation at a time.
+        result: Is filled.
+    """
+    pieces: queue.Queue[Any] = queue.Queue()
+    cancel = threading.Event()
+    streamer = _QueueStreamer(model.tokenizer, pieces)
+    room = max(1, model.context_length - len(ids))
+
+    def work() -> None:
+        import torch
+
+        try:
+            with lock, torch.inference_mode(), torch.random.fork_rng(enabled=sampling.seed is not None):
+                if cancel.is_set():
+                    return
+                if sampling.seed is not None:
+                    torch.manual_seed(sampling.seed)
+                model.model.generate(
+                    ids[None],
+                    attention_mask=torch.ones_like(ids)[None],
+                    past_key_values=prepare(),
+                    generation_config=_config(model, sampling, room),
+                    streamer=streamer,
+                    tokenizer=model.tokenizer if sampling.stop else None,
+                    stopping_criteria=StoppingCriteriaList([_Cancelled(cancel)]),
+                )
+        except BaseException as problem:  # handed to the caller's thread
+            pieces.put(problem)
+        finally:
+            pieces.put(None)
+
+    thread = threading.Thread(target=work, name="lmcache-rag-decode", daemon=True)
+    thread.start()
+    cutter = StopCutter(sampling.stop)
+    try:
+        while (item := pieces.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            if shown := cutter.push(item):
+                result.text += shown
+                yield shown
+        if shown := cutter.push("", end=True):
+            result.text += shown
+            yield shown
+    finally:
+        cancel.set()
+        thread.join()
+        result.ids = streamer.ids
+        result.first_token = streamer.first_token or time.perf_counter()
+        result.finish_reason = _reason(model, streamer.ids, cutter.stopped, min(sampling.max_tokens, room))
+
+
+def _reason(model: HFModel, ids: list[int], stopped: bool, limit: int) -> FinishReason:
+    eos = model.model.generation_config.eos_token_id
+    ends = eos if isinstance(eos, list) else [eos, model.tokenizer.eos_token_id]
+    if stopped or (ids and ids[-1] in ends):
+        return "stop"
+    return "length" if len(ids) >= limit else "cancelled"

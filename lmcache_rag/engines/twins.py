@@ -1,0 +1,50 @@
+"""Async twins for an engine that works in threads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from lmcache_rag.engines.base import BlendOptions, Completion, QueryPrompt, Sampling, StreamEvent
+
+
+T = TypeVar("T")
+
+
+async def iterate_in_thread(iterator: Iterator[T]) -> AsyncIterator[T]:
+    """Drive a blocking iterator from an event loop. Leaving early closes it."""
+    done = object()
+    try:
+        while (item := await asyncio.to_thread(next, iterator, done)) is not done:
+            yield item  # type: ignore[misc]
+    finally:
+        if close := getattr(iterator, "close", None):
+            await asyncio.shield(asyncio.to_thread(close))
+
+
+class AsyncTwins:
+    """Mixin: agenerate and astream from generate and stream."""
+
+    def generate(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Completion:
+        """Answer one prompt."""
+        raise NotImplementedError
+
+    def stream(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Iterator[StreamEvent]:
+        """Answer one prompt piece by piece."""
+        raise NotImplementedError
+
+    async def agenerate(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Completion:
+        """Async twin of generate. Cancelling it stops the computation."""
+        last: StreamEvent | None = None
+        async for event in self.astream(prompt, sampling, blend):
+            last = event
+        return last  # type: ignore[return-value]
+
+    async def astream(
+        self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions
+    ) -> AsyncIterator[StreamEvent]:
+        """Async twin of stream."""
+        async for event in iterate_in_thread(self.stream(prompt, sampling, blend)):
+            yield event

@@ -1,0 +1,315 @@
+"""Ingest documents: split, embed, index, and compute each chunk's KV once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+from lmcache_rag.documents import Document, find_files, load_document
+from lmcache_rag.errors import ConfigError, DocumentError
+from lmcache_rag.kv import KVKeeper, KVTotals
+
+if TYPE_CHECKING:
+    from lmcache_rag.documents import Chunk, Splitter
+    from lmcache_rag.embedding import Embedder
+    from lmcache_rag.engines.base import Engine
+    from lmcache_rag.prompt import PromptBuilder
+    from lmcache_rag.store import NewChunk, NewDocument, Store, StoredChunk
+
+log = logging.getLogger("lmcache_rag.ingest")
+
+_BATCH_CHUNKS = 64  # new chunks that are embedded and committed together
+_BATCH_DOCUMENTS = 256  # documents between two commits, however few chunks they gave
+
+Step: TypeAlias = Literal["document", "kv"]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Something got done: a document was read (tokens 0), or a chunk's KV exists now.
+
+    Attributes:
+        step: Which.
+        done: How many by now.
+        known: How many there will be, as far as is known yet.
+        tokens: Tokens of this step.
+    """
+
+    step: Step
+    done: int
+    known: int
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A source that could not be ingested, and why."""
+
+    source: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class IngestReport:
+    """What an ingestion did, by outcome.
+
+    Attributes:
+        added: Ids of new documents.
+        updated: Ids of documents whose content or splitting changed.
+        unchanged: How many documents were the same.
+        failed: Sources that could not be read.
+        chunks_added: Chunks that the store did not hold before.
+        chunks_removed: Chunks that no document holds any more.
+        kv: KV computed, and found to exist already.
+        seconds: How long it took.
+    """
+
+    added: tuple[str, ...] = ()
+    updated: tuple[str, ...] = ()
+    unchanged: int = 0
+    failed: tuple[Failure, ...] = ()
+    chunks_added: int = 0
+    chunks_removed: int = 0
+    kv: KVTotals = field(default_factory=KVTotals)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class IngestPlan:
+    """What an ingestion would do."""
+
+    documents: int
+    unchanged: int
+    failed: tuple[Failure, ...]
+    chunks: int
+    tokens: int
+    kv_bytes: int
+
+
+class Ingestor:
+    """Fills a store. Can be killed at any moment and run again: what was finished is not done again.
+
+    Args:
+        store: The store.
+        engine: Computes KV.
+        embedder: Embeds chunks.
+        prompts: Makes the prompts.
+        splitter: Cuts documents into chunks.
+        kv: False only indexes; KV then comes on first use, or by warm.
+        on_progress: Called after each step, in the calling thread.
+        lock_timeout: Seconds to wait for another writer.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        engine: Engine,
+        embedder: Embedder,
+        prompts: PromptBuilder,
+        splitter: Splitter,
+        *,
+        kv: bool = True,
+        on_progress: Callable[[Progress], None] | None = None,
+        lock_timeout: float = 30.0,
+    ) -> None:
+        self.store, self.engine, self.embedder = store, engine, embedder
+        self.prompts, self.splitter = prompts, splitter
+        self.kv = kv
+        self.on_progress = on_progress or (lambda progress: None)
+        self.lock_timeout = lock_timeout
+        self._keeper = KVKeeper(store, engine, prompts)
+
+    def ingest(self, sources: Iterable[str | Path | Document], *, kv: bool | None = None) -> IngestReport:
+        """Ingest files, folders, globs and documents. A source that cannot be read never stops the others.
+
+        Raises:
+            StoreLockedError: Another process is writing to the store.
+            StoreError: The store cannot be written, or was made with another embedder.
+            PrecomputeError: KV could not be computed or kept; run again to go on.
+        """
+        with_kv = self.kv if kv is None else kv
+        begin = time.perf_counter()
+        with self.store.writing(timeout=self.lock_timeout):
+            run = _Run(self, with_kv)
+            for item in expand(sources, on_found=run.expect):
+                run.take(item)
+            run.flush()
+        return replace(run.report(), seconds=time.perf_counter() - begin)
+
+    async def aingest(self, sources: Iterable[str | Path | Document], *, kv: bool | None = None) -> IngestReport:
+        """Async twin of ingest, in a thread."""
+        return await asyncio.to_thread(self.ingest, sources, kv=kv)
+
+    def plan(self, sources: Iterable[str | Path | Document]) -> IngestPlan:
+        """Say what ingest would do. Writes nothing."""
+        documents = unchanged = 0
+        failed: list[Failure] = []
+        new: dict[str, int] = {}
+        for item in expand(sources):
+            if isinstance(item, Failure):
+                failed.append(item)
+                continue
+            if self.is_unchanged(item):
+                unchanged += 1
+                continue
+            documents += 1
+            chunks = self.splitter.split(item.text)
+            known = {c.text for c in self.store.registry.known_texts([c.text for c in chunks]).values()}
+            new |= {c.text: c.tokens for c in chunks if c.text not in known}
+        tokens = sum(new.values())
+        size = tokens * self.engine.info.kv_bytes_per_token
+        return IngestPlan(documents, unchanged, tuple(failed), len(new), tokens, size)
+
+    def is_unchanged(self, document: Document) -> bool:
+        """Whether the store holds exactly this document, split like this."""
+        record = self.store.registry.document(document.doc_id)
+        return (
+            record is not None
+            and record.content_hash == document.content_hash
+            and record.splitter == self.splitter.fingerprint
+            and record.metadata == dict(document.metadata)
+        )
+
+
+class _Run:
+    """One ingestion: gathers documents and commits them batch by batch."""
+
+    def __init__(self, ingestor: Ingestor, with_kv: bool) -> None:
+        self._by = ingestor
+        self._with_kv = with_kv
+        self._pending: dict[str, tuple[Document, list[Chunk]]] = {}
+        self._without_kv: list[str] = []  # documents whose chunks may still lack KV
+        self._report = IngestReport()
+        self._documents = self._documents_known = self._kv_done = self._kv_known = 0
+        ingestor.store.registry.claim_embedder(ingestor.embedder.fingerprint, ingestor.embedder.dimension)
+        ingestor._keeper.empty_trash()
+
+    def report(self) -> IngestReport:
+        return self._report
+
+    def expect(self, documents: int) -> None:
+        """So many more documents are to come."""
+        self._documents_known += documents
+
+    def take(self, item: Document | Failure) -> None:
+        """Take one source; commits when enough has come together."""
+        self._documents += 1
+        if isinstance(item, Failure):
+            self._add(failed=(*self._report.failed, item))
+            log.warning("%s: %s", item.source, item.reason)
+        elif self._by.is_unchanged(item):
+            self._add(unchanged=self._report.unchanged + 1)
+            self._without_kv.append(item.doc_id)
+        else:
+            if item.doc_id in self._pending:  # given twice: the later one counts
+                self.flush()
+            self._pending[item.doc_id] = (item, self._by.splitter.split(item.text))
+        self._by.on_progress(Progress("document", self._documents, self._documents_known))
+        chunks = sum(len(chunks) for _, chunks in self._pending.values())
+        if chunks >= _BATCH_CHUNKS or len(self._pending) + len(self._without_kv) >= _BATCH_DOCUMENTS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Embed, index and commit what has come together, then compute its KV."""
+        if self._pending:
+            registry = self._by.store.registry
+            results = registry.put_documents(self._new_documents(), embedder=self._by.embedder.fingerprint)
+            self._without_kv += [result.doc_id for result in results]
+            self._add(
+                added=(*self._report.added, *(r.doc_id for r in results if r.status == "added")),
+                updated=(*self._report.updated, *(r.doc_id for r in results if r.status == "updated")),
+                chunks_added=self._report.chunks_added + sum(r.added_chunks for r in results),
+                chunks_removed=self._report.chunks_removed + sum(r.removed_chunks for r in results),
+            )
+            self._pending.clear()
+            self._by._keeper.empty_trash()
+        if self._with_kv and self._without_kv:
+            self._compute_kv(self._without_kv)
+        self._without_kv = []
+
+    def _compute_kv(self, doc_ids: list[str]) -> None:
+        by = self._by
+        chunks: list[StoredChunk] = by.store.registry.chunks_without_kv(by.prompts.fingerprint, doc_ids=doc_ids)
+        self._kv_known += len(chunks)
+
+        def tick(result: object) -> None:
+            self._kv_done += 1
+            tokens = getattr(result, "tokens", 0)
+            by.on_progress(Progress("kv", self._kv_done, self._kv_known, tokens))
+
+        self._add(kv=self._report.kv + by._keeper.compute(chunks, on_chunk=tick))
+
+    def _new_documents(self) -> list[NewDocument]:
+        from lmcache_rag.store import NewChunk, NewDocument
+
+        texts = list(dict.fromkeys(chunk.text for _, chunks in self._pending.values() for chunk in chunks))
+        known = {chunk.text for chunk in self._by.store.registry.known_texts(texts).values()}
+        new = [text for text in texts if text not in known]
+        vectors = dict(zip(new, self._by.embedder.embed_documents(new), strict=True))
+
+        def stored(chunk: Chunk) -> NewChunk:
+            return NewChunk(chunk.text, chunk.tokens, chunk.start, vectors.get(chunk.text))
+
+        return [
+            NewDocument(
+                doc_id=document.doc_id,
+                content_hash=document.content_hash,
+                splitter=self._by.splitter.fingerprint,
+                source=document.source,
+                chunks=[stored(chunk) for chunk in chunks],
+                metadata=dict(document.metadata),
+            )
+            for document, chunks in self._pending.values()
+        ]
+
+    def _add(self, **changes: object) -> None:
+        self._report = replace(self._report, **changes)  # type: ignore[arg-type]
+
+
+def expand(
+    sources: Iterable[str | Path | Document], *, on_found: Callable[[int], None] | None = None
+) -> Iterator[Document | Failure]:
+    """Turn files, folders, globs and documents into documents, and what cannot be read into failures.
+
+    Args:
+        sources: What to ingest.
+        on_found: Called with the number of items that are going to come, as soon as it is known.
+    """
+    if isinstance(sources, str | Path):
+        raise ConfigError("Sources must be a list.", remedy=f"Write [{str(sources)!r}].")
+    tell = on_found or (lambda number: None)
+    for are_documents, group in groupby(sources, key=lambda source: isinstance(source, Document)):
+        if are_documents:
+            for document in group:
+                tell(1)
+                yield document  # type: ignore[misc]
+            continue
+        found = _find(group)  # type: ignore[arg-type]
+        tell(len(found))
+        for item in found:
+            if isinstance(item, Failure):
+                yield item
+                continue
+            try:
+                yield load_document(item)
+            except DocumentError as problem:
+                yield Failure(str(item), str(problem))
+
+
+def _find(paths: Iterable[str | Path]) -> list[Path | Failure]:
+    given = ""
+
+    def each() -> Iterator[str | Path]:
+        nonlocal given
+        for path in paths:
+            given = str(path)
+            yield path
+
+    # find_files takes a path only when it is done with the one before, so a problem belongs to the latest.
+    return [Failure(given, str(item)) if isinstance(item, DocumentError) else item for item in find_files(each())]

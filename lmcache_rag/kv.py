@@ -1,0 +1,107 @@
+"""Keep the engine's KV and the registry's record of it in step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lmcache_rag.engines.base import Engine, IngestPrompt, PrecomputeResult
+    from lmcache_rag.prompt import PromptBuilder
+    from lmcache_rag.store import Store, StoredChunk
+
+log = logging.getLogger("lmcache_rag")
+
+_RECORD_EVERY = 8  # chunks between two commits: a killed run computes at most none of them again, see KVKeeper
+
+
+@dataclass(frozen=True, slots=True)
+class KVTotals:
+    """What a run of KV computation did. `existed` were there already and only needed recording."""
+
+    computed: int = 0
+    existed: int = 0
+    tokens: int = 0
+    nbytes: int = 0
+
+    def __add__(self, other: KVTotals) -> KVTotals:
+        return KVTotals(
+            self.computed + other.computed,
+            self.existed + other.existed,
+            self.tokens + other.tokens,
+            self.nbytes + other.nbytes,
+        )
+
+
+class KVKeeper:
+    """Computes KV through the engine and records it.
+
+    The engine keeps KV before the registry records it. A process killed between the two leaves KV that the next run
+    finds by its key and records without computing it again. The other way round, KV whose last chunk left stands in
+    the registry's trash until the engine has dropped it.
+
+    Args:
+        store: The store.
+        engine: Computes and keeps KV.
+        prompts: Makes the prompts, and with them the keys.
+    """
+
+    def __init__(self, store: Store, engine: Engine, prompts: PromptBuilder) -> None:
+        self._store, self._engine, self._prompts = store, engine, prompts
+
+    def compute(
+        self, chunks: Iterable[StoredChunk], *, on_chunk: Callable[[PrecomputeResult], None] | None = None
+    ) -> KVTotals:
+        """Compute and record the KV of these chunks, skipping what the engine has. Needs the store's writing lock.
+
+        Raises:
+            PrecomputeError: A chunk's KV could not be computed. What was finished before is recorded.
+        """
+        from lmcache_rag.store import KVRow
+
+        totals = KVTotals()
+        rows: list[KVRow] = []
+        waiting: list[StoredChunk] = []
+
+        def prompts() -> Iterator[IngestPrompt]:
+            for chunk in chunks:
+                waiting.append(chunk)
+                yield self._prompts.ingest(chunk.text)
+
+        try:
+            for result in self._engine.precompute(prompts()):
+                chunk = waiting.pop(0)
+                rows.append(KVRow(chunk.chunk_id, result.key, result.tokens, result.nbytes))
+                totals += KVTotals(int(result.computed), int(not result.computed), result.tokens, result.nbytes)
+                if len(rows) >= _RECORD_EVERY:
+                    self._record(rows)
+                if on_chunk:
+                    on_chunk(result)
+        finally:
+            self._record(rows)
+        return totals
+
+    def keep(self, texts: Sequence[str]) -> KVTotals:
+        """Compute and record the KV of texts that stand in the store, if nobody else is writing to it."""
+        if self._store.read_only:
+            return KVTotals()
+        with self._store.writing(timeout=0):
+            known = self._store.registry.known_texts(texts).values()
+            absent = self._engine.missing([self._prompts.ingest(chunk.text) for chunk in known])
+            return self.compute([chunk for chunk, gone in zip(known, absent, strict=True) if gone])
+
+    def empty_trash(self) -> int:
+        """Let the engine drop KV that no chunk needs any more. Needs the store's writing lock."""
+        pairs = self._store.registry.trash()
+        if pairs:
+            self._engine.forget(pairs)
+            self._store.registry.clear_trash(pairs)
+        return len(pairs)
+
+    def _record(self, rows: list[KVRow]) -> None:
+        if rows:
+            facts = {"model": self._prompts.info.model, "dtype": self._prompts.info.dtype}
+            self._store.registry.record_kv(self._prompts.fingerprint, facts, rows)
+            rows.clear()

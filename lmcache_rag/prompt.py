@@ -1,0 +1,238 @@
+"""The only place that makes a prompt's token ids, for ingestion and for queries.
+
+::
+
+    query   = prefix ⧺ chunk₁ ⧺ sep₂ ⧺ chunk₂ ⧺ … ⧺ chunkₙ ⧺ suffix(question)
+    ingest  = prefix ⧺ chunk
+
+Parts are tokenised one by one and spliced as ids; text is never joined and tokenised again. So a chunk's ids are the
+same in every prompt, and that is what makes its KV cache reusable.
+"""
+
+from __future__ import annotations
+
+import threading
+from array import array
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from lmcache_rag.engines.base import ChunkSpan, EngineInfo, IngestPrompt, QueryPrompt, kv_key
+from lmcache_rag.errors import PromptError
+from lmcache_rag.tokens import PartTokenizer
+
+SYSTEM = "You answer questions from the passages that you are given."
+INSTRUCTION = "Answer the question with the passages below. If they do not hold the answer, say so."
+
+# Stand-ins that the chat template carries to the places of the real parts. Letters only: no template changes them.
+_CONTEXT, _TURN = "QXCONTEXTXQ", "QXTURN{}XQ"
+_CACHED_CHUNKS = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One earlier turn of a conversation."""
+
+    role: Literal["user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True)
+class PromptFormat:
+    """The words around chunks and question. Whatever stands before the first chunk is part of the KV's fingerprint.
+
+    Attributes:
+        system: System text; folded into the user's turn where the template knows no system role.
+        instruction: Stands before the passages.
+        context_head: Between instruction and first chunk.
+        separator: Between chunks, always recomputed; ``{rank}`` becomes the number of the chunk that follows.
+        question: The question's frame, after the last chunk.
+        filler: Repeated between instruction and passages until the prefix is a whole number of KV blocks.
+        template_options: Given to the chat template. The date is fixed, since a prefix that changes every day (Llama 3)
+            would make all KV useless every midnight.
+    """
+
+    system: str = SYSTEM
+    instruction: str = INSTRUCTION
+    context_head: str = "\n\nPassages:\n\n"
+    separator: str = "\n\n"
+    question: str = "\n\nQuestion: {question}"
+    filler: str = "\n"
+    template_options: Mapping[str, Any] = field(default_factory=lambda: {"date_string": "26 Jul 2024"})
+
+    def __post_init__(self) -> None:
+        if self.question.count("{question}") != 1:
+            raise PromptError("The question's frame must hold {question} exactly once.")
+
+
+class PromptBuilder:
+    """Builds ingest and query prompts for one engine, format and tenant. Thread-safe.
+
+    Args:
+        tokenizer: A transformers tokenizer with a fast (tokenizers) backend.
+        info: The engine's facts; kv_block decides how the prefix is padded.
+        format: The words around chunks and question.
+        tenant: KV of different tenants is never shared.
+
+    Raises:
+        PromptError: The chat template does not keep the parts apart, or the tokenizer is of an unsupported kind.
+    """
+
+    def __init__(
+        self, tokenizer: Any, info: EngineInfo, *, format: PromptFormat | None = None, tenant: str = ""
+    ) -> None:
+        self.info = info
+        self.format = format or PromptFormat()
+        self.tenant = tenant
+        self._hf = tokenizer
+        self._parts = PartTokenizer(tokenizer)
+        self._lock = threading.Lock()
+        self._chunks: OrderedDict[str, tuple[str, array[int]]] = OrderedDict()
+        self._fold_system = self._needs_folding()
+        self.prefix_ids: tuple[int, ...] = self._make_prefix()
+        self.fingerprint: str = info.fingerprint(self.prefix_ids, tenant)
+
+    # -- the parts ----------------------------------------------------------------------------------------------
+
+    def chunk_ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of a chunk; special tokens in it are plain text. A list of the latest is kept."""
+        return tuple(self._chunk(text)[1])
+
+    def chunk_key(self, text: str) -> str:
+        """Name of the chunk's KV."""
+        return self._chunk(text)[0]
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of any text as it stands: no special tokens are added, and none is recognised."""
+        return self._parts.text(text)
+
+    def suffix_ids(self, question: str, history: Sequence[Turn] = ()) -> list[int]:
+        """Token ids of everything after the last chunk: question, earlier turns, the template's tail.
+
+        Earlier turns stand after the chunks, in order, the new question last: so the chunks stay reusable.
+        """
+        turns = [turn.content for turn in history] + [question]
+        roles = [turn.role for turn in history] + ["user"]
+        if roles[0] != "user" or any(a == b for a, b in zip(roles, roles[1:], strict=False)):
+            raise PromptError(
+                f"The history's roles are {roles[:-1]}.",
+                remedy="Begin with a user's turn, alternate, and end with an assistant's.",
+            )
+        _, tail = self._split(roles)
+        ids: list[int] = []
+        for index, content in enumerate(turns):
+            before, tail = _cut(tail, _TURN.format(index))
+            ids += self._parts.template(before) + self._parts.text(content)
+        return ids + self._parts.template(tail)
+
+    # -- the prompts --------------------------------------------------------------------------------------------
+
+    def ingest(self, chunk: str) -> IngestPrompt:
+        """prefix ⧺ chunk."""
+        key, ids = self._chunk(chunk)
+        if not ids:
+            raise PromptError("A chunk has no tokens.", remedy="Leave out empty chunks.")
+        return IngestPrompt((*self.prefix_ids, *ids), len(self.prefix_ids), key, self.fingerprint)
+
+    def query(self, chunks: Sequence[str], question: str, history: Sequence[Turn] = ()) -> QueryPrompt:
+        """prefix ⧺ chunk₁ ⧺ sep₂ ⧺ chunk₂ ⧺ … ⧺ suffix, chunks in the given order."""
+        ids = list(self.prefix_ids)
+        spans = []
+        for rank, text in enumerate(chunks, start=1):
+            if rank > 1:
+                ids += self._separator(rank)
+            key, chunk = self._chunk(text)
+            spans.append(ChunkSpan(len(ids), len(ids) + len(chunk), key))
+            ids += chunk
+        suffix_start = len(ids)
+        ids += self.suffix_ids(question, history)
+        return QueryPrompt(tuple(ids), len(self.prefix_ids), tuple(spans), suffix_start, self.fingerprint)
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def _separator(self, rank: int) -> list[int]:
+        return self._parts.text(self.format.separator.replace("{rank}", str(rank)))
+
+    def _chunk(self, text: str) -> tuple[str, array[int]]:
+        with self._lock:
+            if found := self._chunks.get(text):
+                self._chunks.move_to_end(text)
+                return found
+        ids = array("I", self._parts.text(text))
+        entry = (kv_key(self.fingerprint, ids), ids)
+        with self._lock:
+            self._chunks[text] = entry
+            while len(self._chunks) > _CACHED_CHUNKS:
+                self._chunks.popitem(last=False)
+        return entry
+
+    def _make_prefix(self) -> tuple[int, ...]:
+        head, _ = self._split(["user"])
+        before, after = _cut(head, self.format.context_head, last=True)
+        start, end = self._parts.template(before), self._parts.template(self.format.context_head + after)
+        filler = self._parts.text(self.format.filler)
+        if len(filler) != 1:
+            raise PromptError(f"The filler {self.format.filler!r} is {len(filler)} tokens.", remedy="Use one token.")
+        short = -(len(start) + len(end)) % self.info.kv_block
+        return (*start, *(filler * short), *end)
+
+    def _render(self, roles: Sequence[str], *, fold: bool) -> str:
+        form = self.format
+        messages = []
+        opening = f"{form.instruction}{form.context_head}{_CONTEXT}"
+        if form.system and fold:
+            opening = f"{form.system}\n\n{opening}"
+        elif form.system:
+            messages.append({"role": "system", "content": form.system})
+        for index, role in enumerate(roles):
+            content = _TURN.format(index)
+            if role == "user":
+                content = form.question.replace("{question}", content) if index else opening + form.question.replace(
+                    "{question}", content
+                )
+            messages.append({"role": role, "content": content.lstrip() if index else content})
+        if not getattr(self._hf, "chat_template", None):
+            names = {"user": "\n\n", "assistant": "\nAnswer: ", "system": ""}
+            text = "".join(names[m["role"]] + m["content"] for m in messages)
+            return text.lstrip() + "\nAnswer:"
+        return str(
+            self._hf.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **dict(form.template_options)
+            )
+        )
+
+    def _split(self, roles: Sequence[str]) -> tuple[str, str]:
+        """The rendered template before and after the chunks; the turns' stand-ins are in the second part."""
+        return _cut(self._render(roles, fold=self._fold_system), _CONTEXT)
+
+    def _needs_folding(self) -> bool:
+        """Whether the system text must go into the user's turn, since the template has no fixed place for it."""
+        problems = []
+        for fold in (False, True):
+            try:
+                heads = {
+                    _cut(self._render(roles, fold=fold), _CONTEXT)[0]
+                    for roles in (["user"], ["user", "assistant", "user"])
+                }
+            except Exception as problem:  # templates raise whatever they like
+                problems.append(str(problem))
+                continue
+            if len(heads) == 1 and (not self.format.system or self.format.system.strip() in next(iter(heads))):
+                return fold
+            problems.append("the text before the passages changes with the conversation")
+        raise PromptError(
+            f"The model's chat template does not keep passages apart from the rest ({'; '.join(problems)}).",
+            remedy="Give the tokenizer another chat_template.",
+        )
+
+
+def _cut(text: str, mark: str, *, last: bool = False) -> tuple[str, str]:
+    """Text before and after the mark, which must stand in it once (or: at its last place)."""
+    if mark not in text or (not last and text.count(mark) != 1):
+        raise PromptError(
+            f"The chat template shows {mark!r} {text.count(mark)} times where once was expected.",
+            remedy="Give the tokenizer another chat_template.",
+        )
+    before, _, after = text.rpartition(mark)
+    return before, after

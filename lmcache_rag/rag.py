@@ -1,0 +1,323 @@
+"""Ask questions: retrieve chunks, blend their KV, answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypeAlias
+
+from lmcache_rag.engines.base import BlendOptions, Completion, ReuseStats, Sampling, TextDelta
+from lmcache_rag.engines.twins import iterate_in_thread
+from lmcache_rag.errors import ConfigError, ContextLengthError, LMCacheRAGError, PromptError, StoreLockedError
+from lmcache_rag.kv import KVKeeper
+
+if TYPE_CHECKING:
+    from lmcache_rag.embedding import Embedder
+    from lmcache_rag.engines.base import Engine
+    from lmcache_rag.prompt import PromptBuilder, Turn
+    from lmcache_rag.store import Hit, Store
+
+log = logging.getLogger("lmcache_rag")
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """An answer with where it comes from.
+
+    Attributes:
+        question: What was asked.
+        text: The answer.
+        sources: The chunks in the prompt, in their order.
+        dropped: Retrieved chunks that did not fit the context, lowest score first.
+        completion: What the engine gave, with the reuse statistics.
+    """
+
+    question: str
+    text: str
+    sources: tuple[Hit, ...]
+    dropped: tuple[Hit, ...]
+    completion: Completion
+
+    @property
+    def stats(self) -> ReuseStats:
+        """What was reused, recomputed and computed."""
+        return self.completion.stats
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The same prompt answered twice: from blended KV and from a full prefill.
+
+    Attributes:
+        blended: The answer from blended KV.
+        full: The answer of a full prefill.
+        first_difference: Index of the first token in which they differ, or None when they are equal.
+    """
+
+    blended: Answer
+    full: Answer
+    first_difference: int | None
+
+    @property
+    def speedup(self) -> float:
+        """How many times sooner the blended answer started."""
+        return self.full.stats.ttft_ms / max(self.blended.stats.ttft_ms, 1e-9)
+
+
+RAGEvent: TypeAlias = TextDelta | Answer
+
+
+class RAG:
+    """Answers questions from a store. Safe to use from several threads and from an event loop.
+
+    Args:
+        store: Where the chunks are.
+        engine: Computes the answers.
+        embedder: Must be the one that the store was made with.
+        prompts: Must be the one that the chunks were ingested with.
+        top_k: Chunks for a question, unless said otherwise.
+        sampling: How tokens are chosen, unless said otherwise.
+        blend: How KV is reused, unless said otherwise.
+        keep_missing: Compute and keep the KV of chunks that had none, once the question that needed it is answered.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        engine: Engine,
+        embedder: Embedder,
+        prompts: PromptBuilder,
+        *,
+        top_k: int = 4,
+        sampling: Sampling | None = None,
+        blend: BlendOptions | None = None,
+        keep_missing: bool = True,
+    ) -> None:
+        self.store, self.engine, self.embedder, self.prompts = store, engine, embedder, prompts
+        self.top_k = top_k
+        self.sampling = sampling or Sampling()
+        self.blend = blend or BlendOptions()
+        self.keep_missing = keep_missing
+        self._kv = KVKeeper(store, engine, prompts)
+        self._told = False
+        self._tell = threading.Lock()
+
+    # -- retrieval ----------------------------------------------------------------------------------------------
+
+    def retrieve(self, question: str, *, top_k: int | None = None) -> list[Hit]:
+        """The store's chunks that are nearest to the question, best first.
+
+        Raises:
+            PromptError: The question is empty.
+            StoreError: The store was made with another embedder.
+        """
+        k = self.top_k if top_k is None else top_k
+        if k < 1:
+            raise ConfigError(f"top_k must be at least 1; got {k}.")
+        if not question.strip():
+            raise PromptError("The question is empty.", remedy="Ask something.")
+        self.store.registry.require_embedder(self.embedder.fingerprint)
+        return self.store.index.search(self.embedder.embed_query(question), k)
+
+    async def aretrieve(self, question: str, *, top_k: int | None = None) -> list[Hit]:
+        """Async twin of retrieve."""
+        return await asyncio.to_thread(self.retrieve, question, top_k=top_k)
+
+    # -- answers ------------------------------------------------------------------------------------------------
+
+    def ask(
+        self,
+        question: str,
+        *,
+        top_k: int | None = None,
+        hits: Sequence[Hit] | None = None,
+        history: Sequence[Turn] = (),
+        sampling: Sampling | None = None,
+        blend: BlendOptions | None = None,
+    ) -> Answer:
+        """Answer a question.
+
+        Args:
+            question: The question.
+            top_k: Chunks to retrieve.
+            hits: Use these chunks in this order instead of retrieving.
+            history: Earlier turns of the conversation. They stand behind the chunks, which so stay reusable.
+            sampling: How tokens are chosen.
+            blend: How KV is reused.
+
+        Raises:
+            PromptError: The question is empty, or the history out of order.
+            ContextLengthError: The question alone is longer than the model's context.
+            LMCacheRAGError: See the store's and the engine's errors.
+        """
+        events = self.stream(question, top_k=top_k, hits=hits, history=history, sampling=sampling, blend=blend)
+        for event in events:
+            if isinstance(event, Answer):
+                answer = event
+        return answer
+
+    def stream(
+        self,
+        question: str,
+        *,
+        top_k: int | None = None,
+        hits: Sequence[Hit] | None = None,
+        history: Sequence[Turn] = (),
+        sampling: Sampling | None = None,
+        blend: BlendOptions | None = None,
+    ) -> Iterator[RAGEvent]:
+        """Answer piece by piece: TextDelta events, then one Answer. Arguments and errors as for ask.
+
+        After the Answer, missing KV is computed and kept; a caller that stops there skips this.
+        """
+        sampling, blend = sampling or self.sampling, self._allowed(blend or self.blend)
+        found = list(hits) if hits is not None else self.retrieve(question, top_k=top_k)
+        kept, dropped = self.fit(question, found, history=history, max_tokens=sampling.max_tokens)
+        prompt = self.prompts.query([hit.text for hit in kept], question, history)
+        for event in self.engine.stream(prompt, sampling, blend):
+            if isinstance(event, Completion):
+                if dropped:
+                    note = f"{len(dropped)} of {len(found)} chunks did not fit the context and were dropped."
+                    event = replace(event, warnings=(*event.warnings, note))
+                yield Answer(question, event.text, tuple(kept), tuple(dropped), event)
+                if self.keep_missing and blend.enabled and event.stats.chunks_missed:
+                    self._keep([hit.text for hit in kept])
+            else:
+                yield event
+
+    async def aask(
+        self,
+        question: str,
+        *,
+        top_k: int | None = None,
+        hits: Sequence[Hit] | None = None,
+        history: Sequence[Turn] = (),
+        sampling: Sampling | None = None,
+        blend: BlendOptions | None = None,
+    ) -> Answer:
+        """Async twin of ask. Cancelling it stops the computation."""
+        events = self.astream(question, top_k=top_k, hits=hits, history=history, sampling=sampling, blend=blend)
+        async for event in events:
+            if isinstance(event, Answer):
+                answer = event
+        return answer
+
+    async def astream(
+        self,
+        question: str,
+        *,
+        top_k: int | None = None,
+        hits: Sequence[Hit] | None = None,
+        history: Sequence[Turn] = (),
+        sampling: Sampling | None = None,
+        blend: BlendOptions | None = None,
+    ) -> AsyncIterator[RAGEvent]:
+        """Async twin of stream."""
+        events = self.stream(question, top_k=top_k, hits=hits, history=history, sampling=sampling, blend=blend)
+        async for event in iterate_in_thread(events):
+            yield event
+
+    def ask_batch(self, questions: Sequence[str], *, top_k: int | None = None) -> list[Answer | LMCacheRAGError]:
+        """Answer several questions, in order. One that fails gives its error instead; the others go on."""
+        answers: list[Answer | LMCacheRAGError] = []
+        for question in questions:
+            try:
+                answers.append(self.ask(question, top_k=top_k))
+            except LMCacheRAGError as problem:
+                answers.append(problem)
+        return answers
+
+    async def aask_batch(
+        self, questions: Sequence[str], *, top_k: int | None = None, concurrency: int = 8
+    ) -> list[Answer | LMCacheRAGError]:
+        """Async twin of ask_batch, several at a time."""
+        gate = asyncio.Semaphore(concurrency)
+
+        async def one(question: str) -> Answer | LMCacheRAGError:
+            async with gate:
+                try:
+                    return await self.aask(question, top_k=top_k)
+                except LMCacheRAGError as problem:
+                    return problem
+
+        return list(await asyncio.gather(*map(one, questions)))
+
+    def compare(
+        self, question: str, *, hits: Sequence[Hit] | None = None, top_k: int | None = None
+    ) -> Comparison:
+        """Answer once from blended KV and once by a full prefill, with the same chunks in the same order."""
+        hits = list(hits) if hits is not None else self.retrieve(question, top_k=top_k)
+        blended = self.ask(question, hits=hits)
+        full = self.ask(question, hits=hits, blend=replace(self.blend, enabled=False))
+        return Comparison(blended, full, first_difference(blended.completion.token_ids, full.completion.token_ids))
+
+    # -- inside -------------------------------------------------------------------------------------------------
+
+    def fit(
+        self, question: str, hits: Sequence[Hit], *, history: Sequence[Turn] = (), max_tokens: int = 0
+    ) -> tuple[list[Hit], list[Hit]]:
+        """Which chunks fit the context beside question and answer: (kept in their order, dropped lowest score first).
+
+        Raises:
+            ContextLengthError: Not even the question fits.
+        """
+        limit = self.engine.info.context_length
+        bare = len(self.prompts.query([], question, history))
+        if bare >= limit:
+            raise ContextLengthError(
+                f"The question{' and the conversation' if history else ''} take {bare} tokens, the model's context "
+                f"holds {limit}.",
+                remedy="Ask a shorter question." if not history else "Ask a shorter question or start a new chat.",
+            )
+        # An answer wants room too, but never so much that no passage is left.
+        room = limit - bare - min(max_tokens, (limit - bare) // 2)
+        separator = max(len(self.prompts.encode(self.prompts.format.separator)), 1) + 2
+        sizes = {id(hit): len(self.prompts.chunk_ids(hit.text)) + separator for hit in hits}
+        dropped: list[Hit] = []
+        total = sum(sizes.values())
+        for hit in sorted(hits, key=lambda h: h.score):
+            if total <= room:
+                break
+            dropped.append(hit)
+            total -= sizes[id(hit)]
+        if dropped:
+            log.warning(
+                "%d of %d chunks do not fit the context of %d tokens and were dropped, lowest score first. "
+                "Lower --top-k or --max-tokens, or use a model with a longer context.",
+                len(dropped),
+                len(hits),
+                limit,
+            )
+        gone = {id(hit) for hit in dropped}
+        return [hit for hit in hits if id(hit) not in gone], dropped
+
+    def _allowed(self, blend: BlendOptions) -> BlendOptions:
+        """An engine that cannot blend says so once and answers all the same, unless it raises by itself."""
+        info = self.engine.info
+        if blend.enabled and not info.can_blend and info.engine != "embedded":
+            with self._tell:
+                if not self._told:
+                    self._told = True
+                    log.warning("%s does not blend: %s. Answers come from full prefills.", info.model, info.why_not)
+            return replace(blend, enabled=False)
+        return blend
+
+    def _keep(self, texts: Sequence[str]) -> None:
+        """Keep the KV that a query missed; not worth failing an answer for."""
+        try:
+            self._kv.keep(texts)
+        except StoreLockedError:
+            log.debug("another writer is at work; the missing KV stays for the next question")
+        except LMCacheRAGError as problem:
+            log.warning("The KV that was missing is not kept: %s", problem)
+
+
+def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
+    """Index of the first place in which two sequences differ, or None."""
+    for index, (a, b) in enumerate(zip(first, second, strict=False)):
+        if a != b:
+            return index
+    return None if len(first) == len(second) else min(len(first), len(second))

@@ -1,0 +1,85 @@
+"""Settings: by argument, then LMCACHE_RAG_* environment, then the store's settings.toml, then the default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
+
+from lmcache_rag.errors import ConfigError
+
+FILE = "settings.toml"
+
+
+class Settings(BaseSettings):
+    """Everything that can be set. A change to a field marked (KV) makes new KV: the old is never used for it."""
+
+    model_config = SettingsConfigDict(env_prefix="LMCACHE_RAG_", env_ignore_empty=True, extra="forbid", frozen=True)
+
+    store: Path = Field(Path("lmcache-rag-store"), description="Folder of the store.")
+    model: str | None = Field(None, description="Folder or Hugging Face name of the model. (KV)")
+    embedder: str | None = Field(None, description="Folder or Hugging Face name of the embedding model.")
+    device: str | None = Field(None, description='"cpu", "cuda", "cuda:1" …; default: a GPU if there is one.')
+    dtype: str | None = Field(None, description="float32, bfloat16 or float16. (KV)")
+    policy: str = Field("query", description="Recompute policy: query, hkvd, head, none or all.")
+    ratio: float = Field(0.15, ge=0.0, le=1.0, description="Share of the cached tokens to recompute.")
+    blend: bool = Field(True, description="Reuse chunk KV; false computes every prompt in full.")
+    top_k: int = Field(4, ge=1, description="Chunks retrieved for a question.")
+    chunk_tokens: int = Field(256, ge=32, description="Most tokens of a chunk.")
+    chunk_overlap: int = Field(0, ge=0, description="Tokens that neighbouring chunks share.")
+    max_tokens: int = Field(256, ge=1, description="Most tokens of an answer.")
+    temperature: float = Field(0.0, ge=0.0, description="0 is greedy.")
+    system: str | None = Field(None, description="System text. (KV)")
+    instruction: str | None = Field(None, description="Stands before the passages. (KV)")
+    tenant: str = Field("", description="KV of different tenants is never shared. (KV)")
+    kv_budget_gb: float = Field(50.0, gt=0, description="Most gigabytes of KV files.")
+    memory_budget_gb: float = Field(4.0, ge=0, description="Most gigabytes of hot KV in memory.")
+    lock_timeout_s: float = Field(30.0, ge=0, description="How long to wait for another process that is writing.")
+
+    @classmethod
+    def load(cls, store: Path | str | None = None, **arguments: Any) -> Settings:
+        """Read all sources. Arguments that are None count as not given.
+
+        Raises:
+            ConfigError: A value has no meaning, or the file has an unknown name.
+        """
+        given = {name: value for name, value in arguments.items() if value is not None}
+        if store is not None:
+            given["store"] = Path(store)
+        try:
+            folder = given.get("store") or _Place().store
+            return _with_file(Path(folder) / FILE)(**given)
+        except ValidationError as problem:
+            raise ConfigError(
+                "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in problem.errors()),
+                remedy=f"See `lmcache-rag settings` for all names, and {FILE} in the store.",
+            ) from problem
+        except (ValueError, OSError) as problem:  # the TOML itself
+            raise ConfigError(f"The store's {FILE} cannot be read: {problem}", remedy="Mend or remove it.") from problem
+
+
+class _Place(BaseSettings):
+    """Where the store is must be known before its settings file can be read."""
+
+    model_config = SettingsConfigDict(env_prefix="LMCACHE_RAG_", env_ignore_empty=True, extra="ignore")
+    store: Path = Settings.model_fields["store"].default
+
+
+def _with_file(path: Path) -> type[Settings]:
+    """Settings that read this file after the environment."""
+
+    class WithFile(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls,
+            settings_cls: type[BaseSettings],
+            init_settings: PydanticBaseSettingsSource,
+            env_settings: PydanticBaseSettingsSource,
+            dotenv_settings: PydanticBaseSettingsSource,
+            file_secret_settings: PydanticBaseSettingsSource,
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, path)
+
+    return WithFile

@@ -1,0 +1,49 @@
+"""The store on disk: documents, chunks, embeddings and KV records in SQLite, search with FAISS.
+
+::
+
+    store/
+      store.db       SQLite: the truth, embeddings included
+      index.faiss    made from it, saved to start faster; may be deleted
+      kv/            the engine's files
+      lock           held by whoever writes
+"""
+
+from lmcache_rag.store.index import VectorIndex, Where
+from lmcache_rag.store.registry import Registry
+from lmcache_rag.store.store import Store
+from lmcache_rag.store.types import (
+    DocumentRecord,
+    DocumentRef,
+    FingerprintStats,
+    Hit,
+    KVRow,
+    NewChunk,
+    NewDocument,
+    PutResult,
+    RemoveResult,
+    StoredChunk,
+    StoreStats,
+    Vector,
+    text_hash,
+)
+
+__all__ = [
+    "DocumentRecord",
+    "DocumentRef",
+    "FingerprintStats",
+    "Hit",
+    "KVRow",
+    "NewChunk",
+    "NewDocument",
+    "PutResult",
+    "Registry",
+    "RemoveResult",
+    "Store",
+    "StoreStats",
+    "StoredChunk",
+    "Vector",
+    "VectorIndex",
+    "Where",
+    "text_hash",
+]

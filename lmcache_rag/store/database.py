@@ -1,0 +1,207 @@
+"""Connections and transactions: any number of readers, one writer, errors that say what to do."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from lmcache_rag.errors import StoreError
+from lmcache_rag.store import schema
+from lmcache_rag.store.faults import cannot_write, corrupt, translated
+from lmcache_rag.store.lock import WriterLock
+from lmcache_rag.store.sources import Live, Source, open_for_reading
+
+_MAX_IDLE = 8
+_CHECK_UP_TO = 256 * 2**20
+
+
+class Database:
+    """The SQLite file of a store. Safe to use from several threads, and beside other processes.
+
+    Args:
+        path: The database file; it is made if it is missing and can be written.
+        lock: What a writer must hold.
+        read_only: Refuse every write.
+        lock_timeout: Most seconds that a write waits for the lock.
+        refusal: Makes the error of a refused write from the store's folder.
+
+    Raises:
+        StoreError: Or one of its subclasses, when the file cannot be used.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        lock: WriterLock,
+        *,
+        read_only: bool,
+        lock_timeout: float,
+        refusal: Callable[[Path], StoreError] = cannot_write,
+    ) -> None:
+        self.path = path
+        self.read_only = read_only
+        self._refusal = refusal
+        self._lock = lock
+        self._lock_timeout = lock_timeout
+        self._pid = os.getpid()
+        self._mutex = threading.Lock()  # guards the source and the idle connections
+        self._write_turn = threading.Lock()
+        self._idle: list[sqlite3.Connection] = []
+        self._writer: sqlite3.Connection | None = None
+        self._closed = False
+        with translated(path):
+            self._source: Source = open_for_reading(path) if read_only else self._open_for_writing()
+            connection = self._source.connect()
+            try:
+                if schema.needs_migration(connection, path):
+                    raise schema.cannot_migrate(connection, path)
+                self._check_pages(connection)
+            except BaseException:
+                connection.close()
+                self._source.close()
+                raise
+            self._idle.append(connection)
+
+    def _open_for_writing(self) -> Source:
+        if not self.path.exists() or self._is_old():
+            with self._lock.held(self._lock_timeout):
+                connection = Live(self.path, "rwc").connect()
+                try:
+                    connection.execute("PRAGMA journal_mode = WAL")
+                    schema.migrate(connection, self.path)
+                finally:
+                    connection.close()
+        # Not "rwc" from here on: a store that was deleted under us must not come back empty.
+        return Live(self.path, "rw")
+
+    def _is_old(self) -> bool:
+        connection = Live(self.path, "rw").connect()
+        try:
+            return schema.needs_migration(connection, self.path)
+        finally:
+            connection.close()
+
+    def _check_pages(self, connection: sqlite3.Connection) -> None:
+        # About 1 ms per MB. Beyond this size damage is found when it is read, and by Registry.check().
+        if self.path.stat().st_size <= _CHECK_UP_TO:
+            found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if found != "ok":
+                raise corrupt(self.path, found.splitlines()[-1])
+
+    @contextmanager
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """A connection that sees one state of the store for as long as the block lasts.
+
+        Raises:
+            StoreError: Or one of its subclasses.
+        """
+        with translated(self.path):
+            source, connection = self._borrow()
+            try:
+                connection.execute("BEGIN")
+                yield connection
+            finally:
+                self._give_back(source, connection)
+
+    @contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """A connection whose changes are kept together at the end of the block, or not at all when it raises.
+
+        Raises:
+            StoreLockedError: Another process is writing.
+            StoreReadOnlyError, StoreFullError, StoreCorruptError: The file cannot be written.
+        """
+        self._check_usable()
+        self.require_writable()
+        with self._lock.held(self._lock_timeout), self._write_turn, translated(self.path):
+            connection = self._writer_connection()
+            try:
+                connection.execute("BEGIN IMMEDIATE")
+                yield connection
+                connection.execute("COMMIT")
+            finally:
+                if connection.in_transaction:
+                    self._roll_back(connection)
+
+    def require_writable(self) -> None:
+        """Check that writes are not refused.
+
+        Raises:
+            StoreReadOnlyError, StoreFullError: They are.
+        """
+        if self.read_only:
+            raise self._refusal(self.path.parent)
+
+    def close(self) -> None:
+        """Close every connection. Safe to call twice."""
+        with self._mutex:
+            self._closed = True
+            connections, self._idle = self._idle, []
+        with self._write_turn:
+            if self._writer is not None:
+                connections.append(self._writer)
+                self._writer = None
+        if os.getpid() == self._pid:  # connections of the parent process are not ours to close
+            for connection in connections:
+                connection.close()
+            self._source.close()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it can no longer be used, here or in this process at all."""
+        return self._closed or os.getpid() != self._pid
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise StoreError(f"The store {self.path.parent} has been closed.", remedy="Open it again.")
+        if os.getpid() != self._pid:
+            raise StoreError(
+                f"The store {self.path.parent} was opened in another process.",
+                remedy="Open it in each process, after the fork.",
+            )
+
+    def _borrow(self) -> tuple[Source, sqlite3.Connection]:
+        self._check_usable()
+        with self._mutex:
+            if self._source.changed():
+                stale, self._idle = self._idle, []
+                for connection in stale:
+                    connection.close()
+                self._source.close()
+                self._source = open_for_reading(self.path)
+            if self._idle:
+                return self._source, self._idle.pop()
+            source = self._source
+        return source, source.connect()
+
+    def _give_back(self, source: Source, connection: sqlite3.Connection) -> None:
+        try:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+        except sqlite3.Error:
+            connection.close()
+            return
+        with self._mutex:
+            if source is self._source and not self._closed and len(self._idle) < _MAX_IDLE:
+                self._idle.append(connection)
+                return
+        connection.close()
+
+    def _writer_connection(self) -> sqlite3.Connection:
+        self._check_usable()
+        if self._writer is None:
+            self._writer = self._source.connect()
+        return self._writer
+
+    def _roll_back(self, connection: sqlite3.Connection) -> None:
+        try:
+            connection.execute("ROLLBACK")
+        except sqlite3.Error:
+            # What was not committed is undone by the next connection that looks at the file.
+            self._writer = None
+            with suppress(sqlite3.Error):
+                connection.close()

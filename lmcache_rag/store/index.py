@@ -1,0 +1,235 @@
+"""Search: a FAISS index in memory that follows the database, and a file that saves its making."""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lmcache_rag.errors import ConfigError, StoreError
+from lmcache_rag.store import index_file, meta, queries
+from lmcache_rag.store.database import Database
+from lmcache_rag.store.faiss_lib import few_threads, import_faiss
+from lmcache_rag.store.types import Hit, Vector
+from lmcache_rag.store.vectors import from_blobs, normalised
+
+logger = logging.getLogger("lmcache_rag.store")
+
+Where: TypeAlias = queries.Filter | Callable[[Hit], bool]
+_ROWS = 4096  # vectors that are read at a time
+
+
+class VectorIndex:
+    """Finds the chunks whose embeddings have the largest inner product with a query's.
+
+    The database is the truth. Before each search the index takes over what any process has committed since; a missing,
+    damaged or foreign file costs the time to make the index anew, and a warning. Safe to use from several threads.
+
+    Args:
+        path: The index file.
+        database: The store's database.
+    """
+
+    def __init__(self, path: Path, database: Database) -> None:
+        self._path = path
+        self._database = database
+        # Guards the fields below. Snapshots of the database are taken under it, so they are never older than the index.
+        self._lock = threading.RLock()
+        self._index: Any = None
+        self._generation = 0
+        self._saved_generation = -1
+        self._looked_at_file = False
+
+    def __len__(self) -> int:
+        with self._lock:
+            return 0 if self._index is None else int(self._index.ntotal)
+
+    def refresh(self) -> None:
+        """Take over what has been committed; search() does so itself.
+
+        Raises:
+            StoreCorruptError: The database is damaged.
+        """
+        with self._lock, self._database.read() as connection:
+            self._refresh(connection)
+
+    def ids(self) -> set[int]:
+        """The chunks that a search can find."""
+        with self._lock:
+            self.refresh()
+            return set(self._ids().tolist())
+
+    def vectors(self, chunk_ids: Sequence[int]) -> Vector:
+        """Embeddings of chunks, of unit length, shape [n, dimension].
+
+        Raises:
+            StoreError: A chunk is not in the index.
+        """
+        with self._lock:
+            self.refresh()
+            unknown = set(chunk_ids) - set(self._ids().tolist())
+            if unknown:
+                raise StoreError(f"Chunks {sorted(unknown)[:5]} have no embedding in this store.")
+            if not chunk_ids:
+                return np.empty((0, 0 if self._index is None else self._index.d), dtype=np.float32)
+            return np.stack([self._index.reconstruct(int(chunk_id)) for chunk_id in chunk_ids])
+
+    def search(self, vector: Vector | Sequence[float], k: int, *, where: Where | None = None) -> list[Hit]:
+        """The k best chunks for one query vector, best first; fewer when the store holds fewer.
+
+        Args:
+            vector: Shape [dimension], made by the store's embedder.
+            k: How many.
+            where: Only chunks that fulfil it: values by name (see queries.Condition; hits then name only the documents
+                that fulfil it), or a function that gets each hit.
+
+        Raises:
+            ConfigError: k is below 1, or the filter has no meaning.
+            StoreError: The vector does not fit the store.
+        """
+        return self.search_batch([vector], k, where=where)[0]
+
+    def search_batch(
+        self, vectors: Sequence[Vector | Sequence[float]] | Vector, k: int, *, where: Where | None = None
+    ) -> list[list[Hit]]:
+        """search() for several query vectors at once."""
+        if k < 1:
+            raise ConfigError(f"A search needs to ask for at least one chunk; got {k}.")
+        if len(vectors) == 0:
+            return []
+        if where is None or isinstance(where, Mapping):
+            condition = queries.Condition(where) if where else None
+            return self._ranked(vectors, k, condition)[0]
+        wanted = 4 * k
+        while True:
+            # The function sees the best hits first; ask for more of them only while it turns too many down.
+            found, exhausted = self._ranked(vectors, wanted, None)
+            kept = [[hit for hit in hits if where(hit)][:k] for hits in found]
+            if exhausted or all(len(hits) == k for hits in kept):
+                return kept
+            wanted *= 4
+
+    def save(self) -> None:
+        """Write the index file if it lags. The caller holds the writer lock.
+
+        A file that cannot be written is no error: it only costs the time to make the index anew.
+        """
+        try:
+            with self._lock:
+                self.refresh()
+                if self._index is None or self._generation == self._saved_generation:
+                    return
+                facts = index_file.Facts(uuid.uuid4().hex, self._generation, self._index.d, self._index.ntotal)
+                index_file.write(self._path, self._index, facts)
+                # Only a file that the database knows is believed, so that a restored backup of either is noticed.
+                with self._database.write() as connection:
+                    meta.put(connection, meta.INDEX_STAMP, facts.stamp)
+                self._saved_generation = self._generation
+        except (OSError, StoreError) as error:
+            logger.warning("%s could not be saved and will be made anew when it is next needed: %s", self._path, error)
+
+    def _ranked(
+        self, vectors: Sequence[Vector | Sequence[float]] | Vector, k: int, condition: queries.Condition | None
+    ) -> tuple[list[list[Hit]], bool]:
+        """Hits for each vector, and whether no larger k could find more."""
+        with ExitStack() as snapshot:
+            with self._lock:
+                connection = snapshot.enter_context(self._database.read())
+                self._refresh(connection)
+                size = len(self)
+                if size == 0:
+                    return [[] for _ in vectors], True
+                asked = normalised(vectors, self._index.d)
+                faiss, parameters = import_faiss(), None
+                if condition is not None:
+                    allowed = np.asarray(condition.chunk_ids(connection), dtype=np.int64)
+                    size = min(size, len(allowed))
+                    if size == 0:
+                        return [[] for _ in vectors], True
+                    parameters = faiss.SearchParameters(sel=faiss.IDSelectorBatch(allowed))
+                with few_threads(asked.size * self._index.ntotal):
+                    scores, ids = self._index.search(asked, min(k, size), params=parameters)
+            found = [
+                {int(chunk_id): float(score) for chunk_id, score in zip(*row, strict=True) if chunk_id >= 0}
+                for row in zip(ids, scores, strict=True)
+            ]
+            hits = [queries.hits(connection, self._database.path, best, condition) for best in found]
+        return hits, k >= size
+
+    def _refresh(self, connection: sqlite3.Connection) -> None:
+        generation, dimension = meta.get_int(connection, meta.GENERATION), meta.dimension(connection)
+        if not self._looked_at_file:
+            self._looked_at_file = True
+            self._load(connection, generation)
+        if dimension is None:
+            self._index = None
+        elif self._index is None or self._index.d != dimension or generation < self._generation:
+            self._index = self._fresh(connection, dimension)
+        elif generation > self._generation:
+            self._update(connection, dimension)
+        self._generation = generation
+
+    def _load(self, connection: sqlite3.Connection, generation: int) -> None:
+        stamp = meta.get(connection, meta.INDEX_STAMP)
+        if stamp is None and not self._path.exists():
+            return  # never saved so far
+        try:
+            index, facts = index_file.read(self._path)
+            if facts.stamp != stamp or facts.generation > generation:
+                raise index_file.DamagedIndexError("it belongs to another state of the store")
+        except (OSError, index_file.DamagedIndexError) as error:
+            why = "it is missing" if isinstance(error, FileNotFoundError) else str(error)
+            logger.warning("The index %s is made anew from the database: %s.", self._path, why)
+            return
+        self._index, self._generation, self._saved_generation = index, facts.generation, facts.generation
+
+    def _fresh(self, connection: sqlite3.Connection, dimension: int) -> Any:
+        faiss = import_faiss()
+        index = faiss.IndexIDMap2(faiss.IndexFlatIP(dimension))
+        for ids, rows in self._vectors_after(connection, 0, dimension):
+            index.add_with_ids(rows, ids)
+        return index
+
+    def _update(self, connection: sqlite3.Connection, dimension: int) -> None:
+        """Take over what came and went since the index's generation."""
+        new = list(self._vectors_after(connection, self._generation, dimension))
+        present = self._ids()
+        gone = [np.intersect1d(ids, present) for ids, _ in new]  # embedded anew
+        if meta.get_int(connection, meta.REMOVALS) > self._generation:
+            live = connection.execute("SELECT chunk_id FROM chunks WHERE vector_generation IS NOT NULL")
+            gone.append(np.setdiff1d(present, np.fromiter((row[0] for row in live), dtype=np.int64)))
+        try:
+            remove = np.concatenate(gone) if gone else np.empty(0, dtype=np.int64)
+            if len(remove):
+                self._index.remove_ids(import_faiss().IDSelectorBatch(remove))
+            for ids, rows in new:
+                self._index.add_with_ids(rows, ids)
+        except BaseException:
+            self._index = None  # half done: make it anew next time
+            raise
+
+    def _vectors_after(
+        self, connection: sqlite3.Connection, generation: int, dimension: int
+    ) -> Iterator[tuple[NDArray[np.int64], Vector]]:
+        cursor = connection.execute(
+            "SELECT chunk_id, embedding FROM chunks WHERE vector_generation > ? ORDER BY chunk_id", (generation,)
+        )
+        while rows := cursor.fetchmany(_ROWS):
+            yield (
+                np.array([row[0] for row in rows], dtype=np.int64),
+                from_blobs((row[1] for row in rows), dimension, self._database.path),
+            )
+
+    def _ids(self) -> NDArray[np.int64]:
+        if self._index is None:
+            return np.empty(0, dtype=np.int64)
+        ids: NDArray[np.int64] = import_faiss().vector_to_array(self._index.id_map)
+        return ids

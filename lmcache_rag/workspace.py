@@ -1,0 +1,155 @@
+"""Everything that a program needs, put together from settings: store, engine, embedder, and the verbs over them."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from lmcache_rag.engines.base import BlendOptions, Sampling
+from lmcache_rag.settings import Settings
+
+if TYPE_CHECKING:
+    from lmcache_rag.documents import Splitter
+    from lmcache_rag.embedding import Embedder
+    from lmcache_rag.engines.base import Engine
+    from lmcache_rag.ingest import Ingestor
+    from lmcache_rag.maintain import Maintainer
+    from lmcache_rag.prompt import PromptBuilder
+    from lmcache_rag.rag import RAG
+    from lmcache_rag.store import Store
+
+_GB = 1_000_000_000
+
+
+class Workspace:
+    """Opens parts when they are first used, so that `status` loads no weights. Use it as a context manager.
+
+    Args:
+        settings: The settings.
+        create: Make the store if it does not exist.
+        engine: Use this engine instead of an embedded one.
+        embedder: Use this embedder instead of the one that the settings name.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        create: bool = True,
+        engine: Engine | None = None,
+        embedder: Embedder | None = None,
+    ) -> None:
+        self.settings = settings
+        self._create = create
+        self._engine, self._embedder = engine, embedder
+
+    @classmethod
+    def open(cls, store: str | Path | None = None, *, create: bool = True, **settings: Any) -> Workspace:
+        """Open with settings from arguments, then environment, then the store's settings.toml, then defaults."""
+        engine, embedder = settings.pop("engine", None), settings.pop("embedder_object", None)
+        return cls(Settings.load(store, **settings), create=create, engine=engine, embedder=embedder)
+
+    @cached_property
+    def store(self) -> Store:
+        """The store."""
+        from lmcache_rag.store import Store
+
+        return Store.open(self.settings.store, create=self._create)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine."""
+        if self._engine is not None:
+            return self._engine
+        from lmcache_rag.engines.embedded import EmbeddedEngine
+
+        return EmbeddedEngine(
+            self.settings.model,
+            kv_dir=self.store.kv_dir,
+            device=self.settings.device,
+            dtype=self.settings.dtype,
+            kv_budget=int(self.settings.kv_budget_gb * _GB),
+            memory_budget=int(self.settings.memory_budget_gb * _GB),
+        )
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The embedder."""
+        if self._embedder is not None:
+            return self._embedder
+        from lmcache_rag.embedding import SentenceTransformerEmbedder
+
+        return SentenceTransformerEmbedder(self.settings.embedder, device=self.settings.device)
+
+    @cached_property
+    def prompts(self) -> PromptBuilder:
+        """The prompts of this engine, system text, instruction and tenant."""
+        from lmcache_rag.prompt import PromptBuilder, PromptFormat
+
+        given = {"system": self.settings.system, "instruction": self.settings.instruction}
+        words = PromptFormat(**{name: text for name, text in given.items() if text is not None})  # type: ignore[arg-type]
+        return PromptBuilder(self.engine.tokenizer, self.engine.info, format=words, tenant=self.settings.tenant)
+
+    @cached_property
+    def splitter(self) -> Splitter:
+        """The splitter, sized in the model's tokens."""
+        from lmcache_rag.documents import Splitter
+
+        return Splitter(
+            self.prompts.encode,
+            chunk_tokens=self.settings.chunk_tokens,
+            overlap_tokens=self.settings.chunk_overlap,
+        )
+
+    @cached_property
+    def ingestor(self) -> Ingestor:
+        """Fills the store."""
+        from lmcache_rag.ingest import Ingestor
+
+        return Ingestor(
+            self.store,
+            self.engine,
+            self.embedder,
+            self.prompts,
+            self.splitter,
+            lock_timeout=self.settings.lock_timeout_s,
+        )
+
+    @cached_property
+    def rag(self) -> RAG:
+        """Answers from the store."""
+        from lmcache_rag.rag import RAG
+
+        return RAG(
+            self.store,
+            self.engine,
+            self.embedder,
+            self.prompts,
+            top_k=self.settings.top_k,
+            sampling=Sampling(max_tokens=self.settings.max_tokens, temperature=self.settings.temperature),
+            blend=BlendOptions(self.settings.policy, self.settings.ratio, self.settings.blend),
+        )
+
+    @cached_property
+    def maintainer(self) -> Maintainer:
+        """Looks after the store."""
+        from lmcache_rag.maintain import Maintainer
+
+        return Maintainer(self.store, self.engine, self.prompts, lock_timeout=self.settings.lock_timeout_s)
+
+    def close(self) -> None:
+        """Close what was opened here; a given engine stays as it is. Safe to call twice."""
+        for name in ("engine", "store"):
+            part = self.__dict__.pop(name, None)
+            if part is not None and part is not self._engine:
+                part.close()
+
+    def __enter__(self) -> Workspace:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,57 @@
+"""Tiny random models of every supported family and RoPE scaling, and texts to feed them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+SCALINGS: dict[str, dict[str, Any]] = {
+    "default": {"rope_type": "default"},
+    "linear": {"rope_type": "linear", "factor": 4.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 512,
+    },
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
+}
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+CASES = [(family, scaling) for family in FAMILIES for scaling in SCALINGS]
+
+
+def tiny_config(family: str, scaling: str = "default", **changes: Any) -> Any:
+    """A configuration of that family: 4 layers, 4 heads, 2 KV heads of size 16."""
+    facts: dict[str, Any] = {
+        "vocab_size": 49152,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 4096,
+        "rope_parameters": {"rope_theta": 10000.0, **SCALINGS[scaling]},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 2,
+    }
+    if family == "mistral":
+        facts["sliding_window"] = None
+    return transformers.AutoConfig.for_model(family, **(facts | changes))
+
+
+def tiny_model(family: str, scaling: str = "default", *, seed: int = 0, **changes: Any) -> Any:
+    """A random model whose attention is far from uniform, so that mistakes show."""
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, scaling, **changes), dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+                weight.mul_(8)
+            elif "embed_tokens" in name or "lm_head" in name:
+                weight.mul_(20)
+    return model.eval()

@@ -1,0 +1,60 @@
+"""Progress on stderr."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from lmcache_rag.cli import bars as bars_module
+from lmcache_rag.cli.bars import Bars, IngestBars
+from lmcache_rag.cli.run import Run
+from lmcache_rag.ingest import Progress
+
+
+def run_on(*, terminal: bool) -> tuple[Run, io.StringIO]:
+    shown = io.StringIO()
+    return Run({}, err=Console(file=shown, force_terminal=terminal, width=80, color_system=None)), shown
+
+
+def test_on_a_terminal_documents_chunks_rate_and_time_left_are_shown() -> None:
+    run, shown = run_on(terminal=True)
+    with IngestBars(run, with_kv=True) as bars:
+        for done in range(1, 5):
+            bars.step(Progress("document", done, 10))
+        for done in range(1, 9):
+            bars.step(Progress("kv", done, 8, 100))
+    last = shown.getvalue().rpartition("documents ")[2]
+    assert " 4/10" in last
+    assert " 8/20" in last  # six documents are still to come, and four held eight chunks
+    assert " tokens/s" in last
+
+
+def test_no_line_is_wider_than_the_terminal() -> None:
+    run, shown = run_on(terminal=True)
+    with IngestBars(run, with_kv=True) as bars:
+        bars.step(Progress("document", 10_000, 10_000))
+        bars.step(Progress("kv", 123_456, 1_234_567, 256))
+        bars.step(Progress("kv", 123_457, 1_234_567, 256))
+    plain = shown.getvalue().replace("\r", "\n").replace("\x1b[2K", "").replace("\x1b[1A", "")
+    assert max(len(line) for line in plain.split("\n") if "\x1b" not in line) <= 80
+
+
+def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bars_module, "_EVERY_S", 0.0)
+    run, shown = run_on(terminal=False)
+    with Bars(run, "KV") as bars:
+        bars.update("KV", 1, 1200, tokens=5)
+        bars.update("KV", 2, 1200, tokens=5)
+    first, second = shown.getvalue().splitlines()
+    assert first == "KV 1 of 1,200"
+    assert second.startswith("KV 2 of 1,200; ")
+    assert second.endswith(" tokens/s")
+
+
+def test_without_a_terminal_a_short_run_shows_nothing() -> None:
+    run, shown = run_on(terminal=False)
+    with Bars(run, "KV") as bars:
+        bars.update("KV", 1, 2, tokens=5)
+    assert shown.getvalue() == ""

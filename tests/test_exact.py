@@ -1,0 +1,114 @@
+"""Recomputing everything equals a full prefill: the test of the whole machinery."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from models import CASES, tiny_model
+
+from lmcache_rag.blend.policies import get_policy
+from lmcache_rag.blend.rope import shift_keys, shift_tables
+from lmcache_rag.engines.base import BlendOptions
+from lmcache_rag.engines.embedded import EmbeddedEngine
+from lmcache_rag.engines.hf_model import HFModel
+from lmcache_rag.engines.kv_buffer import KVBuffer
+from lmcache_rag.prompt import PromptBuilder
+
+
+def blended_logits(engine: EmbeddedEngine, prompt, policy: str, ratio: float = 0.15) -> torch.Tensor:
+    """Logits of the prompt's last token after a blended prefill, [vocabulary]."""
+    model = engine._model
+    ids = torch.tensor(prompt.token_ids)
+    cache: KVBuffer = model.buffer(len(ids))
+    engine._blend(prompt, ids, cache, BlendOptions(policy, ratio))
+    with torch.inference_mode():
+        rest = ids[None, cache.get_seq_length() :]
+        return model.model(rest, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+
+
+def check_prompts(engine: EmbeddedEngine, plain, sentences: list[str], prompts: int) -> float:
+    """The largest difference of logits between policy `all` and a plain prefill over that many prompts."""
+    builder = PromptBuilder(engine.tokenizer, engine.info)
+    rng = random.Random(7)
+    worst = 0.0
+    for index in range(prompts):
+        count = 1 + index % 8
+        chunks = [" ".join(rng.sample(sentences, rng.randint(1, 4))) for _ in range(count)]
+        list(engine.precompute(builder.ingest(chunk) for chunk in chunks))
+        rng.shuffle(chunks)
+        prompt = builder.query(chunks, "What is this about?")
+        with torch.inference_mode():
+            wanted = plain(torch.tensor(prompt.token_ids)[None], logits_to_keep=1).logits[0, -1]
+        worst = max(worst, float((blended_logits(engine, prompt, "all") - wanted).abs().max()))
+    return worst
+
+
+def test_all_equals_a_plain_prefill_on_smollm2(smollm2_engine, smollm2_plain, sentences):
+    assert check_prompts(smollm2_engine, smollm2_plain, sentences, 20) < 1e-3
+
+
+@pytest.mark.parametrize(("family", "scaling"), CASES)
+def test_all_equals_a_plain_prefill_in_every_family(family, scaling, tokenizer, sentences, tmp_path):
+    plain = tiny_model(family, scaling)
+    engine = EmbeddedEngine.from_model(
+        HFModel.wrap(tiny_model(family, scaling), tokenizer), name="tiny", revision="0", kv_dir=tmp_path
+    )
+    assert plain.config._attn_implementation == "sdpa"
+    assert check_prompts(engine, plain, sentences, 20) < 1e-3
+
+
+@pytest.mark.parametrize(("family", "scaling"), CASES)
+def test_a_moved_key_equals_the_key_computed_there(family, scaling, tokenizer):
+    model = HFModel.wrap(tiny_model(family, scaling), tokenizer)
+    ids = torch.randint(300, 15000, (1, 48))
+
+    def keys(start: int) -> torch.Tensor:
+        cache = model.buffer(48)
+        model.forward(ids, torch.arange(start, start + 48), cache)
+        return cache.layers[0].keys[0]
+
+    for old, new in ((64, 64), (64, 700), (64, 4000), (3000, 10)):
+        cos, sin = shift_tables(model.rotary, torch.arange(old, old + 48), torch.arange(new, new + 48))
+        moved = shift_keys(keys(old), cos, sin)
+        assert (moved - keys(new)).abs().max() < 1e-4
+        if old != new:
+            assert (keys(old) - keys(new)).abs().max() > 1e-2  # the move was not for nothing
+
+
+def test_reuse_without_recomputation_differs_and_query_repairs_most(smollm2_engine, smollm2_plain, sentences):
+    """The other side of exactness: what is reused is really reused."""
+    builder = PromptBuilder(smollm2_engine.tokenizer, smollm2_engine.info)
+    chunks = [" ".join(sentences[i : i + 6]) for i in range(0, 24, 6)]
+    list(smollm2_engine.precompute(builder.ingest(chunk) for chunk in chunks))
+    prompt = builder.query(chunks[::-1], "What is said of the first subject?")
+    with torch.inference_mode():
+        wanted = smollm2_plain(torch.tensor(prompt.token_ids)[None], logits_to_keep=1).logits[0, -1]
+    errors = {
+        ratio: float((blended_logits(smollm2_engine, prompt, "query", ratio) - wanted).norm()) for ratio in (0, 0.5, 1)
+    }
+    assert errors[0] > 10 * errors[1]
+    assert errors[0.5] < errors[0]
+
+
+def test_a_first_chunk_in_its_own_place_is_exact(smollm2_engine, smollm2_plain, sentences):
+    builder = PromptBuilder(smollm2_engine.tokenizer, smollm2_engine.info)
+    chunk = " ".join(sentences[:5])
+    list(smollm2_engine.precompute([builder.ingest(chunk)]))
+    prompt = builder.query([chunk], "What is it?")
+    with torch.inference_mode():
+        wanted = smollm2_plain(torch.tensor(prompt.token_ids)[None], logits_to_keep=1).logits[0, -1]
+    assert (blended_logits(smollm2_engine, prompt, "none") - wanted).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("policy", ["query", "hkvd", "head", "none", "all"])
+def test_a_pass_leaves_no_trace_of_what_it_looked_at(policy, smollm2_engine, sentences):
+    """Running a policy's own passes must not change the KV that is blended: twice gives the same to the bit."""
+    builder = PromptBuilder(smollm2_engine.tokenizer, smollm2_engine.info)
+    chunks = [" ".join(sentences[i : i + 3]) for i in (0, 3, 6)]
+    list(smollm2_engine.precompute(builder.ingest(chunk) for chunk in chunks))
+    prompt = builder.query(chunks, "Which?")
+    first = blended_logits(smollm2_engine, prompt, policy)
+    assert torch.equal(first, blended_logits(smollm2_engine, prompt, policy))
+    assert get_policy(policy).name == policy

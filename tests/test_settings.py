@@ -1,0 +1,125 @@
+"""Where settings come from, and what is said when they have no meaning."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lmcache_rag.errors import ConfigError
+from lmcache_rag.settings import FILE, Settings
+
+
+@pytest.fixture(autouse=True)
+def bare_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in list(os.environ):
+        if name.upper().startswith("LMCACHE_RAG_"):
+            monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+
+
+def write(folder: Path, text: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / FILE).write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_defaults_hold_when_nothing_is_said() -> None:
+    settings = Settings.load()
+    assert (settings.policy, settings.ratio, settings.top_k, settings.blend) == ("query", 0.15, 4, True)
+    assert settings.store == Path("lmcache-rag-store")
+    assert settings.model is None
+
+
+def test_the_stores_file_goes_before_the_default(tmp_path: Path) -> None:
+    store = write(tmp_path / "s", "top_k = 7\nblend = false\n")
+    settings = Settings.load(store)
+    assert (settings.top_k, settings.blend, settings.ratio) == (7, False, 0.15)
+
+
+def test_the_environment_goes_before_the_stores_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = write(tmp_path / "s", "top_k = 7\nratio = 0.5\n")
+    monkeypatch.setenv("LMCACHE_RAG_TOP_K", "8")
+    settings = Settings.load(store)
+    assert (settings.top_k, settings.ratio) == (8, 0.5)
+
+
+def test_an_argument_goes_before_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = write(tmp_path / "s", "top_k = 7\n")
+    monkeypatch.setenv("LMCACHE_RAG_TOP_K", "8")
+    assert Settings.load(store, top_k=9).top_k == 9
+
+
+def test_an_argument_of_none_counts_as_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMCACHE_RAG_TOP_K", "8")
+    assert Settings.load(top_k=None, ratio=None).top_k == 8
+
+
+def test_an_empty_variable_counts_as_not_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = write(tmp_path / "s", 'ratio = 0.5\nmodel = "m"\n')
+    monkeypatch.setenv("LMCACHE_RAG_RATIO", "")
+    monkeypatch.setenv("LMCACHE_RAG_MODEL", "")
+    settings = Settings.load(store)
+    assert (settings.ratio, settings.model) == (0.5, "m")
+
+
+def test_the_environment_names_the_store_whose_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMCACHE_RAG_STORE", str(write(tmp_path / "s", "top_k = 7\n")))
+    settings = Settings.load()
+    assert (settings.store, settings.top_k) == (tmp_path / "s", 7)
+
+
+def test_the_file_of_the_default_store_is_read(tmp_path: Path) -> None:
+    write(tmp_path / "lmcache-rag-store", "top_k = 7\n")
+    assert Settings.load().top_k == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ratio", 1.5),
+        ("ratio", -0.1),
+        ("top_k", 0),
+        ("max_tokens", 0),
+        ("temperature", -1),
+        ("chunk_tokens", 8),
+        ("kv_budget_gb", 0),
+        ("top_k", "many"),
+    ],
+)
+def test_a_value_without_meaning_gives_an_error_that_names_the_setting(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=f"^{name}: ") as caught:
+        Settings.load(**{name: value})
+    assert "lmcache-rag settings" in caught.value.remedy
+
+
+def test_an_unknown_argument_is_refused() -> None:
+    with pytest.raises(ConfigError, match="ratoi"):
+        Settings.load(ratoi=0.5)
+
+
+def test_an_unknown_name_in_the_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="ratoi") as caught:
+        Settings.load(write(tmp_path / "s", "ratoi = 0.5\n"))
+    assert FILE in caught.value.remedy
+
+
+def test_a_file_that_is_no_toml_is_refused_with_the_place(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"{FILE} cannot be read.*line 2"):
+        Settings.load(write(tmp_path / "s", "top_k = 1\nratio =\n"))
+
+
+def test_a_folder_with_the_files_name_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "s" / FILE).mkdir(parents=True)
+    assert Settings.load(tmp_path / "s").top_k == 4
+
+
+def test_settings_cannot_be_changed_afterwards() -> None:
+    settings = Settings.load()
+    with pytest.raises(ValueError, match="frozen"):
+        settings.top_k = 5
+
+
+def test_every_setting_has_a_description() -> None:
+    assert [name for name, field in Settings.model_fields.items() if not field.description] == []

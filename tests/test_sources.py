@@ -1,0 +1,256 @@
+"""Where a model and an embedder come from: folder, Hugging Face cache, hub; each failure says what to do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import hub_kit
+import pytest
+from hub_kit import COMMIT, LocalServer, serving
+
+from lmcache_rag.errors import SourceError
+from lmcache_rag.sources import find_embedder, find_model, revision_of
+
+MODEL = {"config.json": b"{}", "model.safetensors": b"w" * 5000, "tokenizer.json": b"{}"}
+
+
+def write(folder: Path, files: dict[str, bytes]) -> Path:
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Own caches, and a hub that refuses connections: what a test does not set up is not there."""
+    from huggingface_hub import constants
+
+    cache = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setenv("LMCACHE_RAG_CACHE", str(tmp_path / "own"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    return cache
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[hub_kit.Answer], LocalServer]]:
+    """Start a server in the hub's place."""
+    from contextlib import ExitStack
+
+    from huggingface_hub import constants
+
+    with ExitStack() as stack:
+
+        def start(answer: hub_kit.Answer) -> LocalServer:
+            server = stack.enter_context(serving(answer))
+            monkeypatch.setattr(constants, "ENDPOINT", server.url)
+            monkeypatch.setattr(
+                constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + "/{repo_id}/resolve/{revision}/{filename}"
+            )
+            return server
+
+        yield start
+
+
+# A folder that the user names
+
+
+def test_a_named_folder_is_served_before_anything_else(tmp_path: Path) -> None:
+    folder = write(tmp_path / "mine", MODEL)
+    source = find_model(folder)
+    assert (source.path, source.origin, source.name) == (folder, "folder", "mine")
+    assert str(folder) in source.message
+
+
+def test_a_relative_folder_wins_over_a_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "org" / "name", MODEL)
+    monkeypatch.chdir(tmp_path)
+    assert find_model("org/name").path == tmp_path / "org" / "name"
+
+
+def test_the_same_folder_has_one_name_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "mine", MODEL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert find_model("mine") == find_model("./mine/") == find_model("~/mine")
+
+
+@pytest.mark.parametrize(
+    ("lacking", "without", "extra"),
+    [
+        ("there is no config.json", "config.json", {}),
+        ("there are no *.safetensors", "model.safetensors", {}),
+        ("pickled weights are never loaded", "model.safetensors", {"pytorch_model.bin": b"x"}),
+        ("there is no tokenizer", "tokenizer.json", {}),
+        (
+            "b.safetensors is missing",
+            "",
+            {"model.safetensors.index.json": json.dumps({"weight_map": {"x": "b.safetensors"}}).encode()},
+        ),
+        ("a readable model.safetensors.index.json", "", {"model.safetensors.index.json": b"{"}),
+    ],
+)
+def test_a_folder_that_is_not_whole_says_what_it_lacks(
+    tmp_path: Path, lacking: str, without: str, extra: dict[str, bytes]
+) -> None:
+    write(tmp_path, {name: content for name, content in MODEL.items() if name != without} | extra)
+    with pytest.raises(SourceError, match="Name a folder with") as caught:
+        find_model(tmp_path)
+    assert lacking in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["./nothing", "~/nothing", "/nothing/here", "a/b/c"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(
+    name: str, hub: Callable[[hub_kit.Answer], LocalServer]
+) -> None:
+    server = hub(hub_kit.fail)
+    with pytest.raises(SourceError, match="there is no such folder"):
+        find_model(name)
+    assert server.asked == []
+
+
+def test_an_embedder_may_keep_its_weights_in_a_folder_of_a_module(tmp_path: Path) -> None:
+    modules = json.dumps([{"path": "0_Static"}]).encode()
+    files = {"modules.json": modules, "0_Static/model.safetensors": b"w", "0_Static/tokenizer.json": b"{}"}
+    assert find_embedder(write(tmp_path, files)).path == tmp_path
+
+
+# The Hugging Face cache and hub
+
+
+def test_the_hub_cache_is_served_without_network(hub_cache: Path, hub: Callable[..., LocalServer]) -> None:
+    snapshot = hub_kit.lay_out_snapshot(hub_cache, "acme/tiny", MODEL)
+    server = hub(hub_kit.say_nothing)
+    source = find_model("acme/tiny")
+    assert (source.path, source.origin, source.name) == (snapshot, "hub", "acme/tiny")
+    assert revision_of(source.path) == COMMIT
+    assert server.asked == []
+
+
+def test_a_download_that_was_cut_off_is_not_served(hub_cache: Path) -> None:
+    hub_kit.lay_out_snapshot(hub_cache, "acme/tiny", {"config.json": b"{}", "tokenizer.json": b"{}"})
+    with pytest.raises(SourceError, match=r"not whole: there are no \*\.safetensors"):
+        find_model("acme/tiny")
+
+
+def test_an_embedder_without_a_slash_is_one_of_sentence_transformers(hub_cache: Path) -> None:
+    hub_kit.lay_out_snapshot(hub_cache, "sentence-transformers/tiny", MODEL)
+    assert find_embedder("tiny").name == "sentence-transformers/tiny"
+
+
+def test_the_hub_gives_data_and_neither_pickles_nor_code(hub: Callable[..., LocalServer]) -> None:
+    unwanted = {
+        "pytorch_model.bin": b"x",
+        "modeling.py": b"x",
+        "onnx/model.onnx": b"x",
+        "consolidated.safetensors": b"x",
+    }
+    wanted = MODEL | {"chat_template.jinja": b"t", "merges.txt": b"m", "1_Pooling/config.json": b"{}"}
+    server = hub(hub_kit.hub_of("acme/tiny", wanted | unwanted))
+    source = find_model("acme/tiny")
+    assert source.origin == "hub"
+    files = {
+        file.relative_to(source.path).as_posix(): file.read_bytes()
+        for file in source.path.rglob("*.*")
+        if file.is_file()
+    }
+    assert files == wanted
+    assert revision_of(source.path) == COMMIT
+    asked = len(server.asked)
+    assert find_model("acme/tiny").path == source.path
+    assert len(server.asked) == asked, "the second time needs no network"
+
+
+def test_a_model_that_the_hub_does_not_have_is_named_in_the_error(hub: Callable[..., LocalServer]) -> None:
+    hub(hub_kit.hub_of("acme/other", MODEL))
+    with pytest.raises(SourceError, match="acme/tiny") as caught:
+        find_model("acme/tiny")
+    assert "404" in str(caught.value)
+
+
+def test_a_hub_model_without_safetensors_is_refused(hub: Callable[..., LocalServer]) -> None:
+    hub(hub_kit.hub_of("acme/tiny", {"config.json": b"{}", "tokenizer.json": b"{}", "pytorch_model.bin": b"x"}))
+    with pytest.raises(SourceError, match=r"cannot be used: there are no \*\.safetensors"):
+        find_model("acme/tiny")
+
+
+@pytest.mark.parametrize("trouble", [hub_kit.say_nothing, hub_kit.drip])
+def test_a_hub_that_never_finishes_answering_costs_three_seconds(
+    trouble: hub_kit.Answer, hub: Callable[..., LocalServer]
+) -> None:
+    server = hub(trouble)
+    start = time.monotonic()
+    with pytest.raises(SourceError, match=f"{server.url}") as caught:
+        find_model("acme/tiny")
+    assert 2.5 < time.monotonic() - start < 4.5
+    assert len(server.asked) == 1
+    assert "run once with network" in caught.value.remedy
+
+
+def test_a_hub_that_accepts_no_connection_costs_three_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    with socket.socket() as full:  # its queue of waiting connections is kept full, so that more are left unanswered
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        waiting = [socket.socket() for _ in range(3)]
+        for client in waiting:
+            client.setblocking(False)
+            client.connect_ex(full.getsockname())
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{full.getsockname()[1]}")
+        start = time.monotonic()
+        with pytest.raises(SourceError):
+            find_model("acme/tiny")
+        assert time.monotonic() - start < 4.5
+        for client in waiting:
+            client.close()
+
+
+def test_a_look_up_of_the_hubs_name_that_hangs_costs_three_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A name server that is silent cannot be had here without changing the machine's settings.
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(20))
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://hub.invalid")
+    start = time.monotonic()
+    with pytest.raises(SourceError, match="did not answer within 3 s"):
+        find_model("acme/tiny")
+    assert time.monotonic() - start < 4.5
+
+
+def test_a_gateway_that_reaches_nobody_counts_as_no_hub(hub: Callable[..., LocalServer]) -> None:
+    server = hub(hub_kit.fail)
+    with pytest.raises(SourceError, match="answered with error 502"):
+        find_model("acme/tiny")
+    assert len(server.asked) == 1
+
+
+def test_a_refused_connection_is_the_reason_given() -> None:
+    with pytest.raises(SourceError, match="cannot be reached"):
+        find_model("acme/tiny")
+
+
+def test_offline_mode_is_respected_and_named(hub: Callable[..., LocalServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    server = hub(hub_kit.hub_of("acme/tiny", MODEL))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceError, match="switched off by HF_HUB_OFFLINE") as caught:
+        find_model("acme/tiny")
+    assert "unset HF_HUB_OFFLINE" in caught.value.remedy
+    assert server.asked == []
+
+
+def test_a_name_that_cannot_be_one_is_told_as_such() -> None:
+    with pytest.raises(SourceError, match=r"Tried: Hugging Face cache: .*not a name"):
+        find_model("not a name")
+
+
+def test_which_source_served_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, MODEL)
+    with caplog.at_level(logging.INFO, logger="lmcache_rag"):
+        source = find_model(tmp_path)
+    assert caplog.messages == [source.message]
