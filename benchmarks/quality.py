@@ -13,8 +13,8 @@ and is exact; the ratio counts the tokens of the others. Four kinds of question,
   survey    what the passages say of A and of B (the answers begin with words of no content)
 
 Measures against the full prefill of the same prompt, with 95% bootstrap intervals over prompts: the KL divergence of
-the first token's distribution, the mean KL along the full prefill's first 16 greedy tokens (both in nats), and the share
-of prompts whose first 16 greedy tokens are equal. Differences between policies are paired: the same prompts.
+the first token's distribution, the mean KL along the full prefill's first 16 greedy tokens (both in nats), and the
+share of prompts whose first 16 greedy tokens are equal. Differences between policies are paired: the same prompts.
 """
 
 from __future__ import annotations
@@ -63,11 +63,14 @@ def make_prompt(
 ) -> tuple[list[str], str]:
     """Chunks of args.tokens tokens each, shuffled, and a question of that kind about two of them."""
     pairs = [rng.choice(texts) for _ in range(args.chunks)]
-    (a, first), (b, second) = pairs[0], pairs[1]
+    (a, _first), (b, second) = pairs[0], pairs[1]
     number, other = rng.randint(1000, 9999), rng.randint(1000, 9999)
     planted = ["", ""]
     if kind == "two-hop":
-        planted = [f" The archive number of {a} is the same as that of {b}.", f" The archive number of {b} is {number}."]
+        planted = [
+            f" The archive number of {a} is the same as that of {b}.",
+            f" The archive number of {b} is {number}.",
+        ]
         question = f"What is the archive number of {a}?"
     elif kind == "needle":
         planted = [f" The archive number of {a} is {number}.", f" The archive number of {b} is {other}."]
@@ -209,7 +212,9 @@ def report(facts: dict[str, Any], rows: dict[str, dict[str, list[float]]], out: 
     print("| --- | --- | --- | --- |")
     for name, row in rows.items():
         print(f"| {name} | {' | '.join(mean_and_interval(np.array(row[m]), boot) for m in MEASURES)} |")
-    print("\nPaired differences, `query` minus the other at the same ratio (KL: negative is better; equal: positive):\n")
+    print(
+        "\nPaired differences, `query` minus the other at the same ratio (KL: negative is better; equal: positive):\n"
+    )
     print("| ratio | other | KL of the first token | mean KL along 16 tokens | 16 greedy tokens equal |")
     print("| --- | --- | --- | --- | --- |")
     for ratio in facts["ratios"]:

@@ -105,6 +105,4 @@ class OptionalDependencyError(LMCacheRAGError, ImportError):
     """An optional package is missing."""
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(
-            f"{package} is not installed.", remedy=f'Install it with: pip install "lmcache-rag[{extra}]"'
-        )
+        super().__init__(f"{package} is not installed.", remedy=f'Install it with: pip install "lmcache-rag[{extra}]"')

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine, IngestPrompt, PrecomputeResult
     from lmcache_rag.prompt import PromptBuilder
-    from lmcache_rag.store import Store, StoredChunk
+    from lmcache_rag.store import KVRow, Store, StoredChunk
 
 log = logging.getLogger("lmcache_rag")
 

@@ -11,6 +11,7 @@ same in every prompt, and that is what makes its KV cache reusable.
 
 from __future__ import annotations
 
+import itertools
 import threading
 from array import array
 from collections import OrderedDict
@@ -114,7 +115,7 @@ class PromptBuilder:
         """
         turns = [turn.content for turn in history] + [question]
         roles = [turn.role for turn in history] + ["user"]
-        if roles[0] != "user" or any(a == b for a, b in zip(roles, roles[1:], strict=False)):
+        if roles[0] != "user" or any(a == b for a, b in itertools.pairwise(roles)):
             raise PromptError(
                 f"The history's roles are {roles[:-1]}.",
                 remedy="Begin with a user's turn, alternate, and end with an assistant's.",
@@ -129,14 +130,14 @@ class PromptBuilder:
     # -- the prompts --------------------------------------------------------------------------------------------
 
     def ingest(self, chunk: str) -> IngestPrompt:
-        """prefix ⧺ chunk."""
+        """Prefix ⧺ chunk."""
         key, ids = self._chunk(chunk)
         if not ids:
             raise PromptError("A chunk has no tokens.", remedy="Leave out empty chunks.")
         return IngestPrompt((*self.prefix_ids, *ids), len(self.prefix_ids), key, self.fingerprint)
 
     def query(self, chunks: Sequence[str], question: str, history: Sequence[Turn] = ()) -> QueryPrompt:
-        """prefix ⧺ chunk₁ ⧺ sep₂ ⧺ chunk₂ ⧺ … ⧺ suffix, chunks in the given order."""
+        """Prefix ⧺ chunk₁ ⧺ sep₂ ⧺ chunk₂ ⧺ … ⧺ suffix, chunks in the given order."""
         ids = list(self.prefix_ids)
         spans = []
         for rank, text in enumerate(chunks, start=1):
@@ -188,8 +189,10 @@ class PromptBuilder:
         for index, role in enumerate(roles):
             content = _TURN.format(index)
             if role == "user":
-                content = form.question.replace("{question}", content) if index else opening + form.question.replace(
-                    "{question}", content
+                content = (
+                    form.question.replace("{question}", content)
+                    if index
+                    else opening + form.question.replace("{question}", content)
                 )
             messages.append({"role": role, "content": content.lstrip() if index else content})
         if not getattr(self._hf, "chat_template", None):

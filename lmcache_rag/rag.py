@@ -245,9 +245,7 @@ class RAG:
 
         return list(await asyncio.gather(*map(one, questions)))
 
-    def compare(
-        self, question: str, *, hits: Sequence[Hit] | None = None, top_k: int | None = None
-    ) -> Comparison:
+    def compare(self, question: str, *, hits: Sequence[Hit] | None = None, top_k: int | None = None) -> Comparison:
         """Answer once from blended KV and once by a full prefill, with the same chunks in the same order."""
         hits = list(hits) if hits is not None else self.retrieve(question, top_k=top_k)
         blended = self.ask(question, hits=hits)

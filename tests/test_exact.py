@@ -77,19 +77,16 @@ def test_a_moved_key_equals_the_key_computed_there(family, scaling, tokenizer):
             assert (keys(old) - keys(new)).abs().max() > 1e-2  # the move was not for nothing
 
 
-def test_reuse_without_recomputation_differs_and_query_repairs_most(smollm2_engine, smollm2_plain, sentences):
-    """The other side of exactness: what is reused is really reused."""
+def test_what_is_reused_is_really_reused(smollm2_engine, smollm2_plain, sentences):
+    """The other side of exactness: without recomputation the answer is an approximation."""
     builder = PromptBuilder(smollm2_engine.tokenizer, smollm2_engine.info)
-    chunks = [" ".join(sentences[i : i + 6]) for i in range(0, 24, 6)]
+    chunks = [" ".join(sentences[i : i + 3]) for i in range(0, 12, 3)]
     list(smollm2_engine.precompute(builder.ingest(chunk) for chunk in chunks))
     prompt = builder.query(chunks[::-1], "What is said of the first subject?")
     with torch.inference_mode():
         wanted = smollm2_plain(torch.tensor(prompt.token_ids)[None], logits_to_keep=1).logits[0, -1]
-    errors = {
-        ratio: float((blended_logits(smollm2_engine, prompt, "query", ratio) - wanted).norm()) for ratio in (0, 0.5, 1)
-    }
+    errors = {r: float((blended_logits(smollm2_engine, prompt, "query", r) - wanted).norm()) for r in (0, 1)}
     assert errors[0] > 10 * errors[1]
-    assert errors[0.5] < errors[0]
 
 
 def test_a_first_chunk_in_its_own_place_is_exact(smollm2_engine, smollm2_plain, sentences):

@@ -140,7 +140,9 @@ class AllPolicy:
         return layout.offset.float()
 
 
-POLICIES: dict[str, Policy] = {p.name: p for p in (QueryPolicy(), HKVDPolicy(), HeadPolicy(), NonePolicy(), AllPolicy())}
+POLICIES: dict[str, Policy] = {
+    p.name: p for p in (QueryPolicy(), HKVDPolicy(), HeadPolicy(), NonePolicy(), AllPolicy())
+}
 
 
 def get_policy(name: str) -> Policy:

@@ -69,7 +69,9 @@ class _Cancelled(StoppingCriteria):  # type: ignore[misc]
         self._event = event
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        return input_ids.new_full((len(input_ids),), self._event.is_set(), dtype=bool)
+        import torch
+
+        return torch.full((len(input_ids),), self._event.is_set(), device=input_ids.device)
 
 
 @dataclass
@@ -87,7 +89,12 @@ def _config(model: HFModel, sampling: Sampling, room: int) -> Any:
     own = model.model.generation_config
     warm: dict[str, Any] = {}
     if sampling.temperature > 0:
-        warm = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        warm = {
+            "do_sample": True,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k,
+        }
     eos = own.eos_token_id if own.eos_token_id is not None else model.tokenizer.eos_token_id
     pad = own.pad_token_id if own.pad_token_id is not None else (eos[0] if isinstance(eos, list) else eos)
     return GenerationConfig(

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     import torch
 
 
-class _Layer(DynamicLayer):
+class _Layer(DynamicLayer):  # type: ignore[misc]
     """One layer in memory of a fixed capacity; appending copies nothing but the new tokens."""
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -45,7 +45,7 @@ class _Layer(DynamicLayer):
         return self.keys, self.values
 
 
-class KVBuffer(DynamicCache):
+class KVBuffer(DynamicCache):  # type: ignore[misc]
     """KV of one sequence, `capacity` tokens long.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 from lmcache_rag.blend.attention import PositionAttention, attention_with_mass
@@ -124,7 +125,5 @@ class ModelPasses:
         return run.deviation[self._layout.cached]
 
     def _run(self, places: Tensor, run: _MassPass | _CheckPass) -> None:
-        try:
+        with contextlib.suppress(_Stop):
             self._model.forward(self._ids[places][None], places, self._cache, run)
-        except _Stop:
-            pass

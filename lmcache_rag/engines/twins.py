@@ -42,9 +42,7 @@ class AsyncTwins:
             last = event
         return last  # type: ignore[return-value]
 
-    async def astream(
-        self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions
-    ) -> AsyncIterator[StreamEvent]:
+    async def astream(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> AsyncIterator[StreamEvent]:
         """Async twin of stream."""
         async for event in iterate_in_thread(self.stream(prompt, sampling, blend)):
             yield event

@@ -1,0 +1,1 @@
+"""Drop-in parts for other frameworks. Each needs only its own framework."""

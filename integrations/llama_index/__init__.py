@@ -1,0 +1,12 @@
+"""LlamaIndex: the store's chunks as a retriever."""
+
+from __future__ import annotations
+
+from lmcache_rag.errors import OptionalDependencyError
+
+try:
+    from .retriever import LMCacheRetriever
+except ModuleNotFoundError as problem:  # pragma: no cover - only without the framework
+    raise OptionalDependencyError("llama-index-core", "llama-index") from problem
+
+__all__ = ["LMCacheRetriever"]

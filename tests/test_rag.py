@@ -1,0 +1,237 @@
+"""The main job end to end: documents in, answers out, KV reused; the life of a chunk's KV."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+from models import tiny_model
+
+from lmcache_rag.documents import Document, Splitter
+from lmcache_rag.engines.base import BlendOptions, Sampling, TextDelta
+from lmcache_rag.engines.embedded import EmbeddedEngine
+from lmcache_rag.engines.hf_model import HFModel
+from lmcache_rag.errors import ConfigError, ContextLengthError, LMCacheRAGError, PrecomputeError, PromptError
+from lmcache_rag.ingest import Ingestor
+from lmcache_rag.maintain import Maintainer
+from lmcache_rag.prompt import PromptBuilder, Turn
+from lmcache_rag.rag import RAG, Answer, first_difference
+from lmcache_rag.store import Store
+
+
+class Parts:
+    """Everything over one store, with a tiny model and the real embedder."""
+
+    def __init__(self, folder, tokenizer, embedder, *, seed=0, chunk_tokens=64):
+        self.store = Store.open(folder)
+        model = HFModel.wrap(tiny_model("llama", seed=seed), tokenizer)
+        self.engine = EmbeddedEngine.from_model(model, name="tiny", revision=str(seed), kv_dir=self.store.kv_dir)
+        self.prompts = PromptBuilder(tokenizer, self.engine.info)
+        splitter = Splitter(self.prompts.encode, chunk_tokens=chunk_tokens)
+        self.ingestor = Ingestor(self.store, self.engine, embedder, self.prompts, splitter)
+        self.rag = RAG(self.store, self.engine, embedder, self.prompts, top_k=3, sampling=Sampling(max_tokens=4))
+        self.maintainer = Maintainer(self.store, self.engine, self.prompts)
+
+
+@pytest.fixture
+def parts(tmp_path, tokenizer, embedder):
+    made = Parts(tmp_path / "store", tokenizer, embedder)
+    yield made
+    made.store.close()
+
+
+def document(name, text):
+    import hashlib
+
+    return Document(doc_id=name, text=text, content_hash=hashlib.sha256(text.encode()).hexdigest(), source=name)
+
+
+@pytest.fixture
+def documents(sentences):
+    return [
+        document(f"d{i}", "\n\n".join(" ".join(sentences[6 * i + 2 * j :][:2]) for j in range(3))) for i in range(4)
+    ]
+
+
+def test_documents_in_answers_out(parts, documents):
+    report = parts.ingestor.ingest(documents)
+    assert len(report.added) == 4
+    assert report.kv.computed == report.chunks_added > 4
+    answer = parts.rag.ask(documents[1].text[:60])
+    assert answer.sources[0].documents[0].doc_id == "d1"
+    assert answer.stats.chunks_hit == 3
+    assert answer.stats.blended
+
+
+def test_unchanged_documents_compute_nothing_and_changed_ones_only_their_changed_chunks(parts, documents):
+    first = parts.ingestor.ingest(documents)
+    again = parts.ingestor.ingest(documents)
+    assert (again.unchanged, again.kv.computed, again.chunks_added) == (4, 0, 0)
+    changed = document("d0", documents[0].text + "\n\nA wholly new paragraph stands at the end of this document now.")
+    report = parts.ingestor.ingest([changed, *documents[1:]])
+    assert report.updated == ("d0",)
+    assert 1 <= report.kv.computed <= 2 < first.kv.computed
+
+
+def test_a_shared_chunk_is_stored_once_and_its_kv_leaves_with_the_last_document(parts, documents):
+    twin = document("twin", documents[0].text)
+    report = parts.ingestor.ingest([documents[0], twin])
+    files = parts.engine.usage().chunks
+    assert files == report.chunks_added + 1  # and the prefix
+    parts.maintainer.remove(["twin"])
+    assert parts.engine.usage().chunks == files
+    parts.maintainer.remove(["d0"])
+    assert parts.engine.usage().chunks == 1
+    assert parts.rag.ask("What?").sources == ()
+
+
+def test_another_model_or_splitter_never_reads_old_kv(parts, documents, tokenizer, embedder):
+    parts.ingestor.ingest(documents)
+    parts.store.close()
+    other = Parts(parts.store.path, tokenizer, embedder, seed=1)
+    assert other.rag.ask("What?").stats.chunks_hit == 0
+    assert other.maintainer.status().store.stale_bytes > 0
+    assert other.maintainer.prune() > 0
+    assert other.maintainer.status().store.stale_bytes == 0
+    other.store.close()
+    split = Parts(parts.store.path, tokenizer, embedder, seed=1, chunk_tokens=32)
+    assert len(split.ingestor.ingest(documents).updated) == 4
+    split.store.close()
+
+
+def test_without_kv_the_first_question_computes_and_keeps_it(parts, documents):
+    assert parts.ingestor.ingest(documents, kv=False).kv.computed == 0
+    question = "What is said first?"
+    assert parts.rag.ask(question).stats.chunks_missed == 3
+    assert parts.rag.ask(question).stats.chunks_hit == 3
+    totals = parts.maintainer.warm()
+    assert totals.computed == parts.maintainer.status().store.chunks - 3
+    assert parts.maintainer.status().store.chunks_without_kv == 0
+
+
+def test_verify_finds_and_repairs_damage(parts, documents):
+    parts.ingestor.ingest(documents)
+    assert parts.maintainer.verify(sample=None).bad == ()
+    key = parts.prompts.chunk_key(next(iter(parts.store.registry.chunks())).text)
+    path = parts.engine._kv.files.path(parts.prompts.fingerprint, key)
+    path.write_bytes(path.read_bytes()[:-9])
+    found = parts.maintainer.verify(sample=None, repair=False)
+    assert [result.status for result in found.bad] == ["damaged"]
+    assert parts.maintainer.verify(sample=None).repaired == 1
+    assert parts.maintainer.verify(sample=None).bad == ()
+
+
+def test_a_failed_precompute_raises_and_the_next_run_repairs(parts, documents, monkeypatch):
+    whole = parts.engine._compute
+    calls = iter([False, False, True])
+
+    def fail(prompts):
+        if next(calls, False):
+            raise PrecomputeError("out of memory", remedy="Run again.")
+        return whole(prompts)
+
+    monkeypatch.setattr(parts.engine, "_compute", fail)
+    with pytest.raises(PrecomputeError, match="out of memory"):
+        parts.ingestor.ingest(documents)
+    assert parts.engine.usage().chunks == 3
+    report = parts.ingestor.ingest(documents)
+    assert report.unchanged == 4
+    assert report.kv.computed == parts.maintainer.status().store.chunks - 2
+    assert parts.maintainer.status().store.chunks_without_kv == 0
+
+
+def test_one_bad_file_never_stops_the_rest(parts, tmp_path):
+    (tmp_path / "good.txt").write_text("A good document about rivers.")
+    (tmp_path / "bad.txt").write_bytes(b"\x00\x01binary\x00")
+    report = parts.ingestor.ingest([tmp_path / "good.txt", tmp_path / "bad.txt", tmp_path / "none.txt"])
+    assert len(report.added) == 1
+    assert len(report.failed) == 2
+    plan = parts.ingestor.plan([tmp_path / "good.txt"])
+    assert (plan.documents, plan.unchanged) == (0, 1)
+    with pytest.raises(ConfigError, match="list"):
+        parts.ingestor.ingest(str(tmp_path))
+
+
+def test_a_stream_ends_with_the_answer(parts, documents):
+    parts.ingestor.ingest(documents)
+    *deltas, answer = parts.rag.stream("What?")
+    assert isinstance(answer, Answer)
+    assert "".join(d.text for d in deltas if isinstance(d, TextDelta)) == answer.text
+
+
+async def test_async_twins_and_batches_agree(parts, documents):
+    await parts.ingestor.aingest(documents)
+    one = parts.rag.ask("What?")
+    many = await parts.rag.aask_batch(["What?", "What?", " "])
+    assert [a.text for a in many[:2]] == [one.text] * 2
+    assert isinstance(many[2], PromptError)
+    assert [type(a) for a in parts.rag.ask_batch(["What?", ""])] == [Answer, PromptError]
+    assert (await parts.maintainer.awarm()).computed == 0
+
+
+async def test_queries_while_ingesting_all_get_answers(parts, documents):
+    parts.ingestor.ingest(documents[:2])
+    asked = [parts.rag.aask(f"What is number {i}?") for i in range(12)]
+    *answers, report = await asyncio.gather(*asked, parts.ingestor.aingest(documents[2:]))
+    assert len(report.added) == 2
+    assert all(answer.stats.prompt_tokens for answer in answers)
+
+
+def test_chunks_that_do_not_fit_are_dropped_lowest_score_first(parts, documents):
+    parts.ingestor.ingest(documents)
+    hits = parts.rag.retrieve("What?", top_k=3)
+    answer = parts.rag.ask("What? " * 1900, hits=hits, sampling=Sampling(max_tokens=200))
+    assert answer.dropped
+    assert answer.dropped[0].score == min(hit.score for hit in hits)
+    assert "did not fit" in answer.completion.warnings[-1]
+    with pytest.raises(ContextLengthError, match="shorter question"):
+        parts.rag.ask("What? " * 5000, hits=hits)
+
+
+def test_history_keeps_the_chunks_reusable(parts, documents):
+    parts.ingestor.ingest(documents)
+    answer = parts.rag.ask("And then?", history=[Turn("user", "What?"), Turn("assistant", "That.")])
+    assert answer.stats.chunks_hit == 3
+
+
+def test_comparison_at_ratio_1_finds_no_difference(parts, documents):
+    parts.ingestor.ingest(documents)
+    parts.rag.blend = BlendOptions("all", 1.0)
+    result = parts.rag.compare("What?")
+    assert result.first_difference is None
+    assert result.speedup > 0
+    assert first_difference([1, 2], [1, 3]) == 1
+    assert first_difference([1, 2], [1]) == 1
+
+
+def test_bad_questions_are_errors(parts, documents):
+    with pytest.raises(PromptError, match="empty"):
+        parts.rag.ask("  ")
+    with pytest.raises(ConfigError, match="top_k"):
+        parts.rag.ask("What?", top_k=0)
+    assert parts.rag.retrieve("What?", top_k=1000) == []
+    assert issubclass(PromptError, LMCacheRAGError)
+
+
+async def test_both_retrievers_give_the_stores_chunks_unchanged(parts, documents):
+    from lmcache_rag.integrations.langchain import LMCacheRetriever as ForLangChain
+    from lmcache_rag.integrations.llama_index import LMCacheRetriever as ForLlamaIndex
+
+    parts.ingestor.ingest(documents)
+    wanted = [hit.text for hit in parts.rag.retrieve("What?")]
+    chain = ForLangChain(rag=parts.rag)
+    assert [d.page_content for d in chain.invoke("What?")] == wanted
+    assert [d.page_content for d in await chain.ainvoke("What?", k=1)] == wanted[:1]
+    llama = ForLlamaIndex(parts.rag)
+    assert [n.get_content() for n in llama.retrieve("What?")] == wanted
+    assert [n.node.text for n in await llama.aretrieve("What?")] == wanted
+
+
+def test_the_package_lists_what_it_exports():
+    code = (
+        "import lmcache_rag; assert 'RAG' in dir(lmcache_rag); assert lmcache_rag.RAG.__name__ == 'RAG'; lmcache_rag.no"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "AttributeError" in done.stderr
