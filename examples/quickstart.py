@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lmcache_rag import Workspace
@@ -22,10 +23,9 @@ def main() -> None:
     args = parser.parse_args()
     console = Console()
     table = Table(title="Full prefill against blended KV, chunks in two orders", show_lines=True)
-    for name in ("Question", "Answer (blended)", "Sources"):
-        table.add_column(name, overflow="fold")
-    for name in ("TTFT full, ms", "TTFT blended, ms", "Prefix", "Reused", "Recomputed", "Computed"):
-        table.add_column(name, justify="right")
+    table.add_column("question, answer from blended KV, sources", overflow="fold", ratio=1)
+    for name in ("TTFT full, ms", "TTFT blend, ms", "prefix", "reused", "recom- puted", "com- puted"):
+        table.add_column(name, justify="right", width=6)
 
     with Workspace.open(args.store, top_k=5, max_tokens=48) as ws:
         console.print("Ingesting examples/data/documents; what was done before is skipped ...")
@@ -42,15 +42,13 @@ def main() -> None:
                 result = ws.rag.compare(entry["question"], hits=hits)
                 stats = result.blended.stats
                 sources = list(dict.fromkeys(Path(h.documents[0].source).name for h in result.blended.sources))
+                numbers = (stats.prefix_tokens, stats.reused_tokens, stats.recomputed_tokens, stats.computed_tokens)
                 table.add_row(
-                    entry["question"],
-                    result.blended.text.strip(),
-                    ", ".join(sources),
+                    f"[bold]{escape(entry['question'])}[/]\n{escape(result.blended.text.strip())}\n"
+                    f"[dim]{escape(', '.join(sources))}[/]",
                     f"{result.full.stats.ttft_ms:.0f}",
                     f"{stats.ttft_ms:.0f}",
-                    *map(
-                        str, (stats.prefix_tokens, stats.reused_tokens, stats.recomputed_tokens, stats.computed_tokens)
-                    ),
+                    *map(str, numbers),
                 )
                 console.print(f"{result.speedup:.1f} times sooner: {entry['question']}")
     console.print(table)
