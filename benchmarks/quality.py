@@ -59,7 +59,7 @@ def summaries(path: Path | None) -> list[tuple[str, str]]:
 
 
 def make_prompt(
-    rng: random.Random, texts: list[tuple[str, str]], builder: PromptBuilder, kind: str, args: Any
+    rng: random.Random, texts: list[tuple[str, str]], builder: PromptBuilder, tokenizer: Any, kind: str, args: Any
 ) -> tuple[list[str], str]:
     """Chunks of args.tokens tokens each, shuffled, and a question of that kind about two of them."""
     pairs = [rng.choice(texts) for _ in range(args.chunks)]
@@ -89,36 +89,23 @@ def make_prompt(
         ids = builder.encode(text)[:room]
         # The planted sentence goes behind the subject's own text or to the chunk's end, whichever comes first.
         head = builder.encode(pairs[index][1])[:room]
-        chunks.append(builder._hf.decode(head) + fact + builder._hf.decode(ids[len(head) :]))
+        chunks.append(tokenizer.decode(head) + fact + tokenizer.decode(ids[len(head) :]))
     rng.shuffle(chunks)
     return chunks, question
 
 
 def logits_along(engine: EmbeddedEngine, prompt: Any, options: BlendOptions, answer: list[int]) -> torch.Tensor:
-    """Log-probabilities [len(answer) or 1, vocabulary] of each next token behind the prompt and the answer so far."""
-    model = engine._model
-    ids = torch.tensor(prompt.token_ids, device=model.device)
-    with torch.inference_mode():
-        cache = model.buffer(len(ids) + ANSWER_TOKENS)
-        if options.enabled:
-            engine._blend(prompt, ids, cache, options)
-        rest = torch.cat([ids[cache.get_seq_length() :], torch.tensor(answer[:-1], device=ids.device, dtype=ids.dtype)])
-        keep = max(1, len(answer))
-        logits = model.model(rest[None], past_key_values=cache, use_cache=True, logits_to_keep=keep).logits[0]
-        return logits.float().log_softmax(-1)
+    """Log-probabilities [len(answer), vocabulary] of each next token behind the prompt and the answer so far."""
+    behind = engine.prefill(prompt, options, room=ANSWER_TOKENS)
+    return torch.cat([behind.logits[None], behind.extend(answer[:-1])]).float().log_softmax(-1)
 
 
 def full_answer(engine: EmbeddedEngine, prompt: Any) -> list[int]:
-    """The full prefill's first greedy tokens."""
-    model = engine._model
-    ids = torch.tensor(prompt.token_ids, device=model.device)
-    tokens: list[int] = []
-    with torch.inference_mode():
-        cache = model.buffer(len(ids) + ANSWER_TOKENS)
-        step = ids[None]
-        while len(tokens) < ANSWER_TOKENS:
-            step = model.model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1:].argmax(-1)
-            tokens.append(int(step))
+    """The full prefill's first greedy tokens, whether or not an end token is among them."""
+    behind = engine.prefill(prompt, BlendOptions(enabled=False), room=ANSWER_TOKENS)
+    tokens = [int(behind.logits.argmax())]
+    while len(tokens) < ANSWER_TOKENS:
+        tokens.append(int(behind.extend(tokens[-1:])[-1].argmax()))
     return tokens
 
 
@@ -162,7 +149,7 @@ def main() -> None:
         builder = PromptBuilder(engine.tokenizer, engine.info)
         for number in range(args.prompts):
             kind = KINDS[number % len(KINDS)]
-            chunks, question = make_prompt(rng, texts, builder, kind, args)
+            chunks, question = make_prompt(rng, texts, builder, engine.tokenizer, kind, args)
             keys = [(builder.fingerprint, result.key) for result in engine.precompute(map(builder.ingest, chunks))]
             prompt = builder.query(chunks, question)
             answer = full_answer(engine, prompt)

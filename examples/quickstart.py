@@ -6,13 +6,26 @@ import argparse
 import json
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from lmcache_rag import Workspace
 
 DATA = Path(__file__).parent / "data"
+
+
+# Name, width and alignment of what is measured; as fixed widths, so that all rows of the table stand below one another.
+COLUMNS = (
+    ("order of chunks", 11, "left"),
+    ("TTFT full", 7, "right"),
+    ("TTFT blended", 8, "right"),
+    ("prefix tokens", 6, "right"),
+    ("tokens reused", 6, "right"),
+    ("tokens recomputed", 10, "right"),
+    ("tokens computed", 8, "right"),
+)
 
 
 def main() -> None:
@@ -23,9 +36,7 @@ def main() -> None:
     args = parser.parse_args()
     console = Console()
     table = Table(title="Full prefill against blended KV, chunks in two orders", show_lines=True)
-    table.add_column("question, answer from blended KV, sources", overflow="fold", ratio=1)
-    for name in ("TTFT full, ms", "TTFT blend, ms", "prefix", "reused", "recom- puted", "com- puted"):
-        table.add_column(name, justify="right", width=6)
+    table.add_column(line(*(f"[bold]{name}[/]" for name, _, _ in COLUMNS)), overflow="fold")
 
     with Workspace.open(args.store, top_k=5, max_tokens=48) as ws:
         console.print("Ingesting examples/data/documents; what was done before is skipped ...")
@@ -38,20 +49,34 @@ def main() -> None:
         ws.engine.load()  # type: ignore[attr-defined]
         for entry in json.loads((DATA / "questions.json").read_text())[: args.questions]:
             best_first = ws.rag.retrieve(entry["question"])
-            for hits in (best_first, best_first[::-1]):
+            cell: list[RenderableType] = [f"[bold]{escape(entry['question'])}[/]"]
+            for order, hits in (("best first", best_first), ("best last", best_first[::-1])):
                 result = ws.rag.compare(entry["question"], hits=hits)
                 stats = result.blended.stats
-                sources = list(dict.fromkeys(Path(h.documents[0].source).name for h in result.blended.sources))
+                sources = dict.fromkeys(Path(h.documents[0].source).name for h in result.blended.sources)
                 numbers = (stats.prefix_tokens, stats.reused_tokens, stats.recomputed_tokens, stats.computed_tokens)
-                table.add_row(
-                    f"[bold]{escape(entry['question'])}[/]\n{escape(result.blended.text.strip())}\n"
-                    f"[dim]{escape(', '.join(sources))}[/]",
-                    f"{result.full.stats.ttft_ms:.0f}",
-                    f"{stats.ttft_ms:.0f}",
-                    *map(str, numbers),
-                )
+                times = (f"{result.full.stats.ttft_ms:.0f} ms", f"{stats.ttft_ms:.0f} ms")
+                cell += [
+                    line(f"[green]{order}[/]", *times, *map(str, numbers)),
+                    Padding(
+                        f"{escape(' '.join(result.blended.text.split()))}\n[dim]{escape(', '.join(sources))}[/]", (0, 2)
+                    ),
+                ]
                 console.print(f"{result.speedup:.1f} times sooner: {entry['question']}")
+            table.add_row(Group(*cell))
     console.print(table)
+    console.print(
+        "Each row: the question; then, for both orders, what was measured, the answer from blended KV, sources."
+    )
+
+
+def line(*cells: str) -> Table:
+    """One line of what is measured."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    for _, width, side in COLUMNS:
+        grid.add_column(width=width, justify="right" if side == "right" else "left")
+    grid.add_row(*cells)
+    return grid
 
 
 if __name__ == "__main__":

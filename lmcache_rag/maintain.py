@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import TYPE_CHECKING
 
 from lmcache_rag.kv import KVKeeper, KVTotals
@@ -13,7 +14,9 @@ from lmcache_rag.kv import KVKeeper, KVTotals
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine, KVUsage, PrecomputeResult, VerifyResult
     from lmcache_rag.prompt import PromptBuilder
-    from lmcache_rag.store import RemoveResult, Store, StoreStats
+    from lmcache_rag.store import RemoveResult, Store, StoredChunk, StoreStats
+
+_BATCH = 256  # chunks whose texts are in memory at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +94,7 @@ class Maintainer:
         """
         with self.store.writing(timeout=self.lock_timeout):
             self._keeper.empty_trash()
-            chunks = list(self.store.registry.chunks())
-            unrecorded = {c.chunk_id for c in self.store.registry.chunks_without_kv(self.prompts.fingerprint)}
-            absent = self.engine.missing([self.prompts.ingest(chunk.text) for chunk in chunks])
-            todo = [c for c, gone in zip(chunks, absent, strict=True) if gone or c.chunk_id in unrecorded]
+            todo = list(self._lacking())
             done = 0
 
             def tick(result: PrecomputeResult) -> None:
@@ -103,7 +103,7 @@ class Maintainer:
                 if on_chunk:
                     on_chunk(done, len(todo), result)
 
-            return self._keeper.compute(todo, on_chunk=tick)
+            return self._keeper.compute(self._chunks(todo), on_chunk=tick)
 
     async def awarm(self) -> KVTotals:
         """Async twin of warm, in a thread."""
@@ -125,26 +125,24 @@ class Maintainer:
             seed: Makes the sample repeatable.
             on_chunk: Called with (done, how many in all, result) after each.
         """
-        fingerprint = self.prompts.fingerprint
-        unrecorded = {chunk.chunk_id for chunk in self.store.registry.chunks_without_kv(fingerprint)}
-        chunks = [chunk for chunk in self.store.registry.chunks() if chunk.chunk_id not in unrecorded]
-        if sample is not None and sample < len(chunks):
-            chunks = random.Random(seed).sample(chunks, sample)  # noqa: S311 - a sample, not a secret
-        bad, results = [], []
-        for done, chunk in enumerate(chunks, start=1):
+        ids = sorted(self._recorded())
+        if sample is not None and sample < len(ids):
+            ids = sorted(random.Random(seed).sample(ids, sample))  # noqa: S311 - a sample, not a secret
+        done, bad, results = 0, [], []
+        for done, chunk in enumerate(self._chunks(ids), start=1):
             result = self.engine.verify(self.prompts.ingest(chunk.text))
             if result.status != "ok":
-                bad.append(chunk)
+                bad.append(chunk.chunk_id)
                 results.append(result)
             if on_chunk:
-                on_chunk(done, len(chunks), result)
+                on_chunk(done, len(ids), result)
         repaired = 0
         if repair and bad:
             with self.store.writing(timeout=self.lock_timeout):
-                self.engine.forget([(fingerprint, result.key) for result in results])
-                totals = self._keeper.compute(bad)
+                self.engine.forget([(self.prompts.fingerprint, result.key) for result in results])
+                totals = self._keeper.compute(self._chunks(bad))
                 repaired = totals.computed + totals.existed
-        return VerifyReport(len(chunks), tuple(results), repaired)
+        return VerifyReport(done, tuple(results), repaired)
 
     def remove(self, doc_ids: Sequence[str]) -> RemoveResult:
         """Remove documents. A chunk and its KV leave with the last document that holds them."""
@@ -158,3 +156,23 @@ class Maintainer:
         with self.store.writing(timeout=self.lock_timeout):
             self.store.registry.trash_other_kv(self.prompts.fingerprint)
             return self._keeper.empty_trash()
+
+    # -- inside: chunks by their ids, so that a large store's texts are never in memory at once ----------------------
+
+    def _recorded(self) -> set[int]:
+        """Chunks whose KV is recorded under the current fingerprint."""
+        return {row.chunk_id for row in self.store.registry.kv_rows(self.prompts.fingerprint)}
+
+    def _lacking(self) -> Iterator[int]:
+        """Chunks whose KV is not recorded or that the engine does not have, in the order of their ids."""
+        recorded = self._recorded()
+        chunks = self.store.registry.chunks()
+        while batch := list(islice(chunks, _BATCH)):
+            absent = self.engine.missing([self.prompts.ingest(chunk.text) for chunk in batch])
+            for chunk, gone in zip(batch, absent, strict=True):
+                if gone or chunk.chunk_id not in recorded:
+                    yield chunk.chunk_id
+
+    def _chunks(self, ids: Sequence[int]) -> Iterator[StoredChunk]:
+        for start in range(0, len(ids), _BATCH):
+            yield from self.store.registry.chunks(ids[start : start + _BATCH])

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from lmcache_rag.engines.base import BlendOptions, Completion, ReuseStats, Sampling, TextDelta
 from lmcache_rag.engines.twins import iterate_in_thread
-from lmcache_rag.errors import ConfigError, ContextLengthError, LMCacheRAGError, PromptError, StoreLockedError
+from lmcache_rag.errors import ConfigError, LMCacheRAGError, PromptError, StoreLockedError
+from lmcache_rag.fitting import fit
 from lmcache_rag.kv import KVKeeper
 
 if TYPE_CHECKING:
@@ -175,16 +176,24 @@ class RAG:
         """
         sampling, blend = sampling or self.sampling, self._allowed(blend or self.blend)
         found = list(hits) if hits is not None else self.retrieve(question, top_k=top_k)
-        kept, dropped = self.fit(question, found, history=history, max_tokens=sampling.max_tokens)
-        prompt = self.prompts.query([hit.text for hit in kept], question, history)
+        fitted = fit(
+            self.prompts,
+            question,
+            found,
+            limit=self.engine.info.context_length,
+            history=history,
+            max_tokens=sampling.max_tokens,
+        )
+        texts = [hit.text for hit in fitted.kept]
+        prompt = self.prompts.query(texts, question, history)
         for event in self.engine.stream(prompt, sampling, blend):
             if isinstance(event, Completion):
-                if dropped:
-                    note = f"{len(dropped)} of {len(found)} chunks did not fit the context and were dropped."
+                if fitted.dropped:
+                    note = f"{len(fitted.dropped)} of {len(found)} chunks did not fit the context and were dropped."
                     event = replace(event, warnings=(*event.warnings, note))
-                yield Answer(question, event.text, tuple(kept), tuple(dropped), event)
+                yield Answer(question, event.text, fitted.kept, fitted.dropped, event)
                 if self.keep_missing and blend.enabled and event.stats.chunks_missed:
-                    self._keep([hit.text for hit in kept])
+                    self._keep(texts)
             else:
                 yield event
 
@@ -254,48 +263,10 @@ class RAG:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def fit(
-        self, question: str, hits: Sequence[Hit], *, history: Sequence[Turn] = (), max_tokens: int = 0
-    ) -> tuple[list[Hit], list[Hit]]:
-        """Which chunks fit the context beside question and answer: (kept in their order, dropped lowest score first).
-
-        Raises:
-            ContextLengthError: Not even the question fits.
-        """
-        limit = self.engine.info.context_length
-        bare = len(self.prompts.query([], question, history))
-        if bare >= limit:
-            raise ContextLengthError(
-                f"The question{' and the conversation' if history else ''} take {bare} tokens, the model's context "
-                f"holds {limit}.",
-                remedy="Ask a shorter question." if not history else "Ask a shorter question or start a new chat.",
-            )
-        # An answer wants room too, but never so much that no passage is left.
-        room = limit - bare - min(max_tokens, (limit - bare) // 2)
-        separator = max(len(self.prompts.encode(self.prompts.format.separator)), 1) + 2
-        sizes = {id(hit): len(self.prompts.chunk_ids(hit.text)) + separator for hit in hits}
-        dropped: list[Hit] = []
-        total = sum(sizes.values())
-        for hit in sorted(hits, key=lambda h: h.score):
-            if total <= room:
-                break
-            dropped.append(hit)
-            total -= sizes[id(hit)]
-        if dropped:
-            log.warning(
-                "%d of %d chunks do not fit the context of %d tokens and were dropped, lowest score first. "
-                "Lower --top-k or --max-tokens, or use a model with a longer context.",
-                len(dropped),
-                len(hits),
-                limit,
-            )
-        gone = {id(hit) for hit in dropped}
-        return [hit for hit in hits if id(hit) not in gone], dropped
-
     def _allowed(self, blend: BlendOptions) -> BlendOptions:
-        """An engine that cannot blend says so once and answers all the same, unless it raises by itself."""
+        """For an engine that falls back where it cannot blend: says so once, and asks it for a full prefill."""
         info = self.engine.info
-        if blend.enabled and not info.can_blend and info.engine != "embedded":
+        if blend.enabled and not info.can_blend and info.falls_back:
             with self._tell:
                 if not self._told:
                     self._told = True

@@ -63,3 +63,21 @@ def sentences() -> list[str]:
     """Real English sentences from the sample documents, always the same."""
     text = " ".join(path.read_text() for path in sorted(DATA.rglob("*.txt")))
     return [s for s in re.split(r"(?<=[.!?])\s+", text) if 30 < len(s) < 300]
+
+
+@pytest.fixture
+def corpus(sentences: list[str]) -> list[str]:
+    """Six chunks of real text."""
+    return [" ".join(sentences[i : i + 2]) for i in range(0, 12, 2)]
+
+
+@pytest.fixture
+def tiny(tokenizer: Any, tmp_path: Path) -> Any:
+    """An engine over a tiny random model, with its KV files in tmp_path."""
+    from models import tiny_model
+
+    from lmcache_rag.engines.embedded import EmbeddedEngine
+    from lmcache_rag.engines.hf_model import HFModel
+
+    model = HFModel.wrap(tiny_model("llama"), tokenizer)
+    return EmbeddedEngine.from_model(model, name="tiny", revision="0", kv_dir=tmp_path)

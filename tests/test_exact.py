@@ -13,19 +13,12 @@ from lmcache_rag.blend.rope import shift_keys, shift_tables
 from lmcache_rag.engines.base import BlendOptions
 from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.engines.hf_model import HFModel
-from lmcache_rag.engines.kv_buffer import KVBuffer
 from lmcache_rag.prompt import PromptBuilder
 
 
 def blended_logits(engine: EmbeddedEngine, prompt, policy: str, ratio: float = 0.15) -> torch.Tensor:
     """Logits of the prompt's last token after a blended prefill, [vocabulary]."""
-    model = engine._model
-    ids = torch.tensor(prompt.token_ids)
-    cache: KVBuffer = model.buffer(len(ids))
-    engine._blend(prompt, ids, cache, BlendOptions(policy, ratio))
-    with torch.inference_mode():
-        rest = ids[None, cache.get_seq_length() :]
-        return model.model(rest, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+    return engine.prefill_logits(prompt, BlendOptions(policy, ratio))
 
 
 def check_prompts(engine: EmbeddedEngine, plain, sentences: list[str], prompts: int) -> float:

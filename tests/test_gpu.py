@@ -25,13 +25,8 @@ def engine_and_prompt(path, folder, sentences, dtype):
 
 def test_all_equals_a_full_prefill_in_float32(smollm2_path, sentences, tmp_path):
     engine, prompt = engine_and_prompt(smollm2_path, tmp_path, sentences, "float32")
-    model, ids = engine._model, torch.tensor(prompt.token_ids, device="cuda")
-    with torch.inference_mode():
-        wanted = model.model(ids[None], past_key_values=model.buffer(len(ids)), logits_to_keep=1).logits[0, -1]
-        cache = model.buffer(len(ids))
-        engine._blend(prompt, ids, cache, BlendOptions("all"))
-        rest = ids[None, cache.get_seq_length() :]
-        got = model.model(rest, past_key_values=cache, logits_to_keep=1).logits[0, -1]
+    wanted = engine.prefill_logits(prompt, BlendOptions(enabled=False))
+    got = engine.prefill_logits(prompt, BlendOptions("all"))
     assert (got - wanted).abs().max() < 1e-2
 
 

@@ -7,52 +7,12 @@ import subprocess
 import sys
 
 import pytest
-from models import tiny_model
+from rag_kit import Parts, document
 
-from lmcache_rag.documents import Document, Splitter
 from lmcache_rag.engines.base import BlendOptions, Sampling, TextDelta
-from lmcache_rag.engines.embedded import EmbeddedEngine
-from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.errors import ConfigError, ContextLengthError, LMCacheRAGError, PrecomputeError, PromptError
-from lmcache_rag.ingest import Ingestor
-from lmcache_rag.maintain import Maintainer
-from lmcache_rag.prompt import PromptBuilder, Turn
-from lmcache_rag.rag import RAG, Answer, first_difference
-from lmcache_rag.store import Store
-
-
-class Parts:
-    """Everything over one store, with a tiny model and the real embedder."""
-
-    def __init__(self, folder, tokenizer, embedder, *, seed=0, chunk_tokens=64):
-        self.store = Store.open(folder)
-        model = HFModel.wrap(tiny_model("llama", seed=seed), tokenizer)
-        self.engine = EmbeddedEngine.from_model(model, name="tiny", revision=str(seed), kv_dir=self.store.kv_dir)
-        self.prompts = PromptBuilder(tokenizer, self.engine.info)
-        splitter = Splitter(self.prompts.encode, chunk_tokens=chunk_tokens)
-        self.ingestor = Ingestor(self.store, self.engine, embedder, self.prompts, splitter)
-        self.rag = RAG(self.store, self.engine, embedder, self.prompts, top_k=3, sampling=Sampling(max_tokens=4))
-        self.maintainer = Maintainer(self.store, self.engine, self.prompts)
-
-
-@pytest.fixture
-def parts(tmp_path, tokenizer, embedder):
-    made = Parts(tmp_path / "store", tokenizer, embedder)
-    yield made
-    made.store.close()
-
-
-def document(name, text):
-    import hashlib
-
-    return Document(doc_id=name, text=text, content_hash=hashlib.sha256(text.encode()).hexdigest(), source=name)
-
-
-@pytest.fixture
-def documents(sentences):
-    return [
-        document(f"d{i}", "\n\n".join(" ".join(sentences[6 * i + 2 * j :][:2]) for j in range(3))) for i in range(4)
-    ]
+from lmcache_rag.prompt import Turn
+from lmcache_rag.rag import Answer, first_difference
 
 
 def test_documents_in_answers_out(parts, documents):
@@ -83,22 +43,8 @@ def test_a_shared_chunk_is_stored_once_and_its_kv_leaves_with_the_last_document(
     parts.maintainer.remove(["twin"])
     assert parts.engine.usage().chunks == files
     parts.maintainer.remove(["d0"])
-    assert parts.engine.usage().chunks == 1
+    assert parts.engine.usage().chunks == 0  # and the prefix with the last chunk
     assert parts.rag.ask("What?").sources == ()
-
-
-def test_another_model_or_splitter_never_reads_old_kv(parts, documents, tokenizer, embedder):
-    parts.ingestor.ingest(documents)
-    parts.store.close()
-    other = Parts(parts.store.path, tokenizer, embedder, seed=1)
-    assert other.rag.ask("What?").stats.chunks_hit == 0
-    assert other.maintainer.status().store.stale_bytes > 0
-    assert other.maintainer.prune() > 0
-    assert other.maintainer.status().store.stale_bytes == 0
-    other.store.close()
-    split = Parts(parts.store.path, tokenizer, embedder, seed=1, chunk_tokens=32)
-    assert len(split.ingestor.ingest(documents).updated) == 4
-    split.store.close()
 
 
 def test_without_kv_the_first_question_computes_and_keeps_it(parts, documents):
@@ -111,11 +57,44 @@ def test_without_kv_the_first_question_computes_and_keeps_it(parts, documents):
     assert parts.maintainer.status().store.chunks_without_kv == 0
 
 
+def test_warm_and_verify_never_take_all_texts_at_once(parts, documents, monkeypatch):
+    monkeypatch.setattr("lmcache_rag.maintain._BATCH", 4)
+    parts.ingestor.ingest(documents, kv=False)
+    total = parts.maintainer.status().store.chunks
+    assert total > 8
+    sizes, seen = [], []
+    absent, chunks = parts.engine.missing, parts.store.registry.chunks
+
+    def listed(ids=None):
+        sizes.append(0 if ids is None else len(ids))
+        return chunks(ids)
+
+    monkeypatch.setattr(parts.engine, "missing", lambda prompts: sizes.append(len(prompts)) or absent(prompts))
+    monkeypatch.setattr(parts.store.registry, "chunks", listed)
+    assert parts.maintainer.warm(on_chunk=lambda *step: seen.append(step[:2])).computed == total
+    assert seen == [(done, total) for done in range(1, total + 1)]
+    assert parts.maintainer.warm().computed == 0
+    assert parts.maintainer.verify(sample=None).checked == total
+    assert parts.maintainer.verify(sample=5, seed=1).checked == 5
+    assert max(sizes) == 4
+
+
+def test_prune_leaves_no_kv_of_the_other_model_not_even_its_prefix(parts, documents, tokenizer, embedder):
+    parts.ingestor.ingest(documents)
+    assert parts.engine.usage().chunks == parts.maintainer.status().store.chunks + 1
+    parts.store.close()
+    other = Parts(parts.store.path, tokenizer, embedder, seed=1)
+    other.maintainer.warm()
+    assert other.maintainer.prune() == other.maintainer.status().store.chunks
+    assert other.engine.usage().chunks == other.maintainer.status().store.chunks + 1
+    assert other.maintainer.verify(sample=None).bad == ()
+    other.store.close()
+
+
 def test_verify_finds_and_repairs_damage(parts, documents):
     parts.ingestor.ingest(documents)
     assert parts.maintainer.verify(sample=None).bad == ()
-    key = parts.prompts.chunk_key(next(iter(parts.store.registry.chunks())).text)
-    path = parts.engine._kv.files.path(parts.prompts.fingerprint, key)
+    path = parts.kv_file(next(iter(parts.store.registry.chunks())).text)
     path.write_bytes(path.read_bytes()[:-9])
     found = parts.maintainer.verify(sample=None, repair=False)
     assert [result.status for result in found.bad] == ["damaged"]
@@ -124,16 +103,16 @@ def test_verify_finds_and_repairs_damage(parts, documents):
 
 
 def test_a_failed_precompute_raises_and_the_next_run_repairs(parts, documents, monkeypatch):
-    whole = parts.engine._compute
-    calls = iter([False, False, True])
+    whole = parts.model.forward
+    calls = iter([False, False, False, True])  # the prefix and two chunks go well
 
-    def fail(prompts):
+    def fail(*args):
         if next(calls, False):
-            raise PrecomputeError("out of memory", remedy="Run again.")
-        return whole(prompts)
+            raise RuntimeError("out of memory")
+        return whole(*args)
 
-    monkeypatch.setattr(parts.engine, "_compute", fail)
-    with pytest.raises(PrecomputeError, match="out of memory"):
+    monkeypatch.setattr(parts.model, "forward", fail)
+    with pytest.raises(PrecomputeError, match=r"out of memory.*again"):
         parts.ingestor.ingest(documents)
     assert parts.engine.usage().chunks == 3
     report = parts.ingestor.ingest(documents)

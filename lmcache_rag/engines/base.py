@@ -18,7 +18,7 @@ KV_FORMAT = 1  # raise when the meaning or layout of stored KV changes: old KV i
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine serves. All fields but the last three decide whether KV of one engine fits another.
+    """What an engine serves. model, revision, dtype, tokenizer and kv_block decide whether KV fits another engine.
 
     Attributes:
         engine: "embedded" or "vllm".
@@ -31,6 +31,8 @@ class EngineInfo:
         kv_bytes_per_token: Size of one token's KV over all layers, in bytes.
         can_blend: Whether chunk KV can be reused at all.
         why_not: The reason when it cannot.
+        falls_back: What an engine that cannot blend does when it is asked to: True, it answers by full prefills, and
+            the caller says so once; False, it raises UnsupportedModelError.
     """
 
     engine: str
@@ -43,6 +45,7 @@ class EngineInfo:
     kv_bytes_per_token: int
     can_blend: bool = True
     why_not: str = ""
+    falls_back: bool = True
 
     def fingerprint(self, prefix_ids: Sequence[int], tenant: str = "") -> str:
         """Name everything that a chunk's KV depends on besides the chunk, as 64 hex digits."""

@@ -144,11 +144,11 @@ def decode(
                 model.model.generate(
                     ids[None],
                     attention_mask=torch.ones_like(ids)[None],
-                    past_key_values=prepare(),
                     generation_config=_config(model, sampling, room),
                     streamer=streamer,
                     tokenizer=model.tokenizer if sampling.stop else None,
                     stopping_criteria=StoppingCriteriaList([_Cancelled(cancel)]),
+                    **model.cache_argument(prepare()),
                 )
         except BaseException as problem:  # handed to the caller's thread
             pieces.put(problem)

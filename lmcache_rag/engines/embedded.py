@@ -6,11 +6,9 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmcache_rag.blend.policies import get_policy
 from lmcache_rag.engines.base import (
     BlendOptions,
     Completion,
@@ -24,18 +22,18 @@ from lmcache_rag.engines.base import (
     StreamEvent,
     TextDelta,
     VerifyResult,
-    kv_key,
 )
+from lmcache_rag.engines.chunk_kv import ChunkCache
+from lmcache_rag.engines.filling import check_request, filled_cache
 from lmcache_rag.engines.kv_files import KVFiles
 from lmcache_rag.engines.twins import AsyncTwins
-from lmcache_rag.errors import ContextLengthError, PrecomputeError, StoreCorruptError, UnsupportedModelError
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
 
     from lmcache_rag.engines.hf_model import HFModel
     from lmcache_rag.engines.kv_buffer import KVBuffer
-    from lmcache_rag.engines.prefill import ChunkKV
+    from lmcache_rag.engines.prefilled import PrefilledPrompt
 
 log = logging.getLogger("lmcache_rag")
 
@@ -85,7 +83,8 @@ class EmbeddedEngine(AsyncTwins):
             name=source.name,
             revision=revision_of(source.path),
             tokenizer_hash=tokenizer_digest(source.path),
-            files=KVFiles(Path(kv_dir), budget=kv_budget),
+            kv_dir=kv_dir,
+            kv_budget=kv_budget,
             memory_budget=memory_budget,
             kv_block=kv_block,
             batch=batch,
@@ -97,11 +96,7 @@ class EmbeddedEngine(AsyncTwins):
     ) -> EmbeddedEngine:
         """An engine over a model that is loaded already; `revision` must tell its weights from any others."""
         engine = cls.__new__(cls)
-        budget = options.pop("kv_budget", 50 * GB)
-        defaults = {"memory_budget": 4 * GB, "kv_block": 64, "batch": None, "tokenizer_hash": revision}
-        engine._setup(
-            model, name=name, revision=revision, files=KVFiles(Path(kv_dir), budget=budget), **(defaults | options)
-        )
+        engine._setup(model, name=name, revision=revision, kv_dir=kv_dir, **options)
         return engine
 
     def _setup(
@@ -110,29 +105,36 @@ class EmbeddedEngine(AsyncTwins):
         *,
         name: str,
         revision: str,
-        tokenizer_hash: str,
-        files: KVFiles,
-        memory_budget: int,
-        kv_block: int,
-        batch: int | None,
+        kv_dir: str | Path,
+        tokenizer_hash: str | None = None,
+        kv_budget: int | None = 50 * GB,
+        memory_budget: int = 4 * GB,
+        kv_block: int = 64,
+        batch: int | None = None,
     ) -> None:
         from lmcache_rag.engines.kv_store import KVStore
 
         self._model = model
-        self._kv = KVStore(files, memory_budget=memory_budget, device=model.device)
-        self._batch = batch or (16 if model.device.type == "cuda" else 1)
         self._lock = threading.Lock()
         self._info = EngineInfo(
             engine="embedded",
             model=name,
             revision=revision,
             dtype=str(model.dtype).removeprefix("torch."),
-            tokenizer=tokenizer_hash,
+            tokenizer=revision if tokenizer_hash is None else tokenizer_hash,
             kv_block=kv_block,
             context_length=model.context_length,
             kv_bytes_per_token=model.kv_bytes_per_token,
             can_blend=not model.why_not,
             why_not=model.why_not,
+            falls_back=False,
+        )
+        self._chunks = ChunkCache(
+            model,
+            self._info,
+            KVStore(KVFiles(Path(kv_dir), budget=kv_budget), memory_budget=memory_budget, device=model.device),
+            lock=self._lock,
+            batch=batch or (16 if model.device.type == "cuda" else 1),
         )
         if model.why_not:
             log.warning("%s is not blended: %s. Answers come from full prefills.", name, model.why_not)
@@ -159,114 +161,24 @@ class EmbeddedEngine(AsyncTwins):
     # -- ingestion ----------------------------------------------------------------------------------------------
 
     def precompute(self, prompts: Iterable[IngestPrompt]) -> Iterator[PrecomputeResult]:
-        """Compute and keep each chunk's KV, skipping what exists; yields each as soon as it is kept.
-
-        Raises:
-            UnsupportedModelError: This model cannot be blended.
-            PrecomputeError: A chunk's KV could not be computed or kept. What was yielded before is kept.
-        """
-        self._require_blendable()
-        source = iter(prompts)
-        while group := list(islice(source, self._batch)):
-            todo = {p.key: p for p in group if not self._kv.has(p.fingerprint, p.key)}
-            done = self._compute(list(todo.values())) if todo else {}
-            for prompt in group:
-                if prompt.key in done:
-                    nbytes = self._kv.put(prompt.fingerprint, prompt.key, done.pop(prompt.key))
-                    yield PrecomputeResult(prompt.key, len(prompt.chunk_ids), nbytes, computed=True)
-                else:
-                    nbytes = len(prompt.chunk_ids) * self._info.kv_bytes_per_token
-                    yield PrecomputeResult(prompt.key, len(prompt.chunk_ids), nbytes, computed=False)
+        """Compute and keep each chunk's KV, see Engine.precompute; UnsupportedModelError where it cannot be blended."""
+        return self._chunks.precompute(prompts)
 
     def missing(self, prompts: Sequence[IngestPrompt]) -> list[bool]:
         """For each prompt, whether its KV is absent."""
-        return [not self._kv.has(p.fingerprint, p.key) for p in prompts]
+        return self._chunks.missing(prompts)
 
     def forget(self, prompts_or_keys: Iterable[tuple[str, str]]) -> None:
         """Drop the KV of (fingerprint, key) pairs; unknown pairs are ignored."""
-        self._kv.forget(prompts_or_keys)
+        self._chunks.forget(prompts_or_keys)
 
     def verify(self, prompt: IngestPrompt) -> VerifyResult:
         """Compute one chunk's KV again and compare it with the file. Changes nothing."""
-        self._require_blendable()
-        try:
-            kept = self._kv.files.load(prompt.fingerprint, prompt.key)
-        except StoreCorruptError:
-            return VerifyResult(prompt.key, "damaged")
-        if kept is None:
-            return VerifyResult(prompt.key, "missing")
-        fresh = self._compute([prompt])[prompt.key]
-        if fresh.keys.shape != kept.keys.shape:
-            return VerifyResult(prompt.key, "differs")
-        pairs = ((fresh.keys, kept.keys), (fresh.values, kept.values))
-        worst = max(float((a.cpu().float() - b.float()).abs().max()) for a, b in pairs)
-        scale = max(1.0, *(float(a.abs().max()) for a, _ in pairs))
-        tolerance = (1e-4 if self._info.dtype == "float32" else 2e-2) * scale
-        # "not <=" rather than ">": a NaN must count as different.
-        return VerifyResult(prompt.key, "ok" if worst <= tolerance else "differs", worst)
+        return self._chunks.verify(prompt)
 
     def usage(self) -> KVUsage:
         """How much KV is held."""
-        count, size = self._kv.files.usage()
-        return KVUsage(count, size, self._kv.memory_bytes)
-
-    def _compute(self, prompts: list[IngestPrompt]) -> dict[str, ChunkKV]:
-        """Chunk KV behind the prefix. A batch is padded on the right, where causal attention never looks."""
-        import torch
-
-        from lmcache_rag.engines.prefill import ChunkKV
-
-        start = prompts[0].prefix_tokens
-        longest = max(len(p.chunk_ids) for p in prompts)
-        if start + longest > self._info.context_length:
-            raise PrecomputeError(
-                f"A chunk of {longest} tokens does not fit the context of {self._info.context_length}.",
-                remedy="Split into smaller chunks (--chunk-tokens).",
-            )
-        try:
-            with self._lock, torch.inference_mode():
-                prefix, _ = self._prefix(prompts[0].fingerprint, prompts[0].token_ids[:start])
-                cache = self._model.buffer(start + longest, batch=len(prompts))
-                for index, layer in enumerate(cache.layers):
-                    layer.all_keys[:, :, :start] = prefix.keys[index]
-                    layer.all_values[:, :, :start] = prefix.values[index]
-                cache.set_length(start)
-                rows = [list(p.chunk_ids) + [0] * (longest - len(p.chunk_ids)) for p in prompts]
-                ids = torch.tensor(rows, device=self._model.device)
-                self._model.forward(ids, torch.arange(start, start + longest, device=ids.device), cache)
-                return {
-                    p.key: ChunkKV(
-                        torch.stack([x.all_keys[row, :, start : start + len(p.chunk_ids)] for x in cache.layers]),
-                        torch.stack([x.all_values[row, :, start : start + len(p.chunk_ids)] for x in cache.layers]),
-                    )
-                    for row, p in enumerate(prompts)
-                }
-        except RuntimeError as problem:
-            raise PrecomputeError(
-                f"A chunk's KV could not be computed: {problem}", remedy="Run the command again; it goes on from here."
-            ) from problem
-
-    def _prefix(self, fingerprint: str, prefix_ids: tuple[int, ...]) -> tuple[ChunkKV, bool]:
-        """KV of the prefix, and whether it was there already. Computed once for each fingerprint."""
-        import torch
-
-        from lmcache_rag.engines.prefill import ChunkKV
-
-        key = kv_key(fingerprint, ())
-        if kv := self._kv.get(fingerprint, key):
-            return kv, True
-        ids = torch.tensor(prefix_ids, device=self._model.device)
-        cache = self._model.buffer(len(ids))
-        self._model.forward(ids[None], torch.arange(len(ids), device=ids.device), cache)
-        kv = ChunkKV(
-            torch.stack([layer.keys[0] for layer in cache.layers]),
-            torch.stack([layer.values[0] for layer in cache.layers]),
-        )
-        try:
-            self._kv.put(fingerprint, key, kv)
-        except PrecomputeError as problem:  # a query must not fail because the store cannot be written
-            log.warning("%s", problem)
-        return kv, False
+        return self._chunks.usage()
 
     # -- queries ------------------------------------------------------------------------------------------------
 
@@ -284,16 +196,31 @@ class EmbeddedEngine(AsyncTwins):
             UnsupportedModelError: Blending is asked for and this model cannot be blended.
             ContextLengthError: The prompt is longer than the context.
         """
-        if blend.enabled:
-            get_policy(blend.policy)
-            self._require_blendable()
-        if len(prompt) >= self._info.context_length:
-            raise ContextLengthError(
-                f"The prompt has {len(prompt)} tokens, the model's context holds {self._info.context_length} with the "
-                "answer.",
-                remedy="Retrieve fewer chunks or ask a shorter question.",
-            )
+        check_request(self._info, prompt, blend)
         return self._stream(prompt, sampling, blend)
+
+    def prefill(self, prompt: QueryPrompt, blend: BlendOptions, *, room: int = 0) -> PrefilledPrompt:
+        """Prefill one prompt and hand back the model's state, to look at logits. Errors as for stream.
+
+        Args:
+            prompt: The prompt.
+            blend: How KV is reused.
+            room: How many tokens are going to be appended at most.
+        """
+        import torch
+
+        from lmcache_rag.engines.prefilled import PrefilledPrompt
+
+        check_request(self._info, prompt, blend)
+        ids = torch.tensor(prompt.token_ids, device=self._model.device)
+        with self._lock, torch.inference_mode():
+            cache, _, spent = filled_cache(self._model, self._chunks, prompt, ids, blend, room=room)
+        rest = ids if cache is None else ids[cache.get_seq_length() :]
+        return PrefilledPrompt(self._model, rest, cache, self._lock, spent)
+
+    def prefill_logits(self, prompt: QueryPrompt, blend: BlendOptions) -> Tensor:
+        """Logits of the first token of the answer, [vocabulary]; arguments and errors as for prefill."""
+        return self.prefill(prompt, blend).logits
 
     def _stream(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Iterator[StreamEvent]:
         import torch
@@ -305,11 +232,8 @@ class EmbeddedEngine(AsyncTwins):
         counts: dict[str, Any] = {"computed_tokens": len(prompt), "chunks_missed": len(prompt.chunks)}
 
         def prepare() -> KVBuffer | None:
-            if self._model.why_not:
-                return None
-            cache = self._model.buffer(min(len(prompt) + sampling.max_tokens, self._info.context_length))
-            if blend.enabled:
-                counts.update(self._blend(prompt, ids, cache, blend))
+            cache, done, _ = filled_cache(self._model, self._chunks, prompt, ids, blend, room=sampling.max_tokens)
+            counts.update(done)
             return cache
 
         result = Decoded()
@@ -320,36 +244,6 @@ class EmbeddedEngine(AsyncTwins):
         warnings = (missed,) if blend.enabled and stats.chunks_missed else ()
         yield Completion(result.text, tuple(result.ids), result.finish_reason, stats, warnings)
 
-    def _blend(self, prompt: QueryPrompt, ids: torch.Tensor, cache: KVBuffer, blend: BlendOptions) -> dict[str, Any]:
-        """Fill the cache from chunk KV; returns the statistics' fields."""
-        from lmcache_rag.engines.prefill import blended_prefill
-
-        begin = time.perf_counter()
-        prefix, prefix_was_there = self._prefix(prompt.fingerprint, prompt.token_ids[: prompt.prefix_tokens])
-        found = [(span, self._kv.get(prompt.fingerprint, span.key)) for span in prompt.chunks]
-        hits = [(span, kv) for span, kv in found if kv is not None and kv.tokens == span.end - span.start]
-        lookup_ms = (time.perf_counter() - begin) * 1e3
-        done = blended_prefill(self._model, prompt, ids, cache, prefix, hits, get_policy(blend.policy), blend.ratio)
-        exact = done.exact_tokens - (0 if prefix_was_there else prompt.prefix_tokens)
-        return {
-            "prefix_tokens": exact,
-            "reused_tokens": done.reused_tokens,
-            "recomputed_tokens": done.recomputed_tokens,
-            "computed_tokens": len(prompt) - exact - done.reused_tokens - done.recomputed_tokens,
-            "chunks_hit": len(hits),
-            "chunks_missed": len(prompt.chunks) - len(hits),
-            "lookup_ms": lookup_ms,
-            "load_ms": done.load_ms,
-            "blend_ms": done.blend_ms,
-        }
-
     def close(self) -> None:
         """Drop the KV in memory; the files stay. Safe to call twice."""
-        self._kv.clear_memory()
-
-    def _require_blendable(self) -> None:
-        if self._model.why_not:
-            raise UnsupportedModelError(
-                f"{self._info.model} cannot be blended: {self._model.why_not}.",
-                remedy="Use another model, or go without: --no-kv for ingestion, --no-blend for questions.",
-            )
+        self._chunks.clear_memory()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -134,6 +136,14 @@ class HFModel:
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         return KVBuffer(self.layers, self.kv_heads, self.head_size, capacity, like=like, batch=batch)
 
+    def cache_argument(self, cache: Any) -> dict[str, Any]:
+        """The keyword that hands the model a KV cache: transformers 5.2x renamed past_key_values to cache."""
+        return {self._cache_name: cache}
+
+    @cached_property
+    def _cache_name(self) -> str:
+        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, cache: KVBuffer, blend_pass: ForwardPass | None = None
     ) -> None:
@@ -153,8 +163,8 @@ class HFModel:
                 self.model.model(
                     input_ids=ids,
                     position_ids=positions[None],
-                    past_key_values=cache,
                     use_cache=True,
+                    **self.cache_argument(cache),
                     **({"blend_pass": blend_pass} if blend_pass is not None else {}),
                 )
         finally:

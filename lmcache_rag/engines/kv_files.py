@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import os
+import stat
 import threading
 import time
 import uuid
@@ -13,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lmcache_rag.errors import PrecomputeError, StoreCorruptError
+from lmcache_rag.errors import PrecomputeError, StoreCorruptError, StoreError
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.prefill import ChunkKV
@@ -79,12 +80,15 @@ class KVFiles:
 
         Raises:
             StoreCorruptError: The file is damaged or is not what its name says.
+            StoreError: It cannot be read, at least not now.
         """
         from safetensors import SafetensorError, safe_open
 
         from lmcache_rag.engines.prefill import ChunkKV
 
         path = self.path(fingerprint, key)
+        if not _readable(path):
+            return None
         try:
             with safe_open(path, framework="pt") as file:
                 facts = file.metadata() or {}
@@ -105,10 +109,15 @@ class KVFiles:
         """Remove the files of these (fingerprint, key) pairs, as far as they exist."""
         for fingerprint, key in pairs:
             path = self.path(fingerprint, key)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 size = path.stat().st_size
                 path.unlink()
                 self._count(-size, evict=False)
+
+    def holds_other_than(self, fingerprint: str, key: str) -> bool:
+        """Whether any KV of the fingerprint is there besides that of the key."""
+        mine = self.path(fingerprint, key)
+        return any(path != mine for path in (self.folder / mine.parts[-3]).glob(f"*/*{_SUFFIX}"))
 
     def usage(self) -> tuple[int, int]:
         """Number of files and their bytes."""
@@ -157,6 +166,32 @@ class KVFiles:
                 elif path.name.endswith(".partial") and time.time() - facts.st_mtime > _STALE_S:
                     path.unlink()
         return found
+
+
+def _readable(path: Path) -> bool:
+    """Whether the file is there. Never waits: not for a writer at a pipe's other end, not for whoever has a lease.
+
+    Raises:
+        StoreCorruptError: Something else than a file stands there.
+        StoreError: It cannot be opened.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as problem:
+        if problem.errno in (errno.ELOOP, errno.ENXIO):  # a link to itself; a socket
+            raise _damaged(path, "it is not a file") from problem
+        raise StoreError(
+            f"The KV file {path} cannot be read: {problem.strerror}.",
+            remedy="Its chunk is computed; check who may read it, and the disk.",
+        ) from problem
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise _damaged(path, "it is not a file")
+    finally:
+        os.close(handle)
+    return True
 
 
 def _checksum(tensors: dict[str, Any]) -> str:

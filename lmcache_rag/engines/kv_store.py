@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from lmcache_rag.errors import StoreCorruptError
+from lmcache_rag.errors import StoreCorruptError, StoreError
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,10 @@ class KVStore:
         self._lock = threading.Lock()
 
     def get(self, fingerprint: str, key: str) -> ChunkKV | None:
-        """The chunk's KV on the model's device, or None. A damaged file is removed, with a warning: it is a miss."""
+        """The chunk's KV on the model's device, or None.
+
+        A file that is damaged or cannot be read is a miss, with a warning; a damaged one is removed.
+        """
         name = (fingerprint, key)
         with self._lock:
             if kv := self._hot.get(name):
@@ -54,6 +57,9 @@ class KVStore:
                 self.files.delete([name])
             except OSError as failure:
                 log.warning("The damaged file cannot be removed: %s", failure)
+            return None
+        except StoreError as problem:
+            log.warning("%s", problem)
             return None
         if kv is not None:
             kv = self._to_device(kv)
@@ -76,6 +82,10 @@ class KVStore:
                 if kv := self._hot.pop(name, None):
                     self._bytes -= kv.nbytes
         self.files.delete(pairs)
+
+    def holds_other_than(self, fingerprint: str, key: str) -> bool:
+        """Whether any file of the fingerprint is kept besides that of the key."""
+        return self.files.holds_other_than(fingerprint, key)
 
     @property
     def memory_bytes(self) -> int:

@@ -40,14 +40,20 @@ class ChunkKV:
 
 @dataclass(frozen=True)
 class Prefilled:
-    """What was done. The cache holds `length` tokens; everything from there on is still to be computed."""
+    """What was done. The cache holds `length` tokens; everything from there on is still to be computed.
+
+    Times in milliseconds: `load_ms` copies KV to its place, `shift_ms` turns keys (in part while they are copied),
+    `select_ms` is the policy with its pass, `redo_ms` computes the selected tokens and the gaps.
+    """
 
     length: int
     exact_tokens: int
     reused_tokens: int
     recomputed_tokens: int
     load_ms: float
-    blend_ms: float
+    shift_ms: float = 0.0
+    select_ms: float = 0.0
+    redo_ms: float = 0.0
 
 
 def blended_prefill(
@@ -86,41 +92,49 @@ def blended_prefill(
         exact = span.end
     if not cached:
         cache.set_length(exact)
-        return Prefilled(exact, exact, 0, 0, _ms_since(begin), 0.0)
+        return Prefilled(exact, exact, 0, 0, _ms_since(begin))
 
     layout = Layout.of([(span.start, span.end) for span, _ in cached], device=str(ids.device))
     end = cached[-1][0].end
     gaps = _gaps(layout, exact, end)
     cos, sin = shift_tables(model.rotary, layout.offset + prompt.prefix_tokens, layout.cached)
+    shift_ms = 0.0
     first = 0
     for span, kv in cached:
         last = first + kv.tokens
-        _place(cache, kv, span.start, cos[first:last], sin[first:last])
+        shift_ms += _place(cache, kv, span.start, cos[first:last], sin[first:last])
         first = last
     cache.clear(gaps, end, len(ids))
-    load_ms = _ms_since(begin)
+    load_ms = _ms_since(begin) - shift_ms
 
     begin = time.perf_counter()
     passes = ModelPasses(model, ids, cache, layout, gaps, exact, end)
     chosen = select(policy, ratio, layout, passes)
+    select_ms = _ms_since(begin)
+
+    begin = time.perf_counter()
     redo = _merge(chosen, gaps)
     if len(redo):
         model.forward(ids[redo][None], redo, cache, RedoPass(redo))
     cache.set_length(end)
-    recomputed = len(chosen)
-    return Prefilled(end, exact, len(layout.cached) - recomputed, recomputed, load_ms, _ms_since(begin))
+    kept, redone = len(layout.cached) - len(chosen), len(chosen)
+    return Prefilled(end, exact, kept, redone, load_ms, shift_ms, select_ms, _ms_since(begin))
 
 
-def _place(cache: KVBuffer, kv: ChunkKV, start: int, cos: Tensor | None = None, sin: Tensor | None = None) -> None:
-    """Write one chunk's KV to the cache at `start`, its keys turned by the given angles."""
+def _place(cache: KVBuffer, kv: ChunkKV, start: int, cos: Tensor | None = None, sin: Tensor | None = None) -> float:
+    """Write one chunk's KV to the cache at `start`, its keys turned by the given angles; returns the ms of turning."""
     end = start + kv.tokens
+    turning = 0.0
     for index, layer in enumerate(cache.layers):
         keys = layer.all_keys[0, :, start:end]
         if cos is None or sin is None:
             keys.copy_(kv.keys[index])
         else:
+            begin = time.perf_counter()
             shift_keys(kv.keys[index].to(keys.device), cos, sin, out=keys)
+            turning += _ms_since(begin)
         layer.all_values[0, :, start:end].copy_(kv.values[index])
+    return turning
 
 
 def _gaps(layout: Layout, start: int, end: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import BlendOptions, Completion, QueryPrompt, Sampling, StreamEvent
@@ -24,25 +24,27 @@ async def iterate_in_thread(iterator: Iterator[T]) -> AsyncIterator[T]:
             await asyncio.shield(asyncio.to_thread(close))
 
 
-class AsyncTwins:
-    """Mixin: agenerate and astream from generate and stream."""
-
-    def generate(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Completion:
-        """Answer one prompt."""
-        raise NotImplementedError
+class Streams(Protocol):
+    """What AsyncTwins is mixed into: something that answers piece by piece, blocking."""
 
     def stream(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Iterator[StreamEvent]:
-        """Answer one prompt piece by piece."""
-        raise NotImplementedError
+        """Answer one prompt piece by piece; the last piece is a Completion."""
+        ...
 
-    async def agenerate(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Completion:
+
+class AsyncTwins:
+    """Mixin: agenerate and astream from stream."""
+
+    async def agenerate(self: Streams, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Completion:
         """Async twin of generate. Cancelling it stops the computation."""
         last: StreamEvent | None = None
-        async for event in self.astream(prompt, sampling, blend):
+        async for event in iterate_in_thread(self.stream(prompt, sampling, blend)):
             last = event
         return last  # type: ignore[return-value]
 
-    async def astream(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> AsyncIterator[StreamEvent]:
+    async def astream(
+        self: Streams, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions
+    ) -> AsyncIterator[StreamEvent]:
         """Async twin of stream."""
         async for event in iterate_in_thread(self.stream(prompt, sampling, blend)):
             yield event
