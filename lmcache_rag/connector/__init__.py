@@ -1,0 +1,1 @@
+"""What runs inside vLLM: the connector for an LMCache blend server."""

@@ -1,0 +1,243 @@
+"""The blend of one request on a paged KV cache: select tokens, compute them and the gaps anew.
+
+Chunk KV was placed in the sequence's blocks, keys turned. A forward pass is the model's own, over some positions of the
+prompt; `Attention` is what it calls in each layer, after that layer's fresh KV was written to the positions' slots.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from lmcache_rag.blend.policies import Layout, Policy, select
+from lmcache_rag.connector.paged_attention import PagedAttention
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lmcache_rag.connector.paged import PagedSequence
+
+
+class StopForward(Exception):  # noqa: N818 - not an error: ends a forward pass early
+    """Raised inside a layer once all that was wanted is known."""
+
+
+class Attention(Protocol):
+    """What a forward pass does in each layer."""
+
+    def before_write(self, layer: int, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Called before the layer's fresh KV [m, kv heads, size] is written over what the cache holds."""
+        ...
+
+    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
+        """Query and out [m, heads, size]; keys and values [blocks, block, kv heads, size]."""
+        ...
+
+
+class Model(Protocol):
+    """A model whose KV lies in a paged cache."""
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        ...
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads of this rank."""
+        ...
+
+    @property
+    def most_tokens(self) -> int:
+        """Most tokens of one pass."""
+        ...
+
+    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: Attention) -> None:
+        """Run all layers for their KV: ids and positions int64 [m], slots int64 [m]."""
+        ...
+
+    def sum_over_ranks(self, scores: Tensor) -> Tensor:
+        """The sum of a tensor over the tensor-parallel ranks: each sees its own heads only."""
+        ...
+
+
+class _Redo:
+    """Attention by position over everything that is there."""
+
+    def __init__(self, attention: PagedAttention) -> None:
+        self._attention = attention
+
+    def before_write(self, layer: int, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Nothing."""
+
+    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
+        """Attention by position."""
+        self._attention.attend(query, keys, values, scale, out)
+
+
+class _Watch(_Redo):
+    """The suffix's rows; from a layer on, adds up what they look at."""
+
+    def __init__(self, attention: PagedAttention, mass: Tensor, first_layer: int, last_layer: int, reduce: str) -> None:
+        super().__init__(attention)
+        self._mass, self._first, self._last, self._reduce = mass, first_layer, last_layer, reduce
+
+    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
+        """Attention; the upper layers' probabilities are added up. The last layer's output is not needed."""
+        lse = self._attention.attend(query, keys, values, scale, out)
+        if layer >= self._first:
+            self._attention.add_mass(query, keys, scale, lse, self._mass, reduce=self._reduce)
+        if layer == self._last:
+            raise StopForward
+
+
+class _Check(_Redo):
+    """All tokens through the first layers; notes how far the check layer's fresh KV is from the cached one."""
+
+    def __init__(self, attention: PagedAttention, slots: Tensor, layer: int) -> None:
+        super().__init__(attention)
+        self._slots, self._layer = slots, layer
+        self.deviation: Tensor | None = None
+
+    def before_write(self, layer: int, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
+        """At the check layer: compare, and write nothing."""
+        if layer < self._layer:
+            return
+        block = keys.shape[1]
+        at, within = self._slots // block, self._slots % block
+        total = None
+        for fresh, cached in ((key, keys), (value, values)):
+            distance = (fresh.float() - cached[at, within].float()).square().sum((1, 2))
+            total = distance if total is None else total + distance
+        self.deviation = total
+        raise StopForward
+
+
+@dataclass(frozen=True)
+class BlendOutcome:
+    """What a blend did.
+
+    Attributes:
+        recomputed: Tokens selected and computed again.
+        gaps: Tokens computed because nothing was cached for them.
+        watched: A number that is not finite when any key before the end, or any value below the last layer, was not;
+            None when no pass looked at all of them.
+    """
+
+    recomputed: int
+    gaps: int
+    watched: Tensor | None = None
+
+
+class _Passes:
+    """What a policy may ask; see lmcache_rag.blend.policies.Passes."""
+
+    def __init__(
+        self, blend: BlendPass, ids: Tensor, layout: Layout, gaps: Tensor, start: int, end: int, suffix: Tensor
+    ) -> None:
+        self._by, self._ids, self._layout, self._gaps = blend, ids, layout, gaps
+        self._start, self._end, self._suffix = start, end, suffix
+        self.watched: Tensor | None = None
+
+    def suffix_attention(self, *, window: int, from_layer: float, reduce: str) -> Tensor:
+        """See Passes. A long suffix is watched from its end; what stands between is hidden from the rows."""
+        import torch
+
+        rows = self._suffix[-window:]
+        last = self._end + len(self._suffix)
+        first = last - len(rows)
+        unseen = torch.arange(self._end, first, device=rows.device)
+        model = self._by.model
+        attention = PagedAttention(self._by.sequence, rows.to(torch.int32), last, torch.cat([self._gaps, unseen]))
+        mass = torch.zeros((model.kv_heads, self._end), dtype=torch.float32, device=rows.device)
+        watch = _Watch(attention, mass, int(from_layer * model.layers), model.layers - 1, reduce)
+        with contextlib.suppress(StopForward):
+            model.forward(self._ids[rows], rows, self._by.sequence.slots(rows), watch)
+        looked = mass.sum(0) if reduce == "sum" else mass.amax(0)
+        self.watched = looked.sum()
+        return model.sum_over_ranks(looked)[self._layout.cached]
+
+    def deviation(self, *, layer: int) -> Tensor:
+        """See Passes."""
+        import torch
+
+        places = torch.arange(self._start, self._end, device=self._ids.device)
+        model = self._by.model
+        parts = []
+        most = model.most_tokens
+        for piece in (places[i : i + most] for i in range(0, len(places), most)):
+            slots = self._by.sequence.slots(piece)
+            attention = PagedAttention(self._by.sequence, piece.to(torch.int32), int(piece[-1]) + 1)
+            check = _Check(attention, slots, layer)
+            with contextlib.suppress(StopForward):
+                model.forward(self._ids[piece], piece, slots, check)
+            assert check.deviation is not None  # noqa: S101 - the check layer always stops the pass
+            parts.append(check.deviation)
+        return model.sum_over_ranks(torch.cat(parts))[self._layout.cached - self._start]
+
+
+class BlendPass:
+    """Blends one request.
+
+    Args:
+        model: The model.
+        sequence: The request's blocks, with room for the prompt's last tokens too.
+    """
+
+    def __init__(self, model: Model, sequence: PagedSequence) -> None:
+        self.model, self.sequence = model, sequence
+
+    def run(
+        self,
+        ids: Tensor,
+        spans: Sequence[tuple[int, int]],
+        start: int,
+        *,
+        policy: Policy,
+        ratio: float,
+        end: int = 0,
+    ) -> BlendOutcome:
+        """Make the KV of [start, end) what the policy says it should be.
+
+        Args:
+            ids: The whole prompt, int64 [n].
+            spans: Where cached KV was placed, (first, last + 1) of each chunk, ascending, from `start` on.
+            start: First position whose KV is not exact.
+            policy: Chooses what to recompute.
+            ratio: Share of the cached tokens.
+            end: What stands between the last span and here is computed too; 0: nothing.
+
+        Returns:
+            What was done.
+        """
+        import torch
+
+        device = ids.device
+        layout = Layout.of(list(spans), device=str(device))
+        cached_end = spans[-1][1]
+        absent = torch.ones(cached_end, dtype=torch.bool)
+        absent[:start] = False
+        for first, last in spans:
+            absent[first:last] = False
+        gaps = absent.nonzero()[:, 0].to(device)
+        suffix = torch.arange(cached_end, min(len(ids), self.sequence.capacity), device=device)
+        passes = _Passes(self, ids, layout, gaps, start, cached_end, suffix)
+        chosen = select(policy, ratio, layout, passes)
+        end = max(end, cached_end)
+        tail = torch.arange(cached_end, end, device=device)
+        self.compute(ids, torch.cat([torch.cat([chosen, gaps]).sort().values, tail]), end)
+        return BlendOutcome(len(chosen), len(gaps) + len(tail), passes.watched)
+
+    def compute(self, ids: Tensor, positions: Tensor, end: int) -> None:
+        """Compute the KV of these positions (int64, ascending) through all layers, in pieces that fit a pass.
+
+        A later piece sees what the earlier ones wrote, so the order makes pieces equal to one pass.
+        """
+        import torch
+
+        most = self.model.most_tokens
+        for piece in (positions[i : i + most] for i in range(0, len(positions), most)):
+            attention = PagedAttention(self.sequence, piece.to(torch.int32), end)
+            self.model.forward(ids[piece], piece, self.sequence.slots(piece), _Redo(attention))

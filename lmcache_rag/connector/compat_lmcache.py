@@ -1,0 +1,188 @@
+"""Every private part of LMCache that we touch; tests/test_connector_contract.py checks each against LMCache.
+
+Written for LMCache 0.5.6. An LMCache server sends no answer at all when a call fails, so each wait has a deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lmcache_rag.connector.plan import Match
+
+PROTOCOL = 1
+
+
+class BlendLookup:
+    """Scheduler side: where in a prompt cached KV lies. Asked again until the server has it in memory.
+
+    Args:
+        adapter: LMCache's scheduler adapter.
+        request_id: Name of the server's session.
+        token_ids: The prompt.
+        salt: Tenant.
+        configs: Settings of the request for LMCache.
+    """
+
+    def __init__(
+        self, adapter: Any, request_id: str, token_ids: list[int], salt: str, configs: dict[str, Any] | None
+    ) -> None:
+        self._adapter, self.request_id, self.token_ids = adapter, request_id, token_ids
+        self.salt, self.configs = salt, configs
+        self._key = adapter._create_key(token_ids, 0, len(token_ids), request_id, salt, configs).no_worker_id_version()
+        self._client = next(iter(adapter.req_clients.values()))
+        self._future = self._ask()
+        self.result: tuple[int, tuple[Match, ...]] | None = None
+
+    def _ask(self) -> Any:
+        return self._client.cb_unified_lookup(self._key, self._adapter.tp_size)
+
+    def poll(self, seconds: float) -> bool:
+        """Whether the result is there, waiting for it at most that long."""
+        if self.result is not None:
+            return True
+        if not self._future.wait(seconds):
+            return False
+        found = self._future.result(0.001)
+        if found is None:
+            self._future = self._ask()
+            return False
+        self.result = (
+            int(found.prefix_coverage_tokens),
+            tuple(Match(m.cur_st, m.cur_ed, m.old_st, m.old_ed, m) for m in found.non_prefix_segments),
+        )
+        return True
+
+    def release_prefix(self, start: int, end: int) -> None:
+        """Give back the read locks of exact prefix chunks that are not going to be loaded."""
+        if end > start:
+            self._adapter.free_lookup_locks(self.token_ids, start, end, self.request_id, self.salt, self.configs)
+
+    def end_session(self) -> None:
+        """Give back what was looked up and not loaded."""
+        self._adapter.end_session(self.request_id)
+
+
+def ensure_heartbeat(adapter: Any) -> None:
+    """Watch the server from now on rather than from the first transfer on."""
+    adapter._ensure_heartbeat_started()
+
+
+def chunk_tokens(adapter: Any) -> int:
+    """Tokens in one LMCache chunk."""
+    return int(adapter.lmcache_tokens_per_chunk)
+
+
+class WorkerLink:
+    """Worker side: registers the rotary table and asks for KV.
+
+    Args:
+        adapter: LMCache's worker adapter, its KV caches registered.
+        deadline: Longest wait for an answer, in seconds.
+    """
+
+    def __init__(self, adapter: Any, deadline: float) -> None:
+        self._adapter, self._deadline = adapter, deadline
+        self._table: Any = None
+
+    def why_not(self) -> str:
+        """Why the server cannot blend; empty when it can."""
+        transfer = self._adapter.transfer_ctx
+        if getattr(transfer, "_event_backend", None) is None:
+            return "blending needs CUDA: this transfer mode has no device events"
+        try:
+            version, agreed = self._adapter.req_client.cb_protocol_handshake(PROTOCOL).result(self._deadline)
+        except TimeoutError:
+            return "the LMCache server did not answer the blend handshake: start it with --engine-type blend"
+        return "" if agreed else f"the LMCache server speaks blend protocol {version}, not {PROTOCOL}"
+
+    def register_rope(self, table: Any, head_size: int, is_neox: bool) -> None:
+        """Give the server the model's table of angles, and again whenever it comes back.
+
+        Args:
+            table: The model's cos_sin_cache, [positions, rotary size].
+            head_size: Size of a head.
+            is_neox: Whether halves rather than neighbours are turned together.
+        """
+        self._table = table.detach().contiguous().clone()  # the model may replace its own; the server maps this one
+        self._rope = (head_size, is_neox)
+        self._send_rope()
+        again = self._adapter._reregister_kv_caches_callback
+
+        def both() -> bool:
+            if not again():
+                return False
+            try:
+                self._send_rope()
+            except TimeoutError:
+                return False
+            return True
+
+        self._adapter._reregister_kv_caches_callback = both
+
+    def _send_rope(self) -> None:
+        from lmcache.v1.platform.kv_wrap import wrap_one_kv_cache
+
+        head_size, is_neox = self._rope
+        self._adapter.req_client.cb_register_rope(
+            self._adapter.instance_id, [wrap_one_kv_cache(self._table)], head_size, is_neox, [], [], [], ""
+        ).result(self._deadline)
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the server answers its heartbeat."""
+        return bool(self._adapter.is_healthy)
+
+    def submit_exact(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        start: int,
+        end: int,
+        block_ids: Sequence[int],
+        salt: str,
+        configs: dict[str, Any] | None,
+    ) -> Any:
+        """Ask for the exact prefix [start, end); what lies before `start` in its chunk is left alone."""
+        chunk = self._adapter.lmcache_tokens_per_chunk
+        begin = start // chunk * chunk
+        key = self._adapter._create_key(list(token_ids), begin, end, request_id, salt, configs)
+        transfer = self._adapter.transfer_ctx
+        block = chunk // self._adapter.blocks_in_chunk
+        blocks = [list(block_ids[begin // block : -(-end // block)])]
+        return transfer.submit_retrieve(
+            request_id,
+            key,
+            self._adapter.kv_caches,
+            blocks,
+            transfer.create_recorded_event(),
+            self._adapter.blocks_in_chunk,
+            skip_first_n_tokens=start - begin,
+        )
+
+    def submit_matches(
+        self,
+        request_id: str,
+        token_ids: Sequence[int],
+        matches: Sequence[Match],
+        block_ids: Sequence[int],
+        salt: str,
+        configs: dict[str, Any] | None,
+    ) -> Any:
+        """Ask for chunk KV to be written to these blocks, keys turned to their new positions."""
+        transfer = self._adapter.transfer_ctx
+        key = self._adapter._create_key(list(token_ids), 0, len(token_ids), request_id, salt, configs)
+        event = transfer._event_backend.export_event(transfer.create_recorded_event(), transfer._device)
+        future = self._adapter.req_client.cb_retrieve_pre_computed(
+            key, [m.native for m in matches], [list(block_ids)], self._adapter.instance_id, event
+        )
+        return future.to_device_future(device=transfer._device, event_backend=transfer._event_backend)
+
+    def arrived(self, future: Any) -> bool:
+        """Whether the KV came; later work of the current stream waits for it, the host does not."""
+        import torch
+
+        try:
+            return bool(future.wait_on_stream(torch.cuda.current_stream(), self._deadline))
+        except TimeoutError:
+            return False

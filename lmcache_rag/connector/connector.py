@@ -1,0 +1,206 @@
+"""CacheBlendConnector: vLLM's side of an LMCache blend server.
+
+vllm serve MODEL --kv-transfer-config '{"kv_connector": "CacheBlendConnector",
+    "kv_connector_module_path": "lmcache_rag.connector.connector", "kv_role": "kv_both"}'
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorHandshakeMetadata,
+    KVConnectorRole,
+    KVConnectorWorkerMetadata,
+)
+
+from lmcache_rag.connector import compat_lmcache, compat_vllm
+from lmcache_rag.connector.hot import HotChunks
+from lmcache_rag.connector.hot_side import HotSide
+from lmcache_rag.connector.options import ConnectorOptions
+from lmcache_rag.connector.plan import BlendResult
+from lmcache_rag.connector.scheduler_side import Lookup, SchedulerSide
+
+log = logging.getLogger("lmcache_rag")
+
+
+@dataclass
+class Readiness(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """What a worker tells the scheduler at start: why it cannot blend, empty when it can."""
+
+    why_not: str
+
+
+@dataclass
+class BlendResults(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """What the workers did in a step."""
+
+    results: list[BlendResult] = field(default_factory=list)
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """Results of several ranks are the same but for their times."""
+        return self
+
+
+class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
+    """LMCache's multiprocess connector, and blending on top where the model, the server and the GPU allow it."""
+
+    def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
+        super().__init__(vllm_config, role, kv_cache_config)
+        self._options = ConnectorOptions.read(vllm_config.kv_transfer_config.get_from_extra_config)
+        self._why_not = "not told yet"
+        self._side: SchedulerSide | None = None
+        self._worker: Any = None
+        if role == KVConnectorRole.SCHEDULER:
+            compat_vllm.deliver_worker_meta_first()
+            self._side = SchedulerSide(
+                self._options, compat_lmcache.chunk_tokens(self.scheduler_adapter), self._look_up, self._hide
+            )
+
+    # -- start ----------------------------------------------------------------------------------------------------
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        """Register the caches with LMCache, then see whether this worker can blend."""
+        super().register_kv_caches(kv_caches)
+        self._why_not = self._prepare()
+        if self._why_not:
+            log.warning("KV is not blended: %s. Exact prefixes are reused, everything else is computed.", self._why_not)
+        else:
+            log.info("KV is blended: policy %s, ratio %g", self._options.policy, self._options.ratio)
+
+    def _prepare(self) -> str:
+        from lmcache_rag.connector.model import VLLMModel, rotary_of, why_not
+        from lmcache_rag.connector.worker_side import WorkerSide
+
+        worker = compat_vllm.worker()
+        if worker is None:
+            return "the lmcache_rag plugin is not loaded in this process (VLLM_PLUGINS leaves it out?)"
+        model = worker.model_runner.get_model()
+        link = compat_lmcache.WorkerLink(self.worker_adapter, self._options.deadline)
+        if reason := why_not(self._vllm_config, model) or link.why_not():
+            return reason
+        rotary = rotary_of(model)
+        try:
+            link.register_rope(rotary.cos_sin_cache, rotary.head_size, rotary.is_neox_style)
+        except TimeoutError:
+            return "the LMCache server did not take the rotary table"
+        compat_lmcache.ensure_heartbeat(self.worker_adapter)
+        blendable = VLLMModel(self._vllm_config, worker.model_runner)
+        blendable.warm_up()
+        reports = getattr(self._vllm_config.kv_transfer_config, "kv_load_failure_policy", "fail") == "recompute"
+        self._worker = WorkerSide(blendable, link, may_report=reports, hot=blendable.hot_copy())
+        return ""
+
+    def get_handshake_metadata(self) -> Readiness | None:
+        """Worker: tell the scheduler whether blending is possible."""
+        return Readiness(self._why_not)
+
+    def set_xfer_handshake_metadata(self, metadata: Any) -> None:
+        """Scheduler: what the workers said."""
+        reasons = [item.why_not for item in metadata.values() if isinstance(item, Readiness)]
+        self._why_not = next((reason for reason in reasons if reason), "" if reasons else "no worker told")
+
+    def set_xfer_handshake_metadata_pp_aware(self, metadata: Any) -> None:
+        """Scheduler: what the workers said."""
+        self.set_xfer_handshake_metadata(metadata)
+
+    # -- scheduler ------------------------------------------------------------------------------------------------
+
+    def _look_up(self, request: Any) -> Lookup | None:
+        compat_lmcache.ensure_heartbeat(self.scheduler_adapter)
+        if not self.scheduler_adapter.is_healthy:
+            return None
+        tracker = self._get_or_create_request_tracker(request)
+        return compat_lmcache.BlendLookup(
+            self.scheduler_adapter,
+            request.request_id,
+            list(request.prompt_token_ids),
+            tracker.cache_salt,
+            tracker.request_configs,
+        )
+
+    def _hide(self, request: Any, first_token: int) -> None:
+        compat_vllm.hide_from_prefix_cache(request, first_token, self._hash_block())
+
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """Scheduler: vLLM's own blocks, for hot chunks."""
+        super().bind_gpu_block_pool(gpu_block_pool)
+        block = self._hash_block()
+        if self._side is not None and self._options.hot and getattr(gpu_block_pool, "enable_caching", False):
+            chunks = HotChunks(gpu_block_pool, block, compat_vllm.block_hash(self._vllm_config))
+            self._side.hot = HotSide(chunks)
+
+    def _hash_block(self) -> int:
+        size = getattr(self._gpu_block_pool, "hash_block_size", None) or self._vllm_config.cache_config.block_size
+        return int(size)
+
+    def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        """Claim the exact prefix, and behind it everything up to the last cached chunk."""
+        side = self._side
+        if side is None or self._why_not:
+            matched: tuple[int | None, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
+            return matched
+        tracker = self._get_or_create_request_tracker(request)
+        more = side.matched(request, num_computed_tokens)
+        if more is None:
+            return None, False
+        align = self._hit_alignment_tokens
+        tracker.num_vllm_hit_tokens = num_computed_tokens // align * align
+        tracker.num_stored_tokens = max(tracker.num_stored_tokens, side.exact_prefix(request.request_id))
+        limit = side.store_limit(request.request_id)
+        if limit is not None:
+            asked = tracker.max_offload_tokens
+            tracker.max_offload_tokens = limit if asked is None else min(asked, limit)
+        return more, False
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        """Plan what was claimed."""
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        if self._side is not None and not self._why_not:
+            tracker = self._get_request_tracker(request.request_id)
+            own: list[int] = (blocks.get_block_ids() or ([],))[0]
+            self._side.allocated(request, list(own), num_external_tokens, tracker.request_configs)
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        """LMCache's metadata of this step, with our plans."""
+        meta = super().build_connector_meta(scheduler_output)
+        meta.blend_plans = self._side.plans() if self._side is not None else []
+        return meta
+
+    def take_worker_meta(self, meta: Any) -> None:
+        """What the workers did, before vLLM finishes requests; see compat_vllm.deliver_worker_meta_first."""
+        if isinstance(meta, BlendResults) and self._side is not None:
+            self._side.take(meta.results)
+
+    def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        """Hand the reuse statistics to the response."""
+        statistics = self._side.finished(request) if self._side is not None else None
+        later, params = super().request_finished(request, block_ids)
+        if statistics is not None:
+            params = {**(params or {}), "lmcache_rag": statistics}
+            log.debug("request %s: %s", request.request_id, statistics)
+        return later, params
+
+    # -- worker ---------------------------------------------------------------------------------------------------
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        """LMCache's own loads, then this step's blends."""
+        super().start_load_kv(forward_context, **kwargs)
+        for plan in getattr(self._get_connector_metadata(), "blend_plans", ()):
+            self._worker.run(plan)
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        """Blocks that vLLM has to compute again; the first call behind a forward pass."""
+        blocks: set[int] = super().get_block_ids_with_load_errors()
+        if self._worker is not None:
+            self._worker.finish()
+            blocks = blocks | self._worker.take_bad_blocks()
+        return blocks
+
+    def build_connector_worker_meta(self) -> Any:
+        """What this worker did in this step."""
+        results = self._worker.take_results() if self._worker is not None else []
+        return BlendResults(results) if results else super().build_connector_worker_meta()

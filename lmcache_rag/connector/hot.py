@@ -1,0 +1,128 @@
+"""Chunks whose exact KV vLLM itself still holds, from an ingestion or an earlier request.
+
+A copy on the GPU instead of a load from LMCache. Blocks of finished requests stay in vLLM's pool until they are
+evicted, filed under hashes of everything before them; so the blocks of `prefix + chunk` are found when it is known
+where in a prompt the chunks stand. A client says so in kv_transfer_params: `"lmcache_rag.chunks": [[start, end], ...]`.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from lmcache_rag.connector.plan import Match
+
+
+class Pool(Protocol):
+    """What is used of vLLM's BlockPool."""
+
+    def get_cached_block(self, block_hash: Any, group_ids: list[int]) -> list[Any] | None:
+        """The block filed under this hash."""
+        ...
+
+    def touch(self, blocks: Sequence[Any]) -> None:
+        """Keep blocks from being evicted."""
+        ...
+
+    def free_blocks(self, blocks: Sequence[Any]) -> None:
+        """Let go of them."""
+        ...
+
+
+class HotChunks:
+    """Finds chunks in vLLM's block pool.
+
+    Args:
+        pool: The pool.
+        block: Tokens in a block.
+        hash_block: (hash of the block before, tokens) -> hash of a block, as vLLM does it.
+        remembered: How many chunks' hashes are kept: hashing costs more than looking up.
+    """
+
+    def __init__(
+        self, pool: Pool, block: int, hash_block: Callable[[Any, tuple[int, ...]], Any], *, remembered: int = 4096
+    ) -> None:
+        self._pool, self._block, self._hash, self._remembered = pool, block, hash_block, remembered
+        self._hashes: OrderedDict[tuple[Any, tuple[int, ...]], tuple[Any, ...]] = OrderedDict()
+        self._pinned: dict[str, list[Any]] = {}
+
+    def find(
+        self, tokens: Sequence[int], hashes: Sequence[Any], spans: Sequence[tuple[int, int]]
+    ) -> list[tuple[Match, Any]]:
+        """Blocks that hold parts of the spans, with the place where each was computed.
+
+        Args:
+            tokens: The prompt.
+            hashes: The prompt's own block hashes, at least over its prefix.
+            spans: Where the chunks stand; the prefix ends where the first begins, and fills whole blocks.
+        """
+        if not spans:
+            return []
+        prefix = spans[0][0]
+        if prefix % self._block or prefix // self._block > len(hashes) or prefix == 0:
+            return []
+        parent = hashes[prefix // self._block - 1]
+        found = []
+        for start, end in spans:
+            for index, block_hash in enumerate(self._chunk_hashes(parent, tuple(tokens[start:end]))):
+                blocks = self._pool.get_cached_block(block_hash, [0])
+                if not blocks:
+                    break
+                first = index * self._block
+                match = Match(
+                    start + first,
+                    start + first + self._block,
+                    prefix + first,
+                    prefix + first + self._block,
+                    block=blocks[0].block_id,
+                )
+                found.append((match, blocks[0]))
+        return found
+
+    def _chunk_hashes(self, parent: Any, tokens: tuple[int, ...]) -> tuple[Any, ...]:
+        key = (parent, tokens)
+        if key in self._hashes:
+            self._hashes.move_to_end(key)
+            return self._hashes[key]
+        hashes: list[Any] = []
+        for first in range(0, len(tokens) - self._block + 1, self._block):
+            parent = self._hash(parent, tokens[first : first + self._block])
+            hashes.append(parent)
+        self._hashes[key] = tuple(hashes)
+        if len(self._hashes) > self._remembered:
+            self._hashes.popitem(last=False)
+        return self._hashes[key]
+
+    def pin(self, request_id: str, blocks: Sequence[Any]) -> None:
+        """Keep these blocks until they are unpinned; they replace what was pinned for the request before."""
+        self._pool.touch(blocks)
+        self.unpin(request_id)
+        self._pinned[request_id] = list(blocks)
+
+    def unpin(self, request_id: str) -> None:
+        """Let a request's blocks go. Safe to call when there are none."""
+        blocks = self._pinned.pop(request_id, None)
+        if blocks:
+            self._pool.free_blocks(list(reversed(blocks)))
+
+    @property
+    def pinned(self) -> int:
+        """Requests that hold blocks."""
+        return len(self._pinned)
+
+
+def named_spans(params: dict[str, Any] | None, prompt: int) -> list[tuple[int, int]]:
+    """Where the chunks stand in a prompt of that length, by the request's own word; empty when it makes no sense."""
+    given = (params or {}).get("lmcache_rag.chunks")
+    if not isinstance(given, list):
+        return []
+    spans: list[tuple[int, int]] = []
+    for item in given:
+        if not (isinstance(item, list | tuple) and len(item) == 2 and all(type(n) is int for n in item)):
+            return []
+        start, end = item
+        if not (spans[-1][1] if spans else 0) <= start < end <= prompt:
+            return []
+        spans.append((start, end))
+    return spans

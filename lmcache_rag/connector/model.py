@@ -1,0 +1,151 @@
+"""A model inside a vLLM worker: what of it can be blended, and its forward pass over chosen positions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lmcache_rag.connector import compat_vllm
+from lmcache_rag.connector.paged import keys_and_values
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lmcache_rag.connector.blend_pass import Attention
+    from lmcache_rag.connector.hot_copy import HotCopy
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+def why_not(vllm_config: Any, model: Any) -> str:
+    """Why this model cannot be blended in vLLM; empty when it can."""
+    name = type(model).__name__
+    if name not in ARCHITECTURES:
+        return f"{name} is not supported (supported: {', '.join(ARCHITECTURES)})"
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        return "pipeline parallelism is not supported"
+    if getattr(vllm_config, "speculative_config", None) is not None:
+        return "speculative decoding is not supported"
+    if getattr(vllm_config, "lora_config", None) is not None:
+        return "LoRA adapters change the KV of the same text"
+    layers = compat_vllm.attention_layers(vllm_config)
+    for key, layer in layers.items():
+        impl = getattr(layer, "impl", None)
+        if impl is None:
+            return f"{key} is no attention layer"
+        if getattr(layer, "sliding_window", None) is not None:
+            return "sliding window attention is not supported"
+        if getattr(impl, "logits_soft_cap", None) not in (None, 0, 0.0):
+            return "soft caps on attention scores are not supported"
+        if getattr(impl, "alibi_slopes", None) is not None or getattr(impl, "sinks", None) is not None:
+            return "ALiBi and attention sinks are not supported"
+        if not hasattr(impl, "do_kv_cache_update"):
+            return f"attention backend {type(impl).__name__} is not supported"
+        if getattr(layer, "kv_cache_dtype", "auto") not in ("auto", "bfloat16", "float16"):
+            return f"a KV cache of type {layer.kv_cache_dtype} is not supported"
+    if len(layers) != vllm_config.model_config.hf_text_config.num_hidden_layers:
+        return "the model has other layers with KV than its decoder's"
+    rotary = rotary_of(model)
+    if type(rotary).__name__ in ("MRotaryEmbedding", "DualChunkRotaryEmbedding", "Phi3LongRoPEScaledRotaryEmbedding"):
+        return f"{type(rotary).__name__} is not supported"
+    if not hasattr(rotary, "cos_sin_cache"):
+        return f"{type(rotary).__name__} has no table of angles"
+    return ""
+
+
+def rotary_of(model: Any) -> Any:
+    """The rotary embedding that all layers share."""
+    return model.model.layers[0].self_attn.rotary_emb
+
+
+class VLLMModel:
+    """See lmcache_rag.connector.blend_pass.Model.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        runner: The model runner, its model loaded and its KV caches made.
+    """
+
+    def __init__(self, vllm_config: Any, runner: Any) -> None:
+        self._config, self._runner = vllm_config, runner
+        layers = compat_vllm.attention_layers(vllm_config)
+        self._names = list(layers)
+        self._index = {name: index for index, name in enumerate(layers)}
+        self._layers = list(layers.values())
+        self._caches = [keys_and_values(layer.kv_cache) for layer in self._layers]
+        for implementation in {type(layer.impl) for layer in self._layers}:
+            compat_vllm.patch_attention(implementation)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self._layers)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads of this rank."""
+        return int(self._caches[0][0].shape[2])
+
+    @property
+    def most_tokens(self) -> int:
+        """Memory was profiled and code compiled for so many tokens."""
+        return int(self._config.scheduler_config.max_num_batched_tokens)
+
+    @property
+    def heads(self) -> int:
+        """Query heads of this rank."""
+        return int(self._layers[0].impl.num_heads)
+
+    @property
+    def block(self) -> int:
+        """Tokens in a block of the cache."""
+        return int(self._caches[0][0].shape[1])
+
+    @property
+    def device(self) -> Any:
+        """Where the cache lies."""
+        return self._caches[0][0].device
+
+    def cache(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each [blocks, block, kv heads, size]."""
+        return self._caches[layer]
+
+    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: Attention) -> None:
+        """Run the model's own layers over these tokens, with our attention."""
+        import torch
+
+        rows = len(slots)
+
+        def each(layer: Any, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+            # A CUDA graph has rows to spare: what is in them is nobody's.
+            query, key, value = query[:rows], key[:rows], value[:rows]
+            index = self._index[layer.layer_name]
+            keys, values = self._caches[index]
+            attention.before_write(index, key, value, keys, values)
+            compat_vllm.write_kv(layer, key, value, slots)
+            attention.attend(index, query, keys, values, layer.impl.scale, out[:rows].view(query.shape))
+
+        metadata = compat_vllm.OwnMetadata(each)
+        compat_vllm.run_pass(self._config, self._runner, self._names, metadata, ids.to(torch.int32), positions)
+
+    def hot_copy(self) -> HotCopy:
+        """What moves KV inside this model's cache."""
+        from lmcache_rag.connector.hot_copy import HotCopy
+
+        rotary = rotary_of(self._runner.get_model())
+        table = compat_vllm.exact_rotary_table(rotary).to(self.device)
+        return HotCopy(self._caches, table, neox=bool(rotary.is_neox_style))
+
+    def sum_over_ranks(self, scores: Tensor) -> Tensor:
+        """Sum over the tensor-parallel ranks."""
+        result: Tensor = compat_vllm.tensor_parallel_sum(scores)
+        return result
+
+    def all_ranks(self, fine: bool) -> bool:
+        """Whether this is true on every tensor-parallel rank: all take the same decision."""
+        return compat_vllm.true_on_all_ranks(fine, self.device)
+
+    def warm_up(self) -> None:
+        """Compile the kernels before the first request."""
+        from lmcache_rag.connector import kernels
+
+        kernels.warm_up(*self._caches[0], self.heads)

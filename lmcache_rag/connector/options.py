@@ -1,0 +1,66 @@
+"""Settings of the connector, from vLLM's kv_connector_extra_config."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from lmcache_rag.blend.policies import get_policy
+from lmcache_rag.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ConnectorOptions:
+    """Keys are ``lmcache_rag.<name>``.
+
+    Attributes:
+        policy: Recompute policy where a request names none.
+        ratio: Share of the cached tokens to recompute, in [0, 1].
+        blend: Whether to blend requests that do not say.
+        deadline: Longest wait for LMCache in a step, in seconds; then everything is computed.
+        lookup_deadline: Longest that a request waits for its look-up, in seconds.
+        poll: How long a scheduler step waits for a look-up that is under way, in seconds.
+        least_tokens: Fewer matched tokens than this are not blended.
+        tail_tokens: A rest of the prompt behind the last cached chunk, up to so long, is computed with the blend.
+        hot: Whether chunks that vLLM itself still holds are copied instead of loaded.
+        step_tokens: Most prompt tokens that one step may blend, beyond the first request of the step: a bound on how
+            long other requests wait.
+    """
+
+    policy: str = "query"
+    ratio: float = 0.15
+    blend: bool = True
+    deadline: float = 5.0
+    lookup_deadline: float = 5.0
+    poll: float = 0.002
+    least_tokens: int = 128
+    tail_tokens: int = 512
+    hot: bool = True
+    step_tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        get_policy(self.policy)
+        if not 0 <= self.ratio <= 1:
+            raise ConfigError(f"lmcache_rag.ratio must be between 0 and 1; got {self.ratio}.")
+        for name in ("deadline", "lookup_deadline", "poll", "least_tokens", "tail_tokens", "step_tokens"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"lmcache_rag.{name} must not be negative; got {getattr(self, name)}.")
+
+    @classmethod
+    def read(cls, get: Callable[[str, Any], Any]) -> ConnectorOptions:
+        """Read the settings by vLLM's get_from_extra_config(key, default).
+
+        Raises:
+            ConfigError: A value is out of range or of the wrong type.
+        """
+        values: dict[str, Any] = {}
+        for item in fields(cls):
+            value = get(f"lmcache_rag.{item.name}", item.default)
+            kind: type = type(item.default)
+            if kind is float and isinstance(value, int) and not isinstance(value, bool):
+                value = float(value)
+            if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+                raise ConfigError(f"lmcache_rag.{item.name} must be of type {kind.__name__}; got {value!r}.")
+            values[item.name] = value
+        return cls(**values)

@@ -1,0 +1,167 @@
+"""What travels between the connector's two sides: plans to the workers, results back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Match:
+    """One cached piece of a prompt: prompt[start:end] is what was cached at [old_start, old_end) of another sequence.
+
+    `native` is the LMCache object that names it on the wire. A hot match is one block of vLLM's own KV cache instead,
+    and `block` its id.
+    """
+
+    start: int
+    end: int
+    old_start: int
+    old_end: int
+    native: Any = None
+    block: int = -1
+
+
+@dataclass(frozen=True)
+class BlendPlan:
+    """What a worker has to do for one request before its forward pass.
+
+    Attributes:
+        request_id: The request, and the name of its LMCache session.
+        token_ids: The whole prompt.
+        local: vLLM holds the KV of this many tokens already.
+        exact: KV up to here comes from an exact prefix: vLLM's, and LMCache's from `local` on.
+        matches: Pieces to place behind that; ascending.
+        end: vLLM counts everything up to here as computed.
+        block_ids: The request's blocks.
+        policy: Name of the recompute policy.
+        ratio: Share of the placed tokens to recompute.
+        cache_salt: Tenant.
+        configs: Settings of the request for LMCache.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    local: int
+    exact: int
+    matches: tuple[Match, ...]
+    end: int
+    block_ids: tuple[int, ...]
+    policy: str
+    ratio: float
+    cache_salt: str = ""
+    configs: dict[str, Any] | None = None
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """The matches as chunks: neighbours that were neighbours where they were cached are one."""
+        spans: list[tuple[int, int]] = []
+        before: Match | None = None
+        for match in self.matches:
+            if before is not None and before.end == match.start and before.old_end == match.old_start:
+                spans[-1] = (spans[-1][0], match.end)
+            else:
+                spans.append((match.start, match.end))
+            before = match
+        return spans
+
+
+@dataclass(frozen=True)
+class BlendResult:
+    """What a worker did.
+
+    Attributes:
+        request_id: The request.
+        prefix_tokens: Exact: held by vLLM or loaded by LMCache.
+        reused_tokens: Taken from cached chunks as they are.
+        recomputed_tokens: Selected in cached chunks and computed again.
+        computed_tokens: Computed in the blend since nothing was cached: gaps, or all of it after a failure.
+        load_ms: Time of the load.
+        blend_ms: Time of selection and recomputation.
+        failure: Why everything was computed; empty when the blend went through.
+        hot_tokens: How many of the reused and recomputed tokens came from vLLM's own KV cache.
+    """
+
+    request_id: str
+    prefix_tokens: int
+    reused_tokens: int
+    recomputed_tokens: int
+    computed_tokens: int
+    load_ms: float
+    blend_ms: float
+    failure: str = ""
+    hot_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What of a prompt the connector says is there.
+
+    Attributes:
+        exact: Tokens of the exact prefix.
+        matches: What is placed behind it.
+        end: Tokens that vLLM may count as computed.
+    """
+
+    exact: int
+    matches: tuple[Match, ...] = field(default=())
+    end: int = 0
+
+    @property
+    def reused(self) -> int:
+        """Tokens that the matches cover."""
+        return sum(match.end - match.start for match in self.matches)
+
+
+def claim(prompt: int, local: int, prefix: int, matches: Sequence[Match], *, least: int = 64, tail: int = 0) -> Claim:
+    """What to claim of a prompt.
+
+    The exact prefix comes first. Blending claims everything from there to the end of the last match, gaps included. One
+    token at least is left to vLLM, which needs something to compute. A short rest of the prompt is claimed up to that
+    token: computing it with the blend saves a pass through the model, and what is left runs as a CUDA graph.
+
+    Args:
+        prompt: Length of the prompt in tokens.
+        local: Tokens that vLLM holds itself.
+        prefix: Exact prefix tokens that LMCache holds.
+        matches: What LMCache found elsewhere in the prompt, in any order.
+        least: Fewer matched tokens than this are not worth a blend.
+        tail: Most tokens behind the last match that are claimed with it.
+    """
+    exact = min(max(local, prefix), prompt - 1)
+    apart: list[Match] = []
+    for match in sorted(matches, key=lambda m: m.start):
+        if match.end < prompt and match.start >= (apart[-1].end if apart else exact):
+            apart.append(match)
+    if sum(m.end - m.start for m in apart) < max(least, 1):
+        return Claim(exact, (), exact)
+    end = apart[-1].end
+    return Claim(exact, tuple(apart), prompt - 1 if prompt - 1 - end <= tail else end)
+
+
+def request_options(params: dict[str, Any] | None, policy: str, ratio: float) -> tuple[str, float, bool, list[str]]:
+    """What a request asks for in kv_transfer_params: (policy, ratio, blend, complaints); defaults where it is wrong.
+
+    Keys: ``lmcache_rag.policy``, ``lmcache_rag.ratio`` (0 to 1), ``lmcache_rag.blend`` ("on", "off" or a boolean).
+    """
+    from lmcache_rag.blend.policies import POLICIES
+
+    params = params or {}
+    complaints = []
+    blend = True
+    if isinstance(wanted := params.get("lmcache_rag.policy", policy), str) and wanted in POLICIES:
+        policy = wanted
+    else:
+        complaints.append(f"lmcache_rag.policy {wanted!r} is none of {', '.join(POLICIES)}; {policy} is used")
+    given = params.get("lmcache_rag.ratio", ratio)
+    if isinstance(given, int | float) and not isinstance(given, bool) and 0 <= given <= 1:
+        ratio = float(given)
+    else:
+        complaints.append(f"lmcache_rag.ratio {given!r} is not between 0 and 1; {ratio} is used")
+    switch = params.get("lmcache_rag.blend", True)
+    if switch in (True, False, "on", "off"):
+        blend = switch in (True, "on")
+    else:
+        complaints.append(f"lmcache_rag.blend {switch!r} is neither on nor off; on is used")
+    return policy, ratio, blend, complaints

@@ -1,0 +1,304 @@
+"""Scheduler side: looks up what of a prompt is cached, claims it, and hands plans to the workers.
+
+Knows vLLM's requests by few attributes only and LMCache not at all, so that it can be tested without either.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from lmcache_rag.connector.hot_side import HotSide, without_overlap
+from lmcache_rag.connector.options import ConnectorOptions
+from lmcache_rag.connector.plan import BlendPlan, BlendResult, Claim, Match, claim, request_options
+
+log = logging.getLogger("lmcache_rag")
+
+# A server that was restarted never answers an old look-up. LMCache's read locks end by themselves after so long.
+ABANDONED_SECONDS = 300.0
+
+
+class Lookup(Protocol):
+    """A look-up under way; see lmcache_rag.connector.compat_lmcache.BlendLookup."""
+
+    result: tuple[int, tuple[Match, ...]] | None
+
+    def poll(self, seconds: float) -> bool:
+        """Whether the result is there."""
+        ...
+
+    def release_prefix(self, start: int, end: int) -> None:
+        """Give back read locks of exact prefix chunks."""
+        ...
+
+    def end_session(self) -> None:
+        """Give back everything that was not loaded."""
+        ...
+
+
+@dataclass
+class _State:
+    """One request, from its first look-up to its end."""
+
+    policy: str
+    ratio: float
+    blend: bool
+    lookup: Lookup | None = None
+    asked: float = 0.0
+    lookup_ms: float = 0.0
+    claim: Claim | None = None
+    local: int = 0
+    planned: bool = False  # blocks were allocated: there is nothing more to decide
+    loads: tuple[int, int] = (0, 0)  # exact prefix chunks that a worker loads, and that gives back their locks
+    over: bool = False  # nothing is claimed any more
+    hot_only: bool = False  # vLLM holds nearly everything itself: LMCache is not asked
+    approximate_from: int | None = None  # first token whose KV is approximate
+    result: BlendResult | None = None
+    failure: str = ""
+
+
+@dataclass
+class SchedulerSide:
+    """Decides what to claim.
+
+    Args:
+        options: Settings.
+        chunk: Tokens of an LMCache chunk.
+        look_up: Starts a look-up for a request; None when LMCache cannot be reached.
+        hide: Makes a request's blocks from a token on unreachable for other requests.
+        hot: What vLLM itself still holds; None without prefix caching.
+    """
+
+    options: ConnectorOptions
+    chunk: int
+    look_up: Callable[[Any], Lookup | None]
+    hide: Callable[[Any, int], None]
+    hot: HotSide | None = None
+    _states: dict[str, _State] = field(default_factory=dict)
+    _plans: list[BlendPlan] = field(default_factory=list)
+    _abandoned: list[tuple[float, Lookup]] = field(default_factory=list)  # since when
+    _claimed: int = 0  # tokens that this step blends already
+
+    def matched(self, request: Any, local: int) -> int | None:
+        """How many tokens behind the `local` first ones are there; None: ask again in the next step."""
+        state = self._states.get(request.request_id) or self._begin(request)
+        if state.planned:
+            # Planned and asked again means preempted: the request goes on from vLLM's own blocks and is not blended
+            # again. LMCache's share was loaded and its locks are gone; the statistics tell of the first run.
+            return 0
+        state.local = local
+        if state.over:
+            return 0
+        prompt = len(request.prompt_token_ids or ())
+        hot = self.hot.find(request) if self.hot and state.blend else []
+        if state.hot_only and not (self.hot and self.hot.enough(request, hot)):
+            state.hot_only, state.claim = False, None  # evicted while the request waited
+            self._ask(request, state)
+        if state.claim is None and not self._found(request, state):
+            return None if not state.over else 0
+        if state.over:
+            return 0
+        prefix, matches = (state.lookup.result if state.lookup else None) or (0, ())
+        found = without_overlap(matches, hot, prompt) if state.blend else ()
+        wanted = claim(prompt, local, prefix, found, least=self.options.least_tokens, tail=self.options.tail_tokens)
+        work = wanted.end - wanted.exact
+        if work and self._claimed and self._claimed + work > self.options.step_tokens:
+            return None
+        state.claim = wanted
+        if wanted.end <= local:
+            return 0
+        self._claimed += work
+        if wanted.matches:
+            self._mark(request, state, wanted.matches[0].start)
+            if self.hot:
+                self.hot.claim(request.request_id, wanted.matches)
+        return wanted.end - local
+
+    def _begin(self, request: Any) -> _State:
+        policy, ratio, blend, complaints = request_options(
+            request.kv_transfer_params, self.options.policy, self.options.ratio
+        )
+        for complaint in complaints:
+            log.warning("request %s: %s", request.request_id, complaint)
+        blend = blend and (self.options.blend or "lmcache_rag.blend" in (request.kv_transfer_params or {}))
+        state = _State(policy, ratio, blend)
+        prompt = len(request.prompt_token_ids or ())
+        if prompt <= self.chunk or getattr(request, "skip_reading_prefix_cache", False):
+            state.over = True
+        if getattr(request, "mm_features", None) or request.num_tokens != prompt:
+            state.over = True  # pictures are no text, and a resumed request is not blended
+        self._states[request.request_id] = state
+        if state.over:
+            return state
+        if self.hot and state.blend:
+            self.hot.begin(request)
+            state.hot_only = self.hot.enough(request, self.hot.find(request))
+        if not state.hot_only:
+            self._ask(request, state)
+        return state
+
+    def _ask(self, request: Any, state: _State) -> None:
+        state.asked = time.perf_counter()
+        state.lookup = self.look_up(request)
+        if state.lookup is None:
+            state.over, state.failure = True, "no server"
+
+    def _found(self, request: Any, state: _State) -> bool:
+        lookup = state.lookup
+        if lookup is None:
+            return True
+        ready = lookup.poll(self.options.poll)
+        state.lookup_ms = (time.perf_counter() - state.asked) * 1e3
+        if ready:
+            return True
+        if state.lookup_ms > self.options.lookup_deadline * 1e3:
+            log.warning("request %s: LMCache's look-up took too long; everything is computed", request.request_id)
+            self._give_up(state, "look-up deadline")
+        return False
+
+    def _give_up(self, state: _State, reason: str) -> None:
+        if state.lookup is not None:
+            self._abandon(state.lookup)
+        state.lookup, state.over, state.failure = None, True, reason
+
+    def _mark(self, request: Any, state: _State, first: int) -> None:
+        """From `first` on this request's KV is approximate: nobody else may get it."""
+        if state.approximate_from is None or first < state.approximate_from:
+            self.hide(request, first)
+            state.approximate_from = first
+
+    def store_limit(self, request_id: str) -> int | None:
+        """LMCache may store this request's KV up to that token; None: all of it."""
+        state = self._states.get(request_id)
+        return state.approximate_from if state else None
+
+    def exact_prefix(self, request_id: str) -> int:
+        """Tokens that LMCache holds of this prompt from its beginning on: they need not be stored again."""
+        state = self._states.get(request_id)
+        return state.lookup.result[0] if state and state.lookup and state.lookup.result else 0
+
+    def allocated(self, request: Any, block_ids: list[int], external: int, configs: dict[str, Any] | None) -> None:
+        """Blocks were allocated for a claim of `external` tokens: plan it, and give back what is not needed."""
+        state = self._states.get(request.request_id)
+        if state is None or state.planned:
+            return
+        state.planned = True
+        if state.lookup is not None and state.lookup.result is not None:
+            prefix, _ = state.lookup.result
+            load_from = state.local // self.chunk * self.chunk if external > 0 and prefix > state.local else prefix
+            state.lookup.release_prefix(0, load_from)
+            state.loads = load_from, prefix
+        if external <= 0 or state.claim is None:
+            if self.hot:
+                self.hot.done(request.request_id)
+            return
+        if self.hot:
+            self.hot.keep(request.request_id)
+        self._plans.append(
+            BlendPlan(
+                request.request_id,
+                tuple(request.prompt_token_ids),
+                state.local,
+                state.claim.exact,
+                state.claim.matches,
+                state.claim.end,
+                tuple(block_ids),
+                state.policy,
+                state.ratio,
+                getattr(request, "cache_salt", None) or "",
+                configs,
+            )
+        )
+
+    def plans(self) -> list[BlendPlan]:
+        """What this step's workers have to do; the next step begins."""
+        plans, self._plans, self._claimed = self._plans, [], 0
+        if self.hot:
+            self.hot.step_ends()
+        over = time.perf_counter() - ABANDONED_SECONDS
+        self._abandoned = [(at, lookup) for at, lookup in self._abandoned if at > over and not self._closed(lookup)]
+        return plans
+
+    def _abandon(self, lookup: Lookup) -> None:
+        """Nobody waits for this look-up any more. One that has its result is closed at once.
+
+        LMCache's own connector ends the session of a finished request right after this, and with it the server forgets
+        which locks it took: they have to be given back before.
+        """
+        if not self._closed(lookup, self.options.poll):
+            self._abandoned.append((time.perf_counter(), lookup))
+
+    def _closed(self, lookup: Lookup, seconds: float = 0) -> bool:
+        """A look-up that nobody waits for must still be heard to its end, or its locks stay."""
+        if not lookup.poll(seconds):
+            return False
+        assert lookup.result is not None  # noqa: S101 - poll said so
+        lookup.release_prefix(0, lookup.result[0])
+        lookup.end_session()
+        return True
+
+    def take(self, results: list[BlendResult]) -> None:
+        """What the workers did."""
+        for result in results:
+            if self.hot:
+                self.hot.done(result.request_id)
+            if state := self._states.get(result.request_id):
+                state.result = result
+
+    def finished(self, request: Any) -> dict[str, Any] | None:
+        """A request ended, in whatever way: its reuse statistics, or None when nothing was looked up."""
+        state = self._states.pop(request.request_id, None)
+        if state is None:
+            return None
+        plans = [plan for plan in self._plans if plan.request_id != request.request_id]
+        if state.lookup is not None and (not state.planned or state.lookup.result is None):
+            self._abandon(state.lookup)
+        elif state.lookup is not None and len(plans) < len(self._plans):  # no worker is going to load it
+            state.lookup.release_prefix(*state.loads)
+        if self.hot:
+            if not state.planned or len(plans) < len(self._plans):
+                self.hot.done(request.request_id)
+            self.hot.forget(request.request_id)
+        self._plans = plans
+        return statistics(len(request.prompt_token_ids or ()), state)
+
+    @property
+    def requests(self) -> int:
+        """Requests that are being looked after."""
+        return len(self._states)
+
+    @property
+    def abandoned(self) -> int:
+        """Look-ups that nobody waits for and that have not been heard to their end yet."""
+        return len(self._abandoned)
+
+
+def statistics(prompt: int, state: _State) -> dict[str, Any]:
+    """The reuse statistics of a request as plain numbers; the four token counts add up to its prompt's length."""
+    result = state.result
+    if result is not None:
+        prefix, reused, recomputed = result.prefix_tokens, result.reused_tokens, result.recomputed_tokens
+        failure = result.failure
+    else:  # no plan reached a worker: vLLM's own prefix is all there was
+        prefix, reused, recomputed = min(state.local, prompt), 0, 0
+        failure = state.failure
+    spans = len(state.claim.matches) if state.claim and result and not result.failure else 0
+    return {
+        "prompt_tokens": prompt,
+        "prefix_tokens": prefix,
+        "reused_tokens": reused,
+        "recomputed_tokens": recomputed,
+        "computed_tokens": prompt - prefix - reused - recomputed,
+        "blocks_hit": spans,
+        "hot_tokens": result.hot_tokens if result else 0,
+        "lookup_ms": round(state.lookup_ms, 3),
+        "load_ms": round(result.load_ms, 3) if result else 0.0,
+        "blend_ms": round(result.blend_ms, 3) if result else 0.0,
+        "blended": reused > 0,
+        "policy": state.policy,
+        "ratio": state.ratio,
+        "failure": failure,
+    }

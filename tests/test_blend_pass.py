@@ -1,0 +1,150 @@
+"""The blend pass on a paged cache, against the embedded engine's blend of the same tensors."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from models import tiny_model
+from paged_kit import PagedModel
+
+from lmcache_rag.blend.policies import get_policy
+from lmcache_rag.blend.rope import shift_keys, shift_tables
+from lmcache_rag.connector.blend_pass import BlendPass
+from lmcache_rag.connector.paged import PagedSequence
+from lmcache_rag.engines.base import ChunkSpan, QueryPrompt
+from lmcache_rag.engines.hf_model import HFModel
+from lmcache_rag.engines.prefill import ChunkKV, blended_prefill
+
+PREFIX = 32
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer: Any) -> HFModel:
+    return HFModel.wrap(tiny_model("llama", "llama3"), tokenizer)
+
+
+class Case:
+    """A prompt of a prefix, chunks and gaps, with the chunks' KV computed behind the prefix."""
+
+    def __init__(self, model: HFModel, lengths: list[int], gaps: list[int], suffix: int, seed: int) -> None:
+        rng = random.Random(seed)
+        self.ids = [rng.randrange(5, 49000) for _ in range(PREFIX)]
+        spans = []
+        for length, gap in zip(lengths, gaps, strict=True):
+            self.ids += [rng.randrange(5, 49000) for _ in range(gap)]
+            spans.append((len(self.ids), len(self.ids) + length))
+            self.ids += [rng.randrange(5, 49000) for _ in range(length)]
+        self.ids += [rng.randrange(5, 49000) for _ in range(suffix)]
+        self.prompt = QueryPrompt(
+            tuple(self.ids), PREFIX, tuple(ChunkSpan(a, b, str(a)) for a, b in spans), spans[-1][1], "f"
+        )
+        self.kv = []
+        for start, end in [(PREFIX, PREFIX), *spans]:
+            cache = model.buffer(PREFIX + end - start)
+            ids = torch.tensor(self.ids[:PREFIX] + self.ids[start:end])
+            model.forward(ids[None], torch.arange(len(ids)), cache)
+            keys = torch.stack([layer.keys[0] for layer in cache.layers])
+            values = torch.stack([layer.values[0] for layer in cache.layers])
+            first = 0 if start == end else PREFIX
+            self.kv.append(ChunkKV(keys[:, :, first:].clone(), values[:, :, first:].clone()))
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """Where the chunks stand, those that are not exact."""
+        return [(s.start, s.end) for s in self.prompt.chunks if s.start != PREFIX]
+
+    @property
+    def exact(self) -> int:
+        """First position that is not exact."""
+        first = self.prompt.chunks[0]
+        return first.end if first.start == PREFIX else PREFIX
+
+    def place(self, model: HFModel, paged: PagedModel, sequence: PagedSequence) -> None:
+        """What LMCache does: write the KV, keys turned."""
+        for span, kv in zip((None, *self.prompt.chunks), self.kv, strict=True):
+            start = span.start if span else 0
+            places = torch.arange(start, start + kv.tokens)
+            was = torch.arange(kv.tokens) + (PREFIX if span else 0)
+            cos, sin = shift_tables(model.rotary, was, places)
+            for layer in range(model.layers):
+                keys = torch.empty_like(kv.keys[layer])
+                shift_keys(kv.keys[layer], cos, sin, out=keys)
+                paged.write(sequence, layer, start, keys, kv.values[layer])
+
+
+cases = st.tuples(
+    st.lists(st.tuples(st.integers(6, 60), st.integers(0, 9)), min_size=1, max_size=4),
+    st.integers(1, 90),
+    st.integers(0, 1000),
+)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    case=cases,
+    block=st.sampled_from([16, 32, 64]),
+    layout=st.sampled_from(["NHD", "HND", "packed"]),
+    policy=st.sampled_from(["query", "hkvd", "head", "none", "all"]),
+    ratio=st.floats(0, 1),
+    most=st.sampled_from([7, 64, 8192]),
+)
+def test_a_paged_blend_is_the_embedded_blend(
+    model: HFModel, case: Any, block: int, layout: str, policy: str, ratio: float, most: int
+) -> None:
+    chunks, suffix, seed = case
+    it = Case(model, [length for length, _ in chunks], [gap for _, gap in chunks], suffix, seed)
+    ids = torch.tensor(it.ids)
+    hits = list(zip(it.prompt.chunks, it.kv[1:], strict=True))
+    cache = model.buffer(len(ids))
+    want = blended_prefill(model, it.prompt, ids, cache, it.kv[0], hits, get_policy(policy), ratio)
+    if not it.spans:
+        return  # a single exact chunk: nothing to blend
+
+    needed = -(-len(ids) // block)
+    order = random.Random(seed).sample(range(needed + 5), needed)
+    sequence = PagedSequence.of(order, block, "cpu")
+    # The suffix pass is one pass, so a pass has room for the window at least.
+    paged = PagedModel(model, layout=layout, block=block, blocks=needed + 5, most_tokens=most)
+    it.place(model, paged, sequence)
+    with torch.inference_mode():
+        got = BlendPass(paged, sequence).run(ids, it.spans, it.exact, policy=get_policy(policy), ratio=ratio)
+    assert got.recomputed == want.recomputed_tokens
+    assert it.exact + sum(b - a for a, b in it.spans) + got.gaps == want.length
+    for layer in range(model.layers):
+        keys, values = paged.read(sequence, layer, want.length)
+        torch.testing.assert_close(keys, cache.layers[layer].keys[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(values, cache.layers[layer].values[0], atol=1e-4, rtol=1e-4)
+
+
+def test_ratio_one_equals_a_full_prefill(model: HFModel) -> None:
+    it = Case(model, [40, 30, 50], [3, 0, 7], 12, 1)
+    ids = torch.tensor(it.ids)
+    full = model.buffer(len(ids))
+    model.forward(ids[None], torch.arange(len(ids)), full)
+    sequence = PagedSequence.of(range(20), 16, "cpu")
+    paged = PagedModel(model, layout="NHD", block=16, blocks=20)
+    it.place(model, paged, sequence)
+    end = it.spans[-1][1]
+    BlendPass(paged, sequence).run(ids, it.spans, it.exact, policy=get_policy("query"), ratio=1.0)
+    for layer in range(model.layers):
+        for got, want in zip(
+            paged.read(sequence, layer, end), (full.layers[layer].keys, full.layers[layer].values), strict=True
+        ):
+            torch.testing.assert_close(got, want[0, :, :end], atol=1e-3, rtol=1e-3)
+
+
+def test_blocks_of_others_are_left_alone(model: HFModel) -> None:
+    it = Case(model, [40, 30], [3, 5], 12, 2)
+    paged = PagedModel(model, layout="NHD", block=16, blocks=30)
+    sequence = PagedSequence.of(range(4, 14), 16, "cpu")
+    it.place(model, paged, sequence)
+    BlendPass(paged, sequence).run(torch.tensor(it.ids), it.spans, it.exact, policy=get_policy("query"), ratio=0.3)
+    for keys, values in paged.caches:
+        for cache in (keys, values):
+            assert cache[:4].isnan().all()
+            assert cache[14:].isnan().all()

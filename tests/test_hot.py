@@ -1,0 +1,243 @@
+"""Hot chunks: found in vLLM's pool, pinned while in use, copied with moved keys."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_model
+from paged_kit import PagedModel
+
+from lmcache_rag.connector.hot import HotChunks, named_spans
+from lmcache_rag.connector.hot_copy import HotCopy
+from lmcache_rag.connector.hot_side import HotSide, without_overlap
+from lmcache_rag.connector.options import ConnectorOptions
+from lmcache_rag.connector.paged import PagedSequence
+from lmcache_rag.connector.plan import BlendResult, Match
+from lmcache_rag.connector.scheduler_side import SchedulerSide
+from lmcache_rag.engines.hf_model import HFModel
+
+BLOCK = 16
+
+
+@dataclass
+class Block:
+    block_id: int
+    ref_cnt: int = 0
+
+
+@dataclass
+class Pool:
+    """Blocks under hashes, with reference counts, as vLLM's pool keeps them."""
+
+    blocks: dict[Any, Block] = field(default_factory=dict)
+
+    def get_cached_block(self, block_hash: Any, group_ids: list[int]) -> list[Block] | None:
+        assert group_ids == [0]
+        return [self.blocks[block_hash]] if block_hash in self.blocks else None
+
+    def touch(self, blocks: Any) -> None:
+        for block in blocks:
+            block.ref_cnt += 1
+
+    def free_blocks(self, blocks: Any) -> None:
+        for block in blocks:
+            assert block.ref_cnt > 0
+            block.ref_cnt -= 1
+
+    def add(self, tokens: list[int]) -> None:
+        """The blocks of a finished request."""
+        for block_hash in hashes(tokens):
+            self.blocks.setdefault(block_hash, Block(len(self.blocks) + 1))
+
+    @property
+    def held(self) -> int:
+        return sum(block.ref_cnt for block in self.blocks.values())
+
+
+def hash_block(parent: Any, tokens: tuple[int, ...]) -> int:
+    return hash((parent, tokens))
+
+
+def hashes(tokens: list[int]) -> list[int]:
+    parent, result = None, []
+    for first in range(0, len(tokens) - BLOCK + 1, BLOCK):
+        parent = hash_block(parent, tuple(tokens[first : first + BLOCK]))
+        result.append(parent)
+    return result
+
+
+class Request:
+    """What is read of vLLM's request."""
+
+    def __init__(self, name: str, tokens: list[int], spans: list[list[int]]) -> None:
+        self.request_id, self.prompt_token_ids, self.num_tokens = name, tokens, len(tokens)
+        self.block_hashes = hashes(tokens)
+        self.kv_transfer_params = {"lmcache_rag.chunks": spans}
+        self.cache_salt = None
+
+
+@pytest.fixture
+def world() -> Any:
+    rng = random.Random(0)
+    ids = lambda n: [rng.randrange(1000) for _ in range(n)]  # noqa: E731
+    prefix, chunks = ids(64), [ids(n) for n in (100, 64, 200)]
+    pool = Pool()
+    for chunk in chunks:
+        pool.add(prefix + chunk)
+    prompt, spans = list(prefix), []
+    for chunk in (chunks[2], chunks[0], chunks[1]):
+        spans.append([len(prompt), len(prompt) + len(chunk)])
+        prompt += chunk + ids(3)
+    return pool, Request("r", prompt + ids(20), spans)
+
+
+def make(pool: Pool, lookups: list[Any] | None = None, **options: Any) -> SchedulerSide:
+    chunks = HotChunks(pool, BLOCK, hash_block)
+
+    def look_up(request: Any) -> Any:
+        assert lookups is not None, "LMCache is not asked when everything is hot"
+        return lookups.pop()
+
+    facts = {"least_tokens": 16} | options
+    return SchedulerSide(ConnectorOptions(**facts), 64, look_up, lambda r, first: None, HotSide(chunks))
+
+
+def test_whole_blocks_of_every_chunk_are_found_with_where_they_were_computed(world: Any) -> None:
+    pool, request = world
+    spans = named_spans(request.kv_transfer_params, request.num_tokens)
+    found = [
+        match
+        for match, _ in HotChunks(pool, BLOCK, hash_block).find(request.prompt_token_ids, request.block_hashes, spans)
+    ]
+    for start, end in spans:
+        mine = [m for m in found if start <= m.start < end]
+        assert [m.start for m in mine] == list(range(start, end - BLOCK + 1, BLOCK))
+        assert [m.old_start for m in mine] == [64 + m.start - start for m in mine]
+
+
+def test_another_prefix_finds_nothing(world: Any) -> None:
+    pool, request = world
+    request.prompt_token_ids[0] += 1
+    request.block_hashes = hashes(request.prompt_token_ids)
+    spans = named_spans(request.kv_transfer_params, request.num_tokens)
+    assert HotChunks(pool, BLOCK, hash_block).find(request.prompt_token_ids, request.block_hashes, spans) == []
+
+
+@pytest.mark.parametrize(
+    "spans", [None, "x", [[1]], [[5, 3]], [[0, 10], [5, 20]], [[0, 10**9]], [[0.5, 3]], [[True, 3]], [["0", "3"]]]
+)
+def test_spans_that_make_no_sense_are_left_out(spans: Any) -> None:
+    assert named_spans({"lmcache_rag.chunks": spans}, 100) == []
+
+
+def test_blocks_are_pinned_from_the_claim_to_the_result(world: Any) -> None:
+    pool, request = world
+    side = make(pool)
+    claimed = side.matched(request, 0)
+    assert claimed == request.num_tokens - 1  # the short rest is claimed too
+    assert pool.held > 0
+    side.allocated(request, list(range(50)), claimed, None)
+    (plan,) = side.plans()
+    assert all(match.block >= 0 for match in plan.matches)
+    held = pool.held
+    assert held == len(plan.matches)
+    tokens = len(plan.matches) * BLOCK
+    side.take([BlendResult("r", 0, tokens, 0, 0, 0.0, 0.0, "", tokens)])
+    assert pool.held == 0
+    told = side.finished(request)
+    assert told is not None
+    assert told["hot_tokens"] == tokens
+
+
+def test_an_abort_while_a_plan_is_under_way_keeps_the_blocks_until_it_is_done(world: Any) -> None:
+    pool, request = world
+    side = make(pool)
+    side.allocated(request, list(range(50)), side.matched(request, 0) or 0, None)
+    side.plans()
+    side.finished(request)
+    assert pool.held > 0
+    side.take([BlendResult("r", 0, 0, 0, 0, 0.0, 0.0)])
+    assert pool.held == 0
+
+
+@pytest.mark.parametrize("when", ["claimed", "allocated", "thrown away"])
+def test_an_abort_before_that_lets_them_go(world: Any, when: str) -> None:
+    pool, request = world
+    side = make(pool)
+    claimed = side.matched(request, 0) or 0
+    if when == "allocated":
+        side.allocated(request, list(range(50)), claimed, None)
+    elif when == "thrown away":
+        side.allocated(request, list(range(50)), 0, None)
+        assert pool.held == 0
+    side.finished(request)
+    assert pool.held == 0
+
+
+def test_what_is_not_allocated_is_let_go_and_at_last_done_without(world: Any) -> None:
+    """Pins must not keep an allocation from succeeding for ever."""
+    pool, request = world
+
+    class Lookup:
+        result = (0, ())
+
+        def poll(self, seconds: float) -> bool:
+            return True
+
+        def release_prefix(self, start: int, end: int) -> None: ...
+
+        def end_session(self) -> None: ...
+
+    side = make(pool, [Lookup()])
+    for _ in range(2):
+        assert side.matched(request, 0) == request.num_tokens - 1
+        side.plans()
+        assert pool.held == 0
+    assert side.matched(request, 0) == 0
+    assert pool.held == 0
+
+
+def test_hot_chunks_come_before_those_of_lmcache() -> None:
+    hot = [Match(64, 80, 64, 80, block=3)]
+    cold = [Match(70, 134, 0, 64), Match(134, 198, 64, 128)]
+    assert without_overlap(cold, hot, 300) == [*hot, cold[1]]
+
+
+@pytest.mark.parametrize("scaling", ["default", "yarn", "llama3"])
+@pytest.mark.parametrize("layout", ["NHD", "HND", "packed"])
+def test_a_copied_key_is_the_key_at_its_new_position(tokenizer: Any, scaling: str, layout: str) -> None:
+    """Layer 0's keys depend on token and position alone, so the copy can be compared with a computation."""
+    model = HFModel.wrap(tiny_model("llama", scaling), tokenizer)
+    paged = PagedModel(model, layout=layout, block=BLOCK, blocks=40)
+    ids = torch.randint(5, 40000, (48,))
+
+    def computed(start: int) -> Any:
+        cache = model.buffer(len(ids))
+        scratch = torch.arange(start, start + len(ids))
+        with torch.inference_mode():
+            model.model.model(
+                input_ids=ids[None], position_ids=scratch[None], use_cache=True, **model.cache_argument(cache)
+            )
+        return cache.layers[0].keys[0], cache.layers[0].values[0]
+
+    keys, values = computed(64)
+    source = PagedSequence.of(range(4, 11), BLOCK, "cpu")
+    for layer in range(model.layers):
+        paged.write(source, layer, 64, keys, values)
+    places = torch.arange(512)
+    cos, sin = model.rotary(torch.zeros(1, 1, 1), places[None])
+    table = torch.cat([cos[0, :, :8], sin[0, :, :8]], -1)
+    target = PagedSequence.of(range(20, 36), BLOCK, "cpu")
+    for start in (7, 64, 130):  # backwards, in place, forwards
+        matches = [
+            Match(start + i, start + i + BLOCK, 64 + i, 80 + i, block=4 + (64 + i) // BLOCK) for i in (0, 16, 32)
+        ]
+        HotCopy(paged.caches, table, neox=True).run(matches, target)
+        want_keys, want_values = computed(start)
+        got_keys, got_values = paged.read(target, 0, start + 48)
+        torch.testing.assert_close(got_keys[:, start:], want_keys, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(got_values[:, start:], want_values, atol=1e-4, rtol=1e-4)

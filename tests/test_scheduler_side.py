@@ -1,0 +1,191 @@
+"""The scheduler side, one thing at a time. tests/test_schedules.py has everything at once."""
+
+from __future__ import annotations
+
+import pytest
+from scheduler_kit import CHUNK, Once, Pool, Request, hash_block
+
+from lmcache_rag.connector.hot import HotChunks
+from lmcache_rag.connector.hot_side import HotSide
+from lmcache_rag.connector.plan import BlendResult
+
+
+def test_a_claim_ends_with_the_last_match_and_hides_from_the_first_one_on() -> None:
+    once = Once()
+    request = once.request()
+    assert once.side.matched(request, 8) == 76 - 8
+    assert request.hidden == [40]
+    assert once.side.store_limit("a") == 40
+    assert once.side.exact_prefix("a") == 32
+    once.side.allocated(request, list(range(13)), 68, {"lmcache.x": 1})
+    (plan,) = once.side.plans()
+    assert (plan.local, plan.exact, plan.matches, plan.end) == (8, 32, Once.MATCHES, 76)
+    assert (plan.block_ids, plan.policy, plan.configs) == (tuple(range(13)), "query", {"lmcache.x": 1})
+    assert once.server.held["a"] == {0, 1}, "the worker loads both chunks, since vLLM holds half of the first one only"
+    once.server.give_back("a", 0, 32)
+    once.side.take([BlendResult("a", 32, 24, 8, 12, 1.5, 2.5)])
+    stats = once.finish(request)
+    assert stats is not None
+    assert [stats[f"{n}_tokens"] for n in ("prefix", "reused", "recomputed", "computed")] == [32, 24, 8, 36]
+    assert (stats["blended"], stats["blocks_hit"], stats["load_ms"], stats["blend_ms"]) == (True, 2, 1.5, 2.5)
+
+
+@pytest.mark.parametrize("when", ["look-up under way", "claimed", "planned", "over"])
+def test_a_request_may_go_away_at_any_time(when: str) -> None:
+    once = Once()
+    request = once.request(polls=5 if when == "look-up under way" else 0)
+    more = once.side.matched(request, 0)
+    if when == "planned":
+        once.side.allocated(request, list(range(13)), more or 0, None)
+    elif when == "over":
+        once.side.allocated(request, list(range(13)), 0, None)
+    stats = once.finish(request)
+    assert stats is not None
+    assert not stats["blended"]
+    steps = 0
+    while once.side.abandoned:
+        assert once.side.plans() == []
+        steps += 1
+    assert steps == (4 if when == "look-up under way" else 0)
+    assert not once.server.held["a"]
+    assert once.side.requests == 0
+    assert once.side.plans() == [], "a plan of a request that is gone"
+
+
+def test_a_preempted_request_is_not_blended_again_and_tells_of_its_blend() -> None:
+    once = Once()
+    request = once.request()
+    once.side.allocated(request, list(range(13)), once.side.matched(request, 0) or 0, None)
+    once.server.give_back("a", 0, 32)
+    assert len(once.side.plans()) == 1
+    once.side.take([BlendResult("a", 32, 24, 8, 12, 1.0, 1.0)])
+    request.num_tokens = 103
+    assert once.side.matched(request, 96) == 0, "it goes on from its own blocks"
+    once.side.allocated(request, list(range(13)), 0, None)
+    assert once.side.plans() == []
+    assert once.side.store_limit("a") == 40, "its KV is as approximate as before"
+    stats = once.finish(request)
+    assert stats is not None
+    assert (stats["prefix_tokens"], stats["reused_tokens"], stats["blocks_hit"]) == (32, 24, 2)
+
+
+def test_a_full_step_makes_blends_wait_and_nobody_else() -> None:
+    once = Once(step_tokens=50)
+    blends, waits = once.request("a"), once.request("b")
+    exact, nothing = once.request("c", cached=(32, ())), once.request("d", cached=(0, ()))
+    assert once.side.matched(blends, 0) == 76
+    assert once.side.matched(waits, 0) is None, "44 tokens behind the prefix, and as many of it"
+    assert once.side.matched(exact, 0) == 32
+    assert once.side.matched(nothing, 0) == 0
+    once.side.plans()
+    assert once.side.matched(waits, 0) == 76
+
+
+def test_a_look_up_is_waited_for_no_longer_than_its_deadline(caplog: pytest.LogCaptureFixture) -> None:
+    once = Once(lookup_deadline=0.0)
+    request = once.request(polls=3)
+    assert once.side.matched(request, 0) == 0
+    assert "took too long" in caplog.text
+    stats = once.finish(request)
+    assert stats is not None
+    assert stats["failure"] == "look-up deadline"
+    while once.side.abandoned:
+        once.side.plans()
+    assert once.lookups[0].closed
+    assert not once.server.held["a"]
+
+
+def test_without_a_server_everything_is_computed() -> None:
+    once = Once()
+    once.side.look_up = lambda request: None
+    request = once.request()
+    assert once.side.matched(request, 16) == 0
+    once.side.allocated(request, list(range(13)), 0, None)
+    stats = once.finish(request)
+    assert stats is not None
+    assert (stats["failure"], stats["prefix_tokens"], stats["computed_tokens"]) == ("no server", 16, 84)
+
+
+def test_what_is_short_or_not_text_is_not_looked_up() -> None:
+    once = Once()
+    short = Request("s", list(range(CHUNK)), None, (0, ()), 0, 0, num_tokens=CHUNK)
+    picture = once.request("p")
+    picture.mm_features = ["a picture"]  # type: ignore[attr-defined]
+    assert once.side.matched(short, 0) == once.side.matched(picture, 0) == 0
+    assert once.lookups == []
+
+
+def test_wrong_wishes_are_warned_of_and_not_followed(caplog: pytest.LogCaptureFixture) -> None:
+    once = Once()
+    request = once.request()
+    request.kv_transfer_params = {"lmcache_rag.ratio": 7, "lmcache_rag.policy": "head"}
+    assert once.side.matched(request, 0) == 76
+    assert "lmcache_rag.ratio 7" in caplog.text
+    once.side.allocated(request, list(range(13)), 76, None)
+    (plan,) = once.side.plans()
+    assert (plan.policy, plan.ratio) == ("head", 0.15)
+
+
+def test_a_server_that_does_not_blend_by_itself_blends_who_asks() -> None:
+    once = Once(blend=False)
+    plain, asks = once.request("a"), once.request("b")
+    asks.kv_transfer_params = {"lmcache_rag.blend": "on"}
+    assert once.side.matched(plain, 0) == 32
+    assert plain.hidden == []
+    assert once.side.store_limit("a") is None
+    assert once.side.matched(asks, 0) == 76
+
+
+def test_a_short_rest_of_the_prompt_is_claimed_with_the_blend() -> None:
+    once = Once(tail_tokens=23)
+    request = once.request()
+    assert once.side.matched(request, 0) == 99, "all but the last token"
+    once.side.allocated(request, list(range(13)), 99, None)
+    (plan,) = once.side.plans()
+    assert (plan.matches, plan.end) == (Once.MATCHES, 99)
+    assert Once(tail_tokens=22).side.matched(once.request("b"), 0) == 76
+
+
+def test_chunks_that_vllm_held_and_lost_while_a_request_waited_are_looked_up() -> None:
+    once, pool = Once(), Pool()
+    once.side.hot = HotSide(HotChunks(pool, 8, hash_block))
+    request = once.request(polls=2)
+    request.kv_transfer_params = {"lmcache_rag.chunks": [[32, 56]]}
+    request.block_hashes = ["a", "b", "c", "d"]
+    pool.file("d", request.prompt_token_ids[32:56], 8)
+    assert once.side.matched(request, 32) == 24
+    assert once.lookups == [], "all of it is there"
+    assert [block.users for block in pool.filed.values()] == [1, 1, 1]
+    assert once.side.plans() == []  # no blocks were free
+    pool.evict()
+    assert pool.filed == {}, "what is not allocated is not kept"
+    assert once.side.matched(request, 32) is None, "LMCache is asked and waited for"
+    assert once.side.matched(request, 32) is None
+    assert once.side.matched(request, 32) == 76 - 32
+    assert once.finish(request) is not None
+    assert not once.server.held["a"]
+
+
+def test_chunks_that_vllm_holds_are_kept_until_the_worker_has_copied_them() -> None:
+    once, pool = Once(), Pool()
+    once.side.hot = HotSide(HotChunks(pool, 8, hash_block))
+    request = once.request()
+    request.kv_transfer_params = {"lmcache_rag.chunks": [[32, 56]]}
+    request.block_hashes = ["a", "b", "c", "d"]
+    pool.file("d", request.prompt_token_ids[32:56], 8)
+    once.side.allocated(request, list(range(13)), once.side.matched(request, 32) or 0, None)
+    (plan,) = once.side.plans()
+    assert [match.block for match in plan.matches] == [block.block_id for block in pool.filed.values()]
+    assert [block.users for block in pool.filed.values()] == [1, 1, 1]
+    once.side.take([BlendResult("a", 32, 24, 0, 0, 1.0, 1.0)])
+    assert [block.users for block in pool.filed.values()] == [0, 0, 0]
+
+
+def test_a_claim_that_begins_earlier_the_second_time_hides_more() -> None:
+    once = Once()
+    request = once.request()
+    for local, hidden in ((48, [60]), (0, [60, 40]), (48, [60, 40])):
+        assert once.side.matched(request, local) == 76 - local
+        assert request.hidden == hidden
+        assert once.side.store_limit("a") == min(hidden)
+        once.side.plans()

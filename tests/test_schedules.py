@@ -1,0 +1,285 @@
+"""The scheduler side under any simulated schedule: whatever happens to a request, no lock leaks and no claim is wrong.
+
+The scheduler is simulated after vLLM's: who waits is asked for in order, in each step; blocks may be missing; who runs
+may be preempted.
+"""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from scheduler_kit import CHUNK, Lookup, Pool, Request, Server, hash_block
+
+from lmcache_rag.connector import scheduler_side
+from lmcache_rag.connector.hot import HotChunks
+from lmcache_rag.connector.hot_side import HotSide
+from lmcache_rag.connector.options import ConnectorOptions
+from lmcache_rag.connector.plan import BlendResult, Match, claim
+from lmcache_rag.connector.scheduler_side import SchedulerSide
+
+BLOCK = 8
+OPTIONS = ConnectorOptions(least_tokens=16, step_tokens=96, tail_tokens=20, lookup_deadline=5.0)
+
+
+class Schedules(RuleBasedStateMachine):
+    """Any schedule."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 1000.0
+        self.clock = mock.patch.object(scheduler_side, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        self.clock.start()
+        self.server = Server()
+        self.pool = Pool()
+        self.side = SchedulerSide(
+            OPTIONS,
+            CHUNK,
+            self.look_up,
+            lambda request, first: request.hidden.append(first),
+            HotSide(HotChunks(self.pool, BLOCK, hash_block)),
+        )
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.lookups: dict[str, Lookup] = {}
+        self.left: set[str] = set()  # went away before their look-up was of use
+        self.planned: set[str] = set()
+        self.admitted: set[str] = set()
+        self.finished: set[str] = set()
+        self.count = self.back_in = 0
+
+    def look_up(self, request: Request) -> Lookup | None:
+        assert request.request_id not in self.lookups, "asked twice"
+        if not self.server.up:
+            return None
+        self.lookups[request.request_id] = Lookup(self.server, request)
+        return self.lookups[request.request_id]
+
+    # -- what happens -------------------------------------------------------------------------------------------------
+
+    @rule(
+        prompt=st.integers(0, 198).map(lambda less: 200 - less),
+        prefix=st.sampled_from([2, 1, 4, 0, 13]),
+        gaps=st.lists(st.integers(0, 20), min_size=1, max_size=8),
+        polls=st.integers(0, 3),
+        outputs=st.integers(0, 3),
+        blend=st.sampled_from([None, None, None, "off", "on"]),
+        kind=st.sampled_from(["text", "text", "text", "text", "resumed", "no reading"]),
+        hot=st.sampled_from([0, 0, 8, 3]),
+    )
+    def arrive(
+        self,
+        prompt: int,
+        prefix: int,
+        gaps: list[int],
+        polls: int,
+        outputs: int,
+        blend: str | None,
+        kind: str,
+        hot: int,
+    ) -> None:
+        exact = min(prefix * CHUNK, prompt // CHUNK * CHUNK)
+        matches, here = [], exact
+        for number, gap in enumerate(gaps):
+            here += gap if number or not hot else 0
+            if here + CHUNK <= prompt:
+                matches.append(Match(here, here + CHUNK, 1000 * number, 1000 * number + CHUNK))
+                here += CHUNK
+        params: dict[str, Any] = {"lmcache_rag.blend": blend} if blend else {}
+        tokens, hashes = list(range(prompt)), [hash_block(None, tuple(range(BLOCK)))]
+        for first in range(BLOCK, prompt - BLOCK + 1, BLOCK):
+            hashes.append(hash_block(hashes[-1], tuple(tokens[first : first + BLOCK])))
+        if hot and exact and matches:
+            params["lmcache_rag.chunks"] = [[match.start, match.end] for match in matches]
+            for match in matches[:hot]:
+                self.pool.file(hashes[exact // BLOCK - 1], tokens[match.start : match.end], BLOCK)
+        self.count += 1
+        request = Request(str(self.count), tokens, params or None, (exact, tuple(matches)), polls, outputs)
+        request.block_hashes = hashes
+        request.num_tokens = prompt + (kind == "resumed")
+        request.skip_reading_prefix_cache = kind == "no reading"
+        self.waiting.append(request)
+
+    @rule(
+        local=st.lists(st.integers(0, 25), min_size=6, max_size=6),
+        room=st.sampled_from([0, 0, 1, 2, 4]),
+        preempt=st.booleans(),
+        budget=st.sampled_from([16, 64, 512]),
+        failing=st.booleans(),
+    )
+    def step(self, local: list[int], room: int, preempt: bool, budget: int, failing: bool) -> None:
+        self.now += 0.01
+        self.back_in -= 1
+        self.server.up = self.server.up or self.back_in <= 0
+        results = []
+        if preempt and self.running:
+            victim = self.running.pop()
+            victim.computed, victim.runs = 0, False
+            self.waiting.insert(0, victim)
+        for request in self.running:
+            self.advance(request, budget)
+        for request, blocks in zip(list(self.waiting), local, strict=False):
+            if not self.admit(request, min(blocks * BLOCK, (request.num_tokens - 1) // BLOCK * BLOCK), room, budget):
+                break
+            room -= request.runs
+        work = []
+        for plan in self.side.plans():
+            self.check(plan)
+            work.append(plan.end - plan.exact)
+            results.append(self.work(plan, failing))
+        assert sum(work) <= OPTIONS.step_tokens or sum(w > 0 for w in work) == 1
+        self.side.take(results)
+        for request in [r for r in self.running if r.num_tokens > r.prompt + r.outputs]:
+            self.finish(request)
+
+    @rule(which=st.integers(0, 10))
+    def abort(self, which: int) -> None:
+        everyone = self.waiting + self.running
+        if everyone:
+            self.finish(everyone[which % len(everyone)])
+
+    @rule()
+    def vllm_needs_blocks(self) -> None:
+        self.pool.evict()
+
+    @rule(change=st.sampled_from(["answers", "deadline", "hangs", "answers", "dies"]))
+    def trouble(self, change: str) -> None:
+        if change in ("hangs", "answers"):
+            self.server.answers = change == "answers"
+        elif change == "dies":
+            self.server.up, self.back_in = False, 2
+            self.server.restart()
+        else:
+            self.now += OPTIONS.lookup_deadline + 1
+
+    # -- the simulated vLLM -------------------------------------------------------------------------------------------
+
+    def admit(self, request: Request, local: int, room: int, budget: int) -> bool:
+        """Returns whether the next one is asked too."""
+        before = request.request_id in self.planned
+        more = self.side.matched(request, local)
+        if more is None:
+            assert not before
+            return True
+        assert more >= 0
+        assert more == 0 or local + more <= request.prompt - 1, "nothing is left to compute"
+        lookup = self.lookups.get(request.request_id)
+        off = (request.kv_transfer_params or {}).get("lmcache_rag.blend") == "off"
+        hot = not off and "lmcache_rag.chunks" in (request.kv_transfer_params or {})
+        if before or request.skip_reading_prefix_cache or (lookup is None and not hot):
+            assert more == 0
+        if more and not hot:
+            assert lookup is not None
+            assert lookup.result is not None
+            wanted = claim(
+                request.prompt, local, request.cached[0], () if off else request.cached[1], least=16, tail=20
+            )
+            assert local + more == wanted.end
+            if wanted.matches:
+                first = wanted.matches[0].start
+                assert min(request.hidden) <= first, "another request could be served approximate KV"
+                assert self.side.store_limit(request.request_id) == min(request.hidden)
+        if room <= 0:
+            return False  # no blocks: it is asked again in the next step
+        self.side.allocated(request, list(range(-(-request.num_tokens // BLOCK))), more, None)
+        if more:
+            self.planned.add(request.request_id)
+        self.admitted.add(request.request_id)
+        request.runs, request.computed = True, local + more
+        self.waiting.remove(request)
+        self.running.append(request)
+        self.advance(request, budget)
+        return True
+
+    def advance(self, request: Request, budget: int) -> None:
+        request.computed = min(request.computed + budget, request.num_tokens)
+        if request.computed == request.num_tokens:
+            request.num_tokens += 1
+
+    def check(self, plan: Any) -> None:
+        request = next(r for r in self.running if r.request_id == plan.request_id)
+        assert plan.local <= plan.exact <= plan.end <= request.prompt - 1
+        assert len(plan.block_ids) * BLOCK >= plan.end
+        assert list(plan.token_ids) == request.prompt_token_ids
+        assert all(match.start >= plan.exact for match in plan.matches)
+        if plan.matches:
+            assert min(request.hidden) <= plan.matches[0].start, "another request could be served approximate KV"
+            assert self.side.store_limit(request.request_id) == min(request.hidden)
+        held = {block.block_id for block in self.pool.filed.values() if block.users}
+        for match in plan.matches:
+            assert match.block < 0 or match.block in held, "its KV could be overwritten before it is copied"
+
+    def work(self, plan: Any, failing: bool) -> BlendResult:
+        """As WorkerSide.run: loads what is exact, and with it gives back the locks."""
+        prefix = next(r for r in self.running if r.request_id == plan.request_id).cached[0]
+        lookup = self.lookups.get(plan.request_id)
+        if lookup is not None and plan.exact > plan.local and lookup.life == self.server.life:
+            self.server.give_back(plan.request_id, plan.local // CHUNK * CHUNK, prefix)
+        if failing or not self.server.up:
+            return BlendResult(plan.request_id, plan.local, 0, 0, plan.end - plan.local, 1.0, 1.0, "load failed")
+        covered = sum(match.end - match.start for match in plan.matches)
+        return BlendResult(
+            plan.request_id, plan.exact, covered - covered // 4, covered // 4, plan.end - plan.exact - covered, 1.0, 1.0
+        )
+
+    def finish(self, request: Request) -> None:
+        if request.request_id not in self.admitted:
+            self.left.add(request.request_id)
+        (self.waiting if request in self.waiting else self.running).remove(request)
+        self.finished.add(request.request_id)
+        stats = self.side.finished(request)
+        self.server.end_session(request.request_id)  # LMCache's own connector, right afterwards
+        if stats is None:
+            return
+        json.dumps(stats)
+        counts = [stats[f"{name}_tokens"] for name in ("prefix", "reused", "recomputed", "computed")]
+        assert min(counts) >= 0
+        assert sum(counts) == stats["prompt_tokens"] == request.prompt
+        assert stats["blended"] == (stats["reused_tokens"] > 0)
+        assert not (stats["failure"] and stats["blended"])
+        assert (stats["blocks_hit"] > 0) == (stats["reused_tokens"] > 0)
+        assert request.request_id in self.planned or not stats["blended"]
+
+    # -- what always holds --------------------------------------------------------------------------------------------
+
+    @invariant()
+    def everybody_is_looked_after_once(self) -> None:
+        assert self.side.requests <= len(self.waiting) + len(self.running)
+
+    @invariant()
+    def whoever_runs_holds_no_locks(self) -> None:
+        for request in self.running:
+            assert not self.server.held[request.request_id]
+
+    def teardown(self) -> None:
+        """Let everybody come to an end, with and without the server."""
+        self.server.up = self.server.answers = True
+        for _ in range(400):
+            if not self.waiting and not self.running:
+                break
+            self.now += 0.1
+            self.step([0] * 6, 6, False, 512, False)
+        assert not self.waiting + self.running, "somebody starves"
+        lost = [one for one in self.lookups.values() if one.life != self.server.life]
+        for _ in range(5):
+            self.side.plans()
+        assert self.side.requests == 0
+        assert self.side.abandoned <= len(lost), "only what was asked of a dead server is not answered"
+        self.now += scheduler_side.ABANDONED_SECONDS + 1
+        self.side.plans()
+        assert self.side.abandoned == 0
+        assert not any(self.server.held.values()), "locks leak"
+        assert not any(block.users for block in self.pool.touched), "blocks leak"
+        for one in self.lookups.values():
+            if one.life == self.server.life and (one.result is None or one.request.request_id in self.left):
+                assert one.closed, "an abandoned look-up is not heard to its end"
+        self.clock.stop()
+
+
+Schedules.TestCase.settings = settings(max_examples=250, stateful_step_count=40, deadline=None)
+TestSchedules = Schedules.TestCase

@@ -1,0 +1,178 @@
+"""A real LMCache blend server and a real vLLM for CPUs with our connector, as processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+BLOCK, CHUNK = 32, 64  # vLLM's CPU attention wants blocks of 32
+BIN = Path(sys.executable).parent
+SURROUNDINGS = {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "", "DO_NOT_TRACK": "1", "LMCACHE_TRACK_USAGE": "false"}
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+class Process:
+    """A server in a session of its own, so that all of it can be ended."""
+
+    def __init__(self, command: Sequence[str], log: Path, **environment: str) -> None:
+        self.log = log
+        path = f"{BIN}:{os.environ.get('PATH', '')}"
+        with log.open("wb") as out:
+            self._process = subprocess.Popen(
+                command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, **SURROUNDINGS, "PATH": path, **environment},
+                start_new_session=True,
+            )
+
+    @property
+    def runs(self) -> bool:
+        return self._process.poll() is None
+
+    @property
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(30)
+
+    def wait_for(self, ready: Callable[[], bool], seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not ready():
+            assert self.runs, f"{self.log.name}:\n{self.text[-4000:]}"
+            assert time.monotonic() < end, f"not ready after {seconds:.0f} s; {self.log.name}:\n{self.text[-4000:]}"
+            time.sleep(0.25)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url, timeout=2).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+class Servers:
+    """Both servers. `lmcache` may be killed."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        self.model = model
+        self.port, self.http = free_port(), free_port()
+        self.url = f"http://127.0.0.1:{free_port()}"
+        self.lmcache = Process(self._lmcache(), folder / "lmcache.log")
+        self.client = httpx.Client(base_url=self.url, timeout=120)
+        try:
+            self.lmcache.wait_for(lambda: answers(f"http://127.0.0.1:{self.http}/healthcheck"), 120)
+            self.vllm = Process(
+                self._vllm(),
+                folder / "vllm.log",
+                VLLM_CPU_NUM_OF_RESERVED_CPU="0",
+                VLLM_CPU_KVCACHE_SPACE="1",
+                VLLM_SERVER_DEV_MODE="1",  # for reset_prefix_cache
+                VLLM_NO_USAGE_STATS="1",
+                HF_HUB_OFFLINE="1",
+            )
+            self.vllm.wait_for(lambda: answers(f"{self.url}/health"), 300)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self.client.close()
+        for process in (getattr(self, "vllm", None), self.lmcache):
+            if process is not None:
+                process.kill()
+
+    def _lmcache(self) -> list[str]:
+        options = {
+            "engine-type": "blend",
+            "supported-transfer-mode": "auto",
+            "chunk-size": CHUNK,
+            "l1-size-gb": 1,
+            "eviction-policy": "LRU",
+            "host": "localhost",
+            "port": self.port,
+            "http-host": "127.0.0.1",
+            "http-port": self.http,
+        }
+        return [str(BIN / "lmcache"), "server", *(str(w) for name, v in options.items() for w in (f"--{name}", v))]
+
+    def _vllm(self) -> list[str]:
+        connector = {
+            "kv_connector": "CacheBlendConnector",
+            "kv_connector_module_path": "lmcache_rag.connector.connector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {
+                "lmcache.mp.host": "tcp://localhost",
+                "lmcache.mp.port": self.port,
+                "lmcache.mp.mq_timeout": 20,
+                "lmcache.mp.heartbeat_interval": 1,
+            },
+        }
+        options = {
+            "model": self.model,
+            "served-model-name": "smollm2",
+            "dtype": "float32",
+            "block-size": BLOCK,
+            "max-model-len": 1024,
+            "max-num-batched-tokens": 512,
+            "max-num-seqs": 4,
+            "host": "127.0.0.1",
+            "port": self.url.rpartition(":")[2],
+            "kv-transfer-config": json.dumps(connector),
+        }
+        words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", *words]
+
+    def complete(self, prompt: list[int], **more: Any) -> dict[str, Any]:
+        body = {
+            "model": "smollm2",
+            "prompt": prompt,
+            "max_tokens": 8,
+            "temperature": 0,
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "kv_transfer_params": {},
+        }
+        response = self.client.post("/v1/completions", json=body | more)
+        assert response.status_code == 200, response.text
+        return dict(response.json())
+
+    def tokens(self, prompt: list[int], **more: Any) -> list[int]:
+        return list(self.complete(prompt, **more)["choices"][0]["token_ids"])
+
+    def forget(self) -> None:
+        """Empty vLLM's own prefix cache, so that only LMCache can hit."""
+        self.client.post("/reset_prefix_cache").raise_for_status()
+
+    def lmcache_counter(self, name: str) -> float:
+        return counter(f"http://127.0.0.1:{self.http}/metrics", name)
+
+    def vllm_counter(self, name: str) -> float:
+        return counter(f"{self.url}/metrics", name)
+
+
+def counter(url: str, name: str) -> float:
+    """A Prometheus counter, all its labels added up; 0 before it first moved."""
+    lines = httpx.get(url, timeout=5).text.splitlines()
+    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
