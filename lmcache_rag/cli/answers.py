@@ -62,7 +62,9 @@ def show_notes(out: Console, answer: Answer) -> None:
 
 def show_sources(out: Console, answer: Answer, *, passages: bool = False) -> None:
     """The chunks that the answer comes from, with or without their text."""
-    if not answer.sources:
+    if not answer.sources and not answer.dropped:  # a search of a store that holds anything finds something
+        out.print("No sources: the store is empty. Fill it with: lmcache-rag ingest", style="bold")
+    elif not answer.sources:
         out.print("No sources.", style="bold")
     else:
         out.print("Sources", style="bold")
@@ -103,12 +105,14 @@ def stats_table(stats: ReuseStats) -> Table:
         f"reused, {stats.recomputed_tokens:,} recomputed, {stats.computed_tokens:,} computed"
     )
     chunks = stats.chunks_hit + stats.chunks_missed
+    # A server tells tokens; which chunks they are of does not always follow.
+    reused = f"{stats.chunks_hit} of {count(chunks, 'chunk')} from the store" if chunks else "reused in part"
     parts = [("lookup", stats.lookup_ms), ("load", stats.load_ms), ("blend", stats.blend_ms)]
     inside = ", ".join(f"{name} {milliseconds(ms)}" for name, ms in parts if ms)
     return facts(
         [
             ("Tokens", tokens),
-            ("KV", f"{stats.chunks_hit} of {count(chunks, 'chunk')} from the store" if stats.blended else "not reused"),
+            ("KV", reused if stats.blended else "not reused"),
             ("TTFT", milliseconds(stats.ttft_ms) + (f" ({inside})" if inside else "")),
         ]
     )

@@ -11,8 +11,10 @@ from lmcache_rag.cli import maintain
 from lmcache_rag.cli.ask import ask
 from lmcache_rag.cli.chat import chat
 from lmcache_rag.cli.configure import settings
+from lmcache_rag.cli.doctor import doctor
 from lmcache_rag.cli.failures import EXIT_STATUS
 from lmcache_rag.cli.ingest import ingest
+from lmcache_rag.cli.serve import ServeCommand, serve
 
 app = typer.Typer(
     name="lmcache-rag",
@@ -51,3 +53,10 @@ for _function in (ingest, ask, chat):
     app.command(rich_help_panel="Use", no_args_is_help=_function is not chat)(_function)
 for _function in (maintain.status, maintain.warm, maintain.verify, maintain.remove, maintain.prune, settings):
     app.command(rich_help_panel="Look after", no_args_is_help=_function is maintain.remove)(_function)
+app.command(
+    rich_help_panel="Serve",
+    no_args_is_help=True,
+    cls=ServeCommand,
+    context_settings={"allow_interspersed_args": False},  # what follows MODEL is vLLM's
+)(serve)
+app.command(rich_help_panel="Serve")(doctor)

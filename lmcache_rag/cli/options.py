@@ -18,7 +18,7 @@ from lmcache_rag.settings import Settings
 
 PREFIX = str(Settings.model_config["env_prefix"])
 
-PLACE = ("store", "model", "device", "dtype", "kv_budget_gb")
+PLACE = ("store", "engine", "model", "device", "dtype", "kv_budget_gb")
 EMBED = ("embedder",)
 SPLIT = ("chunk_tokens", "chunk_overlap")
 ANSWER = ("policy", "ratio", "blend", "top_k", "max_tokens", "temperature")
@@ -31,10 +31,12 @@ class _Look:
     flag: str = ""
     metavar: str | None = None
     default: str = ""
+    several: bool = False
 
 
 _LOOKS = {
     "store": _Look(metavar="DIR"),
+    "engine": _Look(metavar="URL", several=True),
     "model": _Look(metavar="NAME", default="a small one"),
     "embedder": _Look(metavar="NAME", default="a small one"),
     "device": _Look(metavar="NAME"),
@@ -79,7 +81,8 @@ def parameter(field: str) -> inspect.Parameter:
         help=f"{escape(described(field))} [dim]{escape(note)}[/dim]",
         show_default=False,
     )
-    return _parameter(field, Annotated[_plain(facts.annotation) | None, option], None)
+    kind = list[str] if look.several else _plain(facts.annotation)
+    return _parameter(field, Annotated[kind | None, option], None)
 
 
 def json_parameter() -> inspect.Parameter:

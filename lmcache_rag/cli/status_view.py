@@ -30,8 +30,11 @@ def show_status(out: Console, path: Path, status: Status, *, read_only: bool) ->
         ("Model", status.model + ("" if status.can_blend else f"; cannot be blended: {status.why_not}")),
         ("Fingerprint", f"{status.fingerprint[:16]}…"),
         ("KV", f"{count(current.keys if current else 0, 'chunk')}, {size(current.nbytes if current else 0)}"),
-        ("KV files", f"{status.usage.chunks:,}, {size(status.usage.disk_bytes)}"),
     ]
+    if servers := status.usage.details.get("servers"):
+        rows.append(("Servers", ", ".join(servers)))  # what they hold, no API tells
+    else:
+        rows.append(("KV files", f"{status.usage.chunks:,}, {size(status.usage.disk_bytes)}"))
     rows += [("Stale KV", _one(part)) for part in stale]
     if store.trash:
         rows.append(("To drop", count(store.trash, "chunk")))

@@ -1,0 +1,157 @@
+"""What can be checked on this machine without a server: GPU, versions, connector, plugin, model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+State = Literal["ok", "warning", "failed", "skipped"]
+
+TESTED = {("0.25.1", "0.5.6")}  # vLLM with LMCache
+INSTALL = 'pip install "lmcache-rag[gpu]"'
+LEAST_FREE_MIB = 2048
+IMPORT_S = 180
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's table.
+
+    Attributes:
+        name: What was checked.
+        state: How it is.
+        result: What was found.
+        remedy: What to do about it; empty when all is well.
+    """
+
+    name: str
+    state: State
+    result: str
+    remedy: str = ""
+
+
+def gpu() -> Iterator[Check]:
+    """GPU, driver and free memory."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        yield Check(
+            "GPU", "failed", "no NVIDIA driver (nvidia-smi is missing)", "Blending needs an NVIDIA GPU and its driver."
+        )
+        return
+    query = [program, "--query-gpu=name,driver_version,memory.total,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired) as problem:
+        yield Check("GPU", "failed", f"nvidia-smi does not run: {problem}", "Mend or reinstall the NVIDIA driver.")
+        return
+    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.count(",") == 3]
+    if done.returncode or not rows:
+        words = " ".join((done.stderr or done.stdout).split())[:200]
+        yield Check("GPU", "failed", f"nvidia-smi finds none: {words}", "Mend or reinstall the NVIDIA driver.")
+        return
+    for number, (name, driver, total, free) in enumerate(rows):
+        yield Check(f"GPU {number}", "ok", f"{name}, driver {driver}")
+        if not (total.isdigit() and free.isdigit()):  # "[N/A]" where GPU and CPU share their memory
+            yield Check(f"GPU {number} memory", "skipped", "the driver does not say")
+            continue
+        scarce = int(free) < LEAST_FREE_MIB
+        yield Check(
+            f"GPU {number} memory",
+            "warning" if scarce else "ok",
+            f"{int(free):,} of {int(total):,} MiB free",
+            "Fine while a server runs; before a start, free some, or lower --gpu-memory-utilization." if scarce else "",
+        )
+
+
+def versions() -> Iterator[Check]:
+    """Whether vLLM and LMCache are installed, and whether that pair is tested."""
+    found = {name: _version(name) for name in ("vllm", "lmcache")}
+    missing = [name for name, version in found.items() if not version]
+    if missing:
+        yield Check("Versions", "failed", f"not installed: {', '.join(missing)}", INSTALL)
+        return
+    words = f"vLLM {found['vllm']} with LMCache {found['lmcache']}"
+    if (found["vllm"], found["lmcache"]) in TESTED:
+        yield Check("Versions", "ok", f"{words}: tested")
+        return
+    known = ", ".join(f"vLLM {vllm} with LMCache {lmcache}" for vllm, lmcache in sorted(TESTED))
+    yield Check("Versions", "warning", f"{words}: not tested together", f"Tested: {known}.")
+
+
+def connector(python: str = sys.executable) -> Iterator[Check]:
+    """Whether the connector can be imported, and whether vLLM finds and may load the plugin."""
+    if _version("vllm") and _version("lmcache"):
+        code = "import lmcache_rag.connector.connector"
+        try:
+            done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=IMPORT_S, check=False)
+            problem = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
+        except subprocess.TimeoutExpired:
+            problem = f"not within {IMPORT_S} s"
+        if problem:
+            yield Check("Connector", "failed", f"cannot be imported: {problem}", f"{INSTALL} --force-reinstall")
+        else:
+            yield Check("Connector", "ok", "can be imported")
+    else:
+        yield Check("Connector", "skipped", "needs vLLM and LMCache", INSTALL)
+    plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if "lmcache_rag" not in plugins.names:
+        yield Check("Plugin", "failed", "its entry point is not installed", "Install lmcache-rag again with pip.")
+    elif allowed is not None and "lmcache_rag" not in allowed.split(","):
+        yield Check(
+            "Plugin", "failed", f"VLLM_PLUGINS={allowed} leaves it out", "Add lmcache_rag to VLLM_PLUGINS, or unset it."
+        )
+    else:
+        yield Check("Plugin", "ok", "vLLM finds it")
+
+
+def model(name: str) -> Check:
+    """Whether a model, by folder or Hugging Face name, belongs to a family that is blended."""
+    from lmcache_rag.connector.model import ARCHITECTURES
+
+    file = _config_file(name)
+    if file is None:
+        return Check(
+            "Model", "skipped", f"{name}: its config.json is not on this machine", "The round trip says whether it is."
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        families = [str(family) for family in config.get("architectures") or ["unknown"]]
+    except (OSError, ValueError, AttributeError) as problem:
+        return Check("Model", "failed", f"{file} cannot be read: {problem}", "Download the model again.")
+    if not set(families) & set(ARCHITECTURES):
+        remedy = f"It is served as stock vLLM does, without blending. Blended: {', '.join(ARCHITECTURES)}."
+        return Check("Model", "failed", f"{name}: {families[0]} is not supported", remedy)
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if window:
+        remedy = "It is served as stock vLLM does, without blending."
+        return Check("Model", "failed", f"{name}: sliding window attention is not supported", remedy)
+    return Check("Model", "ok", f"{name}: {families[0]}")
+
+
+def _config_file(name: str) -> Path | None:
+    if (Path(name) / "config.json").is_file():
+        return Path(name) / "config.json"
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

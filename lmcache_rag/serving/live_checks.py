@@ -1,0 +1,130 @@
+"""What can be asked of running servers: LMCache's state, vLLM's, and a live round trip."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from lmcache_rag.errors import LMCacheRAGError
+from lmcache_rag.serving import api
+from lmcache_rag.serving.checks import Check
+from lmcache_rag.serving.roundtrip import Outcome, round_trip
+
+CHUNK = 64  # lmcache-rag serve's default
+
+
+def lmcache(url: str, *, needed: bool) -> tuple[list[Check], dict[str, Any]]:
+    """LMCache's server: (checks, its status; empty when it does not answer).
+
+    Args:
+        url: Its HTTP address.
+        needed: Whether it is a fault when it does not answer.
+    """
+    if not api.answers(url, "/healthcheck"):
+        remedy = "lmcache-rag serve MODEL starts it. On another machine or port: --lmcache-url."
+        return [Check("LMCache", "failed" if needed else "skipped", f"{url} does not answer", remedy)], {}
+    status = api.get_json(url, "/status")
+    if status is None:
+        return [Check("LMCache", "failed", f"{url}/status does not answer", "Its log may say why.")], {}
+    checks = []
+    healthy = bool(status.get("is_healthy"))
+    chunk = status.get("chunk_size")
+    checks.append(
+        Check(
+            "LMCache",
+            "ok" if healthy else "failed",
+            f"{url} is {'healthy' if healthy else 'not healthy'}; chunks of {chunk} tokens",
+            "" if healthy else f"See {url}/status.",
+        )
+    )
+    # Only the blend engine reports rotary tables.
+    tables = status.get("registered_cb_rope_instances")
+    if tables is None:
+        remedy = "Start it with --engine-type blend, as lmcache-rag serve does."
+        checks.append(Check("Blend engine", "failed", "this server does not blend", remedy))
+        return checks, status
+    checks.append(Check("Blend engine", "ok", "on"))
+    workers = len(status.get("registered_gpu_ids") or ())
+    if tables:
+        some = len(tables) < workers
+        remedy = 'The others do not blend; their vLLM\'s log says why under "KV is not blended".' if some else ""
+        words = f"registered by {len(tables)} of {workers} workers"
+        checks.append(Check("RoPE", "warning" if some else "ok", words, remedy))
+    elif workers:
+        remedy = 'vLLM\'s log says why under "KV is not blended"; is kv_connector CacheBlendConnector?'
+        checks.append(Check("RoPE", "failed", f"not registered, though {workers} workers are there", remedy))
+    else:
+        state: Any = "failed" if needed else "skipped"
+        checks.append(Check("RoPE", state, "no vLLM worker is registered", "Is vLLM up, and with our connector?"))
+    return checks, status
+
+
+def vllm(server: api.VLLM) -> tuple[list[Check], api.Served | None]:
+    """The vLLM server: (checks, what it serves)."""
+    try:
+        served = server.served()
+    except LMCacheRAGError as problem:
+        return [Check("vLLM", "failed", problem.message, problem.remedy)], None
+    version = server.version()
+    words = f"{server.url} serves {served.name}" + (f", vLLM {version}" if version else "")
+    if not server.healthy():
+        return [Check("vLLM", "failed", f"{words}, and is not healthy", "Its log says why; start it again.")], served
+    return [Check("vLLM", "ok", words)], served
+
+
+def sizes(server: api.VLLM, status: dict[str, Any]) -> Check:
+    """LMCache's chunk against vLLM's block."""
+    chunk = status.get("chunk_size")
+    found = re.search(r'cache_config_info\{[^}]*\bblock_size="(\d+)"', server.metrics())
+    if not isinstance(chunk, int) or found is None:
+        return Check("Chunk and block", "skipped", "the servers do not say")
+    block = int(found[1])
+    words = f"chunks of {chunk} tokens, blocks of {block}"
+    if block and chunk % block == 0:
+        return Check("Chunk and block", "ok", words)
+    return Check("Chunk and block", "failed", words, "The chunk size must be a multiple of the block size.")
+
+
+def live(server: api.VLLM, served: api.Served, status: dict[str, Any]) -> list[Check]:
+    """The round trip."""
+    chunk = status.get("chunk_size")
+    try:
+        outcome = round_trip(server, served, chunk if isinstance(chunk, int) and chunk > 0 else CHUNK)
+    except LMCacheRAGError as problem:
+        return [Check("Round trip", "failed", problem.message, problem.remedy)]
+    return list(judge(outcome))
+
+
+def judge(outcome: Outcome) -> Iterator[Check]:
+    """What a round trip says."""
+    found = outcome.reused
+    if found is None:
+        remedy = "Start vLLM by lmcache-rag serve, or with the --kv-transfer-config of its --dry-run."
+        yield Check("Round trip", "failed", "the answer has no statistics: our connector is not loaded", remedy)
+        return
+    if not outcome.hit:
+        why = found.get("failure")
+        words = f"nothing was reused in {outcome.queries} queries" + (f": {why}" if why else "")
+        remedy = 'vLLM\'s log says why under "KV is not blended"; an LMCache that is full or new holds no KV.'
+        yield Check("Round trip", "failed", words, remedy)
+        return
+    times = ", ".join(
+        f"{name} {found[f'{name}_ms']:g} ms" for name in ("lookup", "load", "blend") if f"{name}_ms" in found
+    )
+    yield Check(
+        "Round trip",
+        "ok",
+        f"chunks in another order: {found['reused_tokens']:,} of {found.get('prompt_tokens', 0):,} tokens reused, "
+        f"{found.get('recomputed_tokens', 0):,} recomputed ({found.get('policy')} at {found.get('ratio'):g}); {times}",
+    )
+    exact = outcome.exact or {}
+    if not exact.get("recomputed_tokens"):
+        words = f"nothing was recomputed: {exact.get('failure') or 'no chunk was found again'}"
+        yield Check("Ratio 1", "failed", words, "LMCache may be too small for its load: --l1-gb.")
+        return
+    words = f"{outcome.same} of {outcome.compared} tokens equal a run without reuse"
+    if outcome.near_tie and outcome.same < outcome.compared:
+        words += "; the first difference is a tie but for rounding"
+    remedy = "" if outcome.agrees else "Answers may be wrong. Set lmcache_rag.blend to off and report this, please."
+    yield Check("Ratio 1", "ok" if outcome.agrees else "failed", words, remedy)

@@ -1,0 +1,149 @@
+"""A live round trip: random chunks precomputed behind a prefix, then asked in another order."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lmcache_rag.errors import EngineError
+from lmcache_rag.serving.api import VLLM, Answer, Served
+
+IDS = range(300, 15000)  # ids of plain text in the usual vocabularies; none of them special
+CHUNKS = 3
+BLOCKS = (4, 3, 2)  # LMCache chunks in each of ours
+ANSWER = 16
+NEAR_TIE = 0.25  # nats: bfloat16 moves log-probabilities by about so much
+ATTEMPTS, PAUSE_S = 5, 1.0  # LMCache indexes what it stored a moment later
+
+OFF = {"lmcache_rag.blend": "off"}
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Random prompts.
+
+    Attributes:
+        prefix: One LMCache chunk.
+        chunks: Token ids of the chunks; each a multiple of LMCache's.
+    """
+
+    prefix: tuple[int, ...]
+    chunks: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def draw(cls, chunk_size: int, most_tokens: int = 0, seed: int | None = None) -> Prompts:
+        """New random text, so that nothing of it is cached yet. Shorter where the model's context is short."""
+        dice = random.Random(seed)  # noqa: S311 - no secret
+        blocks = BLOCKS if not most_tokens or most_tokens > chunk_size * 12 else (1, 2, 1)
+        return cls(_ids(dice, chunk_size), tuple(_ids(dice, chunk_size * n) for n in blocks))
+
+    def ingest(self) -> list[list[int]]:
+        """Prefix and chunk, for each chunk."""
+        return [[*self.prefix, *chunk] for chunk in self.chunks]
+
+    def query(self) -> list[int]:
+        """All chunks in the opposite order, with new separators and a new question."""
+        dice = random.Random()  # noqa: S311 - no secret
+        prompt = list(self.prefix)
+        for chunk in reversed(self.chunks):
+            prompt += [*_ids(dice, 3), *chunk]
+        return [*prompt, *_ids(dice, 40)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round trip showed.
+
+    Attributes:
+        reused: Statistics of the best query with the server's own policy; None when the connector said nothing.
+        queries: How many queries it took.
+        exact: Statistics of the query with every token recomputed; None without reuse.
+        same: Tokens in which it agrees with a run without reuse, out of `compared`.
+        compared: Tokens compared.
+        near_tie: Whether the first difference is a tie but for rounding.
+    """
+
+    reused: dict[str, Any] | None
+    queries: int
+    exact: dict[str, Any] | None = None
+    same: int = 0
+    compared: int = 0
+    near_tie: bool = False
+
+    @property
+    def hit(self) -> bool:
+        """Whether KV of cached chunks was used."""
+        return bool(self.reused and self.reused.get("reused_tokens", 0) > 0)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether recomputing everything equals a full prefill."""
+        return self.compared > 0 and (self.same == self.compared or self.near_tie)
+
+
+def round_trip(
+    server: VLLM,
+    served: Served,
+    chunk_size: int,
+    *,
+    compare: bool = True,
+    pause: Callable[[float], None] = time.sleep,
+) -> Outcome:
+    """Run it.
+
+    Args:
+        server: The vLLM server.
+        served: Its model.
+        chunk_size: Tokens of an LMCache chunk.
+        compare: Also compare a run that recomputes everything with one that reuses nothing.
+        pause: For waiting between two attempts.
+
+    Raises:
+        EngineError: The server refused a request, or answers in a way that is not vLLM's.
+    """
+    prompts = Prompts.draw(chunk_size, served.most_tokens)
+    # What is asked is not to be stored: an attempt that finds nothing must not help the next one.
+    keep_out = {"lmcache.max_offload_tokens": chunk_size}
+    for prompt in prompts.ingest():
+        server.complete(served.name, prompt, params=OFF)
+    found: dict[str, Any] | None = None
+    query: list[int] = []
+    attempt = 0
+    while attempt < ATTEMPTS and not (found or {}).get("reused_tokens"):
+        pause(PAUSE_S if attempt else PAUSE_S / 4)
+        attempt += 1
+        query = prompts.query()
+        found = server.complete(served.name, query, params=keep_out).statistics
+        if found is None:
+            break
+    if not compare or not (found or {}).get("reused_tokens"):
+        return Outcome(found, attempt)
+    # Blended first: after a run without reuse vLLM itself would hold the whole prompt.
+    query = prompts.query()
+    every = {"lmcache_rag.policy": "query", "lmcache_rag.ratio": 1.0}
+    blended = server.complete(served.name, query, most=ANSWER, params=every | keep_out)
+    plain = server.complete(served.name, query, most=ANSWER, params=OFF | keep_out)
+    if not blended.tokens or not plain.tokens:
+        raise EngineError("The server answered without tokens.", remedy="Its log may say more.")
+    same = _agree(blended.tokens, plain.tokens)
+    compared = max(len(blended.tokens), len(plain.tokens))
+    return Outcome(found, attempt, blended.statistics, same, compared, _near_tie(plain, blended, same))
+
+
+def _ids(dice: random.Random, count: int) -> tuple[int, ...]:
+    return tuple(dice.choice(IDS) for _ in range(count))
+
+
+def _agree(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _near_tie(plain: Answer, blended: Answer, at: int) -> bool:
+    """Whether the run without reuse found both tokens about equally likely where the two part."""
+    if at >= min(len(plain.top), len(plain.tokens), len(blended.tokens)):
+        return False
+    row, ours, theirs = plain.top[at], blended.tokens[at], plain.tokens[at]
+    return ours in row and theirs in row and row[theirs] - row[ours] <= NEAR_TIE

@@ -1,0 +1,193 @@
+"""Both servers together: LMCache first, then vLLM; LMCache is started again when it dies, vLLM's end ends all."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lmcache_rag.errors import EngineError
+from lmcache_rag.serving.server import Server
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Times:
+    """How long things may take, in seconds.
+
+    Attributes:
+        lmcache_start: LMCache's start.
+        vllm_start: vLLM's start: loading a model, compiling, capturing graphs.
+        poll: Between two looks at the processes.
+        health: Between two health checks of LMCache once it runs.
+        hang: LMCache without a healthy answer for so long is killed and started again.
+        first_pause: Before the first restart; doubled with each that follows.
+        longest_pause: Between two restarts at most.
+        grace: For a server that was asked to end, before it is killed.
+    """
+
+    lmcache_start: float = 180.0
+    vllm_start: float = 3600.0
+    poll: float = 0.2
+    health: float = 5.0
+    hang: float = 60.0
+    first_pause: float = 1.0
+    longest_pause: float = 60.0
+    grace: float = 20.0
+
+
+class VLLMEndError(Exception):
+    """vLLM is over, and with it everything."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
+
+
+@dataclass
+class Supervisor:
+    """Starts, watches and ends the two servers. Signals arrive as KeyboardInterrupt in the main thread.
+
+    Attributes:
+        lmcache: The LMCache server.
+        vllm: The vLLM server.
+        tell: Called with each line for people.
+        times: How long things may take.
+        signal_of: Which signal a KeyboardInterrupt stands for; it is passed on to both servers.
+    """
+
+    lmcache: Server
+    vllm: Server
+    tell: Tell
+    times: Times = field(default_factory=Times)
+    signal_of: Callable[[BaseException], int] = lambda _: signal.SIGINT
+    _pause: float = 0.0
+    _again_at: float | None = None  # when LMCache is to be started again
+    _healthy_at: float = 0.0
+    _up_since: float = 0.0
+    _checked_at: float = 0.0
+    _down: bool = False
+
+    def run(self, ready: Callable[[], None]) -> int:
+        """Start both, call `ready`, and stay until vLLM ends; returns its exit status.
+
+        Raises:
+            EngineError: One of them did not start.
+            KeyboardInterrupt: A signal came; both servers have ended.
+        """
+        number: int = signal.SIGTERM
+        try:
+            self._start_lmcache()
+            self._start_vllm()
+            ready()
+            while True:
+                self._look()
+                time.sleep(self.times.poll)
+        except VLLMEndError as end:
+            self._show_end(self.vllm, end.status)
+            return end.status
+        except KeyboardInterrupt as stop:
+            number = self.signal_of(stop)
+            raise
+        finally:
+            self._stop(number)
+
+    def _start_lmcache(self) -> None:
+        self.tell(f"Starting LMCache; its log: {self.lmcache.log}")
+        self.lmcache.start()
+        begin = time.monotonic()
+        while not self.lmcache.healthy():
+            status = self.lmcache.ended()
+            if status is not None:
+                self._show_end(self.lmcache, status)
+                raise EngineError("LMCache did not start.", remedy=f"Its log says why: {self.lmcache.log}")
+            if time.monotonic() - begin > self.times.lmcache_start:
+                self._show_tail(self.lmcache)
+                raise EngineError(
+                    f"LMCache was not healthy after {self.times.lmcache_start:g} s.",
+                    remedy=f"Its log may say why: {self.lmcache.log}",
+                )
+            time.sleep(self.times.poll)
+        self._healthy_at = self._up_since = time.monotonic()
+        self.tell(f"LMCache is healthy after {self._healthy_at - begin:.1f} s.")
+
+    def _start_vllm(self) -> None:
+        self.tell(f"Starting vLLM, which takes minutes with a large model; its log: {self.vllm.log}")
+        self.vllm.start()
+        begin = time.monotonic()
+        while not self.vllm.healthy():
+            self._look()
+            if time.monotonic() - begin > self.times.vllm_start:
+                self._show_tail(self.vllm)
+                raise EngineError(
+                    f"vLLM was not healthy after {self.times.vllm_start:g} s.",
+                    remedy=f"Its log may say why: {self.vllm.log}. Give it longer with --start-timeout.",
+                )
+            time.sleep(self.times.poll)
+        self.tell(f"vLLM is healthy after {time.monotonic() - begin:.1f} s.")
+
+    def _look(self) -> None:
+        """One look at both."""
+        if (status := self.vllm.ended()) is not None:
+            raise VLLMEndError(status)
+        now = time.monotonic()
+        if self._again_at is not None:
+            if now >= self._again_at:
+                self._again_at, self._healthy_at = None, now
+                self.lmcache.start()
+            return
+        if (status := self.lmcache.ended()) is not None:
+            self._down = True
+            self._pause = min(self._pause * 2 or self.times.first_pause, self.times.longest_pause)
+            self._again_at = now + self._pause
+            self._show_end(self.lmcache, status, 5)
+            self.tell(
+                f"LMCache is started again in {self._pause:g} s. vLLM goes on: until then every prompt is computed."
+            )
+        elif now - self._checked_at >= self.times.health or self._down:
+            self._check_lmcache(now)
+
+    def _check_lmcache(self, now: float) -> None:
+        self._checked_at = now
+        if self.lmcache.healthy():
+            if self._down:
+                self.tell("LMCache is healthy again, its memory empty: KV comes back with use, or from --l2.")
+                self._up_since = now
+            if now - self._up_since > self.times.longest_pause:
+                self._pause = 0.0  # what happened is over: the next end is the first again
+            self._down, self._healthy_at = False, now
+        elif now - self._healthy_at > (self.times.lmcache_start if self._down else self.times.hang):
+            self.tell(f"LMCache has not answered for {now - self._healthy_at:.0f} s: it is killed.")
+            self.lmcache.kill()
+            self.lmcache.wait()
+
+    def _stop(self, number: int) -> None:
+        """End both: vLLM first, since it would complain about LMCache's end. A signal meanwhile kills them."""
+        for server in (self.vllm, self.lmcache):
+            with contextlib.suppress(KeyboardInterrupt):
+                server.send(number)
+                server.wait()
+                continue
+            self.tell(f"{server.name} is killed.")
+            self.vllm.kill()
+            self.lmcache.kill()
+        for server in (self.vllm, self.lmcache):
+            server.wait()
+
+    def _show_end(self, server: Server, status: int, lines: int = 20) -> None:
+        self._show_tail(server, lines)
+        how = f"signal {signal.Signals(status - 128).name}" if _is_signal(status) else f"status {status}"
+        self.tell(f"{server.name} ended with {how}.")
+
+    def _show_tail(self, server: Server, lines: int = 20) -> None:
+        if last := server.last_lines(lines):
+            self.tell(f"The last lines of {server.log}:")
+            for line in last:
+                self.tell(f"    {line}")
+
+
+def _is_signal(status: int) -> bool:
+    return status - 128 in {number.value for number in signal.Signals}

@@ -1,0 +1,180 @@
+"""Stand-ins for vLLM and LMCache as real processes that a test can let hang, end or resist.
+
+    python serve_kit.py vllm PORT FOLDER
+
+FOLDER is how a test and a stand-in talk. A test makes the files `hang` (no answers while it is there), `end` (holds an
+exit status), `mode`. The stand-in appends to `pids` (its own, then those of two children, one in a session of its own)
+and to `signals`. Nothing outside the standard library: it must start at once.
+"""
+
+from __future__ import annotations
+
+import http.server
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+CHUNK = 64
+
+
+class Cache:
+    """What our connector would find: whole chunks of 64 tokens behind the first one, at any offset."""
+
+    def __init__(self) -> None:
+        self.known: set[tuple[int, ...]] = set()
+
+    def store(self, prompt: list[int], most: int) -> None:
+        end = min(len(prompt), most)
+        self.known |= {tuple(prompt[i : i + CHUNK]) for i in range(CHUNK, end - CHUNK + 1, CHUNK)}
+
+    def found(self, prompt: list[int]) -> int:
+        position, tokens = CHUNK, 0
+        while position + CHUNK <= len(prompt):
+            hit = tuple(prompt[position : position + CHUNK]) in self.known
+            tokens += CHUNK * hit
+            position += CHUNK if hit else 1
+        return tokens
+
+
+class FakeServer:
+    """Answers like vLLM or LMCache, as far as serve and doctor ask.
+
+    Modes: "" (all well), "bare" (no connector), "empty" (nothing is ever found), "wrong" (recomputing everything gives
+    other tokens), "tie" (the same, where both are about equally likely), "unblended" (an LMCache of the default
+    engine), "unregistered" (no rotary table), "half" (of one worker only), "ill" (not healthy), "misfit" (blocks of 48
+    tokens), "strange" (JSON of another server), "key" (asks for one).
+    """
+
+    def __init__(self, role: str, port: int = 0, mode: str = "", model: str = "tiny") -> None:
+        self.role, self.mode, self.model = role, mode, model
+        self.cache = Cache()
+        self.hang = lambda: False
+        self.requests: list[dict[str, Any]] = []
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *_: object) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                self._send(*outer.get(self.path))
+
+            def do_POST(self) -> None:
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                if outer.mode == "key" and self.headers.get("Authorization") != "Bearer secret":
+                    return self._send(401, {"error": "Unauthorized"})
+                return self._send(*outer.complete(body))
+
+            def _send(self, status: int, body: Any) -> None:
+                while outer.hang():
+                    time.sleep(0.05)
+                data = (body if isinstance(body, str) else json.dumps(body)).encode()
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        self.http.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self.http.server_port}"
+        self._thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+
+    def __enter__(self) -> FakeServer:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.http.shutdown()
+        self._thread.join()
+        self.http.server_close()
+
+    def get(self, path: str) -> tuple[int, Any]:
+        if self.role == "lmcache":
+            status: dict[str, Any] = {"is_healthy": self.mode != "ill", "chunk_size": CHUNK, "registered_gpu_ids": [1]}
+            if self.mode == "half":
+                status["registered_gpu_ids"] = [1, 2]
+            if self.mode != "unblended":
+                status["registered_cb_rope_instances"] = [] if self.mode == "unregistered" else [1]
+            pages: dict[str, Any] = {"/healthcheck": {"status": "healthy"}, "/status": status}
+        else:
+            card = {"id": self.model, "root": self.model, "max_model_len": 4096}
+            pages = {
+                "/health": "",
+                "/version": {"version": "0.25.1"},
+                "/v1/models": {"data": [] if self.mode == "strange" else [card]},
+                "/metrics": f'vllm:cache_config_info{{block_size="{48 if self.mode == "misfit" else 16}",x="y"}} 1.0\n',
+            }
+        return (200, pages[path]) if path in pages else (404, {"detail": "Not Found"})
+
+    def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
+        self.requests.append(body)
+        prompt, params = body["prompt"], body["kv_transfer_params"]
+        blend = params.get("lmcache_rag.blend") != "off"
+        ratio = params.get("lmcache_rag.ratio", 0.15)
+        found = self.cache.found(prompt) if blend and self.mode != "empty" else 0
+        self.cache.store(prompt, params.get("lmcache.max_offload_tokens", len(prompt)))
+        again = round(found * ratio)
+        tokens = [(sum(prompt) + n) % 10000 for n in range(body["max_tokens"])]
+        likely = -0.1 if self.mode == "tie" else -2.0
+        top = [{f"token_id:{token}": -0.05, f"token_id:{token + 1}": likely} for token in tokens]
+        if self.mode in ("wrong", "tie") and ratio == 1 and len(tokens) > 1:
+            tokens[3] += 1
+        statistics = {
+            "prompt_tokens": len(prompt),
+            "prefix_tokens": 0,
+            "reused_tokens": found - again,
+            "recomputed_tokens": again,
+            "computed_tokens": len(prompt) - found,
+            "lookup_ms": 1.0,
+            "load_ms": 2.0,
+            "blend_ms": 3.0,
+            "policy": "query",
+            "ratio": ratio,
+            "failure": "the server is full" if self.mode == "empty" else "",
+        }
+        return 200, {
+            "choices": [{"token_ids": tokens, "logprobs": {"top_logprobs": top}}],
+            "kv_transfer_params": None if self.mode == "bare" else {"lmcache_rag": statistics},
+        }
+
+
+def main(role: str, port: int, folder: Path) -> None:
+    """A server process with two children, until it is told to end."""
+    if (folder / "fail").exists():
+        print(f"{role} cannot start: no such model", flush=True)
+        raise SystemExit(5)
+    stubborn = (folder / "stubborn").exists()
+
+    def note(number: int, frame: object) -> None:
+        with (folder / "signals").open("a") as file:
+            file.write(f"{signal.Signals(number).name}\n")
+        if not stubborn:
+            os._exit(0)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+    child = [sys.executable, "-S", "-c", "import signal, time; time.sleep(600)"]
+    deaf = [sys.executable, "-S", "-c", "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(600)"]
+    children = [subprocess.Popen(deaf if stubborn else child), subprocess.Popen(child, start_new_session=True)]
+    with (folder / "pids").open("a") as file:
+        file.write(" ".join(map(str, [os.getpid(), *(one.pid for one in children)])) + "\n")
+    server = FakeServer(role, port)
+    server.hang = (folder / "hang").exists
+    with server:
+        print(f"{role} listens on {port}", flush=True)
+        while not (folder / "end").exists():
+            time.sleep(0.02)
+        print(f"{role} says its last words", flush=True)
+        status = int((folder / "end").read_text())
+        (folder / "end").unlink()
+        os._exit(status)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))

@@ -1,0 +1,285 @@
+"""doctor, against stand-ins of vLLM and LMCache that are all well or have one fault each."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serve_kit import CHUNK, FakeServer
+from typer.testing import CliRunner, Result
+
+from lmcache_rag.cli.app import app
+from lmcache_rag.errors import EngineError
+from lmcache_rag.serving import api, checks
+from lmcache_rag.serving.live_checks import judge
+from lmcache_rag.serving.roundtrip import IDS, Outcome, Prompts, round_trip
+
+CONFIG = {"architectures": ["LlamaForCausalLM"]}
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+    return str(tmp_path / "model")
+
+
+@pytest.fixture
+def gpu_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine that has a GPU, as far as the checks can see: nvidia-smi, vLLM, LMCache. Returns nvidia-smi."""
+    program = tmp_path / "bin" / "nvidia-smi"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho 'NVIDIA H100, 570.1, 81559, 12000'\n")
+    program.chmod(program.stat().st_mode | stat.S_IEXEC)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    for name, version in (("vllm", "0.25.1"), ("lmcache", "0.5.6")):
+        folder = tmp_path / "site" / f"{name}-{version}.dist-info"
+        folder.mkdir(parents=True)
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    folder = tmp_path / "site" / "plugin-1.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
+    (folder / "entry_points.txt").write_text("[vllm.general_plugins]\nlmcache_rag = somewhere:register\n")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    return program
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(app, ["doctor", *arguments], env={"VLLM_API_KEY": ""})
+
+
+def examine(model: str, vllm: str = "", lmcache: str = "", **files: Any) -> tuple[int, dict[str, dict[str, str]]]:
+    """Exit status and checks by name, against stand-ins in these modes."""
+    with FakeServer("vllm", mode=vllm, model=model) as engine, FakeServer("lmcache", mode=lmcache) as cache:
+        result = run(engine.url, "--lmcache-url", cache.url, "--json")
+    document = json.loads(result.stdout)
+    failed = [check for check in document["checks"] if check["state"] == "failed"]
+    assert document["healthy"] == (not failed)
+    assert all(check["remedy"] for check in failed)
+    return result.exit_code, {check["name"]: check for check in document["checks"]}
+
+
+# -- the round trip ---------------------------------------------------------------------------------------------
+
+
+def test_the_prompts_hold_the_same_chunks_in_another_order() -> None:
+    prompts = Prompts.draw(CHUNK, seed=1)
+    assert all(len(prompt) % CHUNK == 0 and prompt[:CHUNK] == list(prompts.prefix) for prompt in prompts.ingest())
+    assert len({len(chunk) for chunk in prompts.chunks}) == 3
+    query, again = prompts.query(), prompts.query()
+    assert query[:CHUNK] == list(prompts.prefix)
+    assert query[CHUNK:] != again[CHUNK:]  # separators and question are new: what an attempt leaves helps no other
+    places = [",".join(map(str, query)).index(",".join(map(str, chunk))) for chunk in prompts.chunks]
+    assert places == sorted(places, reverse=True)
+    assert set(query) <= set(IDS)
+    assert Prompts.draw(CHUNK) != Prompts.draw(CHUNK)
+
+
+def test_a_short_context_gets_short_prompts() -> None:
+    assert len(Prompts.draw(CHUNK, 512).query()) + 16 < 512
+
+
+def trip(mode: str = "") -> tuple[Outcome, list[dict[str, Any]]]:
+    with FakeServer("vllm", mode=mode) as engine, api.VLLM(engine.url) as server:
+        return round_trip(server, server.served(), CHUNK, pause=lambda _: None), engine.requests
+
+
+def test_a_round_trip_ingests_without_blending_then_asks() -> None:
+    outcome, requests = trip()
+    assert outcome.hit
+    assert outcome.reused is not None
+    assert outcome.reused["reused_tokens"] + outcome.reused["recomputed_tokens"] == 9 * CHUNK
+    assert outcome.agrees
+    params = [request["kv_transfer_params"] for request in requests]
+    assert [p.get("lmcache_rag.blend") for p in params] == ["off"] * 3 + [None, None, "off"]
+    assert [p.get("lmcache.max_offload_tokens") for p in params] == [None] * 3 + [CHUNK] * 3
+    assert [p.get("lmcache_rag.ratio") for p in params] == [None] * 4 + [1.0, None]
+    assert requests[4]["prompt"] == requests[5]["prompt"]
+    assert requests[3]["prompt"] != requests[4]["prompt"]
+
+
+def test_a_round_trip_asks_several_times_before_it_says_that_nothing_is_found() -> None:
+    outcome, requests = trip("empty")
+    assert not outcome.hit
+    assert outcome.queries == 5
+    assert len({tuple(request["prompt"]) for request in requests}) == len(requests)
+
+
+@pytest.mark.parametrize(("mode", "agrees", "same"), [("", True, 16), ("wrong", False, 3), ("tie", True, 3)])
+def test_ratio_1_must_give_the_same_tokens_or_a_tie(mode: str, agrees: bool, same: int) -> None:
+    outcome, _ = trip(mode)
+    assert (outcome.agrees, outcome.same, outcome.compared) == (agrees, same, 16)
+
+
+def test_a_tie_needs_the_probabilities_of_both_tokens() -> None:
+    from lmcache_rag.serving.roundtrip import _near_tie
+
+    plain = api.Answer((1, 2), ({1: -0.1}, {2: -0.7, 3: -0.8}))
+    assert _near_tie(plain, api.Answer((1, 3)), 1)
+    assert not _near_tie(plain, api.Answer((1, 4)), 1)
+    assert not _near_tie(plain, api.Answer((1, 2)), 2)
+
+
+def test_ratio_1_without_any_recomputed_token_proves_nothing() -> None:
+    reused = {"reused_tokens": 1, "policy": "query", "ratio": 0.15}
+    outcome = Outcome(reused, 1, {"recomputed_tokens": 0, "failure": "evicted"}, 16, 16)
+    assert [(c.name, c.state) for c in judge(outcome)] == [("Round trip", "ok"), ("Ratio 1", "failed")]
+
+
+# -- servers ----------------------------------------------------------------------------------------------------
+
+
+def test_all_is_well(model: str, gpu_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "IMPORT_S", 30)
+    status, found = examine(model)
+    # Where vLLM is not really installed the connector cannot be imported; that is the one thing that may fail.
+    failed = found.pop("Connector")["state"] == "failed"
+    assert {name: check["state"] for name, check in found.items() if check["state"] != "ok"} == {}
+    assert status == int(failed)
+    assert found["GPU 0"]["result"] == "NVIDIA H100, driver 570.1"
+    assert found["GPU 0 memory"]["result"] == "12,000 of 81,559 MiB free"
+    assert found["Versions"]["result"] == "vLLM 0.25.1 with LMCache 0.5.6: tested"
+    assert found["Chunk and block"]["result"] == "chunks of 64 tokens, blocks of 16"
+    assert "reused" in found["Round trip"]["result"]
+    assert found["Ratio 1"]["result"] == "16 of 16 tokens equal a run without reuse"
+
+
+@pytest.mark.parametrize(
+    ("vllm", "lmcache", "name", "words"),
+    [
+        ("bare", "", "Round trip", "our connector is not loaded"),
+        ("empty", "", "Round trip", "nothing was reused in 5 queries: the server is full"),
+        ("wrong", "", "Ratio 1", "3 of 16 tokens"),
+        ("misfit", "", "Chunk and block", "blocks of 48"),
+        ("strange", "", "vLLM", "lists no model"),
+        ("key", "", "Round trip", "asks for a key"),
+        ("", "unblended", "Blend engine", "does not blend"),
+        ("", "unregistered", "RoPE", "not registered"),
+        ("", "ill", "LMCache", "not healthy"),
+    ],
+)
+def test_each_fault_is_found(
+    model: str, vllm: str, lmcache: str, name: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmcache_rag.serving.roundtrip.PAUSE_S", 0.0)
+    status, found = examine(model, vllm, lmcache)
+    assert status == 1
+    assert found[name]["state"] == "failed"
+    assert words in found[name]["result"]
+
+
+def test_a_tie_is_no_fault(model: str) -> None:
+    _, found = examine(model, "tie")
+    assert found["Ratio 1"]["state"] == "ok"
+    assert "tie but for rounding" in found["Ratio 1"]["result"]
+
+
+def test_a_worker_that_does_not_blend_is_a_warning(model: str) -> None:
+    _, found = examine(model, "", "half")
+    assert found["RoPE"]["state"] == "warning"
+    assert found["RoPE"]["result"] == "registered by 1 of 2 workers"
+
+
+def test_servers_that_are_not_there() -> None:
+    with FakeServer("vllm") as gone:
+        pass
+    result = run(gone.url, "--lmcache-url", gone.url, "--json")
+    found = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
+    assert result.exit_code == 1
+    assert found["vLLM"]["state"] == found["LMCache"]["state"] == "failed"
+    assert "does not answer" in found["vLLM"]["result"]
+    assert "Round trip" not in found
+
+
+def test_a_key_is_sent(model: str) -> None:
+    with FakeServer("vllm", mode="key", model=model) as engine, api.VLLM(engine.url, "secret") as server:
+        assert server.complete("tiny", [1, 2], params={}).tokens
+        with api.VLLM(engine.url) as other, pytest.raises(EngineError, match="asks for a key"):
+            other.complete("tiny", [1, 2], params={})
+
+
+def test_an_address_without_meaning_is_wrong_use() -> None:
+    assert run("localhost:8000").exit_code == 2
+    assert run("http://127.0.0.1:99999").exit_code == 2
+
+
+def test_the_table_names_what_failed_and_the_remedy(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with FakeServer("vllm", mode="bare", model=model) as engine, FakeServer("lmcache") as cache:
+        result = run(engine.url, "--lmcache-url", cache.url)
+    assert result.exit_code == 1
+    (line,) = (line for line in result.stdout.splitlines() if line.startswith("Round trip"))
+    assert "failed" in line
+    assert "lmcache-rag serve" in line
+
+
+# -- this machine -----------------------------------------------------------------------------------------------
+
+
+def states(found: Any) -> dict[str, str]:
+    return {check.name: check.state for check in found}
+
+
+def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert states(checks.gpu()) == {"GPU": "failed"}
+
+
+@pytest.mark.parametrize(
+    ("script", "expected"),
+    [
+        ("echo 'NVIDIA H100, 570.1, 81559, 300'", {"GPU 0": "ok", "GPU 0 memory": "warning"}),
+        ("echo 'NVIDIA GB10, 580.1, [N/A], [N/A]'", {"GPU 0": "ok", "GPU 0 memory": "skipped"}),
+        ("echo 'No devices were found'; exit 6", {"GPU": "failed"}),
+    ],
+)
+def test_what_the_driver_says(gpu_machine: Path, script: str, expected: dict[str, str]) -> None:
+    gpu_machine.write_text(f"#!/bin/sh\n{script}\n")
+    assert states(checks.gpu()) == expected
+
+
+def test_a_pair_that_was_not_tested_is_a_warning(gpu_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "TESTED", {("0.1", "0.2")})
+    (check,) = checks.versions()
+    assert check.state == "warning"
+    assert "vLLM 0.1 with LMCache 0.2" in check.remedy
+
+
+@pytest.mark.skipif(checks._version("vllm") != "", reason="vLLM is installed")
+def test_without_vllm_the_remedy_is_to_install_it() -> None:
+    (check,) = checks.versions()
+    assert check.state == "failed"
+    assert "lmcache-rag[gpu]" in check.remedy
+
+
+def test_a_plugin_that_vllm_may_not_load(gpu_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert states(checks.connector())["Plugin"] == "failed"
+    monkeypatch.setenv("VLLM_PLUGINS", "other,lmcache_rag")
+    assert states(checks.connector())["Plugin"] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("config", "state"),
+    [
+        (CONFIG, "ok"),
+        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 4096, "use_sliding_window": False}, "ok"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, "ok"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "failed"),
+        ({"architectures": ["GptOssForCausalLM"]}, "failed"),
+        ({}, "failed"),
+    ],
+)
+def test_which_models_are_blended(tmp_path: Path, config: dict[str, Any], state: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert checks.model(str(tmp_path)).state == state
+
+
+def test_a_model_that_is_not_here_is_skipped() -> None:
+    assert checks.model("some/model-that-is-not-here").state == "skipped"
+    assert checks.model("/no/such/folder/at/all").state == "skipped"

@@ -1,0 +1,490 @@
+"""serve: the commands it makes, and real process trees that hang, die, resist and are killed.
+
+Neither vLLM nor LMCache runs here: the servers are stand-ins (serve_kit), everything around them is real.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from lmcache_rag.cli.app import app
+from lmcache_rag.cli.serve import gathered
+from lmcache_rag.connector.options import ConnectorOptions
+from lmcache_rag.errors import ConfigError
+from lmcache_rag.serving.child import descendants
+from lmcache_rag.serving.commands import ServeOptions, commands, second_tier
+
+TESTS = Path(__file__).parent
+PATIENCE_S = 60.0
+
+
+def make(*vllm: str, environment: dict[str, str] | None = None, **options: Any) -> Any:
+    return commands(ServeOptions("some/model", vllm, **options), environment or {})
+
+
+def value(command: tuple[str, ...], name: str) -> str:
+    assert command.count(name) == 1
+    return command[command.index(name) + 1]
+
+
+# -- the commands -----------------------------------------------------------------------------------------------
+
+
+def test_lmcache_blends_on_loopback_with_what_was_asked_for() -> None:
+    made = make(
+        l1_gb=12.5, chunk_size=128, lmcache_port=7001, lmcache_http_port=7002, l2=("/data/kv", "redis://r:6379")
+    )
+    assert made.lmcache[0] == "server"
+    assert value(made.lmcache, "--engine-type") == "blend"
+    assert value(made.lmcache, "--supported-transfer-mode") == "lmcache_driven"
+    assert value(made.lmcache, "--chunk-size") == "128"
+    assert value(made.lmcache, "--l1-size-gb") == "12.5"
+    assert (value(made.lmcache, "--host"), value(made.lmcache, "--port")) == ("localhost", "7001")
+    assert (value(made.lmcache, "--http-host"), value(made.lmcache, "--http-port")) == ("127.0.0.1", "7002")
+    tiers = [json.loads(made.lmcache[i + 1]) for i, word in enumerate(made.lmcache) if word == "--l2-adapter"]
+    assert tiers == [{"type": "fs", "base_path": "/data/kv"}, {"type": "resp", "host": "r", "port": 6379}]
+    assert made.lmcache_url == "http://127.0.0.1:7002"
+
+
+def test_vllm_gets_our_connector_and_the_connector_its_settings() -> None:
+    made = make(policy="hkvd", ratio=0.3, lmcache_port=7001)
+    assert made.vllm[:2] == ("serve", "some/model")
+    assert value(made.vllm, "--host") == "127.0.0.1"
+    transfer = json.loads(value(made.vllm, "--kv-transfer-config"))
+    assert transfer["kv_connector"] == "CacheBlendConnector"
+    assert transfer["kv_role"] == "kv_both"
+    assert transfer["kv_load_failure_policy"] == "recompute"
+    assert (TESTS.parent / (transfer["kv_connector_module_path"].replace(".", "/") + ".py")).is_file()
+    extra = transfer["kv_connector_extra_config"]
+    assert extra["lmcache.mp.port"] == 7001
+    read = ConnectorOptions.read(extra.get)
+    assert (read.policy, read.ratio, read.blend) == ("hkvd", 0.3, True)
+    assert made.blends
+
+
+@pytest.mark.parametrize("words", [("--gpu-memory-utilization", "0.5"), ("--gpu_memory_utilization=0.5",)])
+def test_options_for_vllm_win_over_ours_and_pass_unchanged(words: tuple[str, ...]) -> None:
+    made = make(*words, "--max-model-len", "4096", "-tp", "2")
+    assert made.vllm[-len(words) - 4 :] == (*words, "--max-model-len", "4096", "-tp", "2")
+    assert sum(word.replace("_", "-").startswith("--gpu-memory-utilization") for word in made.vllm) == 1
+
+
+def test_another_connector_is_left_alone() -> None:
+    made = make("--kv-transfer-config", '{"kv_connector": "NixlConnector"}')
+    assert made.vllm.count("--kv-transfer-config") == 1
+    assert not made.blends
+
+
+@pytest.mark.parametrize(
+    ("words", "url"),
+    [
+        ((), "http://127.0.0.1:8000"),
+        (("--port=9000",), "http://127.0.0.1:9000"),
+        (("--host", "0.0.0.0"), "http://127.0.0.1:8000"),
+        (("--host", "::"), "http://[::1]:8000"),
+        (("--ssl-certfile", "cert.pem"), "https://127.0.0.1:8000"),
+    ],
+)
+def test_the_address_is_where_vllm_listens(words: tuple[str, ...], url: str) -> None:
+    assert make(*words).url == url
+
+
+def test_a_gpu_worker_of_lmcache_for_each_rank() -> None:
+    assert value(make("--tensor-parallel-size", "4").lmcache, "--max-gpu-workers") == "4"
+    assert value(make("-tp", "2").lmcache, "--max-gpu-workers") == "2"
+    assert "--max-gpu-workers" not in make().lmcache
+
+
+@pytest.mark.parametrize(
+    ("allowed", "added"),
+    [
+        (None, {}),
+        ("", {"VLLM_PLUGINS": "lmcache_rag"}),
+        ("a,lmcache_rag", {}),
+        ("a", {"VLLM_PLUGINS": "a,lmcache_rag"}),
+    ],
+)
+def test_vllm_plugins_must_let_ours_in(allowed: str | None, added: dict[str, str]) -> None:
+    environment = {} if allowed is None else {"VLLM_PLUGINS": allowed}
+    assert make(environment=environment).environment == added
+
+
+@pytest.mark.parametrize("words", [(), ("--block-size", "64")])
+def test_a_chunk_that_is_no_multiple_of_the_block_is_refused(words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="multiple of vLLM's block size"):
+        make(*words, chunk_size=96 if words else 40)
+
+
+@pytest.mark.parametrize("options", [{"l1_gb": 0.0}, {"chunk_size": 0}, {"vllm": ("--port", "no")}])
+def test_numbers_without_meaning_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        commands(ServeOptions("some/model", **options), {})
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"path": "/data"}', "s3://bucket", "redis://host", "redis://me:pw@host:1"])
+def test_a_second_tier_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--l2"):
+        second_tier(text)
+
+
+def test_a_second_tier_in_json_is_passed_on() -> None:
+    tier = {"type": "s3", "s3_endpoint": "b.s3.amazonaws.com", "s3_region": "eu-west-1"}
+    assert json.loads(second_tier(json.dumps(tier))) == tier
+
+
+def test_a_shell_gets_the_same_words() -> None:
+    made = make("--chat-template", "a file.jinja", environment={"VLLM_PLUGINS": "a"}, l2=("/data/it's here",))
+    lmcache, vllm = made.shell()
+    assert tuple(shlex.split(lmcache)) == ("lmcache", *made.lmcache)
+    assert tuple(shlex.split(vllm)) == ("VLLM_PLUGINS=a,lmcache_rag", "vllm", *made.vllm)
+
+
+def test_our_options_may_stand_behind_the_model() -> None:
+    flags = {"--dry-run": True, "--l2": False, "--port": False}
+    given = ["M", "--l2", "/a", "-tp", "2", "--dry-run", "--port=1", "--x", "y", "--", "--port", "2"]
+    assert gathered(given, flags) == ["--l2", "/a", "--dry-run", "--port=1", "M", "-tp", "2", "--x", "y", "--port", "2"]
+
+
+def dry_run(*arguments: str) -> Any:
+    return CliRunner().invoke(app, ["serve", *arguments])
+
+
+def test_dry_run_prints_the_two_commands() -> None:
+    result = dry_run("some/model", "--dry-run", "-cc.cudagraph_mode=FULL", "--ratio", "0.2", "--l2", "/data/kv")
+    assert result.exit_code == 0, result.output
+    lmcache, vllm = map(shlex.split, result.stdout.splitlines())
+    assert lmcache[:2] == ["lmcache", "server"]
+    assert vllm[:3] == ["vllm", "serve", "some/model"]
+    assert vllm[-1] == "-cc.cudagraph_mode=FULL"
+    transfer = json.loads(vllm[vllm.index("--kv-transfer-config") + 1])
+    assert transfer["kv_connector_extra_config"]["lmcache_rag.ratio"] == 0.2
+
+
+def test_dry_run_in_json() -> None:
+    document = json.loads(dry_run("some/model", "--dry-run", "--json", "--port", "9000").stdout)
+    assert document["url"] == "http://127.0.0.1:9000"
+    assert document["vllm"][:3] == ["vllm", "serve", "some/model"]
+
+
+@pytest.mark.parametrize("verb", ["serve", "doctor"])
+def test_the_help_has_examples_and_fits_80_columns(verb: str) -> None:
+    result = CliRunner().invoke(app, [verb, "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    assert f"lmcache-rag {verb}" in result.stdout.partition("Examples")[2]
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
+    assert [p.name for p in command.params if not p.help] == []
+
+
+def test_wrong_use_is_told() -> None:
+    assert dry_run("some/model", "--dry-run", "--chunk-size", "50").exit_code == 2
+    assert dry_run("some/model", "--dry-run", "--ratio", "2").exit_code == 2
+
+
+# -- the processes ----------------------------------------------------------------------------------------------
+
+DRIVER = """
+import sys
+sys.path[:0] = {path!r}
+import lmcache_rag.cli.serve as serve
+from lmcache_rag.cli import main
+from lmcache_rag.serving.supervise import Times
+kit, folders = {kit!r}, {folders!r}
+def maker(options):
+    made, _, _ = serve.default_commands(options)
+    return (made, [sys.executable, kit, "lmcache", str(options.lmcache_http_port), folders[0]],
+            [sys.executable, kit, "vllm", str(options.port), folders[1]])
+serve.maker = maker
+serve.times = lambda longest: Times(20, longest, 0.02, 0.1, 1.0, 0.1, 0.5, 3.0)
+main()
+"""
+
+
+def free_ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    ports: list[int] = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return ports
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def until(what: Callable[[], Any], seconds: float = PATIENCE_S) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (result := what()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+    return result
+
+
+@dataclass
+class Serving:
+    """`lmcache-rag serve` as a process, with its two stand-ins."""
+
+    process: subprocess.Popen[str]
+    folder: Path
+    port: int
+
+    @property
+    def lmcache(self) -> Path:
+        return self.folder / "lmcache"
+
+    @property
+    def vllm(self) -> Path:
+        return self.folder / "vllm"
+
+    def pids(self, who: Path) -> list[list[int]]:
+        """Pids of a server and its two children, a list for each start of it."""
+        file = who / "pids"
+        return [[int(word) for word in line.split()] for line in file.read_text().splitlines()] if file.exists() else []
+
+    def ready(self) -> str:
+        """Wait for the line that says so."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def tree(self) -> list[int]:
+        """Everything that runs: guards, servers, their children."""
+        found = {
+            *descendants(self.process.pid),
+            *(pid for who in (self.lmcache, self.vllm) for p in self.pids(who) for pid in p),
+        }
+        return sorted(pid for pid in found if alive(pid))
+
+    def end(self) -> tuple[int, str]:
+        """Wait for the end: (status, stderr)."""
+        _, stderr = self.process.communicate(timeout=PATIENCE_S)
+        return self.process.returncode, stderr
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
+    begun: list[Serving] = []
+
+    def run(*options: str, **files: str) -> Serving:
+        """Start it; `files` are made in the servers' folders, as vllm_stubborn="" for example."""
+        folders = [tmp_path / "lmcache", tmp_path / "vllm"]
+        for folder in folders:
+            folder.mkdir()
+        for name, text in files.items():
+            who, _, file = name.partition("_")
+            (tmp_path / who / file).write_text(text)
+        ports = free_ports(3)
+        code = DRIVER.format(
+            path=[str(TESTS.parent)], kit=str(TESTS / "serve_kit.py"), folders=[str(folder) for folder in folders]
+        )
+        flags = [f"--port={ports[0]}", f"--lmcache-port={ports[1]}", f"--lmcache-http-port={ports[2]}"]
+        clean = {name: text for name, text in os.environ.items() if not name.startswith(("LMCACHE_RAG_", "VLLM_"))}
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, "serve", "tiny", *flags, "--log-dir", str(tmp_path / "logs"), *options],
+            cwd=tmp_path,
+            env={**clean, "PYTHONPATH": str(TESTS.parent)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        begun.append(Serving(process, tmp_path, ports[0]))
+        return begun[-1]
+
+    yield run
+    for one in begun:
+        left = one.tree()
+        one.process.kill()
+        for pipe in (one.process.stdout, one.process.stderr):
+            pipe.close()
+        one.process.wait()
+        for pid in left:
+            if alive(pid):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_it_says_in_one_line_where_it_is_and_what_is_on(start: Callable[..., Serving]) -> None:
+    serving = start("--l2", "kv")
+    line = serving.ready()
+    assert f"http://127.0.0.1:{serving.port}/v1 serves tiny" in line
+    assert "blending: query at 0.15" in line
+    assert "1 second tier" in line
+    assert f"logs in {serving.folder / 'logs'}" in line
+    serving.process.send_signal(signal.SIGTERM)
+    status, stderr = serving.end()
+    assert status == 143
+    assert "LMCache is healthy" in stderr
+    assert "vLLM is healthy" in stderr
+    assert "vllm listens" in (serving.folder / "logs" / "vllm.log").read_text()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_passes_through_and_nothing_is_left(
+    start: Callable[..., Serving], number: signal.Signals, status: int
+) -> None:
+    serving = start()
+    serving.ready()
+    tree = serving.tree()
+    assert len(tree) == 8  # two guards, two servers, two children of each
+    serving.process.send_signal(number)
+    assert serving.end()[0] == status
+    assert [(who / "signals").read_text().split() for who in (serving.vllm, serving.lmcache)] == [[number.name]] * 2
+    assert [pid for pid in tree if alive(pid)] == []
+
+
+def test_a_signal_while_it_starts_leaves_nothing(start: Callable[..., Serving]) -> None:
+    serving = start(vllm_hang="")
+    until(lambda: serving.pids(serving.vllm))
+    tree = serving.tree()
+    serving.process.send_signal(signal.SIGTERM)
+    assert serving.end()[0] == 143
+    assert [pid for pid in tree if alive(pid)] == []
+
+
+@pytest.mark.parametrize("files", [{}, {"vllm_stubborn": "", "lmcache_stubborn": ""}], ids=["willing", "stubborn"])
+def test_nothing_outlives_a_parent_that_is_killed(start: Callable[..., Serving], files: dict[str, str]) -> None:
+    serving = start(**files)
+    serving.ready()
+    tree = serving.tree()
+    assert len(tree) == 8
+    serving.process.kill()
+    until(lambda: not any(map(alive, tree)), 20)
+
+
+def test_a_second_signal_does_not_wait_for_a_server_that_resists(start: Callable[..., Serving]) -> None:
+    serving = start(vllm_stubborn="")
+    serving.ready()
+    tree = serving.tree()
+    serving.process.send_signal(signal.SIGINT)
+    until((serving.vllm / "signals").exists)
+    serving.process.send_signal(signal.SIGINT)
+    status, stderr = serving.end()
+    assert status == 130
+    assert "vLLM is killed." in stderr
+    assert [pid for pid in tree if alive(pid)] == []
+
+
+def test_lmcache_is_started_again_and_vllm_goes_on(start: Callable[..., Serving]) -> None:
+    serving = start()
+    serving.ready()
+    for times in (1, 2):
+        os.kill(serving.pids(serving.lmcache)[-1][0], signal.SIGKILL)
+        until(lambda times=times: len(serving.pids(serving.lmcache)) > times)
+    first, second, third = serving.pids(serving.lmcache)
+    assert [pid for pid in first + second if alive(pid)] == []
+    assert all(map(alive, third))
+    assert len(serving.pids(serving.vllm)) == 1
+    serving.process.send_signal(signal.SIGTERM)
+    status, stderr = serving.end()
+    assert status == 143
+    assert "LMCache ended with signal SIGKILL." in stderr
+    assert "again in 0.1 s" in stderr
+    assert "again in 0.2 s" in stderr
+
+
+def test_lmcache_that_hangs_is_killed_and_started_again(start: Callable[..., Serving]) -> None:
+    serving = start()
+    serving.ready()
+    (serving.lmcache / "hang").touch()
+    until(lambda: not any(map(alive, serving.pids(serving.lmcache)[0])))
+    (serving.lmcache / "hang").unlink()
+    until(lambda: len(serving.pids(serving.lmcache)) > 1)
+    assert alive(serving.pids(serving.vllm)[0][0])
+    serving.process.send_signal(signal.SIGTERM)
+    assert "has not answered for" in serving.end()[1]
+
+
+@pytest.mark.parametrize("how", ["status 7", "SIGKILL"])
+def test_the_end_of_vllm_ends_all_with_its_last_lines(start: Callable[..., Serving], how: str) -> None:
+    serving = start()
+    serving.ready()
+    tree = serving.tree()
+    if how == "SIGKILL":
+        os.kill(serving.pids(serving.vllm)[0][0], signal.SIGKILL)
+    else:
+        (serving.vllm / "end").write_text("7")
+    status, stderr = serving.end()
+    assert status == (137 if how == "SIGKILL" else 7)
+    assert f"vLLM ended with {'signal ' * (how == 'SIGKILL')}{how}." in stderr
+    assert ("vllm listens" if how == "SIGKILL" else "vllm says its last words") in stderr
+    assert [pid for pid in tree if alive(pid)] == []
+
+
+@pytest.mark.parametrize(("who", "status"), [("vllm", 5), ("lmcache", 3)])
+def test_a_server_that_cannot_start_says_why(start: Callable[..., Serving], who: str, status: int) -> None:
+    serving = start(**{f"{who}_fail": ""})
+    got, stderr = serving.end()
+    assert got == status
+    assert f"{who} cannot start: no such model" in stderr
+    assert serving.tree() == []
+
+
+def test_a_server_that_never_gets_healthy_is_given_up(start: Callable[..., Serving]) -> None:
+    serving = start("--start-timeout", "1", vllm_hang="")
+    status, stderr = serving.end()
+    assert status == 3
+    assert "vLLM was not healthy after 1 s." in stderr
+    assert serving.tree() == []
+
+
+def test_a_port_in_use_is_told_before_anything_starts(start: Callable[..., Serving]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        serving = start(f"--port={taken.getsockname()[1]}")
+        status, stderr = serving.end()
+    assert status == 3
+    assert "is in use" in stderr
+    assert serving.pids(serving.lmcache) == []
+
+
+# -- the document -----------------------------------------------------------------------------------------------
+
+
+def test_the_document_shows_the_commands_that_are_run() -> None:
+    text = (TESTS.parent / "docs" / "serving.md").read_text()
+    made = commands(ServeOptions("Qwen/Qwen3-8B", l1_gb=20), {})
+    blocks = [part.partition("```")[0] for part in text.split("```")[1::2]]
+    (shell,) = (block.removeprefix("shell\n").splitlines() for block in blocks if block.startswith("shell\n"))
+    assert shell == made.shell()
+    compose, pod = (yaml.safe_load(block.removeprefix("yaml\n")) for block in blocks if block.startswith("yaml\n"))
+    assert compose["services"]["lmcache"]["command"] == ["lmcache", *made.lmcache]
+    assert compose["services"]["vllm"]["command"] == ["vllm", *made.vllm]
+    program, verb, *words = pod["spec"]["containers"][0]["command"]
+    assert program == "lmcache-rag"
+    result = CliRunner().invoke(app, [verb, *words, "--dry-run"])
+    assert "--host 0.0.0.0" in result.stdout
+
+
+def test_the_document_describes_every_option_and_computes_the_sizes_right() -> None:
+    text = (TESTS.parent / "docs" / "serving.md").read_text()
+    command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
+    for parameter in command.params:
+        if parameter.name not in ("json", "verbose", "served_model", "vllm", "help"):
+            assert f"`{parameter.opts[0]}`" in text
+    rows = [
+        row.strip("| ").replace(",", "").split(" | ") for row in text.splitlines() if re.match(r"\| [\w.-]+ \| \d", row)
+    ]
+    assert len(rows) == 13
+    for _, layers, heads, size, nbytes, tokens in rows:
+        assert int(nbytes) == 2 * int(layers) * int(heads) * int(size) * 2
+        assert int(tokens) == 20 * 2**30 // int(nbytes)
