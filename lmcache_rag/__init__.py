@@ -29,6 +29,7 @@ _HOMES = {
         "TextDelta",
     ),
     "lmcache_rag.engines.embedded": ("EmbeddedEngine",),
+    "lmcache_rag.engines.vllm": ("VLLMEngine",),
     "lmcache_rag.errors": ("LMCacheRAGError",),
     "lmcache_rag.ingest": ("Ingestor", "IngestReport"),
     "lmcache_rag.prompt": ("PromptBuilder", "PromptFormat", "Turn"),
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
         TextDelta,
     )
     from lmcache_rag.engines.embedded import EmbeddedEngine
+    from lmcache_rag.engines.vllm import VLLMEngine
     from lmcache_rag.errors import LMCacheRAGError
     from lmcache_rag.ingest import Ingestor, IngestReport
     from lmcache_rag.prompt import PromptBuilder, PromptFormat, Turn
@@ -78,6 +80,7 @@ __all__ = [
     "Splitter",
     "TextDelta",
     "Turn",
+    "VLLMEngine",
     "Workspace",
     "__version__",
 ]

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
 from lmcache_rag.errors import ConfigError
@@ -19,6 +20,8 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="LMCACHE_RAG_", env_ignore_empty=True, extra="forbid", frozen=True)
 
     store: Path = Field(Path("lmcache-rag-store"), description="Folder of the store.")
+    engine: str = Field("embedded", description="embedded, or URLs of vLLM servers, with commas between them. (KV)")
+    engine_timeout_s: float = Field(120.0, gt=0, description="How long a vLLM server may say nothing.")
     model: str | None = Field(None, description="Folder or Hugging Face name of the model. (KV)")
     embedder: str | None = Field(None, description="Folder or Hugging Face name of the embedding model.")
     device: str | None = Field(None, description='"cpu", "cuda", "cuda:1" …; default: a GPU if there is one.')
@@ -38,14 +41,38 @@ class Settings(BaseSettings):
     memory_budget_gb: float = Field(4.0, ge=0, description="Most gigabytes of hot KV in memory.")
     lock_timeout_s: float = Field(30.0, ge=0, description="How long to wait for another process that is writing.")
 
+    @field_validator("engine", mode="before")
+    @classmethod
+    def _servers(cls, given: Any) -> Any:
+        from lmcache_rag.engines.vllm_client import server_urls
+
+        if given in ("embedded", ["embedded"]):
+            return "embedded"
+        if not isinstance(given, str | list | tuple):
+            return given
+        try:
+            return ",".join(server_urls(given))
+        except ConfigError as problem:
+            raise PydanticCustomError("engine", "{words}", {"words": str(problem)}) from None
+
+    @field_validator("policy")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        from lmcache_rag.blend.policies import get_policy  # not needed to show the command line's help
+
+        try:
+            return get_policy(name).name
+        except ConfigError as problem:  # as pydantic's own kind, or it would put "Value error" before the words
+            raise PydanticCustomError("policy", "{words}", {"words": str(problem)}) from None
+
     @classmethod
     def load(cls, store: Path | str | None = None, **arguments: Any) -> Settings:
-        """Read all sources. Arguments that are None count as not given.
+        """Read all sources. Arguments that are None or an empty list count as not given.
 
         Raises:
             ConfigError: A value has no meaning, or the file has an unknown name.
         """
-        given = {name: value for name, value in arguments.items() if value is not None}
+        given = {name: value for name, value in arguments.items() if value is not None and value != []}
         if store is not None:
             given["store"] = Path(store)
         try:

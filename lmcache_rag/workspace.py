@@ -29,7 +29,7 @@ class Workspace:
     Args:
         settings: The settings.
         create: Make the store if it does not exist.
-        engine: Use this engine instead of an embedded one.
+        engine: Use this engine instead of the one that the settings name.
         embedder: Use this embedder instead of the one that the settings name.
     """
 
@@ -47,8 +47,13 @@ class Workspace:
 
     @classmethod
     def open(cls, store: str | Path | None = None, *, create: bool = True, **settings: Any) -> Workspace:
-        """Open with settings from arguments, then environment, then the store's settings.toml, then defaults."""
-        engine, embedder = settings.pop("engine", None), settings.pop("embedder_object", None)
+        """Open with settings from arguments, then environment, then the store's settings.toml, then defaults.
+
+        `engine` is a setting like the others ("embedded", or URLs of vLLM servers), or an engine that exists already.
+        """
+        engine, embedder = None, settings.pop("embedder_object", None)
+        if not isinstance(settings.get("engine"), str | list | tuple):
+            engine = settings.pop("engine", None)
         return cls(Settings.load(store, **settings), create=create, engine=engine, embedder=embedder)
 
     @cached_property
@@ -63,6 +68,10 @@ class Workspace:
         """The engine."""
         if self._engine is not None:
             return self._engine
+        if self.settings.engine != "embedded":
+            from lmcache_rag.engines.vllm import VLLMEngine
+
+            return VLLMEngine(self.settings.engine, self.settings.model, timeout=self.settings.engine_timeout_s)
         from lmcache_rag.engines.embedded import EmbeddedEngine
 
         return EmbeddedEngine(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,24 @@ def test_a_value_without_meaning_gives_an_error_that_names_the_setting(name: str
     with pytest.raises(ConfigError, match=f"^{name}: ") as caught:
         Settings.load(**{name: value})
     assert "lmcache-rag settings" in caught.value.remedy
+
+
+@pytest.mark.parametrize("place", ["argument", "environment", "file"])
+def test_a_policy_that_does_not_exist_is_refused_with_the_choices(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = write(tmp_path / "s", 'policy = "best"\n' if place == "file" else "")
+    if place == "environment":
+        monkeypatch.setenv("LMCACHE_RAG_POLICY", "best")
+    wanted = r"^policy: There is no recompute policy 'best'\. Choose one of: query, hkvd, head, none, all\."
+    with pytest.raises(ConfigError, match=wanted):
+        Settings.load(store, policy="best" if place == "argument" else None)
+
+
+def test_settings_know_the_policies_without_torch() -> None:
+    code = "import sys; from lmcache_rag import Settings; Settings.load(policy='hkvd'); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_an_unknown_argument_is_refused() -> None:

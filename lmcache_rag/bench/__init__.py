@@ -1,0 +1,1 @@
+"""Measure a server: time to the first token with and without blending."""

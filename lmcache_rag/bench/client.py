@@ -1,0 +1,119 @@
+"""One request to an OpenAI server, timed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from lmcache_rag.errors import EngineError
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What a request took.
+
+    Attributes:
+        ttft_ms: To the first token.
+        gaps_ms: Between the following tokens.
+        total_ms: To the end.
+        statistics: Reuse statistics, where the server sent them.
+        text: The answer.
+    """
+
+    ttft_ms: float
+    gaps_ms: tuple[float, ...]
+    total_ms: float
+    statistics: dict[str, Any] = field(default_factory=dict)
+    text: str = ""
+
+
+class TimedClient:
+    """A server under measurement.
+
+    Args:
+        url: For example http://localhost:8000.
+        api_key: Sent as a bearer token.
+        timeout: Seconds.
+    """
+
+    def __init__(self, url: str, api_key: str = "", timeout: float = 300.0) -> None:
+        self.url = url.rstrip("/").removesuffix("/v1")
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+        self._http = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=timeout, limits=limits)
+        self.model = ""
+
+    async def open(self) -> None:
+        """Find out which model it serves.
+
+        Raises:
+            EngineError: There is no such server.
+        """
+        try:
+            answer = await self._http.get("/v1/models")
+            answer.raise_for_status()
+            self.model = answer.json()["data"][0]["id"]
+        except (httpx.HTTPError, KeyError, IndexError, ValueError) as problem:
+            raise EngineError(
+                f"No OpenAI server answers at {self.url}: {problem}", remedy="Start one: lmcache-rag serve MODEL."
+            ) from problem
+
+    async def ask(self, prompt: list[int], params: dict[str, Any] | None = None, *, tokens: int = 1) -> Timed:
+        """Send a prompt of token ids and take the times of its tokens.
+
+        Raises:
+            EngineError: The server refused or broke off.
+        """
+        body: dict[str, Any] = {
+            "model": self.model,
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": tokens > 1,
+        }
+        if params:
+            body["kv_transfer_params"] = params
+        begin = time.perf_counter()
+        try:
+            if tokens > 1:
+                return await self._stream(body, begin)
+            answer = await self._http.post("/v1/completions", json=body)
+            answer.raise_for_status()
+        except httpx.HTTPError as problem:
+            detail = getattr(getattr(problem, "response", None), "text", "")
+            raise EngineError(f"{self.url} failed: {problem} {detail[:300]}".strip()) from problem
+        took = (time.perf_counter() - begin) * 1e3
+        data = answer.json()
+        statistics = (data.get("kv_transfer_params") or {}).get("lmcache_rag") or {}
+        return Timed(took, (), took, statistics, data["choices"][0]["text"])
+
+    async def _stream(self, body: dict[str, Any], begin: float) -> Timed:
+        marks: list[float] = []
+        text = ""
+        statistics: dict[str, Any] = {}
+        async with self._http.stream("POST", "/v1/completions", json=body) as answer:
+            if answer.is_error:
+                await answer.aread()
+            answer.raise_for_status()
+            async for line in answer.aiter_lines():
+                if not line.startswith("data: ") or line == "data: [DONE]":
+                    continue
+                data = json.loads(line[6:])
+                statistics = (data.get("kv_transfer_params") or {}).get("lmcache_rag") or statistics
+                if data.get("choices"):
+                    marks.append(time.perf_counter())
+                    text += data["choices"][0]["text"]
+        if not marks:
+            raise EngineError(f"{self.url} sent no token.")
+        gaps = tuple((b - a) * 1e3 for a, b in itertools.pairwise(marks))
+        return Timed((marks[0] - begin) * 1e3, gaps, (time.perf_counter() - begin) * 1e3, statistics, text)
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()

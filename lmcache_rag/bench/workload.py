@@ -1,0 +1,51 @@
+"""Prompts of a RAG service: a prefix, chunks in an order of their own, a question.
+
+Random token ids, since only time counts.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is asked.
+
+    Args:
+        vocabulary: Token ids are drawn below this.
+        prefix: Tokens of the shared prefix; a multiple of LMCache's chunk.
+        chunk: Tokens of a chunk.
+        separator: Tokens between chunks.
+        question: Tokens behind the chunks.
+        chunks: How many different chunks there are.
+        seed: Makes it repeatable.
+    """
+
+    vocabulary: int = 30000
+    prefix: int = 64
+    chunk: int = 1024
+    separator: int = 2
+    question: int = 32
+    chunks: int = 40
+    seed: int = 0
+
+    def _ids(self, count: int, *name: object) -> list[int]:
+        rng = random.Random(f"{self.seed}:{name}")  # noqa: S311 - a workload, no secret
+        return [rng.randrange(300, self.vocabulary) for _ in range(count)]
+
+    def ingest(self, index: int) -> list[int]:
+        """The prompt that computes one chunk's KV."""
+        return self._ids(self.prefix, "prefix") + self._ids(self.chunk, "chunk", index)
+
+    def prompt(self, tokens: int, number: int) -> list[int]:
+        """A prompt of about so many tokens; each number has chunks, an order and a question of its own."""
+        count = max(1, min(self.chunks, (tokens - self.prefix - self.question) // (self.chunk + self.separator)))
+        order = random.Random(f"{self.seed}:order:{number}").sample(range(self.chunks), count)  # noqa: S311
+        ids = self._ids(self.prefix, "prefix")
+        for place, index in enumerate(order):
+            if place:
+                ids += self._ids(self.separator, "separator")
+            ids += self._ids(self.chunk, "chunk", index)
+        return ids + self._ids(self.question, "question", number)

@@ -1,0 +1,288 @@
+"""The engine that asks a vLLM server which runs our connector. It knows the server's API only, never imports vLLM."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lmcache_rag.engines import vllm_wire as wire
+from lmcache_rag.engines.base import (
+    BlendOptions,
+    Completion,
+    EngineInfo,
+    IngestPrompt,
+    KVUsage,
+    PrecomputeResult,
+    QueryPrompt,
+    Sampling,
+    StreamEvent,
+    TextDelta,
+    VerifyResult,
+)
+from lmcache_rag.engines.vllm_client import Servers, server_urls
+from lmcache_rag.engines.vllm_ingest import ChunkSender
+from lmcache_rag.engines.vllm_served import ServedModel, check_tokenizer, served_model
+from lmcache_rag.errors import ContextLengthError, EngineUnavailableError
+
+log = logging.getLogger("lmcache_rag")
+
+NO_CONNECTOR = "the server runs without lmcache-rag's connector, or the connector cannot blend there"
+
+
+class VLLMEngine:
+    """Answers through the completions API of one or several vLLM servers that serve one model.
+
+    Several servers take turns; a chunk is precomputed on one of them, chosen by its key. So they should share LMCache's
+    second tier, else a chunk is reused only by the server that computed it. Prompts go as token ids. KV of a tenant
+    carries a `cache_salt`; without a tenant there is none, so that any other client of the server shares the KV.
+
+    Whether the server blends is learned from its answers: `info.can_blend` is true until one shows that it does not.
+    The API key, if any, comes from the environment: LMCACHE_RAG_API_KEY.
+
+    Args:
+        urls: The servers, for example "http://localhost:8000"; a text with commas, or a list.
+        model: Name or root of the served model, which must be it; None: whatever the server serves.
+        tokenizer: The model's transformers tokenizer, or the folder or Hugging Face name to take it from; None: found
+            by the model's name.
+        timeout: Longest silence of a server, in seconds.
+        concurrency: Chunks that are precomputed at once, over all servers.
+        kv_block: Tokens of an LMCache chunk.
+        attempts: How often a question is tried while the server cannot be reached or is overloaded.
+        patience: The same for each chunk at ingestion.
+        backoff: Longest first wait between two tries, in seconds; it doubles from try to try.
+
+    Raises:
+        EngineUnavailableError: A server cannot be reached.
+        EngineError: It serves another model.
+        SourceError: The tokenizer was not found.
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        model: str | None = None,
+        *,
+        tokenizer: Any = None,
+        timeout: float = 120.0,
+        concurrency: int = 8,
+        kv_block: int = 64,
+        attempts: int = 3,
+        patience: int = 8,
+        backoff: float = 0.5,
+    ) -> None:
+        self._servers = Servers(server_urls(urls), timeout=timeout, attempts=attempts, backoff=backoff)
+        self._lock = threading.Lock()
+        self._blends: bool | None = None  # not known yet
+        try:
+            served = served_model(self._servers, model)
+            self._tokenizer, digest, kv_bytes = _tokenizer(tokenizer, served)
+            check_tokenizer(self._servers, served.name, self._tokenizer)
+        except BaseException:
+            self.close()
+            raise
+        self._model, self._streams_tell = served.name, served.streams_tell
+        self._info = EngineInfo(
+            engine="vllm",
+            model=served.root,
+            revision="unknown",  # no server tells; KV stays right, since the server's own keys hold its model
+            dtype="unknown",
+            tokenizer=digest,
+            kv_block=kv_block,
+            context_length=served.context_length,
+            kv_bytes_per_token=kv_bytes,
+        )
+        self._chunks = ChunkSender(
+            self._servers,
+            self._info,
+            self._body,
+            partial(self._learn, sure=True),
+            concurrency=concurrency,
+            patience=patience,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        """What this engine serves, by what is known of the server."""
+        if self._blends is False:
+            return replace(self._info, can_blend=False, why_not=NO_CONNECTOR)
+        return self._info
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._tokenizer
+
+    # -- ingestion ------------------------------------------------------------------------------------------------
+
+    def precompute(self, prompts: Iterable[IngestPrompt]) -> Iterator[PrecomputeResult]:
+        """Send each prefix ⧺ chunk once, several at a time, so that the server keeps its KV; see Engine.precompute.
+
+        Results come in the order of the prompts. KV that the server had already costs it the last tokens only.
+        """
+        return self._chunks.precompute(prompts)
+
+    def missing(self, prompts: Sequence[IngestPrompt]) -> list[bool]:
+        """For each prompt, whether this process does not know that the server has its KV.
+
+        No API tells what a server holds, and it can forget. So a new process takes nothing for granted, and `warm`
+        sends all: an exact prefix hit is cheap and brings back what is gone. A question whose chunks were not there
+        takes them off the list, so that they are sent again.
+        """
+        return [prompt.key not in self._chunks.known for prompt in prompts]
+
+    def forget(self, prompts_or_keys: Iterable[tuple[str, str]]) -> None:
+        """Take (fingerprint, key) pairs off the list of what the server is known to have; LMCache evicts by itself."""
+        for _, key in prompts_or_keys:
+            self._chunks.known.discard(key)
+
+    def verify(self, prompt: IngestPrompt) -> VerifyResult:
+        """Ask the server for one chunk: "ok" if it had the exact KV of its whole blocks, "missing" if not.
+
+        KV cannot be fetched from a server, so no values are compared. LMCache is told to keep nothing of this request;
+        vLLM's own prefix cache may.
+        """
+        return self._chunks.verify(prompt)
+
+    def usage(self) -> KVUsage:
+        """Nothing that can be known from here but the servers' names."""
+        return KVUsage(details={"servers": list(self._servers.urls), "known": len(self._chunks.known)})
+
+    # -- queries --------------------------------------------------------------------------------------------------
+
+    def generate(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Completion:
+        """Answer one prompt. Streams inside where a stream tells the statistics; before vLLM 0.33 none does.
+
+        Raises:
+            ContextLengthError: The prompt is longer than the context.
+            EngineUnavailableError: No server can be reached, or it said nothing for too long.
+            EngineError: The server refused.
+        """
+        request = self._request(prompt, sampling, blend)
+        gathered = wire.Gathered()
+        if not self._streams_tell:
+            gathered.take(self._servers.complete(request))
+            return self._finished(gathered, prompt, sampling, blend, streamed=False)
+        with self._servers.streaming(request) as parts:
+            for part in parts:
+                gathered.take(part)
+        return self._finished(gathered, prompt, sampling, blend, streamed=True)
+
+    def stream(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Iterator[StreamEvent]:
+        """Answer one prompt piece by piece. Closing the iterator stops the computation. Errors as for generate."""
+        return self._stream(self._request(prompt, sampling, blend), prompt, sampling, blend)
+
+    def _stream(
+        self, request: dict[str, Any], prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions
+    ) -> Iterator[StreamEvent]:
+        gathered = wire.Gathered()
+        with self._servers.streaming(request) as parts:
+            for part in parts:
+                if text := gathered.take(part):
+                    yield TextDelta(text)
+        yield self._finished(gathered, prompt, sampling, blend, streamed=True)
+
+    async def agenerate(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Completion:
+        """Async twin of generate."""
+        request = self._request(prompt, sampling, blend)
+        gathered = wire.Gathered()
+        if not self._streams_tell:
+            gathered.take(await self._servers.acomplete(request))
+            return self._finished(gathered, prompt, sampling, blend, streamed=False)
+        async with self._servers.astreaming(request) as parts:
+            async for part in parts:
+                gathered.take(part)
+        return self._finished(gathered, prompt, sampling, blend, streamed=True)
+
+    async def astream(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> AsyncIterator[StreamEvent]:
+        """Async twin of stream."""
+        request = self._request(prompt, sampling, blend)
+        gathered = wire.Gathered()
+        async with self._servers.astreaming(request) as parts:
+            async for part in parts:
+                if text := gathered.take(part):
+                    yield TextDelta(text)
+        yield self._finished(gathered, prompt, sampling, blend, streamed=True)
+
+    def close(self) -> None:
+        """Close the connections. Safe to call twice."""
+        self._servers.close()
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _request(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> dict[str, Any]:
+        from lmcache_rag.blend.policies import get_policy
+
+        if blend.enabled:
+            get_policy(blend.policy)
+        if len(prompt) >= self._info.context_length:
+            raise ContextLengthError(
+                f"The prompt has {len(prompt)} tokens, the context holds {self._info.context_length} with the answer.",
+                remedy="Retrieve fewer chunks or ask a shorter question.",
+            )
+        return self._body(prompt, sampling, wire.blend_params(blend))
+
+    def _body(self, prompt: QueryPrompt | IngestPrompt, sampling: Sampling, params: dict[str, Any]) -> dict[str, Any]:
+        """A request that keeps what belongs to a tenant to itself.
+
+        Without a tenant there is no salt. With one it is the fingerprint, which holds the tenant.
+        """
+        plain = self._info.fingerprint(prompt.token_ids[: prompt.prefix_tokens])
+        return wire.request(
+            self._model,
+            prompt.token_ids,
+            sampling,
+            params,
+            room=self._info.context_length - len(prompt.token_ids),
+            salt="" if prompt.fingerprint == plain else prompt.fingerprint,
+        )
+
+    def _finished(
+        self, gathered: wire.Gathered, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions, *, streamed: bool
+    ) -> Completion:
+        if gathered.reason is None:
+            raise EngineUnavailableError(
+                "The server broke off in the middle of an answer.", remedy="See the server's log, and ask again."
+            )
+        # A stop string is found in vLLM's front end, which aborts the request: its statistics never come.
+        self._learn(gathered, sure=not sampling.stop and (self._streams_tell or not streamed))
+        ids = tuple(gathered.ids) or tuple(self._tokenizer.encode(gathered.text, add_special_tokens=False))
+        done = wire.completion(
+            gathered,
+            prompt,
+            kv_block=self._info.kv_block,
+            blending=blend.enabled and self._blends is not False,
+            streamed=streamed,
+            ids=ids,
+        )
+        if blend.enabled and done.stats.chunks_missed:
+            for span in prompt.chunks:
+                if wire.whole_blocks(span, self._info.kv_block):
+                    self._chunks.known.discard(span.key)
+        return done
+
+    def _learn(self, gathered: wire.Gathered, *, sure: bool) -> None:
+        """Whether the server blends. No statistics where they would have come mean that nobody there makes them."""
+        with self._lock:
+            if gathered.told is not None:
+                self._blends = True
+            elif sure and self._blends is not False:
+                self._blends = False
+                log.warning("%s is not blended: %s. It answers as it does to any client.", self._model, NO_CONNECTOR)
+
+
+def _tokenizer(given: Any, served: ServedModel) -> tuple[Any, str, int]:
+    """(tokenizer, its digest, bytes of one token's KV)."""
+    from lmcache_rag.engines.vllm_tokenizer import find_tokenizer, kv_bytes_per_token, open_tokenizer
+    from lmcache_rag.sources import tokenizer_digest
+
+    if given is not None and not isinstance(given, str | Path):
+        facts = f"{given.backend_tokenizer.to_str()}{given.chat_template}"
+        return given, hashlib.sha256(facts.encode()).hexdigest()[:32], 0
+    path = find_tokenizer([str(given)] if given is not None else [served.local, served.root, served.name])
+    return open_tokenizer(path), tokenizer_digest(path), kv_bytes_per_token(path)

@@ -1,0 +1,150 @@
+"""Chunk KV on a vLLM server: each chunk is sent once behind the prefix, and the server keeps what it computed."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from lmcache_rag.engines import vllm_wire as wire
+from lmcache_rag.engines.base import (
+    BlendOptions,
+    EngineInfo,
+    IngestPrompt,
+    PrecomputeResult,
+    Sampling,
+    VerifyResult,
+)
+from lmcache_rag.engines.vllm_errors import NotKeptError
+from lmcache_rag.errors import ContextLengthError, LMCacheRAGError, PrecomputeError
+
+if TYPE_CHECKING:
+    from lmcache_rag.engines.vllm_client import Servers
+
+T = TypeVar("T")
+
+_ONE = Sampling(max_tokens=1)
+_EXACT = wire.blend_params(BlendOptions(enabled=False))  # approximate KV must never become a chunk's KV
+
+
+class Known:
+    """Keys of KV that a server had when it was last asked. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._keys: set[bytes] = set()  # 32 bytes each rather than 64 letters: there may be millions
+
+    def __contains__(self, key: str) -> bool:
+        return bytes.fromhex(key) in self._keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def add(self, key: str) -> None:
+        """This key's KV is there."""
+        self._keys.add(bytes.fromhex(key))
+
+    def discard(self, key: str) -> None:
+        """It is not, or nobody knows."""
+        self._keys.discard(bytes.fromhex(key))
+
+
+@dataclass(frozen=True)
+class ChunkSender:
+    """Sends chunks and learns from the answers what the server holds. Safe to use from several threads.
+
+    Args:
+        servers: The servers.
+        info: What they serve.
+        body: Makes a request of (prompt, sampling, kv_transfer_params).
+        learn: Is shown each answer.
+        concurrency: Chunks sent at once.
+        patience: How often each is tried.
+    """
+
+    servers: Servers
+    info: EngineInfo
+    body: Callable[[IngestPrompt, Sampling, dict[str, Any]], dict[str, Any]]
+    learn: Callable[[wire.Gathered], None]
+    concurrency: int
+    patience: int
+    known: Known = field(default_factory=Known)
+
+    def precompute(self, prompts: Iterable[IngestPrompt]) -> Iterator[PrecomputeResult]:
+        """See VLLMEngine.precompute. More prompts are taken than were answered: as many as are sent at once."""
+        source, stop = iter(prompts), threading.Event()
+        running: deque[tuple[IngestPrompt, Future[bool]]] = deque()
+        try:
+            while True:
+                for prompt in islice(source, self.concurrency - len(running)):
+                    running.append((prompt, _in_thread(partial(self._send, prompt, stop))))
+                if not running:
+                    return
+                prompt, future = running.popleft()
+                try:
+                    held = future.result()
+                except LMCacheRAGError as problem:
+                    raise PrecomputeError(
+                        f"A chunk's KV could not be computed: {problem.message}",
+                        remedy=f"{problem.remedy} Run the command again; it goes on from here.".strip(),
+                    ) from problem
+                self.known.add(prompt.key)
+                tokens = len(prompt.chunk_ids)
+                yield PrecomputeResult(prompt.key, tokens, tokens * self.info.kv_bytes_per_token, computed=not held)
+        finally:
+            stop.set()  # those under way end by themselves; nobody waits for them
+
+    def verify(self, prompt: IngestPrompt) -> VerifyResult:
+        """See VLLMEngine.verify."""
+        held = self._held(prompt, self.servers.complete(self._request(prompt, {"lmcache.max_offload_tokens": 0})))
+        return VerifyResult(prompt.key, "ok" if held else "missing")
+
+    def _send(self, prompt: IngestPrompt, stop: threading.Event) -> bool:
+        """Have a chunk's KV computed; returns whether it was there already."""
+        home = int(prompt.key[:8], 16)
+        response = self.servers.complete(
+            self._request(prompt), home=home, attempts=self.patience, stop=stop, check=_kept
+        )
+        return self._held(prompt, response)
+
+    def _request(self, prompt: IngestPrompt, params: dict[str, Any] | None = None) -> dict[str, Any]:
+        if len(prompt.token_ids) >= self.info.context_length:
+            raise ContextLengthError(
+                f"A chunk of {len(prompt.chunk_ids)} tokens does not fit the context of {self.info.context_length}.",
+                remedy="Split into smaller chunks (--chunk-tokens).",
+            )
+        return self.body(prompt, _ONE, _EXACT | (params or {}))
+
+    def _held(self, prompt: IngestPrompt, response: Any) -> bool:
+        gathered = wire.Gathered()
+        gathered.take(response)
+        self.learn(gathered)
+        return wire.already_held(gathered, prompt, self.info.kv_block)
+
+
+def _kept(response: Any) -> None:
+    """The server computes the prompt also when its KV store is out of reach; then nothing is kept."""
+    gathered = wire.Gathered()
+    gathered.take(response)
+    if failure := (gathered.told or {}).get("failure"):
+        raise NotKeptError(
+            f"the server could not reach its KV store ({failure})", remedy="Look after the LMCache server."
+        )
+
+
+def _in_thread(work: Callable[[], T]) -> Future[T]:
+    """Run something in a daemon thread, which the end of the process does not wait for: a server may hang."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as problem:  # handed to whoever waits
+            future.set_exception(problem)
+
+    threading.Thread(target=run, name="lmcache-rag-precompute", daemon=True).start()
+    return future

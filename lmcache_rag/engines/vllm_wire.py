@@ -1,0 +1,200 @@
+"""What is said to a vLLM server's completions API, and what its answers mean."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmcache_rag.engines.base import (
+    BlendOptions,
+    ChunkSpan,
+    Completion,
+    FinishReason,
+    IngestPrompt,
+    QueryPrompt,
+    ReuseStats,
+    Sampling,
+)
+
+TOLD = "lmcache_rag"  # our connector's key in the response's kv_transfer_params
+_PARTS = ("prefix_tokens", "reused_tokens", "recomputed_tokens", "computed_tokens")
+_TIMES = ("lookup_ms", "load_ms", "blend_ms")
+_VLLM_BLOCK = 16  # tokens of a block of vLLM's own prefix cache
+
+
+def blend_params(blend: BlendOptions) -> dict[str, Any]:
+    """How a request reuses KV, as our connector reads it; see lmcache_rag.connector.plan.request_options."""
+    if not blend.enabled:
+        return {"lmcache_rag.blend": "off"}
+    return {"lmcache_rag.blend": "on", "lmcache_rag.policy": blend.policy, "lmcache_rag.ratio": blend.ratio}
+
+
+def request(
+    model: str, token_ids: tuple[int, ...], sampling: Sampling, params: Mapping[str, Any], *, room: int, salt: str = ""
+) -> dict[str, Any]:
+    """Arguments of completions.create.
+
+    Everything about sampling is said: vLLM would take what is left out from the model's generation_config.json.
+
+    Args:
+        model: Name by which the server knows the model.
+        token_ids: The prompt.
+        sampling: How tokens are chosen.
+        params: kv_transfer_params.
+        room: Most tokens that the context has room for.
+        salt: KV of different salts is never shared.
+    """
+    extra: dict[str, Any] = {
+        "top_k": sampling.top_k,
+        "repetition_penalty": sampling.repetition_penalty,
+        "return_token_ids": True,
+        "kv_transfer_params": dict(params),
+    }
+    if salt:
+        extra["cache_salt"] = salt
+    given: dict[str, Any] = {
+        "model": model,
+        "prompt": list(token_ids),
+        "max_tokens": max(1, min(sampling.max_tokens, room)),
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "extra_body": extra,
+    }
+    if sampling.stop:
+        given["stop"] = list(sampling.stop)
+    if sampling.seed is not None:
+        given["seed"] = sampling.seed
+    return given
+
+
+@dataclass
+class Gathered:
+    """An answer while it comes: takes the chunks of a stream, or one whole response."""
+
+    begin: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    reason: str | None = None
+    told: dict[str, Any] | None = None
+    cached: int | None = None
+
+    def take(self, part: Any) -> str:
+        """Take a part; returns its text."""
+        if isinstance(params := getattr(part, "kv_transfer_params", None), dict) and isinstance(
+            told := params.get(TOLD), dict
+        ):
+            self.told = told
+        details = getattr(getattr(part, "usage", None), "prompt_tokens_details", None)
+        if (cached := getattr(details, "cached_tokens", None)) is not None:
+            self.cached = int(cached)
+        if not part.choices:
+            return ""
+        [choice] = part.choices
+        text, ids = choice.text or "", getattr(choice, "token_ids", None) or ()
+        if self.first is None and (text or ids):
+            self.first = time.perf_counter()
+        self.text += text
+        self.ids += ids
+        self.reason = choice.finish_reason or self.reason
+        return text
+
+    @property
+    def ttft_ms(self) -> float:
+        """From the request to the first token, in milliseconds."""
+        return ((self.first or time.perf_counter()) - self.begin) * 1e3
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the answer ended."""
+        return "stop" if self.reason == "stop" else "length" if self.reason == "length" else "cancelled"
+
+
+def already_held(gathered: Gathered, prompt: IngestPrompt, kv_block: int) -> bool:
+    """Whether the server had the KV of all of this prompt that it can keep, and so computed the last tokens only."""
+    length = len(prompt.token_ids)
+    # One token at least is always computed, and vLLM's own cache then gives whole blocks only.
+    keeps = min(length // kv_block * kv_block, (length - 1) // _VLLM_BLOCK * _VLLM_BLOCK)
+    told = gathered.told or {}
+    return keeps > prompt.prefix_tokens and int(told.get("prefix_tokens", gathered.cached or 0)) >= keeps
+
+
+def completion(
+    gathered: Gathered, prompt: QueryPrompt, *, kv_block: int, blending: bool, streamed: bool, ids: tuple[int, ...]
+) -> Completion:
+    """The finished answer with its statistics; what the server did not say is not made up.
+
+    Args:
+        gathered: What came.
+        prompt: What was asked.
+        kv_block: Tokens of the unit of KV reuse.
+        blending: Whether the server may have blended this request.
+        streamed: Whether the answer came as a stream.
+        ids: The answer's tokens.
+    """
+    warnings = []
+    told = gathered.told
+    counts = _counts(told, len(prompt)) if told is not None else None
+    if counts is not None and told is not None:
+        hit, missed = chunk_counts(prompt, told, kv_block)
+        counts |= {"chunks_hit": hit, "chunks_missed": missed}
+        if told.get("failure"):
+            warnings.append(f"The server computed the prompt in full: {told['failure']}.")
+        elif blending and missed:
+            warnings.append(f"The KV of {missed} chunk(s) was missing; they were computed.")
+    else:
+        # cached_tokens holds what was blended beside what is exact, so it is a prefix only where nothing can be blended
+        prefix = 0 if blending else min(gathered.cached or 0, len(prompt))
+        counts = {"prefix_tokens": prefix, "computed_tokens": len(prompt) - prefix}
+        if told is not None:
+            warnings.append("The server's reuse statistics make no sense, so they are left out.")
+        elif blending:
+            how = "in a stream (vLLM 0.33 and later do)" if streamed else "for this request"
+            known = "" if gathered.cached is None else f"; {gathered.cached} tokens were cached, exact or blended"
+            warnings.append(f"The server does not say what it reused {how}{known}. All tokens are counted as computed.")
+    if not streamed and len(ids) > 1:
+        warnings.append("The answer came in one piece: its time to the first token is that of the whole answer.")
+    stats = ReuseStats(len(prompt), ttft_ms=gathered.ttft_ms, **counts)
+    return Completion(gathered.text, ids, gathered.finish_reason, stats, tuple(warnings))
+
+
+def _counts(told: Mapping[str, Any], length: int) -> dict[str, Any] | None:
+    """The token counts and times that the server told; None unless the counts are whole and add up."""
+    parts = {name: told.get(name) for name in _PARTS}
+    if not all(isinstance(part, int) and part >= 0 for part in parts.values()):
+        return None
+    if sum(part for part in parts.values() if part is not None) != length:
+        return None
+    return {**parts, **{name: float(told.get(name) or 0.0) for name in _TIMES}}
+
+
+def whole_blocks(span: ChunkSpan, kv_block: int) -> int:
+    """Tokens of a chunk that a server can keep: whole blocks."""
+    return (span.end - span.start) // kv_block * kv_block
+
+
+def chunk_counts(prompt: QueryPrompt, told: Mapping[str, Any], kv_block: int) -> tuple[int, int]:
+    """(chunks hit, chunks missed) where they follow from the token counts, else (0, 0).
+
+    The server counts tokens and knows no chunks. All that can be kept was found, or nothing: then each chunk is known.
+    A chunk shorter than a block is never kept and counts as missed. `spans`, the placed parts of the prompt as
+    [start, end] pairs, settles the rest where the server tells them.
+    """
+    keeps = [whole_blocks(span, kv_block) for span in prompt.chunks]
+    exact = int(told["prefix_tokens"])
+    if (spans := told.get("spans")) is not None:
+        places = [(0, exact), *((int(start), int(end)) for start, end in spans)]
+        found = [
+            keep > 0 and sum(max(0, min(span.end, end) - max(span.start, start)) for start, end in places) > 0
+            for span, keep in zip(prompt.chunks, keeps, strict=True)
+        ]
+        return sum(found), len(found) - sum(found)
+    covered = max(0, exact - prompt.prefix_tokens) + int(told["reused_tokens"]) + int(told["recomputed_tokens"])
+    if covered == 0:
+        return 0, len(keeps)
+    if covered >= sum(keeps):
+        hit = sum(keep > 0 for keep in keeps)
+        return hit, len(keeps) - hit
+    return 0, 0

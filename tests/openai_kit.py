@@ -1,0 +1,280 @@
+"""A server on this machine that speaks vLLM's part of the OpenAI API, with our connector's scheduler side behind it.
+
+It has no model: it answers with the beginning of a fixed text. What it says about reuse comes from SchedulerSide, over
+a memory of 64-token blocks that stands for LMCache. Everything that arrives is noted, and it can fail in several ways.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from typing import Any
+
+from lmcache_rag.connector.options import ConnectorOptions
+from lmcache_rag.connector.plan import BlendPlan, BlendResult, Match
+from lmcache_rag.connector.scheduler_side import SchedulerSide
+
+MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+TEXT = " A key that was computed at one place is moved to another by turning it further, as the passage says."
+BLOCK = 64
+
+
+class BlockMemory:
+    """What LMCache holds: blocks by all tokens up to their end, and by their own tokens alone."""
+
+    def __init__(self) -> None:
+        self.chains: set[tuple[str, tuple[int, ...]]] = set()
+        self.blocks: dict[tuple[str, tuple[int, ...]], int] = {}
+
+    def keep(self, salt: str, ids: list[int], end: int) -> None:
+        for start in range(0, end // BLOCK * BLOCK, BLOCK):
+            self.chains.add((salt, tuple(ids[: start + BLOCK])))
+            self.blocks[salt, tuple(ids[start : start + BLOCK])] = start
+
+    def find(self, salt: str, ids: list[int]) -> tuple[int, tuple[Match, ...]]:
+        exact = 0
+        while exact + BLOCK <= len(ids) and (salt, tuple(ids[: exact + BLOCK])) in self.chains:
+            exact += BLOCK
+        matches, at = [], exact
+        while at + BLOCK <= len(ids):
+            old = self.blocks.get((salt, tuple(ids[at : at + BLOCK])))
+            if old:  # a block at the very beginning is never matched elsewhere
+                matches.append(Match(at, at + BLOCK, old, old + BLOCK))
+            at += BLOCK if old else 1
+        return exact, tuple(matches)
+
+
+class FakeVLLM(ThreadingHTTPServer):
+    """Listens on loopback. What can be set at any time stands in __init__."""
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, tokenizer: Any, *, model: str = MODEL, version: str = "0.33.0") -> None:
+        self.tokenizer, self.model, self.version = tokenizer, model, version
+        self.root = model
+        self.context = 8192
+        self.connector = True
+        self.cached_details = False  # --enable-prompt-tokens-details
+        self.failure = ""  # the connector cannot reach LMCache
+        self.fail: list[int] = []  # statuses of the next completions
+        self.hang = 0.0  # seconds before the next completions answer
+        self.drop_after: int | None = None  # chunks of a stream before the connection breaks
+        self.pause = 0.0  # seconds between the chunks of a stream
+        self.key = ""
+        self.memory = BlockMemory()
+        self.seen: list[dict[str, Any]] = []
+        self.auth: list[str | None] = []
+        self.active = self.most_active = 0
+        self.gone = threading.Event()  # a client closed its connection before the end of a stream
+        self._lock = threading.Lock()
+        self._side = SchedulerSide(ConnectorOptions(), BLOCK, self._look_up, lambda request, first: None)
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    # -- the connector ----------------------------------------------------------------------------------------------
+
+    def _look_up(self, request: Any) -> Any:
+        if self.failure:
+            return None
+        found = self.memory.find(request.cache_salt, request.prompt_token_ids)
+        return SimpleNamespace(
+            result=found, poll=lambda s: True, release_prefix=lambda a, b: None, end_session=lambda: None
+        )
+
+    def told(self, number: int, body: dict[str, Any]) -> dict[str, Any] | None:
+        """What the connector says of a request, and the store after it."""
+        ids, params, salt = body["prompt"], body.get("kv_transfer_params") or {}, body.get("cache_salt", "")
+        if not self.connector:
+            return None
+        with self._lock:
+            request = SimpleNamespace(
+                request_id=str(number),
+                prompt_token_ids=ids,
+                num_tokens=len(ids),
+                kv_transfer_params=params,
+                cache_salt=salt,
+            )
+            claimed = self._side.matched(request, 0) or 0
+            self._side.allocated(request, [], claimed, None)
+            self._side.take([_blended(plan) for plan in self._side.plans()])
+            limit = self._side.store_limit(request.request_id)
+            if not self.failure:
+                limits = [len(ids), limit, params.get("lmcache.max_offload_tokens")]
+                self.memory.keep(salt, ids, min(n for n in limits if n is not None))
+            return {"lmcache_rag": self._side.finished(request)}
+
+
+def _blended(plan: BlendPlan) -> BlendResult:
+    """What a worker would have done with a plan."""
+    matched = sum(end - start for start, end in plan.spans)
+    redone = round(plan.ratio * matched)
+    gaps = plan.end - plan.exact - matched
+    return BlendResult(plan.request_id, plan.exact, matched - redone, redone, gaps, 1.5, 2.5)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: FakeVLLM
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        server = self.server
+        self._note_key()
+        if self.path == "/v1/models":
+            card = {
+                "id": server.model,
+                "object": "model",
+                "created": 1,
+                "owned_by": "vllm",
+                "root": server.root,
+                "parent": None,
+                "max_model_len": server.context,
+            }
+            adapter = card | {"id": "an-adapter", "root": "/adapters/a", "parent": server.model}
+            self._json(200, {"object": "list", "data": [adapter, card]})
+        elif self.path == "/version":
+            self._json(200, {"version": server.version})
+        else:
+            self._error(404, "Not Found")
+
+    def do_POST(self) -> None:
+        server = self.server
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self._note_key()
+        if self.path == "/tokenize":
+            self._json(200, {"tokens": server.tokenizer.encode(body["prompt"], add_special_tokens=False)})
+            return
+        with server._lock:
+            server.seen.append(body)
+            number = len(server.seen)
+            server.active += 1
+            server.most_active = max(server.most_active, server.active)
+        try:
+            with suppress(BrokenPipeError, ConnectionResetError):
+                self._complete(body, number)
+        finally:
+            with server._lock:
+                server.active -= 1
+
+    def _note_key(self) -> None:
+        self.server.auth.append(self.headers.get("Authorization"))
+
+    def _complete(self, body: dict[str, Any], number: int) -> None:
+        server = self.server
+        time.sleep(server.hang)
+        if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
+            self._error(401, "Unauthorized")
+        elif server.fail:
+            self._error(server.fail.pop(0), "on demand")
+        elif body["model"] != server.model:
+            self._error(404, f"The model `{body['model']}` does not exist.")
+        elif len(body["prompt"]) + body["max_tokens"] > server.context:
+            self._error(400, f"This model's maximum context length is {server.context} tokens. However, …")
+        else:
+            self._answer(body, number)
+
+    def _answer(self, body: dict[str, Any], number: int) -> None:
+        server = self.server
+        told = server.told(number, body)
+        ids = server.tokenizer.encode(TEXT, add_special_tokens=False)
+        pieces, text, reason = [], "", "stop"
+        for at in range(1, len(ids) + 1):
+            if at > body["max_tokens"]:
+                reason = "length"
+                break
+            now = server.tokenizer.decode(ids[:at])
+            cut = min((i for stop in body.get("stop") or () if (i := now.find(stop)) >= 0), default=-1)
+            if cut >= 0:  # found in the front end, which aborts the request: the connector's words never come
+                pieces.append((now[len(text) : cut], ids[at - 1]))
+                told = None
+                break
+            pieces.append((now[len(text) :], ids[at - 1]))
+            text = now
+        usage: dict[str, Any] = {
+            "prompt_tokens": len(body["prompt"]),
+            "completion_tokens": len(pieces),
+            "total_tokens": len(body["prompt"]) + len(pieces),
+        }
+        if server.cached_details:
+            usage["prompt_tokens_details"] = {"cached_tokens": 64}
+        head = {"id": f"cmpl-{number}", "object": "text_completion", "created": 1, "model": server.model}
+        if not body.get("stream"):
+            choice = {
+                "index": 0,
+                "text": "".join(piece for piece, _ in pieces),
+                "logprobs": None,
+                "finish_reason": reason,
+                "token_ids": [token for _, token in pieces],
+            }
+            self._json(200, head | {"choices": [choice], "usage": usage, "kv_transfer_params": told})
+            return
+        self._stream(head, pieces, reason, usage, told)
+
+    def _stream(
+        self, head: dict[str, Any], pieces: list[tuple[str, int]], reason: str, usage: dict[str, Any], told: Any
+    ) -> None:
+        server = self.server
+        self.send_response(200)
+        self.send_header("Content-Type", "text/event-stream")
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        for index, (piece, token) in enumerate(pieces):
+            if index == server.drop_after:
+                return
+            last = index == len(pieces) - 1
+            choice = {
+                "index": 0,
+                "text": piece,
+                "logprobs": None,
+                "finish_reason": reason if last else None,
+                "token_ids": [token],
+            }
+            params = {"kv_transfer_params": told} if last and server.version >= "0.33" else {}
+            self._event(head | {"choices": [choice]} | params)
+            time.sleep(server.pause)
+        self._event(head | {"choices": [], "usage": usage})
+        self.wfile.write(b"data: [DONE]\n\n")
+
+    def _event(self, document: dict[str, Any]) -> None:
+        try:
+            self.wfile.write(f"data: {json.dumps(document)}\n\n".encode())
+            self.wfile.flush()
+        except OSError:
+            self.server.gone.set()
+            raise
+
+    def _error(self, status: int, message: str) -> None:
+        self._json(status, {"error": {"message": message, "type": "Error", "param": None, "code": status}})
+
+    def _json(self, status: int, document: Any) -> None:
+        data = json.dumps(document).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+
+@contextmanager
+def vllm_serving(tokenizer: Any, **options: Any) -> Iterator[FakeVLLM]:
+    """A running server."""
+    server = FakeVLLM(tokenizer, **options)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,658 @@
+"""The engine that asks a vLLM server: what goes over the wire, what is made of the answers, and all that can fail.
+
+The server is a real one on this machine (openai_kit.py); the connector's statistics come from the connector's own code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai_kit import BLOCK, MODEL, TEXT, FakeVLLM, vllm_serving
+from typer.testing import CliRunner
+
+from lmcache_rag import VLLMEngine, Workspace
+from lmcache_rag.cli.app import app
+from lmcache_rag.engines.base import BlendOptions, Completion, Engine, Sampling, TextDelta
+from lmcache_rag.engines.vllm_client import server_urls
+from lmcache_rag.errors import (
+    ConfigError,
+    ContextLengthError,
+    EngineError,
+    EngineUnavailableError,
+    PrecomputeError,
+    SourceError,
+)
+from lmcache_rag.prompt import PromptBuilder
+from lmcache_rag.settings import Settings
+
+SHORT, LONG = Sampling(max_tokens=4), Sampling(max_tokens=100)
+OFF = BlendOptions(enabled=False)
+QUICK = {"backoff": 0.01, "timeout": 5.0}
+
+
+@pytest.fixture(scope="module")
+def smollm2_tokenizer(smollm2_path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2_path, local_files_only=True)
+
+
+@pytest.fixture
+def server(smollm2_tokenizer: Any) -> Iterator[FakeVLLM]:
+    with vllm_serving(smollm2_tokenizer) as running:
+        yield running
+
+
+@pytest.fixture
+def connect(smollm2_tokenizer: Any) -> Iterator[Any]:
+    """Makes engines, with the tokenizer that is loaded already unless told otherwise, and closes them."""
+    made: list[VLLMEngine] = []
+
+    def engine(urls: Any, model: str | None = None, **options: Any) -> VLLMEngine:
+        made.append(VLLMEngine(urls, model, **{"tokenizer": smollm2_tokenizer, **QUICK, **options}))
+        return made[-1]
+
+    yield engine
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
+def engine(server: FakeVLLM, connect: Any) -> VLLMEngine:
+    made: VLLMEngine = connect(server.url)
+    return made
+
+
+@pytest.fixture(scope="module")
+def builder(smollm2_tokenizer: Any) -> PromptBuilder:
+    """The prompts of every engine here that serves SmolLM2. It takes most of a second to make."""
+    with vllm_serving(smollm2_tokenizer) as server:
+        engine = VLLMEngine(server.url, tokenizer=smollm2_tokenizer, **QUICK)
+        engine.close()
+        return PromptBuilder(smollm2_tokenizer, engine.info)
+
+
+@pytest.fixture
+def chunks(sentences: list[str]) -> list[str]:
+    """Six chunks of more than two blocks each."""
+    return [" ".join(sentences[i : i + 8]) for i in range(0, 48, 8)]
+
+
+def add_up(completion: Completion) -> bool:
+    stats = completion.stats
+    parts = (stats.prefix_tokens, stats.reused_tokens, stats.recomputed_tokens, stats.computed_tokens)
+    return sum(parts) == stats.prompt_tokens
+
+
+# -- what the server is ---------------------------------------------------------------------------------------------
+
+
+def test_it_is_an_engine_with_the_servers_facts(server: FakeVLLM, smollm2_path: Path) -> None:
+    engine = VLLMEngine(f"{server.url}/v1/")
+    info = engine.info
+    assert isinstance(engine, Engine)
+    assert (info.engine, info.model, info.context_length, info.kv_block) == ("vllm", MODEL, 8192, 64)
+    assert info.can_blend
+    assert info.kv_bytes_per_token == 30 * 3 * 64 * 2 * 2  # the tokenizer comes with the model's configuration
+    assert engine.tokenizer.encode("a") == server.tokenizer.encode("a")
+    engine.close()
+    engine.close()
+
+
+def test_an_adapter_is_not_taken_for_the_model_unless_it_is_named(server: FakeVLLM, connect: Any) -> None:
+    assert connect(server.url).info.model == MODEL
+    assert connect(server.url, "an-adapter").info.model == "/adapters/a"
+
+
+def test_another_model_behind_the_url_is_an_error_before_any_answer(server: FakeVLLM, connect: Any) -> None:
+    with pytest.raises(EngineError, match=f"serves an-adapter, {MODEL}, not Qwen/Qwen3-8B"):
+        connect(server.url, "Qwen/Qwen3-8B")
+    assert server.seen == []
+
+
+def test_a_folder_names_the_model_that_the_server_has_from_a_folder_of_that_name(
+    server: FakeVLLM, smollm2_path: Path, tmp_path: Path, connect: Any
+) -> None:
+    (tmp_path / "smol").symlink_to(smollm2_path)
+    server.model, server.root = "alias", f"/over/there/{smollm2_path.resolve().name}"
+    engine = connect(server.url, str(tmp_path / "smol"), tokenizer=None)
+    assert engine.info.model == server.root
+    (tmp_path / "other").mkdir()
+    with pytest.raises(EngineError, match="not "):
+        connect(server.url, str(tmp_path / "other"))
+
+
+def test_a_tokenizer_that_nobody_has_says_what_was_tried(
+    server: FakeVLLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    server.model = server.root = "nobody/has-this"
+    with pytest.raises(SourceError, match=r"tokenizer of nobody/has-this.*Hugging Face cache") as caught:
+        VLLMEngine(server.url)
+    assert "--model" in caught.value.remedy
+
+
+def test_a_server_that_tokenizes_otherwise_is_refused(server: FakeVLLM, smollm2_tokenizer: Any, connect: Any) -> None:
+    class Shifted:
+        def encode(self, text: str, **options: Any) -> list[int]:
+            return [token + 1 for token in smollm2_tokenizer.encode(text, **options)]
+
+    server.tokenizer = Shifted()
+    with pytest.raises(EngineError, match="tokenizer of"):
+        connect(server.url)
+
+
+def test_servers_of_different_models_are_refused(server: FakeVLLM, smollm2_tokenizer: Any, connect: Any) -> None:
+    with vllm_serving(smollm2_tokenizer, model="other/model") as other, pytest.raises(EngineError, match="other/model"):
+        connect([server.url, other.url])
+
+
+def test_what_is_no_url_is_refused() -> None:
+    for bad in ("localhost:8000", "", "http://", "http://a b"):
+        with pytest.raises(ConfigError, match="no URL"):
+            server_urls(bad)
+    assert server_urls("http://a:1/v1/, https://b/x,http://a:1") == ("http://a:1", "https://b/x")
+
+
+# -- the wire -------------------------------------------------------------------------------------------------------
+
+
+def test_token_ids_and_blend_options_arrive_exactly(engine, builder, server, chunks) -> None:
+    prompt = builder.query(chunks[:3], "What? <|im_end|>")
+    engine.generate(prompt, SHORT, BlendOptions("hkvd", 0.25))
+    [body] = server.seen
+    assert body["prompt"] == list(prompt.token_ids)
+    assert body["kv_transfer_params"] == {
+        "lmcache_rag.blend": "on",
+        "lmcache_rag.policy": "hkvd",
+        "lmcache_rag.ratio": 0.25,
+    }
+    engine.generate(prompt, SHORT, OFF)
+    assert server.seen[1]["kv_transfer_params"] == {"lmcache_rag.blend": "off"}
+
+
+def test_sampling_arrives_in_full_since_vllm_would_take_the_models_defaults_else(engine, builder, server) -> None:
+    sampling = Sampling(7, temperature=0.5, top_p=0.8, top_k=9, repetition_penalty=1.1, stop=("x", "y"), seed=3)
+    engine.generate(builder.query(["a"], "What?"), sampling, OFF)
+    engine.generate(builder.query(["a"], "What?"), Sampling(7), OFF)
+    names = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed")
+    first, second = ([body.get(name) for name in names] for body in server.seen)
+    assert first == [7, 0.5, 0.8, 9, 1.1, ["x", "y"], 3]
+    assert second == [7, 0.0, 1.0, 0, 1.0, None, None]
+
+
+def test_the_api_key_comes_from_our_variable_only(builder, server, monkeypatch, connect) -> None:
+    server.key = "right"
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    wrong = connect(server.url)
+    prompt = builder.query(["a"], "What?")
+    with pytest.raises(EngineError, match="API key") as caught:
+        wrong.generate(prompt, SHORT, OFF)
+    assert "LMCACHE_RAG_API_KEY" in caught.value.remedy
+    monkeypatch.setenv("LMCACHE_RAG_API_KEY", "right")
+    assert connect(server.url).generate(prompt, SHORT, OFF).text
+    assert not any("secret" in str(header) for header in server.auth)
+
+
+def test_tenants_share_nothing_and_no_tenant_needs_no_salt(engine, builder, server, chunks) -> None:
+    one, two = (PromptBuilder(engine.tokenizer, engine.info, tenant=tenant) for tenant in ("one", "two"))
+    list(engine.precompute(map(one.ingest, chunks[:3])))
+    salts = {body.get("cache_salt") for body in server.seen}
+    assert salts == {one.fingerprint}
+    wanted = {"": 0, "one": 3, "two": 0}
+    for tenant, maker in (("two", two), ("", builder), ("one", one)):
+        done = engine.generate(maker.query(chunks[:3], "What?"), SHORT, BlendOptions())
+        assert done.stats.chunks_hit == wanted[tenant]
+    assert "cache_salt" not in server.seen[-2]
+
+
+# -- ingestion ------------------------------------------------------------------------------------------------------
+
+
+def test_every_chunk_hits_in_20_permutations_and_the_counts_add_up(engine, builder, server, chunks) -> None:
+    assert all(result.computed for result in engine.precompute(map(builder.ingest, chunks)))
+    rng = random.Random(1)
+    for _ in range(20):
+        rng.shuffle(chunks)
+        done = engine.generate(builder.query(chunks, "What?"), Sampling(max_tokens=1), BlendOptions())
+        stats = done.stats
+        assert (stats.chunks_hit, stats.chunks_missed, done.warnings) == (6, 0, ())
+        assert add_up(done)
+        assert stats.reused_tokens > stats.recomputed_tokens > 0
+        assert stats.prefix_tokens > len(builder.prefix_ids)  # the first chunk stands where it stood at ingestion
+        assert (stats.load_ms, stats.blend_ms) == (1.5, 2.5)
+        assert stats.ttft_ms > 0
+
+
+def test_precompute_sends_exact_prefills_in_order_and_tells_what_existed(engine, builder, server, chunks) -> None:
+    prompts = [builder.ingest(text) for text in chunks]
+    assert engine.missing(prompts) == [True] * 6
+    results = list(engine.precompute(prompts))
+    assert [r.key for r in results] == [p.key for p in prompts]
+    assert [r.tokens for r in results] == [len(p.chunk_ids) for p in prompts]
+    assert sorted(body["prompt"] for body in server.seen) == sorted(list(p.token_ids) for p in prompts)
+    assert {body["max_tokens"] for body in server.seen} == {1}
+    assert all(body["kv_transfer_params"] == {"lmcache_rag.blend": "off"} for body in server.seen)
+    assert engine.missing(prompts) == [False] * 6
+    assert not any(r.computed for r in engine.precompute(prompts))
+    engine.forget([(prompts[0].fingerprint, prompts[0].key), ("unknown", "00" * 32)])
+    assert engine.missing(prompts) == [True] + [False] * 5
+
+
+def test_precompute_sends_several_at_once_but_not_more_than_allowed(server, connect, chunks, builder) -> None:
+    engine = connect(server.url, concurrency=3)
+    server.hang = 0.05
+    taken = []
+
+    def prompts() -> Iterator[Any]:
+        for text in chunks:
+            taken.append(text)
+            yield builder.ingest(text)
+
+    results = engine.precompute(prompts())
+    next(results)
+    assert len(taken) <= 4
+    list(results)
+    assert server.most_active == 3
+
+
+def test_precompute_spreads_over_the_servers_by_key(server, smollm2_tokenizer, sentences, connect, builder) -> None:
+    with vllm_serving(smollm2_tokenizer) as other:
+        engine = connect([server.url, other.url])
+        prompts = [builder.ingest(sentence) for sentence in sentences[:12]]
+        list(engine.precompute(prompts))
+        first = [body["prompt"] for body in server.seen]
+        assert 0 < len(first) < 12
+        list(engine.precompute(reversed(prompts)))
+        assert sorted(body["prompt"] for body in server.seen) == sorted(first * 2)
+        assert len(server.seen) + len(other.seen) == 24
+
+
+def test_an_overloaded_server_is_asked_again(engine, builder, server, chunks) -> None:
+    server.fail = [503, 429, 500]
+    assert len(list(engine.precompute(map(builder.ingest, chunks)))) == 6
+    assert len(server.seen) == 9
+    server.fail = [503]
+    assert engine.generate(builder.query(chunks[:1], "What?"), SHORT, OFF).text
+
+
+def test_a_failed_precompute_raises_after_what_was_finished(server, connect, chunks, builder) -> None:
+    engine = connect(server.url, concurrency=1, patience=2)
+    prompts = [builder.ingest(text) for text in chunks]
+    results = engine.precompute(prompts)
+    assert [r.key for r in islice(results, 2)] == [p.key for p in prompts[:2]]
+    server.fail = [503, 503]
+    with pytest.raises(PrecomputeError, match=r"not able to answer.*on demand") as caught:
+        next(results)
+    assert "again" in caught.value.remedy
+    assert engine.missing(prompts) == [False] * 2 + [True] * 4
+
+
+def test_kv_that_the_server_could_not_keep_is_not_taken_for_kept(server, connect, chunks, builder) -> None:
+    engine = connect(server.url, patience=2)
+    server.failure = "no server"
+    with pytest.raises(PrecomputeError, match="could not reach its KV store") as caught:
+        list(engine.precompute([builder.ingest(chunks[0])]))
+    assert "LMCache" in caught.value.remedy
+    assert len(server.seen) == 2
+
+
+def test_a_chunk_longer_than_the_context_is_refused_before_it_is_sent(engine, builder, server) -> None:
+    with pytest.raises(PrecomputeError, match="does not fit the context") as caught:
+        list(engine.precompute([builder.ingest("word " * 9000)]))
+    assert "smaller chunks" in caught.value.remedy
+    assert server.seen == []
+
+
+def test_what_the_server_forgot_is_sent_again(engine, builder, server, chunks) -> None:
+    prompts = [builder.ingest(text) for text in chunks[:3]]
+    list(engine.precompute(prompts))
+    server.memory.chains.clear()
+    server.memory.blocks.clear()
+    done = engine.generate(builder.query(chunks[:3], "What?"), SHORT, BlendOptions())
+    assert (done.stats.chunks_hit, done.stats.chunks_missed) == (0, 3)
+    assert done.stats.computed_tokens == len(builder.query(chunks[:3], "What?"))
+    assert "missing" in done.warnings[0]
+    assert engine.missing(prompts) == [True] * 3
+    assert all(result.computed for result in engine.precompute(prompts[1:]))
+
+
+def test_verify_asks_and_has_nothing_kept(engine, builder, server, chunks) -> None:
+    prompts = [builder.ingest(text) for text in chunks[:2]]
+    list(engine.precompute(prompts[:1]))
+    assert [engine.verify(prompt).status for prompt in prompts] == ["ok", "missing"]
+    assert server.seen[-1]["kv_transfer_params"]["lmcache.max_offload_tokens"] == 0
+    assert engine.verify(prompts[1]).status == "missing"
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1, 15, 16, 17])
+def test_existing_kv_is_recognised_whatever_the_chunks_length(engine, builder, server, sentences, over) -> None:
+    """A prompt of whole blocks is never an exact hit to its last token."""
+    ids = builder.encode(" ".join(sentences[:20]))[: 2 * BLOCK + over]
+    text = engine.tokenizer.decode(ids)
+    prompt = builder.ingest(text)
+    assert len(prompt.chunk_ids) == len(ids)
+    for wanted in (True, False):
+        [result] = engine.precompute([prompt])
+        assert result.computed is wanted
+
+
+# -- queries --------------------------------------------------------------------------------------------------------
+
+
+def test_the_stream_is_the_answer_with_the_same_statistics(engine, builder, chunks) -> None:
+    list(engine.precompute(map(builder.ingest, chunks[:2])))
+    prompt = builder.query(chunks[:2], "What?")
+    events = list(engine.stream(prompt, LONG, BlendOptions()))
+    done = events[-1]
+    assert isinstance(done, Completion)
+    assert "".join(e.text for e in events if isinstance(e, TextDelta)) == done.text == TEXT
+    assert len(events) > 10
+    assert engine.tokenizer.decode(done.token_ids) == TEXT
+    assert (done.finish_reason, done.warnings, done.stats.chunks_hit) == ("stop", (), 2)
+    assert engine.generate(prompt, LONG, BlendOptions()).token_ids == done.token_ids
+    assert engine.generate(prompt, SHORT, BlendOptions()).finish_reason == "length"
+
+
+def test_the_time_to_the_first_token_is_measured_here(engine, builder, server) -> None:
+    server.pause, server.hang = 0.02, 0.1
+    done = engine.generate(builder.query(["a"], "What?"), Sampling(max_tokens=10), OFF)
+    assert 100 <= done.stats.ttft_ms < 190  # the nine other tokens take 180 ms more
+
+
+def test_closing_a_stream_closes_the_connection(engine, builder, server) -> None:
+    server.pause = 0.01
+    stream = engine.stream(builder.query(["a"], "What?"), LONG, OFF)
+    next(stream)
+    stream.close()
+    assert server.gone.wait(5)
+
+
+async def test_async_twins_answer_the_same_at_once(engine, builder, server, chunks, connect) -> None:
+    prompt = builder.query(chunks[:2], "What?")
+    wanted = engine.generate(prompt, LONG, BlendOptions()).token_ids
+    server.hang = 0.1
+    begin = time.perf_counter()
+    several = await asyncio.gather(*(engine.agenerate(prompt, LONG, BlendOptions()) for _ in range(5)))
+    assert [done.token_ids for done in several] == [wanted] * 5
+    assert server.most_active > 1
+    assert time.perf_counter() - begin < 3
+    events = [event async for event in engine.astream(prompt, LONG, BlendOptions())]
+    assert "".join(e.text for e in events[:-1]) == events[-1].text == TEXT
+    server.version = "0.25.1"
+    older = connect(server.url)
+    assert (await older.agenerate(prompt, LONG, BlendOptions())).token_ids == wanted
+
+
+async def test_cancelling_an_async_answer_closes_the_connection(engine, builder, server) -> None:
+    server.pause = 0.05
+    task = asyncio.create_task(engine.agenerate(builder.query(["a"], "What?"), LONG, OFF))
+    await asyncio.sleep(0.3)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await asyncio.to_thread(server.gone.wait, 5)
+
+
+def test_stop_strings_end_the_answer_and_cost_the_statistics_not_the_truth(engine, builder, chunks) -> None:
+    list(engine.precompute(map(builder.ingest, chunks[:2])))
+    prompt = builder.query(chunks[:2], "What?")
+    done = engine.generate(prompt, Sampling(max_tokens=100, stop=("another",)), BlendOptions())
+    assert done.text == TEXT[: TEXT.find("another")]
+    assert done.finish_reason == "stop"
+    assert not done.stats.blended
+    assert "does not say" in done.warnings[0]
+    assert engine.info.can_blend
+
+
+def test_a_server_before_033_tells_in_whole_answers_only(server, connect, chunks, builder) -> None:
+    server.version, server.cached_details = "0.25.1", True
+    engine = connect(server.url)
+    list(engine.precompute(map(builder.ingest, chunks[:2])))
+    prompt = builder.query(chunks[:2], "What?")
+    whole = engine.generate(prompt, LONG, BlendOptions())
+    assert whole.stats.chunks_hit == 2
+    assert "one piece" in whole.warnings[0]
+    streamed = list(engine.stream(prompt, LONG, BlendOptions()))[-1]
+    assert not streamed.stats.blended
+    assert streamed.stats.computed_tokens == len(prompt)  # cached_tokens would count blended tokens as exact
+    assert "64 tokens were cached, exact or blended" in streamed.warnings[0]
+    full = list(engine.stream(prompt, LONG, OFF))[-1]
+    assert (full.stats.prefix_tokens, full.warnings) == (64, ())
+    assert engine.info.can_blend
+
+
+def test_a_server_without_our_connector_answers_and_says_so_once(engine, builder, server, chunks, caplog) -> None:
+    server.connector, server.cached_details = False, True
+    results = list(engine.precompute(map(builder.ingest, chunks)))
+    assert len(results) == 6
+    assert [record.levelname for record in caplog.records if "connector" in record.message] == ["WARNING"]
+    assert not engine.info.can_blend
+    assert "connector" in engine.info.why_not
+    done = engine.generate(builder.query(chunks, "What?"), LONG, BlendOptions())
+    assert done.text == TEXT
+    assert (done.stats.prefix_tokens, done.stats.reused_tokens, done.stats.blended) == (64, 0, False)
+    assert add_up(done)
+    server.connector = True
+    engine.generate(builder.query(chunks, "What?"), SHORT, BlendOptions())
+    assert engine.info.can_blend
+
+
+def test_a_failed_blend_says_why(engine, builder, server, chunks) -> None:
+    list(engine.precompute(map(builder.ingest, chunks[:2])))
+    server.failure = "no server"
+    done = engine.generate(builder.query(chunks[:2], "What?"), SHORT, BlendOptions())
+    assert done.text
+    assert "computed the prompt in full: no server" in done.warnings[0]
+    assert (done.stats.computed_tokens, done.stats.blended) == (done.stats.prompt_tokens, False)
+
+
+def test_statistics_that_do_not_add_up_are_left_out(engine, builder, server, monkeypatch) -> None:
+    wrong = {"prefix_tokens": 1, "reused_tokens": 10**6, "recomputed_tokens": 0, "computed_tokens": 0}
+    monkeypatch.setattr(server, "told", lambda number, body: {"lmcache_rag": wrong})
+    done = engine.generate(builder.query(["a"], "What?"), SHORT, BlendOptions())
+    assert (done.stats.reused_tokens, add_up(done)) == (0, True)
+    assert "make no sense" in done.warnings[0]
+
+
+def test_a_part_of_the_chunks_is_not_counted_as_all_or_none(engine, builder, chunks) -> None:
+    list(engine.precompute(map(builder.ingest, chunks[:2])))
+    done = engine.generate(builder.query(chunks[:4], "What?"), SHORT, BlendOptions())
+    assert done.stats.blended
+    assert (done.stats.chunks_hit, done.stats.chunks_missed) == (0, 0)
+
+
+def test_spans_settle_which_chunks_hit(engine, builder, server, chunks, monkeypatch) -> None:
+    prompt = builder.query(chunks[:4], "What?")
+    span = prompt.chunks[2]
+    found = span.end - span.start
+    told = {
+        "prefix_tokens": prompt.prefix_tokens,
+        "reused_tokens": found,
+        "recomputed_tokens": 0,
+        "computed_tokens": len(prompt) - prompt.prefix_tokens - found,
+        "spans": [[span.start, span.end]],
+    }
+    monkeypatch.setattr(server, "told", lambda number, body: {"lmcache_rag": told})
+    done = engine.generate(prompt, SHORT, BlendOptions())
+    assert (done.stats.chunks_hit, done.stats.chunks_missed) == (1, 3)
+
+
+# -- failures -------------------------------------------------------------------------------------------------------
+
+
+def test_a_server_that_is_not_there_is_an_error_with_a_remedy(engine, builder, server, connect) -> None:
+    server.shutdown()
+    server.server_close()
+    with pytest.raises(EngineUnavailableError, match=r"cannot be reached.*lmcache-rag serve"):
+        connect(server.url)
+    engine.close()  # its open connections are served by a thread of the dead server still
+    with pytest.raises(EngineUnavailableError, match="cannot be reached"):
+        engine.generate(builder.query(["a"], "What?"), SHORT, OFF)
+
+
+def test_with_two_servers_one_may_die(server, smollm2_tokenizer, chunks, connect, builder) -> None:
+    with vllm_serving(smollm2_tokenizer) as other:
+        engine = connect([other.url, server.url])
+        other.fail = [500] * 1000
+        for _ in range(3):
+            assert engine.generate(builder.query(["a"], "What?"), SHORT, OFF).text
+        assert len(list(engine.precompute(map(builder.ingest, chunks)))) == 6
+
+
+def test_a_server_that_hangs_ends_at_the_deadline(server, connect, chunks, builder) -> None:
+    engine = connect(server.url, timeout=0.3)
+    server.hang = 1.5
+    begin = time.perf_counter()
+    with pytest.raises(EngineUnavailableError, match=r"said nothing for 0.3 s.*LMCACHE_RAG_ENGINE_TIMEOUT_S"):
+        engine.generate(builder.query(["a"], "What?"), SHORT, OFF)
+    with pytest.raises(PrecomputeError, match="said nothing"):
+        list(engine.precompute([builder.ingest(chunks[0])]))
+    server.hang, server.pause = 0, 1.0
+    with pytest.raises(EngineUnavailableError, match="said nothing"):
+        list(engine.stream(builder.query(["a"], "What?"), SHORT, OFF))
+    assert time.perf_counter() - begin < 3
+
+
+@pytest.mark.parametrize("twin", ["stream", "astream"])
+async def test_a_connection_that_breaks_in_the_middle_is_no_answer(engine, builder, server, twin) -> None:
+    server.drop_after = 3
+    prompt, pieces = builder.query(["a"], "What?"), []
+    with pytest.raises(EngineUnavailableError, match="broke off"):
+        if twin == "stream":
+            for event in engine.stream(prompt, LONG, OFF):
+                pieces.append(event.text)
+        else:
+            async for event in engine.astream(prompt, LONG, OFF):
+                pieces.append(event.text)
+    assert len(pieces) == 3
+
+
+def test_a_prompt_longer_than_the_context_is_refused_here_and_there(engine, builder, server) -> None:
+    with pytest.raises(ContextLengthError, match="Retrieve fewer"):
+        engine.generate(builder.query(["word " * 9000], "What?"), SHORT, BlendOptions())
+    assert server.seen == []
+    server.context = 128  # the server was restarted with a shorter one
+    with pytest.raises(ContextLengthError, match="maximum context length is 128"):
+        engine.generate(builder.query(["word " * 200], "What?"), SHORT, BlendOptions())
+
+
+def test_an_answer_is_cut_to_the_room_that_the_context_leaves(engine, builder, server) -> None:
+    prompt = builder.query(["word " * 7000], "What?")
+    room = 8192 - len(prompt)
+    assert 0 < room < 10_000
+    engine.generate(prompt, Sampling(max_tokens=10_000), OFF)
+    assert server.seen[0]["max_tokens"] == room
+
+
+def test_a_server_whose_model_was_changed_refuses(engine, builder, server) -> None:
+    server.model = "other/model"
+    with pytest.raises(EngineError, match="does not exist"):
+        engine.generate(builder.query(["a"], "What?"), SHORT, OFF)
+
+
+def test_a_policy_that_does_not_exist_is_refused_here(engine, builder, server) -> None:
+    with pytest.raises(ConfigError, match="query, hkvd, head, none, all"):
+        engine.generate(builder.query(["a"], "What?"), SHORT, BlendOptions("best"))
+    assert server.seen == []
+
+
+# -- settings and the command line ----------------------------------------------------------------------------------
+
+
+def test_the_engine_is_a_setting_by_argument_environment_and_file(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("LMCACHE_RAG_ENGINE", raising=False)
+    assert Settings.load(tmp_path).engine == "embedded"
+    (tmp_path / "settings.toml").write_text('engine = ["http://a:1/", "http://b:2/v1"]\n')
+    assert Settings.load(tmp_path).engine == "http://a:1,http://b:2"
+    monkeypatch.setenv("LMCACHE_RAG_ENGINE", "http://c:3")
+    assert Settings.load(tmp_path, engine=[]).engine == "http://c:3"
+    assert Settings.load(tmp_path, engine=["http://d:4", "http://e:5"]).engine == "http://d:4,http://e:5"
+    assert Settings.load(tmp_path, engine=["embedded"]).engine == "embedded"
+    with pytest.raises(ConfigError, match=r"^engine: .*no URL"):
+        Settings.load(tmp_path, engine="vllm")
+
+
+def test_a_workspace_takes_urls_or_an_engine(engine, server, tmp_path) -> None:
+    with Workspace.open(tmp_path / "a", engine=engine) as workspace:
+        assert workspace.engine is engine
+    with Workspace.open(tmp_path / "b", engine=server.url) as workspace:
+        assert isinstance(workspace.engine, VLLMEngine)
+
+
+@pytest.fixture
+def call(server: FakeVLLM, tmp_path: Path) -> Any:
+    """Runs a command line against the server, as a user would."""
+    runner = CliRunner(env={n: None for n in os.environ if n.startswith("LMCACHE_RAG_")} | {"COLUMNS": "120"})
+
+    def run(*arguments: object, **env: str) -> Any:
+        options = [] if env else ["--engine", server.url]
+        return runner.invoke(app, [str(a) for a in (*arguments, *options, "--store", tmp_path / "store")], env=env)
+
+    return run
+
+
+def test_every_verb_works_against_a_server(call, server, chunks, tmp_path) -> None:
+    (tmp_path / "docs").mkdir()
+    for index, chunk in enumerate(chunks[:3]):
+        (tmp_path / "docs" / f"{index}.txt").write_text(chunk)
+    first = json.loads(call("ingest", tmp_path / "docs", "--json").stdout)
+    assert first["kv"]["computed"] == len(server.seen) > 2
+    again = json.loads(call("ingest", tmp_path / "docs", "--json").stdout)
+    assert (again["unchanged"], again["kv"]["computed"], again["kv"]["existed"]) == (3, 0, 0)
+
+    answer = json.loads(call("ask", "What?", "--json").stdout)
+    assert answer["text"] == TEXT
+    assert answer["stats"]["blended"]
+    assert answer["stats"]["chunks_hit"] >= 3  # a chunk shorter than a block is never kept
+    shown = call("ask", "What?", LMCACHE_RAG_ENGINE=server.url)
+    assert TEXT in shown.stdout
+    assert "from the store" in shown.stdout
+
+    sent = len(server.seen)
+    warmed = json.loads(call("warm", "--json").stdout)
+    assert (warmed["computed"], warmed["existed"]) == (0, first["kv"]["computed"])
+    assert len(server.seen) == sent + warmed["existed"]
+    server.memory.chains.clear()
+    server.memory.blocks.clear()
+    report = call("verify", "--no-repair", "--json")
+    assert report.exit_code == 1
+    assert {bad["status"] for bad in json.loads(report.stdout)["bad"]} == {"missing"}
+    assert call("verify", "--json").exit_code == 0
+    assert json.loads(call("verify", "--json").stdout)["bad"] == []
+
+    status = call("status")
+    assert server.url in status.stdout
+    assert MODEL in status.stdout
+
+
+def test_a_conversation_works_against_a_server(call, server, chunks, tmp_path) -> None:
+    (tmp_path / "a.txt").write_text(chunks[0])
+    assert call("ingest", tmp_path / "a.txt").exit_code == 0
+    runner = CliRunner()
+    place = ["--engine", server.url, "--store", str(tmp_path / "store")]
+    done = runner.invoke(app, ["chat", *place], input="What?\nAnd then?\n/stats\n")
+    assert done.exit_code == 0
+    assert done.stdout.count(TEXT) == 2
+    assert "reused" in done.stdout
+
+
+def test_a_server_that_is_absent_ends_a_verb_with_the_remedy(call, server, tmp_path, caplog) -> None:
+    server.shutdown()
+    server.server_close()
+    (tmp_path / "a.txt").write_text("some text")
+    done = call("ingest", tmp_path / "a.txt")
+    assert done.exit_code == 3
+    assert "cannot be reached" in done.stderr
+    assert "lmcache-rag serve" in done.stderr
