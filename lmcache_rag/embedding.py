@@ -10,7 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lmcache_rag.bert_encoder import BertEncoder
 from lmcache_rag.errors import ConfigError
+from lmcache_rag.imports import without_garbage_collection
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from lmcache_rag.sources import Source
 
 
+_CPU_BATCH = 8  # texts: more only adds padding
 PARTS = ("name", "dimension", "fingerprint", "embed_documents", "embed_query")
 
 
@@ -52,18 +55,19 @@ class Embedder(Protocol):
 class SentenceTransformerEmbedder:
     """An embedding model of sentence-transformers, found and loaded when it is first used.
 
-    A model that wants a prompt before queries or documents gets it.
+    A model that wants a prompt before queries or documents gets it. A plain BERT on a CPU is computed without the
+    library, which takes longer to import than the model to load; the vectors are the same.
 
     Args:
         path_or_name: Folder or name, see lmcache_rag.sources.find_embedder; None: the default embedder.
         device: "cpu", "cuda", "cuda:1" …; None: a GPU if there is one.
-        batch_size: Texts computed at once.
+        batch_size: Texts computed at once; None: 8 on a CPU, where more only adds padding, else 32.
     """
 
     def __init__(
-        self, path_or_name: str | Path | None = None, *, device: str | None = None, batch_size: int = 32
+        self, path_or_name: str | Path | None = None, *, device: str | None = None, batch_size: int | None = None
     ) -> None:
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1; got {batch_size}.")
         self._wanted, self._device, self._batch_size = path_or_name, device, batch_size
         self._lock = threading.RLock()
@@ -119,19 +123,28 @@ class SentenceTransformerEmbedder:
     def _encode(self, method: str, texts: list[str]) -> NDArray[np.float32]:
         # One at a time: a fast tokenizer's padding settings are shared, and torch uses every core already.
         with self._lock:
-            vectors = getattr(self._model, method)(
-                texts, batch_size=self._batch_size, show_progress_bar=False, convert_to_numpy=True
-            )
+            model = self._model
+            if isinstance(model, BertEncoder):
+                return unit_length(model.encode(texts, self._batch_size or _CPU_BATCH))
+            batch = self._batch_size or (_CPU_BATCH if model.device.type == "cpu" else 32)
+            vectors = getattr(model, method)(texts, batch_size=batch, show_progress_bar=False, convert_to_numpy=True)
         return unit_length(vectors)
 
     @cached_property
     def _model(self) -> Any:
-        import sentence_transformers
+        path = self._source.path
+        with without_garbage_collection():
+            import torch
 
-        with _no_progress_bars():
-            return sentence_transformers.SentenceTransformer(
-                str(self._source.path), device=self._device, local_files_only=True, trust_remote_code=False
-            )
+            on_cpu = self._device == "cpu" or (self._device is None and not torch.accelerator.is_available())
+            with _no_progress_bars():
+                if on_cpu and (plain := BertEncoder.open(path)):
+                    return plain
+                import sentence_transformers
+
+                return sentence_transformers.SentenceTransformer(
+                    str(path), device=self._device, local_files_only=True, trust_remote_code=False
+                )
 
 
 @contextmanager

@@ -57,8 +57,9 @@ class TimedClient:
         try:
             answer = await self._http.get("/v1/models")
             answer.raise_for_status()
-            self.model = answer.json()["data"][0]["id"]
-        except (httpx.HTTPError, KeyError, IndexError, ValueError) as problem:
+            served = answer.json()["data"]
+            self.model = next(each["id"] for each in served if not each.get("parent"))  # adapters have one
+        except (httpx.HTTPError, KeyError, StopIteration, TypeError, ValueError) as problem:
             raise EngineError(
                 f"No OpenAI server answers at {self.url}: {problem}", remedy="Start one: lmcache-rag serve MODEL."
             ) from problem

@@ -15,11 +15,12 @@ from lmcache_rag.bench.workload import Workload
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to ask: a server and the request's parameters."""
+    """One way to ask: a server and the request's parameters; `hot` names the chunks to it."""
 
     name: str
     url: str
     params: dict[str, Any] = field(default_factory=dict)
+    hot: bool = False
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,16 @@ class Row:
         return {**asdict(self), "median_ms": self.median, "min_ms": min(self.ttft_ms)}
 
 
-STEPS = ("prefix_tokens", "reused_tokens", "recomputed_tokens", "computed_tokens", "lookup_ms", "load_ms", "blend_ms")
+STEPS = (
+    "prefix_tokens",
+    "hot_tokens",
+    "reused_tokens",
+    "recomputed_tokens",
+    "computed_tokens",
+    "lookup_ms",
+    "load_ms",
+    "blend_ms",
+)
 
 
 class SpeedBench:
@@ -95,7 +105,7 @@ class SpeedBench:
             for arm in self.arms:
                 # A prompt of its own for each arm: none may find another's in a prefix cache.
                 number += 1
-                done = await self._clients[arm.url].ask(self.workload.prompt(tokens, number), arm.params)
+                done = await self._ask(arm, tokens, number)
                 if repeat >= 0:
                     taken[arm.name].append(done)
                 self._on_step()
@@ -109,6 +119,10 @@ class SpeedBench:
             rows.append(Row(arm.name, tokens, times, sooner, steps))
         return rows
 
+    async def _ask(self, arm: Arm, tokens: int, number: int, answer: int = 1) -> Timed:
+        params = arm.params | ({"lmcache_rag.chunks": self.workload.spans(tokens, number)} if arm.hot else {})
+        return await self._clients[arm.url].ask(self.workload.prompt(tokens, number), params, tokens=answer)
+
     async def throughput(
         self, arm: Arm, tokens: int, requests: int, *, at_once: int = 16, answer: int = 16
     ) -> dict[str, Any]:
@@ -117,8 +131,7 @@ class SpeedBench:
 
         async def one(number: int) -> None:
             async with gate:
-                prompt = self.workload.prompt(tokens, number)
-                done.append(await self._clients[arm.url].ask(prompt, arm.params, tokens=answer))
+                done.append(await self._ask(arm, tokens, number, answer))
                 self._on_step()
 
         begin = time.perf_counter()

@@ -41,11 +41,20 @@ class Workload:
 
     def prompt(self, tokens: int, number: int) -> list[int]:
         """A prompt of about so many tokens; each number has chunks, an order and a question of its own."""
-        count = max(1, min(self.chunks, (tokens - self.prefix - self.question) // (self.chunk + self.separator)))
-        order = random.Random(f"{self.seed}:order:{number}").sample(range(self.chunks), count)  # noqa: S311
+        order = self._order(tokens, number)
         ids = self._ids(self.prefix, "prefix")
         for place, index in enumerate(order):
             if place:
                 ids += self._ids(self.separator, "separator")
             ids += self._ids(self.chunk, "chunk", index)
         return ids + self._ids(self.question, "question", number)
+
+    def spans(self, tokens: int, number: int) -> list[list[int]]:
+        """Where that prompt's chunks stand."""
+        step = self.chunk + self.separator
+        starts = [self.prefix + place * step for place in range(len(self._order(tokens, number)))]
+        return [[start, start + self.chunk] for start in starts]
+
+    def _order(self, tokens: int, number: int) -> list[int]:
+        count = max(1, min(self.chunks, (tokens - self.prefix - self.question) // (self.chunk + self.separator)))
+        return random.Random(f"{self.seed}:order:{number}").sample(range(self.chunks), count)  # noqa: S311

@@ -9,6 +9,7 @@ import typer
 from lmcache_rag import __version__
 from lmcache_rag.cli import maintain
 from lmcache_rag.cli.ask import ask
+from lmcache_rag.cli.bench import speed
 from lmcache_rag.cli.chat import chat
 from lmcache_rag.cli.configure import settings
 from lmcache_rag.cli.doctor import doctor
@@ -60,3 +61,6 @@ app.command(
     context_settings={"allow_interspersed_args": False},  # what follows MODEL is vLLM's
 )(serve)
 app.command(rich_help_panel="Serve")(doctor)
+bench = typer.Typer(no_args_is_help=True, help="Measure a server.")
+bench.command()(speed)
+app.add_typer(bench, name="bench", rich_help_panel="Serve")

@@ -5,6 +5,7 @@ Written for LMCache 0.5.6. An LMCache server sends no answer at all when a call 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,6 +67,13 @@ class BlendLookup:
 def ensure_heartbeat(adapter: Any) -> None:
     """Watch the server from now on rather than from the first transfer on."""
     adapter._ensure_heartbeat_started()
+
+
+def safe_salt(salt: str) -> str:
+    """A salt that LMCache takes: it raises on some characters and on length, inside vLLM's scheduler."""
+    if len(salt) <= 128 and not set(salt) & set("@/\\\0"):
+        return salt
+    return hashlib.sha256(salt.encode()).hexdigest()
 
 
 def chunk_tokens(adapter: Any) -> int:
@@ -143,9 +151,13 @@ class WorkerLink:
         salt: str,
         configs: dict[str, Any] | None,
     ) -> Any:
-        """Ask for the exact prefix [start, end); what lies before `start` in its chunk is left alone."""
+        """Ask for the exact prefix [start, end); what lies before `start` in its chunk is left alone.
+
+        The server only knows whole chunks: a prefix that was cut short by a token is loaded to its chunk's end.
+        """
         chunk = self._adapter.lmcache_tokens_per_chunk
         begin = start // chunk * chunk
+        end = -(-end // chunk) * chunk
         key = self._adapter._create_key(list(token_ids), begin, end, request_id, salt, configs)
         transfer = self._adapter.transfer_ctx
         block = chunk // self._adapter.blocks_in_chunk

@@ -107,6 +107,11 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         """Scheduler: what the workers said."""
         self.set_xfer_handshake_metadata(metadata)
 
+    def _get_or_create_request_tracker(self, request: Any) -> Any:
+        tracker = super()._get_or_create_request_tracker(request)
+        tracker.cache_salt = compat_lmcache.safe_salt(tracker.cache_salt)
+        return tracker
+
     # -- scheduler ------------------------------------------------------------------------------------------------
 
     def _look_up(self, request: Any) -> Lookup | None:
@@ -162,7 +167,9 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         if self._side is not None and not self._why_not:
             tracker = self._get_request_tracker(request.request_id)
             own: list[int] = (blocks.get_block_ids() or ([],))[0]
-            self._side.allocated(request, list(own), num_external_tokens, tracker.request_configs)
+            self._side.allocated(
+                request, list(own), num_external_tokens, tracker.request_configs, salt=tracker.cache_salt
+            )
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         """LMCache's metadata of this step, with our plans."""

@@ -23,6 +23,19 @@ class Match:
     block: int = -1
 
 
+def spans_of(matches: Sequence[Match]) -> list[tuple[int, int]]:
+    """Matches as chunks: neighbours that were neighbours where they were cached are one."""
+    spans: list[tuple[int, int]] = []
+    before: Match | None = None
+    for match in matches:
+        if before is not None and before.end == match.start and before.old_end == match.old_start:
+            spans[-1] = (spans[-1][0], match.end)
+        else:
+            spans.append((match.start, match.end))
+        before = match
+    return spans
+
+
 @dataclass(frozen=True)
 class BlendPlan:
     """What a worker has to do for one request before its forward pass.
@@ -55,16 +68,8 @@ class BlendPlan:
 
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """The matches as chunks: neighbours that were neighbours where they were cached are one."""
-        spans: list[tuple[int, int]] = []
-        before: Match | None = None
-        for match in self.matches:
-            if before is not None and before.end == match.start and before.old_end == match.old_start:
-                spans[-1] = (spans[-1][0], match.end)
-            else:
-                spans.append((match.start, match.end))
-            before = match
-        return spans
+        """The matches as chunks, see spans_of."""
+        return spans_of(self.matches)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,20 @@ log = logging.getLogger("lmcache_rag")
 
 def register() -> None:
     """Remember the worker that loads the model. Never keeps vLLM from starting."""
+    _speak_as_vllm_does()
     try:
         from lmcache_rag.connector.compat_vllm import remember_workers
 
         remember_workers()
     except Exception as problem:
         log.warning("KV is not going to be blended: the lmcache_rag plugin failed: %s", problem)
+
+
+def _speak_as_vllm_does() -> None:
+    """Give our logger vLLM's handlers and level, unless somebody has set it up: a warning must not go unseen."""
+    vllm = logging.getLogger("vllm")
+    if not log.handlers and vllm.handlers:
+        for handler in vllm.handlers:
+            log.addHandler(handler)
+        log.setLevel(vllm.level)
+        log.propagate = False

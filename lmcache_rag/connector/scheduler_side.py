@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from lmcache_rag.connector.hot_side import HotSide, without_overlap
 from lmcache_rag.connector.options import ConnectorOptions
-from lmcache_rag.connector.plan import BlendPlan, BlendResult, Claim, Match, claim, request_options
+from lmcache_rag.connector.plan import BlendPlan, BlendResult, Claim, Match, claim, request_options, spans_of
 
 log = logging.getLogger("lmcache_rag")
 
@@ -180,7 +180,9 @@ class SchedulerSide:
         state = self._states.get(request_id)
         return state.lookup.result[0] if state and state.lookup and state.lookup.result else 0
 
-    def allocated(self, request: Any, block_ids: list[int], external: int, configs: dict[str, Any] | None) -> None:
+    def allocated(
+        self, request: Any, block_ids: list[int], external: int, configs: dict[str, Any] | None, *, salt: str = ""
+    ) -> None:
         """Blocks were allocated for a claim of `external` tokens: plan it, and give back what is not needed."""
         state = self._states.get(request.request_id)
         if state is None or state.planned:
@@ -208,7 +210,7 @@ class SchedulerSide:
                 tuple(block_ids),
                 state.policy,
                 state.ratio,
-                getattr(request, "cache_salt", None) or "",
+                salt,
                 configs,
             )
         )
@@ -285,14 +287,15 @@ def statistics(prompt: int, state: _State) -> dict[str, Any]:
     else:  # no plan reached a worker: vLLM's own prefix is all there was
         prefix, reused, recomputed = min(state.local, prompt), 0, 0
         failure = state.failure
-    spans = len(state.claim.matches) if state.claim and result and not result.failure else 0
+    placed = state.claim.matches if state.claim and result and not result.failure else ()
     return {
         "prompt_tokens": prompt,
         "prefix_tokens": prefix,
         "reused_tokens": reused,
         "recomputed_tokens": recomputed,
         "computed_tokens": prompt - prefix - reused - recomputed,
-        "blocks_hit": spans,
+        "blocks_hit": len(placed),
+        "spans": [list(span) for span in spans_of(placed)],
         "hot_tokens": result.hot_tokens if result else 0,
         "lookup_ms": round(state.lookup_ms, 3),
         "load_ms": round(result.load_ms, 3) if result else 0.0,
