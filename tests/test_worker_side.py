@@ -1,0 +1,164 @@
+"""The worker side: whatever LMCache does, the request's KV is right or vLLM is told which blocks are not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_model
+from paged_kit import PagedModel
+from test_blend_pass import PREFIX, Case
+
+from lmcache_rag.connector.paged import PagedSequence
+from lmcache_rag.connector.plan import BlendPlan, Match
+from lmcache_rag.connector.worker_side import WorkerSide
+from lmcache_rag.engines.hf_model import HFModel
+
+BLOCK = 16
+
+
+class Model(PagedModel):
+    """A paged model with what else a worker asks of it."""
+
+    block = BLOCK
+    device = torch.device("cpu")
+
+    def cache(self, layer: int) -> Any:
+        return self.caches[layer]
+
+    def all_ranks(self, fine: bool) -> bool:
+        return fine
+
+
+class Link:
+    """LMCache's end: places the case's KV, or fails in the way that is wanted."""
+
+    def __init__(self, case: Case, hf: HFModel, model: Model, sequence: PagedSequence, fault: str = "") -> None:
+        self._place = lambda: case.place(hf, model, sequence)
+        self._model, self.fault = model, fault
+        self.is_healthy = fault != "dead"
+        self.asked: list[str] = []
+
+    def submit_exact(self, *asked: Any) -> str:
+        self.asked.append("exact")
+        return "exact"
+
+    def submit_matches(self, *asked: Any) -> str:
+        self.asked.append("matches")
+        return "matches"
+
+    def arrived(self, future: str) -> bool:
+        if self.fault == "late":
+            return False
+        self._place()
+        if self.fault in ("damaged key", "damaged value", "damaged last value"):
+            # A whole block, of which no policy selects all; above hkvd's check layer, which would heal it.
+            layer = self._model.layers - 1 if "last" in self.fault else 2
+            self._model.caches[layer]["value" in self.fault][5, :, 0, 0] = float("nan")
+        return True
+
+
+@pytest.fixture(scope="module")
+def hf(tokenizer: Any) -> HFModel:
+    return HFModel.wrap(tiny_model("llama"), tokenizer)
+
+
+class World:
+    """A worker with one request: a prefix that vLLM holds, chunks that LMCache holds, a question."""
+
+    def __init__(self, hf: HFModel, fault: str = "", policy: str = "query", ratio: float = 0.3, **options: Any) -> None:
+        self.hf, self.case = hf, Case(hf, [40, 30, 50], [3, 0, 7], 12, 1)
+        self.model = Model(hf, layout="NHD", block=BLOCK, blocks=20)
+        self.sequence = PagedSequence.of(range(2, 16), BLOCK, "cpu")
+        prefix = self.case.kv[0]
+        for layer in range(hf.layers):
+            self.model.write(self.sequence, layer, 0, prefix.keys[layer], prefix.values[layer])
+        self.link = Link(self.case, hf, self.model, self.sequence, fault)
+        self.worker = WorkerSide(self.model, self.link, **options)  # type: ignore[arg-type]
+        matches = tuple(Match(a, b, PREFIX, PREFIX + b - a) for a, b in self.case.spans)
+        self.end = len(self.case.ids) - 1
+        self.plan = BlendPlan(
+            "r", tuple(self.case.ids), PREFIX, PREFIX, matches, self.end, tuple(range(2, 16)), policy, ratio
+        )
+
+    def run(self) -> Any:
+        self.worker.run(self.plan)
+        self.worker.finish()
+        (result,) = self.worker.take_results()
+        return result
+
+    def is_full_prefill(self) -> bool:
+        full = self.hf.buffer(len(self.case.ids))
+        ids = torch.tensor(self.case.ids)
+        self.hf.forward(ids[None], torch.arange(len(ids)), full)
+        pairs = [
+            (got, want[0, :, : self.end])
+            for layer in range(self.hf.layers)
+            for got, want in zip(
+                self.model.read(self.sequence, layer, self.end),
+                (full.layers[layer].keys, full.layers[layer].values),
+                strict=True,
+            )
+        ]
+        return all(torch.allclose(got, want, atol=1e-3, rtol=1e-3) for got, want in pairs)
+
+
+def test_a_blend_says_what_it_did(hf: HFModel) -> None:
+    world = World(hf)
+    result = world.run()
+    assert not result.failure
+    assert result.recomputed_tokens == round(0.3 * 120)
+    parts = (result.prefix_tokens, result.reused_tokens, result.recomputed_tokens, result.computed_tokens)
+    assert parts == (PREFIX, 84, 36, 3 + 7 + 11)
+    assert sum(parts) == world.end
+    assert not world.is_full_prefill()
+    assert world.worker.take_bad_blocks() == set()
+
+
+def test_ratio_one_is_a_full_prefill(hf: HFModel) -> None:
+    world = World(hf, ratio=1.0)
+    assert world.run().reused_tokens == 0
+    assert world.is_full_prefill()
+
+
+@pytest.mark.parametrize("fault", ["dead", "late"])
+def test_without_the_kv_everything_is_computed(hf: HFModel, fault: str, caplog: pytest.LogCaptureFixture) -> None:
+    world = World(hf, fault)
+    results = [world.run(), world.run()]
+    assert all(r.failure and r.reused_tokens == 0 and r.computed_tokens == world.end - PREFIX for r in results)
+    assert world.is_full_prefill()
+    assert (world.link.asked == []) == (fault == "dead")
+    assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 1
+
+
+@pytest.mark.parametrize("policy", ["query", "hkvd", "head", "none"])
+@pytest.mark.parametrize("fault", ["damaged key", "damaged value", "damaged last value"])
+def test_damaged_kv_is_reported(hf: HFModel, fault: str, policy: str) -> None:
+    world = World(hf, fault, policy)
+    result = world.run()
+    assert result.failure == "damaged KV"
+    assert result.reused_tokens == 0
+    bad = world.worker.take_bad_blocks()
+    assert bad == set(range(2 + PREFIX // BLOCK, 2 + -(-world.end // BLOCK)))
+
+
+@pytest.mark.parametrize("fault", ["damaged key", "damaged value", "damaged last value"])
+def test_damage_is_repaired_at_once_where_vllm_would_fail_the_request(hf: HFModel, fault: str) -> None:
+    world = World(hf, fault, may_report=False)
+    assert world.run().failure == "damaged KV"
+    assert world.is_full_prefill()
+    assert world.worker.take_bad_blocks() == set()
+
+
+def test_memory_that_runs_out_in_the_pass_means_computing(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmcache_rag.connector import blend_pass
+
+    world = World(hf)
+
+    def out_of_memory(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(blend_pass.BlendPass, "run", out_of_memory)
+    assert world.run().failure == "out of memory"
+    assert world.is_full_prefill()
