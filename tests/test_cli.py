@@ -28,7 +28,7 @@ from lmcache_rag.cli.app import app
 from lmcache_rag.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("ingest", "ask", "chat", "status", "warm", "verify", "remove", "prune", "settings")
+VERBS = ("ingest", "ask", "chat", "status", "warm", "verify", "remove", "prune", "settings", "serve", "doctor")
 TEXTS = {
     "rope.md": """# Rotary position embedding
 

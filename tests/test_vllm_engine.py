@@ -177,6 +177,7 @@ def test_token_ids_and_blend_options_arrive_exactly(engine, builder, server, chu
         "lmcache_rag.blend": "on",
         "lmcache_rag.policy": "hkvd",
         "lmcache_rag.ratio": 0.25,
+        "lmcache_rag.chunks": [[chunk.start, chunk.end] for chunk in prompt.chunks],
     }
     engine.generate(prompt, SHORT, OFF)
     assert server.seen[1]["kv_transfer_params"] == {"lmcache_rag.blend": "off"}

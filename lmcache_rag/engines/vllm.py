@@ -225,7 +225,7 @@ class VLLMEngine:
                 f"The prompt has {len(prompt)} tokens, the context holds {self._info.context_length} with the answer.",
                 remedy="Retrieve fewer chunks or ask a shorter question.",
             )
-        return self._body(prompt, sampling, wire.blend_params(blend))
+        return self._body(prompt, sampling, wire.blend_params(blend, prompt))
 
     def _body(self, prompt: QueryPrompt | IngestPrompt, sampling: Sampling, params: dict[str, Any]) -> dict[str, Any]:
         """A request that keeps what belongs to a tenant to itself.

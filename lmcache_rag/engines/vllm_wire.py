@@ -24,11 +24,16 @@ _TIMES = ("lookup_ms", "load_ms", "blend_ms")
 _VLLM_BLOCK = 16  # tokens of a block of vLLM's own prefix cache
 
 
-def blend_params(blend: BlendOptions) -> dict[str, Any]:
-    """How a request reuses KV, as our connector reads it; see lmcache_rag.connector.plan.request_options."""
+def blend_params(blend: BlendOptions, prompt: QueryPrompt | None = None) -> dict[str, Any]:
+    """How a request reuses KV, as our connector reads it; see lmcache_rag.connector.plan.request_options.
+
+    The chunks' places are named, so that the server can copy what it still holds itself; see lmcache_rag.connector.hot.
+    """
     if not blend.enabled:
         return {"lmcache_rag.blend": "off"}
-    return {"lmcache_rag.blend": "on", "lmcache_rag.policy": blend.policy, "lmcache_rag.ratio": blend.ratio}
+    params = {"lmcache_rag.blend": "on", "lmcache_rag.policy": blend.policy, "lmcache_rag.ratio": blend.ratio}
+    spans = [[chunk.start, chunk.end] for chunk in prompt.chunks] if prompt else []
+    return params | ({"lmcache_rag.chunks": spans} if spans else {})
 
 
 def request(
