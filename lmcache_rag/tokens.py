@@ -26,14 +26,15 @@ class PartTokenizer:
                 f"{type(tokenizer).__name__} has no fast backend.",
                 remedy="Use a model that comes with a tokenizer.json.",
             )
-        facts = json.loads(backend.to_str())
+        serialised = backend.to_str()
+        facts = json.loads(serialised)
         control = [token for token in facts["added_tokens"] if token["content"].strip()]
         facts["added_tokens"] = [token for token in facts["added_tokens"] if not token["content"].strip()]
         # The post-processor only adds special tokens around a text, and may name some that are gone now.
         facts["post_processor"] = None
         self._control = frozenset(int(token["id"]) for token in control)
         self._text = Tokenizer.from_str(json.dumps(facts))
-        self._template = Tokenizer.from_str(backend.to_str())
+        self._template = Tokenizer.from_str(serialised)
         for view in (self._text, self._template):
             view.no_truncation()
             view.no_padding()

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.engines.base import BlendOptions, Sampling
+from lmcache_rag.imports import without_garbage_collection
 from lmcache_rag.settings import Settings
 
 if TYPE_CHECKING:
@@ -72,16 +73,17 @@ class Workspace:
             from lmcache_rag.engines.vllm import VLLMEngine
 
             return VLLMEngine(self.settings.engine, self.settings.model, timeout=self.settings.engine_timeout_s)
-        from lmcache_rag.engines.embedded import EmbeddedEngine
+        with without_garbage_collection():
+            from lmcache_rag.engines.embedded import EmbeddedEngine
 
-        return EmbeddedEngine(
-            self.settings.model,
-            kv_dir=self.store.kv_dir,
-            device=self.settings.device,
-            dtype=self.settings.dtype,
-            kv_budget=int(self.settings.kv_budget_gb * _GB),
-            memory_budget=int(self.settings.memory_budget_gb * _GB),
-        )
+            return EmbeddedEngine(
+                self.settings.model,
+                kv_dir=self.store.kv_dir,
+                device=self.settings.device,
+                dtype=self.settings.dtype,
+                kv_budget=int(self.settings.kv_budget_gb * _GB),
+                memory_budget=int(self.settings.memory_budget_gb * _GB),
+            )
 
     @cached_property
     def embedder(self) -> Embedder:

@@ -73,7 +73,7 @@ class HFModel:
             ConfigError: There is no such dtype.
         """
         import torch
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         name = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
@@ -82,6 +82,9 @@ class HFModel:
         kind: torch.dtype = getattr(torch, name)
 
         def load() -> Any:
+            # Imports a lot, and a process that only retrieves never comes here.
+            from transformers import AutoModelForCausalLM
+
             return AutoModelForCausalLM.from_pretrained(path, dtype=kind, local_files_only=True, use_safetensors=True)
 
         try:
