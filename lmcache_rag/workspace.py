@@ -101,7 +101,9 @@ class Workspace:
 
         given = {"system": self.settings.system, "instruction": self.settings.instruction}
         words = PromptFormat(**{name: text for name, text in given.items() if text is not None})  # type: ignore[arg-type]
-        return PromptBuilder(self.engine.tokenizer, self.engine.info, format=words, tenant=self.settings.tenant)
+        engine = self.engine
+        with without_garbage_collection():  # a tokenizer is a large heap of small objects
+            return PromptBuilder(engine.tokenizer, engine.info, format=words, tenant=self.settings.tenant)
 
     @cached_property
     def splitter(self) -> Splitter:
