@@ -178,14 +178,21 @@ def test_the_help_imports_no_heavy_library() -> None:
     assert loaded.isdisjoint({"torch", "transformers", "sentence_transformers", "faiss", "numpy", "huggingface_hub"})
 
 
-def test_the_help_takes_less_than_half_a_second_of_computing() -> None:
-    def seconds() -> float:
+def test_the_help_takes_little_more_than_loading_the_libraries_that_print_it() -> None:
+    # Side by side and without coverage's tracing, so that neither a slow machine nor a busy one decides.
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("COVERAGE", "COV_"))}
+
+    def seconds(*arguments: str) -> float:
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        subprocess.run([sys.executable, "-m", "lmcache_rag.cli", "--help"], cwd=ROOT, capture_output=True, check=True)
+        subprocess.run([sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, check=True)
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
-    assert min(seconds() for _ in range(3)) < 0.7
+    libraries, help_ = [], []
+    for _ in range(3):
+        libraries.append(seconds("-m", "typer", "--help"))
+        help_.append(seconds("-m", "lmcache_rag.cli", "--help"))
+    assert min(help_) < 4 * min(libraries)  # numpy alone would be half of that, torch several times
 
 
 # -- wrong use --------------------------------------------------------------------------------------------------
