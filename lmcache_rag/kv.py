@@ -88,7 +88,7 @@ class KVKeeper:
         if self._store.read_only:
             return KVTotals()
         with self._store.writing(timeout=0):
-            known = self._store.registry.known_texts(texts).values()
+            known = self._store.registry.stored_texts(texts).values()
             absent = self._engine.missing([self._prompts.ingest(chunk.text) for chunk in known])
             return self.compute([chunk for chunk, gone in zip(known, absent, strict=True) if gone])
 

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TypeAlias
 
+from lmcache_rag.answering import Answering
 from lmcache_rag.engines.base import BlendOptions, Completion, ReuseStats, Sampling, TextDelta
 from lmcache_rag.engines.twins import iterate_in_thread
-from lmcache_rag.errors import ConfigError, LMCacheRAGError, PromptError, StoreLockedError
+from lmcache_rag.errors import ConfigError, LMCacheRAGError, PromptError
 from lmcache_rag.fitting import fit
-from lmcache_rag.kv import KVKeeper
 
 if TYPE_CHECKING:
     from lmcache_rag.embedding import Embedder
     from lmcache_rag.engines.base import Engine
     from lmcache_rag.prompt import PromptBuilder, Turn
     from lmcache_rag.store import Hit, Store
-
-log = logging.getLogger("lmcache_rag")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,10 +97,7 @@ class RAG:
         self.top_k = top_k
         self.sampling = sampling or Sampling()
         self.blend = blend or BlendOptions()
-        self.keep_missing = keep_missing
-        self._kv = KVKeeper(store, engine, prompts)
-        self._told = False
-        self._tell = threading.Lock()
+        self._answering = Answering(store, engine, prompts, keep_missing=keep_missing)
 
     # -- retrieval ----------------------------------------------------------------------------------------------
 
@@ -174,7 +167,7 @@ class RAG:
 
         After the Answer, missing KV is computed and kept; a caller that stops there skips this.
         """
-        sampling, blend = sampling or self.sampling, self._allowed(blend or self.blend)
+        sampling, blend = sampling or self.sampling, blend or self.blend
         found = list(hits) if hits is not None else self.retrieve(question, top_k=top_k)
         fitted = fit(
             self.prompts,
@@ -186,14 +179,12 @@ class RAG:
         )
         texts = [hit.text for hit in fitted.kept]
         prompt = self.prompts.query(texts, question, history)
-        for event in self.engine.stream(prompt, sampling, blend):
+        notes = []
+        if fitted.dropped:
+            notes.append(f"{len(fitted.dropped)} of {len(found)} chunks did not fit the context and were dropped.")
+        for event in self._answering.stream(texts, prompt, sampling, blend, notes):
             if isinstance(event, Completion):
-                if fitted.dropped:
-                    note = f"{len(fitted.dropped)} of {len(found)} chunks did not fit the context and were dropped."
-                    event = replace(event, warnings=(*event.warnings, note))
                 yield Answer(question, event.text, fitted.kept, fitted.dropped, event)
-                if self.keep_missing and blend.enabled and event.stats.chunks_missed:
-                    self._keep(texts)
             else:
                 yield event
 
@@ -260,28 +251,6 @@ class RAG:
         blended = self.ask(question, hits=hits)
         full = self.ask(question, hits=hits, blend=replace(self.blend, enabled=False))
         return Comparison(blended, full, first_difference(blended.completion.token_ids, full.completion.token_ids))
-
-    # -- inside -------------------------------------------------------------------------------------------------
-
-    def _allowed(self, blend: BlendOptions) -> BlendOptions:
-        """For an engine that falls back where it cannot blend: says so once, and asks it for a full prefill."""
-        info = self.engine.info
-        if blend.enabled and not info.can_blend and info.falls_back:
-            with self._tell:
-                if not self._told:
-                    self._told = True
-                    log.warning("%s does not blend: %s. Answers come from full prefills.", info.model, info.why_not)
-            return replace(blend, enabled=False)
-        return blend
-
-    def _keep(self, texts: Sequence[str]) -> None:
-        """Keep the KV that a query missed; not worth failing an answer for."""
-        try:
-            self._kv.keep(texts)
-        except StoreLockedError:
-            log.debug("another writer is at work; the missing KV stays for the next question")
-        except LMCacheRAGError as problem:
-            log.warning("The KV that was missing is not kept: %s", problem)
 
 
 def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:

@@ -43,7 +43,8 @@ class VLLMEngine:
     carries a `cache_salt`; without a tenant there is none, so that any other client of the server shares the KV.
 
     Whether the server blends is learned from its answers: `info.can_blend` is true until one shows that it does not.
-    The API key, if any, comes from the environment: LMCACHE_RAG_API_KEY.
+    The API key, if any, comes from the environment: LMCACHE_RAG_API_KEY. One that an LLM object of the user's holds for
+    this very server can be given instead.
 
     Args:
         urls: The servers, for example "http://localhost:8000"; a text with commas, or a list.
@@ -56,6 +57,7 @@ class VLLMEngine:
         attempts: How often a question is tried while the server cannot be reached or is overloaded.
         patience: The same for each chunk at ingestion.
         backoff: Longest first wait between two tries, in seconds; it doubles from try to try.
+        api_key: Of these servers; None: from the environment.
 
     Raises:
         EngineUnavailableError: A server cannot be reached.
@@ -75,8 +77,9 @@ class VLLMEngine:
         attempts: int = 3,
         patience: int = 8,
         backoff: float = 0.5,
+        api_key: str | None = None,
     ) -> None:
-        self._servers = Servers(server_urls(urls), timeout=timeout, attempts=attempts, backoff=backoff)
+        self._servers = Servers(server_urls(urls), timeout=timeout, attempts=attempts, backoff=backoff, api_key=api_key)
         self._lock = threading.Lock()
         self._blends: bool | None = None  # not known yet
         try:
@@ -87,6 +90,7 @@ class VLLMEngine:
             self.close()
             raise
         self._model, self._streams_tell = served.name, served.streams_tell
+        self.chat_takes_ids = served.chat_takes_ids
         self._info = EngineInfo(
             engine="vllm",
             model=served.root,
@@ -163,19 +167,19 @@ class VLLMEngine:
             EngineUnavailableError: No server can be reached, or it said nothing for too long.
             EngineError: The server refused.
         """
-        request = self._request(prompt, sampling, blend)
+        request = self.request(prompt, sampling, blend)
         gathered = wire.Gathered()
         if not self._streams_tell:
             gathered.take(self._servers.complete(request))
-            return self._finished(gathered, prompt, sampling, blend, streamed=False)
+            return self.finished(gathered, prompt, blend, streamed=False, stops=bool(sampling.stop))
         with self._servers.streaming(request) as parts:
             for part in parts:
                 gathered.take(part)
-        return self._finished(gathered, prompt, sampling, blend, streamed=True)
+        return self.finished(gathered, prompt, blend, streamed=True, stops=bool(sampling.stop))
 
     def stream(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Iterator[StreamEvent]:
         """Answer one prompt piece by piece. Closing the iterator stops the computation. Errors as for generate."""
-        return self._stream(self._request(prompt, sampling, blend), prompt, sampling, blend)
+        return self._stream(self.request(prompt, sampling, blend), prompt, sampling, blend)
 
     def _stream(
         self, request: dict[str, Any], prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions
@@ -185,37 +189,39 @@ class VLLMEngine:
             for part in parts:
                 if text := gathered.take(part):
                     yield TextDelta(text)
-        yield self._finished(gathered, prompt, sampling, blend, streamed=True)
+        yield self.finished(gathered, prompt, blend, streamed=True, stops=bool(sampling.stop))
 
     async def agenerate(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Completion:
         """Async twin of generate."""
-        request = self._request(prompt, sampling, blend)
+        request = self.request(prompt, sampling, blend)
         gathered = wire.Gathered()
         if not self._streams_tell:
             gathered.take(await self._servers.acomplete(request))
-            return self._finished(gathered, prompt, sampling, blend, streamed=False)
+            return self.finished(gathered, prompt, blend, streamed=False, stops=bool(sampling.stop))
         async with self._servers.astreaming(request) as parts:
             async for part in parts:
                 gathered.take(part)
-        return self._finished(gathered, prompt, sampling, blend, streamed=True)
+        return self.finished(gathered, prompt, blend, streamed=True, stops=bool(sampling.stop))
 
     async def astream(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> AsyncIterator[StreamEvent]:
         """Async twin of stream."""
-        request = self._request(prompt, sampling, blend)
+        request = self.request(prompt, sampling, blend)
         gathered = wire.Gathered()
         async with self._servers.astreaming(request) as parts:
             async for part in parts:
                 if text := gathered.take(part):
                     yield TextDelta(text)
-        yield self._finished(gathered, prompt, sampling, blend, streamed=True)
+        yield self.finished(gathered, prompt, blend, streamed=True, stops=bool(sampling.stop))
 
-    def close(self) -> None:
-        """Close the connections. Safe to call twice."""
-        self._servers.close()
+    # -- for other clients ------------------------------------------------------------------------------------------
 
-    # -- inside ---------------------------------------------------------------------------------------------------
+    def request(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> dict[str, Any]:
+        """Arguments of completions.create for a prompt, for whichever OpenAI client sends it.
 
-    def _request(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> dict[str, Any]:
+        Raises:
+            ContextLengthError: The prompt is longer than the context.
+            ConfigError: There is no such policy.
+        """
         from lmcache_rag.blend.policies import get_policy
 
         if blend.enabled:
@@ -226,6 +232,54 @@ class VLLMEngine:
                 remedy="Retrieve fewer chunks or ask a shorter question.",
             )
         return self._body(prompt, sampling, wire.blend_params(blend, prompt))
+
+    def finished(
+        self,
+        gathered: wire.Gathered,
+        prompt: QueryPrompt,
+        blend: BlendOptions,
+        *,
+        streamed: bool,
+        stops: bool = False,
+    ) -> Completion:
+        """The answer with what the server told of it, whichever OpenAI client got it.
+
+        Args:
+            gathered: What came.
+            prompt: What was asked.
+            blend: How KV was to be reused.
+            streamed: Whether the answer came as a stream.
+            stops: Whether stop strings were given.
+
+        Raises:
+            EngineUnavailableError: The answer broke off.
+        """
+        if gathered.reason is None:
+            raise EngineUnavailableError(
+                "The server broke off in the middle of an answer.", remedy="See the server's log, and ask again."
+            )
+        # A stop string is found in vLLM's front end, which aborts the request: its statistics never come.
+        self._learn(gathered, sure=not stops and (self._streams_tell or not streamed))
+        ids = tuple(gathered.ids) or tuple(self._tokenizer.encode(gathered.text, add_special_tokens=False))
+        done = wire.completion(
+            gathered,
+            prompt,
+            kv_block=self._info.kv_block,
+            blending=blend.enabled and self._blends is not False,
+            streamed=streamed,
+            ids=ids,
+        )
+        if blend.enabled and done.stats.chunks_missed:
+            for span in prompt.chunks:
+                if wire.whole_blocks(span, self._info.kv_block):
+                    self._chunks.known.discard(span.key)
+        return done
+
+    def close(self) -> None:
+        """Close the connections. Safe to call twice."""
+        self._servers.close()
+
+    # -- inside ---------------------------------------------------------------------------------------------------
 
     def _body(self, prompt: QueryPrompt | IngestPrompt, sampling: Sampling, params: dict[str, Any]) -> dict[str, Any]:
         """A request that keeps what belongs to a tenant to itself.
@@ -241,30 +295,6 @@ class VLLMEngine:
             room=self._info.context_length - len(prompt.token_ids),
             salt="" if prompt.fingerprint == plain else prompt.fingerprint,
         )
-
-    def _finished(
-        self, gathered: wire.Gathered, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions, *, streamed: bool
-    ) -> Completion:
-        if gathered.reason is None:
-            raise EngineUnavailableError(
-                "The server broke off in the middle of an answer.", remedy="See the server's log, and ask again."
-            )
-        # A stop string is found in vLLM's front end, which aborts the request: its statistics never come.
-        self._learn(gathered, sure=not sampling.stop and (self._streams_tell or not streamed))
-        ids = tuple(gathered.ids) or tuple(self._tokenizer.encode(gathered.text, add_special_tokens=False))
-        done = wire.completion(
-            gathered,
-            prompt,
-            kv_block=self._info.kv_block,
-            blending=blend.enabled and self._blends is not False,
-            streamed=streamed,
-            ids=ids,
-        )
-        if blend.enabled and done.stats.chunks_missed:
-            for span in prompt.chunks:
-                if wire.whole_blocks(span, self._info.kv_block):
-                    self._chunks.known.discard(span.key)
-        return done
 
     def _learn(self, gathered: wire.Gathered, *, sure: bool) -> None:
         """Whether the server blends. No statistics where they would have come mean that nobody there makes them."""

@@ -48,11 +48,21 @@ class Servers:
         timeout: Longest silence in seconds.
         attempts: How often a request is tried at most.
         backoff: Longest first wait between two tries, in seconds; it doubles from try to try.
+        api_key: None: from the environment.
     """
 
-    def __init__(self, urls: Sequence[str], *, timeout: float, attempts: int = 4, backoff: float = 0.25) -> None:
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        timeout: float,
+        attempts: int = 4,
+        backoff: float = 0.25,
+        api_key: str | None = None,
+    ) -> None:
         self.urls = tuple(urls)
         self.timeout, self._attempts, self._backoff = timeout, attempts, backoff
+        self._api_key = api_key
         self._clients: dict[str, openai.OpenAI] = {}
         self._lock = threading.Lock()
         self._turn = itertools.count()
@@ -202,7 +212,8 @@ class Servers:
     @cached_property
     def _options(self) -> dict[str, Any]:
         # The key comes from a variable of our own: OPENAI_API_KEY is a secret that no other server should see.
-        return {"api_key": os.environ.get(API_KEY) or "none", "max_retries": 0, "timeout": self._limits}
+        key = self._api_key or os.environ.get(API_KEY) or "none"
+        return {"api_key": key, "max_retries": 0, "timeout": self._limits}
 
     @cached_property
     def _limits(self) -> Any:

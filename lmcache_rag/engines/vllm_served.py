@@ -17,6 +17,7 @@ from lmcache_rag.errors import EngineError
 log = logging.getLogger("lmcache_rag")
 
 STREAMS_TELL = (0, 33)  # first vLLM whose streams carry kv_transfer_params
+CHAT_TAKES_IDS = (0, 32)  # first whose chat completions take kv_transfer_params.prompt_token_ids
 _PROBE = "The KV cache of 12,345 tokens: naïve façade, 日本語.\n\n  def f(x): return x"
 
 
@@ -29,6 +30,7 @@ class ServedModel:
         root: Where the server has it from: a Hugging Face name or a folder over there.
         context_length: Most tokens of prompt and answer together.
         streams_tell: Whether its streams can carry reuse statistics.
+        chat_takes_ids: Whether its chat completions take token ids.
         local: A folder here that was named for it; "" where none was.
     """
 
@@ -36,6 +38,7 @@ class ServedModel:
     root: str
     context_length: int
     streams_tell: bool
+    chat_takes_ids: bool
     local: str = ""
 
 
@@ -62,6 +65,7 @@ def served_model(servers: Servers, wanted: str | None) -> ServedModel:
         first,
         context_length=min(each.context_length for each in every),
         streams_tell=all(each.streams_tell for each in every),
+        chat_takes_ids=all(each.chat_takes_ids for each in every),
     )
 
 
@@ -101,7 +105,10 @@ def _served(servers: Servers, url: str, wanted: str | None) -> ServedModel:
         raise EngineError(
             f"{url} does not say how long its context is.", remedy="Name a vLLM server: lmcache-rag serve MODEL."
         )
-    return ServedModel(name, root, int(length), _version(servers, url) >= STREAMS_TELL, str(local or ""))
+    version = _version(servers, url)
+    return ServedModel(
+        name, root, int(length), version >= STREAMS_TELL, version >= CHAT_TAKES_IDS, local=str(local or "")
+    )
 
 
 def _is(wanted: str, local: Path | None, names: Sequence[str]) -> bool:

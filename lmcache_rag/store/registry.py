@@ -50,6 +50,13 @@ class Registry(KVTable):
             return
         yield from self._pages(queries.next_documents, lambda record: record.doc_id)
 
+    def doc_ids(self, prefix: str = "", *, source: str | None = None) -> list[str]:
+        """Ids of the documents whose ids begin so (and that have this source), in order; reads nothing else of them."""
+        sql = "SELECT doc_id FROM documents WHERE doc_id >= ?1 AND doc_id < ?2 AND (?3 IS NULL OR source = ?3)"
+        with self._database.read() as connection:
+            rows = connection.execute(f"{sql} ORDER BY doc_id", (prefix, prefix + "\U0010ffff", source)).fetchall()
+        return [row[0] for row in rows]
+
     def put_document(
         self,
         doc_id: str,
@@ -102,6 +109,14 @@ class Registry(KVTable):
                 condition += " AND embedder = ?"
                 parameters.append(embedder)
             found = queries.stored_chunks(connection, self._database.path, condition, parameters)
+        return {chunk.text_hash: chunk for chunk in found}
+
+    def stored_texts(self, texts: Iterable[str]) -> dict[str, StoredChunk]:
+        """Those of the texts that are chunks of a document, embedded or not, by their text_hash."""
+        wanted = {text_hash(text) for text in texts}
+        with self._database.read() as connection:
+            condition = "text_hash IN (SELECT value FROM json_each(?))"
+            found = queries.stored_chunks(connection, self._database.path, condition, [json.dumps(list(wanted))])
         return {chunk.text_hash: chunk for chunk in found}
 
     def chunks(self, chunk_ids: Iterable[int] | None = None) -> Iterator[StoredChunk]:

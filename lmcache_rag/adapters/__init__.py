@@ -1,0 +1,4 @@
+"""What the integrations share: KV for the texts of another store, and blended prompts for another client.
+
+Nothing here imports a framework.
+"""
