@@ -55,6 +55,11 @@ class Settings(BaseSettings):
         except ConfigError as problem:
             raise PydanticCustomError("engine", "{words}", {"words": str(problem)}) from None
 
+    @field_validator("model", "embedder", mode="before")
+    @classmethod
+    def _folder(cls, given: Any) -> Any:
+        return str(given) if isinstance(given, Path) else given
+
     @field_validator("policy")
     @classmethod
     def _known(cls, name: str) -> str:

@@ -143,3 +143,7 @@ def test_settings_cannot_be_changed_afterwards() -> None:
 
 def test_every_setting_has_a_description() -> None:
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
+
+
+def test_a_folder_may_be_a_path(tmp_path: Path) -> None:
+    assert Settings.load(model=tmp_path, embedder=tmp_path).model == str(tmp_path)

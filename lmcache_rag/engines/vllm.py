@@ -233,6 +233,15 @@ class VLLMEngine:
             )
         return self._body(prompt, sampling, wire.blend_params(blend, prompt))
 
+    def complete(self, request: dict[str, Any]) -> Any:
+        """Send a request, made by request() and changed at will; the server's own response.
+
+        Raises:
+            EngineUnavailableError: No server can be reached, or it said nothing for too long.
+            EngineError: The server refused.
+        """
+        return self._servers.complete(request)
+
     def finished(
         self,
         gathered: wire.Gathered,

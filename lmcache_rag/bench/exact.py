@@ -1,0 +1,170 @@
+"""How far blended answers are from those of a full prefill, and how much of the chunks they reuse: over any server."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from lmcache_rag.bench.traces import Source, Trace
+from lmcache_rag.engines.base import BlendOptions, QueryPrompt
+
+NEAR_TIE = 0.25  # nats: two steps of a bfloat16 logit between 16 and 32, so either token could have been the first
+FULL = BlendOptions(enabled=False)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question over some of the chunks, in an order."""
+
+    chunks: tuple[str, ...]
+    question: str
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One blended answer beside the full prefill's.
+
+    Attributes:
+        place: Index of the first token that differs; None: all are equal.
+        gap: How much likelier, in nats, the full prefill's own token was there; None where the other one was not among
+            its likeliest.
+        kl: KL divergence of the first token over the full prefill's likeliest, in nats.
+        cover: Share of the chunks' whole blocks that were taken from the cache; None where nobody says.
+    """
+
+    place: int | None
+    gap: float | None
+    kl: float
+    cover: float | None
+
+    @property
+    def near_tie(self) -> bool:
+        """Whether rounding alone can explain it."""
+        return self.place is not None and self.gap is not None and abs(self.gap) <= NEAR_TIE
+
+
+@dataclass(frozen=True)
+class Exactness:
+    """One arm over all prompts."""
+
+    arm: str
+    tokens: int
+    differences: tuple[Difference, ...] = field(repr=False)
+
+    @property
+    def equal(self) -> int:
+        """Prompts whose answers are equal to the last token."""
+        return sum(each.place is None for each in self.differences)
+
+    @property
+    def unexplained(self) -> int:
+        """Prompts whose answers differ, and not at a near tie."""
+        return sum(each.place is not None and not each.near_tie for each in self.differences)
+
+    @property
+    def kl(self) -> float:
+        """Mean KL of the first token, in nats."""
+        return statistics.fmean(each.kl for each in self.differences)
+
+    @property
+    def kl_interval(self) -> tuple[float, float]:
+        """95% bootstrap interval of that mean."""
+        return bootstrap([each.kl for each in self.differences])
+
+    @property
+    def least_cover(self) -> float | None:
+        """The smallest share of whole blocks that came from the cache."""
+        known = [each.cover for each in self.differences if each.cover is not None]
+        return min(known) if known else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        summary = {"equal": self.equal, "unexplained": self.unexplained, "kl": self.kl}
+        return {**asdict(self), **summary, "kl_interval": self.kl_interval, "least_cover": self.least_cover}
+
+
+def questions(chunks: Sequence[str], count: int, *, least: int = 4, most: int = 8, seed: int = 0) -> list[Asked]:
+    """Questions over random chunks in random order: each wants one of them continued, and what another is about."""
+    rng = random.Random(seed)  # noqa: S311 - a workload, no secret
+    asked = []
+    for _ in range(count):
+        own = rng.sample(list(chunks), min(len(chunks), rng.randint(least, most)))
+        first, second = (" ".join(text.split()[:8]) for text in (own[0], own[-1]))
+        asked.append(Asked(tuple(own), f'One passage begins "{first}". Continue it, then explain: "{second}".'))
+    return asked
+
+
+def permutations(chunks: Sequence[str], count: int, *, seed: int = 0) -> list[Asked]:
+    """The same chunks in so many random orders."""
+    rng = random.Random(f"{seed}:orders")  # noqa: S311
+    return [Asked(tuple(rng.sample(list(chunks), len(chunks))), "What do these passages say?") for _ in range(count)]
+
+
+def compare(
+    source: Source,
+    asked: Sequence[Asked],
+    arms: dict[str, BlendOptions],
+    *,
+    tokens: int = 64,
+    on_step: Callable[[], None] = lambda: None,
+) -> list[Exactness]:
+    """Ask every question once without reuse and once in each arm.
+
+    Args:
+        source: What answers; the chunks' KV must be there.
+        asked: The questions.
+        arms: Ways to reuse KV, by name.
+        tokens: Length of the answers.
+        on_step: Called after each question.
+    """
+    found: dict[str, list[Difference]] = {name: [] for name in arms}
+    for each in asked:
+        prompt = source.prompts.query(each.chunks, each.question)
+        full = source.trace(prompt, FULL, tokens)
+        for name, blend in arms.items():
+            got = source.trace(prompt, blend, tokens)
+            found[name].append(difference(full, got, cover(prompt, got.stats, source.prompts.info.kv_block)))
+        on_step()
+    return [Exactness(name, tokens, tuple(each)) for name, each in found.items()]
+
+
+def difference(full: Trace, got: Trace, covered: float | None = None) -> Difference:
+    """One answer beside the full prefill's."""
+    place = next((i for i, (a, b) in enumerate(zip(full.tokens, got.tokens, strict=True)) if a != b), None)
+    gap = None
+    if place is not None and got.tokens[place] in full.likely[place]:
+        gap = full.likely[place][full.tokens[place]] - full.likely[place][got.tokens[place]]
+    return Difference(place, gap, divergence(full.likely[0], got.likely[0]), covered)
+
+
+def divergence(full: dict[int, float], got: dict[int, float]) -> float:
+    """KL(full, got) over full's likeliest tokens, everything else as one, in nats.
+
+    A token that got does not list counts as likely as the least that it lists, so the value is a lower bound there.
+    """
+    floor = min(got.values())
+    pairs = [(math.exp(value), got.get(token, floor)) for token, value in full.items()]
+    inside = sum(p * (math.log(p) - q) for p, q in pairs if p > 0)
+    rest_p = max(1e-9, 1 - sum(p for p, _ in pairs))
+    rest_q = max(1e-9, 1 - sum(math.exp(q) for _, q in pairs))
+    return max(0.0, inside + rest_p * math.log(rest_p / rest_q))
+
+
+def cover(prompt: QueryPrompt, told: dict[str, Any], kv_block: int) -> float | None:
+    """Share of the chunks' whole blocks that the server took from its cache; None where it does not say."""
+    if "reused_tokens" not in told:
+        return None
+    whole = sum((chunk.end - chunk.start) // kv_block * kv_block for chunk in prompt.chunks)
+    exact = max(0, int(told["prefix_tokens"]) - prompt.prefix_tokens)
+    return (exact + int(told["reused_tokens"]) + int(told["recomputed_tokens"])) / whole if whole else None
+
+
+def bootstrap(values: Sequence[float], *, draws: int = 2000) -> tuple[float, float]:
+    """95% bootstrap interval of the mean."""
+    rng = random.Random(0)  # noqa: S311
+    means = sorted(statistics.fmean(rng.choices(values, k=len(values))) for _ in range(draws))
+    return means[int(0.025 * draws)], means[int(0.975 * draws) - 1]

@@ -1,0 +1,95 @@
+"""bench exact: how far blended answers are from a full prefill's, measured with a real engine."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lmcache_rag.bench.exact import (
+    bootstrap,
+    compare,
+    cover,
+    difference,
+    divergence,
+    permutations,
+    questions,
+)
+from lmcache_rag.bench.traces import EmbeddedSource, Trace
+from lmcache_rag.cli.app import app
+from lmcache_rag.engines.base import BlendOptions, ChunkSpan, QueryPrompt
+from lmcache_rag.prompt import PromptBuilder
+
+
+def test_everything_computed_again_is_equal_and_nothing_computed_again_is_not(make_engine, corpus, tmp_path):
+    engine = make_engine(tmp_path)
+    source = EmbeddedSource(engine, PromptBuilder(engine.tokenizer, engine.info))
+    source.keep(corpus)
+    steps: list[int] = []
+    arms = {"all": BlendOptions("query", 1.0), "none": BlendOptions("none", 0.0)}
+    found = compare(source, questions(corpus, 4), arms, tokens=8, on_step=lambda: steps.append(1))
+    everything, nothing = found
+    assert (everything.equal, everything.unexplained, len(steps)) == (4, 0, 4)
+    assert everything.kl < 1e-6 < 1e-4 < nothing.kl
+    low, high = nothing.kl_interval
+    assert low <= nothing.kl <= high
+    assert everything.as_dict()["least_cover"] is None  # the embedded engine's statistics are no part of this
+
+
+def test_questions_and_orders_are_repeatable_and_different() -> None:
+    chunks = [f"Passage {i} says something of its own, at some length." for i in range(20)]
+    asked = questions(chunks, 30, seed=3)
+    assert asked == questions(chunks, 30, seed=3) != questions(chunks, 30, seed=4)
+    assert all(4 <= len(each.chunks) == len(set(each.chunks)) <= 8 for each in asked)
+    orders = permutations(chunks[:10], 20)
+    assert all(sorted(each.chunks) == sorted(chunks[:10]) for each in orders)
+    assert len({each.chunks for each in orders}) == 20
+
+
+@pytest.mark.parametrize(("gap", "explained"), [(0.0, True), (0.125, True), (0.26, False), (None, False)], ids=str)
+def test_a_difference_is_explained_by_a_near_tie_only(gap: float | None, explained: bool) -> None:
+    there = {1: -0.7, 2: -0.7 - (gap or 0.0)} if gap is not None else {1: -0.7, 3: -5.0}
+    full = Trace((5, 1), ({5: -0.1}, there))
+    got = Trace((5, 2), ({5: -0.1}, {2: -0.6, 1: -0.9}))
+    found = difference(full, got)
+    assert (found.place, found.near_tie) == (1, explained)
+    assert difference(full, full).place is None
+
+
+def test_the_divergence_is_zero_for_equals_and_grows_with_distance() -> None:
+    rng = random.Random(0)
+    weights = [rng.random() for _ in range(20)]
+    full = {i: math.log(w / sum(weights) * 0.9) for i, w in enumerate(weights)}
+    moved = dict(zip(full, [*list(full.values())[1:], full[0]], strict=True))
+    assert divergence(full, full) == pytest.approx(0.0, abs=1e-9)
+    assert divergence(full, moved) > 0.05
+    two, other = {0: math.log(0.5), 1: math.log(0.5)}, {0: math.log(0.75), 1: math.log(0.25)}
+    assert divergence(two, other) == pytest.approx(0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25), rel=1e-4)
+
+
+def test_the_cover_counts_whole_blocks_only() -> None:
+    prompt = QueryPrompt(tuple(range(400)), 64, (ChunkSpan(64, 200, "a"), ChunkSpan(202, 330, "b")), 330, "f")
+    told = {"prefix_tokens": 128, "reused_tokens": 150, "recomputed_tokens": 42}
+    assert cover(prompt, told, 64) == pytest.approx((64 + 150 + 42) / 256)
+    assert cover(prompt, {}, 64) is None
+
+
+def test_the_interval_holds_the_mean() -> None:
+    values = [0.0] * 50 + [1.0] * 50
+    low, high = bootstrap(values)
+    assert 0.35 < low < 0.5 < high < 0.65
+
+
+def test_too_few_documents_and_no_server_are_said(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", "exact", str(tmp_path), "--engine", "http://127.0.0.1:9"])
+    assert result.exit_code != 0
+    assert "lmcache-rag serve" in " ".join(result.output.split())
+
+
+def test_the_embedded_engine_needs_a_model(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["bench", "exact", str(tmp_path), "--embedded"])
+    assert result.exit_code == 2
+    assert "--model" in result.output
