@@ -60,6 +60,7 @@ class FakeVLLM(ThreadingHTTPServer):
         self.root = model
         self.context = 8192
         self.connector = True
+        self.plugin = False  # makes streams of versions before 0.33 tell
         self.cached_details = False  # --enable-prompt-tokens-details
         self.failure = ""  # the connector cannot reach LMCache
         self.fail: list[int] = []  # statuses of the next completions
@@ -213,7 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
             choice = {
                 "index": 0,
                 "text": "".join(piece for piece, _ in pieces),
-                "logprobs": None,
+                "logprobs": _logprobs([token for _, token in pieces]) if body.get("logprobs") else None,
                 "finish_reason": reason,
                 "token_ids": [token for _, token in pieces],
             }
@@ -241,7 +242,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "finish_reason": reason if last else None,
                 "token_ids": [token],
             }
-            params = {"kv_transfer_params": told} if last and server.version >= "0.33" else {}
+            params = {"kv_transfer_params": told} if last and (server.version >= "0.33" or server.plugin) else {}
             self._event(head | {"choices": [choice]} | params)
             time.sleep(server.pause)
         self._event(head | {"choices": [], "usage": usage})
@@ -265,6 +266,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
+
+
+def _logprobs(ids: list[int]) -> dict[str, Any]:
+    """As vLLM gives them with return_tokens_as_token_ids: very sure of each token."""
+    return {"top_logprobs": [{f"token_id:{token}": -0.1, f"token_id:{token + 1}": -3.0} for token in ids]}
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import random
 from pathlib import Path
 
@@ -83,7 +85,7 @@ def test_the_interval_holds_the_mean() -> None:
     assert 0.35 < low < 0.5 < high < 0.65
 
 
-def test_too_few_documents_and_no_server_are_said(tmp_path: Path) -> None:
+def test_no_server_is_said_with_its_remedy(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["bench", "exact", str(tmp_path), "--engine", "http://127.0.0.1:9"])
     assert result.exit_code != 0
     assert "lmcache-rag serve" in " ".join(result.output.split())
@@ -93,3 +95,51 @@ def test_the_embedded_engine_needs_a_model(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["bench", "exact", str(tmp_path), "--embedded"])
     assert result.exit_code == 2
     assert "--model" in result.output
+
+
+# -- bench soak -------------------------------------------------------------------------------------------------
+
+
+def test_a_soak_counts_every_kind_and_notices_what_fails(tokenizer, tmp_path, sentences):
+    """Over a server without a model: its answers are always the same text, whatever is reused."""
+    from openai_kit import vllm_serving
+
+    documents = tmp_path / "docs"
+    documents.mkdir()
+    for i in range(14):
+        (documents / f"{i}.txt").write_text(" ".join(sentences[6 * i :][:6]))
+    with vllm_serving(tokenizer) as server:
+        arguments = ["bench", "soak", str(documents), "--engine", server.url, "--seconds", "3", "--json"]
+        arguments += ["--chunk-tokens", "128", "--watch", str(os.getpid()), "--disturb", f"touch {tmp_path / 'done'}"]
+        result = CliRunner().invoke(app, arguments)
+        report = json.loads(result.stdout)
+        assert result.exit_code == 0, result.output
+        assert (tmp_path / "done").exists()
+        assert set(report["requests"]) == {"blended", "ratio 1", "unblended", "aborted"}
+        assert report["reused"] > 0
+        assert report["failed"] == []
+        assert all(size > 100 for size in report["memory_mb"][str(os.getpid())])
+
+
+def test_a_soak_reports_failures_and_other_answers(tokenizer, corpus):
+    from openai_kit import vllm_serving
+
+    from lmcache_rag.bench.soak import Soak
+    from lmcache_rag.bench.traces import ServerSource
+    from lmcache_rag.engines.vllm import VLLMEngine
+
+    with vllm_serving(tokenizer) as server:
+        engine = VLLMEngine(server.url, tokenizer=tokenizer)
+        source = ServerSource(engine, PromptBuilder(engine.tokenizer, engine.info))
+        source.keep(corpus)
+        soak = Soak(source, corpus, tokens=4)
+        sound = soak.run(0.5)
+        assert (sound.sound, sound.differing) == (True, 0)
+        other = Trace((1, 2, 3, 4), tuple({token: -0.1} for token in (1, 2, 3, 4)))
+        soak.full = dict.fromkeys(soak.full, other)
+        server.fail = [500, 500, 500]
+        report = soak.run(0.5)
+        engine.close()
+    assert len(report.failed) == 3
+    assert report.differing > 0
+    assert not report.sound

@@ -11,6 +11,7 @@ from lmcache_rag.cli import maintain
 from lmcache_rag.cli.ask import ask
 from lmcache_rag.cli.bench import speed
 from lmcache_rag.cli.bench_exact import exact
+from lmcache_rag.cli.bench_soak import soak
 from lmcache_rag.cli.chat import chat
 from lmcache_rag.cli.configure import settings
 from lmcache_rag.cli.doctor import doctor
@@ -65,4 +66,5 @@ app.command(rich_help_panel="Serve")(doctor)
 bench = typer.Typer(no_args_is_help=True, help="Measure a server.")
 bench.command()(speed)
 bench.command(no_args_is_help=True)(exact)
+bench.command(no_args_is_help=True)(soak)
 app.add_typer(bench, name="bench", rich_help_panel="Serve")

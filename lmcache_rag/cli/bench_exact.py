@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lmcache_rag.bench.exact import Exactness
     from lmcache_rag.bench.traces import Source
     from lmcache_rag.engines.base import BlendOptions
+    from lmcache_rag.engines.vllm import VLLMEngine
     from lmcache_rag.prompt import PromptBuilder
 
 Documents = Annotated[list[str], typer.Argument(metavar="PATH...", help="Documents to take the chunks from.")]
@@ -70,11 +71,8 @@ def exact(
         raise ConfigError("--embedded needs the model's folder or name.", remedy="Give it with --model.")
     server = VLLMEngine(engine, model)
     builder = PromptBuilder(server.tokenizer, server.info)
-    chunks = _chunks(documents, builder, chunk_tokens)
-    # So many that the longest prompt and its answer fit the server's context.
-    most = min(8, (server.info.context_length - len(builder.prefix_ids) - tokens - 128) // (chunk_tokens + 4))
-    if most < 2:
-        raise ConfigError("The server's context does not hold two chunks.", remedy="Lower --chunk-tokens.")
+    chunks = read_chunks(documents, builder, chunk_tokens)
+    most = room_for_chunks(server, builder, tokens, chunk_tokens)
     asked = bench.questions(chunks, prompts, least=min(4, most), most=most)
     arms = {
         "query 1": BlendOptions("query", 1.0),
@@ -117,7 +115,24 @@ def exact(
         _show(run, found, prompts)
 
 
-def _chunks(documents: list[str], builder: PromptBuilder, size: int) -> list[str]:
+def room_for_chunks(server: VLLMEngine, builder: PromptBuilder, tokens: int, chunk_tokens: int) -> int:
+    """So many that the longest prompt and its answer fit the server's context; at most 8.
+
+    Raises:
+        ConfigError: There is not even room for two.
+    """
+    most = min(8, (server.info.context_length - len(builder.prefix_ids) - tokens - 128) // (chunk_tokens + 4))
+    if most < 2:
+        raise ConfigError("The server's context does not hold two chunks.", remedy="Lower --chunk-tokens.")
+    return most
+
+
+def read_chunks(documents: list[str], builder: PromptBuilder, size: int) -> list[str]:
+    """The chunks of all documents that can be read.
+
+    Raises:
+        ConfigError: There are too few to measure with.
+    """
     from lmcache_rag.documents import Splitter
     from lmcache_rag.ingest import Failure, expand
 

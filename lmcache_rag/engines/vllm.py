@@ -160,7 +160,7 @@ class VLLMEngine:
     # -- queries --------------------------------------------------------------------------------------------------
 
     def generate(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Completion:
-        """Answer one prompt. Streams inside where a stream tells the statistics; before vLLM 0.33 none does.
+        """Answer one prompt. Streams inside where streams tell the statistics: from vLLM 0.33 on, or once one did.
 
         Raises:
             ContextLengthError: The prompt is longer than the context.
@@ -233,6 +233,16 @@ class VLLMEngine:
             )
         return self._body(prompt, sampling, wire.blend_params(blend, prompt))
 
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The servers."""
+        return self._servers.urls
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a plain HTTP client must send to be let in."""
+        return self._servers.headers
+
     def complete(self, request: dict[str, Any]) -> Any:
         """Send a request, made by request() and changed at will; the server's own response.
 
@@ -267,6 +277,8 @@ class VLLMEngine:
             raise EngineUnavailableError(
                 "The server broke off in the middle of an answer.", remedy="See the server's log, and ask again."
             )
+        if streamed and gathered.told is not None and len(self._servers.urls) == 1:
+            self._streams_tell = True  # by our plugin, where the version alone would not
         # A stop string is found in vLLM's front end, which aborts the request: its statistics never come.
         self._learn(gathered, sure=not stops and (self._streams_tell or not streamed))
         ids = tuple(gathered.ids) or tuple(self._tokenizer.encode(gathered.text, add_special_tokens=False))

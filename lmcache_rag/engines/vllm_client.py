@@ -209,6 +209,12 @@ class Servers:
                 self._clients[url] = openai.OpenAI(base_url=f"{url}/v1", http_client=http, **self._options)
             return self._clients[url]
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """The API key as a header, if there is one."""
+        key = self._api_key or os.environ.get(API_KEY)
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
     @cached_property
     def _options(self) -> dict[str, Any]:
         # The key comes from a variable of our own: OPENAI_API_KEY is a secret that no other server should see.

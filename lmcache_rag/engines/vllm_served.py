@@ -16,7 +16,7 @@ from lmcache_rag.errors import EngineError
 
 log = logging.getLogger("lmcache_rag")
 
-STREAMS_TELL = (0, 33)  # first vLLM whose streams carry kv_transfer_params
+STREAMS_TELL = (0, 33)  # first vLLM whose streams carry kv_transfer_params without our plugin
 CHAT_TAKES_IDS = (0, 32)  # first whose chat completions take kv_transfer_params.prompt_token_ids
 _PROBE = "The KV cache of 12,345 tokens: naïve façade, 日本語.\n\n  def f(x): return x"
 

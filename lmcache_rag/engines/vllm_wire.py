@@ -156,7 +156,7 @@ def completion(
         if told is not None:
             warnings.append("The server's reuse statistics make no sense, so they are left out.")
         elif blending:
-            how = "in a stream (vLLM 0.33 and later do)" if streamed else "for this request"
+            how = "in a stream (vLLM 0.33 does, and older ones with our plugin)" if streamed else "for this request"
             known = "" if gathered.cached is None else f"; {gathered.cached} tokens were cached, exact or blended"
             warnings.append(f"The server does not say what it reused {how}{known}. All tokens are counted as computed.")
     if not streamed and len(ids) > 1:

@@ -1,0 +1,202 @@
+"""Requests of every kind, for minutes, while something is done to the servers: does any fail, hang, differ or leak?"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeAlias
+
+import httpx
+
+from lmcache_rag.bench.exact import Asked, difference, questions
+from lmcache_rag.bench.traces import ServerSource, Trace
+from lmcache_rag.engines.base import BlendOptions, QueryPrompt, Sampling
+
+Kind: TypeAlias = Literal["blended", "ratio 1", "unblended", "aborted"]
+SHARES: dict[Kind, float] = {"blended": 0.45, "ratio 1": 0.15, "unblended": 0.2, "aborted": 0.2}
+OPTIONS: dict[Kind, BlendOptions] = {
+    "blended": BlendOptions("query", 0.15),
+    "ratio 1": BlendOptions("query", 1.0),
+    "unblended": BlendOptions(enabled=False),
+    "aborted": BlendOptions("query", 0.15),
+}
+
+
+@dataclass
+class SoakReport:
+    """What came of it.
+
+    Attributes:
+        requests: How many of each kind came to their end.
+        failed: What was said of those that did not.
+        reused: Requests that reused chunk KV.
+        fallbacks: What the server said of requests that it computed in full instead.
+        differing: Answers at ratio 1 that differ from the full prefill's and not at a near tie.
+        near_ties: Those that differ at one.
+        slowest_s: Longest request.
+        gauges: What the server's /metrics said at the end of what should be zero then.
+        memory_mb: Resident megabytes of the watched processes, at a tenth of the time and at the end.
+    """
+
+    requests: Counter[str] = field(default_factory=Counter)
+    failed: list[str] = field(default_factory=list)
+    reused: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    differing: int = 0
+    near_ties: int = 0
+    slowest_s: float = 0.0
+    gauges: dict[str, float] = field(default_factory=dict)
+    memory_mb: dict[int, list[float]] = field(default_factory=dict)
+
+    @property
+    def sound(self) -> bool:
+        """Nothing failed, differed or stayed behind."""
+        return not self.failed and not self.differing and not any(self.gauges.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        facts = {f.name: getattr(self, f.name) for f in fields(self)}  # asdict() would count a Counter's pairs
+        return {name: dict(v) if isinstance(v, Counter) else v for name, v in facts.items()} | {"sound": self.sound}
+
+
+class Soak:
+    """Sends the requests.
+
+    Args:
+        source: The server; the chunks' KV should be there.
+        chunks: Texts to ask about.
+        tokens: Length of the answers.
+        concurrency: Requests in flight.
+        limit_s: A request that takes longer counts as failed.
+        watch: Process ids whose memory is noted.
+        most: Most chunks of a question.
+        on_step: Called after each request with the seconds gone by.
+
+    Attributes:
+        full: The full prefills' answers, taken before anything is disturbed.
+        report: What has come of it so far.
+    """
+
+    def __init__(
+        self,
+        source: ServerSource,
+        chunks: Sequence[str],
+        *,
+        tokens: int = 16,
+        concurrency: int = 8,
+        limit_s: float = 60.0,
+        watch: Sequence[int] = (),
+        most: int = 8,
+        on_step: Callable[[float], None] = lambda seconds: None,
+    ) -> None:
+        self._source, self._chunks, self._tokens = source, list(chunks), tokens
+        self._concurrency, self._limit, self._watch = concurrency, limit_s, tuple(watch)
+        self._on_step = on_step
+        self._asked = questions(self._chunks, 40, least=min(3, most), most=most)
+        self.full: dict[Asked, Trace] = {}
+        self.report = SoakReport()
+
+    def run(self, seconds: float, disturb: Sequence[Callable[[], None]] = ()) -> SoakReport:
+        """Go on for so long; what disturbs is called at equal distances in between."""
+        for asked in self._asked:
+            if asked in self.full:
+                continue
+            self.full[asked] = self._source.trace(self._prompt(asked), OPTIONS["unblended"], self._tokens)
+        asyncio.run(self._run(seconds, disturb))
+        return self.report
+
+    async def _run(self, seconds: float, disturb: Sequence[Callable[[], None]]) -> None:
+        begin = time.monotonic()
+        url = self._source.engine.urls[0]
+        async with httpx.AsyncClient(base_url=url, timeout=self._limit, headers=self._source.engine.headers) as http:
+            jobs = [self._worker(http, number, begin, seconds) for number in range(self._concurrency)]
+            jobs += [self._at(begin + seconds * (i + 1) / (len(disturb) + 1), each) for i, each in enumerate(disturb)]
+            jobs += [self._at(begin + seconds / 10, self._weigh)]
+            await asyncio.gather(*jobs)
+            await asyncio.sleep(3)  # for what ends after the last answer
+            self._weigh()
+            await self._read_gauges(http)
+
+    async def _at(self, moment: float, do: Callable[[], None]) -> None:
+        await asyncio.sleep(max(0.0, moment - time.monotonic()))
+        await asyncio.to_thread(do)
+
+    async def _worker(self, http: httpx.AsyncClient, number: int, begin: float, seconds: float) -> None:
+        rng = random.Random(number)  # noqa: S311 - a workload, no secret
+        kinds, shares = list(SHARES), list(SHARES.values())
+        while time.monotonic() - begin < seconds:
+            kind, asked = rng.choices(kinds, shares)[0], rng.choice(self._asked)
+            start = time.monotonic()
+            try:
+                await asyncio.wait_for(self._request(http, kind, asked, rng), self._limit)
+                self.report.requests[kind] += 1
+            except (httpx.HTTPError, TimeoutError, KeyError, ValueError) as problem:
+                self.report.failed.append(f"{kind}: {type(problem).__name__}: {problem}"[:300])
+            self.report.slowest_s = max(self.report.slowest_s, time.monotonic() - start)
+            self._on_step(time.monotonic() - begin)
+
+    async def _request(self, http: httpx.AsyncClient, kind: Kind, asked: Asked, rng: random.Random) -> None:
+        prompt = self._prompt(asked)
+        request = self._source.engine.request(prompt, Sampling(max_tokens=self._tokens), OPTIONS[kind])
+        body = {name: value for name, value in request.items() if name != "extra_body"}
+        body |= request["extra_body"] | {"ignore_eos": True}
+        if kind == "aborted":
+            async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
+                answer.raise_for_status()
+                if rng.random() < 0.5:  # else at once, most likely before the look-up is through
+                    async for _ in answer.aiter_lines():
+                        break
+            return
+        answer = await http.post("/v1/completions", json=body)
+        answer.raise_for_status()
+        data = answer.json()
+        tokens = tuple(data["choices"][0]["token_ids"])
+        told = (data.get("kv_transfer_params") or {}).get("lmcache_rag") or {}
+        self.report.reused += told.get("reused_tokens", 0) > 0
+        if told.get("failure"):
+            self.report.fallbacks[str(told["failure"])] += 1
+        if len(tokens) != self._tokens:
+            raise ValueError(f"{len(tokens)} tokens instead of {self._tokens}")
+        if kind != "blended":  # at ratio 1 and without blending the answer is the full prefill's
+            self._judge(asked, tokens)
+
+    def _judge(self, asked: Asked, tokens: tuple[int, ...]) -> None:
+        full = self.full[asked]
+        found = difference(full, Trace(tokens, full.likely))
+        if found.place is not None:
+            if found.near_tie:
+                self.report.near_ties += 1
+            else:
+                self.report.differing += 1
+
+    def _prompt(self, asked: Asked) -> QueryPrompt:
+        return self._source.prompts.query(asked.chunks, asked.question)
+
+    def _weigh(self) -> None:
+        for process in self._watch:
+            self.report.memory_mb.setdefault(process, []).append(resident_mb(process))
+
+    async def _read_gauges(self, http: httpx.AsyncClient) -> None:
+        """What vLLM still holds: running and waiting requests, and used blocks that no prefix cache explains."""
+        try:
+            text = (await http.get("/metrics")).raise_for_status().text
+        except httpx.HTTPError:
+            return
+        for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
+            values = [float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(f"{name}{{")]
+            if values:
+                self.report.gauges[name] = sum(values)
+
+
+def resident_mb(process: int) -> float:
+    """Resident memory of a process in megabytes; 0 where it is gone or the system has no /proc."""
+    try:
+        with open(f"/proc/{process}/status") as status:  # noqa: PTH123
+            line = next(line for line in status if line.startswith("VmRSS:"))
+    except (OSError, StopIteration):
+        return 0.0
+    return int(line.split()[1]) / 1024

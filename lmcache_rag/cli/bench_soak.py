@@ -1,0 +1,101 @@
+"""bench soak: requests of every kind, for minutes, while something is done to the servers."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from lmcache_rag.cli.bars import Bars
+from lmcache_rag.cli.bench_exact import Chunk, Documents, Engine, Model, read_chunks, room_for_chunks
+from lmcache_rag.cli.render import count
+from lmcache_rag.cli.run import Run
+from lmcache_rag.cli.verb import verb
+
+if TYPE_CHECKING:
+    from lmcache_rag.bench.soak import SoakReport
+
+Seconds = Annotated[float, typer.Option("--seconds", metavar="S", min=1, help="How long.")]
+Flight = Annotated[int, typer.Option("--in-flight", metavar="N", min=1, help="Requests at a time.")]
+Disturb = Annotated[
+    list[str], typer.Option("--disturb", metavar="COMMAND", help="Run on the way; repeatable.", show_default=False)
+]
+Watch = Annotated[
+    list[int], typer.Option("--watch", metavar="PID", help="Note its memory; repeatable.", show_default=False)
+]
+Tokens = Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Length of the answers.")]
+FAILED = 1
+
+
+@verb()
+def soak(
+    run: Run,
+    documents: Documents,
+    *,
+    engine: Engine = "http://localhost:8000",
+    model: Model = None,
+    seconds: Seconds = 360.0,
+    in_flight: Flight = 8,
+    tokens: Tokens = 16,
+    chunk_tokens: Chunk = 256,
+    disturb: Disturb = (),  # type: ignore[assignment]
+    watch: Watch = (),  # type: ignore[assignment]
+) -> int:
+    """Blended, unblended, exact and aborted requests, for minutes.
+
+    Answers without blending and at ratio 1 are compared with those of a full
+    prefill. Commands given by --disturb are run at equal distances; kill
+    LMCache with one. The exit status is 1 if any request failed, any answer
+    differed by more than a near tie, or vLLM held anything at the end.
+
+    [bold]Example[/bold]
+      lmcache-rag bench soak docs/ --disturb 'pkill -9 -f "lmcache server"'
+    """
+    from lmcache_rag.bench.soak import Soak
+    from lmcache_rag.bench.traces import ServerSource
+    from lmcache_rag.engines.vllm import VLLMEngine
+    from lmcache_rag.prompt import PromptBuilder
+
+    server = VLLMEngine(engine, model)
+    builder = PromptBuilder(server.tokenizer, server.info)
+    chunks = read_chunks(documents, builder, chunk_tokens)[:40]
+    source = ServerSource(server, builder)
+    source.keep(chunks)
+    with Bars(run, main="seconds") as bars:
+        test = Soak(
+            source,
+            chunks,
+            tokens=tokens,
+            concurrency=in_flight,
+            watch=watch,
+            most=room_for_chunks(server, builder, tokens, chunk_tokens),
+            on_step=lambda gone: bars.update("seconds", min(int(gone), int(seconds)), int(seconds)),
+        )
+        report = test.run(seconds, [partial(_disturb, command) for command in disturb])
+    server.close()
+    if run.json:
+        run.emit(report.as_dict())
+    else:
+        _show(run, report)
+    return 0 if report.sound else FAILED
+
+
+def _disturb(command: str) -> None:
+    subprocess.run(shlex.split(command), check=False)  # whether it found anything to kill shows in what follows
+
+
+def _show(run: Run, report: SoakReport) -> None:
+    parts = ", ".join(f"{number} {kind}" for kind, number in sorted(report.requests.items()))
+    run.out.print(f"{count(sum(report.requests.values()), 'request')}: {parts}; {report.reused} reused chunk KV")
+    run.out.print(f"Failed: {len(report.failed)}", *(f"  {each}" for each in dict.fromkeys(report.failed)), sep="\n")
+    run.out.print(f"Answers that differ from the full prefill's: {report.differing}, at near ties {report.near_ties}")
+    run.out.print(f"Slowest request: {report.slowest_s:.1f} s")
+    for reason, number in report.fallbacks.most_common():
+        run.out.print(f"Computed in full, {number}: {reason}")
+    for name, value in report.gauges.items():
+        run.out.print(f"{name} at the end: {value:g}")
+    for process, sizes in report.memory_mb.items():
+        run.out.print(f"Process {process}: {' then '.join(f'{size:.0f}' for size in sizes)} MB")
