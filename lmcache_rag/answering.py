@@ -67,7 +67,7 @@ class Answering:
         info = self._engine.info
         if blend.enabled and not info.can_blend and info.falls_back:
             with self._tell:
-                if not self._told:
+                if not self._told and not info.said_why:
                     self._told = True
                     log.warning("%s does not blend: %s. Answers come from full prefills.", info.model, info.why_not)
             return replace(blend, enabled=False)

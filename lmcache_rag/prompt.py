@@ -87,7 +87,7 @@ class PromptBuilder:
         self.format = format or PromptFormat()
         self.tenant = tenant
         self._hf = tokenizer
-        self._parts = PartTokenizer(tokenizer)
+        self._parts = PartTokenizer.of(tokenizer)
         self._lock = threading.Lock()
         self._chunks: OrderedDict[str, tuple[str, array[int]]] = OrderedDict()
         self._fold_system = self._needs_folding()
@@ -95,6 +95,11 @@ class PromptBuilder:
         self.fingerprint: str = info.fingerprint(self.prefix_ids, tenant)
 
     # -- the parts ----------------------------------------------------------------------------------------------
+
+    @property
+    def folds_system(self) -> bool:
+        """Whether the system text stands in the user's first turn, since the template has no fixed place for it."""
+        return self._fold_system
 
     def chunk_ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a chunk; special tokens in it are plain text. A list of the latest is kept."""

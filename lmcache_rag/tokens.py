@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
+import weakref
 from typing import Any
 
 from lmcache_rag.errors import PromptError
+
+_lock = threading.Lock()
+_made: weakref.WeakKeyDictionary[Any, tuple[int, PartTokenizer]] = weakref.WeakKeyDictionary()
 
 
 class PartTokenizer:
@@ -16,6 +21,16 @@ class PartTokenizer:
     tokenizer that knows no added tokens (those of white space alone stay: they are ordinary text), and its result is
     checked besides.
     """
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> PartTokenizer:
+        """The one of this tokenizer; making it copies the whole vocabulary, which takes most of a second."""
+        with _lock:
+            size, made = _made.get(tokenizer, (-1, None))
+            if made is None or size != len(tokenizer):  # tokens may have been added since
+                made = cls(tokenizer)
+                _made[tokenizer] = (len(tokenizer), made)
+            return made
 
     def __init__(self, tokenizer: Any) -> None:
         from tokenizers import Tokenizer

@@ -12,6 +12,7 @@ from models import tiny_model
 from openai_kit import FakeVLLM, vllm_serving
 
 from lmcache_rag import Workspace
+from lmcache_rag.adapters import resolve
 from lmcache_rag.adapters.blender import Blender, counts
 from lmcache_rag.adapters.register import KVRegister
 from lmcache_rag.adapters.resolve import as_workspace
@@ -32,6 +33,14 @@ def workspace(tmp_path: Path, tokenizer: Any) -> Iterator[Workspace]:
     with Workspace.open(tmp_path / "store", engine=engine, max_tokens=4) as opened:
         yield opened
     engine.close()
+
+
+@pytest.fixture(autouse=True)
+def no_connections_left() -> Iterator[None]:
+    """Workspaces of servers live as long as the process: here, as long as the test."""
+    yield
+    while resolve._by_server:
+        resolve._by_server.popitem()[1].engine.close()
 
 
 @pytest.fixture
@@ -276,6 +285,30 @@ def test_the_key_of_a_framework_s_client_goes_to_its_server(server, tmp_path, mo
     wrong = SimpleNamespace(api_base=server.url, api_key="x", model="another model")
     with pytest.raises(EngineError, match="not another model"):
         as_workspace(wrong, store=tmp_path / "s")
+
+
+def test_a_server_started_anew_with_another_model_is_noticed(server, tmp_path):
+    first = as_workspace(server.url, store=tmp_path / "s")
+    server.root = "another/model"
+    again = as_workspace(server.url, store=tmp_path / "s")
+    assert (again is first, again.engine.info.model) == (False, "another/model")
+    assert again.prompts.fingerprint != first.prompts.fingerprint
+    assert as_workspace(server.url, store=tmp_path / "s") is again
+
+
+def test_a_server_that_is_down_for_a_while_keeps_its_workspace(tokenizer, tmp_path):
+    with vllm_serving(tokenizer) as running:
+        first = as_workspace(running.url, store=tmp_path / "s")
+    assert as_workspace(running.url, store=tmp_path / "s") is first
+
+
+def test_a_server_that_does_not_blend_is_said_once_by_the_engine_alone(tmp_path, tokenizer, corpus, caplog):
+    with vllm_serving(tokenizer) as stock:
+        stock.connector = False
+        blender = Blender(as_workspace(stock.url, store=tmp_path / "s"))
+        for _ in range(3):
+            assert blender.answer(blender.prompted(corpus, "What?"), sampling=FOUR).text
+    assert len([record for record in caplog.records if "blend" in record.message]) == 1
 
 
 @pytest.mark.parametrize("source", [object(), SimpleNamespace(openai_api_base="https://api.openai.com/v1")])

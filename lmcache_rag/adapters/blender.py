@@ -208,11 +208,20 @@ class Blender:
         return wire.Gathered()
 
     def finished(
-        self, gathered: wire.Gathered, prompted: Prompted, *, streamed: bool, blend: BlendOptions | None = None
+        self,
+        gathered: wire.Gathered,
+        prompted: Prompted,
+        *,
+        streamed: bool,
+        blend: BlendOptions | None = None,
+        stops: bool = False,
     ) -> Completion:
-        """The answer with the statistics that the server told. What it did not say is not made up."""
+        """The answer with the statistics that the server told. What it did not say is not made up.
+
+        With `stops`, stop strings were given: then missing statistics do not mean that the server makes none.
+        """
         blend = self._answering.allowed(blend or self.blend)
-        done = self._vllm().finished(gathered, prompted.prompt, blend, streamed=streamed)
+        done = self._vllm().finished(gathered, prompted.prompt, blend, streamed=streamed, stops=stops)
         return _with_notes(done, prompted.notes)
 
     def keep(self, prompted: Prompted, done: Completion, *, blend: BlendOptions | None = None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lmcache_rag.engines.base import Engine
-from lmcache_rag.errors import ConfigError
+from lmcache_rag.errors import ConfigError, EngineError, EngineUnavailableError
 from lmcache_rag.settings import Settings
 from lmcache_rag.workspace import Workspace
 
@@ -68,10 +68,24 @@ def _served(url: str, key: Any, model: str | None, store: str) -> Workspace:
     word = secret() if secret else key
     name = (",".join(server_urls(url)), word if isinstance(word, str) else None, model, store)
     with _lock:
+        if name in _by_server and not _still_serves(_by_server[name]):
+            _by_server.pop(name).engine.close()
         if name not in _by_server:
             engine = VLLMEngine(name[0], model, api_key=name[1])
             _by_server[name] = Workspace.open(store, engine=engine)
         return _by_server[name]
+
+
+def _still_serves(workspace: Workspace) -> bool:
+    """Whether a server was not started anew with another model. One that is down may come back as it was."""
+    engine: Any = workspace.engine
+    try:
+        engine.check()
+    except EngineUnavailableError:
+        return True
+    except EngineError:
+        return False
+    return True
 
 
 def _attribute(source: Any, names: tuple[str, ...]) -> Any:

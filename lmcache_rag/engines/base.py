@@ -33,6 +33,7 @@ class EngineInfo:
         why_not: The reason when it cannot.
         falls_back: What an engine that cannot blend does when it is asked to: True, it answers by full prefills, and
             the caller says so once; False, it raises UnsupportedModelError.
+        said_why: Whether the engine has said in the log that it does not blend, so that nobody else needs to.
     """
 
     engine: str
@@ -46,6 +47,7 @@ class EngineInfo:
     can_blend: bool = True
     why_not: str = ""
     falls_back: bool = True
+    said_why: bool = False
 
     def fingerprint(self, prefix_ids: Sequence[int], tenant: str = "") -> str:
         """Name everything that a chunk's KV depends on besides the chunk, as 64 hex digits."""

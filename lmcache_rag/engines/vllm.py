@@ -28,7 +28,7 @@ from lmcache_rag.engines.base import (
 from lmcache_rag.engines.vllm_client import Servers, server_urls
 from lmcache_rag.engines.vllm_ingest import ChunkSender
 from lmcache_rag.engines.vllm_served import ServedModel, check_tokenizer, served_model
-from lmcache_rag.errors import ContextLengthError, EngineUnavailableError
+from lmcache_rag.errors import ContextLengthError, EngineError, EngineUnavailableError
 
 log = logging.getLogger("lmcache_rag")
 
@@ -114,7 +114,7 @@ class VLLMEngine:
     def info(self) -> EngineInfo:
         """What this engine serves, by what is known of the server."""
         if self._blends is False:
-            return replace(self._info, can_blend=False, why_not=NO_CONNECTOR)
+            return replace(self._info, can_blend=False, why_not=NO_CONNECTOR, said_why=True)
         return self._info
 
     @property
@@ -232,6 +232,19 @@ class VLLMEngine:
                 remedy="Retrieve fewer chunks or ask a shorter question.",
             )
         return self._body(prompt, sampling, wire.blend_params(blend, prompt))
+
+    def check(self) -> None:
+        """See that the servers are there and still serve this model.
+
+        Raises:
+            EngineUnavailableError: One cannot be reached.
+            EngineError: It serves another model now.
+        """
+        served = served_model(self._servers, self._model)
+        if served.root != self._info.model:
+            raise EngineError(
+                f"{self.urls[0]} serves {served.root} now, not {self._info.model}.", remedy="Open the engine anew."
+            )
 
     @property
     def urls(self) -> tuple[str, ...]:
