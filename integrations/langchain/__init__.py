@@ -1,12 +1,18 @@
-"""LangChain: the store's chunks as a retriever."""
+"""LangChain: a vector store that computes KV, a retriever, and the step of a chain that answers from it."""
 
 from __future__ import annotations
 
 from lmcache_rag.errors import OptionalDependencyError
 
 try:
+    from .blend import Blend, blend
+    from .faiss_store import FaissStore
+    from .prompt_value import ChunkedPromptValue
     from .retriever import LMCacheRetriever
+    from .vector_store import LMCacheVectorStore
 except ModuleNotFoundError as problem:  # pragma: no cover - only without the framework
+    if (problem.name or "").partition(".")[0] not in ("langchain_core", "langsmith"):
+        raise
     raise OptionalDependencyError("langchain-core", "langchain") from problem
 
-__all__ = ["LMCacheRetriever"]
+__all__ = ["Blend", "ChunkedPromptValue", "FaissStore", "LMCacheRetriever", "LMCacheVectorStore", "blend"]

@@ -1,12 +1,17 @@
-"""A LangChain retriever over the store."""
+"""A LangChain retriever over any retriever, any vector store, or our own store."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import asyncio
+from typing import TYPE_CHECKING, Any, Self
 
 from langchain_core.documents import Document
-from langchain_core.retrievers import BaseRetriever
+from langchain_core.retrievers import BaseRetriever, LangSmithRetrieverParams
+from langchain_core.runnables import Runnable, RunnableConfig
+from langchain_core.vectorstores import VectorStore, VectorStoreRetriever
+from pydantic import Field, model_validator
 
+from lmcache_rag.errors import ConfigError
 from lmcache_rag.rag import RAG
 
 if TYPE_CHECKING:
@@ -16,25 +21,96 @@ if TYPE_CHECKING:
 
 
 class LMCacheRetriever(BaseRetriever):
-    """Gives the store's chunks that are nearest to the question, best first.
+    """Gives chunks as they stand, best first: a Document that comes out is the one that the source gave.
+
+    Give one of `rag`, `retriever` and `vectorstore`. Keywords of a call (``filter``, ``score_threshold``, …) pass
+    through to a retriever or vector store.
 
     Attributes:
-        rag: Retrieves.
-        k: How many chunks; None: the RAG's own number. ``invoke(question, k=3)`` overrides it.
+        rag: Our own store.
+        retriever: Any retriever.
+        vectorstore: Any vector store, searched by `search_type` with `search_kwargs`.
+        k: How many chunks; None: as many as the source gives. ``invoke(question, k=3)`` overrides it.
+        search_type: "similarity", "similarity_score_threshold" or "mmr".
+        search_kwargs: For the search, for example ``{"filter": {"year": 2024}}``.
     """
 
-    rag: RAG
+    rag: RAG | None = None
+    retriever: Runnable[str, list[Document]] | None = None
+    vectorstore: VectorStore | None = None
     k: int | None = None
+    search_type: str = "similarity"
+    search_kwargs: dict[str, Any] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        if sum(source is not None for source in (self.rag, self.retriever, self.vectorstore)) != 1:
+            raise ConfigError("A retriever has one source.", remedy="Give rag=…, retriever=… or vectorstore=….")
+        if self.vectorstore is not None:
+            self._searching(self.vectorstore)  # which checks the type of search
+        return self
+
+    # **kwargs is declared, or LangChain would drop the keywords of a call.
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None, **kwargs: Any
     ) -> list[Document]:
-        return [_document(hit) for hit in self.rag.retrieve(query, top_k=k or self.k)]
+        k = self._wanted(k)
+        if self.rag is not None:
+            return [_document(hit) for hit in self.rag.retrieve(query, top_k=k)]
+        source, kwargs = self._source(k, kwargs)
+        return source.invoke(query, RunnableConfig(callbacks=run_manager.get_child()), **kwargs)[:k]
 
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None, **kwargs: Any
     ) -> list[Document]:
-        return [_document(hit) for hit in await self.rag.aretrieve(query, top_k=k or self.k)]
+        k = self._wanted(k)
+        if self.rag is not None:
+            return [_document(hit) for hit in await self.rag.aretrieve(query, top_k=k)]
+        source, kwargs = self._source(k, kwargs)
+        if kwargs and _drops_keywords(source):
+            config = RunnableConfig(callbacks=run_manager.get_sync().get_child())
+            return (await asyncio.to_thread(source.invoke, query, config, **kwargs))[:k]
+        return (await source.ainvoke(query, RunnableConfig(callbacks=run_manager.get_child()), **kwargs))[:k]
+
+    def _get_ls_params(self, **kwargs: Any) -> LangSmithRetrieverParams:
+        params = super()._get_ls_params(**kwargs)
+        store = self.vectorstore or getattr(self.retriever, "vectorstore", None)
+        if store is not None:
+            params["ls_vector_store_provider"] = type(getattr(store, "inner", store)).__name__
+            if getattr(store, "embeddings", None) is not None:
+                params["ls_embedding_provider"] = type(store.embeddings).__name__
+        elif self.rag is not None:
+            params["ls_vector_store_provider"] = "lmcache_rag"
+            params["ls_embedding_model"] = self.rag.embedder.name
+        return params
+
+    def _wanted(self, k: int | None) -> int | None:
+        k = self.k if k is None else k
+        if k is not None and k < 1:
+            raise ConfigError(f"k must be at least 1; got {k}.")
+        return k
+
+    def _source(self, k: int | None, kwargs: dict[str, Any]) -> tuple[Runnable[str, list[Document]], dict[str, Any]]:
+        """Whom to ask, and with which keywords."""
+        source = self._searching(self.vectorstore) if self.vectorstore is not None else self.retriever
+        assert source is not None  # noqa: S101 - the validator's promise
+        if k is not None and isinstance(source, BaseRetriever):  # any other Runnable need not know it
+            kwargs = {**kwargs, "k": k}
+        return source, kwargs
+
+    def _searching(self, vectorstore: VectorStore) -> Runnable[str, list[Document]]:
+        return VectorStoreRetriever(
+            vectorstore=vectorstore, search_type=self.search_type, search_kwargs=self.search_kwargs
+        )
+
+
+def _drops_keywords(source: Runnable[str, list[Document]]) -> bool:
+    """Whether a retriever has no async of its own: LangChain's stand-in for it refuses keywords."""
+    return (
+        isinstance(source, BaseRetriever)
+        and source._expects_other_args
+        and type(source)._aget_relevant_documents is BaseRetriever._aget_relevant_documents
+    )
 
 
 def _document(hit: Hit) -> Document:

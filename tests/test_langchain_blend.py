@@ -1,0 +1,442 @@
+"""blend(): a user's own model answers from blended KV, over real HTTP or in process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from embedded_server_kit import EmbeddedVLLM
+from langchain_core.documents import Document
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
+from langchain_core.tracers.base import BaseTracer
+from langchain_core.vectorstores import InMemoryVectorStore
+from langchain_kit import FAKE, Seen, client, fresh, light_tokenizer, passages, server, workspace
+from langchain_openai import ChatOpenAI, OpenAI
+from lmcache_rag.integrations.langchain import ChunkedPromptValue, LMCacheVectorStore, blend
+
+from lmcache_rag.adapters.resolve import as_workspace
+from lmcache_rag.engines.base import BlendOptions, QueryPrompt
+from lmcache_rag.errors import ConfigError, PromptError
+from lmcache_rag.prompt import PromptBuilder, PromptFormat
+
+QUESTION = "How is a key moved?"
+KINDS = {"completions": OpenAI, "chat": ChatOpenAI}
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    return light_tokenizer()
+
+
+@pytest.fixture
+def running(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedVLLM]:
+    fresh(monkeypatch, tmp_path)
+    with server(tokenizer, tmp_path / "server") as made:
+        yield made
+
+
+@pytest.fixture
+def texts(sentences: list[str]) -> list[str]:
+    return passages(sentences)
+
+
+class Case:
+    """A model, its vector store with passages in it, and the chain."""
+
+    def __init__(self, source: Any, texts: list[str], k: int = 3) -> None:
+        self.source = source
+        self.vectors = LMCacheVectorStore(InMemoryVectorStore(FAKE), source)
+        self.vectors.add_texts(texts)
+        self.retriever = self.vectors.as_retriever(search_kwargs={"k": k})
+        self.blend = blend(source)
+        self.chain: Any = {"documents": self.retriever, "question": RunnablePassthrough()} | self.blend
+
+    def prompt(self, question: str = QUESTION) -> QueryPrompt:
+        """What the prompt has to be."""
+        found = [doc.page_content for doc in self.retriever.invoke(question)]
+        return self.blend.blender.prompts.query(found, question)
+
+
+@pytest.fixture(params=["completions", "chat", "url", "workspace"])
+def case(
+    request: pytest.FixtureRequest, tokenizer: Any, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Case]:
+    fresh(monkeypatch, tmp_path)
+    if request.param == "workspace":
+        with workspace(tokenizer, tmp_path) as made:
+            yield Case(made, texts)
+        return
+    monkeypatch.setenv("LMCACHE_RAG_MAX_TOKENS", "4")
+    with server(tokenizer, tmp_path / "server") as made:
+        yield Case(made.url if request.param == "url" else client(KINDS[request.param], made), texts)
+
+
+def text_of(answer: Any) -> str:
+    return answer if isinstance(answer, str) else answer.text
+
+
+def test_every_way_of_asking_gives_the_same_blended_answer(case: Case) -> None:
+    right = case.blend.blender.engine.generate(case.prompt(), case.blend.blender.sampling, BlendOptions())
+    seen = Seen()
+    answers = [text_of(case.chain.invoke(QUESTION, {"callbacks": [seen]}))]
+    answers.append("".join(map(text_of, case.chain.stream(QUESTION, {"callbacks": [seen]}))))
+    answers += map(text_of, case.chain.batch([QUESTION, QUESTION], {"callbacks": [seen]}))
+    answers.append((case.chain | StrOutputParser()).invoke(QUESTION))
+    assert set(answers) == {right.text}
+    assert len(seen.events) == 4
+    for name, facts in seen.events:
+        assert name == "lmcache_rag"
+        assert facts["reused_tokens"] == right.stats.reused_tokens > 0
+        assert facts["chunks_hit"] == 3
+        assert facts["prompt_tokens"] == len(case.prompt())
+
+
+async def test_async_gives_it_too(case: Case) -> None:
+    right = case.blend.blender.engine.generate(case.prompt(), case.blend.blender.sampling, BlendOptions())
+    seen = Seen()
+    answers = [text_of(await case.chain.ainvoke(QUESTION, {"callbacks": [seen]}))]
+    answers.append("".join([text_of(piece) async for piece in case.chain.astream(QUESTION, {"callbacks": [seen]})]))
+    answers += map(text_of, await case.chain.abatch([QUESTION, QUESTION], {"callbacks": [seen]}))
+    assert set(answers) == {right.text}
+    assert [facts["reused_tokens"] for _, facts in seen.events] == [right.stats.reused_tokens] * 4
+
+
+async def test_events_stream(case: Case) -> None:
+    names, told = [], []
+    async for event in case.chain.astream_events(QUESTION, version="v2"):
+        names.append(event["event"])
+        if event["event"] == "on_custom_event":
+            told.append((event["name"], event["data"]))
+    assert {"on_retriever_end", "on_custom_event"} < set(names)
+    assert "on_chat_model_stream" in names or "on_llm_stream" in names
+    [(name, facts)] = told
+    assert name == "lmcache_rag"
+    assert facts["reused_tokens"] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("streams", [False, True])
+def test_token_ids_are_on_the_wire(running: EmbeddedVLLM, texts: list[str], kind: str, streams: bool) -> None:
+    case = Case(client(KINDS[kind], running), texts)
+    _ = list(case.chain.stream(QUESTION)) if streams else case.chain.invoke(QUESTION)
+    [body] = running.questions
+    prompt = case.prompt()
+    params = body["kv_transfer_params"]
+    assert (body["prompt"] if kind == "completions" else params["prompt_token_ids"]) == list(prompt.token_ids)
+    assert running.ids[-1] == list(prompt.token_ids)
+    assert params["lmcache_rag.chunks"] == [[chunk.start, chunk.end] for chunk in prompt.chunks]
+    assert body["return_token_ids"] is True
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_statistics_stand_in_the_models_own_run(running: EmbeddedVLLM, texts: list[str], kind: str) -> None:
+    case, seen = Case(client(KINDS[kind], running), texts), Seen()
+    answer = case.chain.invoke(QUESTION, {"callbacks": [seen]})
+    generation = seen.results[-1].generations[0][0]
+    assert generation.generation_info["lmcache_rag"]["reused_tokens"] > 0
+    assert seen.metadata[-1]["lmcache_rag_policy"] == "query"
+    assert seen.metadata[-1]["lmcache_rag_prompt_tokens"] == len(case.prompt())
+    assert seen.metadata[-1]["ls_provider"] == "openai"
+    if kind == "chat":
+        assert answer.response_metadata["lmcache_rag"] == generation.generation_info["lmcache_rag"]
+        assert answer.usage_metadata["input_tokens"] == len(case.prompt())
+    whole: Any = None
+    for piece in case.chain.stream(QUESTION, {"callbacks": [seen]}):
+        whole = piece if whole is None else whole + piece
+    if kind == "chat":
+        assert whole.response_metadata["lmcache_rag"]["reused_tokens"] > 0
+    generation = seen.results[-1].generations[0][0]
+    assert generation.generation_info["lmcache_rag"]["reused_tokens"] > 0
+
+
+def test_a_trace_has_the_models_name_and_the_statistics(running: EmbeddedVLLM, texts: list[str]) -> None:
+    class Tracer(BaseTracer):
+        def __init__(self) -> None:
+            super().__init__()
+            self.roots: list[Any] = []
+
+        def _persist_run(self, run: Any) -> None:
+            self.roots.append(run)
+
+    tracer, case = Tracer(), Case(client(ChatOpenAI, running), texts)
+    case.chain.invoke(QUESTION, {"callbacks": [tracer], "tags": ["mine"]})
+    [root] = tracer.roots
+    step = next(run for run in root.child_runs if run.name == "LMCacheBlend")
+    [model] = step.child_runs
+    assert model.name == "ChatOpenAI"
+    assert "mine" in model.tags
+    assert model.outputs["generations"][0][0]["generation_info"]["lmcache_rag"]["reused_tokens"] > 0
+    assert model.extra["metadata"]["lmcache_rag_chunks"] == 3
+    told = model.outputs["generations"][0][0]["generation_info"]["lmcache_rag"]
+    assert step.extra["metadata"]["lmcache_rag_reused_tokens"] == told["reused_tokens"]
+    list(case.chain.stream(QUESTION, {"callbacks": [tracer]}))
+    step = next(run for run in tracer.roots[-1].child_runs if run.name == "LMCacheBlend")
+    assert step.extra["metadata"]["lmcache_rag_reused_tokens"] == told["reused_tokens"]
+    assert "lmcache_rag_reused_tokens" not in tracer.roots[-1].extra.get("metadata", {})
+
+
+@pytest.mark.parametrize(("kind", "options"), [(OpenAI, {"streaming": True}), (ChatOpenAI, {"streaming": True})])
+async def test_a_model_that_always_streams(running: EmbeddedVLLM, texts: list[str], kind: Any, options: Any) -> None:
+    case, seen = Case(client(kind, running, **options), texts), Seen()
+    answers = [case.chain.invoke(QUESTION, {"callbacks": [seen]}), await case.chain.ainvoke(QUESTION)]
+    assert text_of(answers[0]) == text_of(answers[1]) != ""
+    assert all(body["stream"] for body in running.questions)
+    assert seen.events[0][1]["reused_tokens"] > 0
+    assert seen.results[-1].generations[0][0].generation_info["lmcache_rag"] == seen.events[0][1]
+
+
+async def test_response_headers_can_be_had_too(running: EmbeddedVLLM, texts: list[str]) -> None:
+    case = Case(client(ChatOpenAI, running, include_response_headers=True), texts)
+    answers = [case.chain.invoke(QUESTION), await case.chain.ainvoke(QUESTION)]
+    answers += [sum(list(case.chain.stream(QUESTION))[1:], next(case.chain.stream(QUESTION)))]
+    pieces = [piece async for piece in case.chain.astream(QUESTION)]
+    answers += [sum(pieces[1:], pieces[0])]
+    for answer in answers:
+        assert answer.response_metadata["headers"]["content-type"]
+        assert answer.response_metadata["lmcache_rag"]["reused_tokens"] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_extra_bodies_are_merged(running: EmbeddedVLLM, texts: list[str], kind: str) -> None:
+    own = {"min_p": 0.1, "kv_transfer_params": {"mine": 1}}
+    case = Case(client(KINDS[kind], running, extra_body=own), texts)
+    documents = case.retriever.invoke(QUESTION)
+    case.blend.invoke({"documents": documents, "question": QUESTION}, extra_body={"top_k": 7}, seed=5)
+    [body] = running.questions
+    assert (body["min_p"], body["top_k"], body["seed"]) == (0.1, 7, 5)
+    assert body["kv_transfer_params"]["mine"] == 1
+    assert body["kv_transfer_params"]["lmcache_rag.blend"] == "on"
+    assert running.ids[-1] == list(case.prompt().token_ids)
+    assert case.source.extra_body == own
+
+
+def test_blending_is_switched_off_per_call(case: Case) -> None:
+    seen = Seen()
+    off = {"configurable": {"lmcache_rag": {"enabled": False}}, "callbacks": [seen]}
+    case.chain.invoke(QUESTION, off)
+    case.chain.invoke(QUESTION, {"configurable": {"lmcache_rag": {"ratio": 1.0}}, "callbacks": [seen]})
+    case.chain.invoke(QUESTION, {"callbacks": [seen]})
+    full, exact, blended = [facts for _, facts in seen.events]
+    assert full["reused_tokens"] == full["recomputed_tokens"] == 0
+    assert exact["reused_tokens"] == 0 < exact["recomputed_tokens"]
+    assert blended["reused_tokens"] > 0
+    with pytest.raises(ConfigError, match="enabled"):
+        case.chain.invoke(QUESTION, {"configurable": {"lmcache_rag": {"speed": 9}}})
+
+
+def test_a_chat_model_of_an_old_server_says_that_ids_differ(
+    running: EmbeddedVLLM, texts: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    running.version = "0.31.0"
+    case, seen = Case(client(ChatOpenAI, running), texts), Seen()
+    for _ in range(2):
+        assert case.chain.invoke(QUESTION, {"callbacks": [seen]}).text
+    assert caplog.text.count("take no token ids") == 1
+    body = running.questions[-1]
+    assert "prompt_token_ids" not in body["kv_transfer_params"]
+    assert "lmcache_rag.chunks" not in body["kv_transfer_params"]
+    assert texts[0] in body["messages"][1]["content"] or texts[1] in body["messages"][1]["content"]
+    assert all(facts["reused_tokens"] == 0 for _, facts in seen.events)
+
+
+def test_a_chat_model_of_an_old_server_is_blended_where_the_ids_are_the_same(
+    tokenizer: Any, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmcache_rag.engines.vllm import VLLMEngine
+
+    fresh(monkeypatch, tmp_path)
+    monkeypatch.setitem(VLLMEngine.__init__.__kwdefaults__, "kv_block", 1)  # no filler, whose tokens would merge
+    with server(tokenizer, tmp_path / "server", version="0.31.0") as running:
+        running.engine._info = replace(running.engine.info, kv_block=1)
+        words = PromptFormat(context_head="\nPassages:\n", separator="\n", question="\nQuestion:\n{question}")
+        running.prompts = PromptBuilder(tokenizer, running.engine.info, format=words)
+        llm = client(ChatOpenAI, running)
+        made = as_workspace(llm)
+        made.__dict__["prompts"] = PromptBuilder(tokenizer, made.engine.info, format=words)
+        case, seen = Case(llm, texts), Seen()
+        case.chain.invoke(QUESTION, {"callbacks": [seen]})
+        assert "messages" in running.questions[-1]
+        assert running.ids[-1] == list(case.prompt().token_ids)
+        assert seen.events[-1][1]["reused_tokens"] > 0
+
+
+def test_a_name_that_routes_to_the_responses_api_is_asked_by_chat(running: EmbeddedVLLM, texts: list[str]) -> None:
+    case = Case(client(ChatOpenAI, running, use_responses_api=True), texts)
+    case.chain.invoke(QUESTION)
+    [body] = running.questions
+    assert body["path"] == "/v1/chat/completions"
+    assert case.source.use_responses_api is True
+
+
+@pytest.mark.parametrize(("given", "sent"), [(-1, 0), (256, 0), (8, 8)])
+def test_most_tokens_fit_the_context(running: EmbeddedVLLM, texts: list[str], given: int, sent: int) -> None:
+    length = len(running.prompts.query(texts[:1], QUESTION))
+    running.context = 2 * length
+    case = Case(client(OpenAI, running, max_tokens=given), texts[:1], k=1)
+    case.chain.invoke(QUESTION)
+    [body] = running.questions
+    assert len(body["prompt"]) == length
+    assert body["max_tokens"] == (sent or length)
+
+
+def test_a_bound_model_keeps_its_keywords_and_tags(running: EmbeddedVLLM, texts: list[str]) -> None:
+    case, seen = Case(client(OpenAI, running), texts), Seen()
+    bound = case.source.bind(stop=["zzz"]).with_config(tags=["bound"])
+    chain: Any = {"documents": case.retriever, "question": RunnablePassthrough()} | blend(bound)
+    chain.invoke(QUESTION, {"callbacks": [seen]})
+    assert running.questions[-1]["stop"] == ["zzz"]
+    assert seen.events[-1][1]["reused_tokens"] > 0
+
+
+def test_stop_strings_do_not_make_a_server_look_stock(
+    running: EmbeddedVLLM, texts: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    case = Case(client(OpenAI, running), texts)
+    whole = case.chain.invoke(QUESTION)
+    case.blend.invoke({"documents": case.retriever.invoke(QUESTION), "question": QUESTION}, stop=[whole[3:6]])
+    assert "without lmcache-rag's connector" not in caplog.text
+    assert case.blend.blender.engine.info.can_blend
+
+
+def test_what_a_blended_prompt_cannot_carry_is_refused(running: EmbeddedVLLM, texts: list[str]) -> None:
+    case = Case(client(ChatOpenAI, running), texts)
+    ask = {"documents": texts, "question": QUESTION}
+    with pytest.raises(ConfigError, match="tools"):
+        blend(case.source.bind(tools=[{"type": "function"}])).invoke(ask)
+    with pytest.raises(ConfigError, match="structured output"):
+        blend(case.source.bind(response_format={"type": "json_object"})).invoke(ask)
+    with pytest.raises(ConfigError):
+        blend(RunnableLambda(str)).invoke(ask)
+    assert not running.questions
+
+
+def test_langchains_cache_answers_without_a_request(running: EmbeddedVLLM, texts: list[str]) -> None:
+    from langchain_core.caches import InMemoryCache
+
+    for kind in (OpenAI, ChatOpenAI):
+        case, seen = Case(client(kind, running, cache=InMemoryCache()), texts), Seen()
+        before = len(running.questions)
+        first, second = (text_of(case.chain.invoke(QUESTION, {"callbacks": [seen]})) for _ in range(2))
+        assert first == second
+        assert len(running.questions) == before + 1
+        assert len(seen.events) == 1  # nothing was reused for the second: no statistics are made up
+        case.chain.invoke(QUESTION, {"configurable": {"lmcache_rag": {"enabled": False}}})
+        assert len(running.questions) == before + 2  # another answer than the blended one
+
+
+def test_history_stands_behind_the_passages(case: Case, texts: list[str]) -> None:
+    history = [HumanMessage("Who?"), AIMessage("Me."), ("human", "Really?"), HumanMessage("Say."), AIMessage("Yes.")]
+    seen = Seen()
+    ask = {"context": texts[:2], "input": QUESTION, "chat_history": history}
+    case.blend.invoke(ask, {"callbacks": [seen]})
+    facts = seen.events[-1][1]
+    assert facts["chunks_hit"] == 2
+    assert facts["reused_tokens"] > 0
+    assert facts["prompt_tokens"] > len(case.blend.blender.prompts.query(texts[:2], QUESTION))
+    with pytest.raises(ConfigError, match="SystemMessage"):
+        case.blend.invoke(ask | {"chat_history": [SystemMessage("Be brief.")]})
+    with pytest.raises(PromptError, match="roles"):
+        case.blend.invoke(ask | {"chat_history": [AIMessage("Hello.")]})
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("text", "takes documents and a question"),
+        ({"question": "q"}, "no 'documents'"),
+        ({"documents": "joined text", "question": "q"}, "The documents are str"),
+        ({"documents": [3], "question": "q"}, "A document is a int"),
+        ({"documents": [], "question": 3}, "The question is int"),
+    ],
+)
+def test_wrong_input_says_what_to_do(given: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        blend("http://127.0.0.1:9").invoke(given)
+
+
+def test_the_prompt_value_has_text_messages_ids_and_parts(case: Case, texts: list[str]) -> None:
+    from lmcache_rag.integrations.langchain.prompt_value import prompt_value
+
+    blender = case.blend.blender
+    prompted = blender.prompted(texts[:3], QUESTION)
+    value = prompt_value(blender.prompts, blender.engine.tokenizer, prompted)
+    assert isinstance(value, ChunkedPromptValue)
+    assert value.token_ids == list(prompted.prompt.token_ids)
+    ends = [0, *(part["end"] for part in value.segments)]
+    assert [part["start"] for part in value.segments] == ends[:-1]
+    assert ends[-1] == len(value.token_ids)
+    kinds = ["prefix", "chunk", "separator", "chunk", "separator", "chunk", "suffix"]
+    assert [part["kind"] for part in value.segments] == kinds
+    chunks = [part for part in value.segments if part["kind"] == "chunk"]
+    assert [blender.engine.tokenizer.decode(value.token_ids[c["start"] : c["end"]]) for c in chunks] == texts[:3]
+    assert all(text in value.to_string() for text in (*texts[:3], QUESTION))
+    system, human = value.to_messages()
+    assert system.type == "system"
+    assert all(text in human.text for text in (*texts[:3], QUESTION))
+
+
+def test_the_same_source_is_one_workspace_for_store_and_chain(running: EmbeddedVLLM) -> None:
+    llm = client(OpenAI, running)
+    assert as_workspace(llm) is as_workspace(client(ChatOpenAI, running, max_tokens=9))
+
+
+def test_scores_decide_what_is_dropped(case: Case, texts: list[str]) -> None:
+    documents = [Document(text, metadata={"relevance_score": i}) for i, text in enumerate(texts)]
+    from lmcache_rag.integrations.langchain.inputs import asked_of
+
+    assert asked_of({"documents": documents, "question": "q"}).scores == (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
+    assert asked_of({"documents": [*documents, "x"], "question": "q"}).scores is None
+
+
+async def test_the_step_fits_into_larger_chains(case: Case) -> None:
+    whole = RunnableParallel(documents=case.retriever, question=RunnablePassthrough()).assign(
+        answer=case.blend | StrOutputParser()
+    )
+    right = whole.invoke(QUESTION)
+    parts = list(whole.stream(QUESTION))
+    assert "".join(part.get("answer", "") for part in parts) == right["answer"]
+    assert len([part for part in parts if "answer" in part]) > 2  # piece by piece
+    assert [part["documents"] for part in parts if "documents" in part] == [right["documents"]]
+    async for part in whole.astream(QUESTION):
+        assert part
+    assert whole.get_graph().nodes
+    assert whole.get_input_jsonschema()
+
+
+def test_tenants_never_share_kv(
+    running: EmbeddedVLLM, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reused = {}
+    for tenant in ("a", "b"):
+        fresh(monkeypatch, tmp_path / tenant)
+        monkeypatch.setenv("LMCACHE_RAG_TENANT", tenant)
+        llm, seen = client(OpenAI, running), Seen()
+        given = {"documents": texts[:3], "question": QUESTION}
+        blend(llm).invoke(given, {"callbacks": [seen]})
+        LMCacheVectorStore(InMemoryVectorStore(FAKE), llm).add_texts(texts[:3])
+        blend(llm).invoke(given, {"callbacks": [seen]})
+        reused[tenant] = [facts["reused_tokens"] for _, facts in seen.events]
+    assert [numbers[0] for numbers in reused.values()] == [0, 0]
+    assert all(numbers[1] > 0 for numbers in reused.values())
+    salts = {body["cache_salt"] for body in running.questions}
+    assert len(salts) == 2
+
+
+async def test_keywords_of_a_call_reach_the_engine(tokenizer: Any, texts: list[str], tmp_path: Path) -> None:
+    with workspace(tokenizer, tmp_path, max_tokens=6) as made:
+        step, given = blend(made), {"documents": texts[:2], "question": QUESTION}
+        whole = step.invoke(given)
+        assert whole.usage_metadata["output_tokens"] == 6
+        assert step.invoke(given, max_tokens=2).usage_metadata["output_tokens"] == 2
+        stop = whole.text[4:8]
+        assert step.invoke(given, stop=[stop]).text == whole.text.partition(stop)[0]
+        pieces = [piece.text async for piece in step.astream(given, max_tokens=3)]
+        assert whole.text.startswith("".join(pieces))
+        assert 1 < len([piece for piece in pieces if piece]) <= 3
+        with pytest.raises(ConfigError, match="no 'logprobs'"):
+            step.invoke(given, logprobs=True)
