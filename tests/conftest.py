@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-pytest_plugins = ("engine_fixtures", "rag_kit")
+pytest_plugins = ("engine_fixtures", "rag_kit", "vllm_cpu_kit")
 
 
 @pytest.fixture(scope="session")

@@ -21,13 +21,27 @@ def paged_cache(layout: str, blocks: int, block: int, heads: int, size: int) -> 
 
 
 class PagedModel:
-    """See lmcache_rag.connector.blend_pass.Model; the weights are those of an HFModel."""
+    """See lmcache_rag.connector.blend_pass.Model; the weights are those of an HFModel.
 
-    def __init__(self, model: Any, *, layout: str, block: int, blocks: int, most_tokens: int = 8192) -> None:
+    Of `ranks` ranks this is one: it holds its share of the heads, and `join` makes all heads' output of its own.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        layout: str,
+        block: int,
+        blocks: int,
+        most_tokens: int = 8192,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
         self._model, self.most_tokens = model, most_tokens
-        self.layers, self.kv_heads = model.layers, model.kv_heads
+        self.rank, self.ranks = rank, ranks
+        self.layers, self.kv_heads = model.layers, model.kv_heads // ranks
         self.caches = [
-            keys_and_values(paged_cache(layout, blocks, block, model.kv_heads, model.head_size))
+            keys_and_values(paged_cache(layout, blocks, block, self.kv_heads, model.head_size))
             for _ in range(model.layers)
         ]
         self.passes: list[int] = []
@@ -36,7 +50,15 @@ class PagedModel:
         """Write [kv heads, tokens, size] from position `start` on."""
         slots = sequence.slots(torch.arange(start, start + keys.shape[1]))
         for cache, fresh in zip(self.caches[layer], (keys, values), strict=True):
-            cache[slots // sequence.block, slots % sequence.block] = fresh.transpose(0, 1)
+            cache[slots // sequence.block, slots % sequence.block] = self._own(fresh.transpose(0, 1))
+
+    def _own(self, heads: torch.Tensor) -> torch.Tensor:
+        """This rank's share of [m, heads, size]."""
+        return heads.chunk(self.ranks, 1)[self.rank]
+
+    def join(self, out: torch.Tensor) -> torch.Tensor:
+        """All ranks' heads, of this rank's [m, heads, size]."""
+        return out
 
     def read(self, sequence: PagedSequence, layer: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of the first tokens, each [kv heads, length, size]."""
@@ -53,14 +75,14 @@ class PagedModel:
         class Hook:
             def attend(self, layer: int, query: Any, key: Any, value: Any, scale: float) -> Any:
                 keys, values = outer.caches[layer]
-                fresh_key, fresh_value = (x[0, :, positions].transpose(0, 1) for x in (key, value))
+                fresh_key, fresh_value = (outer._own(x[0, :, positions].transpose(0, 1)) for x in (key, value))
                 attention.before_write(layer, fresh_key, fresh_value, keys, values)
                 keys[slots // block, slots % block] = fresh_key
                 values[slots // block, slots % block] = fresh_value
-                rows = query[0].transpose(0, 1)
+                rows = outer._own(query[0].transpose(0, 1))
                 out = torch.empty_like(rows)
                 attention.attend(layer, rows, keys, values, scale, out)
-                return out.transpose(0, 1)[None]
+                return outer.join(out).transpose(0, 1)[None]
 
         self._model.forward(ids[None], positions, scratch, Hook())
 

@@ -115,21 +115,27 @@ class Pool:
 
 
 class Lookup:
-    """A look-up that takes some polls, of the server's life in which it was asked."""
+    """A look-up that takes some polls, of the server's life in which it was asked.
+
+    Where it takes any, the server has its locks one poll before its result is seen: the answer is on the way.
+    """
 
     def __init__(self, server: Server, request: Request) -> None:
         self.server, self.request, self.life, self.left = server, request, server.life, request.polls
+        self.request_id = request.request_id
         self.result: tuple[int, tuple[Match, ...]] | None = None
-        self.closed = False
+        self.closed = self.answered = False
 
     def poll(self, seconds: float) -> bool:
         assert not self.closed
         if self.result is None and self.server.up and self.server.answers and self.life == self.server.life:
             self.left -= 1
+            if self.left <= 0 and not self.answered:
+                self.answered = True
+                self.server.results.add(self.request.request_id)
+                self.server.held[self.request.request_id] = set(range(self.request.cached[0] // CHUNK))
             if self.left < 0:
                 self.result = self.request.cached
-                self.server.results.add(self.request.request_id)
-                self.server.held[self.request.request_id] = set(range(self.result[0] // CHUNK))
         return self.result is not None
 
     def release_prefix(self, start: int, end: int) -> None:
@@ -165,5 +171,6 @@ class Once:
 
     def finish(self, request: Request) -> dict[str, Any] | None:
         stats = self.side.finished(request)
-        self.server.end_session(request.request_id)
+        if not self.side.listens(request.request_id):
+            self.server.end_session(request.request_id)  # LMCache's own connector, see CacheBlendConnector
         return stats

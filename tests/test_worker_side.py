@@ -10,6 +10,7 @@ from models import tiny_model
 from paged_kit import PagedModel
 from test_blend_pass import PREFIX, Case
 
+from lmcache_rag.connector import metrics
 from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.connector.plan import BlendPlan, Match
 from lmcache_rag.connector.worker_side import WorkerSide
@@ -69,7 +70,7 @@ class World:
 
     def __init__(self, hf: HFModel, fault: str = "", policy: str = "query", ratio: float = 0.3, **options: Any) -> None:
         self.hf, self.case = hf, Case(hf, [40, 30, 50], [3, 0, 7], 12, 1)
-        self.model = Model(hf, layout="NHD", block=BLOCK, blocks=20)
+        self.model = self.make_model(hf)
         self.sequence = PagedSequence.of(range(2, 16), BLOCK, "cpu")
         prefix = self.case.kv[0]
         for layer in range(hf.layers):
@@ -82,10 +83,14 @@ class World:
             "r", tuple(self.case.ids), PREFIX, PREFIX, matches, self.end, tuple(range(2, 16)), policy, ratio
         )
 
+    def make_model(self, hf: HFModel) -> Model:
+        return Model(hf, layout="NHD", block=BLOCK, blocks=20)
+
     def run(self) -> Any:
         self.worker.run(self.plan)
         self.worker.finish()
         (result,) = self.worker.take_results()
+        assert not result.failure or result.failure in metrics.REASONS
         return result
 
     def is_full_prefill(self) -> bool:

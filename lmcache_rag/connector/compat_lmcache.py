@@ -5,8 +5,9 @@ Written for LMCache 0.5.6. An LMCache server sends no answer at all when a call 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from lmcache_rag.connector.plan import Match
@@ -64,9 +65,25 @@ class BlendLookup:
         self._adapter.end_session(self.request_id)
 
 
+@contextlib.contextmanager
+def session_goes_on(adapter: Any, request_id: str) -> Iterator[None]:
+    """Keep LMCache's connector from ending this request's session: whoever holds its look-up is going to."""
+    end = adapter.end_session
+    adapter.end_session = lambda name: None if name == request_id else end(name)
+    try:
+        yield
+    finally:
+        del adapter.end_session
+
+
 def ensure_heartbeat(adapter: Any) -> None:
     """Watch the server from now on rather than from the first transfer on."""
     adapter._ensure_heartbeat_started()
+
+
+def loading(adapter: Any) -> set[str]:
+    """Requests whose exact prefix LMCache's own connector is loading."""
+    return set(adapter.retrieve_futures)
 
 
 def safe_salt(salt: str) -> str:

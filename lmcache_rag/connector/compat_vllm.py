@@ -5,8 +5,13 @@ Written for vLLM 0.25.1 and 0.33. Imports happen in the functions: this module i
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
+import json
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 _workers: dict[int, Any] = {}  # the worker of this process, by its process id: forked processes have their own
@@ -57,6 +62,66 @@ def deliver_worker_meta_first() -> None:
 
     update_from_output._lmcache_rag = True  # type: ignore[attr-defined]
     Scheduler.update_from_output = update_from_output
+
+
+def tell_in_streams() -> None:
+    """Have streams of completions and of chats carry kv_transfer_params in the chunk that ends them.
+
+    vLLM 0.33 does that by itself; before, it was said in whole answers only. Safe to call twice. Does nothing in a
+    process that is no API server, where these modules would cost their import.
+    """
+    if "vllm.entrypoints.serve.utils.api_utils" not in sys.modules:
+        return
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionStreamResponse
+    from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
+    from vllm.entrypoints.openai.completion.protocol import CompletionStreamResponse
+    from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+
+    for owner, name, chunk in (
+        (OpenAIServingCompletion, "completion_stream_generator", CompletionStreamResponse),
+        (OpenAIServingChat, "chat_completion_stream_generator", ChatCompletionStreamResponse),
+    ):
+        stream = getattr(owner, name)
+        if "kv_transfer_params" not in chunk.model_fields and not getattr(stream, "_lmcache_rag", False):
+            setattr(owner, name, _telling(stream))
+
+
+def _telling(stream: Callable[..., AsyncIterator[str]]) -> Callable[..., AsyncIterator[str]]:
+    """A stream of server-sent events that says the kv_transfer_params of the results it is made from."""
+    signature = inspect.signature(stream)
+    if "result_generator" not in signature.parameters:
+        raise AttributeError(f"{stream.__qualname__} has no result_generator")
+
+    @functools.wraps(stream)
+    async def telling(*args: Any, **kwargs: Any) -> AsyncIterator[str]:
+        params: Any = None
+
+        async def listening(results: AsyncIterator[Any]) -> AsyncIterator[Any]:
+            nonlocal params
+            async for result in results:
+                output = result[1] if isinstance(result, tuple) else result
+                params = getattr(output, "kv_transfer_params", None)
+                yield result
+
+        given = signature.bind(*args, **kwargs)
+        given.arguments["result_generator"] = listening(given.arguments["result_generator"])
+        # Closed with ours: a client that leaves ends its request.
+        async with contextlib.aclosing(stream(*given.args, **given.kwargs)) as events:  # type: ignore[type-var]
+            async for event in events:
+                yield _with_params(event, params) if params else event
+
+    telling._lmcache_rag = True  # type: ignore[attr-defined]
+    return telling
+
+
+def _with_params(event: str, params: Any) -> str:
+    """A server-sent event; kv_transfer_params are added to the one that ends a choice."""
+    if not event.startswith("data: {"):
+        return event
+    chunk = json.loads(event.removeprefix("data: "))
+    if not any(choice.get("finish_reason") for choice in chunk.get("choices", ())):
+        return event
+    return f"data: {json.dumps(chunk | {'kv_transfer_params': params}, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 def attention_layers(vllm_config: Any) -> dict[str, Any]:
@@ -186,19 +251,26 @@ def block_hash(vllm_config: Any) -> Callable[[Any, tuple[int, ...]], Any]:
     return lambda parent, tokens: hash_block_tokens(function, parent, tokens, None)
 
 
+def tensor_parallel_ranks() -> int:
+    """Number of tensor-parallel ranks."""
+    from vllm.distributed import get_tensor_model_parallel_world_size
+
+    return int(get_tensor_model_parallel_world_size())
+
+
 def tensor_parallel_sum(tensor: Any) -> Any:
     """Sum over the tensor-parallel ranks."""
-    from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+    from vllm.distributed import tensor_model_parallel_all_reduce
 
-    return tensor_model_parallel_all_reduce(tensor) if get_tensor_model_parallel_world_size() > 1 else tensor
+    return tensor_model_parallel_all_reduce(tensor) if tensor_parallel_ranks() > 1 else tensor
 
 
 def true_on_all_ranks(fine: bool, device: Any) -> bool:
     """Whether `fine` holds on every tensor-parallel rank."""
     import torch
-    from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+    from vllm.distributed import tensor_model_parallel_all_reduce
 
-    size = get_tensor_model_parallel_world_size()
+    size = tensor_parallel_ranks()
     if size == 1:
         return fine
     votes = tensor_model_parallel_all_reduce(torch.tensor([float(fine)], device=device))

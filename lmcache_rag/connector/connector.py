@@ -6,6 +6,7 @@ vllm serve MODEL --kv-transfer-config '{"kv_connector": "CacheBlendConnector",
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,12 +18,15 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from lmcache_rag.connector import compat_lmcache, compat_vllm
+from lmcache_rag.connector import compat_lmcache, compat_vllm, metrics
+from lmcache_rag.connector.abandoned import Lookup
+from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
 from lmcache_rag.connector.hot import HotChunks
 from lmcache_rag.connector.hot_side import HotSide
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.plan import BlendResult
-from lmcache_rag.connector.scheduler_side import Lookup, SchedulerSide
+from lmcache_rag.connector.scheduler_side import SchedulerSide
+from lmcache_rag.connector.stats import BlendPromMetrics, BlendStats
 
 log = logging.getLogger("lmcache_rag")
 
@@ -54,10 +58,16 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         self._why_not = "not told yet"
         self._side: SchedulerSide | None = None
         self._worker: Any = None
+        self._connector_stats = BlendStats()
+        self._freed, self._stores = FreedOnce(), StoresHeldBack()
         if role == KVConnectorRole.SCHEDULER:
             compat_vllm.deliver_worker_meta_first()
             self._side = SchedulerSide(
-                self._options, compat_lmcache.chunk_tokens(self.scheduler_adapter), self._look_up, self._hide
+                self._options,
+                compat_lmcache.chunk_tokens(self.scheduler_adapter),
+                self._look_up,
+                self._hide,
+                count=self._count,
             )
 
     # -- start ----------------------------------------------------------------------------------------------------
@@ -185,11 +195,49 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Hand the reuse statistics to the response."""
         statistics = self._side.finished(request) if self._side is not None else None
-        later, params = super().request_finished(request, block_ids)
+        if self._why_not:
+            self._count_unblended(request)
+        with contextlib.ExitStack() as stack:
+            if self._side is not None and self._side.listens(request.request_id):
+                stack.enter_context(compat_lmcache.session_goes_on(self.scheduler_adapter, request.request_id))
+            later, params = super().request_finished(request, block_ids)
+        if later:
+            self._freed.ends(request.request_id)
         if statistics is not None:
             params = {**(params or {}), "lmcache_rag": statistics}
             log.debug("request %s: %s", request.request_id, statistics)
         return later, params
+
+    def update_connector_output(self, connector_output: Any) -> None:
+        """Scheduler: what the workers are done with; see lmcache_rag.connector.frees."""
+        super().update_connector_output(connector_output)
+        loaded, stored = connector_output.finished_recving or (), connector_output.finished_sending or ()
+        connector_output.finished_sending = self._freed.stored(loaded, stored)
+
+    def has_pending_push_work(self) -> bool:
+        """Whether the engine has to go on without requests: for look-ups that nobody waits for any more."""
+        return bool(super().has_pending_push_work()) or (self._side is not None and self._side.unheard)
+
+    def _count(self, statistics: dict[str, Any]) -> None:
+        self._connector_stats.records.append(metrics.record(statistics))
+
+    def _count_unblended(self, request: Any) -> None:
+        tracker = self.request_trackers.get(request.request_id)
+        if tracker is not None and tracker.num_scheduled_tokens:  # else it never ran
+            cached = max(tracker.num_vllm_hit_tokens, tracker.num_lmcache_hit_tokens)
+            self._connector_stats.records.append(metrics.unblended(len(request.prompt_token_ids or ()), cached))
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> BlendStats:
+        """What the API server's log makes of the data that we send."""
+        return BlendStats(data={key: list(value) for key, value in (data or {}).items()})  # others read `data` too
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ) -> BlendPromMetrics:
+        """Our counters on vLLM's /metrics."""
+        return BlendPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # -- worker ---------------------------------------------------------------------------------------------------
 
@@ -198,6 +246,11 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         super().start_load_kv(forward_context, **kwargs)
         for plan in getattr(self._get_connector_metadata(), "blend_plans", ()):
             self._worker.run(plan)
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        """What LMCache's transfers are done with; see lmcache_rag.connector.frees."""
+        stored, loaded = super().get_finished(finished_req_ids)
+        return self._stores.report(stored or (), compat_lmcache.loading(self.worker_adapter)), loaded
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that vLLM has to compute again; the first call behind a forward pass."""

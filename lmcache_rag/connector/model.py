@@ -135,6 +135,11 @@ class VLLMModel:
         table = compat_vllm.exact_rotary_table(rotary).to(self.device)
         return HotCopy(self._caches, table, neox=bool(rotary.is_neox_style))
 
+    @property
+    def ranks(self) -> int:
+        """Number of tensor-parallel ranks."""
+        return compat_vllm.tensor_parallel_ranks()
+
     def sum_over_ranks(self, scores: Tensor) -> Tensor:
         """Sum over the tensor-parallel ranks."""
         result: Tensor = compat_vllm.tensor_parallel_sum(scores)

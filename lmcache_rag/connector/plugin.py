@@ -8,7 +8,7 @@ log = logging.getLogger("lmcache_rag")
 
 
 def register() -> None:
-    """Remember the worker that loads the model. Never keeps vLLM from starting."""
+    """Remember the worker that loads the model, and have streams tell. Never keeps vLLM from starting."""
     _speak_as_vllm_does()
     try:
         from lmcache_rag.connector.compat_vllm import remember_workers
@@ -16,6 +16,12 @@ def register() -> None:
         remember_workers()
     except Exception as problem:
         log.warning("KV is not going to be blended: the lmcache_rag plugin failed: %s", problem)
+    try:
+        from lmcache_rag.connector.compat_vllm import tell_in_streams
+
+        tell_in_streams()
+    except Exception as problem:
+        log.warning("Streams are not going to carry reuse statistics: %s", problem)
 
 
 def _speak_as_vllm_does() -> None:

@@ -9,34 +9,14 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
+from lmcache_rag.connector.abandoned import Abandoned, Lookup
 from lmcache_rag.connector.hot_side import HotSide, without_overlap
 from lmcache_rag.connector.options import ConnectorOptions
-from lmcache_rag.connector.plan import BlendPlan, BlendResult, Claim, Match, claim, request_options, spans_of
+from lmcache_rag.connector.plan import BlendPlan, BlendResult, Claim, claim, request_options, spans_of
 
 log = logging.getLogger("lmcache_rag")
-
-# A server that was restarted never answers an old look-up. LMCache's read locks end by themselves after so long.
-ABANDONED_SECONDS = 300.0
-
-
-class Lookup(Protocol):
-    """A look-up under way; see lmcache_rag.connector.compat_lmcache.BlendLookup."""
-
-    result: tuple[int, tuple[Match, ...]] | None
-
-    def poll(self, seconds: float) -> bool:
-        """Whether the result is there."""
-        ...
-
-    def release_prefix(self, start: int, end: int) -> None:
-        """Give back read locks of exact prefix chunks."""
-        ...
-
-    def end_session(self) -> None:
-        """Give back everything that was not loaded."""
-        ...
 
 
 @dataclass
@@ -70,6 +50,7 @@ class SchedulerSide:
         look_up: Starts a look-up for a request; None when LMCache cannot be reached.
         hide: Makes a request's blocks from a token on unreachable for other requests.
         hot: What vLLM itself still holds; None without prefix caching.
+        count: Told of the reuse statistics of each request that ran, when it ends.
     """
 
     options: ConnectorOptions
@@ -77,9 +58,10 @@ class SchedulerSide:
     look_up: Callable[[Any], Lookup | None]
     hide: Callable[[Any, int], None]
     hot: HotSide | None = None
+    count: Callable[[dict[str, Any]], None] | None = None
     _states: dict[str, _State] = field(default_factory=dict)
     _plans: list[BlendPlan] = field(default_factory=list)
-    _abandoned: list[tuple[float, Lookup]] = field(default_factory=list)  # since when
+    _abandoned: Abandoned = field(default_factory=Abandoned)
     _claimed: int = 0  # tokens that this step blends already
 
     def matched(self, request: Any, local: int) -> int | None:
@@ -220,27 +202,27 @@ class SchedulerSide:
         plans, self._plans, self._claimed = self._plans, [], 0
         if self.hot:
             self.hot.step_ends()
-        over = time.perf_counter() - ABANDONED_SECONDS
-        self._abandoned = [(at, lookup) for at, lookup in self._abandoned if at > over and not self._closed(lookup)]
+        self._abandoned.hear(time.perf_counter())
         return plans
 
     def _abandon(self, lookup: Lookup) -> None:
-        """Nobody waits for this look-up any more. One that has its result is closed at once.
+        self._abandoned.add(lookup, time.perf_counter(), self.options.poll)
 
-        LMCache's own connector ends the session of a finished request right after this, and with it the server forgets
-        which locks it took: they have to be given back before.
+    def listens(self, request_id: str) -> bool:
+        """Whether a look-up of this request is still to be heard to its end, and its session not to be ended before.
+
+        The server may have taken its locks already, while its answer is on the way. It notes them in the session: were
+        that ended now, they could not be given back any more.
         """
-        if not self._closed(lookup, self.options.poll):
-            self._abandoned.append((time.perf_counter(), lookup))
+        return self._abandoned.has(request_id)
 
-    def _closed(self, lookup: Lookup, seconds: float = 0) -> bool:
-        """A look-up that nobody waits for must still be heard to its end, or its locks stay."""
-        if not lookup.poll(seconds):
-            return False
-        assert lookup.result is not None  # noqa: S101 - poll said so
-        lookup.release_prefix(0, lookup.result[0])
-        lookup.end_session()
-        return True
+    @property
+    def unheard(self) -> bool:
+        """Whether look-ups were abandoned a moment ago: an engine without requests should go on for them.
+
+        Not for long: a server that was restarted never answers them.
+        """
+        return self._abandoned.since(time.perf_counter() - self.options.lookup_deadline)
 
     def take(self, results: list[BlendResult]) -> None:
         """What the workers did."""
@@ -265,7 +247,10 @@ class SchedulerSide:
                 self.hot.done(request.request_id)
             self.hot.forget(request.request_id)
         self._plans = plans
-        return statistics(len(request.prompt_token_ids or ()), state)
+        found = statistics(len(request.prompt_token_ids or ()), state)
+        if self.count and state.planned:
+            self.count(found)
+        return found
 
     @property
     def requests(self) -> int:

@@ -114,6 +114,8 @@ class WorkerSide:
                     if not self._may_report and not self._sound(pending):
                         pending.failure = "damaged KV"
                 except torch.OutOfMemoryError:
+                    if self._model.ranks > 1:
+                        raise  # the others wait for this rank in the middle of the pass: it cannot begin another
                     torch.cuda.empty_cache()
                     pending.failure = "out of memory"
             if pending.failure:

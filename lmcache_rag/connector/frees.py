@@ -1,0 +1,51 @@
+"""When vLLM may free the blocks of a request that was cancelled while LMCache loaded its exact prefix.
+
+LMCache's connector says of such a request both that its load is done and that its stores are done, in any order. vLLM
+frees the blocks at the first word and fails an assertion at the second, which ends the engine. So a worker says nothing
+of stores while the load is still writing to the blocks, and the scheduler hears the word that comes second no more.
+
+Requests that blend are not concerned: they load in their step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+
+@dataclass
+class StoresHeldBack:
+    """Worker: which requests' stores may be reported as done."""
+
+    _held: set[str] = field(default_factory=set)
+
+    def report(self, stored: Collection[str], loading: Collection[str]) -> set[str]:
+        """What of `stored`, and of what was held back before, may be reported while `loading` are being loaded."""
+        everyone = self._held | set(stored)
+        self._held = everyone & set(loading)
+        return everyone - self._held
+
+
+@dataclass
+class FreedOnce:
+    """Scheduler: which requests vLLM has freed already."""
+
+    _ended: set[str] = field(default_factory=set)  # vLLM waits for a word of them
+    _freed: set[str] = field(default_factory=set)  # had it, and there is another one to come
+
+    def ends(self, request_id: str) -> None:
+        """A request ended, and vLLM keeps its blocks until it hears that they are free."""
+        self._ended.add(request_id)
+
+    def stored(self, loaded: Collection[str], stored: Collection[str]) -> set[str]:
+        """What of `stored` vLLM may hear, when it hears `loaded` first."""
+        freed = self._ended & set(loaded)
+        self._freed |= freed
+        self._ended -= freed
+        known = set(stored) & self._freed
+        self._freed -= known
+        self._ended -= set(stored)
+        return set(stored) - known
+
+    def __len__(self) -> int:
+        return len(self._ended) + len(self._freed)

@@ -1,0 +1,96 @@
+"""The user's own LLM objects on a real vLLM (CPU build) with a real LMCache server behind our connector.
+
+Blending needs CUDA: here every answer is computed in full and must be that of the same token ids without us. That they
+arrive as token ids, that ingestion fills LMCache, and that one warning says it all, is the same on a GPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm_cpu_kit import CHUNK, Servers, needs_vllm_cpu, until
+
+pytestmark = [
+    pytest.mark.slow,
+    needs_vllm_cpu,
+    pytest.mark.skipif(importlib.util.find_spec("langchain_openai") is None, reason="needs langchain-openai"),
+]
+
+QUESTION = "What does the passage say?"
+STORED = "lmcache_mp_l1_write_chunks_total"
+
+
+@pytest.fixture
+def texts(sentences: list[str]) -> list[str]:
+    """Passages that hold at least one LMCache chunk each."""
+    return [" ".join(sentences[start : start + 4]) for start in (0, 4)]
+
+
+@pytest.fixture
+def facts(servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a program knows of its server."""
+    monkeypatch.setenv("LMCACHE_RAG_STORE", str(tmp_path / "store"))
+    return {"url": f"{servers.url}/v1", "model": "smollm2"}
+
+
+def wanted(servers: Servers, source: Any, texts: list[str]) -> str:
+    """The answer of the same token ids from a client that knows nothing of us."""
+    from lmcache_rag.adapters.blender import Blender
+    from lmcache_rag.adapters.resolve import as_workspace
+
+    ids = list(Blender(as_workspace(source)).prompted(texts, QUESTION).prompt.token_ids)
+    body = {"model": "smollm2", "prompt": ids, "max_tokens": 8, "temperature": 0}
+    return str(servers.client.post("/v1/completions", json=body).json()["choices"][0]["text"])
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["completions", "chat"])
+def test_langchain_s_own_clients(
+    chat: bool, servers: Servers, facts: dict[str, Any], texts: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    from langchain_core.documents import Document
+    from langchain_core.embeddings import DeterministicFakeEmbedding
+    from langchain_core.vectorstores import InMemoryVectorStore
+    from langchain_openai import ChatOpenAI, OpenAI
+    from lmcache_rag.integrations.langchain import LMCacheVectorStore, blend
+
+    kind = ChatOpenAI if chat else OpenAI
+    llm = kind(base_url=facts["url"], model=facts["model"], api_key="none", temperature=0, max_tokens=8)
+    before = servers.lmcache_counter(STORED)
+    vectors = LMCacheVectorStore(InMemoryVectorStore(DeterministicFakeEmbedding(size=8)), llm)
+    vectors.add_documents([Document(text) for text in texts])
+    length = len(vectors.register.prompts.chunk_ids(texts[0])) // CHUNK
+    assert length >= 1
+    if not chat:  # the second time LMCache holds them already
+        assert until(lambda: servers.lmcache_counter(STORED) >= before + 1 + length)
+    step = blend(llm)
+    answers = [step.invoke({"documents": [Document(t) for t in texts], "question": QUESTION}) for _ in range(2)]
+    said = [getattr(answer, "text", answer) for answer in answers]
+    assert said == [wanted(servers, llm, texts)] * 2
+    assert caplog.text.count("is not blended") == 1
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["completions", "chat"])
+def test_llama_index_s_own_client(
+    chat: bool, servers: Servers, facts: dict[str, Any], texts: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    from llama_index.core import MockEmbedding, StorageContext, VectorStoreIndex
+    from llama_index.core.schema import TextNode
+    from llama_index.core.vector_stores import SimpleVectorStore
+    from llama_index.llms.openai_like import OpenAILike
+    from lmcache_rag.integrations.llama_index import LMCacheVectorStore, as_blend_query_engine
+
+    llm = OpenAILike(
+        model=facts["model"], api_base=facts["url"], api_key="none", temperature=0, max_tokens=8, is_chat_model=chat
+    )
+    storage = StorageContext.from_defaults(vector_store=LMCacheVectorStore(SimpleVectorStore(), llm))
+    nodes = [TextNode(text=text, id_=str(i)) for i, text in enumerate(texts)]
+    index = VectorStoreIndex(nodes, storage_context=storage, embed_model=MockEmbedding(8))
+    response = as_blend_query_engine(index, llm, similarity_top_k=2).query(QUESTION)
+    order = [node.text for node in response.source_nodes]
+    assert sorted(order) == sorted(texts)
+    assert str(response) == wanted(servers, llm, order)
+    counts = response.metadata["lmcache_rag"]["stats"]
+    assert (counts["reused_tokens"], counts["computed_tokens"] > 0) == (0, True)

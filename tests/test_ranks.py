@@ -1,0 +1,134 @@
+"""Tensor parallelism: two ranks, each with half of the heads, take the same decisions as one with all.
+
+The ranks are processes that talk by gloo; see tests/rank_kit.py. On GPUs the collectives are NCCL's.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_model
+from rank_kit import RANKS, SCENARIOS
+from test_worker_side import PREFIX, World
+
+from lmcache_rag.blend.policies import get_policy, select
+from lmcache_rag.engines.hf_model import HFModel
+
+Outcome = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
+    """What each rank says of each scenario."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = Path(__file__).with_name("rank_kit.py")
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    running = []
+    for rank in range(RANKS):
+        with (folder / f"rank{rank}.log").open("wb") as log:
+            command = [sys.executable, str(script), str(rank), str(RANKS), str(folder)]
+            running.append(subprocess.Popen(command, env=surroundings, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        for rank, process in enumerate(running):
+            assert process.wait(180) == 0, (folder / f"rank{rank}.log").read_text()[-4000:]
+    finally:
+        for process in running:
+            process.kill()
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(RANKS)]
+
+
+@pytest.fixture(scope="module")
+def hf() -> HFModel:
+    return HFModel.wrap(tiny_model("llama"), None)
+
+
+def joined(ranks: list[Outcome], name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Keys and values of all heads."""
+    layers = zip(*(rank[name]["kv"] for rank in ranks), strict=True)
+    return [tuple(torch.cat(parts) for parts in zip(*layer, strict=True)) for layer in layers]  # type: ignore[misc]
+
+
+def close(got: list[tuple[torch.Tensor, torch.Tensor]], want: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    pairs = [pair for layers in zip(got, want, strict=True) for pair in zip(*layers, strict=True)]
+    return all(torch.allclose(mine, theirs, atol=1e-4, rtol=1e-4) for mine, theirs in pairs)
+
+
+def full_prefill(world: World) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    ids, cache = torch.tensor(world.case.ids), world.hf.buffer(len(world.case.ids))
+    world.hf.forward(ids[None], torch.arange(len(ids)), cache)
+    return [(layer.keys[0, :, : world.end], layer.values[0, :, : world.end]) for layer in cache.layers]
+
+
+@pytest.mark.parametrize("policy", ["query", "hkvd"])
+def test_two_ranks_choose_and_compute_what_one_does(ranks: list[Outcome], hf: HFModel, policy: str) -> None:
+    one = World(hf, policy=policy)
+    result = one.run()
+    want = (result.prefix_tokens, result.reused_tokens, result.recomputed_tokens, result.computed_tokens)
+    assert [rank[policy]["counts"] for rank in ranks] == [want] * RANKS
+    assert [rank[policy]["failure"] for rank in ranks] == [""] * RANKS
+    assert ranks[0][policy]["chosen"] == ranks[1][policy]["chosen"]
+    assert len(ranks[0][policy]["chosen"]) == result.recomputed_tokens
+    alone = [one.model.read(one.sequence, layer, one.end) for layer in range(hf.layers)]
+    assert close(joined(ranks, policy), alone)
+
+
+@pytest.mark.parametrize("policy", ["query", "hkvd"])
+def test_alone_each_rank_would_choose_others(ranks: list[Outcome], hf: HFModel, policy: str) -> None:
+    """So the sum over ranks is what makes them agree, and these tests would show its absence."""
+    from lmcache_rag.blend.policies import Layout
+
+    layout = Layout.of(World(hf).case.spans, "cpu")
+
+    class Own:
+        def __init__(self, scores: torch.Tensor) -> None:
+            self.scores = scores
+
+        def suffix_attention(self, **how: Any) -> torch.Tensor:
+            return self.scores
+
+        deviation = suffix_attention
+
+    own = []
+    for rank in ranks:
+        scores = rank[policy]["own scores"]
+        scores = scores[layout.cached] if policy == "query" else scores[layout.cached - PREFIX]
+        own.append(select(get_policy(policy), 0.3, layout, Own(scores)).tolist())  # type: ignore[arg-type]
+    assert own[0] != own[1]
+    assert ranks[0][policy]["chosen"] not in own
+
+
+@pytest.mark.parametrize("name", ["dead", "late"])
+def test_kv_that_one_rank_did_not_get_is_computed_on_all(ranks: list[Outcome], hf: HFModel, name: str) -> None:
+    one = World(hf)
+    assert SCENARIOS[name]["fault"] == name
+    assert [rank[name]["failure"] for rank in ranks] == [
+        "load failed on another rank",
+        "no server" if name == "dead" else "load failed",
+    ]
+    assert [rank[name]["counts"] for rank in ranks] == [(PREFIX, 0, 0, one.end - PREFIX)] * RANKS
+    assert [rank[name]["chosen"] for rank in ranks] == [[]] * RANKS
+    assert close(joined(ranks, name), full_prefill(one))
+
+
+@pytest.mark.parametrize("name", ["damaged", "damaged, hkvd"])
+def test_damage_on_one_rank_is_reported_by_all(ranks: list[Outcome], name: str) -> None:
+    assert [rank[name]["failure"] for rank in ranks] == ["damaged KV"] * RANKS
+    assert ranks[0][name]["bad"] == ranks[1][name]["bad"] != []
+    assert ranks[0][name]["counts"] == ranks[1][name]["counts"]
+
+
+def test_damage_on_one_rank_is_repaired_by_all_where_it_may_not_be_reported(ranks: list[Outcome], hf: HFModel) -> None:
+    assert [rank["repaired"]["failure"] for rank in ranks] == ["damaged KV"] * RANKS
+    assert [rank["repaired"]["bad"] for rank in ranks] == [[]] * RANKS
+    assert close(joined(ranks, "repaired"), full_prefill(World(hf)))
+
+
+def test_a_rank_without_memory_ends_rather_than_leave_the_others_waiting(ranks: list[Outcome]) -> None:
+    """They are in the middle of a pass and it cannot join them again; vLLM ends all workers when one raises."""
+    assert [rank["no memory"] for rank in ranks] == ["out of memory"] * RANKS
