@@ -1,12 +1,45 @@
-"""LlamaIndex: the store's chunks as a retriever."""
+"""LlamaIndex: a vector store that keeps KV, and engines that answer from it.
+
+::
+
+    vector_store = LMCacheVectorStore(None, llm)  # or around any other vector store
+    index = VectorStoreIndex.from_documents(documents, StorageContext.from_defaults(vector_store=vector_store))
+    query_engine = as_blend_query_engine(index, llm)
+
+`llm` is an OpenAILike object with a vLLM server, the server's URL, an engine or a Workspace.
+"""
 
 from __future__ import annotations
 
 from lmcache_rag.errors import OptionalDependencyError
 
 try:
-    from .retriever import LMCacheRetriever
+    import llama_index.core  # noqa: F401 - so that a fault in our own modules is not taken for its absence
 except ModuleNotFoundError as problem:  # pragma: no cover - only without the framework
     raise OptionalDependencyError("llama-index-core", "llama-index") from problem
 
-__all__ = ["LMCacheRetriever"]
+from .chat_engine import BlendChatEngine, as_blend_chat_engine
+from .embeddings import EmbedderEmbedding
+from .events import BlendEvent
+from .faiss_store import FaissVectorStore
+from .llm import EngineLLM
+from .node_text import node_text
+from .query_engine import BlendQueryEngine, as_blend_query_engine
+from .retriever import LMCacheRetriever
+from .synthesizer import BlendSynthesizer
+from .vector_store import LMCacheVectorStore
+
+__all__ = [
+    "BlendChatEngine",
+    "BlendEvent",
+    "BlendQueryEngine",
+    "BlendSynthesizer",
+    "EmbedderEmbedding",
+    "EngineLLM",
+    "FaissVectorStore",
+    "LMCacheRetriever",
+    "LMCacheVectorStore",
+    "as_blend_chat_engine",
+    "as_blend_query_engine",
+    "node_text",
+]
