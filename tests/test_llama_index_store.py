@@ -6,8 +6,10 @@ import asyncio
 import itertools
 import pickle
 import threading
+import uuid
 from pathlib import Path
 
+import chromadb
 import llama_index.core
 import pytest
 from llama_index.core import Document, MockEmbedding, StorageContext, VectorStoreIndex, load_index_from_storage
@@ -23,6 +25,7 @@ from llama_index.core.vector_stores import (
     VectorStoreQuery,
 )
 from llama_index.core.vector_stores.types import VectorStoreQueryMode
+from llama_index.vector_stores.chroma import ChromaVectorStore
 from llama_index_kit import (
     EMBED,
     index_over,
@@ -37,7 +40,13 @@ from lmcache_rag.integrations.llama_index import FaissVectorStore, LMCacheVector
 
 from lmcache_rag.errors import ConfigError, DocumentError, PrecomputeError, StoreError
 
-INNER = {"ours": lambda: None, "another": SimpleVectorStore}
+
+def chroma():
+    collection = chromadb.EphemeralClient().create_collection(f"c{uuid.uuid4()}")
+    return ChromaVectorStore(chroma_collection=collection)
+
+
+INNER = {"ours": lambda: None, "another": SimpleVectorStore, "chroma": chroma}
 
 
 @pytest.fixture(scope="module")

@@ -147,7 +147,9 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         gone = node_ids if filters is None else None
         with self._in_turn:
             before = self._held(node_ids, filters) if gone is None else set()
-            self._inner.delete_nodes(node_ids, filters, **delete_kwargs)
+            asked = self._asked(node_ids, filters, before)
+            if asked != ([], None):
+                self._inner.delete_nodes(*asked, **delete_kwargs)
             self._register.remove(self._gone(before) if gone is None else gone)
 
     async def adelete_nodes(
@@ -157,7 +159,9 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         gone = node_ids if filters is None else None
         async with self._in_turn:
             before = self._held(node_ids, filters) if gone is None else set()
-            await self._inner.adelete_nodes(node_ids, filters, **delete_kwargs)
+            asked = self._asked(node_ids, filters, before)
+            if asked != ([], None):
+                await self._inner.adelete_nodes(*asked, **delete_kwargs)
             await in_thread(self._register.remove, self._gone(before) if gone is None else gone)
 
     def clear(self) -> None:
@@ -267,6 +271,17 @@ class LMCacheVectorStore(BasePydanticVectorStore):
             raise ConfigError(
                 f"{self._inner.class_name()} cannot tell which nodes it holds.", remedy="Name the nodes by their ids."
             ) from problem
+
+    def _asked(
+        self, node_ids: list[str] | None, filters: MetadataFilters | None, found: set[str]
+    ) -> tuple[list[str] | None, MetadataFilters | None]:
+        """What the store inside is asked to delete: by id where it told which nodes are meant.
+
+        Some stores that can find by filters cannot delete by them alone (Chroma's).
+        """
+        if filters is None or isinstance(self._inner, SimpleVectorStore):
+            return node_ids, filters
+        return sorted(found), None
 
     def _gone(self, before: set[str]) -> set[str]:
         """Those of the nodes that the store inside does not hold any more."""
