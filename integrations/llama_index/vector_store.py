@@ -250,10 +250,12 @@ class LMCacheVectorStore(BasePydanticVectorStore):
     def _restore(self, texts: dict[str, str], before: dict[str, tuple[str, str]]) -> None:
         """After a failed addition: what was registered before, and nothing else of this addition."""
         try:
-            self._register.remove(texts.keys() - before.keys())
-            if before:
-                old = {key: text for key, (text, _) in before.items()}
-                self._register.add(old, groups={key: group for key, (_, group) in before.items()})
+            try:
+                if before:  # first, while their KV is not dropped yet
+                    old = {key: text for key, (text, _) in before.items()}
+                    self._register.add(old, groups={key: group for key, (_, group) in before.items()})
+            finally:
+                self._register.remove(texts.keys() - before.keys())
         except PrecomputeError:
             log.debug("the old texts are registered again; their KV, where it is gone, comes with warm()")
         except LMCacheRAGError as problem:

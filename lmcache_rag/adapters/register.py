@@ -75,17 +75,17 @@ class KVRegister:
         items, groups = list(texts.items()), groups or {}
         totals = KVTotals()
         with self.store.writing(timeout=self.lock_timeout):
-            self._keeper.empty_trash()
             for start in range(0, len(items), _BATCH):
                 batch = items[start : start + _BATCH]
                 self.store.registry.put_documents(
                     [self._document(key, text, groups.get(key, self.space)) for key, text in batch], embedder=None
                 )
-                self._keeper.empty_trash()
             for start in range(0, len(items), _BATCH):
                 ids = [self._head + key for key, _ in items[start : start + _BATCH]]
                 todo = self.store.registry.chunks_without_kv(self.prompts.fingerprint, doc_ids=ids)
                 totals += self._keeper.compute(self._computable(todo))
+            # Last: where KV could not be computed, the caller may want to go back to the texts of before.
+            self._keeper.empty_trash()
         return totals
 
     async def aadd(self, texts: Mapping[str, str], *, groups: Mapping[str, str] | None = None) -> KVTotals:
