@@ -71,6 +71,7 @@ class EmbeddedVLLM(ThreadingHTTPServer):
         self.ids: list[list[int]] = []  # the token ids that were computed, beside `seen`
         self.auth: list[str | None] = []
         self.active = self.most_active = 0
+        self.pause = 0.0  # seconds after each piece of a stream
         self.gone = threading.Event()  # a client closed its connection before the end of a stream
         self.lock = threading.Lock()
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -286,6 +287,7 @@ class _Handler(BaseHTTPRequestHandler):
                     return
                 if isinstance(event, TextDelta):
                     self._event(head | _piece(chat, event.text))
+                    time.sleep(self.server.pause)
                     continue
                 last = _piece(chat, "", finish_reason=event.finish_reason)
                 if body.get("return_token_ids"):

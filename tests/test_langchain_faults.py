@@ -207,6 +207,7 @@ def test_a_broken_stream_says_so(running: EmbeddedVLLM, texts: list[str]) -> Non
 
 @pytest.mark.parametrize("kind", [OpenAI, ChatOpenAI])
 def test_leaving_a_stream_early_stops_the_computation(running: EmbeddedVLLM, texts: list[str], kind: Any) -> None:
+    running.pause = 0.02  # or the answer could be over before anybody leaves
     llm = client(kind, running, max_tokens=3000)
     filled(llm, texts)
     stream = blend(llm).stream({"documents": texts[:2], "question": QUESTION})

@@ -107,6 +107,7 @@ async def test_streams_come_in_pieces_with_statistics(running, texts, chat):
 
 
 async def test_a_closed_stream_closes_the_connection(running, texts):
+    running.pause = 0.02  # or the answer could be over before the stream is closed
     llm = client(running, max_tokens=2000)
     index = index_over(LMCacheVectorStore(None, llm), texts)
     streamed = await as_blend_query_engine(index, llm, streaming=True).aquery("What?")

@@ -22,6 +22,7 @@ def builder(tokenizer):
 @settings(max_examples=150, deadline=None)
 @given(chunks=st.lists(TEXT, max_size=6), question=TEXT, past=TEXT)
 def test_ingest_and_query_agree_and_text_stays_text(builder, chunks, question, past):
+    chunks = [text for text in chunks if builder.chunk_ids(text)]  # some control characters alone give no token
     history = [Turn("user", past), Turn("assistant", past)]
     for turns in ((), history):
         prompt = builder.query(chunks, question, turns)
