@@ -116,6 +116,16 @@ async def test_a_closed_stream_closes_the_connection(running, texts):
     assert await asyncio.to_thread(running.gone.wait, 10)
 
 
+def test_a_stream_that_is_left_closes_the_connection(running, texts):
+    running.pause = 0.02
+    llm = client(running, max_tokens=2000, is_chat_model=True)
+    index = index_over(LMCacheVectorStore(None, llm), texts)
+    streamed = as_blend_query_engine(index, llm, streaming=True).query("What?")
+    next(streamed.response_gen)
+    streamed.response_gen.close()
+    assert running.gone.wait(10)
+
+
 def test_what_the_constructor_adds_is_merged(running, texts):
     theirs = {
         "extra_body": {"min_p": 0.2, "kv_transfer_params": {"theirs": 1, "lmcache_rag.ratio": 0.5}},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +16,7 @@ from lmcache_rag.engines.base import BlendOptions, Completion, StreamEvent, Text
 from lmcache_rag.errors import ConfigError
 
 from .llm import EngineLLM
+from .watching import Watched
 
 _NEEDED = ("prompt_token_ids", "lmcache_rag.chunks")
 _DOWN = ("APIConnectionError", "APITimeoutError", "InternalServerError", "ConnectError", "ConnectTimeout")
@@ -81,7 +82,7 @@ class BlendClient:
         """TextDelta events, then one Completion. Errors as for answer."""
         call = self._call(prompted, blend, kwargs)
         gathered = self.blender.gather()
-        with _advice():
+        with _advice(), _closing(call.llm):
             parts: Iterator[Any] = (
                 call.llm.stream_chat(call.asked, **call.kwargs)
                 if call.chat
@@ -103,7 +104,7 @@ class BlendClient:
         """Async twin of stream."""
         call = self._call(prompted, blend, kwargs)
         gathered = self.blender.gather()
-        with _advice():
+        async with _aclosing(call.llm):
             parts: Any = (
                 await call.llm.astream_chat(call.asked, **call.kwargs)
                 if call.chat
@@ -200,6 +201,35 @@ def _part(raw: Any) -> Any:
         choices.append(SimpleNamespace(text=text or "", token_ids=ids, finish_reason=choice.finish_reason))
     params, usage = getattr(raw, "kv_transfer_params", None), getattr(raw, "usage", None)
     return SimpleNamespace(choices=choices, kv_transfer_params=params, usage=usage)
+
+
+@contextmanager
+def _closing(llm: LLM) -> Iterator[None]:
+    """Close the connection of a stream that is left."""
+    if isinstance(llm, EngineLLM):
+        yield
+        return
+    watched = Watched(llm._get_client())  # type: ignore[attr-defined]
+    object.__setattr__(llm, "_get_client", lambda: watched)  # this copy's own
+    try:
+        yield
+    finally:
+        watched.close_streams()
+
+
+@asynccontextmanager
+async def _aclosing(llm: LLM) -> AsyncIterator[None]:
+    """Async twin of _closing, with _advice."""
+    if isinstance(llm, EngineLLM):
+        yield
+        return
+    watched = Watched(llm._get_aclient())  # type: ignore[attr-defined]
+    object.__setattr__(llm, "_get_aclient", lambda: watched)
+    with _advice():
+        try:
+            yield
+        finally:
+            await watched.aclose_streams()
 
 
 @contextmanager
