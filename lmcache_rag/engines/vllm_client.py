@@ -8,7 +8,7 @@ import os
 import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +130,10 @@ class Servers:
             clients, self._clients = list(self._clients.values()), {}
         for client in clients:
             client.close()
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # one that nobody closed, perhaps at the interpreter's end
+            self.close()
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
