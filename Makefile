@@ -40,6 +40,6 @@ $(STAMP): pyproject.toml .ci/install-torch
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@echo "Installing into $(VENV); the first time takes some minutes."
 	sh .ci/install-torch $(BIN)/python
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet uv && $(BIN)/python -m uv pip install --python $(BIN)/python --editable '.[dev]' \
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet uv && $(BIN)/python -m uv pip install --link-mode copy --python $(BIN)/python --editable '.[dev]' \
 		|| $(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
 	@touch $@
