@@ -12,8 +12,10 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
+
+from api_kit import ApiHandler
 
 from lmcache_rag.engines.base import (
     BlendOptions,
@@ -159,12 +161,8 @@ def _is_ingest(body: dict[str, Any]) -> bool:
     return body.get("max_tokens") == 1 and params.get("lmcache_rag.blend") == "off" and "messages" not in body
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(ApiHandler):
     server: EmbeddedVLLM
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     def do_GET(self) -> None:
         server = self.server
@@ -179,11 +177,11 @@ class _Handler(BaseHTTPRequestHandler):
                 "parent": None,
                 "max_model_len": server.context,
             }
-            self._json(200, {"object": "list", "data": [card]})
+            self.send_document(200, {"object": "list", "data": [card]})
         elif self.path == "/version":
-            self._json(200, {"version": server.version})
+            self.send_document(200, {"version": server.version})
         else:
-            self._error(404, "Not Found")
+            self.send_problem(404, "Not Found")
 
     def do_POST(self) -> None:
         server = self.server
@@ -191,10 +189,12 @@ class _Handler(BaseHTTPRequestHandler):
         server.auth.append(self.headers.get("Authorization"))
         if self.path == "/tokenize":
             special = body.get("add_special_tokens", True)
-            self._json(200, {"tokens": server.engine.tokenizer.encode(body["prompt"], add_special_tokens=special)})
+            self.send_document(
+                200, {"tokens": server.engine.tokenizer.encode(body["prompt"], add_special_tokens=special)}
+            )
             return
         if self.path not in ("/v1/completions", "/v1/chat/completions"):
-            self._error(404, "Not Found")
+            self.send_problem(404, "Not Found")
             return
         with server.lock:
             server.seen.append(body | {"path": self.path})
@@ -211,11 +211,11 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         time.sleep(server.hang)
         if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
-            self._error(401, "Unauthorized")
+            self.send_problem(401, "Unauthorized")
         elif server.fail:
-            self._error(server.fail.pop(0), "on demand")
+            self.send_problem(server.fail.pop(0), "on demand")
         elif body["model"] != server.model:
-            self._error(404, f"The model `{body['model']}` does not exist.")
+            self.send_problem(404, f"The model `{body['model']}` does not exist.")
         else:
             prompts = server.token_ids(body)
             with server.lock:
@@ -224,12 +224,12 @@ class _Handler(BaseHTTPRequestHandler):
             if "messages" in body and not body.get("max_tokens") and not body.get("max_completion_tokens"):
                 most = max(1, server.context - len(prompts[0]))
             if max(map(len, prompts)) + most > server.context:
-                self._error(400, f"This model's maximum context length is {server.context} tokens. However, …")
+                self.send_problem(400, f"This model's maximum context length is {server.context} tokens. However, …")
                 return
             try:
                 self._answer(body, prompts, most)
             except LMCacheRAGError as problem:
-                self._error(400, str(problem))
+                self.send_problem(400, str(problem))
 
     def _answer(self, body: dict[str, Any], prompts: list[list[int]], most: int) -> None:
         server = self.server
@@ -267,7 +267,7 @@ class _Handler(BaseHTTPRequestHandler):
         length = sum(map(len, prompts))
         usage = {"prompt_tokens": length, "completion_tokens": tokens, "total_tokens": length + tokens}
         head = _head(body, server.model, chunk=False)
-        self._json(200, head | {"choices": choices, "usage": usage, "kv_transfer_params": told})
+        self.send_document(200, head | {"choices": choices, "usage": usage, "kv_transfer_params": told})
 
     def _stream(self, body: dict[str, Any], ids: list[int], sampling: Sampling) -> None:
         server, chat = self.server, "messages" in body
@@ -281,12 +281,12 @@ class _Handler(BaseHTTPRequestHandler):
         head = _head(body, server.model, chunk=True)
         try:
             if chat:
-                self._event(head | _piece(chat, {"role": "assistant", "content": ""}))
+                self.send_event(head | _piece(chat, {"role": "assistant", "content": ""}))
             for index, event in enumerate(events):
                 if index == server.drop_after:
                     return
                 if isinstance(event, TextDelta):
-                    self._event(head | _piece(chat, event.text))
+                    self.send_event(head | _piece(chat, event.text))
                     time.sleep(self.server.pause)
                     continue
                 last = _piece(chat, "", finish_reason=event.finish_reason)
@@ -294,35 +294,14 @@ class _Handler(BaseHTTPRequestHandler):
                     last["choices"][0]["token_ids"] = list(event.token_ids)
                 if server.version_numbers >= (0, 33) and not _stopped_by_text(event, server.engine.tokenizer):
                     last["kv_transfer_params"] = server.told(event, prompt)
-                self._event(head | last)
+                self.send_event(head | last)
                 if (body.get("stream_options") or {}).get("include_usage"):
                     counts = (len(ids), len(event.token_ids), len(ids) + len(event.token_ids))
                     usage = dict(zip(("prompt_tokens", "completion_tokens", "total_tokens"), counts, strict=True))
-                    self._event(head | {"choices": [], "usage": usage})
+                    self.send_event(head | {"choices": [], "usage": usage})
             self.wfile.write(b"data: [DONE]\n\n")
         finally:
             events.close()  # type: ignore[attr-defined]
-
-    def _event(self, document: dict[str, Any]) -> None:
-        try:
-            self.wfile.write(f"data: {json.dumps(document)}\n\n".encode())
-            self.wfile.flush()
-        except OSError:
-            self.server.gone.set()
-            raise
-
-    def _error(self, status: int, message: str) -> None:
-        self._json(status, {"error": {"message": message, "type": "Error", "param": None, "code": status}})
-
-    def _json(self, status: int, document: Any) -> None:
-        data = json.dumps(document).encode()
-        self.close_connection = True  # clients that nobody closes leave no open sockets behind
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Connection", "close")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
 
 def _head(body: dict[str, Any], model: str, *, chunk: bool) -> dict[str, Any]:

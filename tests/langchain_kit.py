@@ -4,25 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from embedded_server_kit import MODEL, EmbeddedVLLM, serving
+from framework_kit import tiny_llama
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.embeddings import DeterministicFakeEmbedding, Embeddings
-from models import tiny_model
 
 from lmcache_rag import Workspace
-from lmcache_rag.adapters import resolve
-from lmcache_rag.engines import vllm_tokenizer
 from lmcache_rag.engines.base import kv_key
 from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.engines.hf_model import HFModel
-from lmcache_rag.engines.vllm_tokenizer import open_tokenizer
-from lmcache_rag.sources import find_model
 
-_models: list[Any] = []
 FAKE = DeterministicFakeEmbedding(size=8)
 
 
@@ -43,9 +37,7 @@ class Real(Embeddings):
 
 def tiny_engine(tokenizer: Any, folder: Path, **options: Any) -> EmbeddedEngine:
     """A tiny random model."""
-    if not _models:  # one for all tests: it takes longer to make than to use
-        _models.append(tiny_model("llama"))
-    model = HFModel.wrap(_models[0], tokenizer)
+    model = HFModel.wrap(tiny_llama(), tokenizer)
     return EmbeddedEngine.from_model(model, name="tiny", revision="0", kv_dir=folder / "kv", **options)
 
 
@@ -68,28 +60,6 @@ def client(kind: Any, running: EmbeddedVLLM, **options: Any) -> Any:
     """A langchain_openai object for that server."""
     facts = {"base_url": f"{running.url}/v1", "api_key": "k", "model": MODEL, "temperature": 0, "max_tokens": 4}
     return kind(**(facts | {"max_retries": 0} | options))
-
-
-def passages(sentences: list[str], count: int = 6, *, long: int = 5) -> list[str]:
-    """Passages of real text, each longer than a block of 64 tokens."""
-    return [" ".join(sentences[i * long : (i + 1) * long]) for i in range(count)]
-
-
-def fresh(monkeypatch: Any, folder: Path) -> None:
-    """No workspace of an earlier test, whose server may have had the same port; a registry of its own."""
-    monkeypatch.setattr(vllm_tokenizer, "open_tokenizer", _opened)  # it takes a second each time
-    monkeypatch.setattr(resolve, "_by_server", {})
-    monkeypatch.setenv("LMCACHE_RAG_STORE", str(folder / "registry"))
-
-
-@cache
-def _opened(path: Path) -> Any:
-    return open_tokenizer(path)
-
-
-def light_tokenizer() -> Any:
-    """SmolLM2's tokenizer without its weights."""
-    return _opened(find_model().path)
 
 
 def registered(made: Workspace) -> set[str]:

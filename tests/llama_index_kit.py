@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from embedded_server_kit import MODEL
+from framework_kit import tiny_llama
 from llama_index.core import Document, StorageContext, VectorStoreIndex
 from llama_index.core.embeddings import BaseEmbedding
 from llama_index.core.instrumentation import get_dispatcher
@@ -18,16 +18,11 @@ from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.schema import NodeRelationship, RelatedNodeInfo, TextNode
 from llama_index.llms.openai_like import OpenAILike
 from lmcache_rag.integrations.llama_index import LMCacheVectorStore
-from models import tiny_model
 
 from lmcache_rag import Workspace
-from lmcache_rag.adapters import resolve
-from lmcache_rag.engines import vllm_tokenizer
 from lmcache_rag.engines.base import kv_key
 from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.engines.hf_model import HFModel
-from lmcache_rag.engines.vllm_tokenizer import open_tokenizer
-from lmcache_rag.sources import find_model
 
 _SIZE = 32
 
@@ -51,42 +46,15 @@ class WordEmbedding(BaseEmbedding):
 EMBED = WordEmbedding(model_name="words")
 
 
-@cache
-def _model() -> Any:
-    return tiny_model("llama")
-
-
-@cache
-def _opened(path: Path) -> Any:
-    return open_tokenizer(path)
-
-
-def light_tokenizer() -> Any:
-    """SmolLM2's tokenizer without its weights."""
-    return _opened(find_model().path)
-
-
-def fresh(monkeypatch: Any, folder: Path) -> None:
-    """No workspace of an earlier test, whose server may have had the same port; a registry of its own."""
-    monkeypatch.setattr(vllm_tokenizer, "open_tokenizer", _opened)  # it takes a second each time
-    monkeypatch.setattr(resolve, "_by_server", {})
-    monkeypatch.setenv("LMCACHE_RAG_STORE", str(folder / "registry"))
-
-
 def tiny_engine(folder: Path, tokenizer: Any) -> EmbeddedEngine:
     """A tiny random model; the same in all tests."""
-    return EmbeddedEngine.from_model(HFModel.wrap(_model(), tokenizer), name="tiny", revision="0", kv_dir=folder)
+    return EmbeddedEngine.from_model(HFModel.wrap(tiny_llama(), tokenizer), name="tiny", revision="0", kv_dir=folder)
 
 
 def client(running: Any, **options: Any) -> OpenAILike:
     """A user's LLM object for a server."""
     facts = {"api_base": f"{running.url}/v1", "api_key": "k", "model": MODEL, "temperature": 0.0, "max_tokens": 4}
     return OpenAILike(**(facts | {"max_retries": 0} | options))
-
-
-def passages(sentences: Sequence[str], count: int = 6, *, long: int = 5) -> list[str]:
-    """Passages of real text, each longer than a block of 64 tokens."""
-    return [" ".join(sentences[i * long : (i + 1) * long]) for i in range(count)]
 
 
 def tiny_workspace(folder: Path, engine: Any) -> Workspace:

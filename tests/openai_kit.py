@@ -11,9 +11,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
 from typing import Any
+
+from api_kit import ApiHandler
 
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.plan import BlendPlan, BlendResult, Match
@@ -122,12 +124,8 @@ def _blended(plan: BlendPlan) -> BlendResult:
     return BlendResult(plan.request_id, plan.exact, matched - redone, redone, gaps, 1.5, 2.5)
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(ApiHandler):
     server: FakeVLLM
-
-    def log_message(self, *_: object) -> None:
-        pass
 
     def do_GET(self) -> None:
         server = self.server
@@ -143,18 +141,18 @@ class _Handler(BaseHTTPRequestHandler):
                 "max_model_len": server.context,
             }
             adapter = card | {"id": "an-adapter", "root": "/adapters/a", "parent": server.model}
-            self._json(200, {"object": "list", "data": [adapter, card]})
+            self.send_document(200, {"object": "list", "data": [adapter, card]})
         elif self.path == "/version":
-            self._json(200, {"version": server.version})
+            self.send_document(200, {"version": server.version})
         else:
-            self._error(404, "Not Found")
+            self.send_problem(404, "Not Found")
 
     def do_POST(self) -> None:
         server = self.server
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self._note_key()
         if self.path == "/tokenize":
-            self._json(200, {"tokens": server.tokenizer.encode(body["prompt"], add_special_tokens=False)})
+            self.send_document(200, {"tokens": server.tokenizer.encode(body["prompt"], add_special_tokens=False)})
             return
         with server._lock:
             server.seen.append(body)
@@ -175,13 +173,13 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         time.sleep(server.hang)
         if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
-            self._error(401, "Unauthorized")
+            self.send_problem(401, "Unauthorized")
         elif server.fail:
-            self._error(server.fail.pop(0), "on demand")
+            self.send_problem(server.fail.pop(0), "on demand")
         elif body["model"] != server.model:
-            self._error(404, f"The model `{body['model']}` does not exist.")
+            self.send_problem(404, f"The model `{body['model']}` does not exist.")
         elif len(body["prompt"]) + body["max_tokens"] > server.context:
-            self._error(400, f"This model's maximum context length is {server.context} tokens. However, …")
+            self.send_problem(400, f"This model's maximum context length is {server.context} tokens. However, …")
         else:
             self._answer(body, number)
 
@@ -218,7 +216,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "finish_reason": reason,
                 "token_ids": [token for _, token in pieces],
             }
-            self._json(200, head | {"choices": [choice], "usage": usage, "kv_transfer_params": told})
+            self.send_document(200, head | {"choices": [choice], "usage": usage, "kv_transfer_params": told})
             return
         self._stream(head, pieces, reason, usage, told)
 
@@ -243,29 +241,10 @@ class _Handler(BaseHTTPRequestHandler):
                 "token_ids": [token],
             }
             params = {"kv_transfer_params": told} if last and (server.version >= "0.33" or server.plugin) else {}
-            self._event(head | {"choices": [choice]} | params)
+            self.send_event(head | {"choices": [choice]} | params)
             time.sleep(server.pause)
-        self._event(head | {"choices": [], "usage": usage})
+        self.send_event(head | {"choices": [], "usage": usage})
         self.wfile.write(b"data: [DONE]\n\n")
-
-    def _event(self, document: dict[str, Any]) -> None:
-        try:
-            self.wfile.write(f"data: {json.dumps(document)}\n\n".encode())
-            self.wfile.flush()
-        except OSError:
-            self.server.gone.set()
-            raise
-
-    def _error(self, status: int, message: str) -> None:
-        self._json(status, {"error": {"message": message, "type": "Error", "param": None, "code": status}})
-
-    def _json(self, status: int, document: Any) -> None:
-        data = json.dumps(document).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
 
 def _logprobs(ids: list[int]) -> dict[str, Any]:

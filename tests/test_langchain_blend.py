@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 from embedded_server_kit import EmbeddedVLLM
+from framework_kit import fresh, light_tokenizer, passages
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
 from langchain_core.tracers.base import BaseTracer
 from langchain_core.vectorstores import InMemoryVectorStore
-from langchain_kit import FAKE, Seen, client, fresh, light_tokenizer, passages, server, workspace
+from langchain_kit import FAKE, Seen, client, server, workspace
 from langchain_openai import ChatOpenAI, OpenAI
 from lmcache_rag.integrations.langchain import ChunkedPromptValue, LMCacheVectorStore, blend
 

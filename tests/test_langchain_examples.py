@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 from embedded_server_kit import MODEL
-from langchain_kit import fresh, light_tokenizer, server, tiny_engine
+from framework_kit import fresh, light_tokenizer
+from langchain_kit import server, tiny_engine
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 

@@ -15,11 +15,12 @@ from typing import Any
 import openai
 import pytest
 from embedded_server_kit import EmbeddedVLLM, serving
+from framework_kit import fresh, light_tokenizer, passages
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableLambda, RunnablePassthrough
 from langchain_core.vectorstores import InMemoryVectorStore
-from langchain_kit import FAKE, Seen, client, fresh, kv_texts, light_tokenizer, passages, registered, server, workspace
+from langchain_kit import FAKE, Seen, client, kv_texts, registered, server, workspace
 from langchain_openai import ChatOpenAI, OpenAI
 from lmcache_rag.integrations.langchain import FaissStore, LMCacheRetriever, LMCacheVectorStore, blend
 

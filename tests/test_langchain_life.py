@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from framework_kit import light_tokenizer
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from langchain_core.documents import Document
 from langchain_core.indexing import InMemoryRecordManager, aindex, index
 from langchain_core.vectorstores import InMemoryVectorStore
-from langchain_kit import FAKE, kv_files, kv_texts, light_tokenizer, registered, tiny_engine, workspace
+from langchain_kit import FAKE, kv_files, kv_texts, registered, tiny_engine, workspace
 from lmcache_rag.integrations.langchain import FaissStore, LMCacheVectorStore
 
 from lmcache_rag import Workspace

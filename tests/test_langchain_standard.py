@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from framework_kit import light_tokenizer
 from langchain_chroma import Chroma
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.vectorstores import VectorStore
-from langchain_kit import FAKE, light_tokenizer, registered, workspace
+from langchain_kit import FAKE, registered, workspace
 from langchain_tests.integration_tests import RetrieversIntegrationTests, VectorStoreIntegrationTests
 from lmcache_rag.integrations.langchain import FaissStore, LMCacheRetriever, LMCacheVectorStore
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 
 import pytest
+from framework_kit import light_tokenizer
 from llama_index.core import Settings
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
 from llama_index.core.llms import ChatMessage, MockLLM
@@ -20,7 +21,7 @@ from llama_index.core.prompts import ChatPromptTemplate, PromptTemplate
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import NodeWithScore
-from llama_index_kit import EMBED, events, index_over, light_tokenizer, node, tiny_engine, tiny_workspace
+from llama_index_kit import EMBED, events, index_over, node, tiny_engine, tiny_workspace
 from lmcache_rag.integrations.llama_index import (
     BlendSynthesizer,
     EngineLLM,

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 from embedded_server_kit import MODEL, serving
-from llama_index_kit import EMBED, WordEmbedding, fresh, light_tokenizer, tiny_engine
+from framework_kit import fresh, light_tokenizer
+from llama_index_kit import EMBED, WordEmbedding, tiny_engine
 from lmcache_rag.integrations.llama_index import EmbedderEmbedding, node_text
 
 EXAMPLES = Path(__file__).parents[1] / "examples"

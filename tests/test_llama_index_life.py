@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+from framework_kit import light_tokenizer
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
@@ -16,7 +17,7 @@ from llama_index.core import Document, VectorStoreIndex
 from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.storage.docstore import SimpleDocumentStore
-from llama_index_kit import EMBED, kv_keys, light_tokenizer, node, tiny_engine, tiny_workspace, wanted_keys
+from llama_index_kit import EMBED, kv_keys, node, tiny_engine, tiny_workspace, wanted_keys
 from lmcache_rag.integrations.llama_index import LMCacheVectorStore, as_blend_query_engine, node_text
 
 from lmcache_rag.errors import PrecomputeError

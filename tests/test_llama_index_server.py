@@ -9,16 +9,8 @@ import sys
 import openai
 import pytest
 from embedded_server_kit import serving
-from llama_index_kit import (
-    client,
-    events,
-    fresh,
-    index_over,
-    light_tokenizer,
-    node,
-    passages,
-    tiny_engine,
-)
+from framework_kit import fresh, light_tokenizer, passages
+from llama_index_kit import client, events, index_over, node, tiny_engine
 from lmcache_rag.integrations.llama_index import (
     BlendSynthesizer,
     EngineLLM,

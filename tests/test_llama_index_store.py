@@ -12,6 +12,7 @@ from pathlib import Path
 import chromadb
 import llama_index.core
 import pytest
+from framework_kit import light_tokenizer
 from llama_index.core import Document, MockEmbedding, StorageContext, VectorStoreIndex, load_index_from_storage
 from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
@@ -26,16 +27,7 @@ from llama_index.core.vector_stores import (
 )
 from llama_index.core.vector_stores.types import VectorStoreQueryMode
 from llama_index.vector_stores.chroma import ChromaVectorStore
-from llama_index_kit import (
-    EMBED,
-    index_over,
-    kv_keys,
-    light_tokenizer,
-    node,
-    tiny_engine,
-    tiny_workspace,
-    wanted_keys,
-)
+from llama_index_kit import EMBED, index_over, kv_keys, node, tiny_engine, tiny_workspace, wanted_keys
 from lmcache_rag.integrations.llama_index import FaissVectorStore, LMCacheVectorStore, as_blend_query_engine
 
 from lmcache_rag.errors import ConfigError, DocumentError, PrecomputeError, StoreError

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.adapters.blender import counts
@@ -58,7 +57,7 @@ class Call:
     def take(self, part: Any) -> None:
         """A raw part of the answer."""
         if self._gathered is not None and not isinstance(part, str):
-            self._gathered.take(_as_completion(part))
+            self._gathered.take(part)
 
     def finish(self) -> Completion | None:
         """The answer with its statistics; None where no request was made.
@@ -99,24 +98,3 @@ class Call:
 def facts(done: Completion) -> dict[str, Any]:
     """Statistics and warnings of an answer as plain values."""
     return {**counts(done.stats), "warnings": list(done.warnings)}
-
-
-def _as_completion(part: Any) -> Any:
-    """A part of a chat completion in the shape of a completion's, its first choice only."""
-    choices: Sequence[Any] = getattr(part, "choices", None) or ()
-    made = []
-    for choice in choices[:1]:
-        said = getattr(choice, "delta", None) or getattr(choice, "message", None)
-        text = getattr(choice, "text", None) if said is None else getattr(said, "content", None)
-        made.append(
-            SimpleNamespace(
-                text=text or "",
-                token_ids=getattr(choice, "token_ids", None),
-                finish_reason=getattr(choice, "finish_reason", None),
-            )
-        )
-    return SimpleNamespace(
-        choices=made,
-        kv_transfer_params=getattr(part, "kv_transfer_params", None),
-        usage=getattr(part, "usage", None),
-    )

@@ -60,7 +60,7 @@ class BlendClient:
             )
         if isinstance(response.raw, Completion):
             return response.raw
-        gathered.take(_part(response.raw))
+        gathered.take(response.raw)
         return self._finished(gathered, prompted, blend, call, streamed=False)
 
     async def aanswer(self, prompted: Prompted, *, blend: BlendOptions | None = None, **kwargs: Any) -> Completion:
@@ -75,7 +75,7 @@ class BlendClient:
                 response = await call.llm.acomplete(call.asked, formatted=True, **call.kwargs)
         if isinstance(response.raw, Completion):
             return response.raw
-        gathered.take(_part(response.raw))
+        gathered.take(response.raw)
         return await asyncio.to_thread(self._finished, gathered, prompted, blend, call, streamed=False)
 
     def stream(self, prompted: Prompted, *, blend: BlendOptions | None = None, **kwargs: Any) -> Iterator[StreamEvent]:
@@ -93,7 +93,7 @@ class BlendClient:
                     yield part.raw
                     return
                 if part.raw is not None:
-                    gathered.take(_part(part.raw))
+                    gathered.take(part.raw)
                 if part.delta:
                     yield TextDelta(part.delta)
         yield self._finished(gathered, prompted, blend, call, streamed=True)
@@ -116,7 +116,7 @@ class BlendClient:
                         yield part.raw
                         return
                     if part.raw is not None:
-                        gathered.take(_part(part.raw))
+                        gathered.take(part.raw)
                     if part.delta:
                         yield TextDelta(part.delta)
         yield await asyncio.to_thread(self._finished, gathered, prompted, blend, call, streamed=True)
@@ -189,18 +189,6 @@ def _merged(*bodies: Mapping[str, Any] | None, ours: bool) -> dict[str, Any]:
         if old or new:
             found["kv_transfer_params"] = old | new if ours else new | old | {k: new[k] for k in _NEEDED if k in new}
     return found
-
-
-def _part(raw: Any) -> Any:
-    """A part of an answer as the completions API has it."""
-    choices = []
-    for choice in getattr(raw, "choices", None) or ():
-        message = getattr(choice, "message", None) or getattr(choice, "delta", None)
-        text = choice.text if hasattr(choice, "text") else getattr(message, "content", None)
-        ids = getattr(choice, "token_ids", None)
-        choices.append(SimpleNamespace(text=text or "", token_ids=ids, finish_reason=choice.finish_reason))
-    params, usage = getattr(raw, "kv_transfer_params", None), getattr(raw, "usage", None)
-    return SimpleNamespace(choices=choices, kv_transfer_params=params, usage=usage)
 
 
 @contextmanager

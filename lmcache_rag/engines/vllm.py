@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from lmcache_rag.engines import vllm_wire as wire
@@ -27,7 +25,8 @@ from lmcache_rag.engines.base import (
 )
 from lmcache_rag.engines.vllm_client import Servers, server_urls
 from lmcache_rag.engines.vllm_ingest import ChunkSender
-from lmcache_rag.engines.vllm_served import ServedModel, check_tokenizer, served_model
+from lmcache_rag.engines.vllm_served import check_tokenizer, served_model
+from lmcache_rag.engines.vllm_tokenizer import tokenizer_of
 from lmcache_rag.errors import ContextLengthError, EngineError, EngineUnavailableError
 
 log = logging.getLogger("lmcache_rag")
@@ -84,7 +83,7 @@ class VLLMEngine:
         self._blends: bool | None = None  # not known yet
         try:
             served = served_model(self._servers, model)
-            self._tokenizer, digest, kv_bytes = _tokenizer(tokenizer, served)
+            self._tokenizer, digest, kv_bytes = tokenizer_of(served, tokenizer)
             check_tokenizer(self._servers, served.name, self._tokenizer)
         except BaseException:
             self.close()
@@ -168,14 +167,12 @@ class VLLMEngine:
             EngineError: The server refused.
         """
         request = self.request(prompt, sampling, blend)
-        gathered = wire.Gathered()
         if not self._streams_tell:
+            gathered = wire.Gathered()
             gathered.take(self._servers.complete(request))
             return self.finished(gathered, prompt, blend, streamed=False, stops=bool(sampling.stop))
-        with self._servers.streaming(request) as parts:
-            for part in parts:
-                gathered.take(part)
-        return self.finished(gathered, prompt, blend, streamed=True, stops=bool(sampling.stop))
+        *_, done = self._stream(request, prompt, sampling, blend)
+        return done  # type: ignore[return-value] # a stream ends with a Completion
 
     def stream(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Iterator[StreamEvent]:
         """Answer one prompt piece by piece. Closing the iterator stops the computation. Errors as for generate."""
@@ -338,15 +335,3 @@ class VLLMEngine:
             elif sure and self._blends is not False:
                 self._blends = False
                 log.warning("%s is not blended: %s. It answers as it does to any client.", self._model, NO_CONNECTOR)
-
-
-def _tokenizer(given: Any, served: ServedModel) -> tuple[Any, str, int]:
-    """(tokenizer, its digest, bytes of one token's KV)."""
-    from lmcache_rag.engines.vllm_tokenizer import find_tokenizer, kv_bytes_per_token, open_tokenizer
-    from lmcache_rag.sources import tokenizer_digest
-
-    if given is not None and not isinstance(given, str | Path):
-        facts = f"{given.backend_tokenizer.to_str()}{given.chat_template}"
-        return given, hashlib.sha256(facts.encode()).hexdigest()[:32], 0
-    path = find_tokenizer([str(given)] if given is not None else [served.local, served.root, served.name])
-    return open_tokenizer(path), tokenizer_digest(path), kv_bytes_per_token(path)

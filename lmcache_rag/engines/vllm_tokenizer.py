@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.errors import EngineError, SourceError
+
+if TYPE_CHECKING:
+    from lmcache_rag.engines.vllm_served import ServedModel
 
 log = logging.getLogger("lmcache_rag")
 
 PATTERNS = ["*.json", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model", "spiece.model"]
 WEIGHTS = ["*.index.json", "onnx/*", "openvino/*", "original/*"]
+
+
+def tokenizer_of(served: ServedModel, given: Any = None) -> tuple[Any, str, int]:
+    """(tokenizer, its digest, bytes of one token's KV) of a model that a server runs.
+
+    Args:
+        served: The model.
+        given: A transformers tokenizer, or the folder or name to take it from; None: found by the model's names.
+
+    Raises:
+        SourceError: No source has it.
+        EngineError: It cannot be read.
+    """
+    from lmcache_rag.sources import tokenizer_digest
+
+    if given is not None and not isinstance(given, str | Path):
+        facts = f"{given.backend_tokenizer.to_str()}{given.chat_template}"
+        return given, hashlib.sha256(facts.encode()).hexdigest()[:32], 0
+    path = find_tokenizer([str(given)] if given is not None else [served.local, served.root, served.name])
+    return open_tokenizer(path), tokenizer_digest(path), kv_bytes_per_token(path)
 
 
 def find_tokenizer(names: Sequence[str]) -> Path:

@@ -87,7 +87,7 @@ class Gathered:
     cached: int | None = None
 
     def take(self, part: Any) -> str:
-        """Take a part; returns its text."""
+        """Take a part of a completion or of a chat completion, its first choice; returns its text."""
         if isinstance(params := getattr(part, "kv_transfer_params", None), dict) and isinstance(
             told := params.get(TOLD), dict
         ):
@@ -95,10 +95,12 @@ class Gathered:
         details = getattr(getattr(part, "usage", None), "prompt_tokens_details", None)
         if (cached := getattr(details, "cached_tokens", None)) is not None:
             self.cached = int(cached)
-        if not part.choices:
+        if not (choices := getattr(part, "choices", None)):
             return ""
-        [choice] = part.choices
-        text, ids = choice.text or "", getattr(choice, "token_ids", None) or ()
+        choice = choices[0]
+        said = getattr(choice, "delta", None) or getattr(choice, "message", None)  # a chat's
+        text = (choice.text if said is None else getattr(said, "content", None)) or ""
+        ids = getattr(choice, "token_ids", None) or ()
         if self.first is None and (text or ids):
             self.first = time.perf_counter()
         self.text += text
