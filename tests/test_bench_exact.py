@@ -7,6 +7,7 @@ import math
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -39,6 +40,20 @@ def test_everything_computed_again_is_equal_and_nothing_computed_again_is_not(ma
     low, high = nothing.kl_interval
     assert low <= nothing.kl <= high
     assert everything.as_dict()["least_cover"] is None  # the embedded engine's statistics are no part of this
+
+
+def test_the_full_prefill_comes_last(make_engine, corpus, tmp_path, monkeypatch):
+    """A server goes on from the exact KV of a prompt that it has computed in full: nothing would be blended."""
+    engine = make_engine(tmp_path)
+    source = EmbeddedSource(engine, PromptBuilder(engine.tokenizer, engine.info))
+    asked: list[bool] = []
+    real = source.trace
+    monkeypatch.setattr(
+        source, "trace", lambda prompt, blend, n: (asked.append(blend.enabled), real(prompt, blend, n))[1]
+    )
+    arms = {"all": BlendOptions("query", 1.0), "none": BlendOptions("none", 0.0)}
+    compare(source, questions(corpus, 2), arms, tokens=1)
+    assert asked == [True, True, False] * 2
 
 
 def test_questions_and_orders_are_repeatable_and_different() -> None:
@@ -135,6 +150,11 @@ def test_a_soak_reports_failures_and_other_answers(tokenizer, corpus):
         soak = Soak(source, corpus, tokens=4)
         sound = soak.run(0.5)
         assert (sound.sound, sound.differing) == (True, 0)
+        blended = [tuple(body["prompt"]) for body in server.seen if told(body).get("lmcache_rag.blend") != "off"]
+        assert len(blended) == len(set(blended)), "a prompt that is asked again is one exact prefix"
+        in_full = [tuple(body["prompt"]) for body in server.seen if told(body).get("lmcache_rag.ratio") == 1.0]
+        followed = {tuple(body["prompt"]) for body in server.seen if told(body).get("lmcache_rag.blend") == "off"}
+        assert set(in_full) <= followed, "its full prefill is asked for behind it"
         other = Trace((1, 2, 3, 4), tuple({token: -0.1} for token in (1, 2, 3, 4)))
         soak.full = dict.fromkeys(soak.full, other)
         server.fail = [500, 500, 500]
@@ -143,3 +163,7 @@ def test_a_soak_reports_failures_and_other_answers(tokenizer, corpus):
     assert len(report.failed) == 3
     assert report.differing > 0
     assert not report.sound
+
+
+def told(body: dict[str, Any]) -> dict[str, Any]:
+    return body.get("kv_transfer_params") or {}

@@ -112,7 +112,9 @@ def compare(
     tokens: int = 64,
     on_step: Callable[[], None] = lambda: None,
 ) -> list[Exactness]:
-    """Ask every question once without reuse and once in each arm.
+    """Ask every question once in each arm, and then without reuse.
+
+    In this order: a server keeps the exact KV of a prompt that was computed in full, and would go on from that.
 
     Args:
         source: What answers; the chunks' KV must be there.
@@ -124,9 +126,9 @@ def compare(
     found: dict[str, list[Difference]] = {name: [] for name in arms}
     for each in asked:
         prompt = source.prompts.query(each.chunks, each.question)
+        traces = {name: source.trace(prompt, blend, tokens) for name, blend in arms.items()}
         full = source.trace(prompt, FULL, tokens)
-        for name, blend in arms.items():
-            got = source.trace(prompt, blend, tokens)
+        for name, got in traces.items():
             found[name].append(difference(full, got, cover(prompt, got.stats, source.prompts.info.kv_block)))
         on_step()
     return [Exactness(name, tokens, tuple(each)) for name, each in found.items()]

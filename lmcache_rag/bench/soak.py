@@ -15,6 +15,7 @@ import httpx
 from lmcache_rag.bench.exact import Asked, difference, questions
 from lmcache_rag.bench.traces import ServerSource, Trace
 from lmcache_rag.engines.base import BlendOptions, QueryPrompt, Sampling
+from lmcache_rag.errors import LMCacheRAGError
 
 Kind: TypeAlias = Literal["blended", "ratio 1", "unblended", "aborted"]
 SHARES: dict[Kind, float] = {"blended": 0.45, "ratio 1": 0.15, "unblended": 0.2, "aborted": 0.2}
@@ -77,7 +78,7 @@ class Soak:
         on_step: Called after each request with the seconds gone by.
 
     Attributes:
-        full: The full prefills' answers, taken before anything is disturbed.
+        full: The full prefills' answers to questions that are asked again and again without blending.
         report: What has come of it so far.
     """
 
@@ -130,11 +131,13 @@ class Soak:
         kinds, shares = list(SHARES), list(SHARES.values())
         while time.monotonic() - begin < seconds:
             kind, asked = rng.choices(kinds, shares)[0], rng.choice(self._asked)
+            if kind != "unblended":  # a prompt that was computed in full is reused as it is: each order is new
+                asked = Asked(tuple(rng.sample(asked.chunks, len(asked.chunks))), asked.question)
             start = time.monotonic()
             try:
                 await asyncio.wait_for(self._request(http, kind, asked, rng), self._limit)
                 self.report.requests[kind] += 1
-            except (httpx.HTTPError, TimeoutError, KeyError, ValueError) as problem:
+            except (httpx.HTTPError, LMCacheRAGError, TimeoutError, KeyError, ValueError) as problem:
                 self.report.failed.append(f"{kind}: {type(problem).__name__}: {problem}"[:300])
             self.report.slowest_s = max(self.report.slowest_s, time.monotonic() - start)
             self._on_step(time.monotonic() - begin)
@@ -161,11 +164,13 @@ class Soak:
             self.report.fallbacks[str(told["failure"])] += 1
         if len(tokens) != self._tokens:
             raise ValueError(f"{len(tokens)} tokens instead of {self._tokens}")
-        if kind != "blended":  # at ratio 1 and without blending the answer is the full prefill's
-            self._judge(asked, tokens)
+        if kind == "unblended":
+            self._judge(self.full[asked], tokens)
+        elif kind == "ratio 1":  # everything was computed again: the answer is the full prefill's, which is asked now
+            full = await asyncio.to_thread(self._source.trace, prompt, OPTIONS["unblended"], self._tokens)
+            self._judge(full, tokens)
 
-    def _judge(self, asked: Asked, tokens: tuple[int, ...]) -> None:
-        full = self.full[asked]
+    def _judge(self, full: Trace, tokens: tuple[int, ...]) -> None:
         found = difference(full, Trace(tokens, full.likely))
         if found.place is not None:
             if found.near_tie:

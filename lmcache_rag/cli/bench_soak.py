@@ -52,7 +52,7 @@ def soak(
     differed by more than a near tie, or vLLM held anything at the end.
 
     [bold]Example[/bold]
-      lmcache-rag bench soak docs/ --disturb 'pkill -9 -f "lmcache server"'
+      lmcache-rag bench soak docs/ --disturb 'pkill -9 -f "[l]mcache.cli.main server"'
     """
     from lmcache_rag.bench.soak import Soak
     from lmcache_rag.bench.traces import ServerSource
