@@ -108,7 +108,7 @@ class FakeVLLM(ThreadingHTTPServer):
             )
             claimed = self._side.matched(request, 0) or 0
             self._side.allocated(request, [], claimed, None)
-            self._side.take([_blended(plan) for plan in self._side.plans()])
+            self._side.take([_blended(plan) for plan in self._side.plans()[0]])
             limit = self._side.store_limit(request.request_id)
             if not self.failure:
                 limits = [len(ids), limit, params.get("lmcache.max_offload_tokens")]

@@ -45,6 +45,7 @@ class PagedModel:
             for _ in range(model.layers)
         ]
         self.passes: list[int] = []
+        self.captured: Any = None
 
     def write(self, sequence: PagedSequence, layer: int, start: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Write [kv heads, tokens, size] from position `start` on."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from models import tiny_model
 from test_worker_side import BLOCK, Model, World
 
 from lmcache_rag.connector import blend_pass, compat_vllm
+from lmcache_rag.connector.pace import Allowance
 from lmcache_rag.engines.hf_model import HFModel
 
 RANKS = 2
@@ -30,6 +32,9 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "damaged": {"fault": "damaged key"},
     "damaged, hkvd": {"fault": "damaged value", "policy": "hkvd"},
     "repaired": {"fault": "damaged last value", "may_report": False},
+    "background": {"background": True},
+    "background, late": {"background": True, "fault": "late"},
+    "background, damaged": {"background": True, "fault": "damaged last value"},
 }
 
 
@@ -83,10 +88,23 @@ class Rank(World):
 
     def __init__(self, hf: HFModel, rank: int, *, fault: str = "", policy: str = "query", **options: Any) -> None:
         self.rank, self.ranks = rank, RANKS
-        super().__init__(hf, fault if rank == RANKS - 1 else "", policy, **options)
+        background = options.pop("background", False)
+        super().__init__(hf, fault if rank == RANKS - 1 else "", policy, piece=20, **options)
+        self.plan = replace(self.plan, background=background)
 
     def make_model(self, hf: HFModel) -> RankModel:
         return RankModel(hf, rank=self.rank, ranks=self.ranks)
+
+    def run(self) -> Any:
+        if not self.plan.background:
+            return super().run()
+        self.worker.run([self.plan], Allowance(20))
+        self.worker.finish()
+        while not self.worker.take_received():
+            self.worker.run([], Allowance(20))
+            self.worker.finish()
+        (result,) = self.worker.take_results()
+        return result
 
     def outcome(self) -> dict[str, Any]:
         """What came of it, with the KV of this rank's heads."""

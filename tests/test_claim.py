@@ -148,7 +148,8 @@ def test_settings_are_read_and_whole_numbers_are_numbers() -> None:
         ("least_tokens", 1.5),
         ("least_tokens", True),
         ("tail_tokens", -1),
-        ("step_tokens", -1),
+        ("step_tokens", 0),
+        ("overlap", 1),
     ],
 )
 def test_a_wrong_setting_is_an_error_that_names_it(name: str, value: Any) -> None:

@@ -150,6 +150,41 @@ def test_a_pass_as_cuda_graphs_leaves_the_runners_buffers_as_they_were(config: V
     assert buffers.positions.tolist() == list(range(100, 116))
 
 
+def test_a_pass_that_we_capture_stays_out_of_vllms_graphs(config: VllmConfig) -> None:
+    from vllm.forward_context import get_forward_context
+
+    def run(**inputs: Any) -> None:
+        modes.append(get_forward_context().cudagraph_runtime_mode.name)
+        assert inputs["input_ids"] is IDS, "the graph would read another tensor"
+        assert inputs["positions"] is POSITIONS
+
+    modes: list[str] = []
+    runner = SimpleNamespace(get_model=lambda: run)  # no graphs to ask for
+    compat_vllm.run_pass(
+        config, runner, ["a"], compat_vllm.OwnMetadata(lambda *args: None), IDS, POSITIONS, as_graphs=False
+    )
+    assert modes == ["NONE"]
+
+
+def test_what_a_capture_looks_at_in_the_configuration(config: VllmConfig) -> None:
+    from vllm.config import ModelConfig
+
+    assert {"enforce_eager", "enable_sleep_mode", "max_model_len"} <= set(ModelConfig.__dataclass_fields__)
+    assert config.offload_config.prefetch.offload_group_size == 0
+    assert config.parallel_config.tensor_parallel_size == 1
+    assert config.scheduler_config.max_num_batched_tokens > 0
+
+
+def test_a_slot_of_minus_one_is_written_by_no_backend() -> None:
+    from vllm.v1.attention.backends.utils import PAD_SLOT_ID
+
+    assert PAD_SLOT_ID == -1
+    text = (VLLM / "v1/attention/ops/triton_reshape_and_cache_flash.py").read_text()
+    assert "if slot_idx < 0:" in text
+    for module in BACKENDS:  # vLLM's graphs have such rows too
+        assert "reshape_and_cache_flash" in (VLLM / module).read_text()
+
+
 def test_the_runner_has_its_graphs_and_buffers_where_we_look() -> None:
     utils = "v1/worker/gpu/cudagraph_utils.py"
     dispatch = source(utils, "CudaGraphManager", "dispatch").args

@@ -109,6 +109,11 @@ def test_transfers_and_answers() -> None:
     ]
     takes(futures.MessagingFuture.to_device_future, "device", "event_backend")
     takes(futures.DeviceMessagingFuture.wait_on_stream, "stream", "timeout")
+    takes(futures.DeviceMessagingFuture.query)
+    raw: Any = futures.MessagingFuture()
+    assert futures.DeviceMessagingFuture(raw, device="cpu", event_backend=object()).raw_future_ is raw
+    raw.set_result((b"", True))
+    assert futures.DeviceMessagingFuture(raw, device="cpu", event_backend=object()).query()
     never: Any = futures.MessagingFuture()
     assert not never.wait(0.01)
     with pytest.raises(TimeoutError):
@@ -134,7 +139,7 @@ def test_the_session_of_a_look_up_on_its_way_is_not_ended_with_its_request() -> 
             ended.append(request_id)
 
     one.scheduler_adapter = Adapter()
-    one._side = SimpleNamespace(finished=lambda request: {}, listens=lambda name: name == "waits", unheard=True)
+    one._side = SimpleNamespace(finished=lambda request: {}, listens=lambda name: name == "waits", unfinished=True)
     one._role = base.KVConnectorRole.SCHEDULER
     for name in ("waits", "other"):
         later, params = one.request_finished(request(name, [1], None), [])
@@ -143,7 +148,7 @@ def test_the_session_of_a_look_up_on_its_way_is_not_ended_with_its_request() -> 
     one.scheduler_adapter.end_session("waits")
     assert ended == ["other", "waits"], "what holds the look-up can end it"
     assert one.has_pending_push_work(), "an engine without requests goes on for it"
-    one._side.unheard = False
+    one._side.unfinished = False
     assert not one.has_pending_push_work()
     assert "self.scheduler_adapter.end_session(" in inspect.getsource(stock.request_finished)
     assert "self.connector.has_pending_push_work()" in inspect.getsource(Scheduler.has_requests)
@@ -166,11 +171,43 @@ def test_a_request_is_freed_once_whatever_lmcache_says_of_it() -> None:
     output = KVConnectorOutput(finished_recving={"a"}, finished_sending={"a", "b"})
     one.update_connector_output(output)
     assert (output.finished_recving, output.finished_sending) == ({"a"}, {"b"})
-    one._can_store = True
+    one._can_store, one._worker = True, None
     one.worker_adapter = SimpleNamespace(get_finished=lambda ids: (ids, None), retrieve_futures={"c": None})
     assert one.get_finished({"c", "d"}) == ({"d"}, None)
     one.worker_adapter.retrieve_futures.clear()
     assert one.get_finished(set()) == ({"c"}, None)
+
+    ended: set[str] = set()
+    one._worker = SimpleNamespace(
+        cancel=ended.update, finish=lambda: None, take_received=lambda: {"e"}, receiving={"f", "g"}
+    )
+    assert one.get_finished({"f", "h"}) == ({"h"}, {"e"}), "f is still being written to"
+    assert ended == {"f", "h"}
+
+
+def test_vllm_waits_for_what_is_blended_in_the_background() -> None:
+    """A claim that is asynchronous: blocks for it and no more, and the request goes on when a worker says so."""
+    assert "self.connector.on_new_request(request)" in inspect.getsource(Scheduler.add_request)
+    schedule = inspect.getsource(Scheduler.schedule)
+    assert "delay_cache_blocks=load_kv_async" in schedule
+    assert "request.status = RequestStatus.WAITING_FOR_REMOTE_KVS" in schedule
+    done = inspect.getsource(Scheduler._update_from_kv_xfer_finished)
+    assert "self.finished_recving_kv_req_ids.add(req_id)" in done
+    assert "cache_blocks(request, request.num_computed_tokens)" in inspect.getsource(
+        Scheduler._update_waiting_for_remote_kv
+    )
+    abort = inspect.getsource(Scheduler.finish_requests)
+    assert "delay_free_blocks" in abort, "blocks that are still being written to are kept"
+
+
+def test_the_null_block_is_nobodys() -> None:
+    from vllm.v1.core.block_pool import BlockPool
+
+    from lmcache_rag.connector.worker_side import NULL_BLOCK
+
+    pool = BlockPool(4, False, 16)
+    assert (pool.null_block.block_id, pool.null_block.is_null) == (NULL_BLOCK, True)
+    assert NULL_BLOCK not in {block.block_id for block in pool.get_new_blocks(3)}
 
 
 def test_exact_prefixes_are_asked_for_in_whole_chunks() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+import scheduler_kit
 import torch
 from models import tiny_model
 from paged_kit import PagedModel
@@ -141,7 +142,7 @@ def test_blocks_are_pinned_from_the_claim_to_the_result(world: Any) -> None:
     assert claimed == request.num_tokens - 1  # the short rest is claimed too
     assert pool.held > 0
     side.allocated(request, list(range(50)), claimed, None)
-    (plan,) = side.plans()
+    ((plan,), _) = side.plans()
     assert all(match.block >= 0 for match in plan.matches)
     held = pool.held
     assert held == len(plan.matches)
@@ -241,3 +242,19 @@ def test_a_copied_key_is_the_key_at_its_new_position(tokenizer: Any, scaling: st
         got_keys, got_values = paged.read(target, 0, start + 48)
         torch.testing.assert_close(got_keys[:, start:], want_keys, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(got_values[:, start:], want_values, atol=1e-4, rtol=1e-4)
+
+
+def test_what_seems_to_be_held_is_seen_without_looking_at_every_block() -> None:
+    pool = scheduler_kit.Pool()
+    chunks = HotChunks(pool, 8, scheduler_kit.hash_block)
+    tokens, hashes = list(range(100)), ["a", "b", "c", "d"]
+    pool.file("d", tokens[32:56], 8)
+    asked: list[Any] = []
+    real = pool.get_cached_block
+    pool.get_cached_block = lambda *given: (asked.append(given), real(*given))[1]  # type: ignore[method-assign]
+    spans = [(32, 56), (60, 92)]
+    assert chunks.held(tokens, hashes, spans) == 24
+    assert len(asked) == 2
+    assert chunks.held(tokens, hashes, []) == 0
+    assert chunks.held(tokens, hashes[:3], spans) == 0, "the prefix is longer than what is hashed"
+    assert sum(m.end - m.start for m, _ in chunks.find(tokens, hashes, spans)) == 24

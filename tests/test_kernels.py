@@ -1,8 +1,13 @@
-"""The Triton kernels against the plain torch operations that do the same."""
+"""The Triton kernels against the plain torch operations that do the same.
+
+With TRITON_INTERPRET=1, where triton is installed, they run without a GPU, in its interpreter.
+"""
 
 from __future__ import annotations
 
 import math
+import os
+from typing import Any
 
 import pytest
 import torch
@@ -10,19 +15,55 @@ import torch
 from lmcache_rag.connector.paged import PagedSequence, keys_and_values
 from lmcache_rag.connector.paged_attention import PagedAttention
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and not torch.cuda.is_available()
+DEVICE = "cpu" if INTERPRETED else "cuda"
+DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
+HEADS, KV_HEADS = (4, 2) if INTERPRETED else (32, 8)  # the interpreter runs one program after another
+NEAR = {"atol": 1e-4, "rtol": 1e-4} if INTERPRETED else {"atol": 2e-2, "rtol": 2e-2}
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="needs a CUDA device"),
+]
+if INTERPRETED:  # numpy speaks up where a mask hides the result
+    pytestmark.append(pytest.mark.filterwarnings("ignore::RuntimeWarning"))
 
 
 def case(rows: int, length: int, *, size: int = 128, block: int = 16, packed: bool = False) -> tuple:  # type: ignore[type-arg]
     """Random queries at random positions over a random paged cache on the GPU."""
     torch.manual_seed(rows + length)
     blocks = -(-length // block)
-    shape = (blocks + 3, 8, block, 2 * size) if packed else (blocks + 3, 2, block, 8, size)
-    keys, values = keys_and_values(torch.randn(shape, device="cuda", dtype=torch.bfloat16))
-    sequence = PagedSequence.of(torch.randperm(blocks + 3)[:blocks].tolist(), block, "cuda")
-    positions = torch.randperm(length, device="cuda")[:rows].sort().values.to(torch.int32)
-    query = torch.randn(rows, 32, size, device="cuda", dtype=torch.bfloat16)
+    shape = (blocks + 3, KV_HEADS, block, 2 * size) if packed else (blocks + 3, 2, block, KV_HEADS, size)
+    keys, values = keys_and_values(torch.randn(shape, device=DEVICE, dtype=DTYPE))
+    sequence = PagedSequence.of(torch.randperm(blocks + 3)[:blocks].tolist(), block, DEVICE)
+    positions = torch.randperm(length, device=DEVICE)[:rows].sort().values.to(torch.int32)
+    query = torch.randn(rows, HEADS, size, device=DEVICE, dtype=DTYPE)
     return query, keys, values, sequence, positions
+
+
+class Kernels(PagedAttention):
+    """As PagedAttention, with the kernels also where they are interpreted."""
+
+    def attend(self, query: Any, keys: Any, values: Any, scale: float, out: Any) -> Any:
+        if not INTERPRETED:
+            return super().attend(query, keys, values, scale, out)
+        from lmcache_rag.connector import kernels
+
+        return kernels.attend(
+            query, keys, values, self.sequence.blocks, self.positions, self.visible, scale, out,
+            end=self.end, splits=3 if len(query) < 65 and self.end > 1000 else 1,
+        )  # fmt: skip
+
+    def add_mass(self, query: Any, keys: Any, scale: float, lse: Any, mass: Any, *, reduce: str = "sum") -> None:
+        if not INTERPRETED:
+            super().add_mass(query, keys, scale, lse, mass, reduce=reduce)
+            return
+        from lmcache_rag.connector import kernels
+
+        visible = self.visible if self.visible is not None else torch.ones(self.end, dtype=torch.uint8)
+        kernels.add_mass(
+            query, keys, self.sequence.blocks, self.positions, visible, scale, lse, mass, reduce=reduce
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("rows", [1, 20, 64, 65, 400])
@@ -34,29 +75,29 @@ def test_attention(rows: int, length: int, hides: bool, packed: bool, size: int)
     rows = min(rows, length)
     query, keys, values, sequence, positions = case(rows, length, packed=packed, size=size)
     # A query always sees itself.
-    hidden = torch.arange(0, length, 3, device="cuda") if hides else None
+    hidden = torch.arange(0, length, 3, device=DEVICE) if hides else None
     if hidden is not None:
         hidden = hidden[~torch.isin(hidden, positions)]
         gone = sequence.slots(hidden)
         for cache in (keys, values):  # what does not exist yet may hold anything
             cache[gone // 16, gone % 16] = float("nan")
-    attention = PagedAttention(sequence, positions, length, hidden)
+    attention = Kernels(sequence, positions, length, hidden)
     out, want = torch.empty_like(query), torch.empty_like(query)
     scale = 1 / math.sqrt(size)
     lse = attention.attend(query, keys, values, scale, out)
     if hidden is not None:
         keys, values = keys.nan_to_num(), values.nan_to_num()
     want_lse = attention._plain(query, keys, values, scale, want)
-    torch.testing.assert_close(out, want, atol=2e-2, rtol=2e-2)
-    torch.testing.assert_close(lse, want_lse, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(out, want, **NEAR)
+    torch.testing.assert_close(lse, want_lse, **NEAR)
 
-    mass = torch.zeros(8, length, device="cuda")
+    mass = torch.zeros(KV_HEADS, length, device=DEVICE)
     attention.add_mass(query, keys, scale, lse, mass)
-    assert mass.sum().item() == pytest.approx(rows * 32, rel=1e-2)
+    assert mass.sum().item() == pytest.approx(rows * HEADS, rel=1e-2)
     scores = attention._scores(query, sequence.gather(keys, length), scale)
-    weights = scores.softmax(-1).view(8, 4, rows, length)
+    weights = scores.softmax(-1).view(KV_HEADS, HEADS // KV_HEADS, rows, length)
     torch.testing.assert_close(mass, weights.sum((1, 2)), atol=2e-2, rtol=5e-2)
-    most = torch.zeros(8, length, device="cuda")
+    most = torch.zeros(KV_HEADS, length, device=DEVICE)
     attention.add_mass(query, keys, scale, lse, most, reduce="max")
     torch.testing.assert_close(most, weights.amax((1, 2)), atol=2e-2, rtol=5e-2)
 
@@ -64,8 +105,8 @@ def test_attention(rows: int, length: int, hides: bool, packed: bool, size: int)
 def test_damage_shows() -> None:
     """NaN in a key or a value that is seen must not be masked away."""
     query, keys, values, sequence, positions = case(20, 3000)
-    attention = PagedAttention(sequence, positions, 3000, torch.empty(0, dtype=torch.int64, device="cuda"))
-    first = sequence.slots(torch.tensor([0], device="cuda"))
+    attention = Kernels(sequence, positions, 3000, torch.empty(0, dtype=torch.int64, device=DEVICE))
+    first = sequence.slots(torch.tensor([0], device=DEVICE))
     out = torch.empty_like(query)
     damaged = keys.clone()
     damaged[first // 16, first % 16, :, 5] = float("nan")
@@ -74,3 +115,94 @@ def test_damage_shows() -> None:
     damaged[first // 16, first % 16, :, 5] = float("nan")
     attention.attend(query, keys, damaged, 0.1, out)
     assert out.isnan().any(-1).all()
+
+
+class Fixed:
+    """The tensors of a CUDA graph: the form of the kernels that takes the length from device memory.
+
+    What lies behind a sequence is what an earlier, longer one left there.
+    """
+
+    LONGEST, ROWS = 6000, 64
+
+    def __init__(self, sequence: PagedSequence, positions: torch.Tensor, end: int, hidden: torch.Tensor | None) -> None:
+        self.blocks = torch.randint(0, 3, (self.LONGEST // 16,), dtype=torch.int32, device=DEVICE)
+        self.blocks[: len(sequence.blocks)] = sequence.blocks
+        self.positions = torch.full((self.ROWS,), -1, dtype=torch.int32, device=DEVICE)
+        self.positions[: len(positions)] = positions
+        self.end = torch.tensor([end], dtype=torch.int32, device=DEVICE)
+        self.visible = torch.randint(0, 2, (self.LONGEST,), dtype=torch.uint8, device=DEVICE)
+        self.visible[:end] = 1
+        if hidden is not None:
+            self.visible[hidden] = 0
+        self.mass = torch.full((KV_HEADS, self.LONGEST), 7.0, device=DEVICE)
+        self.mass[:, :end] = 0
+
+    def rows(self, query: torch.Tensor) -> torch.Tensor:
+        spare = torch.randn(self.ROWS - len(query), *query.shape[1:], device=DEVICE, dtype=query.dtype)
+        return torch.cat([query, spare])
+
+    def run(self, query: Any, keys: Any, values: Any, scale: float, reduce: str = "sum") -> tuple[Any, Any]:
+        from lmcache_rag.connector import kernels
+
+        query, out = self.rows(query), torch.full((self.ROWS, *query.shape[1:]), math.nan, device=DEVICE, dtype=DTYPE)
+        lse = kernels.attend(
+            query, keys, values, self.blocks, self.positions, self.visible, scale, out, end=self.end
+        )  # fmt: skip
+        kernels.add_mass(
+            query, keys, self.blocks, self.positions, self.visible, scale, lse, self.mass, reduce=reduce, end=self.end
+        )
+        return out, lse
+
+
+@pytest.mark.parametrize("rows", [20, 64] if INTERPRETED else [1, 20, 64])
+@pytest.mark.parametrize("length", [65, 700, 2200] if INTERPRETED else [64, 70, 500, 1500, 3000, 5990])
+@pytest.mark.parametrize("hides", [False, True])
+@pytest.mark.parametrize(("size", "packed"), [(64, False), (128, True)])
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+def test_lengths_from_device_memory(rows: int, length: int, hides: bool, size: int, packed: bool, reduce: str) -> None:
+    query, keys, values, sequence, positions = case(rows, length, size=size, packed=packed)
+    positions = torch.arange(length - rows, length, device=DEVICE, dtype=torch.int32)
+    scale, hidden = 1 / math.sqrt(size), None
+    if hides:  # here and there, and all that a split has
+        hidden = (
+            torch.cat([torch.arange(1, length, 3), torch.arange(600, max(600, min(1700, length - 64)))])
+            .unique()
+            .to(DEVICE)
+        )
+        hidden = hidden[~torch.isin(hidden, positions)]
+        gone = sequence.slots(hidden)
+        for cache in (keys, values):
+            cache[gone // 16, gone % 16] = math.nan
+    fixed = Fixed(sequence, positions, length, hidden)
+    out, lse = fixed.run(query, keys, values, scale, reduce)
+
+    keys, values = keys.nan_to_num(), values.nan_to_num()
+    attention = PagedAttention(sequence, positions, length, hidden)
+    want = torch.empty_like(query)
+    want_lse = attention._plain(query, keys, values, scale, want)
+    torch.testing.assert_close(out[:rows], want, **NEAR)
+    torch.testing.assert_close(lse[:rows], want_lse, **NEAR)
+    assert out.isfinite().all(), "rows to spare go on through the model"
+    weights = attention._scores(query, sequence.gather(keys, length), scale).softmax(-1)
+    weights = weights.view(KV_HEADS, -1, rows, length)
+    want_mass = weights.amax((1, 2)) if reduce == "max" else weights.sum((1, 2))
+    torch.testing.assert_close(fixed.mass[:, :length], want_mass, atol=NEAR["atol"], rtol=5e-2)
+    assert (fixed.mass[:, length:] == 7).all(), "written behind the end"
+
+
+@pytest.mark.parametrize("place", [0, 2500])
+def test_damage_shows_with_lengths_from_device_memory(place: int) -> None:
+    query, keys, values, sequence, _ = case(20, 3000)
+    positions = torch.arange(2980, 3000, device=DEVICE, dtype=torch.int32)
+    slot = sequence.slots(torch.tensor([place], device=DEVICE))
+    damaged = keys.clone()
+    damaged[slot // 16, slot % 16, :, 5] = math.nan
+    fixed = Fixed(sequence, positions, 3000, None)
+    _, lse = fixed.run(query, damaged, values, 0.1)
+    assert lse[:20].isnan().all()
+    assert fixed.mass[:, :3000].sum(1).isnan().all()
+    damaged = values.clone()
+    damaged[slot // 16, slot % 16, :, 5] = math.nan
+    out, _ = Fixed(sequence, positions, 3000, None).run(query, keys, damaged, 0.1)
+    assert out[:20].isnan().any(-1).all()

@@ -129,6 +129,21 @@ def test_damage_on_one_rank_is_repaired_by_all_where_it_may_not_be_reported(rank
     assert close(joined(ranks, "repaired"), full_prefill(World(hf)))
 
 
+def test_in_the_background_too_two_ranks_do_what_one_does(ranks: list[Outcome], hf: HFModel) -> None:
+    one = World(hf)
+    result = one.run()
+    want = (result.prefix_tokens, result.reused_tokens, result.recomputed_tokens, result.computed_tokens)
+    assert [rank["background"]["counts"] for rank in ranks] == [want] * RANKS
+    assert close(joined(ranks, "background"), [one.model.read(one.sequence, i, one.end) for i in range(hf.layers)])
+
+
+@pytest.mark.parametrize("name", ["background, late", "background, damaged"])
+def test_in_the_background_all_ranks_compute_what_one_did_not_get(ranks: list[Outcome], hf: HFModel, name: str) -> None:
+    assert all(rank[name]["failure"] for rank in ranks)
+    assert [rank[name]["bad"] for rank in ranks] == [[]] * RANKS
+    assert close(joined(ranks, name), full_prefill(World(hf)))
+
+
 def test_a_rank_without_memory_ends_rather_than_leave_the_others_waiting(ranks: list[Outcome]) -> None:
     """They are in the middle of a pass and it cannot join them again; vLLM ends all workers when one raises."""
     assert [rank["no memory"] for rank in ranks] == ["out of memory"] * RANKS

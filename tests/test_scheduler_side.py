@@ -22,7 +22,7 @@ def test_a_claim_ends_with_the_last_match_and_hides_from_the_first_one_on() -> N
     assert once.side.store_limit("a") == 40
     assert once.side.exact_prefix("a") == 32
     once.side.allocated(request, list(range(13)), 68, {"lmcache.x": 1})
-    (plan,) = once.side.plans()
+    ((plan,), _) = once.side.plans()
     assert (plan.local, plan.exact, plan.matches, plan.end) == (8, 32, Once.MATCHES, 76)
     assert (plan.block_ids, plan.policy, plan.configs) == (tuple(range(13)), "query", {"lmcache.x": 1})
     assert once.server.held["a"] == {0, 1}, "the worker loads both chunks, since vLLM holds half of the first one only"
@@ -48,12 +48,12 @@ def test_a_request_may_go_away_at_any_time(when: str) -> None:
     assert not stats["blended"]
     steps = 0
     while once.side.abandoned:
-        assert once.side.plans() == []
+        assert once.side.plans()[0] == []
         steps += 1
     assert steps == (4 if when == "look-up under way" else 0)
     assert not once.server.held["a"]
     assert once.side.requests == 0
-    assert once.side.plans() == [], "a plan of a request that is gone"
+    assert once.side.plans()[0] == [], "a plan of a request that is gone"
 
 
 @pytest.mark.parametrize("polls", [2, 3])
@@ -65,13 +65,13 @@ def test_an_answer_on_the_way_to_a_request_that_is_gone_leaves_no_locks(polls: i
     assert once.server.held["a"] == ({0, 1} if polls == 2 else set()), "taken, and the scheduler does not know yet"
     assert "a" not in once.server.ended, "with its session the server would forget what it has locked"
     assert once.side.listens("a")
-    assert once.side.unheard, "an engine without requests would never hear it"
+    assert once.side.unfinished, "an engine without requests would never hear it"
     for _ in range(polls - 1):
         once.side.plans()
     assert not once.server.held["a"]
     assert "a" in once.server.ended
     assert not once.side.listens("a")
-    assert not once.side.unheard
+    assert not once.side.unfinished
 
 
 def test_an_engine_does_not_go_on_for_ever_for_an_answer_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,10 +82,10 @@ def test_an_engine_does_not_go_on_for_ever_for_an_answer_that_never_comes(monkey
     request = once.request()
     assert once.side.matched(request, 0) is None
     once.finish(request)
-    assert once.side.unheard
+    assert once.side.unfinished
     now[0] += once.side.options.lookup_deadline + 0.1
     once.side.plans()
-    assert not once.side.unheard
+    assert not once.side.unfinished
     assert once.side.abandoned == 1, "it is heard when there is a step anyway"
     now[0] += ABANDONED_SECONDS
     once.side.plans()
@@ -98,28 +98,82 @@ def test_a_preempted_request_is_not_blended_again_and_tells_of_its_blend() -> No
     request = once.request()
     once.side.allocated(request, list(range(13)), once.side.matched(request, 0) or 0, None)
     once.server.give_back("a", 0, 32)
-    assert len(once.side.plans()) == 1
+    assert len(once.side.plans()[0]) == 1
     once.side.take([BlendResult("a", 32, 24, 8, 12, 1.0, 1.0)])
     request.num_tokens = 103
     assert once.side.matched(request, 96) == 0, "it goes on from its own blocks"
     once.side.allocated(request, list(range(13)), 0, None)
-    assert once.side.plans() == []
+    assert once.side.plans()[0] == []
     assert once.side.store_limit("a") == 40, "its KV is as approximate as before"
     stats = once.finish(request)
     assert stats is not None
     assert (stats["prefix_tokens"], stats["reused_tokens"], stats["blocks_hit"]) == (32, 24, 2)
 
 
-def test_a_full_step_makes_blends_wait_and_nobody_else() -> None:
-    once = Once(step_tokens=50)
+def test_who_does_not_find_the_engine_idle_is_blended_beside_the_others() -> None:
+    once = Once()
+    first, second = once.request("a"), once.request("b")
+    exact, nothing = once.request("c", cached=(32, ())), once.request("d", cached=(0, ()))
+    assert once.side.matched(first, 0) == 76
+    assert not once.side.in_background("a")
+    assert once.side.matched(second, 0) == 99, "it waits without blocks for the rest, so all of it is claimed"
+    assert once.side.in_background("b")
+    assert once.side.matched(exact, 0) == 32
+    assert once.side.in_background("c")
+    assert once.side.matched(nothing, 0) == 0
+    once.side.allocated(first, list(range(13)), 76, None)
+    once.side.allocated(second, list(range(13)), 99, None)
+    plans, _ = once.side.plans({"a": 24})
+    assert [(plan.request_id, plan.background, plan.end) for plan in plans] == [("a", False, 76), ("b", True, 99)]
+    once.side.finished(second)
+    assert once.side.unfinished, "the worker is still at it, and vLLM waits for its word"
+    once.side.take([BlendResult("b", 32, 24, 8, 12, 1.0, 1.0)])
+    assert not once.side.unfinished
+
+
+def test_without_overlap_a_full_step_makes_blends_wait_and_nobody_else() -> None:
+    once = Once(overlap=False, step_tokens=50)
     blends, waits = once.request("a"), once.request("b")
     exact, nothing = once.request("c", cached=(32, ())), once.request("d", cached=(0, ()))
+    for request in (blends, waits):
+        request.kv_transfer_params = {"lmcache_rag.ratio": 1.0}
     assert once.side.matched(blends, 0) == 76
     assert once.side.matched(waits, 0) is None, "44 tokens behind the prefix, and as many of it"
     assert once.side.matched(exact, 0) == 32
     assert once.side.matched(nothing, 0) == 0
+    assert not any(once.side.in_background(name) for name in "abcd")
     once.side.plans()
     assert once.side.matched(waits, 0) == 76
+
+
+def test_a_little_of_an_exact_prefix_is_computed_rather_than_loaded() -> None:
+    once = Once(least_tokens=33)
+    request = once.request(cached=(32, ()))
+    assert once.side.matched(request, 0) == 0
+    once.side.allocated(request, list(range(13)), 0, None)
+    assert not once.server.held["a"], "its locks are given back"
+    assert once.side.plans()[0] == []
+    stats = once.finish(request)
+    assert stats is not None
+    assert (stats["prefix_tokens"], stats["computed_tokens"]) == (0, 100)
+
+
+def test_a_new_request_is_looked_up_before_it_is_scheduled() -> None:
+    once = Once()
+    request = once.request(polls=1)
+    once.side.arrived(request)
+    assert len(once.lookups) == 1
+    assert once.side.matched(request, 0) is None
+    assert once.side.matched(request, 0) == 76
+    assert len(once.lookups) == 1
+    many = [once.request(str(number)) for number in range(40)]
+    for one in many:
+        once.side.arrived(one)
+    assert len(once.lookups) == 32, "locks of a long queue would end by themselves"
+    for one in [request, *many]:
+        once.finish(one)
+    assert once.side.requests == 0
+    assert not any(once.server.held.values())
 
 
 def test_a_look_up_is_waited_for_no_longer_than_its_deadline(caplog: pytest.LogCaptureFixture) -> None:
@@ -163,7 +217,7 @@ def test_wrong_wishes_are_warned_of_and_not_followed(caplog: pytest.LogCaptureFi
     assert once.side.matched(request, 0) == 76
     assert "lmcache_rag.ratio 7" in caplog.text
     once.side.allocated(request, list(range(13)), 76, None)
-    (plan,) = once.side.plans()
+    ((plan,), _) = once.side.plans()
     assert (plan.policy, plan.ratio) == ("head", 0.15)
 
 
@@ -174,6 +228,7 @@ def test_a_server_that_does_not_blend_by_itself_blends_who_asks() -> None:
     assert once.side.matched(plain, 0) == 32
     assert plain.hidden == []
     assert once.side.store_limit("a") is None
+    once.side.plans()
     assert once.side.matched(asks, 0) == 76
 
 
@@ -182,7 +237,7 @@ def test_a_short_rest_of_the_prompt_is_claimed_with_the_blend() -> None:
     request = once.request()
     assert once.side.matched(request, 0) == 99, "all but the last token"
     once.side.allocated(request, list(range(13)), 99, None)
-    (plan,) = once.side.plans()
+    ((plan,), _) = once.side.plans()
     assert (plan.matches, plan.end) == (Once.MATCHES, 99)
     assert Once(tail_tokens=22).side.matched(once.request("b"), 0) == 76
 
@@ -197,7 +252,7 @@ def test_chunks_that_vllm_held_and_lost_while_a_request_waited_are_looked_up() -
     assert once.side.matched(request, 32) == 24
     assert once.lookups == [], "all of it is there"
     assert [block.users for block in pool.filed.values()] == [1, 1, 1]
-    assert once.side.plans() == []  # no blocks were free
+    assert once.side.plans()[0] == []  # no blocks were free
     pool.evict()
     assert pool.filed == {}, "what is not allocated is not kept"
     assert once.side.matched(request, 32) is None, "LMCache is asked and waited for"
@@ -215,7 +270,7 @@ def test_chunks_that_vllm_holds_are_kept_until_the_worker_has_copied_them() -> N
     request.block_hashes = ["a", "b", "c", "d"]
     pool.file("d", request.prompt_token_ids[32:56], 8)
     once.side.allocated(request, list(range(13)), once.side.matched(request, 32) or 0, None)
-    (plan,) = once.side.plans()
+    ((plan,), _) = once.side.plans()
     assert [match.block for match in plan.matches] == [block.block_id for block in pool.filed.values()]
     assert [block.users for block in pool.filed.values()] == [1, 1, 1]
     once.side.take([BlendResult("a", 32, 24, 0, 0, 1.0, 1.0)])

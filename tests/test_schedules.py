@@ -21,11 +21,16 @@ from lmcache_rag.connector.abandoned import ABANDONED_SECONDS
 from lmcache_rag.connector.hot import HotChunks
 from lmcache_rag.connector.hot_side import HotSide
 from lmcache_rag.connector.options import ConnectorOptions
-from lmcache_rag.connector.plan import BlendResult, Match, claim
+from lmcache_rag.connector.plan import BlendResult, Claim, Match, claim
 from lmcache_rag.connector.scheduler_side import SchedulerSide
 
 BLOCK = 8
-OPTIONS = ConnectorOptions(least_tokens=16, step_tokens=96, tail_tokens=20, lookup_deadline=5.0)
+OPTIONS = ConnectorOptions(least_tokens=16, step_tokens=40, tail_tokens=20, lookup_deadline=5.0)
+
+
+def computed(plan: Any) -> int:
+    """What a blend in the step computes."""
+    return Claim(plan.exact, plan.matches, plan.end).computed(plan.policy, plan.ratio)
 
 
 class Schedules(RuleBasedStateMachine):
@@ -44,9 +49,13 @@ class Schedules(RuleBasedStateMachine):
             self.look_up,
             lambda request, first: request.hidden.append(first),
             HotSide(HotChunks(self.pool, BLOCK, hash_block)),
+            most_tokens=60,
         )
         self.waiting: list[Request] = []
         self.running: list[Request] = []
+        self.loading: list[Request] = []  # wait for what is blended in the background
+        self.background: list[list[Any]] = []  # plans of workers, and steps that each still takes
+        self.received: set[str] = set()
         self.lookups: dict[str, Lookup] = {}
         self.left: set[str] = set()  # went away before their look-up was of use
         self.planned: set[str] = set()
@@ -72,6 +81,7 @@ class Schedules(RuleBasedStateMachine):
         blend=st.sampled_from([None, None, None, "off", "on"]),
         kind=st.sampled_from(["text", "text", "text", "text", "resumed", "no reading"]),
         hot=st.sampled_from([0, 0, 8, 3]),
+        early=st.booleans(),
     )
     def arrive(
         self,
@@ -83,6 +93,7 @@ class Schedules(RuleBasedStateMachine):
         blend: str | None,
         kind: str,
         hot: int,
+        early: bool,
     ) -> None:
         exact = min(prefix * CHUNK, prompt // CHUNK * CHUNK)
         matches, here = [], exact
@@ -105,15 +116,18 @@ class Schedules(RuleBasedStateMachine):
         request.num_tokens = prompt + (kind == "resumed")
         request.skip_reading_prefix_cache = kind == "no reading"
         self.waiting.append(request)
+        if early:
+            self.side.arrived(request)
 
     @rule(
+        slow=st.sampled_from([0, 0, 1, 3]),
         local=st.lists(st.integers(0, 25), min_size=6, max_size=6),
         room=st.sampled_from([0, 0, 1, 2, 4]),
         preempt=st.booleans(),
         budget=st.sampled_from([16, 64, 512]),
         failing=st.booleans(),
     )
-    def step(self, local: list[int], room: int, preempt: bool, budget: int, failing: bool) -> None:
+    def step(self, local: list[int], room: int, preempt: bool, budget: int, failing: bool, slow: int = 0) -> None:
         self.now += 0.01
         self.back_in -= 1
         self.server.up = self.server.up or self.back_in <= 0
@@ -122,25 +136,44 @@ class Schedules(RuleBasedStateMachine):
             victim = self.running.pop()
             victim.computed, victim.runs = 0, False
             self.waiting.insert(0, victim)
+        before = {request.request_id for request in self.running}
         for request in self.running:
             self.advance(request, budget)
         for request, blocks in zip(list(self.waiting), local, strict=False):
             if not self.admit(request, min(blocks * BLOCK, (request.num_tokens - 1) // BLOCK * BLOCK), room, budget):
                 break
             room -= request.runs
-        work = []
-        for plan in self.side.plans():
+        others = [r for r in self.running if r.request_id in before]
+        plans, allowance = self.side.plans({r.request_id: 1 for r in self.running})
+        now = [plan for plan in plans if not plan.background]
+        work = sum(computed(plan) for plan in now)
+        assert len(now) <= 1
+        assert not now or not others, "a request that runs would wait for the whole blend"
+        assert work <= 60
+        assert allowance.idle == (not self.running)
+        if others:
+            assert allowance.tokens <= OPTIONS.step_tokens
+        for plan in plans:
             self.check(plan)
-            work.append(plan.end - plan.exact)
-            results.append(self.work(plan, failing))
-        assert sum(work) <= OPTIONS.step_tokens or sum(w > 0 for w in work) == 1
+            if plan.background:
+                self.background.append([plan, slow, failing])
+            else:
+                results.append(self.work(plan, failing))
+        for one in list(self.background):
+            one[1] -= 1
+            if one[1] <= 0:
+                self.background.remove(one)
+                self.check(one[0])
+                results.append(self.work(one[0], one[2]))
+                self.receive(one[0].request_id)
+        assert len(self.background) <= 8
         self.side.take(results)
         for request in [r for r in self.running if r.num_tokens > r.prompt + r.outputs]:
             self.finish(request)
 
     @rule(which=st.integers(0, 10))
     def abort(self, which: int) -> None:
-        everyone = self.waiting + self.running
+        everyone = self.waiting + self.running + self.loading
         if everyone:
             self.finish(everyone[which % len(everyone)])
 
@@ -163,6 +196,12 @@ class Schedules(RuleBasedStateMachine):
     def admit(self, request: Request, local: int, room: int, budget: int) -> bool:
         """Returns whether the next one is asked too."""
         before = request.request_id in self.planned
+        if request.request_id in self.received:  # goes on behind what was loaded, without being asked for again
+            if room <= 0:
+                return False
+            self.received.remove(request.request_id)
+            self.side.allocated(request, list(range(-(-request.num_tokens // BLOCK))), 0, None)
+            return self.start(request, budget)
         more = self.side.matched(request, local)
         if more is None:
             assert not before
@@ -180,18 +219,38 @@ class Schedules(RuleBasedStateMachine):
             wanted = claim(
                 request.prompt, local, request.cached[0], () if off else request.cached[1], least=16, tail=20
             )
-            assert local + more == wanted.end
+            if self.side.in_background(request.request_id) and wanted.matches:
+                assert local + more == request.prompt - 1
+            else:
+                assert local + more == wanted.end
             if wanted.matches:
                 first = wanted.matches[0].start
                 assert min(request.hidden) <= first, "another request could be served approximate KV"
                 assert self.side.store_limit(request.request_id) == min(request.hidden)
         if room <= 0:
             return False  # no blocks: it is asked again in the next step
-        self.side.allocated(request, list(range(-(-request.num_tokens // BLOCK))), more, None)
+        background = more > 0 and self.side.in_background(request.request_id)
+        blocks = -(-(local + more if background else request.num_tokens) // BLOCK)
+        self.side.allocated(request, list(range(blocks)), more, None)
         if more:
             self.planned.add(request.request_id)
         self.admitted.add(request.request_id)
-        request.runs, request.computed = True, local + more
+        request.computed = local + more
+        if background:
+            self.waiting.remove(request)
+            self.loading.append(request)
+            return True
+        return self.start(request, budget)
+
+    def receive(self, name: str) -> None:
+        """The worker says that what it loaded for a request is there."""
+        for request in [r for r in self.loading if r.request_id == name]:
+            self.loading.remove(request)
+            self.waiting.insert(0, request)
+            self.received.add(name)
+
+    def start(self, request: Request, budget: int) -> bool:
+        request.runs = True
         self.waiting.remove(request)
         self.running.append(request)
         self.advance(request, budget)
@@ -203,7 +262,14 @@ class Schedules(RuleBasedStateMachine):
             request.num_tokens += 1
 
     def check(self, plan: Any) -> None:
-        request = next(r for r in self.running if r.request_id == plan.request_id)
+        held = {block.block_id for block in self.pool.touched if block.users}
+        for match in plan.matches:
+            assert match.block < 0 or match.block in held, "its KV could be overwritten before it is copied"
+        here = [r for r in self.running + self.loading if r.request_id == plan.request_id]
+        if not here:
+            assert plan.background, "nobody wants it"
+            return
+        (request,) = here
         assert plan.local <= plan.exact <= plan.end <= request.prompt - 1
         assert len(plan.block_ids) * BLOCK >= plan.end
         assert list(plan.token_ids) == request.prompt_token_ids
@@ -211,16 +277,12 @@ class Schedules(RuleBasedStateMachine):
         if plan.matches:
             assert min(request.hidden) <= plan.matches[0].start, "another request could be served approximate KV"
             assert self.side.store_limit(request.request_id) == min(request.hidden)
-        held = {block.block_id for block in self.pool.filed.values() if block.users}
-        for match in plan.matches:
-            assert match.block < 0 or match.block in held, "its KV could be overwritten before it is copied"
 
     def work(self, plan: Any, failing: bool) -> BlendResult:
-        """As WorkerSide.run: loads what is exact, and with it gives back the locks."""
-        prefix = next(r for r in self.running if r.request_id == plan.request_id).cached[0]
+        """As WorkerSide: loads what is exact, and with it gives back the locks."""
         lookup = self.lookups.get(plan.request_id)
         if lookup is not None and plan.exact > plan.local and lookup.life == self.server.life:
-            self.server.give_back(plan.request_id, plan.local // CHUNK * CHUNK, prefix)
+            self.server.give_back(plan.request_id, plan.local // CHUNK * CHUNK, lookup.request.cached[0])
         if failing or not self.server.up:
             return BlendResult(plan.request_id, plan.local, 0, 0, plan.end - plan.local, 1.0, 1.0, "load failed")
         covered = sum(match.end - match.start for match in plan.matches)
@@ -231,7 +293,8 @@ class Schedules(RuleBasedStateMachine):
     def finish(self, request: Request) -> None:
         if request.request_id not in self.admitted:
             self.left.add(request.request_id)
-        (self.waiting if request in self.waiting else self.running).remove(request)
+        next(queue for queue in (self.waiting, self.running, self.loading) if request in queue).remove(request)
+        self.received.discard(request.request_id)
         self.finished.add(request.request_id)
         stats = self.side.finished(request)
         if not self.side.listens(request.request_id):
@@ -251,7 +314,7 @@ class Schedules(RuleBasedStateMachine):
 
     @invariant()
     def everybody_is_looked_after_once(self) -> None:
-        assert self.side.requests <= len(self.waiting) + len(self.running)
+        assert self.side.requests <= len(self.waiting) + len(self.running) + len(self.loading)
 
     @invariant()
     def whoever_runs_holds_no_locks(self) -> None:
@@ -262,11 +325,12 @@ class Schedules(RuleBasedStateMachine):
         """Let everybody come to an end, with and without the server."""
         self.server.up = self.server.answers = True
         for _ in range(400):
-            if not self.waiting and not self.running:
+            if not self.waiting + self.running + self.loading + self.background:
                 break
             self.now += 0.1
             self.step([0] * 6, 6, False, 512, False)
-        assert not self.waiting + self.running, "somebody starves"
+        assert not self.waiting + self.running + self.loading, "somebody starves"
+        assert not self.side.pace.beside
         lost = [one for one in self.lookups.values() if one.life != self.server.life]
         for _ in range(5):
             self.side.plans()

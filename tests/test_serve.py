@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shlex
 import signal
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,16 @@ def test_dry_run_prints_the_two_commands() -> None:
     assert vllm[-1] == "-cc.cudagraph_mode=FULL"
     transfer = json.loads(vllm[vllm.index("--kv-transfer-config") + 1])
     assert transfer["kv_connector_extra_config"]["lmcache_rag.ratio"] == 0.2
+    assert "lmcache_rag.step_tokens" not in transfer["kv_connector_extra_config"]
+
+
+def test_how_long_blends_hold_up_others_is_told_to_the_connector() -> None:
+    from lmcache_rag.connector.options import ConnectorOptions
+
+    result = dry_run("some/model", "--dry-run", "--step-tokens", "512")
+    vllm = shlex.split(result.stdout.splitlines()[1])
+    extra = json.loads(vllm[vllm.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
+    assert ConnectorOptions.read(lambda key, default: extra.get(key, default)).step_tokens == 512
 
 
 def test_dry_run_in_json() -> None:
@@ -217,13 +229,14 @@ main()
 
 
 def free_ports(count: int) -> list[int]:
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports: list[int] = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
+    """Below those that the system gives to whoever asks for any, so that no other test gets one in the meantime."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            ports.add(port)
+    return list(ports)
 
 
 def alive(pid: int) -> bool:

@@ -11,6 +11,7 @@ from paged_kit import PagedModel
 from test_blend_pass import PREFIX, Case
 
 from lmcache_rag.connector import metrics
+from lmcache_rag.connector.pace import Allowance
 from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.connector.plan import BlendPlan, Match
 from lmcache_rag.connector.worker_side import WorkerSide
@@ -41,15 +42,23 @@ class Link:
         self.is_healthy = fault != "dead"
         self.asked: list[str] = []
 
-    def submit_exact(self, *asked: Any) -> str:
+    deadline = 0.05
+
+    def submit_exact(self, plan: BlendPlan) -> str:
         self.asked.append("exact")
         return "exact"
 
-    def submit_matches(self, *asked: Any) -> str:
+    def submit_matches(self, plan: BlendPlan, matches: Any) -> str:
         self.asked.append("matches")
         return "matches"
 
-    def arrived(self, future: str) -> bool:
+    def answered(self, future: str, seconds: float) -> bool:
+        return self.fault != "late"
+
+    def there(self, future: str) -> bool:
+        return self.fault != "late"
+
+    def arrived(self, future: str, seconds: float) -> bool:
         if self.fault == "late":
             return False
         self._place()
@@ -87,7 +96,7 @@ class World:
         return Model(hf, layout="NHD", block=BLOCK, blocks=20)
 
     def run(self) -> Any:
-        self.worker.run(self.plan)
+        self.worker.run([self.plan], Allowance())
         self.worker.finish()
         (result,) = self.worker.take_results()
         assert not result.failure or result.failure in metrics.REASONS
@@ -164,6 +173,6 @@ def test_memory_that_runs_out_in_the_pass_means_computing(hf: HFModel, monkeypat
     def out_of_memory(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(blend_pass.BlendPass, "run", out_of_memory)
+    monkeypatch.setattr(blend_pass.BlendPass, "steps", out_of_memory)
     assert world.run().failure == "out of memory"
     assert world.is_full_prefill()

@@ -181,7 +181,7 @@ def pool_inside_chunks(scores: Tensor, layout: Layout, width: int) -> Tensor:
 
     best = scores.clone()
     last = layout.length - 1
-    minus_infinity = torch.tensor(float("-inf"), device=scores.device)
+    minus_infinity = torch.full((), float("-inf"), device=scores.device)  # torch.tensor would wait for the GPU
     for step in range(1, width // 2 + 1):
         if step >= len(scores):
             break

@@ -106,6 +106,16 @@ def serve(
     ] = 64,
     lmcache_port: Annotated[int, typer.Option(help="LMCache's port for vLLM.", min=1, max=65535)] = 5555,
     lmcache_http_port: Annotated[int, typer.Option(help="LMCache's port for its health.", min=1, max=65535)] = 8089,
+    step_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="Tokens that blends may compute in one step while other requests run: how long those wait. "
+            "[dim]\\[default: 2048][/dim]",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
     log_dir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Where both logs go. [dim]\\[default: a new one][/dim]", show_default=False),
@@ -140,6 +150,7 @@ def serve(
         chunk_size=chunk_size,
         lmcache_port=lmcache_port,
         lmcache_http_port=lmcache_http_port,
+        step_tokens=step_tokens,
     )
     made, lmcache_run, vllm_run = maker(options)
     if dry_run:

@@ -7,17 +7,22 @@ prompt; `Attention` is what it calls in each layer, after that layer's fresh KV 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from lmcache_rag.blend.policies import Layout, Policy, select
 from lmcache_rag.connector.paged_attention import PagedAttention
+from lmcache_rag.connector.pinned import on_device
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lmcache_rag.connector.captured import CapturedWatch
     from lmcache_rag.connector.paged import PagedSequence
+
+T = TypeVar("T")
+Steps = Generator[int, None, T]  # work with rests; what is yielded is how many tokens it took
 
 
 class StopForward(Exception):  # noqa: N818 - not an error: ends a forward pass early
@@ -52,6 +57,11 @@ class Model(Protocol):
     @property
     def most_tokens(self) -> int:
         """Most tokens of one pass."""
+        ...
+
+    @property
+    def captured(self) -> CapturedWatch | None:
+        """The suffix's pass as one CUDA graph, where there is one."""
         ...
 
     def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: Attention) -> None:
@@ -140,6 +150,7 @@ class _Passes:
         self._by, self._ids, self._layout, self._gaps = blend, ids, layout, gaps
         self._start, self._end, self._suffix = start, end, suffix
         self.watched: Tensor | None = None
+        self.cost = 0  # tokens through all layers that would have taken as long
 
     def suffix_attention(self, *, window: int, from_layer: float, reduce: str) -> Tensor:
         """See Passes. A long suffix is watched from its end; what stands between is hidden from the rows."""
@@ -148,15 +159,21 @@ class _Passes:
         rows = self._suffix[-window:]
         last = self._end + len(self._suffix)
         first = last - len(rows)
-        unseen = torch.arange(self._end, first, device=rows.device)
-        model = self._by.model
-        attention = PagedAttention(self._by.sequence, rows.to(torch.int32), last, torch.cat([self._gaps, unseen]))
-        mass = torch.zeros((model.kv_heads, self._end), dtype=torch.float32, device=rows.device)
-        watch = _Watch(attention, mass, int(from_layer * model.layers), model.layers - 1, reduce)
-        with contextlib.suppress(StopForward):
-            model.forward(self._ids[rows], rows, self._by.sequence.slots(rows), watch)
+        hidden = torch.cat([self._gaps, torch.arange(self._end, first, device=rows.device)])
+        model, sequence = self._by.model, self._by.sequence
+        ids, slots = self._ids[rows], sequence.slots(rows)
+        captured = model.captured
+        if captured is not None and captured.takes(rows=len(rows), end=last, from_layer=from_layer, reduce=reduce):
+            mass = captured.watch(ids, rows, slots, sequence, end=last, hidden=hidden)[:, : self._end]
+        else:
+            attention = PagedAttention(sequence, rows.to(torch.int32), last, hidden)
+            mass = torch.zeros((model.kv_heads, self._end), dtype=torch.float32, device=rows.device)
+            watch = _Watch(attention, mass, int(from_layer * model.layers), model.layers - 1, reduce)
+            with contextlib.suppress(StopForward):
+                model.forward(ids, rows, slots, watch)
         looked = mass.sum(0) if reduce == "sum" else mass.amax(0)
         self.watched = looked.sum()
+        self.cost += len(rows)
         return model.sum_over_ranks(looked)[self._layout.cached]
 
     def deviation(self, *, layer: int) -> Tensor:
@@ -175,6 +192,7 @@ class _Passes:
                 model.forward(self._ids[piece], piece, slots, check)
             assert check.deviation is not None  # noqa: S101 - the check layer always stops the pass
             parts.append(check.deviation)
+        self.cost += len(places) * (layer + 1) // model.layers
         return model.sum_over_ranks(torch.cat(parts))[self._layout.cached - self._start]
 
 
@@ -184,10 +202,12 @@ class BlendPass:
     Args:
         model: The model.
         sequence: The request's blocks, with room for the prompt's last tokens too.
+        piece: Most tokens to compute in one forward pass; 0: as many as the model takes.
     """
 
-    def __init__(self, model: Model, sequence: PagedSequence) -> None:
+    def __init__(self, model: Model, sequence: PagedSequence, *, piece: int = 0) -> None:
         self.model, self.sequence = model, sequence
+        self._piece = min(piece or model.most_tokens, model.most_tokens)
 
     def run(
         self,
@@ -199,7 +219,7 @@ class BlendPass:
         ratio: float,
         end: int = 0,
     ) -> BlendOutcome:
-        """Make the KV of [start, end) what the policy says it should be.
+        """Make the KV of prompt[start:end] (or to the last span's end) what the policy says it should be.
 
         Args:
             ids: The whole prompt, int64 [n].
@@ -212,6 +232,23 @@ class BlendPass:
         Returns:
             What was done.
         """
+        return drained(self.steps(ids, spans, start, policy=policy, ratio=ratio, end=end))
+
+    def steps(
+        self,
+        ids: Tensor,
+        spans: Sequence[tuple[int, int]],
+        start: int,
+        *,
+        policy: Policy,
+        ratio: float,
+        end: int = 0,
+    ) -> Steps[BlendOutcome]:
+        """As `run`, with a rest after each forward pass.
+
+        Yields:
+            How many tokens went through all layers since the last rest, or what cost as much.
+        """
         import torch
 
         device = ids.device
@@ -221,23 +258,38 @@ class BlendPass:
         absent[:start] = False
         for first, last in spans:
             absent[first:last] = False
-        gaps = absent.nonzero()[:, 0].to(device)
+        gaps = on_device(absent.nonzero()[:, 0], torch.int64, device)
         suffix = torch.arange(cached_end, min(len(ids), self.sequence.capacity), device=device)
         passes = _Passes(self, ids, layout, gaps, start, cached_end, suffix)
         chosen = select(policy, ratio, layout, passes)
+        if passes.cost:
+            yield passes.cost
         end = max(end, cached_end)
         tail = torch.arange(cached_end, end, device=device)
-        self.compute(ids, torch.cat([torch.cat([chosen, gaps]).sort().values, tail]), end)
+        yield from self.compute(ids, torch.cat([torch.cat([chosen, gaps]).sort().values, tail]), end)
         return BlendOutcome(len(chosen), len(gaps) + len(tail), passes.watched)
 
-    def compute(self, ids: Tensor, positions: Tensor, end: int) -> None:
+    def compute(self, ids: Tensor, positions: Tensor, end: int) -> Steps[None]:
         """Compute the KV of these positions (int64, ascending) through all layers, in pieces that fit a pass.
 
         A later piece sees what the earlier ones wrote, so the order makes pieces equal to one pass.
+
+        Yields:
+            The tokens of each piece.
         """
         import torch
 
-        most = self.model.most_tokens
-        for piece in (positions[i : i + most] for i in range(0, len(positions), most)):
+        for piece in (positions[i : i + self._piece] for i in range(0, len(positions), self._piece)):
             attention = PagedAttention(self.sequence, piece.to(torch.int32), end)
             self.model.forward(ids[piece], piece, self.sequence.slots(piece), _Redo(attention))
+            yield len(piece)
+
+
+def drained(steps: Steps[T]) -> T:
+    """Take all steps at once."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lmcache_rag.connector.plan import Match
+from lmcache_rag.connector.plan import BlendPlan, Match
 
 PROTOCOL = 1
+_PAUSE = 0.0002  # between two questions for a look-up
 
 
 class BlendLookup:
@@ -41,18 +43,21 @@ class BlendLookup:
 
     def poll(self, seconds: float) -> bool:
         """Whether the result is there, waiting for it at most that long."""
-        if self.result is not None:
-            return True
-        if not self._future.wait(seconds):
-            return False
-        found = self._future.result(0.001)
-        if found is None:
-            self._future = self._ask()
-            return False
-        self.result = (
-            int(found.prefix_coverage_tokens),
-            tuple(Match(m.cur_st, m.cur_ed, m.old_st, m.old_ed, m) for m in found.non_prefix_segments),
-        )
+        until = time.perf_counter() + seconds
+        while self.result is None:
+            if not self._future.wait(max(0.0, until - time.perf_counter())):
+                return False
+            found = self._future.result(0.001)
+            if found is not None:
+                self.result = (
+                    int(found.prefix_coverage_tokens),
+                    tuple(Match(m.cur_st, m.cur_ed, m.old_st, m.old_ed, m) for m in found.non_prefix_segments),
+                )
+                return True
+            self._future = self._ask()  # the server is still at it
+            if time.perf_counter() >= until:
+                return False
+            time.sleep(_PAUSE)
         return True
 
     def release_prefix(self, start: int, end: int) -> None:
@@ -158,60 +163,65 @@ class WorkerLink:
         """Whether the server answers its heartbeat."""
         return bool(self._adapter.is_healthy)
 
-    def submit_exact(
-        self,
-        request_id: str,
-        token_ids: Sequence[int],
-        start: int,
-        end: int,
-        block_ids: Sequence[int],
-        salt: str,
-        configs: dict[str, Any] | None,
-    ) -> Any:
-        """Ask for the exact prefix [start, end); what lies before `start` in its chunk is left alone.
+    def submit_exact(self, plan: BlendPlan) -> Any:
+        """Ask for the exact prefix [plan.local, plan.exact); what lies before it in its chunk is left alone.
 
         The server only knows whole chunks: a prefix that was cut short by a token is loaded to its chunk's end.
         """
         chunk = self._adapter.lmcache_tokens_per_chunk
-        begin = start // chunk * chunk
-        end = -(-end // chunk) * chunk
-        key = self._adapter._create_key(list(token_ids), begin, end, request_id, salt, configs)
+        begin = plan.local // chunk * chunk
+        end = -(-plan.exact // chunk) * chunk
+        key = self._key(plan, begin, end)
         transfer = self._adapter.transfer_ctx
         block = chunk // self._adapter.blocks_in_chunk
-        blocks = [list(block_ids[begin // block : -(-end // block)])]
         return transfer.submit_retrieve(
-            request_id,
+            plan.request_id,
             key,
             self._adapter.kv_caches,
-            blocks,
+            [list(plan.block_ids[begin // block : -(-end // block)])],
             transfer.create_recorded_event(),
             self._adapter.blocks_in_chunk,
-            skip_first_n_tokens=start - begin,
+            skip_first_n_tokens=plan.local - begin,
         )
 
-    def submit_matches(
-        self,
-        request_id: str,
-        token_ids: Sequence[int],
-        matches: Sequence[Match],
-        block_ids: Sequence[int],
-        salt: str,
-        configs: dict[str, Any] | None,
-    ) -> Any:
-        """Ask for chunk KV to be written to these blocks, keys turned to their new positions."""
+    def submit_matches(self, plan: BlendPlan, matches: Sequence[Match]) -> Any:
+        """Ask for chunk KV to be written to the plan's blocks, keys turned to their new positions."""
         transfer = self._adapter.transfer_ctx
-        key = self._adapter._create_key(list(token_ids), 0, len(token_ids), request_id, salt, configs)
         event = transfer._event_backend.export_event(transfer.create_recorded_event(), transfer._device)
         future = self._adapter.req_client.cb_retrieve_pre_computed(
-            key, [m.native for m in matches], [list(block_ids)], self._adapter.instance_id, event
+            self._key(plan, 0, len(plan.token_ids)),
+            [m.native for m in matches],
+            [list(plan.block_ids)],
+            self._adapter.instance_id,
+            event,
         )
         return future.to_device_future(device=transfer._device, event_backend=transfer._event_backend)
 
-    def arrived(self, future: Any) -> bool:
-        """Whether the KV came; later work of the current stream waits for it, the host does not."""
+    def _key(self, plan: BlendPlan, start: int, end: int) -> Any:
+        ids = list(plan.token_ids)
+        return self._adapter._create_key(ids, start, end, plan.request_id, plan.cache_salt, plan.configs)
+
+    @property
+    def deadline(self) -> float:
+        """Longest wait for an answer, in seconds."""
+        return self._deadline
+
+    def answered(self, future: Any, seconds: float) -> bool:
+        """Whether the server has answered, waiting for it at most that long: the copy is queued on the GPU, or failed.
+
+        Not `future.wait`, which then waits for the copy too.
+        """
+        return bool(future.raw_future_.wait(seconds))
+
+    def there(self, future: Any) -> bool:
+        """Whether the copy is done, or failed."""
+        return bool(future.query())
+
+    def arrived(self, future: Any, seconds: float) -> bool:
+        """Whether the KV came; later work of the current stream waits for it, the host for the answer only."""
         import torch
 
         try:
-            return bool(future.wait_on_stream(torch.cuda.current_stream(), self._deadline))
+            return bool(future.wait_on_stream(torch.cuda.current_stream(), seconds))
         except TimeoutError:
             return False

@@ -68,6 +68,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
                 self._look_up,
                 self._hide,
                 count=self._count,
+                most_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             )
 
     # -- start ----------------------------------------------------------------------------------------------------
@@ -100,8 +101,10 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         compat_lmcache.ensure_heartbeat(self.worker_adapter)
         blendable = VLLMModel(self._vllm_config, worker.model_runner)
         blendable.warm_up()
+        hot = blendable.hot_copy()
+        hot.warm_up()
         reports = getattr(self._vllm_config.kv_transfer_config, "kv_load_failure_policy", "fail") == "recompute"
-        self._worker = WorkerSide(blendable, link, may_report=reports, hot=blendable.hot_copy())
+        self._worker = WorkerSide(blendable, link, may_report=reports, hot=hot, piece=self._options.step_tokens)
         return ""
 
     def get_handshake_metadata(self) -> Readiness | None:
@@ -152,6 +155,11 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         size = getattr(self._gpu_block_pool, "hash_block_size", None) or self._vllm_config.cache_config.block_size
         return int(size)
 
+    def on_new_request(self, request: Any) -> None:
+        """Look it up at once, while others are still running."""
+        if self._side is not None and not self._why_not and not getattr(request, "resumable", False):
+            self._side.arrived(request)
+
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Claim the exact prefix, and behind it everything up to the last cached chunk."""
         side = self._side
@@ -169,7 +177,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         if limit is not None:
             asked = tracker.max_offload_tokens
             tracker.max_offload_tokens = limit if asked is None else min(asked, limit)
-        return more, False
+        return more, side.in_background(request.request_id) and more > 0
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Plan what was claimed."""
@@ -184,7 +192,8 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         """LMCache's metadata of this step, with our plans."""
         meta = super().build_connector_meta(scheduler_output)
-        meta.blend_plans = self._side.plans() if self._side is not None else []
+        if self._side is not None:
+            meta.blend_plans, meta.blend_allowance = self._side.plans(scheduler_output.num_scheduled_tokens)
         return meta
 
     def take_worker_meta(self, meta: Any) -> None:
@@ -215,8 +224,8 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         connector_output.finished_sending = self._freed.stored(loaded, stored)
 
     def has_pending_push_work(self) -> bool:
-        """Whether the engine has to go on without requests: for look-ups that nobody waits for any more."""
-        return bool(super().has_pending_push_work()) or (self._side is not None and self._side.unheard)
+        """Whether the engine has to go on without requests: for what requests that ended have left behind."""
+        return bool(super().has_pending_push_work()) or (self._side is not None and self._side.unfinished)
 
     def _count(self, statistics: dict[str, Any]) -> None:
         self._connector_stats.records.append(metrics.record(statistics))
@@ -244,19 +253,24 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """LMCache's own loads, then this step's blends."""
         super().start_load_kv(forward_context, **kwargs)
-        for plan in getattr(self._get_connector_metadata(), "blend_plans", ()):
-            self._worker.run(plan)
+        meta = self._get_connector_metadata()
+        if self._worker is not None and hasattr(meta, "blend_plans"):
+            self._worker.run(meta.blend_plans, meta.blend_allowance)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """What LMCache's transfers are done with; see lmcache_rag.connector.frees."""
         stored, loaded = super().get_finished(finished_req_ids)
-        return self._stores.report(stored or (), compat_lmcache.loading(self.worker_adapter)), loaded
+        receiving: set[str] = set()
+        if self._worker is not None:
+            self._worker.cancel(finished_req_ids)
+            self._worker.finish()
+            loaded, receiving = set(loaded or ()) | self._worker.take_received(), self._worker.receiving
+        return self._stores.report(stored or (), compat_lmcache.loading(self.worker_adapter) | receiving), loaded
 
     def get_block_ids_with_load_errors(self) -> set[int]:
-        """Blocks that vLLM has to compute again; the first call behind a forward pass."""
+        """Blocks that vLLM has to compute again; called behind get_finished."""
         blocks: set[int] = super().get_block_ids_with_load_errors()
         if self._worker is not None:
-            self._worker.finish()
             blocks = blocks | self._worker.take_bad_blocks()
         return blocks
 

@@ -1,10 +1,9 @@
-"""When vLLM may free the blocks of a request that was cancelled while LMCache loaded its exact prefix.
+"""When vLLM may free the blocks of a request that was cancelled while KV was loaded into them.
 
-LMCache's connector says of such a request both that its load is done and that its stores are done, in any order. vLLM
-frees the blocks at the first word and fails an assertion at the second, which ends the engine. So a worker says nothing
-of stores while the load is still writing to the blocks, and the scheduler hears the word that comes second no more.
-
-Requests that blend are not concerned: they load in their step.
+vLLM hears of a request whose exact prefix LMCache's connector loads, or that is blended in the background, both that
+the load is done and that the stores are, in any order. It frees the blocks at the first word and fails an assertion at
+the second, which ends the engine. So a worker says nothing of stores while blocks are still being written to, and the
+scheduler hears the word that comes second no more.
 """
 
 from __future__ import annotations

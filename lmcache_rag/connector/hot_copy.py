@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from lmcache_rag.connector.paged import PagedSequence
+from lmcache_rag.connector.pinned import on_device
 from lmcache_rag.connector.plan import Match
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from lmcache_rag.connector.paged import PagedSequence
 
 
 class HotCopy:
@@ -37,23 +37,28 @@ class HotCopy:
         """Keys cannot be moved further than this."""
         return int(self._table.shape[0]) - 1
 
+    def warm_up(self) -> None:
+        """Compile the kernel before the first request: vLLM's null block, which nobody reads, is copied to itself."""
+        block = self._caches[0][0].shape[1]
+        self.run([Match(0, block, 0, block, block=0)], PagedSequence.of((0,), block, str(self._table.device)))
+
     def run(self, matches: Sequence[Match], sequence: PagedSequence) -> None:
         """Copy hot matches to their places. Work is queued on the current stream."""
         import torch
 
         device = self._table.device
         block = sequence.block
-        rows = torch.tensor([(m.block, m.start, m.start - m.old_start) for m in matches], dtype=torch.int64)
-        blocks, starts, deltas = rows.to(device, non_blocking=True).unbind(1)
+        rows = [(m.block, m.start, m.start - m.old_start) for m in matches]
+        blocks, starts, deltas = on_device(rows, torch.int64, device).unbind(1)
         within = torch.arange(block, device=device)
         source = (blocks[:, None] * block + within).flatten()
         target = sequence.slots((starts[:, None] + within).flatten())
         delta = deltas.repeat_interleave(block)
         if device.type == "cuda":
-            from lmcache_rag.connector import kernels
+            from lmcache_rag.connector import move_kernel
 
             keys, values = self._caches[0]
-            kernels.move(self._pointers, keys, values, source, target, delta, self._table, neox=self._neox)
+            move_kernel.move(self._pointers, keys, values, source, target, delta, self._table, neox=self._neox)
         else:
             self._plain(source, target, delta, block)
 

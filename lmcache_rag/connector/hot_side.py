@@ -44,6 +44,14 @@ class HotSide:
         if spans:
             self._requests[request.request_id] = _Hot(spans)
 
+    def promising(self, request: Any) -> bool:
+        """Whether so much seems to be hot that LMCache need not be asked."""
+        hot = self._requests.get(request.request_id)
+        if hot is None:
+            return False
+        held = self.chunks.held(request.prompt_token_ids, request.block_hashes, hot.spans)
+        return held >= self.share * sum(end - start for start, end in hot.spans)
+
     def find(self, request: Any) -> list[Match]:
         """What is hot right now."""
         hot = self._requests.get(request.request_id)

@@ -18,19 +18,35 @@ from torch import Tensor
 LOG2_E = 1.4426950408889634
 MOST_SPLITS = 32
 
+# Forms with DEVICE take the sequence's length from device memory, for CUDA graphs: how many programs start is fixed,
+# and those behind the end have nothing to do. Their rows are as many as were captured; those to spare stand at
+# position -1, where nothing is seen.
+_LEAST_SHARE = tl.constexpr(512)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _share(end, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keys of each split, a multiple of every COLUMNS; fewer splits than there are when there are few keys."""
+    return tl.maximum(tl.cdiv(tl.cdiv(end, SPLITS), 64) * 64, _LEAST_SHARE)
+
 
 @triton.jit(do_not_specialize=["rows", "per_split", "out_split", "lse_split", "lse_row"])  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
-    Q, K, V, OUT, LSE, BLOCKS, POSITION, VISIBLE, rows, scale, per_split,
+    Q, K, V, OUT, LSE, BLOCKS, POSITION, VISIBLE, END, rows, scale, per_split,
     q_row, q_head, k_block, k_token, k_head, v_block, v_token, v_head, out_split, out_row, out_head, lse_split, lse_row,
     GROUP: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, HIDES: tl.constexpr,
+    COLUMNS: tl.constexpr, HIDES: tl.constexpr, DEVICE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1)
     split = tl.program_id(2)
     lane = tl.arange(0, PADDED)
     inside = row < rows
+    if DEVICE:
+        whole = tl.load(END)
+        per_split = _share(whole, SPLITS)
+        if split * per_split >= whole:
+            return
     position = tl.load(POSITION + row, mask=inside, other=0)
     begin = split * per_split
     end = tl.minimum(tl.max(position, 0) + 1, begin + per_split)
@@ -77,11 +93,15 @@ def _attend(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["rows", "keys", "lse_row", "mass_head"])  # type: ignore[untyped-decorator]
 def _mass(  # type: ignore[no-untyped-def]
-    Q, K, LSE, BLOCKS, POSITION, VISIBLE, MASS, rows, keys, scale,
+    Q, K, LSE, BLOCKS, POSITION, VISIBLE, MASS, END, rows, keys, scale,
     q_row, q_head, k_block, k_token, k_head, lse_row, mass_head,
     GROUP: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, MAXIMUM: tl.constexpr,
+    COLUMNS: tl.constexpr, MAXIMUM: tl.constexpr, DEVICE: tl.constexpr,
 ):  # fmt: skip
+    if DEVICE:
+        keys = tl.load(END)
+        if tl.program_id(0) * COLUMNS >= keys:
+            return
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     kv_head = tl.program_id(1)
     lane = tl.arange(0, PADDED)
@@ -115,9 +135,12 @@ def _mass(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=["splits", "in_split", "lse_split", "lse_row"])  # type: ignore[untyped-decorator]
 def _combine(  # type: ignore[no-untyped-def]
-    PARTIAL, PARTIAL_LSE, OUT, LSE, splits, in_split, in_row, in_head, lse_split, lse_row, out_row, out_head,
-    SIZE: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr,
+    PARTIAL, PARTIAL_LSE, OUT, LSE, END, splits, in_split, in_row, in_head, lse_split, lse_row, out_row, out_head,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, SPLITS: tl.constexpr, DEVICE: tl.constexpr,
 ):  # fmt: skip
+    if DEVICE:
+        whole = tl.load(END)
+        splits = tl.cdiv(whole, _share(whole, SPLITS))
     row = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.arange(0, SPLITS)
@@ -136,70 +159,6 @@ def _combine(  # type: ignore[no-untyped-def]
     tl.store(LSE + row * lse_row + head, top + tl.math.log2(total))
 
 
-@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
-def _move(  # type: ignore[no-untyped-def]
-    POINTERS, SOURCE, TARGET, DELTA, TABLE, tokens, layers,
-    k_block, k_token, k_head, v_block, v_token, v_head, table_row,
-    SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NEOX: tl.constexpr,
-    ELEMENT: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    head = tl.program_id(1)
-    layer = tl.program_id(2)
-    lane = tl.arange(0, HALF)
-    inside = row < tokens
-    source = tl.load(SOURCE + row, mask=inside, other=0)
-    target = tl.load(TARGET + row, mask=inside, other=0)
-    delta = tl.load(DELTA + row, mask=inside, other=0)
-    angle = tl.where(delta < 0, -delta, delta).to(tl.int64)
-    wanted = inside[:, None]
-    cos = tl.load(TABLE + angle[:, None] * table_row + lane[None, :], mask=wanted, other=0.0)
-    sin = tl.load(TABLE + angle[:, None] * table_row + HALF + lane[None, :], mask=wanted, other=0.0)
-    sin = tl.where((delta < 0)[:, None], -sin, sin)
-    if NEOX:  # halves are turned together
-        first, second = lane, HALF + lane
-    else:  # neighbours are
-        first, second = 2 * lane, 2 * lane + 1
-    keys = tl.load(POINTERS + layer).to(tl.pointer_type(ELEMENT))
-    read = (source // BLOCK) * k_block + (source % BLOCK) * k_token + head * k_head
-    write = (target // BLOCK) * k_block + (target % BLOCK) * k_token + head * k_head
-    x = tl.load(keys + read[:, None] + first[None, :], mask=wanted, other=0.0).to(tl.float32)
-    y = tl.load(keys + read[:, None] + second[None, :], mask=wanted, other=0.0).to(tl.float32)
-    tl.store(keys + write[:, None] + first[None, :], (x * cos - y * sin).to(ELEMENT), mask=wanted)
-    tl.store(keys + write[:, None] + second[None, :], (y * cos + x * sin).to(ELEMENT), mask=wanted)
-    values = tl.load(POINTERS + layers + layer).to(tl.pointer_type(ELEMENT))
-    read = (source // BLOCK) * v_block + (source % BLOCK) * v_token + head * v_head
-    write = (target // BLOCK) * v_block + (target % BLOCK) * v_token + head * v_head
-    for part in tl.static_range(2):
-        v = tl.load(values + read[:, None] + part * HALF + lane[None, :], mask=wanted, other=0.0)
-        tl.store(values + write[:, None] + part * HALF + lane[None, :], v, mask=wanted)
-
-
-def move(
-    pointers: Tensor, keys: Tensor, values: Tensor, source: Tensor, target: Tensor, delta: Tensor, table: Tensor,
-    *, neox: bool,
-) -> None:  # fmt: skip
-    """Copy tokens inside a paged cache, all layers in one launch, keys turned on by `delta` positions.
-
-    Args:
-        pointers: Addresses of every layer's keys, then of every layer's values, int64 [2 * layers].
-        keys: One layer's keys, for their strides: [blocks, block, kv heads, size].
-        values: Likewise.
-        source: Slots to read, int64 [m].
-        target: Slots to write, int64 [m].
-        delta: New position less old one, int64 [m].
-        table: Cosines and sines of each distance, float32 [positions, size].
-        neox: Whether halves rather than neighbours of a head are turned together.
-    """
-    size, layers = keys.shape[3], len(pointers) // 2
-    element = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[keys.dtype]
-    _move[(triton.cdiv(len(source), 16), keys.shape[2], layers)](
-        pointers, source, target, delta, table, len(source), layers,
-        keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
-        table.stride(0), SIZE=size, HALF=size // 2, BLOCK=keys.shape[1], ROWS=16, NEOX=neox, ELEMENT=element,
-    )  # fmt: skip
-
-
 def attend(
     query: Tensor,
     keys: Tensor,
@@ -210,41 +169,49 @@ def attend(
     scale: float,
     out: Tensor,
     *,
-    end: int,
+    end: int | Tensor,
     splits: int = 1,
 ) -> Tensor:
     """Attention of queries at `positions` over the paged keys 0..position; see paged_attention.attend.
+
+    `end` as int32 [1] on the device, for at most 64 queries: the launches are the same for every length, and `splits`
+    is not used.
 
     Returns:
         Base-2 logarithm of the softmax normaliser, float32 [m, heads].
     """
     rows, heads, size = query.shape
     padded = max(16, triton.next_power_of_2(size))
-    per_split = -(-end // splits)
     many = rows > 64
     tile = 128 if many else 64
     columns = 64 if padded <= 128 else 32
-    per_split = -(-per_split // columns) * columns
-    splits = -(-end // per_split)
+    device = isinstance(end, Tensor)
+    if isinstance(end, Tensor):
+        per_split, splits, length = 0, MOST_SPLITS, end
+    else:
+        per_split = -(-end // splits)
+        per_split = -(-per_split // columns) * columns
+        splits, length = -(-end // per_split), positions  # any pointer: it is not read
     # float32 partial results, and only where there is more than one.
     partial = out[None] if splits == 1 else torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
     lse = torch.empty((splits, rows, heads), dtype=torch.float32, device=out.device)
     _attend[(triton.cdiv(rows, tile), heads, splits)](
         query, keys, values, partial, lse, blocks, positions, visible if visible is not None else positions,
-        rows, scale * LOG2_E, per_split,
+        length, rows, scale * LOG2_E, per_split,
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
         values.stride(0), values.stride(1), values.stride(2),
         partial.stride(0), partial.stride(1), partial.stride(2), lse.stride(0), lse.stride(1),
         GROUP=heads // keys.shape[2], SIZE=size, PADDED=padded, BLOCK=keys.shape[1], ROWS=tile, COLUMNS=columns,
-        HIDES=visible is not None, num_warps=8 if many else 4, num_stages=3 if padded <= 128 else 2,
+        HIDES=visible is not None, DEVICE=device, SPLITS=MOST_SPLITS,
+        num_warps=8 if many else 4, num_stages=3 if padded <= 128 else 2,
     )  # fmt: skip
     if splits == 1:
         return lse[0]
     whole = torch.empty_like(lse[0])
     _combine[(rows, heads)](
-        partial, lse, out, whole, splits, partial.stride(0), partial.stride(1), partial.stride(2),
+        partial, lse, out, whole, length, splits, partial.stride(0), partial.stride(1), partial.stride(2),
         lse.stride(0), lse.stride(1), out.stride(0), out.stride(1),
-        SIZE=size, PADDED=padded, SPLITS=MOST_SPLITS, num_warps=1,
+        SIZE=size, PADDED=padded, SPLITS=MOST_SPLITS, DEVICE=device, num_warps=1,
     )  # fmt: skip
     return whole
 
@@ -260,25 +227,30 @@ def add_mass(
     mass: Tensor,
     *,
     reduce: str,
+    end: Tensor | None = None,
 ) -> None:
-    """Add the softmax probability that each key got to `mass`, float32 [kv heads, n]; no atomics, so repeatable."""
+    """Add the softmax probability that each key got to `mass`, float32 [kv heads, n]; no atomics, so repeatable.
+
+    With `end`, int32 [1] on the device, only the keys before it; the launch is the same for every length.
+    """
     rows, heads, size = query.shape
     padded = max(16, triton.next_power_of_2(size))
     count: Any = mass.shape[1]
     _mass[(triton.cdiv(count, 64), keys.shape[2])](
-        query, keys, lse, blocks, positions, visible, mass, rows, count, scale * LOG2_E,
+        query, keys, lse, blocks, positions, visible, mass, positions if end is None else end, rows, count,
+        scale * LOG2_E,
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), lse.stride(0), mass.stride(0),
         GROUP=heads // keys.shape[2], SIZE=size, PADDED=padded, BLOCK=keys.shape[1], ROWS=64, COLUMNS=64,
-        MAXIMUM=reduce == "max", num_warps=4,
+        MAXIMUM=reduce == "max", DEVICE=end is not None, num_warps=4,
     )  # fmt: skip
 
 
 def warm_up(keys: Tensor, values: Tensor, heads: int) -> None:
-    """Compile every form of the kernels for caches like these, so that no request waits for it."""
+    """Compile the kernels for caches like these, so that no request waits for it; not the forms that are captured."""
     size, device = keys.shape[3], keys.device
     blocks = torch.zeros(4096 // keys.shape[1], dtype=torch.int32, device=device)
     visible = torch.ones(4096, dtype=torch.uint8, device=device)
-    for rows, splits in ((16, 1), (16, 4), (256, 1)):
+    for rows, splits in ((16, 1), (16, 4), (96, 4), (256, 1)):
         query = torch.zeros((rows, heads, size), dtype=keys.dtype, device=device)
         positions = torch.arange(4096 - rows, 4096, dtype=torch.int32, device=device)
         for hides in (visible, None):

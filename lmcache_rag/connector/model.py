@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import TYPE_CHECKING, Any
 
+from lmcache_rag.blend.policies import QueryPolicy
 from lmcache_rag.connector import compat_vllm
+from lmcache_rag.connector.captured import ROWS, CapturedWatch
 from lmcache_rag.connector.paged import keys_and_values
 
 if TYPE_CHECKING:
@@ -12,6 +16,8 @@ if TYPE_CHECKING:
 
     from lmcache_rag.connector.blend_pass import Attention
     from lmcache_rag.connector.hot_copy import HotCopy
+
+log = logging.getLogger("lmcache_rag")
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -52,6 +58,22 @@ def why_not(vllm_config: Any, model: Any) -> str:
     return ""
 
 
+def why_not_captured(vllm_config: Any) -> str:
+    """Why a pass through this model cannot be one CUDA graph; empty when it can."""
+    if vllm_config.model_config.enforce_eager:
+        return "vLLM runs eagerly"
+    if vllm_config.parallel_config.tensor_parallel_size > 1:
+        return "tensor parallelism"  # its all-reduce wants vLLM's own capture
+    if getattr(vllm_config.model_config, "enable_sleep_mode", False):
+        return "sleep mode"  # takes away what was allocated at start
+    prefetch = getattr(getattr(vllm_config, "offload_config", None), "prefetch", None)
+    if getattr(prefetch, "offload_group_size", 0):
+        return "weights are copied in during the pass"
+    if vllm_config.scheduler_config.max_num_batched_tokens < ROWS:
+        return "max_num_batched_tokens is too small"
+    return ""
+
+
 def rotary_of(model: Any) -> Any:
     """The rotary embedding that all layers share."""
     return model.model.layers[0].self_attn.rotary_emb
@@ -72,6 +94,7 @@ class VLLMModel:
         self._index = {name: index for index, name in enumerate(layers)}
         self._layers = list(layers.values())
         self._caches = [keys_and_values(layer.kv_cache) for layer in self._layers]
+        self.captured: CapturedWatch | None = None
         for implementation in {type(layer.impl) for layer in self._layers}:
             compat_vllm.patch_attention(implementation)
 
@@ -111,6 +134,9 @@ class VLLMModel:
 
     def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: Attention) -> None:
         """Run the model's own layers over these tokens, with our attention."""
+        self._pass(ids, positions, slots, attention, as_graphs=True)
+
+    def _pass(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: Attention, *, as_graphs: bool) -> None:
         import torch
 
         rows = len(slots)
@@ -125,7 +151,9 @@ class VLLMModel:
             attention.attend(index, query, keys, values, layer.impl.scale, out[:rows].view(query.shape))
 
         metadata = compat_vllm.OwnMetadata(each)
-        compat_vllm.run_pass(self._config, self._runner, self._names, metadata, ids.to(torch.int32), positions)
+        compat_vllm.run_pass(
+            self._config, self._runner, self._names, metadata, ids.to(torch.int32), positions, as_graphs=as_graphs
+        )
 
     def hot_copy(self) -> HotCopy:
         """What moves KV inside this model's cache."""
@@ -150,7 +178,30 @@ class VLLMModel:
         return compat_vllm.true_on_all_ranks(fine, self.device)
 
     def warm_up(self) -> None:
-        """Compile the kernels before the first request."""
+        """Compile the kernels, and capture the default policy's pass, before the first request."""
         from lmcache_rag.connector import kernels
 
         kernels.warm_up(*self._caches[0], self.heads)
+        self.captured = self._capture(QueryPolicy())
+
+    def _capture(self, policy: QueryPolicy) -> CapturedWatch | None:
+        """The policy's pass as a CUDA graph; None where that cannot be: then it is launched layer by layer."""
+        if reason := why_not_captured(self._config):
+            log.info("The query pass is not captured as a CUDA graph: %s", reason)
+            return None
+        try:
+            watch = CapturedWatch(
+                functools.partial(self._pass, as_graphs=False),
+                layers=self.layers,
+                kv_heads=self.kv_heads,
+                block=self.block,
+                longest=int(self._config.model_config.max_model_len),
+                device=self.device,
+                from_layer=policy.from_layer,
+                reduce=policy.reduce,
+            )
+            watch.capture()
+        except Exception as error:  # whatever a backend cannot do while it is recorded: the other way works
+            log.warning("The query pass could not be captured as a CUDA graph (%s); it is launched instead", error)
+            return None
+        return watch

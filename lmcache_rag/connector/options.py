@@ -20,12 +20,13 @@ class ConnectorOptions:
         blend: Whether to blend requests that do not say.
         deadline: Longest wait for LMCache in a step, in seconds; then everything is computed.
         lookup_deadline: Longest that a request waits for its look-up, in seconds.
-        poll: How long a scheduler step waits for a look-up that is under way, in seconds.
+        poll: How long a step waits for a look-up that is under way while nothing else runs, in seconds.
         least_tokens: Fewer matched tokens than this are not blended.
         tail_tokens: A rest of the prompt behind the last cached chunk, up to so long, is computed with the blend.
         hot: Whether chunks that vLLM itself still holds are copied instead of loaded.
-        step_tokens: Most prompt tokens that one step may blend, beyond the first request of the step: a bound on how
-            long other requests wait.
+        overlap: Whether KV is loaded and blended beside the steps of other requests. If not, a step waits for it.
+        step_tokens: Most tokens that blends compute in one step while other requests run: a bound on how long these
+            wait. Without overlap, the first blend of a step is not bound.
     """
 
     policy: str = "query"
@@ -33,17 +34,20 @@ class ConnectorOptions:
     blend: bool = True
     deadline: float = 5.0
     lookup_deadline: float = 5.0
-    poll: float = 0.002
+    poll: float = 0.01
     least_tokens: int = 128
     tail_tokens: int = 512
     hot: bool = True
-    step_tokens: int = 16384
+    overlap: bool = True
+    step_tokens: int = 2048
 
     def __post_init__(self) -> None:
         get_policy(self.policy)
         if not 0 <= self.ratio <= 1:
             raise ConfigError(f"lmcache_rag.ratio must be between 0 and 1; got {self.ratio}.")
-        for name in ("deadline", "lookup_deadline", "poll", "least_tokens", "tail_tokens", "step_tokens"):
+        if self.step_tokens < 1:
+            raise ConfigError(f"lmcache_rag.step_tokens must be at least 1; got {self.step_tokens}.")
+        for name in ("deadline", "lookup_deadline", "poll", "least_tokens", "tail_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"lmcache_rag.{name} must not be negative; got {getattr(self, name)}.")
 

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lmcache_rag.connector.pinned import on_device
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -27,7 +29,7 @@ class PagedSequence:
         """A sequence whose blocks are given as numbers."""
         import torch
 
-        return cls(torch.tensor(list(blocks), dtype=torch.int32, device=device), block)
+        return cls(on_device(blocks, torch.int32, device), block)
 
     @property
     def capacity(self) -> int:

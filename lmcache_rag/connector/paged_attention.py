@@ -22,7 +22,7 @@ class PagedAttention:
         sequence: Where the keys lie.
         positions: int32 [m], ascending.
         end: Largest position + 1.
-        hidden: Positions that nobody may see, because their KV does not exist yet; int64, or None.
+        hidden: Positions before the end that nobody may see, as their KV does not exist yet; int64, or None.
     """
 
     sequence: PagedSequence
@@ -36,7 +36,7 @@ class PagedAttention:
         self.visible: Tensor | None = None
         if self.hidden is not None:
             self.visible = torch.ones(self.end, dtype=torch.uint8, device=self.positions.device)
-            self.visible[self.hidden[self.hidden < self.end]] = 0
+            self.visible.index_fill_(0, self.hidden, 0)
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> Tensor:
         """Attention of one layer.
@@ -117,6 +117,64 @@ class PagedAttention:
             unseen = unseen | (self.visible[: len(keys)] == 0)
         scores = torch.einsum("mhd,nhd->hmn", query.float(), keys.float().repeat_interleave(group, 1)) * scale
         return scores.masked_fill(unseen, float("-inf"))
+
+
+@dataclass(frozen=True)
+class FixedAttention:
+    """As PagedAttention, over tensors whose shapes and addresses stay: one CUDA graph serves every sequence.
+
+    Attributes:
+        blocks: The sequence's blocks, int32, with room for the longest sequence.
+        block: Tokens in a block.
+        positions: int32 [rows], at most 64; rows to spare stand behind the others at -1 and see nothing.
+        end: Largest position + 1, int32 [1].
+        visible: Whether a position may be seen, uint8, with room for the longest sequence.
+    """
+
+    blocks: Tensor
+    block: int
+    positions: Tensor
+    end: Tensor
+    visible: Tensor
+
+    def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> Tensor:
+        """See PagedAttention. Rows to spare get something finite, as long as the values are."""
+        if query.is_cuda:
+            from lmcache_rag.connector import kernels
+
+            return kernels.attend(
+                query, keys, values, self.blocks, self.positions, self.visible, scale, out, end=self.end
+            )
+        own, rows = self._own()
+        lse = query.new_zeros(query.shape[:2]).float()
+        out[rows:] = 0
+        if rows:
+            lse[:rows] = own.attend(query[:rows], keys, values, scale, out[:rows])
+        return lse
+
+    def add_mass(
+        self, query: Tensor, keys: Tensor, scale: float, lse: Tensor, mass: Tensor, *, reduce: str = "sum"
+    ) -> None:
+        """See PagedAttention. Of `mass`, only what stands before the end is touched; rows to spare add nothing."""
+        if query.is_cuda:
+            from lmcache_rag.connector import kernels
+
+            kernels.add_mass(
+                query, keys, self.blocks, self.positions, self.visible, scale, lse, mass, reduce=reduce, end=self.end
+            )
+            return
+        own, rows = self._own()
+        if rows:
+            own.add_mass(query[:rows], keys, scale, lse[:rows], mass[:, : own.end], reduce=reduce)
+
+    def _own(self) -> tuple[PagedAttention, int]:
+        """The same for this sequence alone, and its rows. Waits for the device, so not on a GPU."""
+        from lmcache_rag.connector.paged import PagedSequence
+
+        rows, end = int((self.positions >= 0).sum()), int(self.end)
+        own = PagedAttention(PagedSequence(self.blocks, self.block), self.positions[:rows], end)
+        own.visible = self.visible[:end]
+        return own, rows
 
 
 _LOG2_E = 1.4426950408889634

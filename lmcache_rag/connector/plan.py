@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
-class Match:
+class Match(NamedTuple):
     """One cached piece of a prompt: prompt[start:end] is what was cached at [old_start, old_end) of another sequence.
 
     `native` is the LMCache object that names it on the wire. A hot match is one block of vLLM's own KV cache instead,
@@ -52,6 +51,7 @@ class BlendPlan:
         ratio: Share of the placed tokens to recompute.
         cache_salt: Tenant.
         configs: Settings of the request for LMCache.
+        background: Whether other requests run meanwhile: the request waits until a worker says that it is done.
     """
 
     request_id: str
@@ -65,6 +65,7 @@ class BlendPlan:
     ratio: float
     cache_salt: str = ""
     configs: dict[str, Any] | None = None
+    background: bool = False
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -117,6 +118,11 @@ class Claim:
     def reused(self) -> int:
         """Tokens that the matches cover."""
         return sum(match.end - match.start for match in self.matches)
+
+    def computed(self, policy: str, ratio: float) -> int:
+        """Tokens that a blend of this claim computes, without its selection."""
+        again = {"none": 0, "all": self.reused}.get(policy, round(ratio * self.reused))
+        return again + self.end - self.exact - self.reused
 
 
 def claim(prompt: int, local: int, prefix: int, matches: Sequence[Match], *, least: int = 64, tail: int = 0) -> Claim:

@@ -7,37 +7,20 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from lmcache_rag.connector.abandoned import Abandoned, Lookup
 from lmcache_rag.connector.hot_side import HotSide, without_overlap
 from lmcache_rag.connector.options import ConnectorOptions
-from lmcache_rag.connector.plan import BlendPlan, BlendResult, Claim, claim, request_options, spans_of
+from lmcache_rag.connector.pace import Allowance, Pace
+from lmcache_rag.connector.plan import BlendPlan, BlendResult, Claim, Match, claim, request_options
+from lmcache_rag.connector.request_state import RequestState, statistics
 
 log = logging.getLogger("lmcache_rag")
 
-
-@dataclass
-class _State:
-    """One request, from its first look-up to its end."""
-
-    policy: str
-    ratio: float
-    blend: bool
-    lookup: Lookup | None = None
-    asked: float = 0.0
-    lookup_ms: float = 0.0
-    claim: Claim | None = None
-    local: int = 0
-    planned: bool = False  # blocks were allocated: there is nothing more to decide
-    loads: tuple[int, int] = (0, 0)  # exact prefix chunks that a worker loads, and that gives back their locks
-    over: bool = False  # nothing is claimed any more
-    hot_only: bool = False  # vLLM holds nearly everything itself: LMCache is not asked
-    approximate_from: int | None = None  # first token whose KV is approximate
-    result: BlendResult | None = None
-    failure: str = ""
+_EARLY = 32
 
 
 @dataclass
@@ -51,6 +34,7 @@ class SchedulerSide:
         hide: Makes a request's blocks from a token on unreachable for other requests.
         hot: What vLLM itself still holds; None without prefix caching.
         count: Told of the reuse statistics of each request that ran, when it ends.
+        most_tokens: Most tokens that vLLM computes in a step.
     """
 
     options: ConnectorOptions
@@ -59,10 +43,19 @@ class SchedulerSide:
     hide: Callable[[Any, int], None]
     hot: HotSide | None = None
     count: Callable[[dict[str, Any]], None] | None = None
-    _states: dict[str, _State] = field(default_factory=dict)
+    most_tokens: int = 8192
+    _states: dict[str, RequestState] = field(default_factory=dict)
     _plans: list[BlendPlan] = field(default_factory=list)
     _abandoned: Abandoned = field(default_factory=Abandoned)
-    _claimed: int = 0  # tokens that this step blends already
+
+    def __post_init__(self) -> None:
+        options = self.options
+        self.pace = Pace(options.step_tokens, max(self.most_tokens, options.step_tokens), options.overlap)
+
+    def arrived(self, request: Any) -> None:
+        """A request is new: look it up while it waits. Of a long queue not all: read locks end by themselves."""
+        if len(self._states) < _EARLY:
+            self._begin(request)
 
     def matched(self, request: Any, local: int) -> int | None:
         """How many tokens behind the `local` first ones are there; None: ask again in the next step."""
@@ -74,39 +67,60 @@ class SchedulerSide:
         state.local = local
         if state.over:
             return 0
-        prompt = len(request.prompt_token_ids or ())
+        if not self._found(request, state):
+            return None if not state.over else 0
+        prefix, matches = (state.lookup.result if state.lookup else None) or (0, ())
+        if self.pace.full and (state.hot_only or prefix > local or (matches and state.blend)):
+            return None  # its turn is yet to come; what is found now may be gone by then
         hot = self.hot.find(request) if self.hot and state.blend else []
         if state.hot_only and not (self.hot and self.hot.enough(request, hot)):
             state.hot_only, state.claim = False, None  # evicted while the request waited
             self._ask(request, state)
-        if state.claim is None and not self._found(request, state):
-            return None if not state.over else 0
-        if state.over:
-            return 0
-        prefix, matches = (state.lookup.result if state.lookup else None) or (0, ())
-        found = without_overlap(matches, hot, prompt) if state.blend else ()
-        wanted = claim(prompt, local, prefix, found, least=self.options.least_tokens, tail=self.options.tail_tokens)
-        work = wanted.end - wanted.exact
-        if work and self._claimed and self._claimed + work > self.options.step_tokens:
-            return None
-        state.claim = wanted
+            if state.over or not self._found(request, state):
+                return None if not state.over else 0
+        prompt = len(request.prompt_token_ids or ())
+        wanted = self._wanted(state, prompt, local, hot)
         if wanted.end <= local:
+            state.claim = wanted
             return 0
-        self._claimed += work
+        tokens = wanted.computed(state.policy, state.ratio)
+        way = self.pace.way(tokens)
+        if way == "later":
+            return None
+        state.background = way == "beside"
+        if state.background and wanted.matches:
+            # The request waits without blocks for more than is claimed, so all but the last token is.
+            wanted = claim(prompt, local, wanted.exact, wanted.matches, least=0, tail=prompt)
+        state.claim = wanted
+        self.pace.claim(request.request_id, way, tokens)
         if wanted.matches:
             self._mark(request, state, wanted.matches[0].start)
             if self.hot:
                 self.hot.claim(request.request_id, wanted.matches)
         return wanted.end - local
 
-    def _begin(self, request: Any) -> _State:
+    def _wanted(self, state: RequestState, prompt: int, local: int, hot: list[Match]) -> Claim:
+        prefix, matches = (state.lookup.result if state.lookup else None) or (0, ())
+        found = without_overlap(matches, hot, prompt) if state.blend else ()
+        least = self.options.least_tokens
+        wanted = claim(prompt, local, prefix, found, least=least, tail=self.options.tail_tokens)
+        if not wanted.matches and wanted.end - local < least:
+            return Claim(local, (), local)  # computed with the rest of the prompt, sooner than it is loaded
+        return wanted
+
+    def in_background(self, request_id: str) -> bool:
+        """Whether what was claimed is loaded while the request waits."""
+        state = self._states.get(request_id)
+        return state is not None and state.background
+
+    def _begin(self, request: Any) -> RequestState:
         policy, ratio, blend, complaints = request_options(
             request.kv_transfer_params, self.options.policy, self.options.ratio
         )
         for complaint in complaints:
             log.warning("request %s: %s", request.request_id, complaint)
         blend = blend and (self.options.blend or "lmcache_rag.blend" in (request.kv_transfer_params or {}))
-        state = _State(policy, ratio, blend)
+        state = RequestState(policy, ratio, blend)
         prompt = len(request.prompt_token_ids or ())
         if prompt <= self.chunk or getattr(request, "skip_reading_prefix_cache", False):
             state.over = True
@@ -117,36 +131,38 @@ class SchedulerSide:
             return state
         if self.hot and state.blend:
             self.hot.begin(request)
-            state.hot_only = self.hot.enough(request, self.hot.find(request))
+            state.hot_only = self.hot.promising(request)
         if not state.hot_only:
             self._ask(request, state)
         return state
 
-    def _ask(self, request: Any, state: _State) -> None:
+    def _ask(self, request: Any, state: RequestState) -> None:
         state.asked = time.perf_counter()
         state.lookup = self.look_up(request)
         if state.lookup is None:
             state.over, state.failure = True, "no server"
 
-    def _found(self, request: Any, state: _State) -> bool:
+    def _found(self, request: Any, state: RequestState) -> bool:
         lookup = state.lookup
         if lookup is None:
             return True
-        ready = lookup.poll(self.options.poll)
-        state.lookup_ms = (time.perf_counter() - state.asked) * 1e3
+        state.awaited = state.awaited or time.perf_counter()
+        ready = lookup.poll(self.options.poll if self.pace.idle else 0.0)
+        now = time.perf_counter()
+        state.lookup_ms = (now - state.asked) * 1e3
         if ready:
             return True
-        if state.lookup_ms > self.options.lookup_deadline * 1e3:
+        if now - state.awaited > self.options.lookup_deadline:
             log.warning("request %s: LMCache's look-up took too long; everything is computed", request.request_id)
             self._give_up(state, "look-up deadline")
         return False
 
-    def _give_up(self, state: _State, reason: str) -> None:
+    def _give_up(self, state: RequestState, reason: str) -> None:
         if state.lookup is not None:
             self._abandon(state.lookup)
         state.lookup, state.over, state.failure = None, True, reason
 
-    def _mark(self, request: Any, state: _State, first: int) -> None:
+    def _mark(self, request: Any, state: RequestState, first: int) -> None:
         """From `first` on this request's KV is approximate: nobody else may get it."""
         if state.approximate_from is None or first < state.approximate_from:
             self.hide(request, first)
@@ -194,16 +210,23 @@ class SchedulerSide:
                 state.ratio,
                 salt,
                 configs,
+                state.background,
             )
         )
+        self.pace.begun(request.request_id)
 
-    def plans(self) -> list[BlendPlan]:
-        """What this step's workers have to do; the next step begins."""
-        plans, self._plans, self._claimed = self._plans, [], 0
+    def plans(self, scheduled: Collection[str] = ()) -> tuple[list[BlendPlan], Allowance]:
+        """What this step's workers have to do, and how much of what they have begun; the next step begins.
+
+        Args:
+            scheduled: The requests that vLLM runs in this step.
+        """
+        plans, self._plans = self._plans, []
+        allowance = self.pace.step(scheduled)
         if self.hot:
             self.hot.step_ends()
         self._abandoned.hear(time.perf_counter())
-        return plans
+        return plans, allowance
 
     def _abandon(self, lookup: Lookup) -> None:
         self._abandoned.add(lookup, time.perf_counter(), self.options.poll)
@@ -217,16 +240,17 @@ class SchedulerSide:
         return self._abandoned.has(request_id)
 
     @property
-    def unheard(self) -> bool:
-        """Whether look-ups were abandoned a moment ago: an engine without requests should go on for them.
+    def unfinished(self) -> bool:
+        """Whether an engine without requests should go on: blends of requests that ended, look-ups just abandoned.
 
-        Not for long: a server that was restarted never answers them.
+        Not for long for the latter: a server that was restarted never answers them.
         """
-        return self._abandoned.since(time.perf_counter() - self.options.lookup_deadline)
+        return bool(self.pace.beside) or self._abandoned.since(time.perf_counter() - self.options.lookup_deadline)
 
     def take(self, results: list[BlendResult]) -> None:
         """What the workers did."""
         for result in results:
+            self.pace.done(result.request_id)
             if self.hot:
                 self.hot.done(result.request_id)
             if state := self._states.get(result.request_id):
@@ -234,10 +258,12 @@ class SchedulerSide:
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """A request ended, in whatever way: its reuse statistics, or None when nothing was looked up."""
+        self.pace.ended(request.request_id)
         state = self._states.pop(request.request_id, None)
         if state is None:
             return None
-        plans = [plan for plan in self._plans if plan.request_id != request.request_id]
+        # vLLM waits for the worker's word of what is loaded in the background: that is not taken back.
+        plans = [plan for plan in self._plans if plan.request_id != request.request_id or plan.background]
         if state.lookup is not None and (not state.planned or state.lookup.result is None):
             self._abandon(state.lookup)
         elif state.lookup is not None and len(plans) < len(self._plans):  # no worker is going to load it
@@ -261,32 +287,3 @@ class SchedulerSide:
     def abandoned(self) -> int:
         """Look-ups that nobody waits for and that have not been heard to their end yet."""
         return len(self._abandoned)
-
-
-def statistics(prompt: int, state: _State) -> dict[str, Any]:
-    """The reuse statistics of a request as plain numbers; the four token counts add up to its prompt's length."""
-    result = state.result
-    if result is not None:
-        prefix, reused, recomputed = result.prefix_tokens, result.reused_tokens, result.recomputed_tokens
-        failure = result.failure
-    else:  # no plan reached a worker: vLLM's own prefix is all there was
-        prefix, reused, recomputed = min(state.local, prompt), 0, 0
-        failure = state.failure
-    placed = state.claim.matches if state.claim and result and not result.failure else ()
-    return {
-        "prompt_tokens": prompt,
-        "prefix_tokens": prefix,
-        "reused_tokens": reused,
-        "recomputed_tokens": recomputed,
-        "computed_tokens": prompt - prefix - reused - recomputed,
-        "blocks_hit": len(placed),
-        "spans": [list(span) for span in spans_of(placed)],
-        "hot_tokens": result.hot_tokens if result else 0,
-        "lookup_ms": round(state.lookup_ms, 3),
-        "load_ms": round(result.load_ms, 3) if result else 0.0,
-        "blend_ms": round(result.blend_ms, 3) if result else 0.0,
-        "blended": reused > 0,
-        "policy": state.policy,
-        "ratio": state.ratio,
-        "failure": failure,
-    }

@@ -4,77 +4,36 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+import time
+from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.blend.policies import get_policy
-from lmcache_rag.connector.blend_pass import BlendOutcome, BlendPass
+from lmcache_rag.connector.blend_pass import BlendOutcome, BlendPass, Steps
+from lmcache_rag.connector.jobs import Job
+from lmcache_rag.connector.pace import Allowance
 from lmcache_rag.connector.paged import PagedSequence
-from lmcache_rag.connector.plan import BlendPlan, BlendResult, Match
+from lmcache_rag.connector.pinned import Number, on_device
+from lmcache_rag.connector.plan import BlendPlan, BlendResult
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from lmcache_rag.connector.hot_copy import HotCopy
+    from lmcache_rag.connector.link import Link
     from lmcache_rag.connector.model import VLLMModel
 
 log = logging.getLogger("lmcache_rag")
 
-
-class Link(Protocol):
-    """How KV is loaded; see lmcache_rag.connector.compat_lmcache.WorkerLink."""
-
-    @property
-    def is_healthy(self) -> bool:
-        """Whether the server answers."""
-        ...
-
-    def submit_exact(
-        self,
-        request_id: str,
-        token_ids: Sequence[int],
-        start: int,
-        end: int,
-        block_ids: Sequence[int],
-        salt: str,
-        configs: dict[str, Any] | None,
-    ) -> Any:
-        """Ask for an exact prefix."""
-        ...
-
-    def submit_matches(
-        self,
-        request_id: str,
-        token_ids: Sequence[int],
-        matches: Sequence[Match],
-        block_ids: Sequence[int],
-        salt: str,
-        configs: dict[str, Any] | None,
-    ) -> Any:
-        """Ask for chunk KV at its new positions."""
-        ...
-
-    def arrived(self, future: Any) -> bool:
-        """Whether it came."""
-        ...
-
-
-@dataclass
-class _Pending:
-    """A plan whose work is queued on the GPU."""
-
-    plan: BlendPlan
-    outcome: BlendOutcome
-    clock: _Clock
-    failure: str = ""
-    evidence: Any = None  # not finite when the KV was damaged
+NULL_BLOCK = 0  # vLLM's BlockPool.null_block
+_POLL = 0.001  # an idle step waits so long for a load rather than to spin
 
 
 class WorkerSide:
     """Runs plans.
 
-    A plan's work is queued before the model's forward pass; whether the KV was sound is only looked at behind it, so
-    that the GPU never waits for the host. Damage found then is reported to vLLM, which computes those blocks again.
+    A plan's work is queued on the GPU; whether the KV was sound is only looked at behind the model's forward pass, so
+    that the GPU never waits for the host. Damage found then is reported to vLLM, which computes those blocks again, or
+    is repaired here where the request waits anyway.
 
     Args:
         model: The model in this worker.
@@ -82,66 +41,98 @@ class WorkerSide:
         may_report: Whether vLLM computes blocks again that are reported (kv_load_failure_policy "recompute"). If not,
             damage is looked for before the forward pass.
         hot: Copies what vLLM itself still holds.
+        piece: Most tokens in one forward pass of a plan in the background.
     """
 
-    def __init__(self, model: VLLMModel, link: Link, *, may_report: bool = True, hot: HotCopy | None = None) -> None:
-        self._model, self._link, self._may_report, self._hot = model, link, may_report, hot
-        self._pending: list[_Pending] = []
+    def __init__(
+        self, model: VLLMModel, link: Link, *, may_report: bool = True, hot: HotCopy | None = None, piece: int = 2048
+    ) -> None:
+        self._model, self._link, self._may_report, self._hot, self._piece = model, link, may_report, hot, piece
+        self._queued: list[Job] = []  # this step's, done but for the look at their evidence
+        self._background: list[Job] = []
         self._results: list[BlendResult] = []
+        self._received: set[str] = set()
         self._bad_blocks: set[int] = set()
         self._warned = ""
+        self._idle = False  # this step has nothing else to do
 
-    def run(self, plan: BlendPlan) -> None:
-        """Make the KV of the plan's claim right, whatever happens: by blending, else by computing all of it."""
+    def run(self, plans: Sequence[BlendPlan], allowance: Allowance) -> None:
+        """Make the KV of the plans' claims right, whatever happens: by blending, else by computing all of it.
+
+        What is not in the background is queued at once; of what is, as much as is allowed.
+        """
         import torch
 
+        self._idle = allowance.idle
         with torch.inference_mode():
-            clock = _Clock()
-            sequence = PagedSequence.of(plan.block_ids, self._model.block, str(self._model.device))
-            ids = torch.tensor(plan.token_ids, dtype=torch.int64).to(self._model.device, non_blocking=True)
-            blend = BlendPass(self._model, sequence)
-            failure = self._load(plan, sequence)
-            clock.lap()
-            pending = _Pending(plan, BlendOutcome(0, 0), clock, failure)
-            if not failure:
-                try:
-                    if plan.matches:
-                        policy = get_policy(plan.policy)
-                        pending.outcome = blend.run(
-                            ids, plan.spans, plan.exact, policy=policy, ratio=plan.ratio, end=plan.end
-                        )
-                    pending.evidence = self._evidence(pending.outcome, plan, sequence)
-                    if not self._may_report and not self._sound(pending):
-                        pending.failure = "damaged KV"
-                except torch.OutOfMemoryError:
-                    if self._model.ranks > 1:
-                        raise  # the others wait for this rank in the middle of the pass: it cannot begin another
-                    torch.cuda.empty_cache()
-                    pending.failure = "out of memory"
-            if pending.failure:
-                pending.evidence = None
-                blend.compute(ids, torch.arange(plan.local, plan.end, device=ids.device), plan.end)
-            clock.lap()
-            self._pending.append(pending)
+            ready = [job for job in self._background if not job.over]
+            # All loads are asked for first, so that they go on beside the work.
+            jobs = [self._begin(plan) for plan in sorted(plans, key=lambda plan: plan.background)]
+            for job in jobs:
+                if job.plan.background:
+                    self._background.append(job)
+                else:
+                    self._load(job)
+                    while not job.over:
+                        job.advance(1 << 30)
+                    self._queued.append(job)
+            if self._model.ranks == 1:
+                ready = [job for job in self._background if not job.over]
+            self._advance(ready, allowance)
+
+    def _advance(self, jobs: list[Job], allowance: Allowance) -> None:
+        left, idle = allowance.tokens, allowance.idle
+        for job in jobs:
+            if left <= 0:
+                return
+            if job.steps is None:
+                if not self._loaded(job, idle=idle):
+                    continue
+                self._load(job)
+            if job.cancelled:
+                job.over = True
+                continue
+            left -= job.advance(left)
+            idle = False
+
+    def cancel(self, request_ids: Collection[str]) -> None:
+        """Requests that ended: no more work for them. Their blocks are free when what is being loaded has come."""
+        for job in self._background:
+            job.cancelled |= job.plan.request_id in request_ids
 
     def finish(self) -> None:
-        """Behind the forward pass: see what became of the plans. Waits for the GPU to be done with them."""
-        pending, self._pending = self._pending, []
-        for item in pending:
-            plan, outcome = item.plan, item.outcome
-            load_ms, blend_ms = item.clock.stop()
-            if item.evidence is not None and not self._sound(item):
-                item.failure = "damaged KV"
-                first = plan.local // self._model.block
-                self._bad_blocks |= set(plan.block_ids[first : -(-plan.end // self._model.block)])
-            if item.failure:
-                self._warn(item.failure)
-                counts = (plan.local, 0, 0, plan.end - plan.local)
-            else:
-                covered = sum(match.end - match.start for match in plan.matches)
-                counts = (plan.exact, covered - outcome.recomputed, outcome.recomputed, outcome.gaps)
-            hot = sum(m.end - m.start for m in plan.matches if m.block >= 0) if not item.failure else 0
-            self._results.append(BlendResult(plan.request_id, *counts, load_ms, blend_ms, item.failure, hot))
+        """Behind the forward pass: see what became of the plans.
+
+        Waits for the GPU to be done with this step's; with those in the background only where nothing else is to do.
+        """
+        queued, self._queued = self._queued, []
+        for job in queued:
+            if not self._proven(job):
+                first = job.plan.local // self._model.block
+                self._bad_blocks |= set(job.plan.block_ids[first : -(-job.plan.end // self._model.block)])
+            self._tell(job)
+        for job in [job for job in self._background if job.over]:
+            # Each rank would see its own end first, and all must say so in the same step.
+            if not (self._idle or self._model.ranks > 1 or job.evidence is None or job.evidence.is_here):
+                continue
+            if not job.cancelled and not self._proven(job):
+                job.evidence, job.over = None, False
+                job.steps = self._all(job)
+                continue
+            self._background.remove(job)
+            self._received.add(job.plan.request_id)
+            self._tell(job)
+
+    def _tell(self, job: Job) -> None:
+        plan, outcome = job.plan, job.outcome
+        if job.failure:
+            self._warn(job.failure)
+            counts = (plan.local, 0, 0, plan.end - plan.local)
+        else:
+            covered = sum(match.end - match.start for match in plan.matches)
+            counts = (plan.exact, covered - outcome.recomputed, outcome.recomputed, outcome.gaps)
+        hot = sum(m.end - m.start for m in plan.matches if m.block >= 0) if not job.failure else 0
+        self._results.append(BlendResult(plan.request_id, *counts, *job.clock.read(), job.failure, hot))
 
     def take_results(self) -> list[BlendResult]:
         """What was done since the last call."""
@@ -153,29 +144,98 @@ class WorkerSide:
         blocks, self._bad_blocks = self._bad_blocks, set()
         return blocks
 
-    def _load(self, plan: BlendPlan, sequence: PagedSequence) -> str:
-        """Have the KV written to the blocks; returns why that failed, the same on every rank."""
+    def take_received(self) -> set[str]:
+        """Requests whose plans in the background are done."""
+        received, self._received = self._received, set()
+        return received
+
+    @property
+    def receiving(self) -> set[str]:
+        """Requests whose blocks are still being written to in the background."""
+        return {job.plan.request_id for job in self._background}
+
+    def _begin(self, plan: BlendPlan) -> Job:
+        """Ask for the plan's KV."""
+        import torch
+
+        device = self._model.device
+        blocks = plan.block_ids
+        if plan.background and len(blocks) * self._model.block < len(plan.token_ids):
+            # The last token has no block yet, and the selection looks through its eyes: vLLM's null block, which
+            # nobody reads, holds its KV meanwhile.
+            blocks = (*blocks, NULL_BLOCK)
+        sequence = PagedSequence.of(blocks, self._model.block, str(device))
+        job = Job(plan, sequence, on_device(plan.token_ids, torch.int64, device))
         hot = [match for match in plan.matches if match.block >= 0]
         cold = [match for match in plan.matches if match.block < 0]
-        ok = self._link.is_healthy or not (cold or plan.exact > plan.local)
-        reason = "" if ok else "no server"
-        waiting = []
-        asked = plan.request_id, plan.token_ids
-        if ok and plan.exact > plan.local:
-            waiting.append(
-                self._link.submit_exact(*asked, plan.local, plan.exact, plan.block_ids, plan.cache_salt, plan.configs)
-            )
-        if ok and cold:
-            waiting.append(self._link.submit_matches(*asked, cold, plan.block_ids, plan.cache_salt, plan.configs))
-        if ok and hot:
-            if self._hot is None:
-                ok, reason = False, "no copy of hot chunks"
-            else:
-                self._hot.run(hot, sequence)
-        for future in waiting:
-            if not self._link.arrived(future):
-                ok, reason = False, "load failed"
-        return reason if self._model.all_ranks(ok) else (reason or "load failed on another rank")
+        if not self._link.is_healthy and (cold or plan.exact > plan.local):
+            job.reason = "no server"
+            return job
+        if plan.exact > plan.local:
+            job.waiting.append(self._link.submit_exact(plan))
+        if cold:
+            job.waiting.append(self._link.submit_matches(plan, cold))
+        if hot and self._hot is None:
+            job.reason = "no copy of hot chunks"
+        elif hot and self._hot is not None:
+            self._hot.run(hot, sequence)
+        return job
+
+    def _left(self, job: Job) -> float:
+        """Seconds to its deadline."""
+        return max(0.0, job.clock.asked + self._link.deadline - time.perf_counter())
+
+    def _loaded(self, job: Job, *, idle: bool) -> bool:
+        """Whether its work may begin: it would make the whole step wait for KV that is still under way."""
+        if self._model.ranks > 1:  # each would see its own KV first, and all must begin at the same point: they wait
+            return True
+        if not self._left(job):
+            return True
+        if idle:  # nobody else waits
+            return all(self._link.answered(future, _POLL) for future in job.waiting)
+        return all(self._link.there(future) for future in job.waiting)
+
+    def _load(self, job: Job) -> None:
+        """Wait for the KV, on the stream; all ranks agree whether it comes."""
+        reason = job.reason
+        for future in job.waiting:
+            if not self._link.arrived(future, self._left(job)):
+                reason = reason or "load failed"
+        if not self._model.all_ranks(not reason):
+            job.failure = reason or "load failed on another rank"
+        job.clock.loaded()
+        job.steps = self._work(job)
+
+    def _work(self, job: Job) -> Steps[None]:
+        import torch
+
+        plan = job.plan
+        if not job.failure:
+            try:
+                if plan.matches:
+                    blend = BlendPass(self._model, job.sequence, piece=self._piece if plan.background else 0)
+                    policy = get_policy(plan.policy)
+                    job.outcome = yield from blend.steps(
+                        job.ids, plan.spans, plan.exact, policy=policy, ratio=plan.ratio, end=plan.end
+                    )
+                job.evidence = Number(self._evidence(job.outcome, plan, job.sequence))
+                if not plan.background and not self._may_report:
+                    self._proven(job)
+            except torch.OutOfMemoryError:
+                if self._model.ranks > 1:
+                    raise  # the others wait for this rank in the middle of the pass: it cannot begin another
+                torch.cuda.empty_cache()
+                job.failure = "out of memory"
+        if job.failure:
+            yield from self._all(job)
+
+    def _all(self, job: Job) -> Steps[None]:
+        """Compute everything that was claimed."""
+        import torch
+
+        plan, job.evidence = job.plan, None
+        blend = BlendPass(self._model, job.sequence, piece=self._piece if plan.background else 0)
+        yield from blend.compute(job.ids, torch.arange(plan.local, plan.end, device=job.ids.device), plan.end)
 
     def _evidence(self, outcome: BlendOutcome, plan: BlendPlan, sequence: PagedSequence) -> Any:
         """A number on the GPU that is not finite if the KV that came is not: the answer would not be one either.
@@ -196,43 +256,15 @@ class WorkerSide:
             total += own[:-1].sum(dtype=torch.float32) + own[-1, :last].sum(dtype=torch.float32)
         return total
 
-    def _sound(self, item: _Pending) -> bool:
-        return self._model.all_ranks(math.isfinite(float(item.evidence)))
+    def _proven(self, job: Job) -> bool:
+        """Whether the KV that came was sound, on all ranks; waits for the GPU to be done with the blend."""
+        if job.evidence is None:
+            return True
+        if not self._model.all_ranks(math.isfinite(job.evidence.read())):
+            job.failure = "damaged KV"
+        return not job.failure
 
     def _warn(self, failure: str) -> None:
         if failure != self._warned:  # once for each kind of trouble
             self._warned = failure
             log.warning("KV could not be blended (%s); prompts are computed instead", failure)
-
-
-class _Clock:
-    """Two laps, on the GPU's clock where there is one."""
-
-    def __init__(self) -> None:
-        import time
-
-        import torch
-
-        self._cuda = torch.cuda.is_available()
-        self._now = time.perf_counter
-        self._marks: list[Any] = []
-        self.lap()
-
-    def lap(self) -> None:
-        """Note the time."""
-        import torch
-
-        if self._cuda:
-            mark: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-            mark.record()
-            self._marks.append(mark)
-        else:
-            self._marks.append(self._now())
-
-    def stop(self) -> tuple[float, float]:
-        """Milliseconds of the first and of the second lap. Waits for the GPU."""
-        first, second, third = self._marks
-        if not self._cuda:
-            return (second - first) * 1e3, (third - second) * 1e3
-        third.synchronize()
-        return first.elapsed_time(second), second.elapsed_time(third)

@@ -43,6 +43,7 @@ class ServeOptions:
         chunk_size: Tokens of an LMCache chunk.
         lmcache_port: Where LMCache listens for vLLM.
         lmcache_http_port: Where LMCache listens for health checks.
+        step_tokens: Most tokens that blends compute in a step while other requests run; None: the connector's default.
     """
 
     model: str
@@ -56,6 +57,7 @@ class ServeOptions:
     chunk_size: int = 64
     lmcache_port: int = 5555
     lmcache_http_port: int = 8089
+    step_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
         "lmcache_rag.policy": options.policy,
         "lmcache_rag.ratio": options.ratio,
     }
+    if options.step_tokens is not None:
+        extra["lmcache_rag.step_tokens"] = options.step_tokens
     ours = {
         "--host": options.host,
         "--port": str(options.port),

@@ -1,0 +1,105 @@
+"""A plan that a worker is carrying out, and its clock."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from lmcache_rag.connector.blend_pass import BlendOutcome, Steps
+from lmcache_rag.connector.paged import PagedSequence
+from lmcache_rag.connector.pinned import Number
+from lmcache_rag.connector.plan import BlendPlan
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Clock:
+    """Time of the load and of the work, on the GPU's clock where there is one."""
+
+    def __init__(self) -> None:
+        import torch
+
+        self.asked = time.perf_counter()
+        self._cuda = torch.cuda.is_available()
+        self._load = [self._mark()]
+        self._work: list[tuple[Any, Any]] = []
+
+    def _mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        import torch
+
+        mark: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        mark.record()
+        return mark
+
+    def loaded(self) -> None:
+        """The load is done, or behind us on the stream."""
+        self._load.append(self._mark())
+
+    def begin(self) -> None:
+        """A piece of the work begins."""
+        self._work.append((self._mark(), None))
+
+    def end(self) -> None:
+        """It ends."""
+        self._work[-1] = (self._work[-1][0], self._mark())
+
+    def read(self) -> tuple[float, float]:
+        """Milliseconds of load and work. Waits for the GPU."""
+        return self._between(*self._load), sum(self._between(*marks) for marks in self._work)
+
+    def _between(self, first: Any, last: Any) -> float:
+        if not self._cuda:
+            return float(last - first) * 1e3
+        last.synchronize()
+        return float(first.elapsed_time(last))
+
+
+@dataclass
+class Job:
+    """A plan under way.
+
+    Attributes:
+        plan: The plan.
+        sequence: The request's blocks.
+        ids: The prompt, int64 [n], where the cache lies.
+        waiting: What is being loaded.
+        reason: Why it cannot be loaded; empty when it can.
+        clock: Time it took.
+        steps: Its work; None until the load is done.
+        over: Whether all of its work is queued.
+        cancelled: Whether nobody wants its result any more.
+        outcome: What the blend did.
+        failure: Why everything is computed instead.
+        evidence: Not finite when the KV was damaged.
+    """
+
+    plan: BlendPlan
+    sequence: PagedSequence
+    ids: Tensor
+    waiting: list[Any] = field(default_factory=list)
+    reason: str = ""
+    clock: Clock = field(default_factory=Clock)
+    steps: Steps[None] | None = None
+    over: bool = False
+    cancelled: bool = False
+    outcome: BlendOutcome = field(default_factory=lambda: BlendOutcome(0, 0))
+    failure: str = ""
+    evidence: Number | None = None
+
+    def advance(self, tokens: int) -> int:
+        """Queue more of the work, at least a step and until so many tokens were computed; returns how many were."""
+        assert self.steps is not None  # noqa: S101 - it was loaded
+        done = 0
+        self.clock.begin()
+        try:
+            while done < max(tokens, 1):
+                done += next(self.steps)
+        except StopIteration:
+            self.over = True
+        finally:
+            self.clock.end()
+        return done

@@ -1,0 +1,44 @@
+"""What a worker asks of LMCache."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lmcache_rag.connector.plan import BlendPlan, Match
+
+
+class Link(Protocol):
+    """How KV is loaded; see lmcache_rag.connector.compat_lmcache.WorkerLink."""
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the server answers."""
+        ...
+
+    def submit_exact(self, plan: BlendPlan) -> Any:
+        """Ask for the exact prefix behind what vLLM holds, plan.local to plan.exact."""
+        ...
+
+    def submit_matches(self, plan: BlendPlan, matches: Sequence[Match]) -> Any:
+        """Ask for chunk KV at its new positions: some of the plan's matches."""
+        ...
+
+    @property
+    def deadline(self) -> float:
+        """Longest wait for an answer, in seconds."""
+        ...
+
+    def answered(self, future: Any, seconds: float) -> bool:
+        """Whether the server has answered, waiting for it at most that long."""
+        ...
+
+    def there(self, future: Any) -> bool:
+        """Whether the KV is there, or is not going to be."""
+        ...
+
+    def arrived(self, future: Any, seconds: float) -> bool:
+        """Whether it came, waiting for the answer at most that long. Later work of the stream waits for the KV."""
+        ...

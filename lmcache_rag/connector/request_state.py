@@ -1,0 +1,61 @@
+"""What the scheduler side knows of one request, and what it says of it when the request ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lmcache_rag.connector.abandoned import Lookup
+from lmcache_rag.connector.plan import BlendResult, Claim, spans_of
+
+
+@dataclass
+class RequestState:
+    """One request, from its first look-up to its end."""
+
+    policy: str
+    ratio: float
+    blend: bool
+    lookup: Lookup | None = None
+    asked: float = 0.0
+    awaited: float = 0.0  # since when the request could have run but for its look-up
+    lookup_ms: float = 0.0
+    claim: Claim | None = None
+    local: int = 0
+    background: bool = False  # the claim is blended beside other requests' steps
+    planned: bool = False  # blocks were allocated: there is nothing more to decide
+    loads: tuple[int, int] = (0, 0)  # exact prefix chunks that a worker loads, and that gives back their locks
+    over: bool = False  # nothing is claimed any more
+    hot_only: bool = False  # vLLM holds nearly everything itself: LMCache is not asked
+    approximate_from: int | None = None  # first token whose KV is approximate
+    result: BlendResult | None = None
+    failure: str = ""
+
+
+def statistics(prompt: int, state: RequestState) -> dict[str, Any]:
+    """The reuse statistics of a request as plain numbers; the four token counts add up to its prompt's length."""
+    result = state.result
+    if result is not None:
+        prefix, reused, recomputed = result.prefix_tokens, result.reused_tokens, result.recomputed_tokens
+        failure = result.failure
+    else:  # no plan reached a worker: vLLM's own prefix is all there was
+        prefix, reused, recomputed = min(state.local, prompt), 0, 0
+        failure = state.failure
+    placed = state.claim.matches if state.claim and result and not result.failure else ()
+    return {
+        "prompt_tokens": prompt,
+        "prefix_tokens": prefix,
+        "reused_tokens": reused,
+        "recomputed_tokens": recomputed,
+        "computed_tokens": prompt - prefix - reused - recomputed,
+        "blocks_hit": len(placed),
+        "spans": [list(span) for span in spans_of(placed)],
+        "hot_tokens": result.hot_tokens if result else 0,
+        "lookup_ms": round(state.lookup_ms, 3),
+        "load_ms": round(result.load_ms, 3) if result else 0.0,
+        "blend_ms": round(result.blend_ms, 3) if result else 0.0,
+        "blended": reused > 0,
+        "policy": state.policy,
+        "ratio": state.ratio,
+        "failure": failure,
+    }
