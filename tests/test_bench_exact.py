@@ -33,8 +33,9 @@ def test_everything_computed_again_is_equal_and_nothing_computed_again_is_not(ma
     source.keep(corpus)
     steps: list[int] = []
     arms = {"all": BlendOptions("query", 1.0), "none": BlendOptions("none", 0.0)}
-    found = compare(source, questions(corpus, 4), arms, tokens=8, on_step=lambda: steps.append(1))
-    everything, nothing = found
+    found = compare(source, questions(corpus, 4), arms, tokens=8, again=True, on_step=lambda: steps.append(1))
+    everything, nothing, again = found
+    assert (again.arm, again.equal, again.kl) == ("again, exact", 4, 0.0)
     assert (everything.equal, everything.unexplained, len(steps)) == (4, 0, 4)
     assert everything.kl < 1e-6 < 1e-4 < nothing.kl
     low, high = nothing.kl_interval
@@ -66,7 +67,9 @@ def test_questions_and_orders_are_repeatable_and_different() -> None:
     assert len({each.chunks for each in orders}) == 20
 
 
-@pytest.mark.parametrize(("gap", "explained"), [(0.0, True), (0.125, True), (0.26, False), (None, False)], ids=str)
+@pytest.mark.parametrize(
+    ("gap", "explained"), [(0.0, True), (0.125, True), (0.25, True), (0.26, False), (None, False)], ids=str
+)
 def test_a_difference_is_explained_by_a_near_tie_only(gap: float | None, explained: bool) -> None:
     there = {1: -0.7, 2: -0.7 - (gap or 0.0)} if gap is not None else {1: -0.7, 3: -5.0}
     full = Trace((5, 1), ({5: -0.1}, there))
@@ -149,19 +152,24 @@ def test_a_soak_reports_failures_and_other_answers(tokenizer, corpus):
         source.keep(corpus)
         soak = Soak(source, corpus, tokens=4)
         sound = soak.run(0.5)
-        assert (sound.sound, sound.differing) == (True, 0)
+        assert (sound.sound, sound.differing) == (True, [])
         blended = [tuple(body["prompt"]) for body in server.seen if told(body).get("lmcache_rag.blend") != "off"]
         assert len(blended) == len(set(blended)), "a prompt that is asked again is one exact prefix"
         in_full = [tuple(body["prompt"]) for body in server.seen if told(body).get("lmcache_rag.ratio") == 1.0]
         followed = {tuple(body["prompt"]) for body in server.seen if told(body).get("lmcache_rag.blend") == "off"}
         assert set(in_full) <= followed, "its full prefill is asked for behind it"
+        cold = ServerSource(engine, source.prompts, named=False)
+        prompt = source.prompts.query(corpus[:3], "What?")
+        for each, names in ((source, True), (cold, False)):
+            each.trace(prompt, BlendOptions("query", 0.15), 2)
+            assert ("lmcache_rag.chunks" in told(server.seen[-1])) == names
         other = Trace((1, 2, 3, 4), tuple({token: -0.1} for token in (1, 2, 3, 4)))
         soak.full = dict.fromkeys(soak.full, other)
         server.fail = [500, 500, 500]
         report = soak.run(0.5)
         engine.close()
     assert len(report.failed) == 3
-    assert report.differing > 0
+    assert {each["kind"] for each in report.differing} == {"unblended"}
     assert not report.sound
 
 

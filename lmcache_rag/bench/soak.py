@@ -36,8 +36,9 @@ class SoakReport:
         failed: What was said of those that did not.
         reused: Requests that reused chunk KV.
         fallbacks: What the server said of requests that it computed in full instead.
-        differing: Answers at ratio 1 that differ from the full prefill's and not at a near tie.
-        near_ties: Those that differ at one.
+        differing: Answers at ratio 1 or without blending that differ from the full prefill's and not at a near tie:
+            the kind, the place, and how much likelier, in nats, the full prefill's token was there.
+        near_ties: How many of each kind differ at one.
         slowest_s: Longest request.
         gauges: What the server's /metrics said at the end of what should be zero then.
         memory_mb: Resident megabytes of the watched processes, at a tenth of the time and at the end.
@@ -47,8 +48,8 @@ class SoakReport:
     failed: list[str] = field(default_factory=list)
     reused: int = 0
     fallbacks: Counter[str] = field(default_factory=Counter)
-    differing: int = 0
-    near_ties: int = 0
+    differing: list[dict[str, Any]] = field(default_factory=list)
+    near_ties: Counter[str] = field(default_factory=Counter)
     slowest_s: float = 0.0
     gauges: dict[str, float] = field(default_factory=dict)
     memory_mb: dict[int, list[float]] = field(default_factory=dict)
@@ -165,18 +166,18 @@ class Soak:
         if len(tokens) != self._tokens:
             raise ValueError(f"{len(tokens)} tokens instead of {self._tokens}")
         if kind == "unblended":
-            self._judge(self.full[asked], tokens)
+            self._judge(kind, self.full[asked], tokens)
         elif kind == "ratio 1":  # everything was computed again: the answer is the full prefill's, which is asked now
             full = await asyncio.to_thread(self._source.trace, prompt, OPTIONS["unblended"], self._tokens)
-            self._judge(full, tokens)
+            self._judge(kind, full, tokens)
 
-    def _judge(self, full: Trace, tokens: tuple[int, ...]) -> None:
+    def _judge(self, kind: Kind, full: Trace, tokens: tuple[int, ...]) -> None:
         found = difference(full, Trace(tokens, full.likely))
         if found.place is not None:
             if found.near_tie:
-                self.report.near_ties += 1
+                self.report.near_ties[kind] += 1
             else:
-                self.report.differing += 1
+                self.report.differing.append({"kind": kind, "place": found.place, "gap": found.gap})
 
     def _prompt(self, asked: Asked) -> QueryPrompt:
         return self._source.prompts.query(asked.chunks, asked.question)

@@ -51,10 +51,11 @@ class ServerSource:
     Args:
         engine: Its client.
         prompts: Made for it.
+        named: Whether to tell the server where the chunks stand: then it copies what it still holds itself.
     """
 
-    def __init__(self, engine: VLLMEngine, prompts: PromptBuilder) -> None:
-        self.engine, self.prompts = engine, prompts
+    def __init__(self, engine: VLLMEngine, prompts: PromptBuilder, *, named: bool = True) -> None:
+        self.engine, self.prompts, self._named = engine, prompts, named
 
     def keep(self, chunks: Sequence[str]) -> None:
         """Compute these chunks' KV."""
@@ -67,6 +68,8 @@ class ServerSource:
 
         request = self.engine.request(prompt, Sampling(max_tokens=tokens), blend)
         extra = request["extra_body"] | {"ignore_eos": True, "return_tokens_as_token_ids": True}
+        if not self._named:
+            extra["kv_transfer_params"].pop("lmcache_rag.chunks", None)
         if not blend.enabled:
             extra["kv_transfer_params"] |= {"lmcache.max_offload_tokens": prompt.prefix_tokens}
         answer = self.engine.complete(request | {"extra_body": extra, "logprobs": TOP})

@@ -91,7 +91,10 @@ def _show(run: Run, report: SoakReport) -> None:
     parts = ", ".join(f"{number} {kind}" for kind, number in sorted(report.requests.items()))
     run.out.print(f"{count(sum(report.requests.values()), 'request')}: {parts}; {report.reused} reused chunk KV")
     run.out.print(f"Failed: {len(report.failed)}", *(f"  {each}" for each in dict.fromkeys(report.failed)), sep="\n")
-    run.out.print(f"Answers that differ from the full prefill's: {report.differing}, at near ties {report.near_ties}")
+    ties = ", ".join(f"{number} {kind}" for kind, number in sorted(report.near_ties.items())) or "none"
+    run.out.print(f"Answers that differ from the full prefill's: {len(report.differing)}; at near ties: {ties}")
+    for each in report.differing:
+        run.out.print(f"  {each['kind']}, token {each['place']}, by {each['gap']} nats")
     run.out.print(f"Slowest request: {report.slowest_s:.1f} s")
     for reason, number in report.fallbacks.most_common():
         run.out.print(f"Computed in full, {number}: {reason}")
