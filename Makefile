@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# How many processes run the tests. Each holds the models, about 3 GB.
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test lint format bench clean
@@ -16,8 +18,8 @@ install: $(STAMP)  ## make the environment in .venv
 quickstart: $(STAMP)  ## ingest the sample documents and ask questions, with and without blending
 	$(BIN)/python examples/quickstart.py
 
-test: $(STAMP)  ## run the tests; ARGS="-k word" for some of them
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP)  ## run the tests; ARGS="-k word" for some of them, JOBS=0 in one process
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff check .

@@ -54,14 +54,17 @@ def elsewhere(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "versions.txt").write_text(
         "".join(f"{name}=={version}\n" for name, version in versions.items() if name.lower() != "lmcache-rag")
     )
-    wanted = ["--quiet", "--constraint", place / "versions.txt", wheel]
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-compile", *wanted]
-    # Where torch came through uv (see .ci/install-torch), pip cannot find that build, and says so at once.
-    uv = [sys.executable, "-m", "uv", "pip", "install", "--python", python, "--torch-backend=cpu", *wanted]
-    if importlib.util.find_spec("uv") and subprocess.run([str(word) for word in pip], capture_output=True).returncode:
-        run(uv, place)
-    else:
-        run(pip, place)
+    wanted = ["--constraint", place / "versions.txt", wheel]
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile"]
+    if importlib.util.find_spec("uv") is None:
+        run([*pip, *wanted], place)
+        return place
+    # Each finds some builds of torch that the other does not (see .ci/install-torch). The rest uv installs much sooner.
+    torch = [*pip, "--no-deps", f"torch=={versions['torch']}"]
+    found = subprocess.run([str(word) for word in torch], capture_output=True).returncode == 0
+    backend = [] if found else ["--torch-backend=cpu"]
+    uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--link-mode", "copy", "--python", python]
+    run([*uv, *backend, *wanted], place)
     return place
 
 
