@@ -11,6 +11,7 @@ from models import tiny_model
 from test_worker_side import BLOCK, PREFIX, World
 
 from lmcache_rag.connector import metrics, worker_side
+from lmcache_rag.connector.jobs import Throttle
 from lmcache_rag.connector.pace import Allowance
 from lmcache_rag.connector.plan import BlendResult
 from lmcache_rag.connector.worker_side import NULL_BLOCK
@@ -229,3 +230,28 @@ def test_loads_are_asked_for_before_a_blend_within_the_step_begins(hf: HFModel) 
     world.worker.finish()
     assert [result.request_id for result in world.worker.take_results()] == ["now"]
     assert world.worker.receiving == {"r"}
+
+
+def test_the_host_is_a_piece_ahead_of_the_gpu_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[int] = []
+
+    class Event:
+        made = 0
+
+        def __init__(self) -> None:
+            Event.made += 1
+            self.number = Event.made
+
+        def record(self) -> None:
+            """Queued."""
+
+        def synchronize(self) -> None:
+            waited.append(self.number)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    throttle = Throttle()
+    for _ in range(4):
+        throttle.before()
+        throttle.after()
+    assert waited == [1, 2]

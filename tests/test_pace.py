@@ -29,10 +29,14 @@ def test_a_blend_that_would_take_long_runs_beside_even_when_nobody_else_does() -
     assert Pace(100, 1000).way(1001) == "beside"
 
 
+def test_nothing_need_ever_run_within_a_step() -> None:
+    assert Pace(100, 0).way(1) == "beside"
+
+
 def test_others_are_held_up_by_so_many_tokens_at_most() -> None:
     pace = Pace(100, 1000)
     assert pace.step({"runs"}).tokens == 100
-    assert pace.step(()).tokens == 1000
+    assert pace.step(()).tokens == 100, "who comes meanwhile waits no longer than others would have"
     assert pace.step(()).idle
 
 

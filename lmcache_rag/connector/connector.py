@@ -68,7 +68,6 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
                 self._look_up,
                 self._hide,
                 count=self._count,
-                most_tokens=vllm_config.scheduler_config.max_num_batched_tokens,
             )
 
     # -- start ----------------------------------------------------------------------------------------------------

@@ -58,6 +58,27 @@ class Clock:
         return float(first.elapsed_time(last))
 
 
+class Throttle:
+    """Keeps the host no more than a piece ahead of the GPU: who comes now would wait for all that is queued."""
+
+    def __init__(self) -> None:
+        self._queued: list[Any] = []
+
+    def before(self) -> None:
+        """Wait until at most one piece is under way."""
+        while len(self._queued) > 1:
+            self._queued.pop(0).synchronize()
+
+    def after(self) -> None:
+        """A piece was queued."""
+        import torch
+
+        if torch.cuda.is_available():
+            mark: Any = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            mark.record()
+            self._queued.append(mark)
+
+
 @dataclass
 class Job:
     """A plan under way.

@@ -184,7 +184,8 @@ def attend(
     padded = max(16, triton.next_power_of_2(size))
     many = rows > 64
     tile = 128 if many else 64
-    columns = 64 if padded <= 128 else 32
+    small = padded * keys.element_size() <= 256  # more does not fit a multiprocessor's shared memory so often
+    columns = 64 if small else 32
     device = isinstance(end, Tensor)
     if isinstance(end, Tensor):
         per_split, splits, length = 0, MOST_SPLITS, end
@@ -203,7 +204,7 @@ def attend(
         partial.stride(0), partial.stride(1), partial.stride(2), lse.stride(0), lse.stride(1),
         GROUP=heads // keys.shape[2], SIZE=size, PADDED=padded, BLOCK=keys.shape[1], ROWS=tile, COLUMNS=columns,
         HIDES=visible is not None, DEVICE=device, SPLITS=MOST_SPLITS,
-        num_warps=8 if many else 4, num_stages=3 if padded <= 128 else 2,
+        num_warps=8 if many else 4, num_stages=3 if small else 2,
     )  # fmt: skip
     if splits == 1:
         return lse[0]

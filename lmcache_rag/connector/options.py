@@ -27,6 +27,8 @@ class ConnectorOptions:
         overlap: Whether KV is loaded and blended beside the steps of other requests. If not, a step waits for it.
         step_tokens: Most tokens that blends compute in one step while other requests run: a bound on how long these
             wait. Without overlap, the first blend of a step is not bound.
+        idle_tokens: A blend that computes more runs in such pieces even while no other request does: who comes then
+            waits for no more than what was begun. 0: every blend.
     """
 
     policy: str = "query"
@@ -40,6 +42,7 @@ class ConnectorOptions:
     hot: bool = True
     overlap: bool = True
     step_tokens: int = 2048
+    idle_tokens: int = 8192
 
     def __post_init__(self) -> None:
         get_policy(self.policy)
@@ -47,7 +50,7 @@ class ConnectorOptions:
             raise ConfigError(f"lmcache_rag.ratio must be between 0 and 1; got {self.ratio}.")
         if self.step_tokens < 1:
             raise ConfigError(f"lmcache_rag.step_tokens must be at least 1; got {self.step_tokens}.")
-        for name in ("deadline", "lookup_deadline", "poll", "least_tokens", "tail_tokens"):
+        for name in ("deadline", "lookup_deadline", "poll", "least_tokens", "tail_tokens", "idle_tokens"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"lmcache_rag.{name} must not be negative; got {getattr(self, name)}.")
 

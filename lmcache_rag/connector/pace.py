@@ -31,8 +31,8 @@ class Pace:
     """Decides when blends run. Counts tokens that are computed, not those that are reused.
 
     Args:
-        step_tokens: Most tokens that the blends of a step compute while other requests run.
-        idle_tokens: Likewise, while none does.
+        step_tokens: Most tokens that the blends of a step compute, but for one within the step of an idle engine.
+        idle_tokens: Most tokens of that one.
         overlap: Whether blends may run in the background at all.
         at_once: Most blends in the background.
     """
@@ -77,9 +77,7 @@ class Pace:
 
     def step(self, scheduled: Collection[str]) -> Allowance:
         """These requests run in this step; the next one begins."""
-        others = set(scheduled) - set(self._claims)
-        most = self.step_tokens if others else self.idle_tokens
-        allowance = Allowance(max(0, most - self._now), not scheduled)
+        allowance = Allowance(max(0, self.step_tokens - self._now), not scheduled)
         self._others, self._claims = set(scheduled), {}
         return allowance
 

@@ -34,7 +34,6 @@ class SchedulerSide:
         hide: Makes a request's blocks from a token on unreachable for other requests.
         hot: What vLLM itself still holds; None without prefix caching.
         count: Told of the reuse statistics of each request that ran, when it ends.
-        most_tokens: Most tokens that vLLM computes in a step.
     """
 
     options: ConnectorOptions
@@ -43,14 +42,12 @@ class SchedulerSide:
     hide: Callable[[Any, int], None]
     hot: HotSide | None = None
     count: Callable[[dict[str, Any]], None] | None = None
-    most_tokens: int = 8192
     _states: dict[str, RequestState] = field(default_factory=dict)
     _plans: list[BlendPlan] = field(default_factory=list)
     _abandoned: Abandoned = field(default_factory=Abandoned)
 
     def __post_init__(self) -> None:
-        options = self.options
-        self.pace = Pace(options.step_tokens, max(self.most_tokens, options.step_tokens), options.overlap)
+        self.pace = Pace(self.options.step_tokens, self.options.idle_tokens, self.options.overlap)
 
     def arrived(self, request: Any) -> None:
         """A request is new: look it up while it waits. Of a long queue not all: read locks end by themselves."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.blend.policies import get_policy
 from lmcache_rag.connector.blend_pass import BlendOutcome, BlendPass, Steps
-from lmcache_rag.connector.jobs import Job
+from lmcache_rag.connector.jobs import Job, Throttle
 from lmcache_rag.connector.pace import Allowance
 from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.connector.pinned import Number, on_device
@@ -54,6 +54,7 @@ class WorkerSide:
         self._received: set[str] = set()
         self._bad_blocks: set[int] = set()
         self._warned = ""
+        self._throttle = Throttle()
         self._idle = False  # this step has nothing else to do
 
     def run(self, plans: Sequence[BlendPlan], allowance: Allowance) -> None:
@@ -92,7 +93,9 @@ class WorkerSide:
             if job.cancelled:
                 job.over = True
                 continue
+            self._throttle.before()
             left -= job.advance(left)
+            self._throttle.after()
             idle = False
 
     def cancel(self, request_ids: Collection[str]) -> None:
