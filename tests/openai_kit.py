@@ -56,6 +56,7 @@ class FakeVLLM(ThreadingHTTPServer):
 
     daemon_threads = True
     block_on_close = False
+    request_queue_size = 128  # connections that come at once
 
     def __init__(self, tokenizer: Any, *, model: str = MODEL, version: str = "0.33.0") -> None:
         self.tokenizer, self.model, self.version = tokenizer, model, version

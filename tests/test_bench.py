@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import statistics
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,9 @@ import pytest
 from openai_kit import vllm_serving
 from typer.testing import CliRunner
 
+from lmcache_rag.bench.client import Timed
+from lmcache_rag.bench.speed import Arm, SpeedBench
+from lmcache_rag.bench.summary import Pairs, under_load
 from lmcache_rag.bench.workload import Workload
 from lmcache_rag.cli.app import app
 
@@ -46,3 +52,144 @@ def test_no_server_is_said_with_its_remedy() -> None:
     result = CliRunner().invoke(app, ["bench", "speed", "--engine", "http://127.0.0.1:9"])
     assert result.exit_code != 0
     assert "lmcache-rag serve" in " ".join(result.output.split())
+
+
+# -- under load, and what the server costs where nothing is blended ---------------------------------------------------
+
+
+def test_arrivals_are_the_same_for_everyone_and_come_at_the_rate() -> None:
+    moments = Workload(seed=1).arrivals(4.0, 2000)
+    assert moments == Workload(seed=2).arrivals(4.0, 2000)  # a new workload of the same rate is comparable
+    assert moments[0] == 0
+    gaps = [b - a for a, b in itertools.pairwise(moments)]
+    assert statistics.fmean(gaps) == pytest.approx(0.25, rel=0.1)
+    assert statistics.stdev(gaps) == pytest.approx(0.25, rel=0.1)  # exponential: as wide as its mean
+
+
+def test_a_fresh_prompt_begins_like_no_other() -> None:
+    work = Workload(chunks=3)
+    prompts = [work.fresh(size, number) for number in (1, 2) for size in (16, 2300)] + [work.prompt(2300, 1)]
+    assert [len(prompt) for prompt in prompts[:4]] == [16, 2300, 16, 2300]
+    assert len({tuple(prompt[:4]) for prompt in prompts}) == 3  # both lengths of a number begin alike
+    assert Workload(chunks=3, seed="other").fresh(16, 1) != prompts[0]
+
+
+def test_load_is_told_in_percentiles() -> None:
+    done = [Timed(float(i), (float(i), 2.0), 0.0, {"hot_tokens": i}) for i in range(1, 101)]
+    found = under_load(done)
+    assert found["ttft_ms_median"] == 50.5
+    assert found["ttft_ms_p99"] == 100
+    assert (found["gap_ms_p50"], found["gap_ms_p90"], found["gap_ms_p99"], found["gap_ms_max"]) == (2, 81, 99, 100)
+    assert found["steps"]["hot_tokens"] == 50.5
+    assert under_load([Timed(3.0, (), 3.0)])["gap_ms_max"] == 0  # answers of one token have no gaps
+
+
+def test_pairs_are_compared_as_medians_and_one_by_one() -> None:
+    pairs = Pairs("nothing cached", 8400, (100.0, 200.0, 400.0), (101.0, 210.0, 404.0))
+    assert pairs.of_medians == pytest.approx(0.05)
+    assert pairs.of_pairs == pytest.approx(0.01)
+    assert pairs.as_dict()["ours_median_ms"] == 210
+
+
+async def test_requests_come_at_their_rate_whether_or_not_answers_do(tokenizer: Any) -> None:
+    with vllm_serving(tokenizer) as server:
+        arm = Arm("one", server.url)
+        bench = SpeedBench([arm], Workload(chunk=128, chunks=3))
+        await bench.open()
+        server.hang, server.pause = 0.5, 0.03
+        found = await bench.rate(arm, 400, 12, per_second=40.0, answer=4)
+        await bench.close()
+    assert found["requests"] == 12 and found["per_second"] == 40
+    assert server.most_active > 6
+    assert found["ttft_ms_median"] >= 500
+    assert 25 < found["gap_ms_p50"] <= found["gap_ms_p90"] <= found["gap_ms_p99"] <= found["gap_ms_max"]
+    assert len({tuple(body["prompt"]) for body in server.seen}) == 12
+    assert found["late_ms_max"] >= 0
+
+
+def test_everything_is_measured_beside_a_baseline(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[int, int]] = []
+    monkeypatch.setattr("lmcache_rag.cli.bars.Bars.update", lambda self, name, *step: steps.append(step))
+    everything = ["--throughput", "--rate", "0", "--ingestion", "--nothing-cached", "--floor"]
+    with vllm_serving(tokenizer) as ours, vllm_serving(tokenizer) as stock:
+        stock.connector = False
+        ours.hang = 0.08
+        arguments = ["bench", "speed", "--engine", ours.url, "--baseline", stock.url, "--tokens", "2300"]
+        numbers = ["--repeats", "3", "--chunks", "3", "--requests", "17", "--in-flight", "4"]
+        result = CliRunner().invoke(app, [*arguments, *numbers, *everything, "--json"])
+    assert result.exit_code == 0, result.output
+    assert steps[-1][0] == steps[-1][1] == len(steps) == len(ours.seen) + len(stock.seen)
+
+    rows = json.loads(result.stdout)
+    found: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(row["measure"], []).append(row)
+    assert list(found) == ["ttft", "throughput", "rate", "ingestion", "nothing cached", "floor"]
+    arms = ["full prefill", "query 0.15", "hot query 0.15"]
+    assert [row["arm"] for row in found["throughput"]] == [row["arm"] for row in found["rate"]] == arms
+    assert [row["at_once"] for row in found["throughput"]] == [4, 4, 4]
+    rate = 0.8 * found["throughput"][0]["requests_per_second"]
+    assert [row["per_second"] for row in found["rate"]] == [pytest.approx(rate)] * 3
+    assert len(found["rate"][0]["ttft_ms"]) == 17 and len(found["rate"][0]["gaps_ms"]) == 17 * 15
+    assert found["rate"][1]["steps"]["reused_tokens"] > 500 and found["rate"][0]["steps"] == {}
+
+    rates = {row["arm"]: row for row in found["ingestion"]}
+    assert all(len(row["tokens_per_second"]) == 2 for row in rates.values())
+    assert rates["full prefill"]["of_base"] == 1 and rates["engine"]["of_base"] < 1
+    ingested = [tuple(body["prompt"]) for body in ours.seen if len(body["prompt"]) == 64 + 1024 and not body["stream"]]
+    assert len(ingested) == len(set(ingested)) == 3 + 3 * 8  # the chunks, and three times eight new ones
+
+    (nothing,) = found["nothing cached"]
+    assert len(nothing["base_ms"]) == len(nothing["ours_ms"]) == 3
+    assert nothing["ours_median_ms"] > nothing["base_median_ms"] and nothing["of_pairs"] > 0
+    whole = [tuple(body["prompt"]) for body in ours.seen if len(body["prompt"]) == 2300]
+    assert Counter(Counter(whole).values()) == {1: 5, 5: 1}  # never twice; and one prompt again and again
+    assert [row["prompt"] for row in found["floor"]] == ["16 tokens", "2300 tokens again"]
+    assert all(row["ours_median_ms"] >= 80 for row in found["floor"])
+
+
+def test_everything_is_shown_in_tables(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[tuple[int, int]] = []
+    monkeypatch.setattr("lmcache_rag.cli.bars.Bars.update", lambda self, name, *step: steps.append(step))
+    with vllm_serving(tokenizer) as server:
+        arguments = ["bench", "speed", "--engine", server.url, "--tokens", "1300", "--repeats", "1", "--chunks", "2"]
+        more = ["--rate", "50", "--requests", "3", "--ingestion", "--nothing-cached", "--floor"]
+        result = CliRunner().invoke(app, [*arguments, *more])
+    assert result.exit_code == 0, result.output
+    assert steps[-1] == (len(server.seen), len(server.seen))  # the throughput was not needed
+    assert 8 < server.most_active <= 16
+    titles = ("Time to the first token", "At 50.00 requests a second", "Ingestion, 16 in", "Nothing cached", "HTTP and")
+    assert [title for title in titles if title not in result.stdout] == []
+    assert "Throughput" not in result.stdout  # its rate was named
+    bodies = [body.get("kv_transfer_params") or {} for body in server.seen]
+    assert bodies.count({}) == 2 * 3 + 3  # as a client without ours asks: two kinds of floor, and nothing cached
+
+
+def test_a_server_that_fails_under_load_is_named(tokenizer: Any) -> None:
+    with vllm_serving(tokenizer) as server:
+        arguments = ["bench", "speed", "--engine", server.url, "--tokens", "1300", "--repeats", "1", "--chunks", "2"]
+        told = server.told
+
+        def failing(number: int, body: dict[str, Any]) -> dict[str, Any] | None:
+            if body["stream"]:
+                server.fail = [500] * 3
+            return told(number, body)
+
+        server.told = failing  # type: ignore[method-assign]
+        result = CliRunner().invoke(app, [*arguments, "--rate", "10", "--requests", "4"])
+    assert result.exit_code != 0
+    assert server.url in result.output and "500" in result.output
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("option", ["--rate", "--throughput", "--ingestion", "--nothing-cached", "--floor"])
+def test_help_names_every_measure(option: str) -> None:
+    assert option in CliRunner().invoke(app, ["bench", "speed", "--help"], env={"COLUMNS": "160"}).output
+
+
+def test_a_plot_that_cannot_be_drawn_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+    result = CliRunner().invoke(
+        app, ["bench", "speed", "--engine", "http://127.0.0.1:9", "--plot", str(tmp_path / "no" / "x.png")]
+    )
+    assert result.exit_code == 2
+    assert "no folder" in " ".join(result.output.split())

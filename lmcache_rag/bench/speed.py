@@ -1,4 +1,4 @@
-"""Time to the first token and throughput of a blending server, beside a baseline."""
+"""What a blending server takes, one request at a time and under load, beside a baseline."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import asyncio
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lmcache_rag.bench.client import Timed, TimedClient
+from lmcache_rag.bench.summary import Pairs, steps, under_load
 from lmcache_rag.bench.workload import Workload
 
 
@@ -51,20 +52,14 @@ class Row:
         return {**asdict(self), "median_ms": self.median, "min_ms": min(self.ttft_ms)}
 
 
-STEPS = (
-    "prefix_tokens",
-    "hot_tokens",
-    "reused_tokens",
-    "recomputed_tokens",
-    "computed_tokens",
-    "lookup_ms",
-    "load_ms",
-    "blend_ms",
-)
+_STORED_S = 0.3  # until what an ingestion stores behind its answers is stored
+_STORED_S_PER_TOKEN = 15e-6  # the same for a single prompt
 
 
 class SpeedBench:
-    """Asks every arm the same prompts, one request at a time, in turn.
+    """Asks every arm prompts of the same kind: in turn where only one request runs, one arm after another under load.
+
+    What fills LMCache, and so may drive the chunks out, comes last: ingestion() and nothing_cached().
 
     Args:
         arms: What is compared; the first is the baseline.
@@ -86,16 +81,44 @@ class SpeedBench:
 
     async def ingest(self, url: str, *, at_once: int = 4) -> float:
         """Have every chunk's KV computed; returns tokens per second."""
-        gate = asyncio.Semaphore(at_once)
+        return await self._ingest(Arm("", url), self.workload, at_once)
 
-        async def one(index: int) -> None:
+    async def _ingest(self, arm: Arm, workload: Workload, at_once: int) -> float:
+        gate, params = asyncio.Semaphore(at_once), {"lmcache_rag.blend": "off"} | arm.params
+        prompts = [workload.ingest(index) for index in range(workload.chunks)]  # their drawing is not measured
+
+        async def one(prompt: list[int]) -> None:
             async with gate:
-                await self._clients[url].ask(self.workload.ingest(index), {"lmcache_rag.blend": "off"})
+                await self._clients[arm.url].ask(prompt, params)
                 self._on_step()
 
         begin = time.perf_counter()
-        await asyncio.gather(*map(one, range(self.workload.chunks)))
-        return self.workload.chunks * self.workload.chunk / (time.perf_counter() - begin)
+        await asyncio.gather(*map(one, prompts))
+        return workload.chunks * workload.chunk / (time.perf_counter() - begin)
+
+    async def ingestion(self, base: Arm, ours: Arm, *, at_once: int = 16, repeats: int = 2) -> list[dict[str, Any]]:
+        """Tokens per second of ingesting chunks that nobody has seen, both in turn; the first time is not counted."""
+        chunks = 2 * at_once
+        rates: dict[str, list[float]] = {base.name: [], ours.name: []}
+        for repeat in range(-1, repeats):
+            for arm in (base, ours) if repeat % 2 else (ours, base):
+                # Each has chunks of its own: the two may be one server.
+                seed = f"{self.workload.seed}:ingestion:{at_once}:{repeat}:{arm.name}"
+                rate = await self._ingest(arm, replace(self.workload, chunks=chunks, seed=seed), at_once)
+                if repeat >= 0:
+                    rates[arm.name].append(rate)
+                await asyncio.sleep(_STORED_S)
+        best = max(rates[base.name])
+        return [
+            {
+                "arm": arm.name,
+                "chunks": chunks,
+                "at_once": at_once,
+                "tokens_per_second": rates[arm.name],
+                "of_base": max(rates[arm.name]) / best,
+            }
+            for arm in (base, ours)
+        ]
 
     async def latency(self, tokens: int, repeats: int, *, warm: int = 2) -> list[Row]:
         """Time to the first token of prompts of that length; the first `warm` of each arm are not counted."""
@@ -113,10 +136,8 @@ class SpeedBench:
         rows = []
         for arm in self.arms:
             times = tuple(t.ttft_ms for t in taken[arm.name])
-            found = [t.statistics for t in taken[arm.name] if t.statistics]
-            steps = {step: statistics.median(f.get(step, 0) for f in found) for step in STEPS} if found else {}
             sooner = None if arm is self.arms[0] else base / statistics.median(times)
-            rows.append(Row(arm.name, tokens, times, sooner, steps))
+            rows.append(Row(arm.name, tokens, times, sooner, steps(taken[arm.name])))
         return rows
 
     async def _ask(self, arm: Arm, tokens: int, number: int, answer: int = 1) -> Timed:
@@ -138,14 +159,80 @@ class SpeedBench:
         first = tokens * 1_000_000 + 7919 * self.arms.index(arm)
         await asyncio.gather(*(one(first + i) for i in range(requests)))
         seconds = time.perf_counter() - begin
-        gaps = sorted(gap for t in done for gap in t.gaps_ms)
         return {
             "arm": arm.name,
             "tokens": tokens,
             "requests": requests,
             "at_once": at_once,
             "requests_per_second": requests / seconds,
-            "ttft_ms_median": statistics.median(t.ttft_ms for t in done),
-            "gap_ms_p50": gaps[len(gaps) // 2] if gaps else 0.0,
-            "gap_ms_p99": gaps[int(len(gaps) * 0.99)] if gaps else 0.0,
+            **under_load(done),
         }
+
+    async def rate(
+        self, arm: Arm, tokens: int, requests: int, *, per_second: float, answer: int = 16
+    ) -> dict[str, Any]:
+        """So many requests a second whether or not answers come: the same random moments for every arm.
+
+        Args:
+            arm: What is asked.
+            tokens: Length of the prompts.
+            requests: How many.
+            per_second: Mean number of requests sent a second.
+            answer: Tokens of an answer; the gaps between them are taken.
+
+        Returns:
+            Times in milliseconds; `late_ms_max` is how much later than meant this client sent a request.
+        """
+        done: list[Timed] = []
+        late: list[float] = []
+        begin = time.perf_counter()
+
+        async def one(number: int, moment: float) -> None:
+            await asyncio.sleep(max(0.0, begin + moment - time.perf_counter()))
+            late.append(time.perf_counter() - begin - moment)
+            done.append(await self._ask(arm, tokens, number, answer))
+            self._on_step()
+
+        first = tokens * 2_000_000 + 7919 * self.arms.index(arm)
+        moments = self.workload.arrivals(per_second, requests)
+        await asyncio.gather(*(one(first + i, moment) for i, moment in enumerate(moments)))
+        seconds = time.perf_counter() - begin
+        return {
+            "arm": arm.name,
+            "tokens": tokens,
+            "requests": requests,
+            "per_second": per_second,
+            "requests_per_second": requests / seconds,
+            **under_load(done),
+            "late_ms_max": max(late) * 1e3,
+        }
+
+    async def nothing_cached(self, base: Arm, ours: Arm, tokens: int, pairs: int, *, warm: int = 2) -> Pairs:
+        """Prompts that share no token with any other, in pairs whose order changes."""
+        times: dict[str, list[float]] = {base.name: [], ours.name: []}
+        number = tokens * 1000
+        for pair in range(-warm, pairs):
+            for arm in (base, ours) if pair % 2 else (ours, base):
+                number += 1
+                done = await self._clients[arm.url].ask(self.workload.fresh(tokens, number), arm.params)
+                if pair >= 0:
+                    times[arm.name].append(done.ttft_ms)
+                self._on_step()
+                # Storing the KV goes on behind the answer; it is no part of the next one's time. Both wait alike.
+                await asyncio.sleep(tokens * _STORED_S_PER_TOKEN)
+        return Pairs("nothing cached", tokens, tuple(times[base.name]), tuple(times[ours.name]))
+
+    async def floor(self, base: Arm, ours: Arm, lengths: Sequence[int], repeats: int, *, warm: int = 2) -> list[Pairs]:
+        """What HTTP and scheduling take: 16 tokens, and prompts whose KV vLLM has to the last block."""
+        found = []
+        for name, tokens in (("16 tokens", 16), *((f"{n} tokens again", n) for n in lengths)):
+            prompt = self.workload.fresh(tokens, tokens)
+            times: dict[str, list[float]] = {base.name: [], ours.name: []}
+            for repeat in range(-warm, repeats):
+                for arm in (base, ours):
+                    done = await self._clients[arm.url].ask(prompt, arm.params)
+                    if repeat >= 0:
+                        times[arm.name].append(done.ttft_ms)
+                    self._on_step()
+            found.append(Pairs(name, tokens, tuple(times[base.name]), tuple(times[ours.name])))
+        return found

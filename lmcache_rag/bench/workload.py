@@ -5,8 +5,19 @@ Random token ids, since only time counts.
 
 from __future__ import annotations
 
+import itertools
 import random
 from dataclasses import dataclass
+from functools import lru_cache
+
+
+def _draw(seed: str, count: int, vocabulary: int) -> tuple[int, ...]:
+    rng = random.Random(seed)  # noqa: S311 - a workload, no secret
+    return tuple(rng.randrange(300, vocabulary) for _ in range(count))
+
+
+# A client that draws numbers between two tokens of another answer measures itself.
+_drawn = lru_cache(maxsize=256)(_draw)
 
 
 @dataclass(frozen=True)
@@ -29,11 +40,10 @@ class Workload:
     separator: int = 2
     question: int = 32
     chunks: int = 40
-    seed: int = 0
+    seed: int | str = 0
 
     def _ids(self, count: int, *name: object) -> list[int]:
-        rng = random.Random(f"{self.seed}:{name}")  # noqa: S311 - a workload, no secret
-        return [rng.randrange(300, self.vocabulary) for _ in range(count)]
+        return list(_drawn(f"{self.seed}:{name}", count, self.vocabulary))
 
     def ingest(self, index: int) -> list[int]:
         """The prompt that computes one chunk's KV."""
@@ -48,6 +58,16 @@ class Workload:
                 ids += self._ids(self.separator, "separator")
             ids += self._ids(self.chunk, "chunk", index)
         return ids + self._ids(self.question, "question", number)
+
+    def fresh(self, tokens: int, number: int) -> list[int]:
+        """A prompt of exactly so many tokens that begins like no other and holds no chunk."""
+        return list(_draw(f"{self.seed}:fresh:{number}", tokens, self.vocabulary))
+
+    def arrivals(self, per_second: float, count: int) -> list[float]:
+        """When to send so many requests, in seconds: a Poisson process that begins with one at 0."""
+        rng = random.Random("arrivals")  # noqa: S311
+        gaps = [rng.expovariate(per_second) for _ in range(count - 1)]
+        return list(itertools.accumulate(gaps, initial=0.0))
 
     def spans(self, tokens: int, number: int) -> list[list[int]]:
         """Where that prompt's chunks stand."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +14,7 @@ from lmcache_rag.cli.run import Run
 from lmcache_rag.cli.verb import verb
 
 if TYPE_CHECKING:
-    from lmcache_rag.bench.speed import Arm, Row
+    from lmcache_rag.bench.session import Found
 
 Engine = Annotated[str, typer.Option("--engine", metavar="URL", help="The server that blends.")]
 Baseline = Annotated[
@@ -28,6 +29,26 @@ Ratios = Annotated[
 ]
 Repeats = Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Requests of each kind that count.")]
 Chunks = Annotated[int, typer.Option("--chunks", metavar="N", min=1, help="Different chunks of 1024 tokens.")]
+Throughput = Annotated[bool, typer.Option("--throughput", help="Also requests a second, --in-flight at once.")]
+Rate = Annotated[
+    float | None,
+    typer.Option(
+        "--rate",
+        metavar="R",
+        min=0,
+        help="Also at R requests a second, each arm; 0: 0.8 of the baseline's most.",
+        show_default=False,
+    ),
+]
+Ingestion = Annotated[bool, typer.Option("--ingestion", help="Also tokens a second of computing new chunks.")]
+NothingCached = Annotated[bool, typer.Option("--nothing-cached", help="Also prompts of which nothing is cached.")]
+Floor = Annotated[bool, typer.Option("--floor", help="Also what HTTP and scheduling alone take.")]
+Requests = Annotated[
+    int, typer.Option("--requests", metavar="N", min=1, help="Requests of each arm for --throughput and --rate.")
+]
+Flight = Annotated[
+    int, typer.Option("--in-flight", metavar="N", min=1, help="Requests at a time for --throughput and --ingestion.")
+]
 Plot = Annotated[
     Path | None, typer.Option("--plot", metavar="FILE", help="Draw the medians into this PNG file.", show_default=False)
 ]
@@ -43,85 +64,77 @@ def speed(
     at: Ratios = (0.15,),  # type: ignore[assignment]
     repeats: Repeats = 10,
     chunks: Chunks = 40,
+    throughput: Throughput = False,
+    rate: Rate = None,
+    ingestion: Ingestion = False,
+    nothing_cached: NothingCached = False,
+    floor: Floor = False,
+    requests: Requests = 64,
+    in_flight: Flight = 16,
     plot: Plot = None,
 ) -> None:
     """Time to the first token with and without blending, one request at a time.
 
     Asks prompts of random chunks in random order, each arm in turn. Chunks are
     computed first; "hot" names them to the server, which may still hold them.
+    The options that begin with "also" measure more: --throughput and --rate
+    with prompts of the first --tokens; --ingestion, --nothing-cached and
+    --floor of the server as any client finds it ("engine").
 
     [bold]Examples[/bold]
       lmcache-rag bench speed --engine http://localhost:8000
       lmcache-rag bench speed --baseline http://localhost:8001 --plot ttft.png
+      lmcache-rag bench speed --baseline http://localhost:8001 --throughput --rate 0
     """
-    from lmcache_rag.bench.speed import Arm, SpeedBench
+    from lmcache_rag.bench.session import SpeedSession, Wanted
+    from lmcache_rag.bench.speed import Arm
     from lmcache_rag.bench.workload import Workload
+    from lmcache_rag.cli.bench_speed_view import check_plot, draw
 
+    if plot:
+        check_plot(plot)
     off = {"lmcache_rag.blend": "off", "lmcache.max_offload_tokens": 64}
     arms = [Arm("full prefill", baseline or engine, {} if baseline else off)]
     for ratio in at:
         params = {"lmcache_rag.policy": "query", "lmcache_rag.ratio": ratio}
         arms += [Arm(f"query {ratio:g}", engine, params), Arm(f"hot query {ratio:g}", engine, params, hot=True)]
+    wanted = Wanted(
+        tuple(tokens),
+        repeats,
+        throughput=throughput,
+        rate=rate,
+        ingestion=ingestion,
+        nothing_cached=nothing_cached,
+        floor=floor,
+        requests=requests,
+        in_flight=in_flight,
+    )
+    # New chunks in each run: what a server still has of an earlier one would make its full prefills short.
+    workload = Workload(chunks=chunks, seed=time.time_ns())
     with Bars(run, main="requests") as bars:
-        total = len({arm.url for arm in arms}) * chunks + len(tokens) * len(arms) * (repeats + 2)
-        done = 0
-
-        def step() -> None:
-            nonlocal done
-            done += 1
-            bars.update("requests", done, total)
-
-        rows = asyncio.run(_measure(SpeedBench(arms, Workload(chunks=chunks), step), arms, tokens, repeats))
+        session = SpeedSession(
+            arms, Arm("engine", engine), workload, wanted, lambda done, total: bars.update("requests", done, total)
+        )
+        found = asyncio.run(session.run())
     if plot:
-        _draw(rows, plot)
+        draw(found.ttft, plot)
     if run.json:
-        run.emit([row.as_dict() for row in rows])
+        run.emit(found.as_list())
     else:
-        _show(run, rows)
+        _show(run, found)
 
 
-async def _measure(bench: Any, arms: list[Arm], tokens: list[int], repeats: int) -> list[Row]:
-    await bench.open()
-    rows: list[Row] = []
-    try:
-        for url in {arm.url for arm in arms}:
-            await bench.ingest(url)
-        for length in tokens:
-            rows += await bench.latency(length, repeats)
-    finally:
-        await bench.close()
-    return rows
+def _show(run: Run, found: Found) -> None:
+    from lmcache_rag.cli import bench_speed_view as view
 
-
-def _show(run: Run, rows: list[Row]) -> None:
-    from rich.table import Table
-
-    table = Table(title="Time to the first token")
-    for name in ("arm", "tokens", "median ms", "minimum", "sooner", "look-up", "load", "blend"):
-        table.add_column(name, justify="left" if name == "arm" else "right")
-    for row in rows:
-        steps = [f"{row.steps[key]:.0f}" if row.steps else "" for key in ("lookup_ms", "load_ms", "blend_ms")]
-        sooner = f"{row.sooner:.2f}" if row.sooner else ""
-        table.add_row(row.arm, str(row.tokens), f"{row.median:.0f}", f"{min(row.ttft_ms):.0f}", sooner, *steps)
-    run.out.print(table)
-
-
-def _draw(rows: list[Row], path: Path) -> None:
-    try:
-        import matplotlib as mpl
-    except ImportError as problem:
-        from lmcache_rag.errors import ConfigError
-
-        raise ConfigError("--plot needs matplotlib.", remedy="pip install matplotlib") from problem
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4), dpi=130)
-    for arm in dict.fromkeys(row.arm for row in rows):
-        own = [row for row in rows if row.arm == arm]
-        axes.plot([row.tokens for row in own], [row.median for row in own], marker="o", label=arm)
-    axes.set_xlabel("prompt tokens")
-    axes.set_ylabel("time to the first token, ms (median)")
-    axes.set_ylim(bottom=0)
-    axes.legend(frameon=False)
-    figure.savefig(path, bbox_inches="tight")
+    run.out.print(view.first_tokens(found.ttft))
+    if found.throughput:
+        run.out.print(view.throughput(found.throughput))
+    if found.rate:
+        run.out.print(view.at_rate(found.rate))
+    if found.ingestion:
+        run.out.print(view.ingestion(found.ingestion))
+    if found.nothing_cached:
+        run.out.print(view.pairs("Nothing cached", found.nothing_cached))
+    if found.floor:
+        run.out.print(view.pairs("HTTP and scheduling", found.floor))
