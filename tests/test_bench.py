@@ -157,7 +157,7 @@ def test_everything_is_shown_in_tables(tokenizer: Any, monkeypatch: pytest.Monke
         result = CliRunner().invoke(app, [*arguments, *more])
     assert result.exit_code == 0, result.output
     assert steps[-1] == (len(server.seen), len(server.seen))  # the throughput was not needed
-    assert 8 < server.most_active <= 16
+    assert 1 < server.most_active <= 16
     titles = ("Time to the first token", "At 50.00 requests a second", "Ingestion, 16 in", "Nothing cached", "HTTP and")
     assert [title for title in titles if title not in result.stdout] == []
     assert "Throughput" not in result.stdout  # its rate was named
