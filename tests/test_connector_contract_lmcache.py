@@ -139,7 +139,7 @@ def test_the_session_of_a_look_up_on_its_way_is_not_ended_with_its_request() -> 
             ended.append(request_id)
 
     one.scheduler_adapter = Adapter()
-    one._side = SimpleNamespace(finished=lambda request: {}, listens=lambda name: name == "waits", unfinished=True)
+    one._side = SimpleNamespace(finished=lambda request: {}, listens=lambda name: name == "waits", unheard=True)
     one._role = base.KVConnectorRole.SCHEDULER
     for name in ("waits", "other"):
         later, params = one.request_finished(request(name, [1], None), [])
@@ -148,7 +148,7 @@ def test_the_session_of_a_look_up_on_its_way_is_not_ended_with_its_request() -> 
     one.scheduler_adapter.end_session("waits")
     assert ended == ["other", "waits"], "what holds the look-up can end it"
     assert one.has_pending_push_work(), "an engine without requests goes on for it"
-    one._side.unfinished = False
+    one._side.unheard = False
     assert not one.has_pending_push_work()
     assert "self.scheduler_adapter.end_session(" in inspect.getsource(stock.request_finished)
     assert "self.connector.has_pending_push_work()" in inspect.getsource(Scheduler.has_requests)

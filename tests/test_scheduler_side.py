@@ -65,13 +65,13 @@ def test_an_answer_on_the_way_to_a_request_that_is_gone_leaves_no_locks(polls: i
     assert once.server.held["a"] == ({0, 1} if polls == 2 else set()), "taken, and the scheduler does not know yet"
     assert "a" not in once.server.ended, "with its session the server would forget what it has locked"
     assert once.side.listens("a")
-    assert once.side.unfinished, "an engine without requests would never hear it"
+    assert once.side.unheard, "an engine without requests would never hear it"
     for _ in range(polls - 1):
         once.side.plans()
     assert not once.server.held["a"]
     assert "a" in once.server.ended
     assert not once.side.listens("a")
-    assert not once.side.unfinished
+    assert not once.side.unheard
 
 
 def test_an_engine_does_not_go_on_for_ever_for_an_answer_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,10 +82,10 @@ def test_an_engine_does_not_go_on_for_ever_for_an_answer_that_never_comes(monkey
     request = once.request()
     assert once.side.matched(request, 0) is None
     once.finish(request)
-    assert once.side.unfinished
+    assert once.side.unheard
     now[0] += once.side.options.lookup_deadline + 0.1
     once.side.plans()
-    assert not once.side.unfinished
+    assert not once.side.unheard
     assert once.side.abandoned == 1, "it is heard when there is a step anyway"
     now[0] += ABANDONED_SECONDS
     once.side.plans()
@@ -126,9 +126,9 @@ def test_who_does_not_find_the_engine_idle_is_blended_beside_the_others() -> Non
     plans, _ = once.side.plans({"a": 24})
     assert [(plan.request_id, plan.background, plan.end) for plan in plans] == [("a", False, 76), ("b", True, 99)]
     once.side.finished(second)
-    assert once.side.unfinished, "the worker is still at it, and vLLM waits for its word"
+    assert once.side.pace.beside, "the worker is still at it, and vLLM waits for its word"
     once.side.take([BlendResult("b", 32, 24, 8, 12, 1.0, 1.0)])
-    assert not once.side.unfinished
+    assert not once.side.pace.beside
 
 
 def test_without_overlap_a_full_step_makes_blends_wait_and_nobody_else() -> None:

@@ -223,8 +223,8 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         connector_output.finished_sending = self._freed.stored(loaded, stored)
 
     def has_pending_push_work(self) -> bool:
-        """Whether the engine has to go on without requests: for what requests that ended have left behind."""
-        return bool(super().has_pending_push_work()) or (self._side is not None and self._side.unfinished)
+        """Whether the engine has to go on without requests: for look-ups that nobody waits for any more."""
+        return bool(super().has_pending_push_work()) or (self._side is not None and self._side.unheard)
 
     def _count(self, statistics: dict[str, Any]) -> None:
         self._connector_stats.records.append(metrics.record(statistics))

@@ -237,12 +237,12 @@ class SchedulerSide:
         return self._abandoned.has(request_id)
 
     @property
-    def unfinished(self) -> bool:
-        """Whether an engine without requests should go on: blends of requests that ended, look-ups just abandoned.
+    def unheard(self) -> bool:
+        """Whether look-ups were abandoned a moment ago: an engine without requests should go on for them.
 
-        Not for long for the latter: a server that was restarted never answers them.
+        Not for long: a server that was restarted never answers them.
         """
-        return bool(self.pace.beside) or self._abandoned.since(time.perf_counter() - self.options.lookup_deadline)
+        return self._abandoned.since(time.perf_counter() - self.options.lookup_deadline)
 
     def take(self, results: list[BlendResult]) -> None:
         """What the workers did."""
