@@ -105,7 +105,8 @@ class Worker:
         covered = sum(match.end - match.start for match in plan.matches)
         again = covered // 8
         rest = plan.end - plan.exact - covered
-        return BlendResult(plan.request_id, plan.exact, covered - again, again, rest, 1.0, 1.0)
+        hot = sum(match.end - match.start for match in plan.matches if match.block >= 0)
+        return BlendResult(plan.request_id, plan.exact, covered - again, again, rest, 1.0, 1.0, "", hot)
 
 
 class Engine:
@@ -319,6 +320,38 @@ def test_approximate_blocks_are_nobody_elses_prefix(make: Any) -> None:
     assert engine.connector._side._states["b"].local < 8 + CHUNK
     engine.to_the_end()
     assert engine.told["b"]["reused_tokens"] == 0
+
+
+def test_a_chunk_that_is_being_computed_in_the_same_step_is_not_copied(make: Any) -> None:
+    engine = make()
+    rng = random.Random(1)
+    prefix, chunk, question = ([rng.randrange(5, 40000) for _ in range(size)] for size in (64, 192, 40))
+
+    def add(name: str, tokens: list[int], params: dict[str, Any]) -> None:
+        engine.found[name] = 0, (0, ())
+        sampling = SamplingParams(max_tokens=3, ignore_eos=True, extra_args={"kv_transfer_params": params})
+        engine.scheduler.add_request(Request(name, tokens, sampling, None, block_hasher=engine._hasher))
+
+    query, other = ([*prefix, *words, *chunk, *words] for words in (question, question[::-1]))
+    named = {"lmcache_rag.chunks": [[64, 64 + 40], [104, 104 + 192]]}
+    add("ingests", [*prefix, *chunk], {"lmcache_rag.blend": "off"})
+    add("asks", query, named)
+    plans: dict[str, BlendPlan] = {}
+    run = engine.worker.step
+
+    def stepping(new: list[BlendPlan], finished: set[str], slow: int) -> KVConnectorOutput:
+        plans.update((plan.request_id, plan) for plan in new)
+        return run(new, finished, slow)
+
+    engine.worker.step = stepping
+    assert set(engine.step().num_scheduled_tokens) == {"ingests", "asks"}
+    assert "asks" not in plans, "its blocks were filed, and hold nothing yet"
+    add("asks later", other, named)
+    engine.step()
+    assert [m.old_start for m in plans["asks later"].matches] == list(range(64, 64 + 192, BLOCK))
+    engine.to_the_end()
+    assert engine.told["asks later"]["hot_tokens"] == 192
+    assert engine.told["asks"]["hot_tokens"] == 0
 
 
 @pytest.mark.parametrize("seed", range(6))

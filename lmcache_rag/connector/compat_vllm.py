@@ -302,6 +302,20 @@ def hide_from_prefix_cache(request: Any, first_token: int, hash_block: int) -> N
     request.block_hashes.extend(type_of_hash()(os.urandom(32)) for _ in range(first, full))
 
 
+def watch_filed_blocks(pool: Any, filed: Callable[[int], None]) -> None:
+    """Tell of each block, by its id, that vLLM files under a hash. It does so before the block's KV is computed."""
+    file = pool.cache_full_blocks
+    signature = inspect.signature(file)
+
+    def cache_full_blocks(*args: Any, **kwargs: Any) -> None:
+        file(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        for block in given["blocks"][given["num_cached_blocks"] : given["num_full_blocks"]]:
+            filed(block.block_id)
+
+    pool.cache_full_blocks = cache_full_blocks
+
+
 def type_of_hash() -> Any:
     """The type of a block hash in vLLM (bytes)."""
     from vllm.v1.core.kv_cache_utils import BlockHash

@@ -148,6 +148,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         block = self._hash_block()
         if self._side is not None and self._options.hot and getattr(gpu_block_pool, "enable_caching", False):
             chunks = HotChunks(gpu_block_pool, block, compat_vllm.block_hash(self._vllm_config))
+            compat_vllm.watch_filed_blocks(gpu_block_pool, chunks.filed)
             self._side.hot = HotSide(chunks)
 
     def _hash_block(self) -> int:

@@ -46,6 +46,20 @@ class HotChunks:
         self._pool, self._block, self._hash, self._remembered = pool, block, hash_block, remembered
         self._hashes: OrderedDict[tuple[Any, tuple[int, ...]], tuple[Any, ...]] = OrderedDict()
         self._pinned: dict[str, list[Any]] = {}
+        self._filed: set[int] = set()
+
+    def filed(self, block_id: int) -> None:
+        """A block was filed by vLLM in this step: a request that runs in it is going to compute its KV."""
+        self._filed.add(block_id)
+
+    def step_ends(self) -> None:
+        """What was filed is computed before anything that the next step asks for."""
+        self._filed.clear()
+
+    def _computed(self, block_hash: Any) -> Any:
+        """The block under that hash whose KV is there; None when there is none."""
+        blocks = self._pool.get_cached_block(block_hash, [0])
+        return blocks[0] if blocks and blocks[0].block_id not in self._filed else None
 
     def find(
         self, tokens: Sequence[int], hashes: Sequence[Any], spans: Sequence[tuple[int, int]]
@@ -66,8 +80,8 @@ class HotChunks:
         found = []
         for start, end in spans:
             for index, block_hash in enumerate(self._chunk_hashes(parent, tuple(tokens[start:end]))):
-                blocks = self._pool.get_cached_block(block_hash, [0])
-                if not blocks:
+                block = self._computed(block_hash)
+                if block is None:
                     break
                 first = index * self._block
                 match = Match(
@@ -75,9 +89,9 @@ class HotChunks:
                     start + first + self._block,
                     prefix + first,
                     prefix + first + self._block,
-                    block=blocks[0].block_id,
+                    block=block.block_id,
                 )
-                found.append((match, blocks[0]))
+                found.append((match, block))
         return found
 
     def held(self, tokens: Sequence[int], hashes: Sequence[Any], spans: Sequence[tuple[int, int]]) -> int:
@@ -89,7 +103,7 @@ class HotChunks:
         count = 0
         for start, end in spans:
             own = self._chunk_hashes(parent, tuple(tokens[start:end]))
-            if own and self._pool.get_cached_block(own[-1], [0]):
+            if own and self._computed(own[-1]) is not None:
                 count += end - start
         return count
 
