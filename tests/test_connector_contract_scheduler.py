@@ -354,6 +354,24 @@ def test_a_chunk_that_is_being_computed_in_the_same_step_is_not_copied(make: Any
     assert engine.told["asks"]["hot_tokens"] == 0
 
 
+@pytest.mark.parametrize("hot", [True, False])
+def test_a_blend_does_not_run_before_its_prefix_is_computed(make: Any, hot: bool) -> None:
+    """Two requests of one prefix in one step: vLLM lets the second share the blocks that the first is to compute."""
+    engine = make(hot=hot)
+    rng = random.Random(2)
+    prefix, one, two = ([rng.randrange(5, 40000) for _ in range(size)] for size in (64, 100, 400))
+    sampling = SamplingParams(max_tokens=3, ignore_eos=True)
+    found = tuple(Match(72 + i * CHUNK, 72 + (i + 1) * CHUNK, 64 + i * CHUNK, 128 + i * CHUNK) for i in range(4))
+    for name, tokens, cached in (("first", [*prefix, *one], ()), ("second", [*prefix, *two], found)):
+        engine.found[name] = 0, (0, cached)
+        engine.scheduler.add_request(Request(name, tokens, sampling, None, block_hasher=engine._hasher))
+    assert set(engine.step().num_scheduled_tokens) == {"first"}
+    engine.step()
+    assert engine.beside["second"] == 1
+    engine.to_the_end()
+    assert (engine.told["second"]["prefix_tokens"], engine.told["second"]["reused_tokens"]) == (64, 224)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_any_schedule_ends_with_every_block_free(make: Any, seed: int) -> None:
     """Small pool: requests are preempted and wait for blocks."""

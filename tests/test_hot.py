@@ -12,6 +12,7 @@ import torch
 from models import tiny_model
 from paged_kit import PagedModel
 
+from lmcache_rag.connector.filed import FiledBlocks
 from lmcache_rag.connector.hot import HotChunks, named_spans
 from lmcache_rag.connector.hot_copy import HotCopy
 from lmcache_rag.connector.hot_side import HotSide, without_overlap
@@ -263,14 +264,14 @@ def test_what_seems_to_be_held_is_seen_without_looking_at_every_block() -> None:
 def test_a_block_is_not_copied_before_its_kv_is_computed() -> None:
     """vLLM files a block when it schedules its tokens; a copy in that step would come before the model's pass."""
     pool = scheduler_kit.Pool()
-    chunks = HotChunks(pool, 8, scheduler_kit.hash_block)
-    side = HotSide(chunks)
+    filed = FiledBlocks(pool, 8)
+    chunks = HotChunks(pool, 8, scheduler_kit.hash_block, filed=filed)
     tokens, hashes, spans = list(range(100)), ["a", "b", "c", "d"], [(32, 56)]
     pool.file("d", tokens[32:56], 8)
     last = list(pool.filed.values())[-1]
-    chunks.filed(last.block_id)
+    filed.add(last.block_id)
     assert chunks.held(tokens, hashes, spans) == 0
     assert [match.end for match, _ in chunks.find(tokens, hashes, spans)] == [40, 48]
-    side.step_ends()
+    filed.step_ends()
     assert chunks.held(tokens, hashes, spans) == 24
     assert [match.end for match, _ in chunks.find(tokens, hashes, spans)] == [40, 48, 56]

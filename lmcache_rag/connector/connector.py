@@ -20,6 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from lmcache_rag.connector import compat_lmcache, compat_vllm, metrics
 from lmcache_rag.connector.abandoned import Lookup
+from lmcache_rag.connector.filed import FiledBlocks
 from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
 from lmcache_rag.connector.hot import HotChunks
 from lmcache_rag.connector.hot_side import HotSide
@@ -146,10 +147,13 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         """Scheduler: vLLM's own blocks, for hot chunks."""
         super().bind_gpu_block_pool(gpu_block_pool)
         block = self._hash_block()
-        if self._side is not None and self._options.hot and getattr(gpu_block_pool, "enable_caching", False):
-            chunks = HotChunks(gpu_block_pool, block, compat_vllm.block_hash(self._vllm_config))
-            compat_vllm.watch_filed_blocks(gpu_block_pool, chunks.filed)
-            self._side.hot = HotSide(chunks)
+        if self._side is None or not getattr(gpu_block_pool, "enable_caching", False):
+            return
+        self._side.filed = FiledBlocks(gpu_block_pool, block)
+        compat_vllm.watch_filed_blocks(gpu_block_pool, self._side.filed.add)
+        if self._options.hot:
+            function = compat_vllm.block_hash(self._vllm_config)
+            self._side.hot = HotSide(HotChunks(gpu_block_pool, block, function, filed=self._side.filed))
 
     def _hash_block(self) -> int:
         size = getattr(self._gpu_block_pool, "hash_block_size", None) or self._vllm_config.cache_config.block_size

@@ -11,6 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from lmcache_rag.connector.filed import FiledBlocks
 from lmcache_rag.connector.plan import Match
 
 
@@ -37,29 +38,23 @@ class HotChunks:
         pool: The pool.
         block: Tokens in a block.
         hash_block: (hash of the block before, tokens) -> hash of a block, as vLLM does it.
+        filed: What was filed in this step; that is not found.
         remembered: How many chunks' hashes are kept: hashing costs more than looking up.
     """
 
     def __init__(
-        self, pool: Pool, block: int, hash_block: Callable[[Any, tuple[int, ...]], Any], *, remembered: int = 4096
+        self,
+        pool: Pool,
+        block: int,
+        hash_block: Callable[[Any, tuple[int, ...]], Any],
+        *,
+        filed: FiledBlocks | None = None,
+        remembered: int = 4096,
     ) -> None:
         self._pool, self._block, self._hash, self._remembered = pool, block, hash_block, remembered
         self._hashes: OrderedDict[tuple[Any, tuple[int, ...]], tuple[Any, ...]] = OrderedDict()
         self._pinned: dict[str, list[Any]] = {}
-        self._filed: set[int] = set()
-
-    def filed(self, block_id: int) -> None:
-        """A block was filed by vLLM in this step: a request that runs in it is going to compute its KV."""
-        self._filed.add(block_id)
-
-    def step_ends(self) -> None:
-        """What was filed is computed before anything that the next step asks for."""
-        self._filed.clear()
-
-    def _computed(self, block_hash: Any) -> Any:
-        """The block under that hash whose KV is there; None when there is none."""
-        blocks = self._pool.get_cached_block(block_hash, [0])
-        return blocks[0] if blocks and blocks[0].block_id not in self._filed else None
+        self._filed = FiledBlocks(pool, block) if filed is None else filed
 
     def find(
         self, tokens: Sequence[int], hashes: Sequence[Any], spans: Sequence[tuple[int, int]]
@@ -80,7 +75,7 @@ class HotChunks:
         found = []
         for start, end in spans:
             for index, block_hash in enumerate(self._chunk_hashes(parent, tuple(tokens[start:end]))):
-                block = self._computed(block_hash)
+                block = self._filed.computed(block_hash)
                 if block is None:
                     break
                 first = index * self._block
@@ -103,7 +98,7 @@ class HotChunks:
         count = 0
         for start, end in spans:
             own = self._chunk_hashes(parent, tuple(tokens[start:end]))
-            if own and self._computed(own[-1]) is not None:
+            if own and self._filed.computed(own[-1]) is not None:
                 count += end - start
         return count
 

@@ -89,7 +89,6 @@ class HotSide:
             if hot := self._requests.get(request_id):
                 hot.attempts += 1
         self._loose.clear()
-        self.chunks.step_ends()
 
     def done(self, request_id: str) -> None:
         """A plan was carried out, or is not going to be."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmcache_rag.connector.abandoned import Abandoned, Lookup
+from lmcache_rag.connector.filed import FiledBlocks
 from lmcache_rag.connector.hot_side import HotSide, without_overlap
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.pace import Allowance, Pace
@@ -33,6 +34,7 @@ class SchedulerSide:
         look_up: Starts a look-up for a request; None when LMCache cannot be reached.
         hide: Makes a request's blocks from a token on unreachable for other requests.
         hot: What vLLM itself still holds; None without prefix caching.
+        filed: What vLLM's prefix cache says is there and is not yet; None without prefix caching.
         count: Told of the reuse statistics of each request that ran, when it ends.
     """
 
@@ -41,6 +43,7 @@ class SchedulerSide:
     look_up: Callable[[Any], Lookup | None]
     hide: Callable[[Any, int], None]
     hot: HotSide | None = None
+    filed: FiledBlocks | None = None
     count: Callable[[dict[str, Any]], None] | None = None
     _states: dict[str, RequestState] = field(default_factory=dict)
     _plans: list[BlendPlan] = field(default_factory=list)
@@ -80,6 +83,8 @@ class SchedulerSide:
         if wanted.end <= local:
             state.claim = wanted
             return 0
+        if self.filed and self.filed.hold(request.block_hashes, local):
+            return None  # what it shares with another request is computed in this step, behind the blend
         tokens = wanted.computed(state.policy, state.ratio)
         way = self.pace.way(tokens)
         if way == "later":
@@ -222,6 +227,8 @@ class SchedulerSide:
         allowance = self.pace.step(scheduled)
         if self.hot:
             self.hot.step_ends()
+        if self.filed:
+            self.filed.step_ends()
         self._abandoned.hear(time.perf_counter())
         return plans, allowance
 
