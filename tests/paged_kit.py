@@ -9,6 +9,15 @@ import torch
 from lmcache_rag.connector.paged import PagedSequence, keys_and_values
 
 
+def drained(steps: Any) -> Any:
+    """Take all steps of a blend; returns what they come to."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+
+
 def paged_cache(layout: str, blocks: int, block: int, heads: int, size: int) -> torch.Tensor:
     """One layer's cache as vLLM 0.25 (NHD or HND in memory) or 0.33 (packed) lays it out, filled with NaN."""
     if layout == "NHD":

@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from models import tiny_model
-from paged_kit import PagedModel
+from paged_kit import PagedModel, drained
 
 from lmcache_rag.blend.policies import get_policy
 from lmcache_rag.blend.rope import shift_keys, shift_tables
@@ -112,7 +112,7 @@ def test_a_paged_blend_is_the_embedded_blend(
     paged = PagedModel(model, layout=layout, block=block, blocks=needed + 5, most_tokens=most)
     it.place(model, paged, sequence)
     with torch.inference_mode():
-        got = BlendPass(paged, sequence).run(ids, it.spans, it.exact, policy=get_policy(policy), ratio=ratio)
+        got = drained(BlendPass(paged, sequence).steps(ids, it.spans, it.exact, policy=get_policy(policy), ratio=ratio))
     assert got.recomputed == want.recomputed_tokens
     assert it.exact + sum(b - a for a, b in it.spans) + got.gaps == want.length
     for layer in range(model.layers):
@@ -130,7 +130,7 @@ def test_ratio_one_equals_a_full_prefill(model: HFModel) -> None:
     paged = PagedModel(model, layout="NHD", block=16, blocks=20)
     it.place(model, paged, sequence)
     end = it.spans[-1][1]
-    BlendPass(paged, sequence).run(ids, it.spans, it.exact, policy=get_policy("query"), ratio=1.0)
+    drained(BlendPass(paged, sequence).steps(ids, it.spans, it.exact, policy=get_policy("query"), ratio=1.0))
     for layer in range(model.layers):
         for got, want in zip(
             paged.read(sequence, layer, end), (full.layers[layer].keys, full.layers[layer].values), strict=True
@@ -143,7 +143,11 @@ def test_blocks_of_others_are_left_alone(model: HFModel) -> None:
     paged = PagedModel(model, layout="NHD", block=16, blocks=30)
     sequence = PagedSequence.of(range(4, 14), 16, "cpu")
     it.place(model, paged, sequence)
-    BlendPass(paged, sequence).run(torch.tensor(it.ids), it.spans, it.exact, policy=get_policy("query"), ratio=0.3)
+    drained(
+        BlendPass(paged, sequence).steps(
+            torch.tensor(it.ids), it.spans, it.exact, policy=get_policy("query"), ratio=0.3
+        )
+    )
     for keys, values in paged.caches:
         for cache in (keys, values):
             assert cache[:4].isnan().all()

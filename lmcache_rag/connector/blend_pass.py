@@ -209,31 +209,6 @@ class BlendPass:
         self.model, self.sequence = model, sequence
         self._piece = min(piece or model.most_tokens, model.most_tokens)
 
-    def run(
-        self,
-        ids: Tensor,
-        spans: Sequence[tuple[int, int]],
-        start: int,
-        *,
-        policy: Policy,
-        ratio: float,
-        end: int = 0,
-    ) -> BlendOutcome:
-        """Make the KV of prompt[start:end] (or to the last span's end) what the policy says it should be.
-
-        Args:
-            ids: The whole prompt, int64 [n].
-            spans: Where cached KV was placed, (first, last + 1) of each chunk, ascending, from `start` on.
-            start: First position whose KV is not exact.
-            policy: Chooses what to recompute.
-            ratio: Share of the cached tokens.
-            end: What stands between the last span and here is computed too; 0: nothing.
-
-        Returns:
-            What was done.
-        """
-        return drained(self.steps(ids, spans, start, policy=policy, ratio=ratio, end=end))
-
     def steps(
         self,
         ids: Tensor,
@@ -244,10 +219,21 @@ class BlendPass:
         ratio: float,
         end: int = 0,
     ) -> Steps[BlendOutcome]:
-        """As `run`, with a rest after each forward pass.
+        """Make the KV of prompt[start:end] (or to the last span's end) what the policy says it should be.
+
+        Args:
+            ids: The whole prompt, int64 [n].
+            spans: Where cached KV was placed, (first, last + 1) of each chunk, ascending, from `start` on.
+            start: First position whose KV is not exact.
+            policy: Chooses what to recompute.
+            ratio: Share of the cached tokens.
+            end: What stands between the last span and here is computed too; 0: nothing.
 
         Yields:
-            How many tokens went through all layers since the last rest, or what cost as much.
+            After each forward pass: how many tokens went through all layers since the last one, or what cost as much.
+
+        Returns:
+            What was done.
         """
         import torch
 
@@ -283,13 +269,3 @@ class BlendPass:
             attention = PagedAttention(self.sequence, piece.to(torch.int32), end)
             self.model.forward(ids[piece], piece, self.sequence.slots(piece), _Redo(attention))
             yield len(piece)
-
-
-def drained(steps: Steps[T]) -> T:
-    """Take all steps at once."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            result: T = end.value
-            return result

@@ -11,16 +11,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+from lmcache_rag.connector import filed as filed_blocks
 from lmcache_rag.connector.filed import FiledBlocks
 from lmcache_rag.connector.plan import Match
 
 
-class Pool(Protocol):
+class Pool(filed_blocks.Pool, Protocol):
     """What is used of vLLM's BlockPool."""
-
-    def get_cached_block(self, block_hash: Any, group_ids: list[int]) -> list[Any] | None:
-        """The block filed under this hash."""
-        ...
 
     def touch(self, blocks: Sequence[Any]) -> None:
         """Keep blocks from being evicted."""
