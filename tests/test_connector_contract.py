@@ -47,7 +47,7 @@ def test_the_plugin_is_found_and_remembers_who_loads_a_model(monkeypatch: pytest
 
     takes(Worker.load_model)
     monkeypatch.setattr(Worker, "load_model", lambda self, *, load_dummy_weights=False: load_dummy_weights)
-    monkeypatch.setattr(compat_vllm, "_workers", {})
+    monkeypatch.setattr(compat_vllm.process, "_workers", {})
     plugin.register()
     once = Worker.load_model
     plugin.register()
@@ -89,6 +89,34 @@ def test_what_workers_measured_comes_before_requests_are_finished(monkeypatch: p
     scheduler.update_from_output(None, output)
     scheduler.update_from_output(None, ModelRunnerOutput(req_ids=[], req_id_to_index={}))
     assert told == ["measured", "finished", "finished"]
+
+
+@pytest.mark.parametrize("writes", [{}, {"new_block_ids_to_zero": [3]}, {"kv_cache_block_copies": [(1, 2)]}])
+def test_the_connector_may_begin_before_vllm_prepares_the_step(
+    monkeypatch: pytest.MonkeyPatch, writes: dict[str, Any]
+) -> None:
+    from vllm.distributed.kv_transfer import kv_transfer_state
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    assert list(inspect.signature(Worker.execute_model).parameters) == ["self", "scheduler_output"]
+    assert {"kv_connector_metadata", "new_block_ids_to_zero"} <= set(SchedulerOutput.__dataclass_fields__)
+    assert "need_flush_before_forward" in inspect.getsource(lmcache_mp_metadata) + inspect.getsource(
+        lmcache_mp_connector
+    )
+    said: list[Any] = []
+    monkeypatch.setattr(Worker, "execute_model", lambda self, scheduler_output: said.append("step"))
+    compat_vllm.begin_before_the_step()
+    once = Worker.execute_model
+    compat_vllm.begin_before_the_step()
+    assert Worker.execute_model is once
+    worker = object.__new__(Worker)
+    step = SimpleNamespace(kv_connector_metadata="meta", **writes)
+    worker.execute_model(step)  # no connector
+    for other in (object(), SimpleNamespace(begin_step=said.append)):
+        monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", other)
+        worker.execute_model(step)
+    worker.execute_model(SimpleNamespace(kv_connector_metadata=None))
+    assert said == ["step", "step", *([] if writes else ["meta"]), "step", "step"]
 
 
 # -- vLLM: a pass of ours -----------------------------------------------------------------------------------------
@@ -306,7 +334,9 @@ def test_vllm_finds_the_connector_and_calls_what_we_override() -> None:
     for name, function in own.items():
         stock = getattr(lmcache_mp_connector.LMCacheMPConnector, name, None)
         known = stock is not None or name in vars(base.KVConnectorBase_V1)
-        assert known or name.startswith("_") or name == "take_worker_meta", f"{name} is called by nobody"
+        assert known or name.startswith("_") or name in ("take_worker_meta", "begin_step"), (
+            f"{name} is called by nobody"
+        )
         if stock is not None and f"super().{name}" in inspect.getsource(function):
             takes(stock, *[p for p in inspect.signature(function).parameters if p != "self"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -134,6 +135,20 @@ def test_ratio_one_is_a_full_prefill(hf: HFModel) -> None:
     world = World(hf, ratio=1.0)
     assert world.run().reused_tokens == 0
     assert world.is_full_prefill()
+
+
+def test_what_was_begun_before_the_step_is_done_like_what_is_in_it(hf: HFModel) -> None:
+    early, within = World(hf), World(hf)
+    early.worker.run_now([early.plan])
+    assert early.link.asked == ["matches"], "the load must not wait for vLLM to prepare its step"
+    early.worker.run([], Allowance())
+    early.worker.finish()
+    (result,) = early.worker.take_results()
+    assert dataclasses.replace(result, load_ms=0, blend_ms=0) == dataclasses.replace(
+        within.run(), load_ms=0, blend_ms=0
+    )
+    for got, want in zip(early.model.caches, within.model.caches, strict=True):
+        torch.testing.assert_close(got, want, atol=0, rtol=0, equal_nan=True)  # blocks of nobody are NaN
 
 
 @pytest.mark.parametrize("fault", ["dead", "late"])

@@ -104,6 +104,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         hot = blendable.hot_copy()
         hot.warm_up()
         reports = getattr(self._vllm_config.kv_transfer_config, "kv_load_failure_policy", "fail") == "recompute"
+        compat_vllm.begin_before_the_step()
         self._worker = WorkerSide(blendable, link, may_report=reports, hot=hot, piece=self._options.step_tokens)
         return ""
 
@@ -253,6 +254,15 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         return BlendPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     # -- worker ---------------------------------------------------------------------------------------------------
+
+    def begin_step(self, meta: Any) -> None:
+        """What must be done within this step, before vLLM prepares it; see compat_vllm.begin_before_the_step."""
+        plans = getattr(meta, "blend_plans", None)
+        # LMCache may have to read blocks first that were taken from a preempted request.
+        if self._worker is not None and plans and not getattr(meta, "need_flush_before_forward", False):
+            now = [plan for plan in plans if not plan.background]
+            meta.blend_plans = [plan for plan in plans if plan.background]
+            self._worker.run_now(now)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """LMCache's own loads, then this step's blends."""

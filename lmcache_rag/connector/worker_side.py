@@ -68,18 +68,26 @@ class WorkerSide:
         with torch.inference_mode():
             ready = [job for job in self._background if not job.over]
             # All loads are asked for first, so that they go on beside the work.
-            jobs = [self._begin(plan) for plan in sorted(plans, key=lambda plan: plan.background)]
-            for job in jobs:
-                if job.plan.background:
-                    self._background.append(job)
-                else:
-                    self._load(job)
-                    while not job.over:
-                        job.advance(1 << 30)
-                    self._queued.append(job)
+            now = [self._begin(plan) for plan in plans if not plan.background]
+            self._background += [self._begin(plan) for plan in plans if plan.background]
+            self._queue(now)
             if self._model.ranks == 1:
                 ready = [job for job in self._background if not job.over]
             self._advance(ready, allowance)
+
+    def run_now(self, plans: Sequence[BlendPlan]) -> None:
+        """As `run`, of plans that are not in the background, before it: vLLM has not prepared the step yet."""
+        import torch
+
+        with torch.inference_mode():
+            self._queue([self._begin(plan) for plan in plans])
+
+    def _queue(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self._load(job)
+            while not job.over:
+                job.advance(1 << 30)
+            self._queued.append(job)
 
     def _advance(self, jobs: list[Job], allowance: Allowance) -> None:
         left, idle = allowance.tokens, allowance.idle

@@ -1,0 +1,53 @@
+"""Every private part of vLLM that we touch stands here; tests/test_connector_contract*.py check each against vLLM.
+
+Written for vLLM 0.25.1 and 0.33. vLLM is imported in the functions: this is loaded in each of vLLM's processes.
+"""
+
+from lmcache_rag.connector.compat_vllm.blocks import (
+    block_hash,
+    hide_from_prefix_cache,
+    type_of_hash,
+    watch_filed_blocks,
+)
+from lmcache_rag.connector.compat_vllm.passes import (
+    OwnMetadata,
+    attention_layers,
+    exact_rotary_table,
+    graph_size,
+    patch_attention,
+    run_pass,
+    tensor_parallel_ranks,
+    tensor_parallel_sum,
+    true_on_all_ranks,
+    write_kv,
+)
+from lmcache_rag.connector.compat_vllm.process import (
+    begin_before_the_step,
+    deliver_worker_meta_first,
+    remember_workers,
+    worker,
+)
+from lmcache_rag.connector.compat_vllm.streams import begin_texts_quickly, tell_in_streams
+
+__all__ = [
+    "OwnMetadata",
+    "attention_layers",
+    "begin_before_the_step",
+    "begin_texts_quickly",
+    "block_hash",
+    "deliver_worker_meta_first",
+    "exact_rotary_table",
+    "graph_size",
+    "hide_from_prefix_cache",
+    "patch_attention",
+    "remember_workers",
+    "run_pass",
+    "tell_in_streams",
+    "tensor_parallel_ranks",
+    "tensor_parallel_sum",
+    "true_on_all_ranks",
+    "type_of_hash",
+    "watch_filed_blocks",
+    "worker",
+    "write_kv",
+]

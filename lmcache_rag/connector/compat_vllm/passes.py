@@ -1,0 +1,160 @@
+"""A pass of ours through the model that vLLM loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+def attention_layers(vllm_config: Any) -> dict[str, Any]:
+    """Attention modules by name, in the order of the model's layers."""
+    return dict(vllm_config.compilation_config.static_forward_context)
+
+
+class OwnMetadata:
+    """Attention metadata of a pass of ours: vLLM's attention then calls `attention` instead of its kernel.
+
+    Attributes:
+        attention: Called as attention(layer, query, key, value, out) with the layer's name.
+    """
+
+    def __init__(self, attention: Callable[..., None]) -> None:
+        self.attention = attention
+
+
+def patch_attention(implementation: type) -> None:
+    """Let this attention implementation answer a pass of ours (OwnMetadata) through it; anything else is untouched."""
+    if getattr(implementation.forward, "_lmcache_rag", False):  # type: ignore[attr-defined]
+        return
+    forward = implementation.forward  # type: ignore[attr-defined]
+
+    def patched(
+        self: Any,
+        layer: Any,
+        query: Any,
+        key: Any,
+        value: Any,
+        kv_cache: Any,
+        attn_metadata: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        if not isinstance(attn_metadata, OwnMetadata):
+            return forward(self, layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
+        out = kwargs["output"] if "output" in kwargs else args[0]
+        attn_metadata.attention(layer, query, key, value, out)
+        return out
+
+    patched._lmcache_rag = True  # type: ignore[attr-defined]
+    implementation.forward = patched  # type: ignore[attr-defined]
+
+
+def write_kv(layer: Any, key: Any, value: Any, slots: Any) -> None:
+    """Write fresh KV [m, kv heads, size] to slots, int64 [m], by the backend's own operation."""
+    layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
+
+
+def run_pass(
+    vllm_config: Any,
+    runner: Any,
+    names: list[str],
+    metadata: OwnMetadata,
+    ids: Any,
+    positions: Any,
+    *,
+    as_graphs: bool = True,
+) -> None:
+    """Run the model over some tokens in a forward context of our own; the one that was there is restored.
+
+    No layer has a slot mapping, so vLLM writes no KV: the pass writes it itself, when it has looked at the old one.
+    Few tokens run as vLLM's own piecewise CUDA graphs, padded to a captured size. Those read the runner's input
+    buffers, which may hold the inputs of the step that is about to run: they are put back.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        runner: The model runner.
+        names: The attention layers.
+        metadata: Our attention.
+        ids: int32 [m]: vLLM compiles for that type and drops torch's guards.
+        positions: int64 [m].
+        as_graphs: Whether vLLM's graphs may be used; not while a graph of ours is captured.
+    """
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import BatchDescriptor, set_forward_context
+
+    def context(tokens: int, mode: Any, descriptor: Any) -> Any:
+        return set_forward_context(
+            dict.fromkeys(names, metadata),
+            vllm_config,
+            num_tokens=tokens,
+            cudagraph_runtime_mode=mode,
+            batch_descriptor=descriptor,
+            slot_mapping={},
+        )
+
+    def inputs(token_ids: Any, places: Any) -> dict[str, Any]:
+        return {
+            "input_ids": token_ids,
+            "positions": places,
+            "inputs_embeds": None,
+            "intermediate_tensors": None,
+        }
+
+    padded = graph_size(runner, len(ids)) if as_graphs else 0
+    if not padded:
+        with context(len(ids), CUDAGraphMode.NONE, None):
+            runner.get_model()(**inputs(ids, positions))
+        return
+    buffers = (runner.input_buffers.input_ids[:padded], runner.input_buffers.positions[:padded])
+    before = [buffer.clone() for buffer in buffers]
+    for buffer, own in zip(buffers, (ids, positions), strict=True):
+        buffer[: len(own)] = own
+        buffer[len(own) :] = 0
+    try:
+        with context(padded, CUDAGraphMode.PIECEWISE, BatchDescriptor(num_tokens=padded)):
+            runner.cudagraph_manager.run_pw_graph(runner.get_model(), inputs(*buffers))
+    finally:
+        for buffer, was in zip(buffers, before, strict=True):
+            buffer.copy_(was)
+
+
+def graph_size(runner: Any, tokens: int) -> int:
+    """Size of the piecewise CUDA graph that takes so many tokens; 0 when there is none."""
+    from vllm.config import CUDAGraphMode
+
+    manager = getattr(runner, "cudagraph_manager", None)
+    if manager is None or not hasattr(runner, "input_buffers"):
+        return 0
+    found = manager.dispatch(1, tokens, None, 0)
+    return int(found.num_tokens) if found.cg_mode == CUDAGraphMode.PIECEWISE else 0
+
+
+def exact_rotary_table(rotary: Any) -> Any:
+    """Cosines, then sines, of each position in float32: the model's own table may be in its own, coarser type."""
+    return rotary._compute_cos_sin_cache().float()
+
+
+def tensor_parallel_ranks() -> int:
+    """Number of tensor-parallel ranks."""
+    from vllm.distributed import get_tensor_model_parallel_world_size
+
+    return int(get_tensor_model_parallel_world_size())
+
+
+def tensor_parallel_sum(tensor: Any) -> Any:
+    """Sum over the tensor-parallel ranks."""
+    from vllm.distributed import tensor_model_parallel_all_reduce
+
+    return tensor_model_parallel_all_reduce(tensor) if tensor_parallel_ranks() > 1 else tensor
+
+
+def true_on_all_ranks(fine: bool, device: Any) -> bool:
+    """Whether `fine` holds on every tensor-parallel rank."""
+    import torch
+    from vllm.distributed import tensor_model_parallel_all_reduce
+
+    size = tensor_parallel_ranks()
+    if size == 1:
+        return fine
+    votes = tensor_model_parallel_all_reduce(torch.tensor([float(fine)], device=device))
+    return bool(int(votes.item()) == size)
