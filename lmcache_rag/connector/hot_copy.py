@@ -48,8 +48,8 @@ class HotCopy:
 
         device = self._table.device
         block = sequence.block
-        rows = [(m.block, m.start, m.start - m.old_start) for m in matches]
-        blocks, starts, deltas = on_device(rows, torch.int64, device).unbind(1)
+        columns = [*(m.block for m in matches), *(m.start for m in matches), *(m.start - m.old_start for m in matches)]
+        blocks, starts, deltas = on_device(columns, torch.int64, device).view(3, -1)
         within = torch.arange(block, device=device)
         source = (blocks[:, None] * block + within).flatten()
         target = sequence.slots((starts[:, None] + within).flatten())

@@ -30,18 +30,67 @@ def _share(end, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
     return tl.maximum(tl.cdiv(tl.cdiv(end, SPLITS), 64) * 64, _LEAST_SHARE)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _load(POINTER, where, wanted, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keys or values; WHOLE: all that `where` says, which is sooner than a mask that is true."""
+    return tl.load(POINTER + where) if WHOLE else tl.load(POINTER + where, mask=wanted, other=0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_keys(  # type: ignore[no-untyped-def]
+    q, best, total, out, K, V, BLOCKS, VISIBLE, position, start, end, kv_head, scale,
+    k_block, k_token, k_head, v_block, v_token, v_head,
+    SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, HIDES: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """The online softmax over COLUMNS keys more; without MASKED all of them exist and every row sees them."""
+    column = start + tl.arange(0, COLUMNS)
+    lane = tl.arange(0, PADDED)[None, :]
+    token = column % BLOCK
+    if MASKED:
+        exists = column < end
+        block = tl.load(BLOCKS + column // BLOCK, mask=exists, other=0).to(tl.int64)
+        if HIDES:
+            exists = exists & (tl.load(VISIBLE + column, mask=exists, other=0) != 0)
+        # What does not exist yet may hold anything, NaN too: it is never loaded.
+        wanted = exists[:, None] & (lane < SIZE)
+    else:
+        block = tl.load(BLOCKS + column // BLOCK).to(tl.int64)
+        wanted = lane < SIZE
+    whole: tl.constexpr = not MASKED and SIZE == PADDED
+    k = _load(K, (block * k_block + token * k_token + kv_head * k_head)[:, None] + lane, wanted, whole)
+    score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+    if MASKED:
+        score = tl.where((column[None, :] <= position[:, None]) & exists[None, :], score, -1e30)
+    top = tl.maximum(best, tl.max(score, 1))
+    # Where nothing is seen yet this adds up nonsense, which the first key that is seen shrinks to nothing.
+    # NaN stays NaN: damaged KV must show in the normaliser.
+    p = tl.math.exp2(score - top[:, None])
+    shrink = tl.math.exp2(best - top)
+    total = total * shrink + tl.sum(p, 1)
+    v = _load(V, (block * v_block + token * v_token + kv_head * v_head)[:, None] + lane, wanted, whole)
+    out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
+    return top, total, out
+
+
 @triton.jit(do_not_specialize=["rows", "per_split", "out_split", "lse_split", "lse_row"])  # type: ignore[untyped-decorator]
 def _attend(  # type: ignore[no-untyped-def]
     Q, K, V, OUT, LSE, BLOCKS, POSITION, VISIBLE, END, rows, scale, per_split,
     q_row, q_head, k_block, k_token, k_head, v_block, v_token, v_head, out_split, out_row, out_head, lse_split, lse_row,
-    GROUP: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr, HIDES: tl.constexpr, DEVICE: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, MEMBERS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HIDES: tl.constexpr, DEVICE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    head = tl.program_id(1)
+    # A tile is some tokens times MEMBERS heads that share their keys. Later tokens have more keys to look at: their
+    # tiles start first, so that no long one is left over at the end.
+    tokens: tl.constexpr = ROWS // MEMBERS
+    first = (tl.num_programs(1) - 1 - tl.program_id(1)) * tokens
+    local = tl.arange(0, ROWS)
+    row = first + local // MEMBERS
+    head = tl.program_id(0) * MEMBERS + local % MEMBERS
+    kv_head = tl.program_id(0) * MEMBERS // GROUP
     split = tl.program_id(2)
     lane = tl.arange(0, PADDED)
-    inside = row < rows
+    inside = (row < rows) & (local < tokens * MEMBERS)
     if DEVICE:
         whole = tl.load(END)
         per_split = _share(whole, SPLITS)
@@ -51,40 +100,32 @@ def _attend(  # type: ignore[no-untyped-def]
     begin = split * per_split
     end = tl.minimum(tl.max(position, 0) + 1, begin + per_split)
     q = tl.load(
-        Q + row[:, None] * q_row + head * q_head + lane[None, :],
+        Q + row[:, None] * q_row + head[:, None] * q_head + lane[None, :],
         mask=inside[:, None] & (lane < SIZE)[None, :],
         other=0.0,
     )
     best = tl.full([ROWS], -1e30, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     out = tl.zeros([ROWS, PADDED], tl.float32)
-    for start in range(begin, end, COLUMNS):
-        column = start + tl.arange(0, COLUMNS)
-        exists = column < end
-        if HIDES:
-            exists = exists & (tl.load(VISIBLE + column, mask=exists, other=0) != 0)
-        block = tl.load(BLOCKS + column // BLOCK, mask=column < end, other=0).to(tl.int64)
-        token = column % BLOCK
-        wanted = exists[:, None] & (lane < SIZE)[None, :]
-        # What does not exist yet may hold anything, NaN too: it is never loaded.
-        where = block * k_block + token * k_token + (head // GROUP) * k_head
-        k = tl.load(K + where[:, None] + lane[None, :], mask=wanted, other=0.0)
-        score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        score = tl.where((column[None, :] <= position[:, None]) & exists[None, :], score, -1e30)
-        top = tl.maximum(best, tl.max(score, 1))
-        # Where nothing is seen yet this adds up nonsense, which the first key that is seen shrinks to nothing.
-        # NaN stays NaN: damaged KV must show in the normaliser.
-        p = tl.math.exp2(score - top[:, None])
-        shrink = tl.math.exp2(best - top)
-        total = total * shrink + tl.sum(p, 1)
-        where = block * v_block + token * v_token + (head // GROUP) * v_head
-        v = tl.load(V + where[:, None] + lane[None, :], mask=wanted, other=0.0)
-        out = out * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
-        best = top
+    seen_by_all = begin
+    if not HIDES:  # positions ascend: what the first row sees, all see
+        seen_by_all = tl.minimum(tl.load(POSITION + first) + 1, begin + per_split) // COLUMNS * COLUMNS
+        for start in range(begin, seen_by_all, COLUMNS):
+            best, total, out = _add_keys(
+                q, best, total, out, K, V, BLOCKS, VISIBLE, position, start, end, kv_head, scale,
+                k_block, k_token, k_head, v_block, v_token, v_head,
+                SIZE, PADDED, BLOCK, COLUMNS, False, False,
+            )  # fmt: skip
+    for start in range(tl.maximum(begin, seen_by_all), end, COLUMNS):
+        best, total, out = _add_keys(
+            q, best, total, out, K, V, BLOCKS, VISIBLE, position, start, end, kv_head, scale,
+            k_block, k_token, k_head, v_block, v_token, v_head,
+            SIZE, PADDED, BLOCK, COLUMNS, HIDES, True,
+        )  # fmt: skip
     out = out / tl.maximum(total, 1e-30, propagate_nan=tl.PropagateNan.ALL)[:, None]
     lse = tl.where(total == 0, -1e30, best + tl.math.log2(total))
     tl.store(
-        OUT + split * out_split + row[:, None] * out_row + head * out_head + lane[None, :],
+        OUT + split * out_split + row[:, None] * out_row + head[:, None] * out_head + lane[None, :],
         out.to(OUT.dtype.element_ty),
         mask=inside[:, None] & (lane < SIZE)[None, :],
     )
@@ -185,7 +226,9 @@ def attend(
     many = rows > 64
     tile = 128 if many else 64
     small = padded * keys.element_size() <= 256  # more does not fit a multiprocessor's shared memory so often
-    columns = 64 if small else 32
+    columns = (128 if many else 64) if small else 32  # measured: docs/results/attention-h100.md
+    group = heads // keys.shape[2]
+    members = group if group <= tile else 1
     device = isinstance(end, Tensor)
     if isinstance(end, Tensor):
         per_split, splits, length = 0, MOST_SPLITS, end
@@ -196,13 +239,13 @@ def attend(
     # float32 partial results, and only where there is more than one.
     partial = out[None] if splits == 1 else torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
     lse = torch.empty((splits, rows, heads), dtype=torch.float32, device=out.device)
-    _attend[(triton.cdiv(rows, tile), heads, splits)](
+    _attend[(heads // members, triton.cdiv(rows, tile // members), splits)](
         query, keys, values, partial, lse, blocks, positions, visible if visible is not None else positions,
         length, rows, scale * LOG2_E, per_split,
         query.stride(0), query.stride(1), keys.stride(0), keys.stride(1), keys.stride(2),
         values.stride(0), values.stride(1), values.stride(2),
         partial.stride(0), partial.stride(1), partial.stride(2), lse.stride(0), lse.stride(1),
-        GROUP=heads // keys.shape[2], SIZE=size, PADDED=padded, BLOCK=keys.shape[1], ROWS=tile, COLUMNS=columns,
+        GROUP=group, MEMBERS=members, SIZE=size, PADDED=padded, BLOCK=keys.shape[1], ROWS=tile, COLUMNS=columns,
         HIDES=visible is not None, DEVICE=device, SPLITS=MOST_SPLITS,
         num_warps=8 if many else 4, num_stages=3 if small else 2,
     )  # fmt: skip

@@ -6,6 +6,7 @@ the load of a request's KV before it could queue the work behind it.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +14,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def on_device(values: Sequence[Any] | Tensor, dtype: Any, device: Any) -> Tensor:
-    """Numbers, or a tensor in the host's memory, as a tensor on the device."""
+def on_device(values: Sequence[int] | Tensor, dtype: Any, device: Any) -> Tensor:
+    """Whole numbers, or a tensor in the host's memory, as a tensor on the device."""
     import torch
 
-    host = values if isinstance(values, torch.Tensor) else torch.tensor(list(values), dtype=dtype)
+    # By way of an array: torch.tensor takes three times as long, a millisecond for a prompt's tokens.
+    host = (
+        values if isinstance(values, torch.Tensor) else torch.frombuffer(array("q", values or (0,)), dtype=torch.int64)
+    )
+    host = host[: len(values)].to(dtype)
     if torch.device(device).type == "cuda":
         host = host.pin_memory()
     return host.to(device, dtype, non_blocking=True)

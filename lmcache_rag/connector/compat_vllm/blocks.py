@@ -29,7 +29,8 @@ def hide_from_prefix_cache(request: Any, first_token: int, hash_block: int) -> N
     del request.block_hashes[first:]
     full = request.num_tokens // hash_block
     # Not one and the others chained to it by vLLM: at 7 us each that is 13 ms in a prompt of 30,900 tokens.
-    request.block_hashes.extend(type_of_hash()(os.urandom(32)) for _ in range(first, full))
+    hashes, random = type_of_hash(), os.urandom(32 * max(full - first, 0))
+    request.block_hashes.extend(hashes(random[at : at + 32]) for at in range(0, len(random), 32))
 
 
 def watch_filed_blocks(pool: Any, filed: Callable[[int], None]) -> None:
