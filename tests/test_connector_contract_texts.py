@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import random
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,7 +28,7 @@ with warnings.catch_warnings():
     from lmcache_rag.connector.compat_vllm import begin_texts_quickly, streams
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
-STOCK = FastIncrementalDetokenizer.__init__
+STOCK = getattr(FastIncrementalDetokenizer.__init__, "__wrapped__", FastIncrementalDetokenizer.__init__)
 TEXTS = [
     "Plain words, 12 of them; two  spaces.",
     "naïve café",
@@ -132,3 +134,24 @@ def test_it_is_wrapped_once_and_not_where_no_texts_are_made(monkeypatch: pytest.
     monkeypatch.delitem(sys.modules, detokenizer.__name__)
     begin_texts_quickly()
     assert FastIncrementalDetokenizer.__init__ is STOCK
+
+
+def test_an_api_server_loads_what_wraps_it() -> None:
+    """The connector's module wraps it. API servers import that for their metrics, others have no use for it."""
+    from vllm.distributed.kv_transfer.kv_connector.v1 import metrics
+
+    assert "get_connector_class" in inspect.getsource(metrics)
+    code = """
+import vllm.v1.engine.detokenizer
+from lmcache_rag.connector import plugin
+
+def wrapped():
+    return hasattr(vllm.v1.engine.detokenizer.FastIncrementalDetokenizer.__init__, "__wrapped__")
+
+plugin.register()
+plain = wrapped()
+import lmcache_rag.connector.connector
+print(plain, wrapped())
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert told.stdout.split()[-2:] == ["False", "True"]

@@ -31,6 +31,8 @@ from lmcache_rag.connector.stats import BlendPromMetrics, BlendStats
 
 log = logging.getLogger("lmcache_rag")
 
+compat_vllm.begin_texts_quickly()  # each API server imports this module, and only where the connector is in use
+
 
 @dataclass
 class Readiness(KVConnectorHandshakeMetadata):  # type: ignore[misc]

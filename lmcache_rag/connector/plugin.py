@@ -8,7 +8,7 @@ log = logging.getLogger("lmcache_rag")
 
 
 def register() -> None:
-    """Remember the worker that loads the model, have streams tell and begin. Never keeps vLLM from starting."""
+    """Remember the worker that loads the model, and have streams tell. Never keeps vLLM from starting."""
     _speak_as_vllm_does()
     try:
         from lmcache_rag.connector.compat_vllm import remember_workers
@@ -22,12 +22,6 @@ def register() -> None:
         tell_in_streams()
     except Exception as problem:
         log.warning("Streams are not going to carry reuse statistics: %s", problem)
-    try:
-        from lmcache_rag.connector.compat_vllm import begin_texts_quickly
-
-        begin_texts_quickly()
-    except Exception as problem:
-        log.warning("Answers begin as late as in vLLM alone: the lmcache_rag plugin failed: %s", problem)
 
 
 def _speak_as_vllm_does() -> None:

@@ -93,6 +93,7 @@ def begin_texts_quickly() -> None:
     if getattr(begin, "_lmcache_rag", False):
         return
 
+    @functools.wraps(begin)
     def begin_quickly(self: Any, tokenizer: Any, request: Any) -> None:
         prompt = request.prompt_token_ids
         if prompt is not None and len(prompt) > PRIMED:
