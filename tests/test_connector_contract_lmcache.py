@@ -5,8 +5,10 @@ See test_connector_contract.py.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,7 +22,9 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     from lmcache.integration.vllm import lmcache_mp_connector, lmcache_mp_metadata
     from lmcache.integration.vllm import vllm_multi_process_adapter as adapters
+    from lmcache.v1.distributed import api
     from lmcache.v1.multiprocess import custom_types, futures
+    from lmcache.v1.multiprocess.modules.blend import lookup
     from lmcache.v1.multiprocess.session import Session
     from lmcache.v1.multiprocess.transfer_context import worker_transfer
     from lmcache.v1.multiprocess.transport.base import RequestClient
@@ -29,7 +33,7 @@ with warnings.catch_warnings():
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.outputs import KVConnectorOutput
 
-    from lmcache_rag.connector import connector
+    from lmcache_rag.connector import compat_lmcache, connector
     from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -224,3 +228,57 @@ def test_a_salt_that_lmcache_does_not_take_is_an_error() -> None:
     for bad in ("a/b", "a@b", "x" * 129):
         with pytest.raises(ValueError, match="cache_salt"):
             custom_types.IPCCacheServerKey("m", 1, None, (1,), 0, 1, "r", bad)
+
+
+def test_the_server_reads_a_prompt_once() -> None:
+    """Later questions and the retrieve come without token ids; the server must not look at them there."""
+    folder = Path(lookup.__file__).parent
+    tree = ast.parse((folder / "lookup.py").read_text())
+    functions = {node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+    asked = functions["cb_unified_lookup"]
+    first = next(n for n in asked.body if isinstance(n, ast.If) and ast.unparse(n.test) == "job is None")
+    # Segmented prefixes are an option of the server that `serve` leaves off.
+    segmented = [
+        n for n in ast.walk(asked) if isinstance(n, ast.If) and ast.unparse(n.test).startswith("segmented and")
+    ]
+    allowed = {id(n) for branch in (first, *segmented) for n in ast.walk(branch)}
+    for name in ("cb_unified_lookup", "_poll_prefix_leg", "_sparse_prefetch_submit", "_sparse_classify"):
+        for node in ast.walk(functions[name]):
+            reads = isinstance(node, ast.Attribute) and node.attr in ("token_ids", "start", "end")
+            assert not reads or id(node) in allowed, f"{name} reads {ast.unparse(node)}"
+    assert "job = self._cb_jobs.get(rid)" in ast.unparse(asked), "how it knows the prompt again"
+    for source in ((folder / "retrieve.py").read_text(), inspect.getsource(api.ipc_key_to_grouped_object_keys)):
+        assert "token_ids" not in source
+        assert "key.start" not in source
+        assert "key.end" not in source
+
+
+def test_a_lookup_sends_the_prompt_once() -> None:
+    class Future:
+        def __init__(self, found: Any) -> None:
+            self.result = lambda seconds: found
+            self.wait = lambda seconds: True
+
+    class Client:
+        def __init__(self) -> None:
+            self.keys: list[Any] = []
+
+        def cb_unified_lookup(self, key: Any, ranks: int) -> Future:
+            self.keys.append(key)
+            segments = [custom_types.CBMatchResult(64, 128, 200, 264, b"h")]
+            return Future(custom_types.CBUnifiedLookupResult(64, segments) if len(self.keys) == 3 else None)
+
+    def create(tokens: list[int], start: int, end: int, name: str, salt: str, configs: Any) -> Any:
+        return custom_types.IPCCacheServerKey("m", 1, None, tuple(tokens), start, end, name, salt, configs, 1)
+
+    client = Client()
+    adapter = SimpleNamespace(_create_key=create, req_clients={"url": client}, tp_size=1)
+    asked = compat_lmcache.BlendLookup(adapter, "r", list(range(300)), "tenant", None)
+    assert asked.poll(1.0)
+    assert asked.result is not None
+    assert asked.result[0] == 64
+    assert [(m.start, m.end, m.old_start) for m in asked.result[1]] == [(200, 264, 64)]
+    assert [len(key.token_ids) for key in client.keys] == [300, 0, 0]
+    assert {(key.request_id, key.cache_salt, key.model_name, key.num_kv_readers) for key in client.keys} == {
+        ("r", "tenant", "m", 1)
+    }

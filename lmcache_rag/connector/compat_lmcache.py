@@ -6,6 +6,7 @@ Written for LMCache 0.5.6. An LMCache server sends no answer at all when a call 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
@@ -35,11 +36,14 @@ class BlendLookup:
         self.salt, self.configs = salt, configs
         self._key = adapter._create_key(token_ids, 0, len(token_ids), request_id, salt, configs).no_worker_id_version()
         self._client = next(iter(adapter.req_clients.values()))
-        self._future = self._ask()
+        self._future = self._ask(self._key)
+        # The server knows the prompt from the first question on: 30,900 tokens again and again would keep both busy.
+        # Had it forgotten them, for it was restarted, it would find nothing, and all is computed.
+        self._again = dataclasses.replace(self._key, token_ids=(), end=0)
         self.result: tuple[int, tuple[Match, ...]] | None = None
 
-    def _ask(self) -> Any:
-        return self._client.cb_unified_lookup(self._key, self._adapter.tp_size)
+    def _ask(self, key: Any) -> Any:
+        return self._client.cb_unified_lookup(key, self._adapter.tp_size)
 
     def poll(self, seconds: float) -> bool:
         """Whether the result is there, waiting for it at most that long."""
@@ -54,7 +58,7 @@ class BlendLookup:
                     tuple(Match(m.cur_st, m.cur_ed, m.old_st, m.old_ed, m) for m in found.non_prefix_segments),
                 )
                 return True
-            self._future = self._ask()  # the server is still at it
+            self._future = self._ask(self._again)  # the server is still at it
             if time.perf_counter() >= until:
                 return False
             time.sleep(_PAUSE)
@@ -171,7 +175,7 @@ class WorkerLink:
         chunk = self._adapter.lmcache_tokens_per_chunk
         begin = plan.local // chunk * chunk
         end = -(-plan.exact // chunk) * chunk
-        key = self._key(plan, begin, end)
+        key = self._key(plan, plan.token_ids, begin, end)
         transfer = self._adapter.transfer_ctx
         block = chunk // self._adapter.blocks_in_chunk
         return transfer.submit_retrieve(
@@ -189,7 +193,7 @@ class WorkerLink:
         transfer = self._adapter.transfer_ctx
         event = transfer._event_backend.export_event(transfer.create_recorded_event(), transfer._device)
         future = self._adapter.req_client.cb_retrieve_pre_computed(
-            self._key(plan, 0, len(plan.token_ids)),
+            self._key(plan, (), 0, 0),  # the matches name all that it reads
             [m.native for m in matches],
             [list(plan.block_ids)],
             self._adapter.instance_id,
@@ -197,9 +201,8 @@ class WorkerLink:
         )
         return future.to_device_future(device=transfer._device, event_backend=transfer._event_backend)
 
-    def _key(self, plan: BlendPlan, start: int, end: int) -> Any:
-        ids = list(plan.token_ids)
-        return self._adapter._create_key(ids, start, end, plan.request_id, plan.cache_salt, plan.configs)
+    def _key(self, plan: BlendPlan, tokens: Sequence[int], start: int, end: int) -> Any:
+        return self._adapter._create_key(list(tokens), start, end, plan.request_id, plan.cache_salt, plan.configs)
 
     @property
     def deadline(self) -> float:
