@@ -173,5 +173,27 @@ def test_a_soak_reports_failures_and_other_answers(tokenizer, corpus):
     assert not report.sound
 
 
+@pytest.mark.parametrize(
+    ("unblended", "ratio_1", "sound"),
+    [
+        ([], [], True),
+        ([], [0.3], False),  # nothing says that the server differs from itself by so much
+        ([0.375, 0.3], [0.375, -0.3], True),
+        ([0.3], [0.375], False),
+        ([0.375], [None], False),  # the other token was not even among the likeliest
+        ([0.375, None], [], False),
+        ([3.0], [2.5], False),  # such a server is wrong without any blending
+    ],
+)
+def test_a_soak_measures_answers_by_the_servers_own_noise(unblended, ratio_1, sound):
+    from lmcache_rag.bench.soak import SoakReport
+
+    report = SoakReport()
+    report.differing = [{"kind": "unblended", "place": 1, "gap": gap} for gap in unblended]
+    report.differing += [{"kind": "ratio 1", "place": 1, "gap": gap} for gap in ratio_1]
+    assert report.sound == sound
+    assert report.as_dict()["sound"] == sound
+
+
 def told(body: dict[str, Any]) -> dict[str, Any]:
     return body.get("kv_transfer_params") or {}

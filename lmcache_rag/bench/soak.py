@@ -12,12 +12,13 @@ from typing import Any, Literal, TypeAlias
 
 import httpx
 
-from lmcache_rag.bench.exact import Asked, difference, questions
+from lmcache_rag.bench.exact import NEAR_TIE, Asked, difference, questions
 from lmcache_rag.bench.traces import ServerSource, Trace
 from lmcache_rag.engines.base import BlendOptions, QueryPrompt, Sampling
 from lmcache_rag.errors import LMCacheRAGError
 
 Kind: TypeAlias = Literal["blended", "ratio 1", "unblended", "aborted"]
+MOST_NOISE = 1.0  # nats: a server that differs from itself by more is wrong, whatever the reason
 SHARES: dict[Kind, float] = {"blended": 0.45, "ratio 1": 0.15, "unblended": 0.2, "aborted": 0.2}
 OPTIONS: dict[Kind, BlendOptions] = {
     "blended": BlendOptions("query", 0.15),
@@ -55,14 +56,29 @@ class SoakReport:
     memory_mb: dict[int, list[float]] = field(default_factory=dict)
 
     @property
+    def noise(self) -> float:
+        """How far, in nats, the server differs from itself without blending: other batches are added up otherwise."""
+        gaps = [abs(each["gap"]) for each in self.differing if each["kind"] == "unblended" and each["gap"] is not None]
+        return max((gap for gap in gaps if gap <= MOST_NOISE), default=NEAR_TIE)
+
+    @property
+    def wrong(self) -> list[dict[str, Any]]:
+        """The differing answers that this does not explain."""
+        return [each for each in self.differing if each["gap"] is None or abs(each["gap"]) > self.noise + 1e-4]
+
+    @property
     def sound(self) -> bool:
-        """Nothing failed, differed or stayed behind."""
-        return not self.failed and not self.differing and not any(self.gauges.values())
+        """Nothing failed, was wrong or stayed behind."""
+        return not self.failed and not self.wrong and not any(self.gauges.values())
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         facts = {f.name: getattr(self, f.name) for f in fields(self)}  # asdict() would count a Counter's pairs
-        return {name: dict(v) if isinstance(v, Counter) else v for name, v in facts.items()} | {"sound": self.sound}
+        return {name: dict(v) if isinstance(v, Counter) else v for name, v in facts.items()} | {
+            "noise": self.noise,
+            "wrong": self.wrong,
+            "sound": self.sound,
+        }
 
 
 class Soak:
@@ -99,6 +115,7 @@ class Soak:
         self._concurrency, self._limit, self._watch = concurrency, limit_s, tuple(watch)
         self._on_step = on_step
         self._asked = questions(self._chunks, 40, least=min(3, most), most=most)
+        self._orders = {asked.chunks for asked in self._asked}
         self.full: dict[Asked, Trace] = {}
         self.report = SoakReport()
 
@@ -132,8 +149,8 @@ class Soak:
         kinds, shares = list(SHARES), list(SHARES.values())
         while time.monotonic() - begin < seconds:
             kind, asked = rng.choices(kinds, shares)[0], rng.choice(self._asked)
-            if kind != "unblended":  # a prompt that was computed in full is reused as it is: each order is new
-                asked = Asked(tuple(rng.sample(asked.chunks, len(asked.chunks))), asked.question)
+            if kind != "unblended":
+                asked = self._new(asked, rng)
             start = time.monotonic()
             try:
                 await asyncio.wait_for(self._request(http, kind, asked, rng), self._limit)
@@ -142,6 +159,16 @@ class Soak:
                 self.report.failed.append(f"{kind}: {type(problem).__name__}: {problem}"[:300])
             self.report.slowest_s = max(self.report.slowest_s, time.monotonic() - start)
             self._on_step(time.monotonic() - begin)
+
+    def _new(self, asked: Asked, rng: random.Random) -> Asked:
+        """The question over chunks in an order that was not asked yet: what was computed in full is reused as it is."""
+        for attempt in range(100):  # a few chunks have few orders, and then others are taken
+            pool = asked.chunks if attempt < 10 else self._chunks
+            order = tuple(rng.sample(pool, len(asked.chunks)))
+            if order not in self._orders:
+                break
+        self._orders.add(order)
+        return Asked(order, asked.question)
 
     async def _request(self, http: httpx.AsyncClient, kind: Kind, asked: Asked, rng: random.Random) -> None:
         prompt = self._prompt(asked)

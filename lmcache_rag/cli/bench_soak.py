@@ -95,6 +95,8 @@ def _show(run: Run, report: SoakReport) -> None:
     run.out.print(f"Answers that differ from the full prefill's: {len(report.differing)}; at near ties: {ties}")
     for each in report.differing:
         run.out.print(f"  {each['kind']}, token {each['place']}, by {each['gap']} nats")
+    if report.differing:
+        run.out.print(f"Without blending up to {report.noise:g} nats; not explained by that: {len(report.wrong)}")
     run.out.print(f"Slowest request: {report.slowest_s:.1f} s")
     for reason, number in report.fallbacks.most_common():
         run.out.print(f"Computed in full, {number}: {reason}")
