@@ -102,10 +102,35 @@ def test_attention(rows: int, length: int, hides: bool, packed: bool, size: int)
     torch.testing.assert_close(most, weights.amax((1, 2)), atol=2e-2, rtol=5e-2)
 
 
-def test_damage_shows() -> None:
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 1), (7, 1), (6, 2), (4, 4), (160, 1)])
+@pytest.mark.parametrize(("rows", "splits"), [(5, 1), (5, 3), (70, 1), (150, 1)])
+def test_any_number_of_heads_shares_keys(heads: int, kv_heads: int, rows: int, splits: int) -> None:
+    """SmolLM2 has three heads to a key, Qwen2.5-7B seven: a tile has rows to spare. 160 do not fit into one."""
+    from lmcache_rag.connector import kernels
+
+    if INTERPRETED and heads > 7 and rows > 70:
+        pytest.skip("takes minutes in the interpreter")
+    torch.manual_seed(heads + rows)
+    length, size = 1200 if splits > 1 else 300, 64
+    blocks = -(-length // 16)
+    cache = torch.randn((blocks, 2, 16, kv_heads, size), device=DEVICE, dtype=DTYPE)
+    keys, values = keys_and_values(cache)
+    sequence = PagedSequence.of(torch.randperm(blocks).tolist(), 16, DEVICE)
+    positions = torch.randperm(length, device=DEVICE)[:rows].sort().values.to(torch.int32)
+    query = torch.randn(rows, heads, size, device=DEVICE, dtype=DTYPE)
+    out, want = torch.empty_like(query), torch.empty_like(query)
+    lse = kernels.attend(query, keys, values, sequence.blocks, positions, None, 0.125, out, end=length, splits=splits)
+    want_lse = PagedAttention(sequence, positions, length)._plain(query, keys, values, 0.125, want)
+    torch.testing.assert_close(out, want, **NEAR)
+    torch.testing.assert_close(lse, want_lse, **NEAR)
+
+
+@pytest.mark.parametrize("hides", [False, True])
+@pytest.mark.parametrize("rows", [20, 100])
+def test_damage_shows(hides: bool, rows: int) -> None:
     """NaN in a key or a value that is seen must not be masked away."""
-    query, keys, values, sequence, positions = case(20, 3000)
-    attention = Kernels(sequence, positions, 3000, torch.empty(0, dtype=torch.int64, device=DEVICE))
+    query, keys, values, sequence, positions = case(rows, 3000)
+    attention = Kernels(sequence, positions, 3000, torch.empty(0, dtype=torch.int64, device=DEVICE) if hides else None)
     first = sequence.slots(torch.tensor([0], device=DEVICE))
     out = torch.empty_like(query)
     damaged = keys.clone()
