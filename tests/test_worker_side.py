@@ -96,8 +96,10 @@ class World:
     def make_model(self, hf: HFModel) -> Model:
         return Model(hf, layout="NHD", block=BLOCK, blocks=20)
 
-    def run(self) -> Any:
-        self.worker.run([self.plan], Allowance())
+    def run(self, *, early: bool = False) -> Any:
+        if early:
+            self.worker.run_now([self.plan])
+        self.worker.run([] if early else [self.plan], Allowance())
         self.worker.finish()
         (result,) = self.worker.take_results()
         assert not result.failure or result.failure in metrics.REASONS
@@ -139,11 +141,7 @@ def test_ratio_one_is_a_full_prefill(hf: HFModel) -> None:
 
 def test_what_was_begun_before_the_step_is_done_like_what_is_in_it(hf: HFModel) -> None:
     early, within = World(hf), World(hf)
-    early.worker.run_now([early.plan])
-    assert early.link.asked == ["matches"], "the load must not wait for vLLM to prepare its step"
-    early.worker.run([], Allowance())
-    early.worker.finish()
-    (result,) = early.worker.take_results()
+    result = early.run(early=True)
     assert dataclasses.replace(result, load_ms=0, blend_ms=0) == dataclasses.replace(
         within.run(), load_ms=0, blend_ms=0
     )
@@ -152,9 +150,12 @@ def test_what_was_begun_before_the_step_is_done_like_what_is_in_it(hf: HFModel) 
 
 
 @pytest.mark.parametrize("fault", ["dead", "late"])
-def test_without_the_kv_everything_is_computed(hf: HFModel, fault: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_without_the_kv_everything_is_computed(
+    hf: HFModel, fault: str, early: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     world = World(hf, fault)
-    results = [world.run(), world.run()]
+    results = [world.run(early=early), world.run(early=early)]
     assert all(r.failure and r.reused_tokens == 0 and r.computed_tokens == world.end - PREFIX for r in results)
     assert world.is_full_prefill()
     assert (world.link.asked == []) == (fault == "dead")
@@ -163,9 +164,10 @@ def test_without_the_kv_everything_is_computed(hf: HFModel, fault: str, caplog: 
 
 @pytest.mark.parametrize("policy", ["query", "hkvd", "head", "none"])
 @pytest.mark.parametrize("fault", ["damaged key", "damaged value", "damaged last value"])
-def test_damaged_kv_is_reported(hf: HFModel, fault: str, policy: str) -> None:
+@pytest.mark.parametrize("early", [False, True])
+def test_damaged_kv_is_reported(hf: HFModel, fault: str, policy: str, early: bool) -> None:
     world = World(hf, fault, policy)
-    result = world.run()
+    result = world.run(early=early)
     assert result.failure == "damaged KV"
     assert result.reused_tokens == 0
     bad = world.worker.take_bad_blocks()
