@@ -101,6 +101,11 @@ class FakeServer:
                 status["registered_gpu_ids"] = [1, 2]
             if self.mode != "unblended":
                 status["registered_cb_rope_instances"] = [] if self.mode == "unregistered" else [1]
+            if self.mode in ("two ranks", "one of two ranks"):
+                status["registered_gpu_ids"] = [1, 2]
+                status["registered_cb_rope_instances"] = [1, 2]
+                facts = {"model_name": "some/model", "world_size": 2}
+                status["cache_context_meta"] = {"1": facts, "2": facts} if self.mode == "two ranks" else {"1": facts}
             pages: dict[str, Any] = {"/healthcheck": {"status": "healthy"}, "/status": status}
         else:
             card = {"id": self.model, "root": self.model, "max_model_len": 4096}

@@ -302,8 +302,13 @@ def test_the_models_that_we_know_are_where_we_look() -> None:
 
 
 def test_ranks_can_add_and_vote() -> None:
-    from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+    from vllm.distributed import (
+        get_tensor_model_parallel_rank,
+        get_tensor_model_parallel_world_size,
+        tensor_model_parallel_all_reduce,
+    )
 
+    takes(get_tensor_model_parallel_rank)
     takes(get_tensor_model_parallel_world_size)
     takes(tensor_model_parallel_all_reduce, "input_")
 

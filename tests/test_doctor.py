@@ -161,6 +161,7 @@ def test_all_is_well(model: str, gpu_machine: Path, monkeypatch: pytest.MonkeyPa
         ("", "unblended", "Blend engine", "does not blend"),
         ("", "unregistered", "RoPE", "not registered"),
         ("", "ill", "LMCache", "not healthy"),
+        ("", "one of two ranks", "Ranks", "1 registered for some/model, which is served by 2"),
     ],
 )
 def test_each_fault_is_found(
@@ -183,6 +184,15 @@ def test_a_worker_that_does_not_blend_is_a_warning(model: str) -> None:
     _, found = examine(model, "", "half")
     assert found["RoPE"]["state"] == "warning"
     assert found["RoPE"]["result"] == "registered by 1 of 2 workers"
+
+
+def test_ranks_are_told_where_there_are_several(model: str) -> None:
+    _, found = examine(model, "", "two ranks")
+    assert (found["Ranks"]["state"], found["Ranks"]["result"]) == (
+        "ok",
+        "2 registered for some/model, which is served by 2",
+    )
+    assert "Ranks" not in examine(model)[1]
 
 
 def test_servers_that_are_not_there() -> None:

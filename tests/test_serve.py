@@ -111,7 +111,9 @@ def test_the_address_is_where_vllm_listens(words: tuple[str, ...], url: str) -> 
 def test_a_gpu_worker_of_lmcache_for_each_rank() -> None:
     assert value(make("--tensor-parallel-size", "4").lmcache, "--max-gpu-workers") == "4"
     assert value(make("-tp", "2").lmcache, "--max-gpu-workers") == "2"
+    assert value(make("-tp", "2", "--data-parallel-size=3").lmcache, "--max-gpu-workers") == "6"
     assert "--max-gpu-workers" not in make().lmcache
+    assert "--max-gpu-workers" not in make("-tp", "1").lmcache
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any
 
 import pytest
@@ -131,6 +132,17 @@ def test_a_blend_says_what_it_did(hf: HFModel) -> None:
     assert sum(parts) == world.end
     assert not world.is_full_prefill()
     assert world.worker.take_bad_blocks() == set()
+
+
+def test_at_debug_level_a_rank_says_what_it_selected(hf: HFModel, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", logger="lmcache_rag")
+    for ratio, fault in ((0.3, ""), (0.3, ""), (0.2, ""), (0.3, "dead")):
+        World(hf, fault, ratio=ratio).run()
+    said = [record.getMessage() for record in caplog.records if record.levelname == "DEBUG"]
+    assert said[0] == said[1]
+    assert re.fullmatch("request r on rank 0: 36 tokens selected, digest [0-9a-f]{12}", said[0])
+    assert said[0].split()[-1] != said[2].split()[-1]
+    assert said[3] == "request r on rank 0: no server"
 
 
 def test_ratio_one_is_a_full_prefill(hf: HFModel) -> None:

@@ -7,6 +7,7 @@ prompt; `Attention` is what it calls in each layer, after that layer's fresh KV 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -134,11 +135,19 @@ class BlendOutcome:
         gaps: Tokens computed because nothing was cached for them.
         watched: A number that is not finite when any key before the end, or any value below the last layer, was not;
             None when no pass looked at all of them.
+        selected: Positions of the selected tokens, int64 [recomputed], ascending or not.
     """
 
     recomputed: int
     gaps: int
     watched: Tensor | None = None
+    selected: Tensor | None = None
+
+    def digest(self) -> str:
+        """A few letters of which tokens were selected: ranks that agree say the same. Waits for the GPU."""
+        if self.selected is None:
+            return "none"
+        return hashlib.sha256(self.selected.sort().values.cpu().numpy().tobytes()).hexdigest()[:12]
 
 
 class _Passes:
@@ -253,7 +262,7 @@ class BlendPass:
         end = max(end, cached_end)
         tail = torch.arange(cached_end, end, device=device)
         yield from self.compute(ids, torch.cat([torch.cat([chosen, gaps]).sort().values, tail]), end)
-        return BlendOutcome(len(chosen), len(gaps) + len(tail), passes.watched)
+        return BlendOutcome(len(chosen), len(gaps) + len(tail), passes.watched, chosen)
 
     def compute(self, ids: Tensor, positions: Tensor, end: int) -> Steps[None]:
         """Compute the KV of these positions (int64, ascending) through all layers, in pieces that fit a pass.

@@ -168,6 +168,11 @@ class VLLMModel:
         """Number of tensor-parallel ranks."""
         return compat_vllm.tensor_parallel_ranks()
 
+    @property
+    def rank(self) -> int:
+        """Which of them this is."""
+        return compat_vllm.tensor_parallel_rank()
+
     def sum_over_ranks(self, scores: Tensor) -> Tensor:
         """Sum over the tensor-parallel ranks."""
         result: Tensor = compat_vllm.tensor_parallel_sum(scores)

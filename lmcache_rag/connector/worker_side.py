@@ -144,6 +144,9 @@ class WorkerSide:
             counts = (plan.exact, covered - outcome.recomputed, outcome.recomputed, outcome.gaps)
         hot = sum(m.end - m.start for m in plan.matches if m.block >= 0) if not job.failure else 0
         self._results.append(BlendResult(plan.request_id, *counts, *job.clock.read(), job.failure, hot))
+        if log.isEnabledFor(logging.DEBUG):  # how to see that tensor-parallel ranks agree
+            what = job.failure or f"{outcome.recomputed} tokens selected, digest {outcome.digest()}"
+            log.debug("request %s on rank %d: %s", plan.request_id, self._model.rank, what)
 
     def take_results(self) -> list[BlendResult]:
         """What was done since the last call."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shlex
 import sys
@@ -25,6 +26,7 @@ MOST_BATCHED_TOKENS = 8192  # a pass over a whole prompt of usual length fits in
 GPU_SHARE = 0.85  # LMCache's server needs memory of its own on the GPU
 WAIT_S, HEARTBEAT_S = 60, 5  # LMCache's own defaults let vLLM wait for minutes
 L1_GB, L1_SHARE = 20.0, 0.4
+_SIZES = (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
 
 
 @dataclass(frozen=True)
@@ -129,9 +131,8 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
         *("--http-host", "127.0.0.1"),
         *("--http-port", str(options.lmcache_http_port)),
     ]
-    ranks = given.value("--tensor-parallel-size") or given.value("-tp")
-    if ranks.isdigit() and int(ranks) > 1:
-        lmcache += ["--max-gpu-workers", ranks]  # one for each GPU, or they wait for each other
+    if (gpus := given.gpus()) > 1:
+        lmcache += ["--max-gpu-workers", str(gpus)]  # one for each GPU, or they wait for each other
     for tier in options.l2:
         lmcache += ["--l2-adapter", second_tier(tier)]
     extra = {
@@ -209,6 +210,11 @@ class _Given:
 
     def value(self, name: str) -> str:
         return self._values.get(name, "")
+
+    def gpus(self) -> int:
+        """How many vLLM takes: ranks of a replica, times replicas."""
+        sizes = [self.value(long) or self.value(short) for long, short in _SIZES]
+        return math.prod(int(size) for size in sizes if size.isdigit() and int(size))
 
 
 def _check_chunk(options: ServeOptions, given: _Given) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -57,7 +58,29 @@ def lmcache(url: str, *, needed: bool) -> tuple[list[Check], dict[str, Any]]:
     else:
         state: Any = "failed" if needed else "skipped"
         checks.append(Check("RoPE", state, "no vLLM worker is registered", "Is vLLM up, and with our connector?"))
+    checks += ranks(status)
     return checks, status
+
+
+def ranks(status: dict[str, Any]) -> list[Check]:
+    """Whether all tensor-parallel ranks of each vLLM are registered; nothing where no vLLM has several.
+
+    A rank that is not there makes every prompt computed on all: none may blend alone.
+    """
+    sizes: Counter[tuple[str, int]] = Counter()
+    for one in (status.get("cache_context_meta") or {}).values():
+        sizes[str(one.get("model_name")), int(one.get("world_size") or 1)] += 1
+    checks = []
+    for (model, size), found in sorted(sizes.items()):
+        if size == 1:
+            continue
+        words = f"{found} registered for {model}, which is served by {size}"
+        if found % size:
+            remedy = "KV is blended by all ranks or by none: see vLLM's log for the worker that could not register."
+            checks.append(Check("Ranks", "failed", words, remedy))
+        else:
+            checks.append(Check("Ranks", "ok", words))
+    return checks
 
 
 def vllm(server: api.VLLM) -> tuple[list[Check], api.Served | None]:

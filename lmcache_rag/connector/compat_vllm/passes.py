@@ -141,6 +141,13 @@ def tensor_parallel_ranks() -> int:
     return int(get_tensor_model_parallel_world_size())
 
 
+def tensor_parallel_rank() -> int:
+    """Which tensor-parallel rank this process is."""
+    from vllm.distributed import get_tensor_model_parallel_rank
+
+    return int(get_tensor_model_parallel_rank())
+
+
 def tensor_parallel_sum(tensor: Any) -> Any:
     """Sum over the tensor-parallel ranks."""
     from vllm.distributed import tensor_model_parallel_all_reduce
