@@ -19,7 +19,7 @@ import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 DATA = Path(__file__).parents[1] / "examples" / "data" / "documents"
 ARMS = {
@@ -30,6 +30,48 @@ ARMS = {
     "none": ("none", 0.0, False),
 }
 OFF = {"lmcache_rag.blend": "off", "lmcache.max_offload_tokens": 64}
+
+
+class Answer(NamedTuple):
+    """Tokens, what was reused, and the likeliest two tokens at each place."""
+
+    tokens: list[int]
+    told: dict[str, Any]
+    likely: Any
+
+    def gap(self, place: int) -> float:
+        """How much likelier its own token was there than the next: near 0, rounding decides."""
+        first, second = sorted((each.logprob for each in self.likely[place].values()), reverse=True)[:2]
+        return float(first - second)
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """Where two answers part."""
+    return next((i for i, (mine, theirs) in enumerate(zip(one, other, strict=True)) if mine != theirs), None)
+
+
+class Material:
+    """Chunks of the sample documents, and prompts of four to eight of them in random order."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._rng = random.Random(0)
+        text = " ".join(path.read_text() for path in sorted(DATA.rglob("*")) if path.suffix in (".txt", ".md"))
+        ids = tokenizer.encode(text)
+        self._prefix, self._gap = ids[:64], tokenizer.encode("\n\n")
+        self._question = tokenizer.encode("\n\nQuestion: what do these passages say? Answer:")
+        self._chunks = [ids[start : start + self._rng.randrange(200, 300)] for start in range(70, 70 + 300 * 30, 300)]
+
+    def ingestions(self) -> list[list[int]]:
+        """A prompt for each chunk."""
+        return [self._prefix + chunk for chunk in self._chunks]
+
+    def prompt(self) -> tuple[list[int], list[list[int]]]:
+        """The next prompt, and where its chunks stand."""
+        prompt, spans = list(self._prefix), []
+        for number in self._rng.sample(range(len(self._chunks)), self._rng.randrange(4, 9)):
+            spans.append([len(prompt), len(prompt) + len(self._chunks[number])])
+            prompt += self._chunks[number] + self._gap
+        return prompt + self._question, spans
 
 
 class Engine:
@@ -58,22 +100,27 @@ class Engine:
         )
         self.tokenizer = self._llm.get_tokenizer()
 
-    def answer(
-        self, prompt: Sequence[int], tokens: int, params: dict[str, Any]
-    ) -> tuple[list[int], dict[str, Any], Any]:
-        """Greedy tokens, what was reused, and the likeliest two tokens at each place."""
+    def answer(self, prompt: Sequence[int], tokens: int, params: dict[str, Any]) -> Answer:
+        """One answer."""
+        return self.answers([prompt], tokens, [params])[0]
+
+    def answers(self, prompts: Sequence[Sequence[int]], tokens: int, params: Sequence[dict[str, Any]]) -> list[Answer]:
+        """Greedy answers to prompts that are asked at once."""
         from vllm import SamplingParams
 
-        sampling = SamplingParams(
-            temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=2, extra_args={"kv_transfer_params": params}
-        )
-        request = {"prompt_token_ids": list(prompt), "cache_salt": self._salt}
-        found = self._llm.generate([request], sampling, use_tqdm=False)[0]
-        return (
-            list(found.outputs[0].token_ids),
-            (found.kv_transfer_params or {})["lmcache_rag"],
-            found.outputs[0].logprobs,
-        )
+        sampling = [
+            SamplingParams(
+                temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=2, extra_args={"kv_transfer_params": each}
+            )
+            for each in params
+        ]
+        requests = [{"prompt_token_ids": list(prompt), "cache_salt": self._salt} for prompt in prompts]
+        return [
+            Answer(
+                list(one.outputs[0].token_ids), (one.kv_transfer_params or {})["lmcache_rag"], one.outputs[0].logprobs
+            )
+            for one in self._llm.generate(requests, sampling, use_tqdm=False)
+        ]
 
 
 def main() -> None:
@@ -101,36 +148,26 @@ def main() -> None:
 
 def measure(engine: Engine, prompts: int, tokens: int) -> dict[str, dict[str, Any]]:
     """Every arm over all prompts."""
-    rng = random.Random(0)
-    text = " ".join(path.read_text() for path in sorted(DATA.rglob("*")) if path.suffix in (".txt", ".md"))
-    ids = engine.tokenizer.encode(text)
-    prefix, gap = ids[:64], engine.tokenizer.encode("\n\n")
-    chunks = [ids[start : start + rng.randrange(200, 300)] for start in range(70, 70 + 300 * 30, 300)]
-    question = engine.tokenizer.encode("\n\nQuestion: what do these passages say? Answer:")
-    for chunk in chunks:
-        engine.answer(prefix + chunk, 1, {"lmcache_rag.blend": "off"})
+    material = Material(engine.tokenizer)
+    for prompt in material.ingestions():
+        engine.answer(prompt, 1, {"lmcache_rag.blend": "off"})
     time.sleep(1.5)  # LMCache stores behind the answer
     rows: dict[str, dict[str, Any]] = {arm: {"blended": 0, "equal": 0, "first equal": 0, "gaps": []} for arm in ARMS}
     for _ in range(prompts):
-        prompt, spans = list(prefix), []
-        for number in rng.sample(range(len(chunks)), rng.randrange(4, 9)):
-            spans.append([len(prompt), len(prompt) + len(chunks[number])])
-            prompt += chunks[number] + gap
-        prompt += question
+        prompt, spans = material.prompt()
         got = {}
         for arm, (policy, ratio, hot) in ARMS.items():
             params: dict[str, Any] = {"lmcache_rag.policy": policy, "lmcache_rag.ratio": ratio}
             got[arm] = engine.answer(prompt, tokens, params | ({"lmcache_rag.chunks": spans} if hot else {}))
-        full, _, likely = engine.answer(prompt, tokens, OFF)
-        for arm, (answer, told, _) in got.items():
+        full = engine.answer(prompt, tokens, OFF)
+        for arm, answer in got.items():
             row = rows[arm]
-            place = next((i for i, (mine, theirs) in enumerate(zip(answer, full, strict=True)) if mine != theirs), None)
-            row["blended"] += told["reused_tokens"] + told["recomputed_tokens"] > 0
+            place = first_difference(answer.tokens, full.tokens)
+            row["blended"] += answer.told["reused_tokens"] + answer.told["recomputed_tokens"] > 0
             row["equal"] += place is None
             row["first equal"] += place != 0
-            if place is not None:  # how much likelier its own token was there than the next: near 0, rounding decides
-                first, second = sorted((each.logprob for each in likely[place].values()), reverse=True)[:2]
-                row["gaps"] = sorted([*row["gaps"], round(first - second, 2)])
+            if place is not None:
+                row["gaps"] = sorted([*row["gaps"], round(full.gap(place), 4)])
     return rows
 
 

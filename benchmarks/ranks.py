@@ -1,0 +1,259 @@
+"""Do tensor-parallel ranks blend as one? Selection, failures and answers of two ranks, beside the same shape on one.
+
+    python benchmarks/ranks.py MODEL_FOLDER               # a GPU for each rank
+    python benchmarks/ranks.py MODEL_FOLDER --one-gpu     # both ranks on one GPU, over gloo: right, and slow
+
+The tokenizer is MODEL_FOLDER's, the weights are random: a Llama of 8 heads and 4 KV heads, in float32 with vLLM's
+Triton backend, so that near ties decide nothing. Needs vLLM and LMCache; starts an LMCache server of its own.
+
+1. Ratio 1 from LMCache, and copied inside vLLM's cache, beside a full prefill by the same ranks and by one rank.
+2. Requests in batches, with `query` and `hkvd`: each rank's own word of what it selected.
+3. Loads that fail on the last rank only: all must compute everything. Then without the fault again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+from backends import OFF, Engine, Material, first_difference
+
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": False,
+}
+OPTIONS: dict[str, Any] = {"dtype": "float32", "attention_backend": "TRITON_ATTN", "enforce_eager": True}
+TOKENS, BATCH = 64, 8
+
+
+def make_model(source: Path, out: Path) -> None:
+    """Random weights whose attention is far from uniform, so that mistakes show."""
+    import torch
+    import transformers
+
+    shutil.copytree(source, out, ignore=shutil.ignore_patterns("*.safetensors*", "*.bin", "*.gguf"))
+    config = transformers.AutoConfig.from_pretrained(source)
+    config.update(SHAPE)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+                weight.mul_(4)
+            elif "embed_tokens" in name or "lm_head" in name:
+                weight.mul_(20)
+    model.save_pretrained(out)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def healthy(url: str) -> bool:
+    """Whether it answers."""
+    with contextlib.suppress(httpx.HTTPError):
+        return httpx.get(url, timeout=2).is_success
+    return False
+
+
+@contextlib.contextmanager
+def lmcache(ranks: int, log: Path) -> Iterator[int]:
+    """An LMCache server; its port."""
+    port, http = free_port(), free_port()
+    command = [sys.executable, "-m", "lmcache.cli.main", "server", "--engine-type", "blend", "--chunk-size", "64"]
+    command += ["--supported-transfer-mode", "lmcache_driven", "--l1-size-gb", "6", "--eviction-policy", "LRU"]
+    command += ["--host", "localhost", "--port", str(port), "--http-host", "127.0.0.1", "--http-port", str(http)]
+    with log.open("wb") as out:
+        process = subprocess.Popen([*command, "--max-gpu-workers", str(ranks)], stdout=out, stderr=out)
+    try:
+        for _ in range(240):
+            if process.poll() is not None or healthy(f"http://127.0.0.1:{http}/healthcheck"):
+                break
+            time.sleep(0.5)
+        if process.poll() is not None:
+            raise SystemExit(f"LMCache did not start: {log}")
+        yield port
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers(engine: Engine, prompts: int, folder: Path) -> dict[str, Any]:
+    """Ratio 1 and a full prefill, with the answers of one rank where they are known."""
+    material, alone = Material(engine.tokenizer), folder / "alone.json"
+    for prompt in material.ingestions():
+        engine.answer(prompt, 1, {"lmcache_rag.blend": "off"})
+    time.sleep(1.5)  # LMCache stores behind the answer
+    known = json.loads(alone.read_text()) if alone.exists() else []
+    arms: dict[str, dict[str, Any]] = {
+        name: {"blended": 0, "equal": 0, "gaps": [], "equal to one rank": 0}
+        for name in ("ratio 1", "hot ratio 1", "none", "full prefill")
+    }
+    full_answers = []
+    for number in range(prompts):
+        prompt, spans = material.prompt()
+        one = {"lmcache_rag.policy": "query", "lmcache_rag.ratio": 1.0}
+        none = {"lmcache_rag.policy": "none", "lmcache_rag.ratio": 0.0}
+        asked = {"ratio 1": one, "hot ratio 1": one | {"lmcache_rag.chunks": spans}, "none": none, "full prefill": OFF}
+        got = {name: engine.answer(prompt, TOKENS, params) for name, params in asked.items()}
+        full = got["full prefill"]
+        full_answers.append(full.tokens)
+        for name, answer in got.items():
+            place = first_difference(answer.tokens, full.tokens)
+            row = arms[name]
+            row["blended"] += answer.told["reused_tokens"] + answer.told["recomputed_tokens"] > 0
+            row["equal"] += place is None
+            row["gaps"] += [] if place is None else [round(full.gap(place), 5)]
+            row["equal to one rank"] += bool(known) and first_difference(answer.tokens, known[number]) is None
+    if not known:
+        alone.write_text(json.dumps(full_answers))
+    return arms
+
+
+def said(folder: Path, rank: int) -> dict[str, str]:
+    """What a rank said of each request."""
+    found = {}
+    for line in (folder / f"rank{rank}.log").read_text().splitlines():
+        if line.startswith("request ") and f" on rank {rank}: " in line:
+            request, _, words = line.removeprefix("request ").partition(f" on rank {rank}: ")
+            found[request] = words
+    return found
+
+
+def agreement(engine: Engine, requests: int, folder: Path, ranks: int) -> dict[str, Any]:
+    """Batches with two policies, chunks named and not: do all ranks say the same?"""
+    before = [set(said(folder, rank)) for rank in range(ranks)]
+    material = Material(engine.tokenizer)
+    kinds = [
+        {"lmcache_rag.policy": policy, "lmcache_rag.ratio": ratio, "named": named}
+        for policy, ratio in (("query", 0.15), ("hkvd", 0.15), ("query", 0.4))
+        for named in (False, True)
+    ]
+    failures: dict[str, int] = {}
+    blended = 0
+    for start in range(0, requests, BATCH):
+        prompts, params = [], []
+        for number in range(start, min(start + BATCH, requests)):
+            prompt, spans = material.prompt()
+            kind = dict(kinds[number % len(kinds)])
+            prompts.append(prompt)
+            params.append(kind | ({"lmcache_rag.chunks": spans} if kind.pop("named") else {}))
+        for answer in engine.answers(prompts, 4, params):
+            blended += answer.told["reused_tokens"] > 0
+            why = answer.told.get("failure")
+            if why:
+                failures[why] = failures.get(why, 0) + 1
+    told = [{r: w for r, w in said(folder, rank).items() if r not in before[rank]} for rank in range(ranks)]
+    same = sum(all(told[rank].get(request) == words for rank in range(ranks)) for request, words in told[0].items())
+    return {
+        "requests": requests,
+        "blended": blended,
+        "failures": failures,
+        "told by ranks": [len(one) for one in told],
+        "same on all": same,
+        "different digests": len(set(told[0].values())),
+    }
+
+
+def faults(engine: Engine, prompts: int, folder: Path) -> dict[str, Any]:
+    """Loads that fail on the last rank only."""
+    material, row = (
+        Material(engine.tokenizer),
+        {"computed in full": 0, "equal": 0, "reasons": set(), "blended after": 0},
+    )
+    asked = [material.prompt()[0] for _ in range(prompts)]
+    params = {"lmcache_rag.policy": "query", "lmcache_rag.ratio": 0.15}
+    (folder / "fault").touch()
+    failed = [engine.answer(prompt, TOKENS, params) for prompt in asked]
+    (folder / "fault").unlink()
+    after = [engine.answer(prompt, 1, params) for prompt in asked]
+    for prompt, answer, later in zip(asked, failed, after, strict=True):
+        full = engine.answer(prompt, TOKENS, OFF)
+        row["computed in full"] += answer.told["reused_tokens"] + answer.told["recomputed_tokens"] == 0
+        row["equal"] += first_difference(answer.tokens, full.tokens) is None
+        row["reasons"] |= {answer.told.get("failure")}
+        row["blended after"] += later.told["reused_tokens"] > 0
+    return {**row, "prompts": prompts, "reasons": sorted(map(str, row["reasons"]))}
+
+
+def part(given: argparse.Namespace, folder: Path) -> None:
+    """One engine's share, in a process of its own."""
+    os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
+    os.environ["LMCACHE_RAG_BENCHMARK_FOLDER"] = str(folder)
+    found: dict[str, Any] = {}
+    options = dict(OPTIONS)
+    if given.part > 1:
+        options |= {"tensor_parallel_size": given.part, "distributed_executor_backend": "mp"}
+        options["worker_cls"] = "one_gpu.OneGPUWorker" if given.one_gpu else "one_gpu.RankWorker"
+        if given.one_gpu:
+            options["disable_custom_all_reduce"] = True
+            os.environ |= {"VLLM_DISABLE_PYNCCL": "1", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
+    engine = Engine(str(folder / "model"), given.port, f"ranks {given.part}", options)
+    found["answers"] = answers(engine, given.prompts, folder)
+    if given.part > 1:
+        found["agreement"] = agreement(engine, given.requests, folder, given.part)
+        found["fault on the last rank"] = faults(engine, 10, folder)
+    (folder / f"part{given.part}.json").write_text(json.dumps(found))
+
+
+def main() -> None:
+    """Run one rank, then several."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--one-gpu", action="store_true", help="all ranks on the first GPU")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=50)
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--folder", type=Path, help="keep logs here")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.part:
+        part(given, given.folder)
+        return
+    folder = given.folder or Path(tempfile.mkdtemp(prefix="ranks-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    make_model(given.model, folder / "model")
+    found: dict[str, Any] = {"ranks": given.ranks, "one GPU": given.one_gpu, "shape": SHAPE}
+    with lmcache(given.ranks, folder / "lmcache.log") as port:
+        for ranks in (1, given.ranks):
+            begin = time.monotonic()
+            own = ["--part", str(ranks), "--port", str(port), "--folder", str(folder)]
+            with (folder / f"part{ranks}.log").open("wb") as log:
+                status = subprocess.run(
+                    [sys.executable, *sys.argv, *own], stdout=log, stderr=log, check=False
+                ).returncode
+            if status:
+                raise SystemExit(f"the part with {ranks} ranks ended with {status}: {log.name}")
+            found[f"{ranks} ranks"] = json.loads((folder / f"part{ranks}.json").read_text())
+            print(f"{ranks} ranks, {time.monotonic() - begin:.0f} s")
+            for name, row in found[f"{ranks} ranks"].items():
+                print(f"  {name}: {json.dumps(row)}", flush=True)
+    if given.out:
+        given.out.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
