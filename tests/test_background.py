@@ -81,6 +81,14 @@ def test_ratio_one_is_a_full_prefill(hf: HFModel) -> None:
     assert max(steps) <= 20, "others wait for no more than they were told"
 
 
+def test_the_check_of_hkvd_is_cut_into_pieces_too(hf: HFModel) -> None:
+    world = Background(hf, policy="hkvd")
+    _, steps = world.to_the_end()
+    # Its check runs half of the model's four layers: 40 tokens take as long as 20 through all of them.
+    assert max(steps) <= 40, "others wait for no more than they were told"
+    assert steps.count(40) == 3, "130 tokens are checked"
+
+
 def test_a_step_with_nothing_else_to_do_takes_more(hf: HFModel) -> None:
     _, busy = Background(hf).to_the_end(BUSY)
     _, idle = Background(hf).to_the_end(IDLE)

@@ -78,7 +78,7 @@ class SmallModel:
 class EagerGraph:
     """Does the work again at each replay, as a graph would."""
 
-    def __init__(self) -> None:
+    def __init__(self, surroundings: Any = None) -> None:
         self.replays = 0
 
     def capture(self, work: Callable[[], None]) -> None:
@@ -275,9 +275,7 @@ class Layer:
     kv_cache = torch.zeros(4, 2, BLOCK, KV_HEADS, SIZE)
 
 
-@pytest.mark.parametrize(
-    "changes", [{"eager": True}, {"ranks": 2}, {"tokens": 63}, {"sleep": True}, {"prefetch": 2}], ids=str
-)
+@pytest.mark.parametrize("changes", [{"eager": True}, {"tokens": 63}, {"sleep": True}, {"prefetch": 2}], ids=str)
 def test_what_cannot_be_captured_is_known_before(changes: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     assert not why_not_captured(config())
     reason = why_not_captured(config(**changes))
@@ -291,18 +289,22 @@ def test_a_capture_that_fails_is_told_and_done_without(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Refuses:
+        def __init__(self, surroundings: Any) -> None:
+            assert surroundings is None, "one rank records on a stream of its own"
+
         def capture(self, work: Callable[[], None]) -> None:
             raise RuntimeError("operation not permitted when stream is capturing")
 
     from lmcache_rag.blend.policies import QueryPolicy
+    from lmcache_rag.connector import model as model_module
 
-    monkeypatch.setattr(captured_module, "CudaGraph", Refuses)
+    monkeypatch.setattr(model_module, "CudaGraph", Refuses)
     model = VLLMModel(config(), None)
     assert model._capture(QueryPolicy()) is None
     assert "not permitted when stream is capturing" in caplog.text
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
-    monkeypatch.setattr(captured_module, "CudaGraph", EagerGraph)
+    monkeypatch.setattr(model_module, "CudaGraph", EagerGraph)
     monkeypatch.setattr(model, "_pass", lambda *args, as_graphs: passes.append((len(args[0]), as_graphs)))
     passes: list[tuple[int, bool]] = []
     watch = model._capture(QueryPolicy())
@@ -311,3 +313,25 @@ def test_a_capture_that_fails_is_told_and_done_without(
     asked = {"from_layer": QueryPolicy().from_layer, "reduce": QueryPolicy().reduce}
     assert watch.takes(rows=QueryPolicy().window, end=LONGEST, **asked)
     assert not watch.takes(rows=1, end=LONGEST + 1, **asked)
+
+
+@pytest.mark.parametrize("others", [True, False])
+def test_ranks_record_together_and_all_replay_or_none(monkeypatch: pytest.MonkeyPatch, others: bool) -> None:
+    from lmcache_rag.blend.policies import QueryPolicy
+    from lmcache_rag.connector import model as model_module
+
+    given: list[Any] = []
+
+    class Records(EagerGraph):
+        def __init__(self, surroundings: Any) -> None:
+            super().__init__()
+            given.append(surroundings)
+
+    monkeypatch.setattr(model_module, "CudaGraph", Records)
+    model = VLLMModel(config(ranks=2), None)
+    monkeypatch.setattr(model, "_pass", lambda *args, as_graphs: None)
+    votes: list[bool] = []
+    monkeypatch.setattr(model, "all_ranks", lambda fine: votes.append(fine) or (fine and others))
+    assert (model._capture(QueryPolicy()) is not None) == others
+    assert votes == [True]
+    assert given[0].func is model_module.compat_vllm.recording

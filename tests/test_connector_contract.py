@@ -7,6 +7,7 @@ be imported with CUDA is read from its source.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.metadata
 import importlib.util
 import inspect
@@ -311,6 +312,13 @@ def test_ranks_can_add_and_vote() -> None:
     takes(get_tensor_model_parallel_rank)
     takes(get_tensor_model_parallel_world_size)
     takes(tensor_model_parallel_all_reduce, "input_")
+
+
+def test_ranks_can_record_graphs_together() -> None:
+    from vllm.distributed.parallel_state import GraphCaptureContext, graph_capture
+
+    takes(graph_capture, "device")
+    assert "stream" in {field.name for field in dataclasses.fields(GraphCaptureContext)}
 
 
 # -- vLLM: the connector ------------------------------------------------------------------------------------------

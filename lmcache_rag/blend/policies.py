@@ -65,7 +65,11 @@ class Passes(Protocol):
 
 
 class Policy(Protocol):
-    """Ranks cached tokens."""
+    """Ranks cached tokens.
+
+    One that asks for a deviation says of which layer in `check_layer` too: an engine then runs that pass beforehand, in
+    pieces.
+    """
 
     name: ClassVar[str]
 
@@ -101,6 +105,11 @@ class HKVDPolicy:
 
     name: ClassVar[str] = "hkvd"
     layer: int = 1
+
+    @property
+    def check_layer(self) -> int:
+        """The layer."""
+        return self.layer
 
     def scores(self, layout: Layout, passes: Passes) -> Tensor:
         """Key and value deviation."""
@@ -159,6 +168,11 @@ def get_policy(name: str) -> Policy:
         ) from None
 
 
+def how_many(policy: Policy, ratio: float, total: int) -> int:
+    """How many of so many cached tokens are computed again."""
+    return {"none": 0, "all": total}.get(policy.name, round(ratio * total))
+
+
 def select(policy: Policy, ratio: float, layout: Layout, passes: Passes) -> Tensor:
     """Positions to compute again: the top `ratio` of the cached tokens, int64, ascending.
 
@@ -166,7 +180,7 @@ def select(policy: Policy, ratio: float, layout: Layout, passes: Passes) -> Tens
     selects the same.
     """
     total = len(layout.cached)
-    count = {"none": 0, "all": total}.get(policy.name, round(ratio * total))
+    count = how_many(policy, ratio, total)
     if count == 0:
         return layout.cached[:0]
     if count == total:

@@ -12,7 +12,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from lmcache_rag.blend.policies import Layout, Policy, select
+from lmcache_rag.blend.policies import Layout, Policy, how_many, select
 from lmcache_rag.connector.paged_attention import PagedAttention
 from lmcache_rag.connector.pinned import on_device
 
@@ -159,7 +159,8 @@ class _Passes:
         self._by, self._ids, self._layout, self._gaps = blend, ids, layout, gaps
         self._start, self._end, self._suffix = start, end, suffix
         self.watched: Tensor | None = None
-        self.cost = 0  # tokens through all layers that would have taken as long
+        self.cost = 0  # of the suffix's pass: tokens through all layers that would have taken as long
+        self._deviations: dict[int, Tensor] = {}
 
     def suffix_attention(self, *, window: int, from_layer: float, reduce: str) -> Tensor:
         """See Passes. A long suffix is watched from its end; what stands between is hidden from the rows."""
@@ -187,22 +188,34 @@ class _Passes:
 
     def deviation(self, *, layer: int) -> Tensor:
         """See Passes."""
+        if layer not in self._deviations:
+            for _ in self.check(layer):
+                pass
+        return self._deviations[layer]
+
+    def check(self, layer: int) -> Steps[None]:
+        """Run the pass that `deviation` needs.
+
+        Yields:
+            For each piece, how many tokens through all layers would have taken as long.
+        """
         import torch
 
-        places = torch.arange(self._start, self._end, device=self._ids.device)
         model = self._by.model
+        most = min(model.most_tokens, max(self._by.piece * model.layers // (layer + 1), 1))
         parts = []
-        most = model.most_tokens
-        for piece in (places[i : i + most] for i in range(0, len(places), most)):
+        for first in range(self._start, self._end, most):
+            last = min(first + most, self._end)
+            piece = torch.arange(first, last, device=self._ids.device)
             slots = self._by.sequence.slots(piece)
-            attention = PagedAttention(self._by.sequence, piece.to(torch.int32), int(piece[-1]) + 1)
+            attention = PagedAttention(self._by.sequence, piece.to(torch.int32), last)
             check = _Check(attention, slots, layer)
             with contextlib.suppress(StopForward):
                 model.forward(self._ids[piece], piece, slots, check)
             assert check.deviation is not None  # noqa: S101 - the check layer always stops the pass
             parts.append(check.deviation)
-        self.cost += len(places) * (layer + 1) // model.layers
-        return model.sum_over_ranks(torch.cat(parts))[self._layout.cached - self._start]
+            yield -(-len(piece) * (layer + 1) // model.layers)
+        self._deviations[layer] = model.sum_over_ranks(torch.cat(parts))[self._layout.cached - self._start]
 
 
 class BlendPass:
@@ -216,7 +229,7 @@ class BlendPass:
 
     def __init__(self, model: Model, sequence: PagedSequence, *, piece: int = 0) -> None:
         self.model, self.sequence = model, sequence
-        self._piece = min(piece or model.most_tokens, model.most_tokens)
+        self.piece = min(piece or model.most_tokens, model.most_tokens)
 
     def steps(
         self,
@@ -256,6 +269,9 @@ class BlendPass:
         gaps = on_device(absent.nonzero()[:, 0], torch.int64, device)
         suffix = torch.arange(cached_end, min(len(ids), self.sequence.capacity), device=device)
         passes = _Passes(self, ids, layout, gaps, start, cached_end, suffix)
+        check_layer, cached = getattr(policy, "check_layer", None), len(layout.cached)
+        if check_layer is not None and 0 < how_many(policy, ratio, cached) < cached:
+            yield from passes.check(check_layer)
         chosen = select(policy, ratio, layout, passes)
         if passes.cost:
             yield passes.cost
@@ -274,7 +290,7 @@ class BlendPass:
         """
         import torch
 
-        for piece in (positions[i : i + self._piece] for i in range(0, len(positions), self._piece)):
+        for piece in (positions[i : i + self.piece] for i in range(0, len(positions), self.piece)):
             attention = PagedAttention(self.sequence, piece.to(torch.int32), end)
             self.model.forward(ids[piece], piece, self.sequence.slots(piece), _Redo(attention))
             yield len(piece)

@@ -6,7 +6,9 @@ stands in tensors that stay where they are; the graph is captured once, over tho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lmcache_rag.connector.paged_attention import FixedAttention
@@ -41,32 +43,43 @@ class CudaGraph:
     as vLLM itself captured them. Ours needs little more than the partial results of one layer's attention: splits x
     rows x heads x size in float32, 32 x 64 x 32 x 128 x 4 bytes = 34 MB for an 8B Llama, and the activations of 64
     tokens.
+
+    Args:
+        surroundings: Entered while work is recorded; gives the stream to record on. None: a stream of its own.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, surroundings: Callable[[], AbstractContextManager[Any]] | None = None) -> None:
         import torch
 
         self._graph = torch.cuda.CUDAGraph()
+        self._surroundings = surroundings or _side_stream
 
     def capture(self, work: Callable[[], None]) -> None:
         """Run the work twice on a side stream, which compiles and allocates what may not be in a capture; record."""
         import torch
 
-        side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        torch.cuda.synchronize()
+        with self._surroundings() as side:
             for _ in range(2):
                 work()
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
-        # Other threads of a worker (LMCache's heartbeat) may call CUDA meanwhile: that must not end the capture.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            work()
+            torch.cuda.synchronize()
+            # Other threads of a worker (LMCache's heartbeat) may call CUDA meanwhile: that must not end the capture.
+            with torch.cuda.graph(self._graph, stream=side, capture_error_mode="thread_local"):
+                work()
         torch.cuda.synchronize()
 
     def replay(self) -> None:
         """Queue it on the current stream."""
         self._graph.replay()
+
+
+@contextlib.contextmanager
+def _side_stream() -> Iterator[Any]:
+    import torch
+
+    side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    with torch.cuda.stream(side):
+        yield side
 
 
 class _Watch:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.blend.policies import QueryPolicy
 from lmcache_rag.connector import compat_vllm
-from lmcache_rag.connector.captured import ROWS, CapturedWatch
+from lmcache_rag.connector.captured import ROWS, CapturedWatch, CudaGraph
 from lmcache_rag.connector.paged import keys_and_values
 
 if TYPE_CHECKING:
@@ -62,8 +62,6 @@ def why_not_captured(vllm_config: Any) -> str:
     """Why a pass through this model cannot be one CUDA graph; empty when it can."""
     if vllm_config.model_config.enforce_eager:
         return "vLLM runs eagerly"
-    if vllm_config.parallel_config.tensor_parallel_size > 1:
-        return "tensor parallelism"  # its all-reduce wants vLLM's own capture
     if getattr(vllm_config.model_config, "enable_sleep_mode", False):
         return "sleep mode"  # takes away what was allocated at start
     prefetch = getattr(getattr(vllm_config, "offload_config", None), "prefetch", None)
@@ -194,6 +192,9 @@ class VLLMModel:
         if reason := why_not_captured(self._config):
             log.info("The query pass is not captured as a CUDA graph: %s", reason)
             return None
+        ranks = self._config.parallel_config.tensor_parallel_size
+        surroundings = functools.partial(compat_vllm.recording, self.device) if ranks > 1 else None
+        watch: CapturedWatch | None = None
         try:
             watch = CapturedWatch(
                 functools.partial(self._pass, as_graphs=False),
@@ -204,9 +205,12 @@ class VLLMModel:
                 device=self.device,
                 from_layer=policy.from_layer,
                 reduce=policy.reduce,
+                graph=CudaGraph(surroundings),
             )
             watch.capture()
         except Exception as error:  # whatever a backend cannot do while it is recorded: the other way works
             log.warning("The query pass could not be captured as a CUDA graph (%s); it is launched instead", error)
-            return None
+            watch = None
+        if ranks > 1 and not self.all_ranks(watch is not None):
+            return None  # a graph's pass is padded: ranks that add up their parts must all replay it, or none
         return watch

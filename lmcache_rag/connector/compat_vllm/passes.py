@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -153,6 +154,18 @@ def tensor_parallel_sum(tensor: Any) -> Any:
     from vllm.distributed import tensor_model_parallel_all_reduce
 
     return tensor_model_parallel_all_reduce(tensor) if tensor_parallel_ranks() > 1 else tensor
+
+
+@contextlib.contextmanager
+def recording(device: Any) -> Iterator[Any]:
+    """A stream to record a CUDA graph on, while tensor-parallel ranks record theirs: vLLM's all-reduce wants to know.
+
+    It exchanges addresses between the ranks when the recording is over, so all of them must be here.
+    """
+    from vllm.distributed.parallel_state import graph_capture
+
+    with graph_capture(device) as found:
+        yield found.stream
 
 
 def true_on_all_ranks(fine: bool, device: Any) -> bool:
