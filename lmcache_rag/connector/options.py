@@ -36,7 +36,7 @@ class ConnectorOptions:
     blend: bool = True
     deadline: float = 5.0
     lookup_deadline: float = 5.0
-    poll: float = 0.01
+    poll: float = 0.03
     least_tokens: int = 128
     tail_tokens: int = 512
     hot: bool = True

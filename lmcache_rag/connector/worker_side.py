@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.blend.policies import get_policy
 from lmcache_rag.connector.blend_pass import BlendOutcome, BlendPass, Steps
-from lmcache_rag.connector.jobs import Job, Throttle
+from lmcache_rag.connector.jobs import Clock, Job, Throttle
 from lmcache_rag.connector.pace import Allowance
 from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.connector.pinned import Number, on_device
@@ -172,6 +172,17 @@ class WorkerSide:
         """Ask for the plan's KV."""
         import torch
 
+        hot = [match for match in plan.matches if match.block >= 0]
+        cold = [match for match in plan.matches if match.block < 0]
+        clock, reason = Clock(), ""
+        waiting: list[Any] = []
+        if not self._link.is_healthy and (cold or plan.exact > plan.local):
+            reason = "no server"
+        else:  # before anything else: the server needs some milliseconds until the first byte is on its way
+            if plan.exact > plan.local:
+                waiting.append(self._link.submit_exact(plan))
+            if cold:
+                waiting.append(self._link.submit_matches(plan, cold))
         device = self._model.device
         blocks = plan.block_ids
         if plan.background and len(blocks) * self._model.block < len(plan.token_ids):
@@ -179,16 +190,10 @@ class WorkerSide:
             # nobody reads, holds its KV meanwhile.
             blocks = (*blocks, NULL_BLOCK)
         sequence = PagedSequence.of(blocks, self._model.block, str(device))
-        job = Job(plan, sequence, on_device(plan.token_ids, torch.int64, device))
-        hot = [match for match in plan.matches if match.block >= 0]
-        cold = [match for match in plan.matches if match.block < 0]
-        if not self._link.is_healthy and (cold or plan.exact > plan.local):
-            job.reason = "no server"
+        ids = on_device(plan.token_ids, torch.int64, device)
+        job = Job(plan, sequence, ids, waiting=waiting, clock=clock, reason=reason)
+        if reason:
             return job
-        if plan.exact > plan.local:
-            job.waiting.append(self._link.submit_exact(plan))
-        if cold:
-            job.waiting.append(self._link.submit_matches(plan, cold))
         if hot and self._hot is None:
             job.reason = "no copy of hot chunks"
         elif hot and self._hot is not None:
