@@ -60,7 +60,7 @@ def serving(owner: type) -> Any:
     made: Any = object.__new__(owner)
     for name in (
         *("enable_force_include_usage", "enable_prompt_tokens_details", "enable_per_request_metrics"),
-        *("enable_log_outputs", "enable_log_deltas", "_include_reasoning_tokens_details"),
+        *("enable_log_outputs", "enable_log_deltas", "_include_reasoning_tokens_details", "enable_auto_tools"),
     ):
         setattr(made, name, False)
     for name in ("request_logger", "parser_cls", "system_fingerprint"):
