@@ -29,10 +29,13 @@ class ApiHandler(BaseHTTPRequestHandler):
         self.send_document(status, {"error": {"message": message, "type": "Error", "param": None, "code": status}})
 
     def send_document(self, status: int, document: Any) -> None:
-        data = json.dumps(document).encode()
+        self.send_text(status, json.dumps(document), "application/json")
+
+    def send_text(self, status: int, text: str, kind: str) -> None:
+        data = text.encode()
         self.close_connection = True
         self.send_response(status)
-        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Type", kind)
         self.send_header("Connection", "close")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

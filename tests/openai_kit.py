@@ -63,6 +63,7 @@ class FakeVLLM(ThreadingHTTPServer):
         self.root = model
         self.context = 8192
         self.connector = True
+        self.chunk = 0  # told on /metrics
         self.plugin = False  # makes streams of versions before 0.33 tell
         self.cached_details = False  # --enable-prompt-tokens-details
         self.failure = ""  # the connector cannot reach LMCache
@@ -145,6 +146,9 @@ class _Handler(ApiHandler):
             self.send_document(200, {"object": "list", "data": [adapter, card]})
         elif self.path == "/version":
             self.send_document(200, {"version": server.version})
+        elif self.path == "/metrics" and server.chunk:
+            line = f'vllm:lmcache_rag_chunk_tokens{{engine="0",model_name="{server.model}"}} {server.chunk}.0\n'
+            self.send_text(200, line, "text/plain; version=0.0.4")
         else:
             self.send_problem(404, "Not Found")
 

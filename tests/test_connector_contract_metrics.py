@@ -53,6 +53,7 @@ def config() -> Iterator[Any]:
         kv_connector="CacheBlendConnector",
         kv_connector_module_path="lmcache_rag.connector.connector",
         kv_role="kv_both",
+        kv_connector_extra_config={"lmcache_rag.chunk_size": 256},
     )
     yield VllmConfig(kv_transfer_config=transfer)
     unregister_vllm_metrics()
@@ -76,6 +77,8 @@ def test_what_a_connector_counts_is_on_vllms_metrics(config: Any) -> None:
     shown = KVConnectorProm(config, ["model_name", "engine"], engines)
     assert isinstance(shown.prom_metrics, BlendPromMetrics)
     assert sample("fallbacks_total", engine="0", reason="load failed") == 0
+    assert sample("chunk_tokens", engine="0") == sample("chunk_tokens", engine="1") == 256
+    assert metrics.chunk_tokens(prometheus_client.generate_latest().decode()) == 256
     stats = BlendStats()
     stats.records.extend([BLENDED, FAILED])
     stats.record_lookup(0.25)

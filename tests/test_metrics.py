@@ -23,7 +23,15 @@ class Shelf:
         self.values: dict[tuple[str, ...], list[float]] = defaultdict(list)
         self.names: dict[str, list[str]] = {}
 
-    def make(self, *, name: str, documentation: str, labelnames: list[str], buckets: Any = None) -> Any:
+    def make(
+        self,
+        *,
+        name: str,
+        documentation: str,
+        labelnames: list[str],
+        buckets: Any = None,
+        multiprocess_mode: str = "",
+    ) -> Any:
         assert name.startswith("vllm:lmcache_rag_"), "vLLM would not take it back"
         assert name not in self.names
         assert documentation.endswith(".")
@@ -39,7 +47,7 @@ class Shelf:
                     def inc(self, amount: float = 1) -> None:
                         values.append(amount)
 
-                    observe = inc
+                    observe = set = inc
 
                 return Labelled()
 
@@ -54,8 +62,11 @@ def shelf() -> Shelf:
     return Shelf()
 
 
+LABELS, ENGINES = ["model_name", "engine"], {0: ["m", 0], 3: ["m", 3]}
+
+
 def meters(shelf: Shelf) -> metrics.Meters:
-    return metrics.Meters(shelf.make, shelf.make, ["model_name", "engine"], {0: ["m", 0], 3: ["m", 3]})
+    return metrics.Meters(shelf.make, shelf.make, LABELS, ENGINES)
 
 
 def counted(*results: BlendResult | None, **options: Any) -> list[dict[str, Any]]:
@@ -153,8 +164,25 @@ def test_a_request_that_never_ran_is_not_counted() -> None:
     assert found == []
 
 
+def test_the_servers_chunk_is_told_for_each_engine(shelf: Shelf) -> None:
+    metrics.show_chunk(shelf.make, LABELS, ENGINES, 256)
+    assert shelf.values["chunk_tokens", "m", "0"] == shelf.values["chunk_tokens", "m", "3"] == [256]
+
+
+def test_the_chunk_is_read_from_a_metrics_page() -> None:
+    page = (
+        "# HELP vllm:lmcache_rag_chunk_tokens Tokens of an LMCache chunk.\n"
+        "# TYPE vllm:lmcache_rag_chunk_tokens gauge\n"
+        'vllm:lmcache_rag_chunk_tokens{engine="0",model_name="m"} 256.0\n'
+    )
+    assert metrics.chunk_tokens(page) == 256
+    assert metrics.chunk_tokens(page.replace("256.0", "NaN")) == 0
+    assert metrics.chunk_tokens("") == 0
+
+
 def test_the_documents_name_what_there_is(shelf: Shelf) -> None:
     meters(shelf)
+    metrics.show_chunk(shelf.make, LABELS, ENGINES, 64)
     text = (Path(__file__).parents[1] / "docs/serving.md").read_text()
     named = {name.removesuffix("_total") for name in re.findall(r"vllm:lmcache_rag_\w+", text)}
     assert named == set(shelf.names)

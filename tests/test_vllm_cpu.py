@@ -13,6 +13,8 @@ import httpx
 import pytest
 from vllm_cpu_kit import CHUNK, Servers, needs_vllm_cpu, until
 
+from lmcache_rag import VLLMEngine
+
 pytestmark = [pytest.mark.slow, needs_vllm_cpu]
 
 
@@ -60,6 +62,13 @@ def test_other_tenants_hit_nothing(servers: Servers, chunks: list[list[int]]) ->
     assert servers.tokens(prompt, cache_salt="another tenant") == wanted
     assert servers.vllm_counter(LOADED) == loaded
     assert servers.lmcache_counter(FOUND) == found
+
+
+def test_a_client_learns_the_chunk_of_the_server(servers: Servers) -> None:
+    engine = VLLMEngine(servers.url, tokenizer=servers.model)
+    assert engine.info.kv_block == CHUNK
+    engine.close()
+    assert servers.vllm_counter("vllm:lmcache_rag_chunk_tokens") == CHUNK
 
 
 def test_wishes_that_make_no_sense_do_no_harm(servers: Servers, chunks: list[list[int]]) -> None:

@@ -108,6 +108,24 @@ def test_it_is_an_engine_with_the_servers_facts(server: FakeVLLM, smollm2_path: 
     engine.close()
 
 
+def test_the_servers_chunk_is_the_unit_of_reuse(server: FakeVLLM, smollm2_tokenizer: Any, connect: Any) -> None:
+    server.chunk = 256
+    engine = connect(server.url)
+    assert engine.info.kv_block == 256
+    assert len(PromptBuilder(smollm2_tokenizer, engine.info).prefix_ids) % 256 == 0
+    assert connect(server.url, kv_block=128).info.kv_block == 128
+
+
+def test_servers_with_other_chunks_do_not_go_together(server: FakeVLLM, smollm2_tokenizer: Any, connect: Any) -> None:
+    with vllm_serving(smollm2_tokenizer) as other:
+        server.chunk, other.chunk = 0, 128
+        assert connect([server.url, other.url]).info.kv_block == 128
+        server.chunk = 64
+        with pytest.raises(EngineError, match="chunks of 128 tokens") as raised:
+            connect([server.url, other.url])
+        assert "--chunk-size" in raised.value.remedy
+
+
 def test_an_adapter_is_not_taken_for_the_model_unless_it_is_named(server: FakeVLLM, connect: Any) -> None:
     assert connect(server.url).info.model == MODEL
     assert connect(server.url, "an-adapter").info.model == "/adapters/a"

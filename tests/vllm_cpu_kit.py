@@ -130,6 +130,7 @@ class Servers:
                 "lmcache.mp.port": self.port,
                 "lmcache.mp.mq_timeout": 10,
                 "lmcache.mp.heartbeat_interval": 1,
+                "lmcache_rag.chunk_size": CHUNK,
             },
         }
         options = {

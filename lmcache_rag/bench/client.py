@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import httpx
 
+from lmcache_rag.connector.metrics import chunk_tokens
 from lmcache_rag.errors import EngineError
 
 
@@ -47,9 +49,10 @@ class TimedClient:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
         self._http = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=timeout, limits=limits)
         self.model = ""
+        self.chunk = 0
 
     async def open(self) -> None:
-        """Find out which model it serves.
+        """Find out which model it serves, and in chunks of how many tokens LMCache keeps KV there (0: it does not say).
 
         Raises:
             EngineError: There is no such server.
@@ -63,6 +66,8 @@ class TimedClient:
             raise EngineError(
                 f"No OpenAI server answers at {self.url}: {problem}", remedy="Start one: lmcache-rag serve MODEL."
             ) from problem
+        with contextlib.suppress(httpx.HTTPError):
+            self.chunk = chunk_tokens((await self._http.get("/metrics")).text)
 
     async def ask(self, prompt: list[int], params: dict[str, Any] | None = None, *, tokens: int = 1) -> Timed:
         """Send a prompt of token ids and take the times of its tokens.

@@ -72,8 +72,11 @@ class SpeedBench:
         self._clients = {arm.url: TimedClient(arm.url) for arm in arms}
 
     async def open(self) -> None:
-        """Reach every server."""
+        """Reach every server. The prompts' prefix is made to fill whole chunks of LMCache's."""
         await asyncio.gather(*(client.open() for client in self._clients.values()))
+        chunk = max(client.chunk for client in self._clients.values())
+        if chunk:
+            self.workload = replace(self.workload, prefix=-(-self.workload.prefix // chunk) * chunk)
 
     async def close(self) -> None:
         """Let go of the servers."""

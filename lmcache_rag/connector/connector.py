@@ -65,9 +65,16 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         self._freed, self._stores = FreedOnce(), StoresHeldBack()
         if role == KVConnectorRole.SCHEDULER:
             compat_vllm.deliver_worker_meta_first()
+            chunk = compat_lmcache.chunk_tokens(self.scheduler_adapter)
+            if self._options.chunk_size not in (0, chunk):
+                log.warning(
+                    "lmcache_rag.chunk_size is %d and LMCache's is %d: clients pad their prompts for the wrong one",
+                    self._options.chunk_size,
+                    chunk,
+                )
             self._side = SchedulerSide(
                 self._options,
-                compat_lmcache.chunk_tokens(self.scheduler_adapter),
+                chunk,
                 self._look_up,
                 self._hide,
                 count=self._count,

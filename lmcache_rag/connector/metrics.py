@@ -7,6 +7,7 @@ lmcache_rag.connector.stats ties this to vLLM.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -29,6 +30,7 @@ REASONS = (
     "out of memory",
     OTHER,
 )
+CHUNK = "chunk_tokens"
 TIMES = ("lookup", "load", "blend")
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds
 
@@ -76,6 +78,31 @@ def summary(records: Iterable[Mapping[str, Any]]) -> dict[str, int | float]:
         if seconds:
             said[f"Avg {name} (ms)"] = round(sum(seconds) / len(seconds) * 1e3, 3)
     return said
+
+
+def chunk_tokens(text: str) -> int:
+    """Tokens of an LMCache chunk, by what a server's /metrics says; 0 when it does not."""
+    found = re.search(rf"^{PREFIX}{CHUNK}\{{[^}}]*\}} (\d+)(?:\.0)?$", text, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def show_chunk(gauge: Callable[..., Any], labelnames: list[str], engines: Mapping[int, list[Any]], tokens: int) -> None:
+    """Put on /metrics how many tokens an LMCache chunk has: clients pad what their prompts share to whole chunks.
+
+    Args:
+        gauge: Makes a gauge, called as prometheus_client.Gauge is, by keywords.
+        labelnames: Labels that each metric of vLLM has.
+        engines: Their values for each engine.
+        tokens: So many.
+    """
+    made = gauge(
+        name=PREFIX + CHUNK,
+        documentation="Tokens of an LMCache chunk.",
+        labelnames=labelnames,
+        multiprocess_mode="mostrecent",
+    )
+    for given in engines.values():
+        made.labels(*given).set(tokens)
 
 
 class Meters:

@@ -29,6 +29,7 @@ class ConnectorOptions:
             wait. Without overlap, the first blend of a step is not bound.
         idle_tokens: A blend that computes more runs in such pieces even while no other request does: who comes then
             waits for no more than what was begun. 0: every blend.
+        chunk_size: Tokens of an LMCache chunk, told on /metrics to clients; 0: not told. LMCache is not asked to obey.
     """
 
     policy: str = "query"
@@ -43,6 +44,7 @@ class ConnectorOptions:
     overlap: bool = True
     step_tokens: int = 2048
     idle_tokens: int = 8192
+    chunk_size: int = 0
 
     def __post_init__(self) -> None:
         get_policy(self.policy)
@@ -50,7 +52,7 @@ class ConnectorOptions:
             raise ConfigError(f"lmcache_rag.ratio must be between 0 and 1; got {self.ratio}.")
         if self.step_tokens < 1:
             raise ConfigError(f"lmcache_rag.step_tokens must be at least 1; got {self.step_tokens}.")
-        for name in ("deadline", "lookup_deadline", "poll", "least_tokens", "tail_tokens", "idle_tokens"):
+        for name in ("deadline", "lookup_deadline", "poll", "least_tokens", "tail_tokens", "idle_tokens", "chunk_size"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"lmcache_rag.{name} must not be negative; got {getattr(self, name)}.")
 

@@ -11,6 +11,7 @@ from typing import Any
 from lmcache.integration.vllm.lmcache_mp_metrics import LMCacheMPConnectorStats, LMCacheMPPromMetrics
 
 from lmcache_rag.connector import metrics
+from lmcache_rag.connector.options import ConnectorOptions
 
 
 @dataclass
@@ -61,6 +62,9 @@ class BlendPromMetrics(LMCacheMPPromMetrics):  # type: ignore[misc]
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._meters = metrics.Meters(self._counter_cls, self._histogram_cls, labelnames, per_engine_labelvalues)
+        options = ConnectorOptions.read(vllm_config.kv_transfer_config.get_from_extra_config)
+        if options.chunk_size:
+            metrics.show_chunk(self._gauge_cls, labelnames, per_engine_labelvalues, options.chunk_size)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
         """Count what ended in a step."""

@@ -31,6 +31,7 @@ from lmcache_rag.errors import ContextLengthError, EngineError, EngineUnavailabl
 
 log = logging.getLogger("lmcache_rag")
 
+KV_BLOCK = 64  # tokens of an LMCache chunk where a server does not say: what `lmcache-rag serve` starts it with
 NO_CONNECTOR = "the server runs without lmcache-rag's connector, or the connector cannot blend there"
 
 
@@ -52,7 +53,7 @@ class VLLMEngine:
             by the model's name.
         timeout: Longest silence of a server, in seconds.
         concurrency: Chunks that are precomputed at once, over all servers.
-        kv_block: Tokens of an LMCache chunk.
+        kv_block: Tokens of an LMCache chunk; None: what the server says, or 64 where it does not.
         attempts: How often a question is tried while the server cannot be reached or is overloaded.
         patience: The same for each chunk at ingestion.
         backoff: Longest first wait between two tries, in seconds; it doubles from try to try.
@@ -72,7 +73,7 @@ class VLLMEngine:
         tokenizer: Any = None,
         timeout: float = 120.0,
         concurrency: int = 8,
-        kv_block: int = 64,
+        kv_block: int | None = None,
         attempts: int = 3,
         patience: int = 8,
         backoff: float = 0.5,
@@ -96,7 +97,7 @@ class VLLMEngine:
             revision="unknown",  # no server tells; KV stays right, since the server's own keys hold its model
             dtype="unknown",
             tokenizer=digest,
-            kv_block=kv_block,
+            kv_block=kv_block or served.chunk or KV_BLOCK,
             context_length=served.context_length,
             kv_bytes_per_token=kv_bytes,
         )

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lmcache_rag.connector.metrics import chunk_tokens
 from lmcache_rag.engines.vllm_client import Servers
 from lmcache_rag.engines.vllm_errors import speaking
 from lmcache_rag.errors import EngineError
@@ -31,6 +32,7 @@ class ServedModel:
         context_length: Most tokens of prompt and answer together.
         streams_tell: Whether its streams can carry reuse statistics.
         chat_takes_ids: Whether its chat completions take token ids.
+        chunk: Tokens of an LMCache chunk; 0 where the server does not say.
         local: A folder here that was named for it; "" where none was.
     """
 
@@ -39,6 +41,7 @@ class ServedModel:
     context_length: int
     streams_tell: bool
     chat_takes_ids: bool
+    chunk: int = 0
     local: str = ""
 
 
@@ -60,12 +63,18 @@ def served_model(servers: Servers, wanted: str | None) -> ServedModel:
                 f"{url} serves {other.name} ({other.root}), {servers.urls[0]} serves {first.name} ({first.root}).",
                 remedy="Name servers of the same model.",
             )
+        if other.chunk and first.chunk and other.chunk != first.chunk:
+            raise EngineError(
+                f"{url} keeps KV in chunks of {other.chunk} tokens, {servers.urls[0]} of {first.chunk}.",
+                remedy="Start them with the same --chunk-size.",
+            )
     every = [first, *others]
     return replace(
         first,
         context_length=min(each.context_length for each in every),
         streams_tell=all(each.streams_tell for each in every),
         chat_takes_ids=all(each.chat_takes_ids for each in every),
+        chunk=max(each.chunk for each in every),
     )
 
 
@@ -107,7 +116,13 @@ def _served(servers: Servers, url: str, wanted: str | None) -> ServedModel:
         )
     version = _version(servers, url)
     return ServedModel(
-        name, root, int(length), version >= STREAMS_TELL, version >= CHAT_TAKES_IDS, local=str(local or "")
+        name,
+        root,
+        int(length),
+        version >= STREAMS_TELL,
+        version >= CHAT_TAKES_IDS,
+        chunk=_chunk(servers, url),
+        local=str(local or ""),
     )
 
 
@@ -121,11 +136,19 @@ def _version(servers: Servers, url: str) -> tuple[int, ...]:
     return (int(version[1]), int(version[2])) if version else (0, 0)
 
 
+def _chunk(servers: Servers, url: str) -> int:
+    return chunk_tokens(str(_ask(partial(servers.client(url).get, f"{url}/metrics", cast_to=str)) or ""))
+
+
 def _aside(ask: Callable[[], object]) -> dict[str, Any]:
+    answer = _ask(ask)
+    return answer if isinstance(answer, dict) else {}
+
+
+def _ask(ask: Callable[[], object]) -> object:
     """Ask for something that a server need not have."""
     try:
-        answer = ask()
+        return ask()
     except Exception as problem:  # what it is shows as soon as it matters
         log.debug("%s: %s", type(problem).__name__, problem)
-        return {}
-    return answer if isinstance(answer, dict) else {}
+        return None

@@ -142,6 +142,7 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
         "lmcache.mp.heartbeat_interval": HEARTBEAT_S,
         "lmcache_rag.policy": options.policy,
         "lmcache_rag.ratio": options.ratio,
+        "lmcache_rag.chunk_size": options.chunk_size,
     }
     if options.step_tokens is not None:
         extra["lmcache_rag.step_tokens"] = options.step_tokens
