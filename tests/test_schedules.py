@@ -25,7 +25,9 @@ from lmcache_rag.connector.plan import BlendResult, Claim, Match, claim
 from lmcache_rag.connector.scheduler_side import SchedulerSide
 
 BLOCK = 8
-OPTIONS = ConnectorOptions(least_tokens=16, step_tokens=40, idle_tokens=60, tail_tokens=20, lookup_deadline=5.0)
+OPTIONS = ConnectorOptions(
+    least_tokens=16, step_tokens=40, idle_tokens=60, tail_tokens=20, lookup_deadline=5.0, head_start=0.4
+)
 
 
 def computed(plan: Any) -> int:
@@ -154,6 +156,7 @@ class Schedules(RuleBasedStateMachine):
             assert allowance.tokens <= OPTIONS.step_tokens
         for plan in plans:
             self.check(plan)
+            self.load(plan)
             if plan.background:
                 self.background.append([plan, slow, failing])
             else:
@@ -277,11 +280,17 @@ class Schedules(RuleBasedStateMachine):
             assert min(request.hidden) <= plan.matches[0].start, "another request could be served approximate KV"
             assert self.side.store_limit(request.request_id) == min(request.hidden)
 
-    def work(self, plan: Any, failing: bool) -> BlendResult:
-        """As WorkerSide: loads what is exact, and with it gives back the locks."""
+    def load(self, plan: Any) -> None:
+        """As WorkerSide: asks for what is exact in the step that brings the plan, and with it gives back the locks.
+
+        In the background too: whoever is aborted later, while the rest of the plan is under way, holds none.
+        """
         lookup = self.lookups.get(plan.request_id)
         if lookup is not None and plan.exact > plan.local and lookup.life == self.server.life:
             self.server.give_back(plan.request_id, plan.local // CHUNK * CHUNK, lookup.request.cached[0])
+
+    def work(self, plan: Any, failing: bool) -> BlendResult:
+        """As WorkerSide."""
         if failing or not self.server.up:
             return BlendResult(plan.request_id, plan.local, 0, 0, plan.end - plan.local, 1.0, 1.0, "load failed")
         covered = sum(match.end - match.start for match in plan.matches)

@@ -12,7 +12,7 @@ from models import tiny_model
 from paged_kit import PagedModel
 from test_blend_pass import PREFIX, Case
 
-from lmcache_rag.connector import metrics
+from lmcache_rag.connector import blend_pass, metrics
 from lmcache_rag.connector.pace import Allowance
 from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.connector.plan import BlendPlan, Match
@@ -195,8 +195,6 @@ def test_damage_is_repaired_at_once_where_vllm_would_fail_the_request(hf: HFMode
 
 
 def test_memory_that_runs_out_in_the_pass_means_computing(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmcache_rag.connector import blend_pass
-
     world = World(hf)
 
     def out_of_memory(*args: Any, **kwargs: Any) -> None:
@@ -205,3 +203,91 @@ def test_memory_that_runs_out_in_the_pass_means_computing(hf: HFModel, monkeypat
     monkeypatch.setattr(blend_pass.BlendPass, "steps", out_of_memory)
     assert world.run().failure == "out of memory"
     assert world.is_full_prefill()
+
+
+class HeadStart(World):
+    """As the world, with the first chunk left to be computed while the others are loaded."""
+
+    def __init__(self, hf: HFModel, fault: str = "", *, computed: bool = True, **options: Any) -> None:
+        super().__init__(hf, fault, **options)
+        self.first = self.plan.matches[1].start
+        self.plan = dataclasses.replace(
+            self.plan, matches=self.plan.matches[1:], computed_to=self.first if computed else 0
+        )
+        place, own = self.link._place, self.sequence.slots(torch.arange(PREFIX, self.first))
+
+        def place_the_others() -> None:  # LMCache writes nothing but what was asked for
+            before = [cache.flatten(0, 1)[own].clone() for pair in self.model.caches for cache in pair]
+            place()
+            for cache, was in zip((cache for pair in self.model.caches for cache in pair), before, strict=True):
+                cache[own // BLOCK, own % BLOCK] = was
+
+        self.link._place = place_the_others
+
+    def kv(self) -> list[torch.Tensor]:
+        return [part for layer in range(self.hf.layers) for part in self.model.read(self.sequence, layer, self.end)]
+
+
+@pytest.mark.parametrize("policy", ["none", "head", "all"])
+def test_a_head_start_comes_to_what_a_gap_does(hf: HFModel, policy: str) -> None:
+    worlds = HeadStart(hf, policy=policy), HeadStart(hf, policy=policy, computed=False)
+    ahead, gap = (world.run() for world in worlds)
+    assert ahead.head_start_tokens == worlds[0].first - PREFIX
+    assert gap.head_start_tokens == 0
+    assert dataclasses.replace(ahead, load_ms=0, blend_ms=0, head_start_tokens=0) == dataclasses.replace(
+        gap, load_ms=0, blend_ms=0
+    )
+    for mine, theirs in zip(*(world.kv() for world in worlds), strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+    assert worlds[0].model.passes[0] == worlds[0].first - PREFIX, "it is computed first, in one pass"
+
+
+def test_a_head_start_is_exact_and_the_counts_add_up(hf: HFModel) -> None:
+    world = HeadStart(hf)
+    result = world.run()
+    parts = (result.prefix_tokens, result.reused_tokens, result.recomputed_tokens, result.computed_tokens)
+    assert sum(parts) == world.end
+    assert result.recomputed_tokens == round(0.3 * 80)
+    full = hf.buffer(world.first)
+    ids = torch.tensor(world.case.ids[: world.first])
+    hf.forward(ids[None], torch.arange(len(ids)), full)
+    for layer in range(hf.layers):
+        keys, _ = world.model.read(world.sequence, layer, world.first)
+        torch.testing.assert_close(keys, full.layers[layer].keys[0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fault", ["dead", "late", "damaged key", "damaged last value"])
+def test_with_a_head_start_faults_end_in_a_full_prefill(hf: HFModel, fault: str) -> None:
+    world = HeadStart(hf, fault, may_report=False)
+    result = world.run()
+    assert result.failure
+    assert (result.reused_tokens, result.head_start_tokens) == (0, 0)
+    assert world.is_full_prefill()
+
+
+def test_memory_that_runs_out_in_a_head_start_means_computing(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    world, compute = HeadStart(hf), blend_pass.BlendPass.compute
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        monkeypatch.setattr(blend_pass.BlendPass, "compute", compute)
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(blend_pass.BlendPass, "compute", once)
+    assert world.run().failure == "out of memory"
+    assert world.is_full_prefill()
+
+
+def test_several_ranks_take_no_head_start(hf: HFModel) -> None:
+    class OneOfTwo:
+        """The world's model, which thinks that there is another rank."""
+
+        ranks, rank = 2, 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(world.model, name)
+
+    world = HeadStart(hf, policy="none")
+    world.worker._model = OneOfTwo()  # type: ignore[assignment]
+    result = world.run()
+    assert result.head_start_tokens == 0
+    assert result.computed_tokens >= world.first - PREFIX, "it is a gap then"
