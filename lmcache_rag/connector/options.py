@@ -29,9 +29,9 @@ class ConnectorOptions:
             wait. Without overlap, the first blend of a step is not bound.
         idle_tokens: A blend that computes more runs in such pieces even while no other request does: who comes then
             waits for no more than what was begun. 0: every blend.
-        head_start: While an idle GPU waits for KV to be loaded, it computes the first of the cached tokens itself: this
-            share of those that are not loaded then. What is best is the time to load a token over the time to load and
-            to compute it; 0: none.
+        head_start: While an idle GPU waits for KV to be loaded, it computes the first of the cached tokens itself, and
+            these are not loaded: this share of them, in [0, 1). What is best is the time to load a token over the time
+            to load and to compute it; 0: none.
         chunk_size: Tokens of an LMCache chunk, told on /metrics to clients; 0: not told. LMCache is not asked to obey.
     """
 
