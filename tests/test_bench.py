@@ -48,6 +48,18 @@ def test_every_arm_is_measured_and_drawn(tokenizer: Any, tmp_path: Path) -> None
     assert len(named) == 4
 
 
+async def test_prompts_begin_with_whole_chunks_of_the_server_s(tokenizer: Any) -> None:
+    with vllm_serving(tokenizer) as server:
+        server.chunk = 256
+        bench = SpeedBench([Arm("a", server.url)], Workload(chunk=100, chunks=3))
+        await bench.open()
+        await bench.ingest(server.url)
+        await bench.close()
+    assert bench.workload.prefix == 256
+    assert {len(body["prompt"]) for body in server.seen} == {356}
+    assert bench.workload.spans(700, 1)[0][0] == 256
+
+
 def test_no_server_is_said_with_its_remedy() -> None:
     result = CliRunner().invoke(app, ["bench", "speed", "--engine", "http://127.0.0.1:9"])
     assert result.exit_code != 0

@@ -169,6 +169,12 @@ def test_version(call: Call) -> None:
     assert call("--version").stdout == f"lmcache-rag {__version__}\n"
 
 
+def test_the_package_runs_as_the_program() -> None:
+    command = [sys.executable, "-m", "lmcache_rag", "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"lmcache-rag {__version__}\n"
+
+
 def test_the_help_imports_no_heavy_library() -> None:
     code = "import sys\nfrom lmcache_rag.cli.app import app\napp(['ask', '--help'], standalone_mode=False)\n"
     code += "print(sorted({m.partition('.')[0] for m in sys.modules}), file=sys.stderr)"

@@ -182,13 +182,17 @@ def test_dry_run_prints_the_two_commands() -> None:
     assert "lmcache_rag.step_tokens" not in transfer["kv_connector_extra_config"]
 
 
-def test_how_long_blends_hold_up_others_is_told_to_the_connector() -> None:
+@pytest.mark.parametrize(
+    ("option", "name", "value"),
+    [("--step-tokens", "step_tokens", 512), ("--head-start", "head_start", 0.12), ("--chunk-size", "chunk_size", 256)],
+)
+def test_what_the_connector_must_know_is_told_to_it(option: str, name: str, value: float) -> None:
     from lmcache_rag.connector.options import ConnectorOptions
 
-    result = dry_run("some/model", "--dry-run", "--step-tokens", "512")
+    result = dry_run("some/model", "--dry-run", option, str(value))
     vllm = shlex.split(result.stdout.splitlines()[1])
     extra = json.loads(vllm[vllm.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
-    assert ConnectorOptions.read(lambda key, default: extra.get(key, default)).step_tokens == 512
+    assert getattr(ConnectorOptions.read(lambda key, default: extra.get(key, default)), name) == value
 
 
 def test_dry_run_in_json() -> None:
