@@ -75,7 +75,7 @@ class PagedModel:
         keys, values = (sequence.gather(cache, length).transpose(0, 1) for cache in self.caches[layer])
         return keys, values
 
-    def forward(self, ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, attention: Any) -> None:
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, attention: Any) -> torch.Tensor:
         """The model's own layers; their KV goes to the paged cache only."""
         self.passes.append(len(ids))
         scratch = self._model.buffer(int(positions.max()) + 1)
@@ -94,7 +94,8 @@ class PagedModel:
                 attention.attend(layer, rows, keys, values, scale, out)
                 return outer.join(out).transpose(0, 1)[None]
 
-        self._model.forward(ids[None], positions, scratch, Hook())
+        states: torch.Tensor = self._model.forward(ids[None], positions, scratch, Hook())[0]
+        return states
 
     def sum_over_ranks(self, scores: torch.Tensor) -> torch.Tensor:
         """There is one rank."""

@@ -134,7 +134,7 @@ class Rank(World):
         """What happens to a rank that has no memory for the pass; only this one takes part."""
         real = self.model.forward
 
-        def forward(*given: Any) -> None:
+        def forward(*given: Any) -> torch.Tensor:
             raise torch.OutOfMemoryError("out of memory")
 
         self.model.forward = forward  # type: ignore[method-assign]

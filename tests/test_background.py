@@ -139,10 +139,10 @@ def test_memory_that_runs_out_in_a_piece_means_computing(hf: HFModel, monkeypatc
     world = Background(hf)
     real, calls = world.model.forward, iter(range(1000))
 
-    def forward(*given: Any) -> None:
+    def forward(*given: Any) -> torch.Tensor:
         if next(calls) == 2:
             raise torch.OutOfMemoryError
-        real(*given)
+        return real(*given)
 
     monkeypatch.setattr(world.model, "forward", forward)
     result, _ = world.to_the_end()
@@ -181,9 +181,9 @@ def test_the_last_token_looks_though_it_has_no_block(hf: HFModel) -> None:
     looked: list[tuple[int, int]] = []
     real = world.model.forward
 
-    def forward(ids: Any, positions: Any, slots: Any, attention: Any) -> None:
+    def forward(ids: Any, positions: Any, slots: Any, attention: Any) -> torch.Tensor:
         looked.extend(zip(positions.tolist(), slots.tolist(), strict=True))
-        real(ids, positions, slots, attention)
+        return real(ids, positions, slots, attention)
 
     world.model.forward = forward  # type: ignore[method-assign]
     world.plan = plan

@@ -7,6 +7,7 @@ be imported with CUDA is read from its source.
 from __future__ import annotations
 
 import ast
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
@@ -118,6 +119,61 @@ def test_the_connector_may_begin_before_vllm_prepares_the_step(
         worker.execute_model(step)
     worker.execute_model(SimpleNamespace(kv_connector_metadata=None))
     assert said == ["step", "step", *([] if writes else ["meta"]), "step", "step"]
+
+
+def test_what_is_offered_to_a_step_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmcache_rag.connector.compat_vllm import last_token
+
+    def step(self: Any, scheduler_output: Any) -> None:
+        compat_vllm.offer_hidden_state(torch.ones(1, 4))
+        if scheduler_output.fails:
+            raise RuntimeError
+
+    monkeypatch.setattr(Worker, "execute_model", step)
+    compat_vllm.begin_before_the_step()
+    for fails in (False, True):
+        with contextlib.suppress(RuntimeError):
+            object.__new__(Worker).execute_model(SimpleNamespace(fails=fails))
+        assert last_token._offered == []
+
+
+def test_a_graph_is_not_replayed_for_a_token_that_a_blend_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.gpu import cudagraph_utils, model_runner
+
+    manager_type = cudagraph_utils.ModelCudaGraphManager
+    source = inspect.getsource(model_runner.GPUModelRunner.execute_model)
+    assert "model_output = self.cudagraph_manager.run_fullgraph(batch_desc)" in source
+    assert source.index("pre_forward(") < source.index("run_fullgraph("), "our blend runs before the graph"
+    assert "ModelCudaGraphManager(" in inspect.getsource(model_runner)
+    own = inspect.getsource(manager_type.run_fullgraph)
+    assert "hidden_states = self.hidden_states[: desc.num_tokens]" in own
+    assert "self.use_aux_hidden_state_outputs" in own
+    replayed: list[Any] = []
+
+    def run(self: Any, desc: Any) -> Any:
+        replayed.append(desc)
+        return "replayed"
+
+    monkeypatch.setattr(manager_type, "run_fullgraph", run)
+    compat_vllm.take_hidden_states()
+    once = manager_type.run_fullgraph
+    compat_vllm.take_hidden_states()
+    assert manager_type.run_fullgraph is once
+    manager = object.__new__(manager_type)
+    manager.hidden_states, manager.use_aux_hidden_state_outputs = torch.zeros(8, 4), False
+    desc = SimpleNamespace(num_tokens=2)
+    assert manager.run_fullgraph(desc) == "replayed"
+    compat_vllm.offer_hidden_state(torch.ones(1, 4))
+    states = manager.run_fullgraph(desc)
+    assert states.shape == (2, 4)
+    assert states[0].tolist() == [1.0] * 4
+    assert manager.run_fullgraph(desc) == "replayed", "it is offered once"
+    for change in ({"hidden_states": None}, {"use_aux_hidden_state_outputs": True}):
+        compat_vllm.offer_hidden_state(torch.ones(1, 4))
+        manager.hidden_states, manager.use_aux_hidden_state_outputs = torch.zeros(8, 4), False
+        vars(manager).update(change)
+        assert manager.run_fullgraph(desc) == "replayed"
+        compat_vllm.offer_hidden_state(None)
 
 
 # -- vLLM: a pass of ours -----------------------------------------------------------------------------------------

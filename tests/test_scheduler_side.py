@@ -110,6 +110,29 @@ def test_a_preempted_request_is_not_blended_again_and_tells_of_its_blend() -> No
     assert (stats["prefix_tokens"], stats["reused_tokens"], stats["blocks_hit"]) == (32, 24, 2)
 
 
+@pytest.mark.parametrize(
+    ("scheduled", "tail", "alone"),
+    [
+        ({"a": 1}, 100, True),
+        ({"a": 24}, 0, False),  # the rest of the prompt is vLLM's
+        ({"a": 1}, 0, False),  # a piece of a rest that does not fit the step
+        ({"a": 1, "b": 1}, 100, False),
+        ({}, 100, False),
+    ],
+    ids=str,
+)
+def test_a_plan_says_whether_its_last_token_is_all_that_vllm_computes(
+    scheduled: dict[str, int], tail: int, alone: bool
+) -> None:
+    once = Once(tail_tokens=tail)
+    request = once.request("a")
+    more = once.side.matched(request, 0)
+    assert more == (99 if tail else 76)
+    once.side.allocated(request, list(range(13)), more, None)
+    ((plan,), _) = once.side.plans(scheduled)
+    assert plan.alone == alone
+
+
 def test_who_does_not_find_the_engine_idle_is_blended_beside_the_others() -> None:
     once = Once()
     first, second = once.request("a"), once.request("b")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_model
-from paged_kit import PagedModel
+from paged_kit import PagedModel, drained
 from test_blend_pass import PREFIX, Case
 
 from lmcache_rag.connector import blend_pass, metrics
@@ -203,6 +203,71 @@ def test_memory_that_runs_out_in_the_pass_means_computing(hf: HFModel, monkeypat
     monkeypatch.setattr(blend_pass.BlendPass, "steps", out_of_memory)
     assert world.run().failure == "out of memory"
     assert world.is_full_prefill()
+
+
+def alone(world: World) -> World:
+    """vLLM's step computes the request's last token and nothing else."""
+    world.plan = dataclasses.replace(world.plan, alone=True)
+    return world
+
+
+@pytest.mark.parametrize("piece", [0, 20])
+@pytest.mark.parametrize("policy", ["query", "hkvd", "none", "all"])
+def test_the_last_token_is_computed_with_the_blend_where_it_is_all_that_vllm_would(
+    hf: HFModel, policy: str, piece: int
+) -> None:
+    apart, along = World(hf, policy=policy, piece=piece), alone(World(hf, policy=policy, piece=piece))
+    one, other = apart.run(), along.run()
+    assert dataclasses.replace(one, load_ms=0, blend_ms=0) == dataclasses.replace(other, load_ms=0, blend_ms=0)
+    assert apart.worker.take_hidden() is None
+    last = torch.arange(apart.end, apart.end + 1)
+    steps = blend_pass.BlendPass(apart.model, apart.sequence).compute(
+        torch.tensor(apart.plan.token_ids), last, len(apart.plan.token_ids)
+    )
+    want = drained(steps)
+    got = along.worker.take_hidden()
+    assert got.shape == want.shape == (1, hf.model.config.hidden_size)
+    assert torch.allclose(got, want, atol=1e-4, rtol=1e-4)
+    assert along.worker.take_hidden() is None, "it is this step's"
+    for layer in range(hf.layers):  # its KV too
+        for mine, theirs in zip(
+            along.model.read(along.sequence, layer, along.end + 1),
+            apart.model.read(apart.sequence, layer, apart.end + 1),
+            strict=True,
+        ):
+            assert torch.allclose(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("fault", ["dead", "late"])
+def test_vllm_computes_the_last_token_where_nothing_was_blended(hf: HFModel, fault: str) -> None:
+    world = alone(World(hf, fault))
+    assert world.run().failure
+    assert world.worker.take_hidden() is None
+    assert world.is_full_prefill()
+
+
+def test_of_damaged_kv_nothing_is_answered_where_vllm_takes_nothing_back(hf: HFModel) -> None:
+    world = alone(World(hf, "damaged value", may_report=False))
+    assert world.run().failure == "damaged KV"
+    assert world.worker.take_hidden() is None
+    assert world.is_full_prefill()
+    reported = alone(World(hf, "damaged value"))
+    assert reported.run().failure == "damaged KV"
+    assert reported.worker.take_bad_blocks(), "vLLM computes these again, and drops what came of the step"
+
+
+def test_the_last_token_needs_a_block(hf: HFModel) -> None:
+    world = alone(World(hf))
+    blocks = 9
+    world.plan = dataclasses.replace(
+        world.plan,
+        token_ids=world.plan.token_ids[: blocks * BLOCK + 1],
+        matches=world.plan.matches[:2],
+        end=blocks * BLOCK,
+        block_ids=world.plan.block_ids[:blocks],
+    )
+    assert not world.run().failure
+    assert world.worker.take_hidden() is None
 
 
 class HeadStart(World):

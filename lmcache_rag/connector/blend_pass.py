@@ -65,8 +65,12 @@ class Model(Protocol):
         """The suffix's pass as one CUDA graph, where there is one."""
         ...
 
-    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: Attention) -> None:
-        """Run all layers for their KV: ids and positions int64 [m], slots int64 [m]."""
+    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: Attention) -> Tensor:
+        """Run all layers for their KV: ids and positions int64 [m], slots int64 [m].
+
+        Returns:
+            The hidden states behind the last norm, [m, width]; the next pass may overwrite them.
+        """
         ...
 
     def sum_over_ranks(self, scores: Tensor) -> Tensor:
@@ -136,12 +140,14 @@ class BlendOutcome:
         watched: A number that is not finite when any key before the end, or any value below the last layer, was not;
             None when no pass looked at all of them.
         selected: Positions of the selected tokens, int64 [recomputed], ascending or not.
+        hidden: Hidden state of the prompt's last token, [1, width], where that was computed too.
     """
 
     recomputed: int
     gaps: int
     watched: Tensor | None = None
     selected: Tensor | None = None
+    hidden: Tensor | None = None
 
     def digest(self) -> str:
         """A few letters of which tokens were selected: ranks that agree say the same. Waits for the GPU."""
@@ -240,6 +246,7 @@ class BlendPass:
         policy: Policy,
         ratio: float,
         end: int = 0,
+        last_too: bool = False,
     ) -> Steps[BlendOutcome]:
         """Make the KV of prompt[start:end] (or to the last span's end) what the policy says it should be.
 
@@ -250,6 +257,7 @@ class BlendPass:
             policy: Chooses what to recompute.
             ratio: Share of the cached tokens.
             end: What stands between the last span and here is computed too; 0: nothing.
+            last_too: Whether the token at `end`, the prompt's last, rides along. It counts as none of the gaps.
 
         Yields:
             After each forward pass: how many tokens went through all layers since the last one, or what cost as much.
@@ -276,21 +284,29 @@ class BlendPass:
         if passes.cost:
             yield passes.cost
         end = max(end, cached_end)
-        tail = torch.arange(cached_end, end, device=device)
-        yield from self.compute(ids, torch.cat([torch.cat([chosen, gaps]).sort().values, tail]), end)
-        return BlendOutcome(len(chosen), len(gaps) + len(tail), passes.watched, chosen)
+        tail = torch.arange(cached_end, end + last_too, device=device)
+        positions = torch.cat([torch.cat([chosen, gaps]).sort().values, tail])
+        hidden = yield from self.compute(ids, positions, end + last_too)
+        computed = len(gaps) + end - cached_end
+        return BlendOutcome(len(chosen), computed, passes.watched, chosen, hidden if last_too else None)
 
-    def compute(self, ids: Tensor, positions: Tensor, end: int) -> Steps[None]:
+    def compute(self, ids: Tensor, positions: Tensor, end: int) -> Steps[Tensor | None]:
         """Compute the KV of these positions (int64, ascending) through all layers, in pieces that fit a pass.
 
         A later piece sees what the earlier ones wrote, so the order makes pieces equal to one pass.
 
         Yields:
             The tokens of each piece.
+
+        Returns:
+            The last position's hidden state, [1, width]; None without positions.
         """
         import torch
 
+        hidden = None
         for piece in (positions[i : i + self.piece] for i in range(0, len(positions), self.piece)):
             attention = PagedAttention(self.sequence, piece.to(torch.int32), end)
-            self.model.forward(ids[piece], piece, self.sequence.slots(piece), _Redo(attention))
+            states = self.model.forward(ids[piece], piece, self.sequence.slots(piece), _Redo(attention))
+            hidden = states[-1:].clone()
             yield len(piece)
+        return hidden

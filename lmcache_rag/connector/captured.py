@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lmcache_rag.connector.blend_pass import Attention
     from lmcache_rag.connector.paged import PagedSequence
 
-    Forward = Callable[[Tensor, Tensor, Tensor, Attention], None]
+    Forward = Callable[[Tensor, Tensor, Tensor, Attention], object]
 
 ROWS = 64  # what the kernels take in one tile, and the default policy's window
 

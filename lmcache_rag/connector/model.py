@@ -130,11 +130,11 @@ class VLLMModel:
         """Keys and values of one layer, each [blocks, block, kv heads, size]."""
         return self._caches[layer]
 
-    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: Attention) -> None:
+    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: Attention) -> Tensor:
         """Run the model's own layers over these tokens, with our attention."""
-        self._pass(ids, positions, slots, attention, as_graphs=True)
+        return self._pass(ids, positions, slots, attention, as_graphs=True)
 
-    def _pass(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: Attention, *, as_graphs: bool) -> None:
+    def _pass(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: Attention, *, as_graphs: bool) -> Tensor:
         import torch
 
         rows = len(slots)
@@ -149,9 +149,10 @@ class VLLMModel:
             attention.attend(index, query, keys, values, layer.impl.scale, out[:rows].view(query.shape))
 
         metadata = compat_vllm.OwnMetadata(each)
-        compat_vllm.run_pass(
+        states: Tensor = compat_vllm.run_pass(
             self._config, self._runner, self._names, metadata, ids.to(torch.int32), positions, as_graphs=as_graphs
         )
+        return states
 
     def hot_copy(self) -> HotCopy:
         """What moves KV inside this model's cache."""

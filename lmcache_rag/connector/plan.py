@@ -53,6 +53,8 @@ class BlendPlan:
         configs: Settings of the request for LMCache.
         background: Whether other requests run meanwhile: the request waits until a worker says that it is done.
         computed_to: Everything from `exact` to here is computed while the matches, all of them behind it, are loaded.
+        alone: Whether vLLM's step computes this request's last token, and nothing else: the blend computes it too, and
+            vLLM need not read all weights once more for it.
     """
 
     request_id: str
@@ -68,6 +70,7 @@ class BlendPlan:
     configs: dict[str, Any] | None = None
     background: bool = False
     computed_to: int = 0
+    alone: bool = False
 
     @property
     def spans(self) -> list[tuple[int, int]]:

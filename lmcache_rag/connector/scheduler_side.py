@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lmcache_rag.connector.abandoned import Abandoned, Lookup
@@ -224,13 +224,16 @@ class SchedulerSide:
         )
         self.pace.begun(request.request_id)
 
-    def plans(self, scheduled: Collection[str] = ()) -> tuple[list[BlendPlan], Allowance]:
+    def plans(self, scheduled: Mapping[str, int] | None = None) -> tuple[list[BlendPlan], Allowance]:
         """What this step's workers have to do, and how much of what they have begun; the next step begins.
 
         Args:
-            scheduled: The requests that vLLM runs in this step.
+            scheduled: The requests that vLLM runs in this step, and how many tokens of each.
         """
         plans, self._plans = self._plans, []
+        scheduled = scheduled or {}
+        if len(plans) == 1 and dict(scheduled) == {plans[0].request_id: 1}:
+            plans = [replace(plan, alone=plan.end + 1 == len(plan.token_ids)) for plan in plans]
         allowance = self.pace.step(scheduled)
         if self.hot:
             self.hot.step_ends()

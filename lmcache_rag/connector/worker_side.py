@@ -56,6 +56,7 @@ class WorkerSide:
         self._warned = ""
         self._throttle = Throttle()
         self._idle = False  # this step has nothing else to do
+        self._hidden: Any = None
 
     def run(self, plans: Sequence[BlendPlan], allowance: Allowance) -> None:
         """Make the KV of the plans' claims right, whatever happens: by blending, else by computing all of it.
@@ -87,6 +88,8 @@ class WorkerSide:
             self._load(job)
             while not job.over:
                 job.advance(1 << 30)
+            if job.outcome.hidden is not None and not job.failure:
+                self._hidden = job.outcome.hidden
             self._queued.append(job)
 
     def _advance(self, jobs: list[Job], allowance: Allowance) -> None:
@@ -165,6 +168,14 @@ class WorkerSide:
         received, self._received = self._received, set()
         return received
 
+    def take_hidden(self) -> Any:
+        """The hidden state [1, width] of what vLLM is going to compute in this step, where a blend computed it already.
+
+        Whether the KV was sound is not known yet: what comes of it is taken back like what vLLM computes itself.
+        """
+        hidden, self._hidden = self._hidden, None
+        return hidden
+
     @property
     def receiving(self) -> set[str]:
         """Requests whose blocks are still being written to in the background."""
@@ -192,15 +203,12 @@ class WorkerSide:
             # nobody reads, holds its KV meanwhile.
             blocks = (*blocks, NULL_BLOCK)
         sequence = PagedSequence.of(blocks, self._model.block, str(device))
-        ids = on_device(plan.token_ids, torch.int64, device)
-        job = Job(plan, sequence, ids, plan.exact, waiting=waiting, clock=clock, reason=reason)
-        if reason:
-            return job
         if hot and self._hot is None:
-            job.reason = "no copy of hot chunks"
-        elif hot and self._hot is not None:
+            reason = reason or "no copy of hot chunks"
+        elif hot and not reason and self._hot is not None:
             self._hot.run(hot, sequence)
-        return job
+        ids = on_device(plan.token_ids, torch.int64, device)
+        return Job(plan, sequence, ids, plan.exact, waiting=waiting, clock=clock, reason=reason)
 
     def _left(self, job: Job) -> float:
         """Seconds to its deadline."""
@@ -265,6 +273,7 @@ class WorkerSide:
                         policy=policy,
                         ratio=plan.ratio,
                         end=plan.end,
+                        last_too=plan.alone and plan.end < job.sequence.capacity,
                     )
                 job.evidence = Number(self._evidence(job.outcome, plan, job.sequence))
                 if not plan.background and not self._may_report:

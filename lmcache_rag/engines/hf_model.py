@@ -149,7 +149,7 @@ class HFModel:
 
     def forward(
         self, ids: torch.Tensor, positions: torch.Tensor, cache: KVBuffer, blend_pass: ForwardPass | None = None
-    ) -> None:
+    ) -> torch.Tensor:
         """Run all layers, for their KV alone: no logits.
 
         Args:
@@ -157,19 +157,24 @@ class HFModel:
             positions: int64 [m].
             cache: Is read and written.
             blend_pass: Attention of this pass; the KV is then written at `positions`. None: plain causal, appended.
+
+        Returns:
+            The hidden states behind the last norm, [batch, m, width].
         """
         import torch
 
         cache.set_places(positions if blend_pass is not None else None)
         try:
             with torch.inference_mode():
-                self.model.model(
+                output = self.model.model(
                     input_ids=ids,
                     position_ids=positions[None],
                     use_cache=True,
                     **self.cache_argument(cache),
                     **({"blend_pass": blend_pass} if blend_pass is not None else {}),
                 )
+                states: torch.Tensor = output.last_hidden_state
+                return states
         finally:
             cache.set_places(None)
 

@@ -9,6 +9,7 @@ from lmcache_rag.connector.compat_vllm.blocks import (
     type_of_hash,
     watch_filed_blocks,
 )
+from lmcache_rag.connector.compat_vllm.last_token import offer_hidden_state, take_hidden_states
 from lmcache_rag.connector.compat_vllm.passes import (
     OwnMetadata,
     attention_layers,
@@ -41,10 +42,12 @@ __all__ = [
     "exact_rotary_table",
     "graph_size",
     "hide_from_prefix_cache",
+    "offer_hidden_state",
     "patch_attention",
     "recording",
     "remember_workers",
     "run_pass",
+    "take_hidden_states",
     "tell_in_streams",
     "tensor_parallel_rank",
     "tensor_parallel_ranks",

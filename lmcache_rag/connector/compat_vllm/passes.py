@@ -64,7 +64,7 @@ def run_pass(
     positions: Any,
     *,
     as_graphs: bool = True,
-) -> None:
+) -> Any:
     """Run the model over some tokens in a forward context of our own; the one that was there is restored.
 
     No layer has a slot mapping, so vLLM writes no KV: the pass writes it itself, when it has looked at the old one.
@@ -79,6 +79,9 @@ def run_pass(
         ids: int32 [m]: vLLM compiles for that type and drops torch's guards.
         positions: int64 [m].
         as_graphs: Whether vLLM's graphs may be used; not while a graph of ours is captured.
+
+    Returns:
+        Hidden states [m, width]; the next pass may overwrite them.
     """
     from vllm.config import CUDAGraphMode
     from vllm.forward_context import BatchDescriptor, set_forward_context
@@ -104,8 +107,7 @@ def run_pass(
     padded = graph_size(runner, len(ids)) if as_graphs else 0
     if not padded:
         with context(len(ids), CUDAGraphMode.NONE, None):
-            runner.get_model()(**inputs(ids, positions))
-        return
+            return runner.get_model()(**inputs(ids, positions))
     buffers = (runner.input_buffers.input_ids[:padded], runner.input_buffers.positions[:padded])
     before = [buffer.clone() for buffer in buffers]
     for buffer, own in zip(buffers, (ids, positions), strict=True):
@@ -113,7 +115,7 @@ def run_pass(
         buffer[len(own) :] = 0
     try:
         with context(padded, CUDAGraphMode.PIECEWISE, BatchDescriptor(num_tokens=padded)):
-            runner.cudagraph_manager.run_pw_graph(runner.get_model(), inputs(*buffers))
+            return runner.cudagraph_manager.run_pw_graph(runner.get_model(), inputs(*buffers))[: len(ids)]
     finally:
         for buffer, was in zip(buffers, before, strict=True):
             buffer.copy_(was)

@@ -6,6 +6,8 @@ import functools
 import os
 from typing import Any
 
+from lmcache_rag.connector.compat_vllm.last_token import offer_hidden_state
+
 _workers: dict[int, Any] = {}  # the worker of this process, by its process id: forked processes have their own
 
 
@@ -81,7 +83,10 @@ def begin_before_the_step() -> None:
             begin = getattr(get_kv_transfer_group(), "begin_step", None)
             if begin is not None:
                 begin(meta)
-        return execute(self, scheduler_output)
+        try:
+            return execute(self, scheduler_output)
+        finally:
+            offer_hidden_state(None)
 
     execute_model._lmcache_rag = True  # type: ignore[attr-defined]
     Worker.execute_model = execute_model
