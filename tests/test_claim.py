@@ -149,41 +149,9 @@ def test_settings_are_read_and_whole_numbers_are_numbers() -> None:
         ("least_tokens", True),
         ("tail_tokens", -1),
         ("step_tokens", 0),
-        ("head_start", 1.0),
-        ("head_start", -0.1),
         ("overlap", 1),
     ],
 )
 def test_a_wrong_setting_is_an_error_that_names_it(name: str, value: Any) -> None:
     with pytest.raises(LMCacheRAGError, match="policy" if name == "policy" else f"lmcache_rag.{name}"):
         read(**{name: value})
-
-
-@given(matches(), st.floats(0, 0.99), st.integers(0, 30))
-def test_a_head_start_is_a_share_and_leaves_the_rest_as_it_was(found: list[Match], share: float, exact: int) -> None:
-    made = claim(500, exact, 0, found, least=1)
-    ahead = made.with_head_start(share)
-    assert (ahead.exact, ahead.end) == (made.exact, made.end)
-    dropped = len(made.matches) - len(ahead.matches)
-    assert made.matches[dropped:] == ahead.matches
-    if not dropped:
-        assert ahead == made
-        return
-    assert ahead.computed_to == ahead.matches[0].start
-    assert made.matches[dropped - 1].end - made.exact <= share * made.reused
-
-
-def test_a_head_start_takes_whole_pieces_and_never_all() -> None:
-    made = claim(500, 32, 0, [at(40, 104), at(104, 168), at(170, 234)], least=1)
-    assert made.with_head_start(0).matches == made.matches
-    assert made.with_head_start(0.3).matches == made.matches, "72 tokens are more than 0.3 of 192"
-    assert made.with_head_start(0.4).computed_to == 104
-    assert made.with_head_start(0.75).computed_to == 170, "the gap before it is computed with it"
-    assert made.with_head_start(0.99).matches == made.matches[2:]
-
-
-def test_chunks_that_vllm_holds_need_no_head_start() -> None:
-    hot = [at(40, 56)._replace(block=3), at(56, 72)._replace(block=4)]
-    made = claim(500, 32, 0, [*hot, at(72, 136)], least=1)
-    assert made.with_head_start(0.9) == made
-    assert claim(500, 32, 0, hot, least=1).with_head_start(0.9).matches == tuple(hot)

@@ -244,16 +244,6 @@ def test_a_chunk_size_that_is_not_lmcaches_is_warned_of(make: Any, caplog: pytes
     assert ("clients pad their prompts for the wrong one" in caplog.text) == (told != CHUNK)
 
 
-def test_a_head_start_is_planned_by_vllms_own_scheduler(make: Any) -> None:
-    engine = make(head_start=0.5)
-    engine.add("a", 400, 4)
-    out = engine.step()
-    (plan,) = out.kv_connector_metadata.blend_plans
-    assert plan.exact < plan.computed_to == plan.matches[0].start
-    assert len(plan.matches) < 4
-    engine.to_the_end()
-
-
 def test_alone_a_request_is_blended_within_its_step(make: Any) -> None:
     engine = make()
     engine.add("a", 400, 4)

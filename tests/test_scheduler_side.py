@@ -308,30 +308,3 @@ def test_a_claim_that_begins_earlier_the_second_time_hides_more() -> None:
         assert request.hidden == hidden
         assert once.side.store_limit("a") == min(hidden)
         once.side.plans()
-
-
-def test_an_idle_engine_leaves_a_head_start_to_the_gpu_and_keeps_nothing_of_it() -> None:
-    once = Once(head_start=0.9)
-    request = once.request()
-    assert once.side.matched(request, 0) == 76, "as much is claimed"
-    assert request.hidden == [32], "what is computed behind the prefix is nobody's"
-    assert once.side.store_limit("a") == 32
-    once.side.allocated(request, list(range(13)), 76, None)
-    (plan,), _ = once.side.plans()
-    assert (plan.exact, plan.computed_to, plan.matches) == (32, 60, Once.MATCHES[1:])
-    once.server.give_back("a", 0, 32)
-    once.side.take([BlendResult("a", 32, 12, 4, 28, 1.0, 1.0, head_start_tokens=28)])
-    told = once.finish(request)
-    assert told is not None
-    assert told["head_start_tokens"] == 28
-    assert told["spans"] == [[60, 76]]
-
-
-def test_who_is_blended_beside_others_gets_no_head_start() -> None:
-    once = Once(head_start=0.9)
-    once.side.matched(once.request("a"), 0)
-    request = once.request("b")
-    assert once.side.matched(request, 0) == 99
-    once.side.allocated(request, list(range(13)), 99, None)
-    (plan,), _ = once.side.plans()
-    assert (plan.request_id, plan.computed_to, plan.matches) == ("b", 0, Once.MATCHES)

@@ -25,9 +25,7 @@ from lmcache_rag.connector.plan import BlendResult, Claim, Match, claim
 from lmcache_rag.connector.scheduler_side import SchedulerSide
 
 BLOCK = 8
-OPTIONS = ConnectorOptions(
-    least_tokens=16, step_tokens=40, idle_tokens=60, tail_tokens=20, lookup_deadline=5.0, head_start=0.4
-)
+OPTIONS = ConnectorOptions(least_tokens=16, step_tokens=40, idle_tokens=60, tail_tokens=20, lookup_deadline=5.0)
 
 
 def computed(plan: Any) -> int:

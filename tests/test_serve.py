@@ -184,9 +184,9 @@ def test_dry_run_prints_the_two_commands() -> None:
 
 @pytest.mark.parametrize(
     ("option", "name", "value"),
-    [("--step-tokens", "step_tokens", 512), ("--head-start", "head_start", 0.12), ("--chunk-size", "chunk_size", 256)],
+    [("--step-tokens", "step_tokens", 512), ("--chunk-size", "chunk_size", 256)],
 )
-def test_what_the_connector_must_know_is_told_to_it(option: str, name: str, value: float) -> None:
+def test_what_the_connector_must_know_is_told_to_it(option: str, name: str, value: int) -> None:
     from lmcache_rag.connector.options import ConnectorOptions
 
     result = dry_run("some/model", "--dry-run", option, str(value))

@@ -23,7 +23,6 @@ from lmcache_rag import VLLMEngine, Workspace
 from lmcache_rag.cli.app import app
 from lmcache_rag.engines.base import BlendOptions, Completion, Engine, Sampling, TextDelta
 from lmcache_rag.engines.vllm_client import server_urls
-from lmcache_rag.engines.vllm_wire import chunk_counts
 from lmcache_rag.errors import (
     ConfigError,
     ContextLengthError,
@@ -688,16 +687,3 @@ def test_a_server_that_is_absent_ends_a_verb_with_the_remedy(call, server, tmp_p
     assert done.exit_code == 3
     assert "cannot be reached" in done.stderr
     assert "lmcache-rag serve" in done.stderr
-
-
-def test_a_chunk_that_was_computed_as_a_head_start_was_found(builder: PromptBuilder, chunks: list[str]) -> None:
-    """Else the client would send it to be computed once more."""
-    prompt = builder.query(chunks[:3], "Which?")
-    first, second, third = prompt.chunks
-    told: dict[str, Any] = {
-        "prefix_tokens": prompt.prefix_tokens,
-        "spans": [[second.start, second.end], [third.start, third.end]],
-    }
-    assert chunk_counts(prompt, told, BLOCK) == (2, 1)
-    assert chunk_counts(prompt, told | {"head_start_tokens": second.start - prompt.prefix_tokens}, BLOCK) == (3, 0)
-    assert first.start == prompt.prefix_tokens

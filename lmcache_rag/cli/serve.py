@@ -116,18 +116,6 @@ def serve(
             show_default=False,
         ),
     ] = None,
-    head_start: Annotated[
-        float | None,
-        typer.Option(
-            "--head-start",
-            metavar="SHARE",
-            min=0,
-            max=0.9,
-            help="Share of the cached tokens that an idle GPU computes while the rest is loaded. "
-            "[dim]\\[default: 0][/dim]",
-            show_default=False,
-        ),
-    ] = None,
     log_dir: Annotated[
         Path | None,
         typer.Option(metavar="DIR", help="Where both logs go. [dim]\\[default: a new one][/dim]", show_default=False),
@@ -163,7 +151,6 @@ def serve(
         lmcache_port=lmcache_port,
         lmcache_http_port=lmcache_http_port,
         step_tokens=step_tokens,
-        head_start=head_start,
     )
     made, lmcache_run, vllm_run = maker(options)
     if dry_run:

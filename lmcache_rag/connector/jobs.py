@@ -87,7 +87,6 @@ class Job:
         plan: The plan.
         sequence: The request's blocks.
         ids: The prompt, int64 [n], where the cache lies.
-        start: First position whose KV is not exact once the load is done.
         waiting: What is being loaded.
         reason: Why it cannot be loaded; empty when it can.
         clock: Time it took.
@@ -102,7 +101,6 @@ class Job:
     plan: BlendPlan
     sequence: PagedSequence
     ids: Tensor
-    start: int
     waiting: list[Any] = field(default_factory=list)
     reason: str = ""
     clock: Clock = field(default_factory=Clock)

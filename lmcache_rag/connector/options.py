@@ -29,9 +29,6 @@ class ConnectorOptions:
             wait. Without overlap, the first blend of a step is not bound.
         idle_tokens: A blend that computes more runs in such pieces even while no other request does: who comes then
             waits for no more than what was begun. 0: every blend.
-        head_start: While an idle GPU waits for KV to be loaded, it computes the first of the cached tokens itself, and
-            these are not loaded: this share of them, in [0, 1). What is best is the time to load a token over the time
-            to load and to compute it; 0: none.
         chunk_size: Tokens of an LMCache chunk, told on /metrics to clients; 0: not told. LMCache is not asked to obey.
     """
 
@@ -47,15 +44,12 @@ class ConnectorOptions:
     overlap: bool = True
     step_tokens: int = 2048
     idle_tokens: int = 8192
-    head_start: float = 0.0
     chunk_size: int = 0
 
     def __post_init__(self) -> None:
         get_policy(self.policy)
         if not 0 <= self.ratio <= 1:
             raise ConfigError(f"lmcache_rag.ratio must be between 0 and 1; got {self.ratio}.")
-        if not 0 <= self.head_start < 1:
-            raise ConfigError(f"lmcache_rag.head_start must be at least 0 and less than 1; got {self.head_start}.")
         if self.step_tokens < 1:
             raise ConfigError(f"lmcache_rag.step_tokens must be at least 1; got {self.step_tokens}.")
         for name in ("deadline", "lookup_deadline", "poll", "least_tokens", "tail_tokens", "idle_tokens", "chunk_size"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 
@@ -52,7 +52,6 @@ class BlendPlan:
         cache_salt: Tenant.
         configs: Settings of the request for LMCache.
         background: Whether other requests run meanwhile: the request waits until a worker says that it is done.
-        computed_to: Everything from `exact` to here is computed while the matches, all of them behind it, are loaded.
         alone: Whether vLLM's step computes this request's last token, and nothing else: the blend computes it too, and
             vLLM need not read all weights once more for it.
     """
@@ -69,7 +68,6 @@ class BlendPlan:
     cache_salt: str = ""
     configs: dict[str, Any] | None = None
     background: bool = False
-    computed_to: int = 0
     alone: bool = False
 
     @property
@@ -92,7 +90,6 @@ class BlendResult:
         blend_ms: Time of selection and recomputation.
         failure: Why everything was computed; empty when the blend went through.
         hot_tokens: How many of the reused and recomputed tokens came from vLLM's own KV cache.
-        head_start_tokens: How many of the computed tokens were computed behind the prefix while the rest was loaded.
     """
 
     request_id: str
@@ -104,7 +101,6 @@ class BlendResult:
     blend_ms: float
     failure: str = ""
     hot_tokens: int = 0
-    head_start_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,13 +111,11 @@ class Claim:
         exact: Tokens of the exact prefix.
         matches: What is placed behind it.
         end: Tokens that vLLM may count as computed.
-        computed_to: Everything from `exact` to here is computed while the rest is loaded; 0: nothing is.
     """
 
     exact: int
     matches: tuple[Match, ...] = field(default=())
     end: int = 0
-    computed_to: int = 0
 
     @property
     def reused(self) -> int:
@@ -132,18 +126,6 @@ class Claim:
         """Tokens that a blend of this claim computes, without its selection."""
         again = {"none": 0, "all": self.reused}.get(policy, round(ratio * self.reused))
         return again + self.end - self.exact - self.reused
-
-    def with_head_start(self, share: float) -> Claim:
-        """The claim without its first matches, up to that share of what must be loaded.
-
-        The GPU, which would only wait for the load, computes them meanwhile. One match stays at least.
-        """
-        budget = share * sum(match.end - match.start for match in self.matches if match.block < 0)
-        kept = next((i for i, m in enumerate(self.matches) if m.end - self.exact > budget), len(self.matches))
-        kept = min(kept, len(self.matches) - 1)
-        if kept <= 0 or any(match.block >= 0 for match in self.matches[:kept]):
-            return self  # what vLLM holds itself is there at once
-        return replace(self, matches=self.matches[kept:], computed_to=self.matches[kept].start)
 
 
 def claim(prompt: int, local: int, prefix: int, matches: Sequence[Match], *, least: int = 64, tail: int = 0) -> Claim:

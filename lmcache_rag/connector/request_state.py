@@ -51,7 +51,6 @@ def statistics(prompt: int, state: RequestState) -> dict[str, Any]:
         "blocks_hit": len(placed),
         "spans": [list(span) for span in spans_of(placed)],
         "hot_tokens": result.hot_tokens if result else 0,
-        "head_start_tokens": result.head_start_tokens if result else 0,
         "lookup_ms": round(state.lookup_ms, 3),
         "load_ms": round(result.load_ms, 3) if result else 0.0,
         "blend_ms": round(result.blend_ms, 3) if result else 0.0,

@@ -90,19 +90,13 @@ class SchedulerSide:
         if way == "later":
             return None
         state.background = way == "beside"
-        if way == "now" and self.pace.idle and wanted.matches:
-            ahead = wanted.with_head_start(self.options.head_start)
-            more = ahead.computed(state.policy, state.ratio)
-            if more <= self.options.idle_tokens:  # who comes now waits for no more than that
-                wanted, tokens = ahead, more
         if state.background and wanted.matches:
             # The request waits without blocks for more than is claimed, so all but the last token is.
             wanted = claim(prompt, local, wanted.exact, wanted.matches, least=0, tail=prompt)
         state.claim = wanted
         self.pace.claim(request.request_id, way, tokens)
         if wanted.matches:
-            # What is computed behind the prefix is exact, but nobody asked to have it kept.
-            self._mark(request, state, wanted.exact if wanted.computed_to else wanted.matches[0].start)
+            self._mark(request, state, wanted.matches[0].start)
             if self.hot:
                 self.hot.claim(request.request_id, wanted.matches)
         return wanted.end - local
@@ -219,7 +213,6 @@ class SchedulerSide:
                 salt,
                 configs,
                 state.background,
-                state.claim.computed_to,
             )
         )
         self.pace.begun(request.request_id)

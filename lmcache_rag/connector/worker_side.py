@@ -144,11 +144,9 @@ class WorkerSide:
             counts = (plan.local, 0, 0, plan.end - plan.local)
         else:
             covered = sum(match.end - match.start for match in plan.matches)
-            computed = outcome.gaps + job.start - plan.exact
-            counts = (plan.exact, covered - outcome.recomputed, outcome.recomputed, computed)
+            counts = (plan.exact, covered - outcome.recomputed, outcome.recomputed, outcome.gaps)
         hot = sum(m.end - m.start for m in plan.matches if m.block >= 0) if not job.failure else 0
-        ahead = job.start - plan.exact if not job.failure else 0
-        self._results.append(BlendResult(plan.request_id, *counts, *job.clock.read(), job.failure, hot, ahead))
+        self._results.append(BlendResult(plan.request_id, *counts, *job.clock.read(), job.failure, hot))
         if log.isEnabledFor(logging.DEBUG):  # how to see that tensor-parallel ranks agree
             what = job.failure or f"{outcome.recomputed} tokens selected, digest {outcome.digest()}"
             log.debug("request %s on rank %d: %s", plan.request_id, self._model.rank, what)
@@ -208,7 +206,7 @@ class WorkerSide:
         elif hot and not reason and self._hot is not None:
             self._hot.run(hot, sequence)
         ids = on_device(plan.token_ids, torch.int64, device)
-        return Job(plan, sequence, ids, plan.exact, waiting=waiting, clock=clock, reason=reason)
+        return Job(plan, sequence, ids, waiting=waiting, clock=clock, reason=reason)
 
     def _left(self, job: Job) -> float:
         """Seconds to its deadline."""
@@ -226,36 +224,14 @@ class WorkerSide:
 
     def _load(self, job: Job) -> None:
         """Wait for the KV, on the stream; all ranks agree whether it comes."""
-        reason, plan = job.reason, job.plan
-        *exact, rest = job.waiting or [None]
-        for future in exact:
+        reason = job.reason
+        for future in job.waiting:
             if not self._link.arrived(future, self._left(job)):
                 reason = reason or "load failed"
-        # Ranks would first have to agree that all of them have the prefix. Without a head start it is a gap as others.
-        if plan.computed_to and not reason and self._model.ranks == 1:
-            reason = self._head_start(job)
-        if rest is not None and not self._link.arrived(rest, self._left(job)):
-            reason = reason or "load failed"
         if not self._model.all_ranks(not reason):
             job.failure = reason or "load failed on another rank"
         job.clock.loaded()
         job.steps = self._work(job)
-
-    def _head_start(self, job: Job) -> str:
-        """Compute what stands behind the exact prefix while the matches are loaded; why not, or ""."""
-        import torch
-
-        plan = job.plan
-        try:
-            blend = BlendPass(self._model, job.sequence)
-            places = torch.arange(plan.exact, plan.computed_to, device=job.ids.device)
-            for _ in blend.compute(job.ids, places, plan.computed_to):
-                pass
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-            return "out of memory"
-        job.start = plan.computed_to
-        return ""
 
     def _work(self, job: Job) -> Steps[None]:
         import torch
@@ -269,7 +245,7 @@ class WorkerSide:
                     job.outcome = yield from blend.steps(
                         job.ids,
                         plan.spans,
-                        job.start,
+                        plan.exact,
                         policy=policy,
                         ratio=plan.ratio,
                         end=plan.end,

@@ -192,8 +192,6 @@ def chunk_counts(prompt: QueryPrompt, told: Mapping[str, Any], kv_block: int) ->
     keeps = [whole_blocks(span, kv_block) for span in prompt.chunks]
     exact = int(told["prefix_tokens"])
     if (spans := told.get("spans")) is not None:
-        # What was computed while the rest was loaded had been found as well.
-        exact += int(told.get("head_start_tokens", 0))
         places = [(0, exact), *((int(start), int(end)) for start, end in spans)]
         found = [
             keep > 0 and sum(max(0, min(span.end, end) - max(span.start, start)) for start, end in places) > 0

@@ -46,7 +46,6 @@ class ServeOptions:
         lmcache_port: Where LMCache listens for vLLM.
         lmcache_http_port: Where LMCache listens for health checks.
         step_tokens: Most tokens that blends compute in a step while other requests run; None: the connector's default.
-        head_start: Share of the cached tokens that an idle GPU computes while the rest is loaded; None: likewise.
     """
 
     model: str
@@ -61,7 +60,6 @@ class ServeOptions:
     lmcache_port: int = 5555
     lmcache_http_port: int = 8089
     step_tokens: int | None = None
-    head_start: float | None = None
 
 
 @dataclass(frozen=True)
@@ -148,8 +146,6 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
     }
     if options.step_tokens is not None:
         extra["lmcache_rag.step_tokens"] = options.step_tokens
-    if options.head_start is not None:
-        extra["lmcache_rag.head_start"] = options.head_start
     ours = {
         "--host": options.host,
         "--port": str(options.port),
