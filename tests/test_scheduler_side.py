@@ -199,6 +199,28 @@ def test_a_new_request_is_looked_up_before_it_is_scheduled() -> None:
     assert not any(once.server.held.values())
 
 
+@pytest.mark.parametrize("failure", ["load failed", "load failed on another rank", "out of memory", ""])
+def test_who_waited_while_a_load_failed_does_not_wait_for_a_second_deadline(
+    monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    once = Once()
+    now = [1000.0]
+    monkeypatch.setattr(scheduler_side, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    first, second = once.request("a"), once.request("b")
+    more = once.side.matched(first, 0)
+    assert more
+    once.side.allocated(first, list(range(13)), more, None)
+    once.side.plans({"a": 24})
+    once.server.answers = False
+    once.side.arrived(second)
+    now[0] += once.side.options.lookup_deadline + 0.1  # the step of the first waits for its load, and vLLM with it
+    once.side.take([BlendResult("a", 0, 0, 0, 76, 5000.0, 1.0, failure)])
+    assert once.side.matched(second, 0) == (0 if failure.startswith("load") else None)
+    stats = once.finish(second)
+    assert stats is not None
+    assert stats["failure"] == ("look-up deadline" if failure.startswith("load") else "")
+
+
 def test_a_look_up_is_waited_for_no_longer_than_its_deadline(caplog: pytest.LogCaptureFixture) -> None:
     once = Once(lookup_deadline=0.0)
     request = once.request(polls=3)

@@ -18,7 +18,7 @@ class RequestState:
     blend: bool
     lookup: Lookup | None = None
     asked: float = 0.0
-    awaited: float = 0.0  # since when the request could have run but for its look-up
+    awaited: float = 0.0  # since when the request waits for nothing but its look-up
     lookup_ms: float = 0.0
     claim: Claim | None = None
     local: int = 0

@@ -262,6 +262,11 @@ class SchedulerSide:
                 self.hot.done(result.request_id)
             if state := self._states.get(result.request_id):
                 state.result = result
+            if result.failure.startswith("load failed"):
+                # The server did not answer for a whole deadline, in which vLLM may have stood still: what it was asked
+                # then has waited as long, though nobody could listen.
+                for state in self._states.values():
+                    state.awaited = state.asked
 
     def finished(self, request: Any) -> dict[str, Any] | None:
         """A request ended, in whatever way: its reuse statistics, or None when nothing was looked up."""
