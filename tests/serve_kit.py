@@ -24,21 +24,22 @@ CHUNK = 64
 
 
 class Cache:
-    """What our connector would find: whole chunks of 64 tokens behind the first one, at any offset."""
+    """What our connector would find: whole chunks behind the first one, at any offset."""
 
-    def __init__(self) -> None:
+    def __init__(self, chunk: int = CHUNK) -> None:
         self.known: set[tuple[int, ...]] = set()
+        self.chunk = chunk
 
     def store(self, prompt: list[int], most: int) -> None:
         end = min(len(prompt), most)
-        self.known |= {tuple(prompt[i : i + CHUNK]) for i in range(CHUNK, end - CHUNK + 1, CHUNK)}
+        self.known |= {tuple(prompt[i : i + self.chunk]) for i in range(self.chunk, end - self.chunk + 1, self.chunk)}
 
     def found(self, prompt: list[int]) -> int:
-        position, tokens = CHUNK, 0
-        while position + CHUNK <= len(prompt):
-            hit = tuple(prompt[position : position + CHUNK]) in self.known
-            tokens += CHUNK * hit
-            position += CHUNK if hit else 1
+        position, tokens = self.chunk, 0
+        while position + self.chunk <= len(prompt):
+            hit = tuple(prompt[position : position + self.chunk]) in self.known
+            tokens += self.chunk * hit
+            position += self.chunk if hit else 1
         return tokens
 
 
@@ -48,12 +49,13 @@ class FakeServer:
     Modes: "" (all well), "bare" (no connector), "empty" (nothing is ever found), "wrong" (recomputing everything gives
     other tokens), "tie" (the same, where both are about equally likely), "unblended" (an LMCache of the default
     engine), "unregistered" (no rotary table), "half" (of one worker only), "ill" (not healthy), "misfit" (blocks of 48
-    tokens), "strange" (JSON of another server), "key" (asks for one).
+    tokens), "long" (chunks of 256 tokens, which only vLLM says), "strange" (JSON of another server), "key" (asks for
+    one).
     """
 
     def __init__(self, role: str, port: int = 0, mode: str = "", model: str = "tiny") -> None:
         self.role, self.mode, self.model = role, mode, model
-        self.cache = Cache()
+        self.cache = Cache(256 if mode == "long" else CHUNK)
         self.hang = lambda: False
         self.requests: list[dict[str, Any]] = []
         outer = self
@@ -115,6 +117,8 @@ class FakeServer:
                 "/v1/models": {"data": [] if self.mode == "strange" else [card]},
                 "/metrics": f'vllm:cache_config_info{{block_size="{48 if self.mode == "misfit" else 16}",x="y"}} 1.0\n',
             }
+            if self.mode == "long":
+                pages["/metrics"] += 'vllm:lmcache_rag_chunk_tokens{engine="0"} 256.0\n'
         return (200, pages[path]) if path in pages else (404, {"detail": "Not Found"})
 
     def complete(self, body: dict[str, Any]) -> tuple[int, Any]:

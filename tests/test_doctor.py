@@ -206,6 +206,17 @@ def test_servers_that_are_not_there() -> None:
     assert "Round trip" not in found
 
 
+def test_where_lmcache_cannot_be_asked_vllm_says_how_long_its_chunks_are(model: str) -> None:
+    with FakeServer("lmcache") as gone:
+        pass
+    with FakeServer("vllm", mode="long", model=model) as engine:
+        result = run(engine.url, "--lmcache-url", gone.url, "--json")
+    found = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
+    assert found["LMCache"]["state"] == "failed"
+    assert found["Chunk and block"]["result"] == "chunks of 256 tokens, blocks of 16"
+    assert found["Round trip"]["state"] == found["Ratio 1"]["state"] == "ok"
+
+
 def test_a_key_is_sent(model: str) -> None:
     with FakeServer("vllm", mode="key", model=model) as engine, api.VLLM(engine.url, "secret") as server:
         assert server.complete("tiny", [1, 2], params={}).tokens

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from lmcache_rag.connector.metrics import chunk_tokens
 from lmcache_rag.errors import LMCacheRAGError
 from lmcache_rag.serving import api
 from lmcache_rag.serving.checks import Check
@@ -96,11 +97,17 @@ def vllm(server: api.VLLM) -> tuple[list[Check], api.Served | None]:
     return [Check("vLLM", "ok", words)], served
 
 
+def chunk_size(server: api.VLLM, status: dict[str, Any]) -> int:
+    """Tokens of an LMCache chunk, by LMCache's own word or by that of vLLM with our connector; 0: neither says."""
+    own = status.get("chunk_size")
+    return own if isinstance(own, int) and own > 0 else chunk_tokens(server.metrics())
+
+
 def sizes(server: api.VLLM, status: dict[str, Any]) -> Check:
     """LMCache's chunk against vLLM's block."""
-    chunk = status.get("chunk_size")
+    chunk = chunk_size(server, status)
     found = re.search(r'cache_config_info\{[^}]*\bblock_size="(\d+)"', server.metrics())
-    if not isinstance(chunk, int) or found is None:
+    if not chunk or found is None:
         return Check("Chunk and block", "skipped", "the servers do not say")
     block = int(found[1])
     words = f"chunks of {chunk} tokens, blocks of {block}"
@@ -111,9 +118,8 @@ def sizes(server: api.VLLM, status: dict[str, Any]) -> Check:
 
 def live(server: api.VLLM, served: api.Served, status: dict[str, Any]) -> list[Check]:
     """The round trip."""
-    chunk = status.get("chunk_size")
     try:
-        outcome = round_trip(server, served, chunk if isinstance(chunk, int) and chunk > 0 else CHUNK)
+        outcome = round_trip(server, served, chunk_size(server, status) or CHUNK)
     except LMCacheRAGError as problem:
         return [Check("Round trip", "failed", problem.message, problem.remedy)]
     return list(judge(outcome))
