@@ -6,7 +6,7 @@ that is early enough: whoever shares the block reads it in that pass at the earl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 
@@ -42,6 +42,15 @@ class FiledBlocks:
         """The block under that hash whose KV is there; None when there is none."""
         blocks = self._pool.get_cached_block(block_hash, [0])
         return blocks[0] if blocks and blocks[0].block_id not in self._filed else None
+
+    def all_computed(self, hashes: Iterable[Any]) -> Iterator[Any]:
+        """`computed` of each, until there is none: thousands of them stand between a prompt and its first token."""
+        get, filed, group = self._pool.get_cached_block, self._filed, [0]
+        for block_hash in hashes:
+            blocks = get(block_hash, group)
+            if not blocks or blocks[0].block_id in filed:
+                return
+            yield blocks[0]
 
     def hold(self, hashes: Sequence[Any], tokens: int) -> bool:
         """Whether some of a request's first tokens, which vLLM found in its cache, are only being computed."""

@@ -7,6 +7,7 @@ where in a prompt the chunks stand. A client says so in kv_transfer_params: `"lm
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -49,7 +50,7 @@ class HotChunks:
         remembered: int = 4096,
     ) -> None:
         self._pool, self._block, self._hash, self._remembered = pool, block, hash_block, remembered
-        self._hashes: OrderedDict[tuple[Any, tuple[int, ...]], tuple[Any, ...]] = OrderedDict()
+        self._hashes: OrderedDict[tuple[Any, bytes], tuple[Any, ...]] = OrderedDict()
         self._pinned: dict[str, list[Any]] = {}
         self._filed = FiledBlocks(pool, block) if filed is None else filed
 
@@ -68,22 +69,13 @@ class HotChunks:
         prefix = spans[0][0]
         if prefix % self._block or prefix // self._block > len(hashes) or prefix == 0:
             return []
-        parent = hashes[prefix // self._block - 1]
+        parent, size = hashes[prefix // self._block - 1], self._block
         found = []
         for start, end in spans:
-            for index, block_hash in enumerate(self._chunk_hashes(parent, tuple(tokens[start:end]))):
-                block = self._filed.computed(block_hash)
-                if block is None:
-                    break
-                first = index * self._block
-                match = Match(
-                    start + first,
-                    start + first + self._block,
-                    prefix + first,
-                    prefix + first + self._block,
-                    block=block.block_id,
-                )
-                found.append((match, block))
+            at, old = start, prefix
+            for block in self._filed.all_computed(self._chunk_hashes(parent, tokens[start:end])):
+                found.append((Match(at, at + size, old, old + size, None, block.block_id), block))
+                at, old = at + size, old + size
         return found
 
     def held(self, tokens: Sequence[int], hashes: Sequence[Any], spans: Sequence[tuple[int, int]]) -> int:
@@ -94,19 +86,21 @@ class HotChunks:
         parent = hashes[prefix // self._block - 1]
         count = 0
         for start, end in spans:
-            own = self._chunk_hashes(parent, tuple(tokens[start:end]))
+            own = self._chunk_hashes(parent, tokens[start:end])
             if own and self._filed.computed(own[-1]) is not None:
                 count += end - start
         return count
 
-    def _chunk_hashes(self, parent: Any, tokens: tuple[int, ...]) -> tuple[Any, ...]:
-        key = (parent, tokens)
-        if key in self._hashes:
+    def _chunk_hashes(self, parent: Any, tokens: Sequence[int]) -> tuple[Any, ...]:
+        # By bytes, which are hashed once and not, as a tuple is, with each access.
+        key = (parent, array("q", tokens).tobytes())
+        known = self._hashes.get(key)
+        if known is not None:
             self._hashes.move_to_end(key)
-            return self._hashes[key]
+            return known
         hashes: list[Any] = []
         for first in range(0, len(tokens) - self._block + 1, self._block):
-            parent = self._hash(parent, tokens[first : first + self._block])
+            parent = self._hash(parent, tuple(tokens[first : first + self._block]))
             hashes.append(parent)
         self._hashes[key] = tuple(hashes)
         if len(self._hashes) > self._remembered:

@@ -102,6 +102,8 @@ class HotSide:
 
 def without_overlap(matches: Sequence[Match], hot: Sequence[Match], prompt: int) -> list[Match]:
     """The hot matches, and the others as far as they touch none of them."""
+    if not matches or not hot:
+        return [*hot, *matches]
     covered = bytearray(prompt)
     for match in hot:
         covered[match.start : match.end] = b"\1" * (match.end - match.start)
