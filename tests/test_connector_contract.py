@@ -137,6 +137,26 @@ def test_what_is_offered_to_a_step_ends_with_it(monkeypatch: pytest.MonkeyPatch)
         assert last_token._offered == []
 
 
+def test_the_connector_offers_what_a_blend_computed_and_takes_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmcache_rag.connector.compat_vllm import last_token
+
+    states = [torch.ones(1, 4), None, torch.zeros(1, 4)]
+    ours = object.__new__(connector.CacheBlendConnector)
+    ours._worker = SimpleNamespace(
+        run_now=lambda plans: None, run=lambda plans, allowance: None, take_hidden=lambda: states.pop(0)
+    )
+    meta = SimpleNamespace(blend_plans=[SimpleNamespace(background=False)], blend_allowance=None)
+    monkeypatch.setattr(connector.LMCacheMPConnector, "start_load_kv", lambda self, context, **more: None)
+    monkeypatch.setattr(connector.CacheBlendConnector, "_get_connector_metadata", lambda self: meta)
+    monkeypatch.setattr(last_token, "_offered", [])
+    ours.begin_step(meta)
+    assert last_token._offered[0].tolist() == [[1.0] * 4]
+    ours.start_load_kv(None)
+    assert last_token._offered[0].tolist() == [[1.0] * 4], "it was offered before vLLM prepared the step"
+    ours.start_load_kv(None)
+    assert last_token._offered[0].tolist() == [[0.0] * 4]
+
+
 def test_a_graph_is_not_replayed_for_a_token_that_a_blend_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.worker.gpu import cudagraph_utils, model_runner
 

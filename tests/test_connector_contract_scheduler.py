@@ -257,6 +257,16 @@ def test_alone_a_request_is_blended_within_its_step(make: Any) -> None:
     assert sum(counts) == told["prompt_tokens"] == 400
 
 
+@pytest.mark.parametrize(("tail", "alone"), [(64, True), (0, False)])
+def test_a_plan_knows_whether_vllm_computes_nothing_but_the_last_token(make: Any, tail: int, alone: bool) -> None:
+    engine = make(tail_tokens=tail)
+    engine.add("a", 64 + 8 + 4 * (CHUNK + 8), 4, exact=64)
+    out = engine.step()
+    (plan,) = out.kv_connector_metadata.blend_plans
+    assert plan.alone == alone == (out.num_scheduled_tokens == {"a": 1})
+    engine.to_the_end()
+
+
 def test_beside_others_it_waits_for_the_worker_and_they_go_on(make: Any) -> None:
     engine = make()
     engine.add("runs", 100, 0, outputs=12)

@@ -273,7 +273,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             now = [plan for plan in plans if not plan.background]
             meta.blend_plans = [plan for plan in plans if plan.background]
             self._worker.run_now(now)
-            compat_vllm.offer_hidden_state(self._worker.take_hidden())
+            self._offer_hidden_state()
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         """LMCache's own loads, then this step's blends."""
@@ -281,8 +281,12 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         meta = self._get_connector_metadata()
         if self._worker is not None and hasattr(meta, "blend_plans"):
             self._worker.run(meta.blend_plans, meta.blend_allowance)
-            if (hidden := self._worker.take_hidden()) is not None:
-                compat_vllm.offer_hidden_state(hidden)
+            self._offer_hidden_state()
+
+    def _offer_hidden_state(self) -> None:
+        hidden = self._worker.take_hidden()
+        if hidden is not None:  # None would take back what was offered earlier in the step
+            compat_vllm.offer_hidden_state(hidden)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """What LMCache's transfers are done with; see lmcache_rag.connector.frees."""

@@ -40,8 +40,7 @@ class FiledBlocks:
 
     def computed(self, block_hash: Any) -> Any:
         """The block under that hash whose KV is there; None when there is none."""
-        blocks = self._pool.get_cached_block(block_hash, [0])
-        return blocks[0] if blocks and blocks[0].block_id not in self._filed else None
+        return next(self.all_computed((block_hash,)), None)
 
     def all_computed(self, hashes: Iterable[Any]) -> Iterator[Any]:
         """`computed` of each, until there is none: thousands of them stand between a prompt and its first token."""
