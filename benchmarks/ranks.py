@@ -2,6 +2,7 @@
 
     python benchmarks/ranks.py MODEL_FOLDER               # a GPU for each rank
     python benchmarks/ranks.py MODEL_FOLDER --one-gpu     # both ranks on one GPU, over gloo: right, and slow
+    python benchmarks/ranks.py MODEL_FOLDER --only-faults # the third part alone
 
 The tokenizer is MODEL_FOLDER's, the weights are random: a Llama of 8 heads and 4 KV heads, in float32 with vLLM's
 Triton backend, so that near ties decide nothing. Needs vLLM and LMCache; starts an LMCache server of its own.
@@ -99,12 +100,16 @@ def lmcache(ranks: int, log: Path) -> Iterator[int]:
         process.wait()
 
 
+def ingest(engine: Engine) -> None:
+    """Every chunk's KV into LMCache, exact."""
+    for prompt in Material(engine.tokenizer).ingestions():
+        engine.answer(prompt, 1, {"lmcache_rag.blend": "off"})
+    time.sleep(1.5)  # LMCache stores behind the answer
+
+
 def answers(engine: Engine, prompts: int, folder: Path) -> dict[str, Any]:
     """Ratio 1 and a full prefill, with the answers of one rank where they are known."""
     material, alone = Material(engine.tokenizer), folder / "alone.json"
-    for prompt in material.ingestions():
-        engine.answer(prompt, 1, {"lmcache_rag.blend": "off"})
-    time.sleep(1.5)  # LMCache stores behind the answer
     known = json.loads(alone.read_text()) if alone.exists() else []
     arms: dict[str, dict[str, Any]] = {
         name: {"blended": 0, "equal": 0, "gaps": [], "equal to one rank": 0}
@@ -179,7 +184,7 @@ def agreement(engine: Engine, requests: int, folder: Path, ranks: int) -> dict[s
 def faults(engine: Engine, prompts: int, folder: Path) -> dict[str, Any]:
     """Loads that fail on the last rank only."""
     material = Material(engine.tokenizer, seed=2)
-    row: dict[str, Any] = {"computed in full": 0, "equal": 0, "reasons": set(), "blended after": 0}
+    row: dict[str, Any] = {"computed in full": 0, "equal": 0, "gaps": [], "reasons": set(), "blended after": 0}
     asked, others = ([material.prompt()[0] for _ in range(prompts)] for _ in range(2))
     params = {"lmcache_rag.policy": "query", "lmcache_rag.ratio": 0.15}
     (folder / "fault").touch()
@@ -189,7 +194,9 @@ def faults(engine: Engine, prompts: int, folder: Path) -> dict[str, Any]:
     for prompt, answer, later in zip(asked, failed, after, strict=True):
         full = engine.answer(prompt, TOKENS, OFF)
         row["computed in full"] += answer.told["reused_tokens"] + answer.told["recomputed_tokens"] == 0
-        row["equal"] += first_difference(answer.tokens, full.tokens) is None
+        place = first_difference(answer.tokens, full.tokens)
+        row["equal"] += place is None
+        row["gaps"] += [] if place is None else [round(full.gap(place), 5)]
         row["reasons"] |= {answer.told.get("failure")}
         row["blended after"] += later.told["reused_tokens"] > 0
     return {**row, "prompts": prompts, "reasons": sorted(map(str, row["reasons"]))}
@@ -208,10 +215,13 @@ def part(given: argparse.Namespace, folder: Path) -> None:
             options["disable_custom_all_reduce"] = True
             os.environ |= {"VLLM_DISABLE_PYNCCL": "1", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
     engine = Engine(str(folder / "model"), given.port, f"ranks {given.part}", options)
-    found["answers"] = answers(engine, given.prompts, folder)
+    ingest(engine)
+    if not given.only_faults:
+        found["answers"] = answers(engine, given.prompts, folder)
     if given.part > 1:
-        found["agreement"] = agreement(engine, given.requests, folder, given.part)
-        found["fault on the last rank"] = faults(engine, 10, folder)
+        if not given.only_faults:
+            found["agreement"] = agreement(engine, given.requests, folder, given.part)
+        found["fault on the last rank"] = faults(engine, given.prompts, folder)
     (folder / f"part{given.part}.json").write_text(json.dumps(found))
 
 
@@ -223,6 +233,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--only-faults", action="store_true", help="loads that fail on the last rank, and nothing else")
     parser.add_argument("--folder", type=Path, help="keep logs here")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)
@@ -236,7 +247,7 @@ def main() -> None:
     make_model(given.model, folder / "model")
     found: dict[str, Any] = {"ranks": given.ranks, "one GPU": given.one_gpu, "shape": SHAPE}
     with lmcache(given.ranks, folder / "lmcache.log") as port:
-        for ranks in (1, given.ranks):
+        for ranks in (given.ranks,) if given.only_faults else (1, given.ranks):
             begin = time.monotonic()
             own = ["--part", str(ranks), "--port", str(port), "--folder", str(folder)]
             with (folder / f"part{ranks}.log").open("wb") as log:

@@ -116,6 +116,20 @@ def test_a_gpu_worker_of_lmcache_for_each_rank() -> None:
     assert "--max-gpu-workers" not in make("-tp", "1").lmcache
 
 
+def test_several_ranks_run_blends_as_graphs_unless_told_otherwise() -> None:
+    assert value(make("-tp", "2").vllm, "--max-cudagraph-capture-size") == "2048"
+    assert "--max-cudagraph-capture-size" not in make().vllm, "on one GPU it gains nothing"
+    assert "--max-cudagraph-capture-size" not in make("-dp", "2").vllm
+    for words in (
+        ("--enforce-eager",),
+        ("--cudagraph-capture-sizes", "1", "2"),
+        ("--compilation-config.mode", "3"),
+        ("-cc", '{"max_cudagraph_capture_size": 64}'),
+    ):
+        assert "--max-cudagraph-capture-size" not in make("-tp", "2", *words).vllm
+    assert make("-tp", "2", "--max-cudagraph-capture-size", "64").vllm.count("--max-cudagraph-capture-size") == 1
+
+
 @pytest.mark.parametrize(
     ("allowed", "added"),
     [

@@ -23,9 +23,17 @@ CONNECTOR = {
 }
 BLOCK = 16  # vLLM's own default on CUDA
 MOST_BATCHED_TOKENS = 8192  # a pass over a whole prompt of usual length fits into one
+MOST_GRAPH_TOKENS = 2048  # a blend's longest piece: launched kernel by kernel, several ranks wait for the host
 GPU_SHARE = 0.85  # LMCache's server needs memory of its own on the GPU
 WAIT_S, HEARTBEAT_S = 60, 5  # LMCache's own defaults let vLLM wait for minutes
 L1_GB, L1_SHARE = 20.0, 0.4
+_GRAPHS = (
+    "--enforce-eager",
+    "--max-cudagraph-capture-size",
+    "--cudagraph-capture-sizes",
+    "-cc",
+    "--compilation-config",
+)
 _SIZES = (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
 
 
@@ -153,6 +161,8 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
         "--gpu-memory-utilization": str(GPU_SHARE),
         "--kv-transfer-config": json.dumps({**CONNECTOR, "kv_connector_extra_config": extra}),
     }
+    if given.ranks() > 1 and not any(given.has(name) for name in _GRAPHS):
+        ours["--max-cudagraph-capture-size"] = str(MOST_GRAPH_TOKENS)
     vllm = ["serve", options.model]
     for name, value in ours.items():
         if not given.has(name):
@@ -214,8 +224,15 @@ class _Given:
 
     def gpus(self) -> int:
         """How many vLLM takes: ranks of a replica, times replicas."""
-        sizes = [self.value(long) or self.value(short) for long, short in _SIZES]
-        return math.prod(int(size) for size in sizes if size.isdigit() and int(size))
+        return math.prod(self._size(*names) for names in _SIZES)
+
+    def ranks(self) -> int:
+        """Tensor-parallel ranks."""
+        return self._size(*_SIZES[0])
+
+    def _size(self, long: str, short: str) -> int:
+        size = self.value(long) or self.value(short)
+        return int(size) if size.isdigit() and int(size) else 1
 
 
 def _check_chunk(options: ServeOptions, given: _Given) -> None:

@@ -1,0 +1,149 @@
+"""`lmcache-rag serve` on a GPU: answers over HTTP beside a full prefill's, with real weights. Skipped without CUDA.
+
+In float32 with whole products, so that near ties decide nothing; torch.compile and CUDA graphs on, as users have them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from vllm_cpu_kit import Process, answers, free_port, until
+
+LACKING = not torch.cuda.is_available() or not all(map(importlib.util.find_spec, ("vllm", "lmcache")))
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(LACKING, reason="no CUDA device, vLLM and LMCache")]
+
+DATA = Path(__file__).parents[1] / "examples" / "data" / "documents"
+PREFIX, TOKENS = 64, 48
+ALL = {"lmcache_rag.policy": "query", "lmcache_rag.ratio": 1.0}
+
+
+class Served:
+    """The command, and prompts of real text in chunks."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self.lmcache, self.health = free_port(), free_port()
+        url = f"http://127.0.0.1:{free_port()}"
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        text = " ".join(path.read_text() for path in sorted(DATA.rglob("*")) if path.suffix in (".txt", ".md"))
+        ids = tokenizer.encode(text)
+        self._rng = random.Random(0)
+        self._prefix, self._gap = ids[:PREFIX], tokenizer.encode("\n\n")
+        self._question = tokenizer.encode("\n\nQuestion: what do these passages say? Answer:")
+        self.chunks = [ids[at : at + self._rng.randrange(200, 300)] for at in range(PREFIX, PREFIX + 300 * 20, 300)]
+        options = f"--port {url.rpartition(':')[2]} --lmcache-port {self.lmcache} --lmcache-http-port {self.health}"
+        options += " --l1-gb 4 --dtype float32 --attention-backend TRITON_ATTN --max-model-len 8192"
+        options += " --gpu-memory-utilization 0.05 --kv-cache-memory-bytes 2000000000"
+        self._client = httpx.Client(base_url=url, timeout=120)
+        self.process = Process(
+            [sys.executable, "-m", "lmcache_rag", "serve", str(model), *options.split(), "--log-dir", str(folder)],
+            folder / "serve.log",
+            CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
+            TRITON_F32_DEFAULT="ieee",
+        )
+        self.process.wait_for(lambda: answers(f"{url}/health"), 500)
+        self.name = self._client.get("/v1/models").json()["data"][0]["id"]
+
+    def ask(self, prompt: list[int], tokens: int = TOKENS, salt: str = "", **params: Any) -> tuple[list[int], Any]:
+        """Greedy tokens, and what was reused."""
+        body: dict[str, Any] = {"model": self.name, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+        body |= {"ignore_eos": True, "return_token_ids": True, "kv_transfer_params": params}
+        answer = self._client.post("/v1/completions", json=body | ({"cache_salt": salt} if salt else {}))
+        assert answer.status_code == 200, answer.text
+        found = answer.json()
+        return found["choices"][0]["token_ids"], (found.get("kv_transfer_params") or {}).get("lmcache_rag")
+
+    def full(self, prompt: list[int]) -> list[int]:
+        """The answer of a full prefill: the salt shares no KV with anything."""
+        return self.ask(prompt, salt=f"full {self._rng.random()}", **{"lmcache_rag.blend": "off"})[0]
+
+    def ingest(self) -> None:
+        for chunk in self.chunks:
+            self.ask(self._prefix + chunk, 1, **{"lmcache_rag.blend": "off"})
+
+    def prompt(self) -> tuple[list[int], list[list[int]]]:
+        """Four to eight chunks in random order, and where they stand."""
+        prompt, spans = list(self._prefix), []
+        for chunk in self._rng.sample(self.chunks, self._rng.randrange(4, 9)):
+            spans.append([len(prompt), len(prompt) + len(chunk)])
+            prompt += chunk + self._gap
+        return prompt + self._question, spans
+
+    def reused(self) -> bool:
+        return bool(self.ask(self.prompt()[0], 1)[1]["reused_tokens"])
+
+
+@pytest.fixture(scope="module")
+def served(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(smollm2_path, tmp_path_factory.mktemp("served"))
+    try:
+        served.ingest()
+        assert until(served.reused), "LMCache stores behind the answer"
+        yield served
+    finally:
+        served.process.kill()
+
+
+def parted(told: dict[str, Any], prompt: list[int]) -> bool:
+    names = ("prefix_tokens", "reused_tokens", "recomputed_tokens", "computed_tokens")
+    return sum(told[name] for name in names) == len(prompt)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_everything_computed_again_is_a_full_prefill(served: Served, named: bool) -> None:
+    for _ in range(10):
+        prompt, spans = served.prompt()
+        got, told = served.ask(prompt, **ALL, **({"lmcache_rag.chunks": spans} if named else {}))
+        assert got == served.full(prompt)
+        assert parted(told, prompt)
+        assert told["recomputed_tokens"] > len(prompt) / 2
+        assert bool(told["hot_tokens"]) == named
+
+
+def test_reused_kv_would_be_noticed(served: Served) -> None:
+    prompts = [served.prompt()[0] for _ in range(5)]
+    none = {"lmcache_rag.policy": "none", "lmcache_rag.ratio": 0.0}
+    assert any(served.ask(prompt, **none)[0] != served.full(prompt) for prompt in prompts)
+
+
+def test_requests_in_flight_together_answer_as_each_alone(served: Served) -> None:
+    prompts = [served.prompt()[0] for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda prompt: served.ask(prompt, **ALL), prompts))
+    assert [tokens for tokens, _ in got] == [served.full(prompt) for prompt in prompts]
+    assert all(
+        told["recomputed_tokens"] and parted(told, prompt) for (_, told), prompt in zip(got, prompts, strict=True)
+    )
+
+
+def test_without_lmcache_answers_are_a_full_prefills_until_it_is_back(served: Served) -> None:
+    found = subprocess.run(
+        ["pgrep", "-f", f"lmcache.cli.main server.*--port {served.lmcache}"], capture_output=True, text=True, check=True
+    )
+    for pid in found.stdout.split():
+        os.kill(int(pid), signal.SIGKILL)
+    for _ in range(3):
+        prompt, _ = served.prompt()
+        got, told = served.ask(prompt, **ALL)
+        assert got == served.full(prompt)
+        assert told["reused_tokens"] + told["recomputed_tokens"] == 0
+    assert until(lambda: answers(f"http://127.0.0.1:{served.health}/healthcheck"), 90), "serve starts it again"
+
+    def blends() -> bool:
+        served.ingest()
+        return served.reused()
+
+    assert until(blends, 60), "an empty LMCache is filled again, and used"
