@@ -47,6 +47,7 @@ class Served:
         options = f"--port {url.rpartition(':')[2]} --lmcache-port {self.lmcache} --lmcache-http-port {self.health}"
         options += " --l1-gb 4 --dtype float32 --attention-backend TRITON_ATTN --max-model-len 8192"
         options += " --gpu-memory-utilization 0.05 --kv-cache-memory-bytes 2000000000"
+        options += " --max-cudagraph-capture-size 2048"  # as several ranks get it: passes as padded graphs
         self._client = httpx.Client(base_url=url, timeout=120)
         self.process = Process(
             [sys.executable, "-m", "lmcache_rag", "serve", str(model), *options.split(), "--log-dir", str(folder)],
