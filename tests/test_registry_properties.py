@@ -186,7 +186,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
     def with_interruption(self, steps: int, act: Callable[[], object], new: list[NewDocument]) -> bool:
         """Store documents, with a fault after some steps of SQLite; returns whether that failed."""
-        left = [steps]
+        left = [0]  # only from now on: setting the handler is a transaction too, whose end is not to fail
 
         def handler() -> object:
             left[0] -= 1
@@ -194,6 +194,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
         with self.store.registry._database.write() as connection:
             connection.set_progress_handler(handler, 20)
+        left[0] = steps
         try:
             self.store.registry.put_documents(new, embedder=EMBEDDER)
         except StoreError:
