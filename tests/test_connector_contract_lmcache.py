@@ -25,7 +25,9 @@ with warnings.catch_warnings():
     from lmcache.v1.distributed import api
     from lmcache.v1.multiprocess import custom_types, futures
     from lmcache.v1.multiprocess.modules.blend import lookup
+    from lmcache.v1.multiprocess.modules.blend.matcher import BlendTokenRangeMatcher
     from lmcache.v1.multiprocess.session import Session
+    from lmcache.v1.multiprocess.token_hasher import TokenHasher
     from lmcache.v1.multiprocess.transfer_context import worker_transfer
     from lmcache.v1.multiprocess.transport.base import RequestClient
     from lmcache.v1.platform.kv_wrap import wrap_one_kv_cache
@@ -35,6 +37,7 @@ with warnings.catch_warnings():
 
     from lmcache_rag.connector import compat_lmcache, connector
     from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
+    from lmcache_rag.connector.namespace import renumbered
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -215,13 +218,52 @@ def test_the_null_block_is_nobodys() -> None:
 
 
 def test_exact_prefixes_are_asked_for_in_whole_chunks() -> None:
-    from lmcache.v1.multiprocess.token_hasher import TokenHasher
 
     session = Session("s", TokenHasher(chunk_size=CHUNK, hash_algorithm="blake3"))
     session.set_tokens(list(range(200)))
     assert len(session.get_hashes(64, 192)) == 2
     with pytest.raises(AssertionError):
         session.get_hashes(64, 191)
+
+
+def test_the_index_of_chunks_knows_nothing_of_what_stood_before_them_nor_of_tenants() -> None:
+    """So the same chunk needs other numbers in each namespace."""
+    prefix, other, chunk = list(range(CHUNK)), list(range(900, 900 + CHUNK)), list(range(100, 100 + 2 * CHUNK))
+    hasher = TokenHasher(chunk_size=CHUNK, hash_algorithm="blake3")
+
+    def index(renumber: Any) -> tuple[BlendTokenRangeMatcher, list[int]]:
+        matcher = BlendTokenRangeMatcher(CHUNK)
+        for name, before in (("a", prefix), ("b", other)):
+            tokens = renumber([*before, *chunk], name)
+            hashes = [hasher.hash_to_bytes(one) for one in hasher.compute_chunk_hashes(tokens)]
+            matcher.on_new_token_hashes(tokens, hashes, start_chunk_idx=1)
+        found = [matcher.match_sub_sequence(renumber([*before, 5, *chunk], name)) for name, before in places]
+        hits = {match.hash for matches in found for match in matches}
+        return matcher, [len(hits), *map(len, found)]
+
+    places = (("a", prefix), ("b", other), ("c", prefix))
+    assert index(lambda tokens, name: tokens)[1] == [2, 2, 2, 2], "whoever came last serves everybody"
+    assert index(renumbered)[1] == [4, 2, 2, 0]
+
+
+@pytest.mark.parametrize("adapter", [adapters.LMCacheMPSchedulerAdapter, adapters.LMCacheMPWorkerAdapter])
+def test_every_key_of_an_adapter_names_tokens_by_the_numbers_of_its_namespace(adapter: Any) -> None:
+    one = object.__new__(adapter)
+    one.parallel_strategy = SimpleNamespace(num_kv_readers=1, kv_world_size=1, kv_worker_id=0)
+    one.model_name = "m"
+    compat_lmcache.renumber_tokens(one)
+    keys = [
+        one._create_key([1, 2, 3], 0, 3, "r", "a"),
+        one._create_key(token_ids=[1, 2, 3], start=0, end=3, request_id="r", cache_salt="a", request_configs={"x": 1}),
+    ]
+    assert [key.token_ids for key in keys] == [tuple(renumbered([1, 2, 3], "a"))] * 2
+    assert [(key.start, key.end, key.cache_salt, key.request_configs) for key in keys] == [
+        (0, 3, "a", None),
+        (0, 3, "a", {"x": 1}),
+    ]
+    made = ast.walk(ast.parse(inspect.getsource(adapters)))
+    calls = [n for n in made if isinstance(n, ast.Call) and ast.unparse(n.func) == "IPCCacheServerKey"]
+    assert len(calls) == 2, "one in each adapter's _create_key"
 
 
 def test_a_salt_that_lmcache_does_not_take_is_an_error() -> None:

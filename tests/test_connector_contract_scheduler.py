@@ -338,6 +338,47 @@ def test_approximate_blocks_are_nobody_elses_prefix(make: Any) -> None:
     assert engine.told["b"]["reused_tokens"] == 0
 
 
+@pytest.mark.parametrize("matches", [0, 5])
+def test_exact_kv_behind_a_loaded_prefix_is_stored_and_approximate_kv_is_not(make: Any, matches: int) -> None:
+    engine = make()
+    engine.add("one", 1290, matches, exact=4 * CHUNK)
+    stored: list[tuple[int, int]] = []
+    while engine.scheduler.has_requests():
+        meta = engine.step().kv_connector_metadata
+        stored += [(r.op.start, r.op.end) for r in meta.requests if r.direction == "STORE"]
+    assert [start for start, _ in stored[1:]] == [end for _, end in stored[:-1]]
+    if matches:  # behind 8 tokens of a gap, which fill no chunk
+        assert stored == []
+    else:
+        assert (stored[0][0], stored[-1][1]) == (4 * CHUNK, 1280)
+
+
+def test_a_request_goes_to_lmcache_in_the_namespace_of_its_prefix_and_tenant(make: Any) -> None:
+    engine = make()
+    rng = random.Random(3)
+    prefix, other, chunk = ([rng.randrange(5, 40000) for _ in range(size)] for size in (100, 100, 300))
+    spaces = []
+    for name, tokens, salt in (
+        ("a", [*prefix, *chunk], None),
+        ("b", [*prefix, *chunk[::-1]], None),
+        ("c", [*prefix[:-1], *other[-1:], *chunk], None),
+        ("d", [*prefix, *chunk], "a/tenant@" * 50),
+    ):
+        engine.found[name] = 0, (0, ())
+        params = {"kv_transfer_params": {"lmcache_rag.prefix": 100}}
+        sampling = SamplingParams(max_tokens=1, ignore_eos=True, extra_args=params)
+        request = Request(name, tokens, sampling, None, block_hasher=engine._hasher, cache_salt=salt)
+        engine.scheduler.add_request(request)
+        tracker = engine.connector._get_or_create_request_tracker(request)
+        spaces.append(tracker.cache_salt)
+        key = engine.connector.scheduler_adapter._create_key(tokens, 0, 100, name, tracker.cache_salt)
+        assert key.cache_salt == tracker.cache_salt
+        assert key.token_ids != tuple(tokens)
+    assert spaces[0] == spaces[1]
+    assert len(set(spaces)) == 3
+    engine.to_the_end()
+
+
 def test_a_chunk_that_is_being_computed_in_the_same_step_is_not_copied(make: Any) -> None:
     engine = make()
     rng = random.Random(1)

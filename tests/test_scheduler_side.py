@@ -20,7 +20,10 @@ def test_a_claim_ends_with_the_last_match_and_hides_from_the_first_one_on() -> N
     assert once.side.matched(request, 8) == 76 - 8
     assert request.hidden == [40]
     assert once.side.store_limit("a") == 40
-    assert once.side.exact_prefix("a") == 32
+    assert once.side.stored(request) == 32
+    request.kv_transfer_params = {"lmcache_rag.ingest": True}
+    assert once.side.stored(request) == 0, "LMCache's index may not have it"
+    request.kv_transfer_params = None
     once.side.allocated(request, list(range(13)), 68, {"lmcache.x": 1})
     ((plan,), _) = once.side.plans()
     assert (plan.local, plan.exact, plan.matches, plan.end) == (8, 32, Once.MATCHES, 76)

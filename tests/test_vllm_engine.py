@@ -196,9 +196,13 @@ def test_token_ids_and_blend_options_arrive_exactly(engine, builder, server, chu
         "lmcache_rag.policy": "hkvd",
         "lmcache_rag.ratio": 0.25,
         "lmcache_rag.chunks": [[chunk.start, chunk.end] for chunk in prompt.chunks],
+        "lmcache_rag.prefix": len(builder.prefix_ids),
     }
     engine.generate(prompt, SHORT, OFF)
-    assert server.seen[1]["kv_transfer_params"] == {"lmcache_rag.blend": "off"}
+    assert server.seen[1]["kv_transfer_params"] == {
+        "lmcache_rag.blend": "off",
+        "lmcache_rag.prefix": len(builder.prefix_ids),
+    }
 
 
 def test_sampling_arrives_in_full_since_vllm_would_take_the_models_defaults_else(engine, builder, server) -> None:
@@ -262,7 +266,8 @@ def test_precompute_sends_exact_prefills_in_order_and_tells_what_existed(engine,
     assert [r.tokens for r in results] == [len(p.chunk_ids) for p in prompts]
     assert sorted(body["prompt"] for body in server.seen) == sorted(list(p.token_ids) for p in prompts)
     assert {body["max_tokens"] for body in server.seen} == {1}
-    assert all(body["kv_transfer_params"] == {"lmcache_rag.blend": "off"} for body in server.seen)
+    params = {"lmcache_rag.blend": "off", "lmcache_rag.ingest": True, "lmcache_rag.prefix": len(builder.prefix_ids)}
+    assert all(body["kv_transfer_params"] == params for body in server.seen)
     assert engine.missing(prompts) == [False] * 6
     assert not any(r.computed for r in engine.precompute(prompts))
     engine.forget([(prompts[0].fingerprint, prompts[0].key), ("unknown", "00" * 32)])

@@ -7,6 +7,7 @@ from typing import Any
 from .call import Call
 from .prompt_value import ChunkedPromptValue
 
+_PLACES = ("lmcache_rag.chunks", "lmcache_rag.prefix")
 _ROLES = {"system": "system", "human": "user", "ai": "assistant"}
 
 
@@ -24,7 +25,7 @@ def chat_body(call: Call, value: ChunkedPromptValue) -> tuple[dict[str, Any], bo
     if rendered(blender.engine.tokenizer, value) == value.token_ids:
         return body, True
     body["kv_transfer_params"] = {
-        name: fact for name, fact in body["kv_transfer_params"].items() if name != "lmcache_rag.chunks"
+        name: fact for name, fact in body["kv_transfer_params"].items() if name not in _PLACES
     }
     return body, False
 

@@ -18,7 +18,7 @@ from lmcache_rag.errors import ConfigError
 from .llm import EngineLLM
 from .watching import Watched
 
-_NEEDED = ("prompt_token_ids", "lmcache_rag.chunks")
+_NEEDED = ("prompt_token_ids", "lmcache_rag.chunks", "lmcache_rag.prefix")
 _DOWN = ("APIConnectionError", "APITimeoutError", "InternalServerError", "ConnectError", "ConnectTimeout")
 
 

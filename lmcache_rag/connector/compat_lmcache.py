@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from lmcache_rag.connector.namespace import renumbered
 from lmcache_rag.connector.plan import BlendPlan, Match
 
 PROTOCOL = 1
@@ -25,7 +25,7 @@ class BlendLookup:
         adapter: LMCache's scheduler adapter.
         request_id: Name of the server's session.
         token_ids: The prompt.
-        salt: Tenant.
+        salt: The request's namespace.
         configs: Settings of the request for LMCache.
     """
 
@@ -95,11 +95,21 @@ def loading(adapter: Any) -> set[str]:
     return set(adapter.retrieve_futures)
 
 
-def safe_salt(salt: str) -> str:
-    """A salt that LMCache takes: it raises on some characters and on length, inside vLLM's scheduler."""
-    if len(salt) <= 128 and not set(salt) & set("@/\\\0"):
-        return salt
-    return hashlib.sha256(salt.encode()).hexdigest()
+def renumber_tokens(adapter: Any) -> None:
+    """Have an adapter of LMCache's name tokens by other numbers in each namespace; see namespace.renumbered."""
+    create = adapter._create_key
+
+    def create_key(
+        token_ids: Sequence[int],
+        start: int,
+        end: int,
+        request_id: str,
+        cache_salt: str = "",
+        request_configs: dict[str, Any] | None = None,
+    ) -> Any:
+        return create(renumbered(token_ids, cache_salt), start, end, request_id, cache_salt, request_configs)
+
+    adapter._create_key = create_key
 
 
 def chunk_tokens(adapter: Any) -> int:

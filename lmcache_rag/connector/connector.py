@@ -24,6 +24,7 @@ from lmcache_rag.connector.filed import FiledBlocks
 from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
 from lmcache_rag.connector.hot import HotChunks
 from lmcache_rag.connector.hot_side import HotSide
+from lmcache_rag.connector.namespace import Namespaces, identity
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.plan import BlendResult
 from lmcache_rag.connector.scheduler_side import SchedulerSide
@@ -63,9 +64,13 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         self._worker: Any = None
         self._connector_stats = BlendStats()
         self._freed, self._stores = FreedOnce(), StoresHeldBack()
+        if not self._enable_kv_events:  # whoever reads LMCache's events wants to read the prompts' own tokens
+            scheduler = role == KVConnectorRole.SCHEDULER
+            compat_lmcache.renumber_tokens(self.scheduler_adapter if scheduler else self.worker_adapter)
         if role == KVConnectorRole.SCHEDULER:
             compat_vllm.deliver_worker_meta_first()
             chunk = compat_lmcache.chunk_tokens(self.scheduler_adapter)
+            self._namespaces = Namespaces(identity(vllm_config), chunk)
             if self._options.chunk_size not in (0, chunk):
                 log.warning(
                     "lmcache_rag.chunk_size is %d and LMCache's is %d: clients pad their prompts for the wrong one",
@@ -132,8 +137,12 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         self.set_xfer_handshake_metadata(metadata)
 
     def _get_or_create_request_tracker(self, request: Any) -> Any:
+        before = self.request_trackers.get(request.request_id)
         tracker = super()._get_or_create_request_tracker(request)
-        tracker.cache_salt = compat_lmcache.safe_salt(tracker.cache_salt)
+        if tracker is not before:
+            tracker.cache_salt = self._namespaces.of(
+                request.prompt_token_ids or (), request.cache_salt or "", request.kv_transfer_params
+            )
         return tracker
 
     # -- scheduler ------------------------------------------------------------------------------------------------
@@ -187,7 +196,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             return None, False
         align = self._hit_alignment_tokens
         tracker.num_vllm_hit_tokens = num_computed_tokens // align * align
-        tracker.num_stored_tokens = max(tracker.num_stored_tokens, side.exact_prefix(request.request_id))
+        tracker.num_stored_tokens = max(tracker.num_stored_tokens, side.stored(request))
         limit = side.store_limit(request.request_id)
         if limit is not None:
             asked = tracker.max_offload_tokens
@@ -199,6 +208,8 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         super().update_state_after_alloc(request, blocks, num_external_tokens)
         if self._side is not None and not self._why_not:
             tracker = self._get_request_tracker(request.request_id)
+            if num_external_tokens > 0:  # what is claimed is not scheduled, and is to be stored like what is
+                tracker.num_lmcache_hit_tokens = self._side.claimed(request.request_id)
             own: list[int] = (blocks.get_block_ids() or ([],))[0]
             self._side.allocated(
                 request, list(own), num_external_tokens, tracker.request_configs, salt=tracker.cache_salt
@@ -214,6 +225,9 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
     def take_worker_meta(self, meta: Any) -> None:
         """What the workers did, before vLLM finishes requests; see compat_vllm.deliver_worker_meta_first."""
         if isinstance(meta, BlendResults) and self._side is not None:
+            for result in meta.results:
+                if result.failure and (tracker := self.request_trackers.get(result.request_id)):
+                    tracker.num_lmcache_hit_tokens = 0  # vLLM may be going to compute it once more, piece by piece
             self._side.take(meta.results)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:

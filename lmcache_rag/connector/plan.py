@@ -49,7 +49,7 @@ class BlendPlan:
         block_ids: The request's blocks.
         policy: Name of the recompute policy.
         ratio: Share of the placed tokens to recompute.
-        cache_salt: Tenant.
+        cache_salt: The request's namespace.
         configs: Settings of the request for LMCache.
         background: Whether other requests run meanwhile: the request waits until a worker says that it is done.
         alone: Whether vLLM's step computes this request's last token, and nothing else: the blend computes it too, and

@@ -175,9 +175,20 @@ class SchedulerSide:
         state = self._states.get(request_id)
         return state.approximate_from if state else None
 
-    def exact_prefix(self, request_id: str) -> int:
-        """Tokens that LMCache holds of this prompt from its beginning on: they need not be stored again."""
+    def claimed(self, request_id: str) -> int:
+        """Tokens from the prompt's beginning on that vLLM counts as computed by what was claimed of it."""
         state = self._states.get(request_id)
+        return state.claim.end if state and state.claim else 0
+
+    def stored(self, request: Any) -> int:
+        """Tokens that LMCache holds of this prompt from its beginning on: they need not be stored again.
+
+        But for a chunk at ingestion (`"lmcache_rag.ingest": true` in kv_transfer_params): LMCache enters into its index
+        of chunks what is stored only, not what it loads from a second tier, where an earlier server may have put it.
+        """
+        state = self._states.get(request.request_id)
+        if (request.kv_transfer_params or {}).get("lmcache_rag.ingest") is True:
+            return 0
         return state.lookup.result[0] if state and state.lookup and state.lookup.result else 0
 
     def allocated(

@@ -38,9 +38,10 @@ NO_CONNECTOR = "the server runs without lmcache-rag's connector, or the connecto
 class VLLMEngine:
     """Answers through the completions API of one or several vLLM servers that serve one model.
 
-    Several servers take turns; a chunk is precomputed on one of them, chosen by its key. So they should share LMCache's
-    second tier, else a chunk is reused only by the server that computed it. Prompts go as token ids. KV of a tenant
-    carries a `cache_salt`; without a tenant there is none, so that any other client of the server shares the KV.
+    Several servers take turns; a chunk is precomputed on one of them, chosen by its key. So they should share one
+    LMCache server, as the replicas of `serve --data-parallel-size` do: its index knows only what went through it.
+    Prompts go as token ids. KV of a tenant carries a `cache_salt`; without a tenant there is none, so that any other
+    client of the server shares the KV.
 
     Whether the server blends is learned from its answers: `info.can_blend` is true until one shows that it does not.
     The API key, if any, comes from the environment: LMCACHE_RAG_API_KEY. One that an LLM object of the user's holds for
@@ -94,7 +95,7 @@ class VLLMEngine:
         self._info = EngineInfo(
             engine="vllm",
             model=served.root,
-            revision="unknown",  # no server tells; KV stays right, since the server's own keys hold its model
+            revision="unknown",  # no server tells; the connector's keys hold it, see connector.namespace.identity
             dtype="unknown",
             tokenizer=digest,
             kv_block=kv_block or served.chunk or KV_BLOCK,
@@ -135,8 +136,8 @@ class VLLMEngine:
         """For each prompt, whether this process does not know that the server has its KV.
 
         No API tells what a server holds, and it can forget. So a new process takes nothing for granted, and `warm`
-        sends all: an exact prefix hit is cheap and brings back what is gone. A question whose chunks were not there
-        takes them off the list, so that they are sent again.
+        sends all: an exact prefix hit is cheap, and enters the chunk into the server's index again. A question whose
+        chunks were not there takes them off the list, so that they are sent again.
         """
         return [prompt.key not in self._chunks.known for prompt in prompts]
 
@@ -323,7 +324,7 @@ class VLLMEngine:
             self._model,
             prompt.token_ids,
             sampling,
-            params,
+            params | {wire.PREFIX: prompt.prefix_tokens},
             room=self._info.context_length - len(prompt.token_ids),
             salt="" if prompt.fingerprint == plain else prompt.fingerprint,
         )

@@ -107,7 +107,7 @@ class ChunkSender:
         """Have a chunk's KV computed; returns whether it was there already."""
         home = int(prompt.key[:8], 16)
         response = self.servers.complete(
-            self._request(prompt), home=home, attempts=self.patience, stop=stop, check=_kept
+            self._request(prompt, wire.INGEST), home=home, attempts=self.patience, stop=stop, check=_kept
         )
         return self._held(prompt, response)
 

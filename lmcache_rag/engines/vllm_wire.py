@@ -19,6 +19,8 @@ from lmcache_rag.engines.base import (
 )
 
 TOLD = "lmcache_rag"  # our connector's key in the response's kv_transfer_params
+INGEST = {"lmcache_rag.ingest": True}  # enter this chunk into the index, though its KV be there
+PREFIX = "lmcache_rag.prefix"  # how many tokens the prompt shares with others: KV is reused behind the same ones only
 _PARTS = ("prefix_tokens", "reused_tokens", "recomputed_tokens", "computed_tokens")
 _TIMES = ("lookup_ms", "load_ms", "blend_ms")
 _VLLM_BLOCK = 16  # tokens of a block of vLLM's own prefix cache
