@@ -228,7 +228,7 @@ def test_a_look_up_is_waited_for_no_longer_than_its_deadline(caplog: pytest.LogC
     once = Once(lookup_deadline=0.0)
     request = once.request(polls=3)
     assert once.side.matched(request, 0) == 0
-    assert "took too long" in caplog.text
+    assert "did not answer for" in caplog.text
     stats = once.finish(request)
     assert stats is not None
     assert stats["failure"] == "look-up deadline"
@@ -256,6 +256,17 @@ def test_what_is_short_or_not_text_is_not_looked_up() -> None:
     picture.mm_features = ["a picture"]  # type: ignore[attr-defined]
     assert once.side.matched(short, 0) == once.side.matched(picture, 0) == 0
     assert once.lookups == []
+
+
+def test_an_outage_is_warned_of_once_and_the_next_one_again(caplog: pytest.LogCaptureFixture) -> None:
+    once, there = Once(), [False, False, True, False]
+    once.side.look_up = lambda request: once.look_up(request) if there.pop(0) else None
+    for name in "abcd":
+        request = once.request(name)
+        assert (once.side.matched(request, 0) > 0) == (name == "c")
+        once.finish(request)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert caplog.text.count("LMCache does not answer") == 2
 
 
 def test_wrong_wishes_are_warned_of_and_not_followed(caplog: pytest.LogCaptureFixture) -> None:

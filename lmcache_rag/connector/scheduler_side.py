@@ -48,6 +48,7 @@ class SchedulerSide:
     _states: dict[str, RequestState] = field(default_factory=dict)
     _plans: list[BlendPlan] = field(default_factory=list)
     _abandoned: Abandoned = field(default_factory=Abandoned)
+    _trouble: str = ""  # what was warned of since LMCache last answered
 
     def __post_init__(self) -> None:
         self.pace = Pace(self.options.step_tokens, self.options.idle_tokens, self.options.overlap)
@@ -143,6 +144,7 @@ class SchedulerSide:
         state.lookup = self.look_up(request)
         if state.lookup is None:
             state.over, state.failure = True, "no server"
+            self._warn("no server", "LMCache does not answer")
 
     def _found(self, request: Any, state: RequestState) -> bool:
         lookup = state.lookup
@@ -153,11 +155,17 @@ class SchedulerSide:
         now = time.perf_counter()
         state.lookup_ms = (now - state.asked) * 1e3
         if ready:
+            self._trouble = ""
             return True
         if now - state.awaited > self.options.lookup_deadline:
-            log.warning("request %s: LMCache's look-up took too long; everything is computed", request.request_id)
+            self._warn("look-up deadline", f"LMCache did not answer for {self.options.lookup_deadline:g} s")
             self._give_up(state, "look-up deadline")
         return False
+
+    def _warn(self, reason: str, words: str) -> None:
+        if reason != self._trouble:  # once, until it answers again
+            self._trouble = reason
+            log.warning("%s: prompts are computed in full until it does", words)
 
     def _give_up(self, state: RequestState, reason: str) -> None:
         if state.lookup is not None:
