@@ -11,6 +11,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -45,6 +46,7 @@ class Served:
         self._question = tokenizer.encode("\n\nQuestion: what do these passages say? Answer:")
         self.chunks = [ids[at : at + self._rng.randrange(200, 300)] for at in range(PREFIX, PREFIX + 300 * 20, 300)]
         options = f"--port {url.rpartition(':')[2]} --lmcache-port {self.lmcache} --lmcache-http-port {self.health}"
+        options += f" --l2 {folder / 'kv'}"
         options += " --l1-gb 4 --dtype float32 --attention-backend TRITON_ATTN --max-model-len 8192"
         options += " --gpu-memory-utilization 0.05 --kv-cache-memory-bytes 2000000000"
         options += " --max-cudagraph-capture-size 2048"  # as several ranks get it: passes as padded graphs
@@ -71,13 +73,15 @@ class Served:
         """The answer of a full prefill: the salt shares no KV with anything."""
         return self.ask(prompt, salt=f"full {self._rng.random()}", **{"lmcache_rag.blend": "off"})[0]
 
-    def ingest(self) -> None:
-        for chunk in self.chunks:
-            self.ask(self._prefix + chunk, 1, **{"lmcache_rag.blend": "off"})
+    def ingest(self) -> int:
+        """As our client does; returns how many tokens were there already."""
+        params = {"lmcache_rag.blend": "off", "lmcache_rag.ingest": True, "lmcache_rag.prefix": PREFIX}
+        told = [self.ask(self._prefix + chunk, 1, **params)[1] for chunk in self.chunks]
+        return sum(one["prefix_tokens"] for one in told)
 
-    def prompt(self) -> tuple[list[int], list[list[int]]]:
+    def prompt(self, prefix: list[int] | None = None) -> tuple[list[int], list[list[int]]]:
         """Four to eight chunks in random order, and where they stand."""
-        prompt, spans = list(self._prefix), []
+        prompt, spans = list(prefix or self._prefix), []
         for chunk in self._rng.sample(self.chunks, self._rng.randrange(4, 9)):
             spans.append([len(prompt), len(prompt) + len(chunk)])
             prompt += chunk + self._gap
@@ -85,6 +89,13 @@ class Served:
 
     def reused(self) -> bool:
         return bool(self.ask(self.prompt()[0], 1)[1]["reused_tokens"])
+
+    def signal(self, number: int) -> None:
+        """Send it to the LMCache server."""
+        pattern = f"lmcache.cli.main server.*--port {self.lmcache}"
+        found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True)
+        for pid in found.stdout.split():
+            os.kill(int(pid), number)
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +131,18 @@ def test_reused_kv_would_be_noticed(served: Served) -> None:
     assert any(served.ask(prompt, **none)[0] != served.full(prompt) for prompt in prompts)
 
 
+def test_another_prefix_and_another_tenant_get_nothing(served: Served) -> None:
+    other = served.chunks[0][:PREFIX]
+    longer = served.chunks[0][: 2 * PREFIX]
+    for prefix, salt, named in ((other, "", PREFIX), (longer, "", 2 * PREFIX), (None, "another tenant", PREFIX)):
+        prompt, _ = served.prompt(prefix)
+        told = served.ask(prompt, 1, salt=salt, **{"lmcache_rag.prefix": named})[1]
+        assert (told["reused_tokens"], told["recomputed_tokens"], told["failure"]) == (0, 0, "")
+        assert parted(told, prompt)
+    for named in ({}, {"lmcache_rag.prefix": PREFIX}):  # a client that knows nothing of prefixes gets it all the same
+        assert served.ask(served.prompt()[0], 1, **named)[1]["reused_tokens"]
+
+
 def test_requests_in_flight_together_answer_as_each_alone(served: Served) -> None:
     prompts = [served.prompt()[0] for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
@@ -130,12 +153,28 @@ def test_requests_in_flight_together_answer_as_each_alone(served: Served) -> Non
     )
 
 
+def test_a_server_that_hangs_costs_a_deadline_and_changes_no_answer(served: Served) -> None:
+    prompts = [served.prompt()[0] for _ in range(8)]
+    wanted = [served.full(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(served.ask, prompt, 200, **ALL) for prompt in prompts]
+        time.sleep(0.05)
+        served.signal(signal.SIGSTOP)  # while some are looked up and some are loaded
+        try:
+            _, told = served.ask(served.prompt()[0], **ALL)
+            assert told["reused_tokens"] + told["recomputed_tokens"] == 0
+            assert told["failure"]
+        finally:
+            served.signal(signal.SIGCONT)
+        assert [task.result()[0][:TOKENS] for task in running] == wanted
+    assert until(served.reused, 60), "it blends again"
+    for _ in range(5):
+        prompt, _ = served.prompt()
+        assert served.ask(prompt, **ALL)[0] == served.full(prompt)
+
+
 def test_without_lmcache_answers_are_a_full_prefills_until_it_is_back(served: Served) -> None:
-    found = subprocess.run(
-        ["pgrep", "-f", f"lmcache.cli.main server.*--port {served.lmcache}"], capture_output=True, text=True, check=True
-    )
-    for pid in found.stdout.split():
-        os.kill(int(pid), signal.SIGKILL)
+    served.signal(signal.SIGKILL)
     for _ in range(3):
         prompt, _ = served.prompt()
         got, told = served.ask(prompt, **ALL)
@@ -144,7 +183,10 @@ def test_without_lmcache_answers_are_a_full_prefills_until_it_is_back(served: Se
     assert until(lambda: answers(f"http://127.0.0.1:{served.health}/healthcheck"), 90), "serve starts it again"
 
     def blends() -> bool:
-        served.ingest()
+        nonlocal there
+        there = served.ingest()
         return served.reused()
 
-    assert until(blends, 60), "an empty LMCache is filled again, and used"
+    there = 0
+    assert until(blends, 60), "its index is empty, and is filled again with what the second tier has"
+    assert there > sum(map(len, served.chunks)) / 2
