@@ -13,6 +13,7 @@ from typing import Any
 
 from lmcache_rag.connector.namespace import renumbered
 from lmcache_rag.connector.plan import BlendPlan, Match
+from lmcache_rag.connector.server_guard import UNTIL
 
 PROTOCOL = 1
 _PAUSE = 0.0002  # between two questions for a look-up
@@ -212,7 +213,8 @@ class WorkerLink:
         return future.to_device_future(device=transfer._device, event_backend=transfer._event_backend)
 
     def _key(self, plan: BlendPlan, tokens: Sequence[int], start: int, end: int) -> Any:
-        return self._adapter._create_key(list(tokens), start, end, plan.request_id, plan.cache_salt, plan.configs)
+        configs = {**(plan.configs or {}), UNTIL: time.time() + self._deadline}
+        return self._adapter._create_key(tokens, start, end, plan.request_id, plan.cache_salt, configs)
 
     @property
     def deadline(self) -> float:
