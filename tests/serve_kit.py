@@ -46,11 +46,11 @@ class Cache:
 class FakeServer:
     """Answers like vLLM or LMCache, as far as serve and doctor ask.
 
-    Modes: "" (all well), "bare" (no connector), "empty" (nothing is ever found), "wrong" (recomputing everything gives
-    other tokens), "tie" (the same, where both are about equally likely), "unblended" (an LMCache of the default
-    engine), "unregistered" (no rotary table), "half" (of one worker only), "ill" (not healthy), "misfit" (blocks of 48
-    tokens), "long" (chunks of 256 tokens, which only vLLM says), "strange" (JSON of another server), "key" (asks for
-    one).
+    Modes: "" (all well), "bare" (no connector), "unable" (one that cannot blend), "all" (it recomputes everything),
+    "empty" (nothing is ever found), "wrong" (recomputing everything gives other tokens), "tie" (the same, where both are
+    about equally likely), "unblended" (an LMCache of the default engine), "unregistered" (no rotary table), "half" (of one
+    worker only), "ill" (not healthy), "misfit" (blocks of 48 tokens), "long" (chunks of 256 tokens, which only vLLM says),
+    "strange" (JSON of another server), "key" (asks for one).
     """
 
     def __init__(self, role: str, port: int = 0, mode: str = "", model: str = "tiny") -> None:
@@ -125,8 +125,8 @@ class FakeServer:
         self.requests.append(body)
         prompt, params = body["prompt"], body["kv_transfer_params"]
         blend = params.get("lmcache_rag.blend") != "off"
-        ratio = params.get("lmcache_rag.ratio", 0.15)
-        found = self.cache.found(prompt) if blend and self.mode != "empty" else 0
+        ratio = params.get("lmcache_rag.ratio", 1.0 if self.mode == "all" else 0.15)
+        found = self.cache.found(prompt) if blend and self.mode not in ("empty", "unable") else 0
         self.cache.store(prompt, params.get("lmcache.max_offload_tokens", len(prompt)))
         again = round(found * ratio)
         tokens = [(sum(prompt) + n) % 10000 for n in range(body["max_tokens"])]
@@ -143,10 +143,12 @@ class FakeServer:
             "lookup_ms": 1.0,
             "load_ms": 2.0,
             "blend_ms": 3.0,
-            "policy": "query",
+            "policy": params.get("lmcache_rag.policy", "all" if self.mode == "all" else "query"),
             "ratio": ratio,
             "failure": "the server is full" if self.mode == "empty" else "",
         }
+        if self.mode == "unable":
+            statistics |= {"failure": "sliding window attention is not supported", "can_blend": False}
         return 200, {
             "choices": [{"token_ids": tokens, "logprobs": {"top_logprobs": top}}],
             "kv_transfer_params": None if self.mode == "bare" else {"lmcache_rag": statistics},

@@ -103,6 +103,32 @@ def test_a_round_trip_ingests_without_blending_then_asks() -> None:
     assert requests[3]["prompt"] != requests[4]["prompt"]
 
 
+def test_a_server_that_recomputes_all_by_default_is_well() -> None:
+    outcome, _ = trip("all")
+    assert (outcome.hit, outcome.agrees, outcome.queries) == (True, True, 1)
+    assert outcome.reused is not None
+    assert (outcome.reused["reused_tokens"], outcome.reused["recomputed_tokens"]) == (0, 9 * CHUNK)
+    assert [check.state for check in judge(outcome)] == ["ok", "ok"]
+
+
+def test_a_server_that_cannot_blend_is_asked_once() -> None:
+    assert trip("unable")[0].queries == 1
+
+
+@pytest.mark.parametrize(
+    ("why", "words"),
+    [
+        ("the lmcache_rag plugin is not loaded in this process (VLLM_PLUGINS leaves it out?)", "VLLM_PLUGINS"),
+        ("blending needs CUDA: this transfer mode has no device events", "NVIDIA GPU"),
+        ("the LMCache server did not take the rotary table", "lmcache-rag serve"),
+        ("speculative decoding is not supported", "the option"),
+    ],
+)
+def test_each_reason_not_to_blend_has_a_remedy(why: str, words: str) -> None:
+    (check,) = judge(Outcome({"reused_tokens": 0, "can_blend": False, "failure": why}, 1))
+    assert (check.state, why in check.result, words in check.remedy) == ("failed", True, True)
+
+
 def test_a_round_trip_asks_several_times_before_it_says_that_nothing_is_found() -> None:
     outcome, requests = trip("empty")
     assert not outcome.hit
@@ -153,6 +179,7 @@ def test_all_is_well(model: str, gpu_machine: Path, monkeypatch: pytest.MonkeyPa
     ("vllm", "lmcache", "name", "words"),
     [
         ("bare", "", "Round trip", "our connector is not loaded"),
+        ("unable", "", "Round trip", "cannot blend: sliding window attention is not supported"),
         ("empty", "", "Round trip", "nothing was reused in 5 queries: the server is full"),
         ("wrong", "", "Ratio 1", "3 of 16 tokens"),
         ("misfit", "", "Chunk and block", "blocks of 48"),

@@ -132,6 +132,10 @@ def judge(outcome: Outcome) -> Iterator[Check]:
         remedy = "Start vLLM by lmcache-rag serve, or with the --kv-transfer-config of its --dry-run."
         yield Check("Round trip", "failed", "the answer has no statistics: our connector is not loaded", remedy)
         return
+    if found.get("can_blend") is False:
+        why_not = str(found.get("failure"))
+        yield Check("Round trip", "failed", f"our connector is loaded, and cannot blend: {why_not}", _remedy(why_not))
+        return
     if not outcome.hit:
         why = found.get("failure")
         words = f"nothing was reused in {outcome.queries} queries" + (f": {why}" if why else "")
@@ -157,3 +161,16 @@ def judge(outcome: Outcome) -> Iterator[Check]:
         words += "; the first difference is a tie but for rounding"
     remedy = "" if outcome.agrees else "Answers may be wrong. Set lmcache_rag.blend to off and report this, please."
     yield Check("Ratio 1", "ok" if outcome.agrees else "failed", words, remedy)
+
+
+def _remedy(why_not: str) -> str:
+    """What to do about what the connector says; the words are its own (connector.py, model.py, compat_lmcache.py)."""
+    remedies = {
+        "plugin": "Add lmcache_rag to the server's VLLM_PLUGINS, or unset it.",
+        "CUDA": "Run vLLM and LMCache on an NVIDIA GPU, both as lmcache-rag serve starts them.",
+        "LMCache server": "Start it as lmcache-rag serve does, and vLLM after it.",
+        "not told yet": "See vLLM's log: its workers did not get as far as the connector.",
+        "no worker told": "See vLLM's log: its workers did not get as far as the connector.",
+    }
+    known = (remedy for words, remedy in remedies.items() if words in why_not)
+    return next(known, "Everything is served as stock vLLM does. Leave out the option, or take a model, that is named.")
