@@ -47,10 +47,10 @@ class FakeServer:
     """Answers like vLLM or LMCache, as far as serve and doctor ask.
 
     Modes: "" (all well), "bare" (no connector), "unable" (one that cannot blend), "all" (it recomputes everything),
-    "empty" (nothing is ever found), "wrong" (recomputing everything gives other tokens), "tie" (the same, where both are
-    about equally likely), "unblended" (an LMCache of the default engine), "unregistered" (no rotary table), "half" (of one
-    worker only), "ill" (not healthy), "misfit" (blocks of 48 tokens), "long" (chunks of 256 tokens, which only vLLM says),
-    "strange" (JSON of another server), "key" (asks for one).
+    "empty" (nothing is ever found), "wrong" (recomputing everything gives other tokens), "tie" (the same, where both
+    are about equally likely), "unblended" (an LMCache of the default engine), "unregistered" (no rotary table), "half"
+    (of one worker only), "ill" (not healthy), "misfit" (blocks of 48 tokens), "long" (chunks of 256 tokens, which only
+    vLLM says), "strange" (JSON of another server), "key" (asks for one).
     """
 
     def __init__(self, role: str, port: int = 0, mode: str = "", model: str = "tiny") -> None:

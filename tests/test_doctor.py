@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from lmcache_rag.cli.app import app
 from lmcache_rag.errors import EngineError
-from lmcache_rag.serving import api, checks
+from lmcache_rag.serving import api, checks, live_checks
 from lmcache_rag.serving.live_checks import judge
 from lmcache_rag.serving.roundtrip import IDS, Outcome, Prompts, round_trip
 
@@ -33,7 +33,7 @@ def gpu_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine that has a GPU, as far as the checks can see: nvidia-smi, vLLM, LMCache. Returns nvidia-smi."""
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
-    program.write_text("#!/bin/sh\necho 'NVIDIA H100, 570.1, 81559, 12000'\n")
+    program.write_text("#!/bin/sh\necho 'NVIDIA H100, 580.65.06, 81559, 12000, 9.0'\n")
     program.chmod(program.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
     for name, version in (("vllm", "0.25.1"), ("lmcache", "0.5.6")):
@@ -47,6 +47,25 @@ def gpu_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     return program
+
+
+UNDEFINED = "cuda_ops.so: undefined symbol: _ZN3c104cuda29c10_cuda_check_implementationEiPKcS2_jb"
+
+
+def fake_packages(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *, cuda: str | None = "13.0", code: str = "print('hello')"
+) -> None:
+    """A PyTorch and an LMCache for processes that a test starts: built for that CUDA, with such an extension."""
+    place = folder / "packages"
+    texts = {
+        "torch/__init__.py": f"class version:\n    cuda = {cuda!r}\n__version__ = '2.13.0+cu130'\n",
+        "lmcache/__init__.py": "print('LMCache logs something')\n",
+        "lmcache/cuda_ops.py": f"{code}\n",
+    }
+    for name, text in texts.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(text)
+    monkeypatch.setenv("PYTHONPATH", str(place))
 
 
 def run(*arguments: str) -> Result:
@@ -160,15 +179,17 @@ def test_ratio_1_without_any_recomputed_token_proves_nothing() -> None:
 # -- servers ----------------------------------------------------------------------------------------------------
 
 
-def test_all_is_well(model: str, gpu_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_is_well(model: str, gpu_machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(checks, "IMPORT_S", 30)
+    fake_packages(tmp_path, monkeypatch)
     status, found = examine(model)
     # Where vLLM is not really installed the connector cannot be imported; that is the one thing that may fail.
     failed = found.pop("Connector")["state"] == "failed"
     assert {name: check["state"] for name, check in found.items() if check["state"] != "ok"} == {}
     assert status == int(failed)
-    assert found["GPU 0"]["result"] == "NVIDIA H100, driver 570.1"
+    assert found["GPU 0"]["result"] == "NVIDIA H100, driver 580.65.06, compute capability 9.0"
     assert found["GPU 0 memory"]["result"] == "12,000 of 81,559 MiB free"
+    assert found["LMCache's CUDA code"]["result"] == "fits PyTorch 2.13.0+cu130"
     assert found["Versions"]["result"] == "vLLM 0.25.1 with LMCache 0.5.6: tested"
     assert found["Chunk and block"]["result"] == "chunks of 64 tokens, blocks of 16"
     assert "reused" in found["Round trip"]["result"]
@@ -281,14 +302,87 @@ def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 @pytest.mark.parametrize(
     ("script", "expected"),
     [
-        ("echo 'NVIDIA H100, 570.1, 81559, 300'", {"GPU 0": "ok", "GPU 0 memory": "warning"}),
-        ("echo 'NVIDIA GB10, 580.1, [N/A], [N/A]'", {"GPU 0": "ok", "GPU 0 memory": "skipped"}),
+        ("echo 'NVIDIA H100, 580.1, 81559, 300, 9.0'", {"GPU 0": "ok", "GPU 0 memory": "warning"}),
+        ("echo 'NVIDIA GB10, 580.1, [N/A], [N/A], 12.1'", {"GPU 0": "ok", "GPU 0 memory": "skipped"}),
+        ("echo 'NVIDIA A100, 580.1, 81559, 81000, 8.0'", {"GPU 0": "ok", "GPU 0 memory": "ok"}),
+        ("echo 'NVIDIA Strange, 580.1, 81559, 81000, [N/A]'", {"GPU 0": "ok", "GPU 0 memory": "ok"}),
         ("echo 'No devices were found'; exit 6", {"GPU": "failed"}),
     ],
 )
 def test_what_the_driver_says(gpu_machine: Path, script: str, expected: dict[str, str]) -> None:
     gpu_machine.write_text(f"#!/bin/sh\n{script}\n")
     assert states(checks.gpu()) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("Tesla T4, 580.1, 15360, 15000, 7.5", "Ampere"),
+        ("NVIDIA H100, 570.124.06, 81559, 81000, 9.0", "driver 580 or newer"),
+    ],
+)
+def test_a_gpu_or_a_driver_that_is_too_old_is_a_warning(gpu_machine: Path, line: str, words: str) -> None:
+    gpu_machine.write_text(f"#!/bin/sh\necho '{line}'\n")
+    check = next(checks.gpu())
+    assert check.state == "warning"
+    assert words in check.remedy
+
+
+def test_a_driver_that_knows_no_compute_capability_is_asked_for_the_rest(gpu_machine: Path) -> None:
+    gpu_machine.write_text(
+        """#!/bin/sh
+case "$1" in *compute_cap*) echo 'Field "compute_cap" is not a valid field to query.'; exit 2;; esac
+echo 'Tesla V100, 450.80, 16160, 16000'
+"""
+    )
+    check, _ = checks.gpu()
+    assert (check.state, check.result) == ("warning", "Tesla V100, driver 450.80")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "code", "state", "words"),
+    [
+        ("13.0", "", "ok", "fits PyTorch 2.13.0+cu130"),
+        (None, "", "skipped", "without CUDA"),
+        ("13.0", f"raise ImportError({UNDEFINED!r})", "failed", f"ImportError: {UNDEFINED}"),
+        ("13.0", "import os; os.abort()", "failed", "status -6"),
+    ],
+)
+def test_lmcaches_extension_is_loaded_as_its_server_does(
+    gpu_machine: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cuda: str | None,
+    code: str,
+    state: str,
+    words: str,
+) -> None:
+    fake_packages(tmp_path, monkeypatch, cuda=cuda, code=code)
+    check = checks.compiled()
+    assert check.state == state
+    assert words in check.result
+    if state == "failed":
+        assert 'pip install "vllm==0.32.0"' in check.remedy
+        assert "--no-deps --force-reinstall lmcache==0.5.6" in check.remedy
+
+
+def test_a_pytorch_that_cannot_be_imported_is_told(
+    gpu_machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_packages(tmp_path, monkeypatch)
+    (tmp_path / "packages" / "torch" / "__init__.py").write_text("raise OSError('no libcublas')")
+    check = checks.compiled()
+    assert (check.state, check.result) == ("failed", "PyTorch cannot be imported: OSError: no libcublas")
+
+
+def test_a_server_of_another_environment_is_a_warning(
+    model: str, gpu_machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with FakeServer("vllm", model=model) as engine, api.VLLM(engine.url) as server:
+        for here, state in (("0.25.1", "ok"), ("0.25.1+cpu", "ok"), ("", "ok"), ("0.32.0", "warning")):
+            ((check,), _) = live_checks.vllm(server, here)
+            assert check.state == state
+    assert "vLLM 0.25.1; this environment has vLLM 0.32.0" in check.result
 
 
 def test_a_pair_that_was_not_tested_is_a_warning(gpu_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +392,7 @@ def test_a_pair_that_was_not_tested_is_a_warning(gpu_machine: Path, monkeypatch:
     assert "vLLM 0.1 with LMCache 0.2" in check.remedy
 
 
-@pytest.mark.skipif(checks._version("vllm") != "", reason="vLLM is installed")
+@pytest.mark.skipif(checks.version("vllm") != "", reason="vLLM is installed")
 def test_without_vllm_the_remedy_is_to_install_it() -> None:
     (check,) = checks.versions()
     assert check.state == "failed"

@@ -28,6 +28,7 @@ def examine(url: str = "", *, lmcache_url: str = "", model: str = "", api_key: s
     if here:
         yield from checks.gpu()
         yield from checks.versions()
+        yield checks.compiled()
         yield from checks.connector()
     else:
         yield Check("This machine", "skipped", "the server is elsewhere", "Run lmcache-rag doctor there.")
@@ -43,7 +44,7 @@ def examine(url: str = "", *, lmcache_url: str = "", model: str = "", api_key: s
         yield Check("vLLM", "skipped", "no URL was given", "lmcache-rag doctor http://127.0.0.1:8000")
         return
     with api.VLLM(url, api_key) as server:
-        known, served = live_checks.vllm(server)
+        known, served = live_checks.vllm(server, checks.version("vllm") if here else "")
         yield from known
         if model or served:
             yield checks.model(model or (served.root if served else ""))

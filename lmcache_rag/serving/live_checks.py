@@ -84,8 +84,13 @@ def ranks(status: dict[str, Any]) -> list[Check]:
     return checks
 
 
-def vllm(server: api.VLLM) -> tuple[list[Check], api.Served | None]:
-    """The vLLM server: (checks, what it serves)."""
+def vllm(server: api.VLLM, here: str = "") -> tuple[list[Check], api.Served | None]:
+    """The vLLM server: (checks, what it serves).
+
+    Args:
+        server: To ask.
+        here: Version of vLLM in this environment, "" where it does not matter.
+    """
     try:
         served = server.served()
     except LMCacheRAGError as problem:
@@ -94,6 +99,9 @@ def vllm(server: api.VLLM) -> tuple[list[Check], api.Served | None]:
     words = f"{server.url} serves {served.name}" + (f", vLLM {version}" if version else "")
     if not server.healthy():
         return [Check("vLLM", "failed", f"{words}, and is not healthy", "Its log says why; start it again.")], served
+    if version and here and version.partition("+")[0] != here.partition("+")[0]:
+        words += f"; this environment has vLLM {here}, which is what was checked above"
+        return [Check("vLLM", "warning", words, "Run the lmcache-rag doctor of the server's own environment.")], served
     return [Check("vLLM", "ok", words)], served
 
 
