@@ -211,14 +211,17 @@ def test_sampling_arrives_in_full_since_vllm_would_take_the_models_defaults_else
     assert second == [7, 0.0, 1.0, 0, 1.0, None, None]
 
 
-def test_the_api_key_comes_from_our_variable_only(builder, server, monkeypatch, connect) -> None:
+def test_the_api_key_comes_from_our_variable_or_vllms_only(builder, server, monkeypatch, connect) -> None:
     server.key = "right"
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     wrong = connect(server.url)
     prompt = builder.query(["a"], "What?")
     with pytest.raises(EngineError, match="API key") as caught:
         wrong.generate(prompt, SHORT, OFF)
-    assert "LMCACHE_RAG_API_KEY" in caught.value.remedy
+    assert "LMCACHE_RAG_API_KEY or VLLM_API_KEY" in caught.value.remedy
+    monkeypatch.setenv("VLLM_API_KEY", "right")
+    assert connect(server.url).generate(prompt, SHORT, OFF).text
+    monkeypatch.setenv("VLLM_API_KEY", "of another server")
     monkeypatch.setenv("LMCACHE_RAG_API_KEY", "right")
     assert connect(server.url).generate(prompt, SHORT, OFF).text
     assert not any("secret" in str(header) for header in server.auth)

@@ -43,8 +43,8 @@ class VLLMEngine:
     carries a `cache_salt`; without a tenant there is none, so that any other client of the server shares the KV.
 
     Whether the server blends is learned from its answers: `info.can_blend` is true until one shows that it does not.
-    The API key, if any, comes from the environment: LMCACHE_RAG_API_KEY. One that an LLM object of the user's holds for
-    this very server can be given instead.
+    The API key, if any, comes from the environment: LMCACHE_RAG_API_KEY, or VLLM_API_KEY. One that an LLM object of the
+    user's holds for this very server can be given instead.
 
     Args:
         urls: The servers, for example "http://localhost:8000"; a text with commas, or a list.
