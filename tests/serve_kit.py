@@ -155,6 +155,38 @@ class FakeServer:
         }
 
 
+UNDEFINED = "cuda_ops.so: undefined symbol: _ZN3c104cuda29c10_cuda_check_implementationEiPKcS2_jb"
+_MAIN = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import serve_kit
+serve_kit.main({role!r}, int(sys.argv[sys.argv.index({flag!r}) + 1]), Path({folder!r}))
+"""
+
+
+def fake_packages(folder: Path, *, cuda: str | None = "13.0", code: str = "print('hello')") -> Path:
+    """A folder for PYTHONPATH with a PyTorch built for that CUDA, an LMCache with such an extension, and a vLLM.
+
+    Their commands run the stand-ins of this module, with folders of their names in `folder`.
+    """
+    place, tests = folder / "packages", str(Path(__file__).parent)
+    texts = {
+        "torch/__init__.py": f"class version:\n    cuda = {cuda!r}\n__version__ = '2.13.0+cu130'\n",
+        "lmcache/__init__.py": "print('LMCache logs something')\n",
+        "lmcache/cuda_ops.py": f"{code}\n",
+    }
+    for role, where, flag in (("lmcache", "cli", "--http-port"), ("vllm", "entrypoints/cli", "--port")):
+        program = _MAIN.format(tests=tests, role=role, flag=flag, folder=str(folder / role))
+        texts[f"{role}/{where}/main.py"] = program
+        texts[f"{role}-0.5.6.dist-info/METADATA"] = f"Metadata-Version: 2.1\nName: {role}\nVersion: 0.5.6\n"
+    texts["vllm/__init__.py"] = ""
+    for name, text in texts.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(text)
+    return place
+
+
 def main(role: str, port: int, folder: Path) -> None:
     """A server process with two children, until it is told to end."""
     if (folder / "fail").exists():
@@ -175,7 +207,7 @@ def main(role: str, port: int, folder: Path) -> None:
     children = [subprocess.Popen(deaf if stubborn else child), subprocess.Popen(child, start_new_session=True)]
     with (folder / "pids").open("a") as file:
         file.write(" ".join(map(str, [os.getpid(), *(one.pid for one in children)])) + "\n")
-    server = FakeServer(role, port)
+    server = FakeServer(role, port, (folder / "mode").read_text() if (folder / "mode").exists() else "")
     server.hang = (folder / "hang").exists
     with server:
         print(f"{role} listens on {port}", flush=True)

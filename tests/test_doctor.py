@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve_kit import CHUNK, FakeServer
+from serve_kit import CHUNK, UNDEFINED, FakeServer, fake_packages
 from typer.testing import CliRunner, Result
 
 from lmcache_rag.cli.app import app
 from lmcache_rag.errors import EngineError
 from lmcache_rag.serving import api, checks, live_checks
+from lmcache_rag.serving.environment import version
 from lmcache_rag.serving.live_checks import judge
 from lmcache_rag.serving.roundtrip import IDS, Outcome, Prompts, round_trip
 
@@ -36,10 +37,10 @@ def gpu_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     program.write_text("#!/bin/sh\necho 'NVIDIA H100, 580.65.06, 81559, 12000, 9.0'\n")
     program.chmod(program.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    for name, version in (("vllm", "0.25.1"), ("lmcache", "0.5.6")):
-        folder = tmp_path / "site" / f"{name}-{version}.dist-info"
+    for name, number in (("vllm", "0.25.1"), ("lmcache", "0.5.6")):
+        folder = tmp_path / "site" / f"{name}-{number}.dist-info"
         folder.mkdir(parents=True)
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
     folder = tmp_path / "site" / "plugin-1.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
@@ -49,27 +50,8 @@ def gpu_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return program
 
 
-UNDEFINED = "cuda_ops.so: undefined symbol: _ZN3c104cuda29c10_cuda_check_implementationEiPKcS2_jb"
-
-
-def fake_packages(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, *, cuda: str | None = "13.0", code: str = "print('hello')"
-) -> None:
-    """A PyTorch and an LMCache for processes that a test starts: built for that CUDA, with such an extension."""
-    place = folder / "packages"
-    texts = {
-        "torch/__init__.py": f"class version:\n    cuda = {cuda!r}\n__version__ = '2.13.0+cu130'\n",
-        "lmcache/__init__.py": "print('LMCache logs something')\n",
-        "lmcache/cuda_ops.py": f"{code}\n",
-    }
-    for name, text in texts.items():
-        (place / name).parent.mkdir(parents=True, exist_ok=True)
-        (place / name).write_text(text)
-    monkeypatch.setenv("PYTHONPATH", str(place))
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["doctor", *arguments], env={"VLLM_API_KEY": ""})
+def run(*arguments: str, **keys: str) -> Result:
+    return CliRunner().invoke(app, ["doctor", *arguments], env={"VLLM_API_KEY": "", "LMCACHE_RAG_API_KEY": "", **keys})
 
 
 def examine(model: str, vllm: str = "", lmcache: str = "", **files: Any) -> tuple[int, dict[str, dict[str, str]]]:
@@ -181,7 +163,7 @@ def test_ratio_1_without_any_recomputed_token_proves_nothing() -> None:
 
 def test_all_is_well(model: str, gpu_machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(checks, "IMPORT_S", 30)
-    fake_packages(tmp_path, monkeypatch)
+    monkeypatch.setenv("PYTHONPATH", str(fake_packages(tmp_path)))
     status, found = examine(model)
     # Where vLLM is not really installed the connector cannot be imported; that is the one thing that may fail.
     failed = found.pop("Connector")["state"] == "failed"
@@ -272,6 +254,24 @@ def test_a_key_is_sent(model: str) -> None:
             other.complete("tiny", [1, 2], params={})
 
 
+@pytest.mark.parametrize(
+    ("keys", "state"),
+    [
+        ({"VLLM_API_KEY": "secret"}, "ok"),
+        ({"LMCACHE_RAG_API_KEY": "secret"}, "ok"),
+        ({"VLLM_API_KEY": "secret", "LMCACHE_RAG_API_KEY": "other"}, "ok"),
+        ({"VLLM_API_KEY": "other", "LMCACHE_RAG_API_KEY": "secret"}, "failed"),
+    ],
+)
+def test_the_key_comes_from_vllms_variable_or_ours(model: str, keys: dict[str, str], state: str) -> None:
+    with FakeServer("vllm", mode="key", model=model) as engine, FakeServer("lmcache") as cache:
+        result = run(engine.url, "--lmcache-url", cache.url, "--json", **keys)
+    found = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
+    assert found["Round trip"]["state"] == state
+    if state == "failed":
+        assert all(name in found["Round trip"]["remedy"] for name in keys)
+
+
 def test_an_address_without_meaning_is_wrong_use() -> None:
     assert run("localhost:8000").exit_code == 2
     assert run("http://127.0.0.1:99999").exit_code == 2
@@ -357,7 +357,7 @@ def test_lmcaches_extension_is_loaded_as_its_server_does(
     state: str,
     words: str,
 ) -> None:
-    fake_packages(tmp_path, monkeypatch, cuda=cuda, code=code)
+    monkeypatch.setenv("PYTHONPATH", str(fake_packages(tmp_path, cuda=cuda, code=code)))
     check = checks.compiled()
     assert check.state == state
     assert words in check.result
@@ -369,15 +369,13 @@ def test_lmcaches_extension_is_loaded_as_its_server_does(
 def test_a_pytorch_that_cannot_be_imported_is_told(
     gpu_machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fake_packages(tmp_path, monkeypatch)
+    monkeypatch.setenv("PYTHONPATH", str(fake_packages(tmp_path)))
     (tmp_path / "packages" / "torch" / "__init__.py").write_text("raise OSError('no libcublas')")
     check = checks.compiled()
     assert (check.state, check.result) == ("failed", "PyTorch cannot be imported: OSError: no libcublas")
 
 
-def test_a_server_of_another_environment_is_a_warning(
-    model: str, gpu_machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_server_of_another_environment_is_a_warning(model: str) -> None:
     with FakeServer("vllm", model=model) as engine, api.VLLM(engine.url) as server:
         for here, state in (("0.25.1", "ok"), ("0.25.1+cpu", "ok"), ("", "ok"), ("0.32.0", "warning")):
             ((check,), _) = live_checks.vllm(server, here)
@@ -392,7 +390,7 @@ def test_a_pair_that_was_not_tested_is_a_warning(gpu_machine: Path, monkeypatch:
     assert "vLLM 0.1 with LMCache 0.2" in check.remedy
 
 
-@pytest.mark.skipif(checks.version("vllm") != "", reason="vLLM is installed")
+@pytest.mark.skipif(version("vllm") != "", reason="vLLM is installed")
 def test_without_vllm_the_remedy_is_to_install_it() -> None:
     (check,) = checks.versions()
     assert check.state == "failed"
