@@ -19,6 +19,7 @@ from api_kit import ApiHandler
 
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.plan import BlendPlan, BlendResult, Match
+from lmcache_rag.connector.request_state import unblended
 from lmcache_rag.connector.scheduler_side import SchedulerSide
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -67,6 +68,7 @@ class FakeVLLM(ThreadingHTTPServer):
         self.plugin = False  # makes streams of versions before 0.33 tell
         self.cached_details = False  # --enable-prompt-tokens-details
         self.failure = ""  # the connector cannot reach LMCache
+        self.why_not = ""  # the connector cannot blend at all
         self.fail: list[int] = []  # statuses of the next completions
         self.hang = 0.0  # seconds before the next completions answer
         self.drop_after: int | None = None  # chunks of a stream before the connection breaks
@@ -100,6 +102,11 @@ class FakeVLLM(ThreadingHTTPServer):
         ids, params, salt = body["prompt"], body.get("kv_transfer_params") or {}, body.get("cache_salt", "")
         if not self.connector:
             return None
+        if self.why_not:
+            with self._lock:
+                exact, _ = self.memory.find(salt, ids)
+                self.memory.keep(salt, ids, len(ids))
+            return {"lmcache_rag": unblended(len(ids), exact, "query", 0.15, self.why_not)}
         with self._lock:
             request = SimpleNamespace(
                 request_id=str(number),

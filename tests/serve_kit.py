@@ -46,11 +46,11 @@ class Cache:
 class FakeServer:
     """Answers like vLLM or LMCache, as far as serve and doctor ask.
 
-    Modes: "" (all well), "bare" (no connector), "empty" (nothing is ever found), "wrong" (recomputing everything gives
-    other tokens), "tie" (the same, where both are about equally likely), "unblended" (an LMCache of the default
-    engine), "unregistered" (no rotary table), "half" (of one worker only), "ill" (not healthy), "misfit" (blocks of 48
-    tokens), "long" (chunks of 256 tokens, which only vLLM says), "strange" (JSON of another server), "key" (asks for
-    one).
+    Modes: "" (all well), "bare" (no connector), "unable" (one that cannot blend), "all" (it recomputes everything),
+    "empty" (nothing is ever found), "wrong" (recomputing everything gives other tokens), "tie" (the same, where both
+    are about equally likely), "unblended" (an LMCache of the default engine), "unregistered" (no rotary table), "half"
+    (of one worker only), "ill" (not healthy), "misfit" (blocks of 48 tokens), "long" (chunks of 256 tokens, which only
+    vLLM says), "strange" (JSON of another server), "key" (asks for one).
     """
 
     def __init__(self, role: str, port: int = 0, mode: str = "", model: str = "tiny") -> None:
@@ -125,8 +125,8 @@ class FakeServer:
         self.requests.append(body)
         prompt, params = body["prompt"], body["kv_transfer_params"]
         blend = params.get("lmcache_rag.blend") != "off"
-        ratio = params.get("lmcache_rag.ratio", 0.15)
-        found = self.cache.found(prompt) if blend and self.mode != "empty" else 0
+        ratio = params.get("lmcache_rag.ratio", 1.0 if self.mode == "all" else 0.15)
+        found = self.cache.found(prompt) if blend and self.mode not in ("empty", "unable") else 0
         self.cache.store(prompt, params.get("lmcache.max_offload_tokens", len(prompt)))
         again = round(found * ratio)
         tokens = [(sum(prompt) + n) % 10000 for n in range(body["max_tokens"])]
@@ -143,14 +143,48 @@ class FakeServer:
             "lookup_ms": 1.0,
             "load_ms": 2.0,
             "blend_ms": 3.0,
-            "policy": "query",
+            "policy": params.get("lmcache_rag.policy", "all" if self.mode == "all" else "query"),
             "ratio": ratio,
             "failure": "the server is full" if self.mode == "empty" else "",
         }
+        if self.mode == "unable":
+            statistics |= {"failure": "sliding window attention is not supported", "can_blend": False}
         return 200, {
             "choices": [{"token_ids": tokens, "logprobs": {"top_logprobs": top}}],
             "kv_transfer_params": None if self.mode == "bare" else {"lmcache_rag": statistics},
         }
+
+
+UNDEFINED = "cuda_ops.so: undefined symbol: _ZN3c104cuda29c10_cuda_check_implementationEiPKcS2_jb"
+_MAIN = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {tests!r})
+import serve_kit
+serve_kit.main({role!r}, int(sys.argv[sys.argv.index({flag!r}) + 1]), Path({folder!r}))
+"""
+
+
+def fake_packages(folder: Path, *, cuda: str | None = "13.0", code: str = "print('hello')") -> Path:
+    """A folder for PYTHONPATH with a PyTorch built for that CUDA, an LMCache with such an extension, and a vLLM.
+
+    Their commands run the stand-ins of this module, with folders of their names in `folder`.
+    """
+    place, tests = folder / "packages", str(Path(__file__).parent)
+    texts = {
+        "torch/__init__.py": f"class version:\n    cuda = {cuda!r}\n__version__ = '2.13.0+cu130'\n",
+        "lmcache/__init__.py": "print('LMCache logs something')\n",
+        "lmcache/cuda_ops.py": f"{code}\n",
+    }
+    for role, where, flag in (("lmcache", "cli", "--http-port"), ("vllm", "entrypoints/cli", "--port")):
+        program = _MAIN.format(tests=tests, role=role, flag=flag, folder=str(folder / role))
+        texts[f"{role}/{where}/main.py"] = program
+        texts[f"{role}-0.5.6.dist-info/METADATA"] = f"Metadata-Version: 2.1\nName: {role}\nVersion: 0.5.6\n"
+    texts["vllm/__init__.py"] = ""
+    for name, text in texts.items():
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_text(text)
+    return place
 
 
 def main(role: str, port: int, folder: Path) -> None:
@@ -173,7 +207,7 @@ def main(role: str, port: int, folder: Path) -> None:
     children = [subprocess.Popen(deaf if stubborn else child), subprocess.Popen(child, start_new_session=True)]
     with (folder / "pids").open("a") as file:
         file.write(" ".join(map(str, [os.getpid(), *(one.pid for one in children)])) + "\n")
-    server = FakeServer(role, port)
+    server = FakeServer(role, port, (folder / "mode").read_text() if (folder / "mode").exists() else "")
     server.hang = (folder / "hang").exists
     with server:
         print(f"{role} listens on {port}", flush=True)

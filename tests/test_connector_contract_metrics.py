@@ -34,6 +34,7 @@ with warnings.catch_warnings():
     from vllm.v1.metrics.stats import SchedulerStats
 
     from lmcache_rag.connector import connector, metrics
+    from lmcache_rag.connector.options import ConnectorOptions
     from lmcache_rag.connector.stats import BlendPromMetrics, BlendStats
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -147,9 +148,15 @@ def test_who_cannot_be_blended_is_counted_as_such() -> None:
         "waited": SimpleNamespace(num_vllm_hit_tokens=0, num_lmcache_hit_tokens=0, num_scheduled_tokens=0),
     }
     one.request_trackers = trackers
-    for name in (*trackers, "never asked"):
+    one._options, one._why_not = ConnectorOptions(), "blending needs CUDA"
+    told, *others = [
         one._count_unblended(SimpleNamespace(request_id=name, prompt_token_ids=[0] * 100))
+        for name in (*trackers, "never asked")
+    ]
     assert one._connector_stats.records == [metrics.unblended(100, 64)]
+    assert others == [None, None]
+    assert [told[f"{source}_tokens"] for source in metrics.SOURCES] == [64, 0, 0, 36]
+    assert (told["blended"], told["can_blend"], told["failure"]) == (False, False, "blending needs CUDA")
 
 
 def test_vllm_asks_for_statistics_in_the_step_in_which_a_request_ends() -> None:

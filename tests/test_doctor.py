@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve_kit import CHUNK, FakeServer
+from serve_kit import CHUNK, UNDEFINED, FakeServer, fake_packages
 from typer.testing import CliRunner, Result
 
 from lmcache_rag.cli.app import app
 from lmcache_rag.errors import EngineError
-from lmcache_rag.serving import api, checks
+from lmcache_rag.serving import api, checks, live_checks
+from lmcache_rag.serving.environment import version
 from lmcache_rag.serving.live_checks import judge
 from lmcache_rag.serving.roundtrip import IDS, Outcome, Prompts, round_trip
 
@@ -33,13 +34,13 @@ def gpu_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A machine that has a GPU, as far as the checks can see: nvidia-smi, vLLM, LMCache. Returns nvidia-smi."""
     program = tmp_path / "bin" / "nvidia-smi"
     program.parent.mkdir()
-    program.write_text("#!/bin/sh\necho 'NVIDIA H100, 570.1, 81559, 12000'\n")
+    program.write_text("#!/bin/sh\necho 'NVIDIA H100, 580.65.06, 81559, 12000, 9.0'\n")
     program.chmod(program.stat().st_mode | stat.S_IEXEC)
     monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    for name, version in (("vllm", "0.25.1"), ("lmcache", "0.5.6")):
-        folder = tmp_path / "site" / f"{name}-{version}.dist-info"
+    for name, number in (("vllm", "0.25.1"), ("lmcache", "0.5.6")):
+        folder = tmp_path / "site" / f"{name}-{number}.dist-info"
         folder.mkdir(parents=True)
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
     folder = tmp_path / "site" / "plugin-1.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
@@ -49,8 +50,8 @@ def gpu_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return program
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["doctor", *arguments], env={"VLLM_API_KEY": ""})
+def run(*arguments: str, **keys: str) -> Result:
+    return CliRunner().invoke(app, ["doctor", *arguments], env={"VLLM_API_KEY": "", "LMCACHE_RAG_API_KEY": "", **keys})
 
 
 def examine(model: str, vllm: str = "", lmcache: str = "", **files: Any) -> tuple[int, dict[str, dict[str, str]]]:
@@ -103,6 +104,32 @@ def test_a_round_trip_ingests_without_blending_then_asks() -> None:
     assert requests[3]["prompt"] != requests[4]["prompt"]
 
 
+def test_a_server_that_recomputes_all_by_default_is_well() -> None:
+    outcome, _ = trip("all")
+    assert (outcome.hit, outcome.agrees, outcome.queries) == (True, True, 1)
+    assert outcome.reused is not None
+    assert (outcome.reused["reused_tokens"], outcome.reused["recomputed_tokens"]) == (0, 9 * CHUNK)
+    assert [check.state for check in judge(outcome)] == ["ok", "ok"]
+
+
+def test_a_server_that_cannot_blend_is_asked_once() -> None:
+    assert trip("unable")[0].queries == 1
+
+
+@pytest.mark.parametrize(
+    ("why", "words"),
+    [
+        ("the lmcache_rag plugin is not loaded in this process (VLLM_PLUGINS leaves it out?)", "VLLM_PLUGINS"),
+        ("blending needs CUDA: this transfer mode has no device events", "NVIDIA GPU"),
+        ("the LMCache server did not take the rotary table", "lmcache-rag serve"),
+        ("speculative decoding is not supported", "the option"),
+    ],
+)
+def test_each_reason_not_to_blend_has_a_remedy(why: str, words: str) -> None:
+    (check,) = judge(Outcome({"reused_tokens": 0, "can_blend": False, "failure": why}, 1))
+    assert (check.state, why in check.result, words in check.remedy) == ("failed", True, True)
+
+
 def test_a_round_trip_asks_several_times_before_it_says_that_nothing_is_found() -> None:
     outcome, requests = trip("empty")
     assert not outcome.hit
@@ -134,15 +161,17 @@ def test_ratio_1_without_any_recomputed_token_proves_nothing() -> None:
 # -- servers ----------------------------------------------------------------------------------------------------
 
 
-def test_all_is_well(model: str, gpu_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_is_well(model: str, gpu_machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(checks, "IMPORT_S", 30)
+    monkeypatch.setenv("PYTHONPATH", str(fake_packages(tmp_path)))
     status, found = examine(model)
     # Where vLLM is not really installed the connector cannot be imported; that is the one thing that may fail.
     failed = found.pop("Connector")["state"] == "failed"
     assert {name: check["state"] for name, check in found.items() if check["state"] != "ok"} == {}
     assert status == int(failed)
-    assert found["GPU 0"]["result"] == "NVIDIA H100, driver 570.1"
+    assert found["GPU 0"]["result"] == "NVIDIA H100, driver 580.65.06, compute capability 9.0"
     assert found["GPU 0 memory"]["result"] == "12,000 of 81,559 MiB free"
+    assert found["LMCache's CUDA code"]["result"] == "fits PyTorch 2.13.0+cu130"
     assert found["Versions"]["result"] == "vLLM 0.25.1 with LMCache 0.5.6: tested"
     assert found["Chunk and block"]["result"] == "chunks of 64 tokens, blocks of 16"
     assert "reused" in found["Round trip"]["result"]
@@ -153,6 +182,7 @@ def test_all_is_well(model: str, gpu_machine: Path, monkeypatch: pytest.MonkeyPa
     ("vllm", "lmcache", "name", "words"),
     [
         ("bare", "", "Round trip", "our connector is not loaded"),
+        ("unable", "", "Round trip", "cannot blend: sliding window attention is not supported"),
         ("empty", "", "Round trip", "nothing was reused in 5 queries: the server is full"),
         ("wrong", "", "Ratio 1", "3 of 16 tokens"),
         ("misfit", "", "Chunk and block", "blocks of 48"),
@@ -224,6 +254,24 @@ def test_a_key_is_sent(model: str) -> None:
             other.complete("tiny", [1, 2], params={})
 
 
+@pytest.mark.parametrize(
+    ("keys", "state"),
+    [
+        ({"VLLM_API_KEY": "secret"}, "ok"),
+        ({"LMCACHE_RAG_API_KEY": "secret"}, "ok"),
+        ({"VLLM_API_KEY": "secret", "LMCACHE_RAG_API_KEY": "other"}, "ok"),
+        ({"VLLM_API_KEY": "other", "LMCACHE_RAG_API_KEY": "secret"}, "failed"),
+    ],
+)
+def test_the_key_comes_from_vllms_variable_or_ours(model: str, keys: dict[str, str], state: str) -> None:
+    with FakeServer("vllm", mode="key", model=model) as engine, FakeServer("lmcache") as cache:
+        result = run(engine.url, "--lmcache-url", cache.url, "--json", **keys)
+    found = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
+    assert found["Round trip"]["state"] == state
+    if state == "failed":
+        assert all(name in found["Round trip"]["remedy"] for name in keys)
+
+
 def test_an_address_without_meaning_is_wrong_use() -> None:
     assert run("localhost:8000").exit_code == 2
     assert run("http://127.0.0.1:99999").exit_code == 2
@@ -254,14 +302,85 @@ def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 @pytest.mark.parametrize(
     ("script", "expected"),
     [
-        ("echo 'NVIDIA H100, 570.1, 81559, 300'", {"GPU 0": "ok", "GPU 0 memory": "warning"}),
-        ("echo 'NVIDIA GB10, 580.1, [N/A], [N/A]'", {"GPU 0": "ok", "GPU 0 memory": "skipped"}),
+        ("echo 'NVIDIA H100, 580.1, 81559, 300, 9.0'", {"GPU 0": "ok", "GPU 0 memory": "warning"}),
+        ("echo 'NVIDIA GB10, 580.1, [N/A], [N/A], 12.1'", {"GPU 0": "ok", "GPU 0 memory": "skipped"}),
+        ("echo 'NVIDIA A100, 580.1, 81559, 81000, 8.0'", {"GPU 0": "ok", "GPU 0 memory": "ok"}),
+        ("echo 'NVIDIA Strange, 580.1, 81559, 81000, [N/A]'", {"GPU 0": "ok", "GPU 0 memory": "ok"}),
         ("echo 'No devices were found'; exit 6", {"GPU": "failed"}),
     ],
 )
 def test_what_the_driver_says(gpu_machine: Path, script: str, expected: dict[str, str]) -> None:
     gpu_machine.write_text(f"#!/bin/sh\n{script}\n")
     assert states(checks.gpu()) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("Tesla T4, 580.1, 15360, 15000, 7.5", "Ampere"),
+        ("NVIDIA H100, 570.124.06, 81559, 81000, 9.0", "driver 580 or newer"),
+    ],
+)
+def test_a_gpu_or_a_driver_that_is_too_old_is_a_warning(gpu_machine: Path, line: str, words: str) -> None:
+    gpu_machine.write_text(f"#!/bin/sh\necho '{line}'\n")
+    check = next(checks.gpu())
+    assert check.state == "warning"
+    assert words in check.remedy
+
+
+def test_a_driver_that_knows_no_compute_capability_is_asked_for_the_rest(gpu_machine: Path) -> None:
+    gpu_machine.write_text(
+        """#!/bin/sh
+case "$1" in *compute_cap*) echo 'Field "compute_cap" is not a valid field to query.'; exit 2;; esac
+echo 'Tesla V100, 450.80, 16160, 16000'
+"""
+    )
+    check, _ = checks.gpu()
+    assert (check.state, check.result) == ("warning", "Tesla V100, driver 450.80")
+
+
+@pytest.mark.parametrize(
+    ("cuda", "code", "state", "words"),
+    [
+        ("13.0", "", "ok", "fits PyTorch 2.13.0+cu130"),
+        (None, "", "skipped", "without CUDA"),
+        ("13.0", f"raise ImportError({UNDEFINED!r})", "failed", f"ImportError: {UNDEFINED}"),
+        ("13.0", "import os; os.abort()", "failed", "status -6"),
+    ],
+)
+def test_lmcaches_extension_is_loaded_as_its_server_does(
+    gpu_machine: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cuda: str | None,
+    code: str,
+    state: str,
+    words: str,
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(fake_packages(tmp_path, cuda=cuda, code=code)))
+    check = checks.compiled()
+    assert check.state == state
+    assert words in check.result
+    if state == "failed":
+        assert 'pip install "vllm==0.32.0"' in check.remedy
+        assert "--no-deps --force-reinstall lmcache==0.5.6" in check.remedy
+
+
+def test_a_pytorch_that_cannot_be_imported_is_told(
+    gpu_machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(fake_packages(tmp_path)))
+    (tmp_path / "packages" / "torch" / "__init__.py").write_text("raise OSError('no libcublas')")
+    check = checks.compiled()
+    assert (check.state, check.result) == ("failed", "PyTorch cannot be imported: OSError: no libcublas")
+
+
+def test_a_server_of_another_environment_is_a_warning(model: str) -> None:
+    with FakeServer("vllm", model=model) as engine, api.VLLM(engine.url) as server:
+        for here, state in (("0.25.1", "ok"), ("0.25.1+cpu", "ok"), ("", "ok"), ("0.32.0", "warning")):
+            ((check,), _) = live_checks.vllm(server, here)
+            assert check.state == state
+    assert "vLLM 0.25.1; this environment has vLLM 0.32.0" in check.result
 
 
 def test_a_pair_that_was_not_tested_is_a_warning(gpu_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,7 +390,7 @@ def test_a_pair_that_was_not_tested_is_a_warning(gpu_machine: Path, monkeypatch:
     assert "vLLM 0.1 with LMCache 0.2" in check.remedy
 
 
-@pytest.mark.skipif(checks._version("vllm") != "", reason="vLLM is installed")
+@pytest.mark.skipif(version("vllm") != "", reason="vLLM is installed")
 def test_without_vllm_the_remedy_is_to_install_it() -> None:
     (check,) = checks.versions()
     assert check.state == "failed"

@@ -5,6 +5,7 @@ Neither vLLM nor LMCache runs here: the servers are stand-ins (serve_kit), every
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from serve_kit import UNDEFINED, fake_packages
 from typer.testing import CliRunner
 
 from lmcache_rag.cli.app import app
@@ -92,6 +94,128 @@ def test_another_connector_is_left_alone() -> None:
     made = make("--kv-transfer-config", '{"kv_connector": "NixlConnector"}')
     assert made.vllm.count("--kv-transfer-config") == 1
     assert not made.blends
+    assert "nothing is blended" in made.note
+
+
+def test_what_is_not_used_with_a_configuration_of_ones_own_is_told() -> None:
+    made = make("--kv-transfer-config", '{"kv_connector": "CacheBlendConnector"}')
+    assert made.blends
+    for name in ("--policy", "--ratio", "--step-tokens", "--chunk-size", "--lmcache-port", "--connector"):
+        assert name in made.note
+    assert make().note == ""
+    result = dry_run("some/model", "--dry-run", "--kv-transfer-config", '{"kv_connector": "CacheBlendConnector"}')
+    assert "are not used" in result.stderr
+
+
+@pytest.mark.parametrize("name", ["--kv-transfer-config", "--kv_transfer_config"])
+def test_parts_of_the_configuration_are_refused_since_vllm_would_drop_the_rest(name: str) -> None:
+    words = (f"{name}.kv_connector_extra_config.x", "1")
+    with pytest.raises(ConfigError, match="in the place of ours") as caught:
+        make(*words)
+    assert "--connector KEY=VALUE" in caught.value.remedy
+
+
+def test_settings_of_the_connector_can_be_given_one_by_one() -> None:
+    words = ["--connector", "lmcache_rag.overlap=false", "--connector=lmcache.mp.host=tcp://other", "--ratio", "0.3"]
+    result = dry_run("some/model", "--dry-run", *words, "--connector", "lmcache_rag.poll=0.5")
+    vllm = shlex.split(result.stdout.splitlines()[1])
+    extra = json.loads(vllm[vllm.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
+    assert extra["lmcache.mp.host"] == "tcp://other"
+    read = ConnectorOptions.read(extra.get)
+    assert (read.overlap, read.poll, read.ratio) == (False, 0.5, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("overlap", "is not KEY=VALUE"),
+        ("=1", "is not KEY=VALUE"),
+        ("lmcache_rag.overlapp=false", "there is no lmcache_rag.overlapp"),
+        ("lmcache_rag.overlap=no", "must be of type bool"),
+        ("lmcache_rag.ratio=2", "between 0 and 1"),
+    ],
+)
+def test_settings_without_meaning_are_refused_before_anything_starts(text: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as caught:
+        make(connector=(text,))
+    assert caught.value.remedy
+
+
+# -- vLLM's own file of options -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Callable[[str], str]:
+    def write(text: str) -> str:
+        (tmp_path / "options.yaml").write_text(text)
+        return str(tmp_path / "options.yaml")
+
+    return write
+
+
+def test_vllms_file_of_options_wins_over_ours_too(file: Callable[[str], str]) -> None:
+    text = """
+gpu_memory_utilization: 0.5
+max-num-batched-tokens: 4096
+host: 0.0.0.0
+port: 9000
+api-key: [secret, other]
+tensor-parallel-size: 2
+enforce-eager: true
+"""
+    made = make("--config", file(text))
+    for name in ("--gpu-memory-utilization", "--max-num-batched-tokens", "--host", "--port"):
+        assert name not in made.vllm, "the command line would win over the file"
+    assert "--max-cudagraph-capture-size" not in made.vllm
+    assert made.vllm.count("--kv-transfer-config") == 1
+    assert (made.url, made.api_key) == ("http://127.0.0.1:9000", "secret")
+    assert value(made.lmcache, "--max-gpu-workers") == "2"
+
+
+def test_the_command_line_wins_over_vllms_file(file: Callable[[str], str]) -> None:
+    name = file("tensor-parallel-size: 4\nport: 9000\nblock-size: 48\n")
+    made = make("--config", name, "-tp", "2", "--block-size", "16")
+    assert value(made.lmcache, "--max-gpu-workers") == "2"
+    made = make("--config", name, "--block-size", "16", port=7000)
+    assert (value(made.vllm, "--port"), made.url) == ("7000", "http://127.0.0.1:7000")
+    made = make("--config", name, "--block-size", "16", "--port", "6000", port=7000)
+    assert (value(made.vllm, "--port"), made.url) == ("6000", "http://127.0.0.1:6000")
+    with pytest.raises(ConfigError, match="multiple of vLLM's block size, 48"):
+        make("--config", name)
+
+
+def test_a_connector_in_vllms_file_is_seen(file: Callable[[str], str]) -> None:
+    other = make("--config", file("kv-transfer-config:\n  kv_connector: NixlConnector\n"))
+    assert (other.blends, "--kv-transfer-config" in other.vllm) == (False, False)
+    ours = make("--config", file("kv-transfer-config:\n  kv_connector: CacheBlendConnector\n"))
+    assert (ours.blends, "are not used" in ours.note) == (True, True)
+    with pytest.raises(ConfigError, match="in the place of ours"):
+        make("--config", file("kv-transfer-config.kv_role: kv_both\n"))
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "a: [", None])
+def test_a_file_that_vllm_cannot_read_is_told_at_once(file: Callable[[str], str], tmp_path: Path, text: Any) -> None:
+    name = str(tmp_path / "none.yaml") if text is None else file(text)
+    with pytest.raises(ConfigError, match="--config") as caught:
+        make("--config", name)
+    assert "YAML" in caught.value.remedy
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM")
+def test_vllm_itself_takes_the_file_as_we_read_it(file: Callable[[str], str]) -> None:
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parser = FlexibleArgumentParser()
+    for name in ("--port", "--max-num-batched-tokens", "--gpu-memory-utilization", "--kv-transfer-config", "--config"):
+        parser.add_argument(name)
+    parser.add_argument("--host")
+    parser.add_argument("words", nargs="*")
+    made = make("--config", file("gpu_memory_utilization: 0.5\nport: 9000\n"))
+    got = parser.parse_args(list(made.vllm))
+    assert (got.gpu_memory_utilization, got.port, got.max_num_batched_tokens) == ("0.5", "9000", "8192")
+    assert json.loads(got.kv_transfer_config)["kv_connector"] == "CacheBlendConnector"
+    parts = ["serve", "m", "--kv-transfer-config", '{"a": 1}', "--kv-transfer-config.b", "2"]
+    assert "a" not in json.loads(parser.parse_args(parts).kv_transfer_config), "then they need not be refused"
 
 
 @pytest.mark.parametrize(
@@ -152,8 +276,16 @@ def test_a_chunk_that_is_no_multiple_of_the_block_is_refused(words: tuple[str, .
 
 @pytest.mark.parametrize("options", [{"l1_gb": 0.0}, {"chunk_size": 0}, {"vllm": ("--port", "no")}])
 def test_numbers_without_meaning_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError) as caught:
         commands(ServeOptions("some/model", **options), {})
+    assert caught.value.remedy
+
+
+def test_the_key_is_the_one_that_vllm_asks_for() -> None:
+    both = {"VLLM_API_KEY": "vllm's", "LMCACHE_RAG_API_KEY": "ours"}
+    assert make("--api-key", "given", environment=both).api_key == "given"
+    assert make(environment=both).api_key == "vllm's"
+    assert make(environment={"LMCACHE_RAG_API_KEY": "ours"}).api_key == "ours"
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"path": "/data"}', "s3://bucket", "redis://host", "redis://me:pw@host:1"])
@@ -368,6 +500,47 @@ def test_it_says_in_one_line_where_it_is_and_what_is_on(start: Callable[..., Ser
     assert "LMCache is healthy" in stderr
     assert "vLLM is healthy" in stderr
     assert "vllm listens" in (serving.folder / "logs" / "vllm.log").read_text()
+
+
+def test_it_says_what_the_server_does_not_what_was_asked_for(start: Callable[..., Serving]) -> None:
+    serving = start("--policy", "hkvd", vllm_mode="all")
+    assert "blending: all at 1;" in serving.ready()
+    serving.process.send_signal(signal.SIGTERM)
+    serving.end()
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_cuda_code_that_does_not_fit_is_told_and_it_serves(tmp_path: Path, fits: bool) -> None:
+    for name in ("lmcache", "vllm"):
+        (tmp_path / name).mkdir()
+    packages = fake_packages(tmp_path, code="" if fits else f"raise ImportError({UNDEFINED!r})")
+    ports = free_ports(3)
+    flags = [f"--port={ports[0]}", f"--lmcache-port={ports[1]}", f"--lmcache-http-port={ports[2]}"]
+    clean = {name: text for name, text in os.environ.items() if not name.startswith(("LMCACHE_RAG_", "VLLM_"))}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "lmcache_rag.cli", "serve", "tiny", *flags, "--log-dir", str(tmp_path / "logs")],
+        cwd=tmp_path,
+        env={**clean, "PYTHONPATH": os.pathsep.join([str(packages), str(TESTS.parent)])},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert "blending: query at 0.15" in process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == 143
+    said = "LMCache's CUDA code does not fit PyTorch 2.13.0+cu130, so nothing is blended: ImportError: cuda_ops.so"
+    assert (said in stderr) == (not fits)
+    assert ('pip install "vllm==0.32.0"' in stderr) == (not fits)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_and_lmcache_it_says_at_once_what_to_install() -> None:
+    result = dry_run("some/model")
+    assert result.exit_code == 2
+    assert "Not installed: vLLM, LMCache." in result.stderr
+    assert 'pip install "lmcache-rag[gpu]"' in result.stderr
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

@@ -14,6 +14,11 @@ import pytest
 from vllm_cpu_kit import CHUNK, Servers, needs_vllm_cpu, until
 
 from lmcache_rag import VLLMEngine
+from lmcache_rag.connector.metrics import SOURCES
+from lmcache_rag.engines.base import BlendOptions, Sampling
+from lmcache_rag.prompt import PromptBuilder
+from lmcache_rag.serving import api
+from lmcache_rag.serving.live_checks import live
 
 pytestmark = [pytest.mark.slow, needs_vllm_cpu]
 
@@ -51,7 +56,26 @@ def test_exact_prefixes_come_from_lmcache_and_change_nothing(servers: Servers, c
     assert again["choices"][0]["token_ids"] == wanted["choices"][0]["token_ids"]
     assert until(lambda: servers.lmcache_counter(FOUND) == found + whole * CHUNK)
     assert until(lambda: servers.vllm_counter(LOADED) == loaded + whole * CHUNK)
-    assert not ((again.get("kv_transfer_params") or {}).get("lmcache_rag") or {}).get("blended"), "this is no blend"
+    told = again["kv_transfer_params"]["lmcache_rag"]
+    assert (told["blended"], told["can_blend"], told["prefix_tokens"]) == (False, False, whole * CHUNK)
+    assert "blending needs CUDA" in told["failure"]
+    assert sum(told[f"{source}_tokens"] for source in SOURCES) == told["prompt_tokens"] == len(prompt)
+
+
+def test_who_asks_is_told_why_it_does_not_blend(servers: Servers, caplog: pytest.LogCaptureFixture) -> None:
+    """The reason is the connector's own, where a server without our connector says nothing at all."""
+    engine = VLLMEngine(servers.url, tokenizer=servers.model)
+    builder = PromptBuilder(engine.tokenizer, engine.info)
+    for _ in range(2):
+        engine.generate(builder.query(["Some text."], "What?"), Sampling(2), BlendOptions())
+    assert "blending needs CUDA" in engine.info.why_not
+    assert len([record for record in caplog.records if "blending needs CUDA" in record.message]) == 1
+    engine.close()
+    with api.VLLM(servers.url) as server:
+        (check,) = live(server, server.served(), {})
+    assert check.state == "failed"
+    assert "our connector is loaded, and cannot blend: blending needs CUDA" in check.result
+    assert "NVIDIA GPU" in check.remedy
 
 
 def test_other_tenants_hit_nothing(servers: Servers, chunks: list[list[int]]) -> None:
@@ -96,13 +120,13 @@ def test_chunks_in_another_order_are_computed_right(servers: Servers, chunks: li
 
 @pytest.mark.parametrize("kind", ["completions", "chat/completions"])
 def test_streams_say_at_their_end_what_whole_answers_say(servers: Servers, kind: str) -> None:
-    """LMCache's own statistics stand for ours, which need CUDA: both take the same way."""
+    """LMCache's own statistics and ours, which say here that nothing is blended."""
     asked = (
         {"prompt": "One two three four"} if kind == "completions" else {"messages": [{"role": "user", "content": "Hi"}]}
     )
     params = {"max_tokens": 3, "kv_transfer_params": {"cached_token_stats": True}}
     whole = servers.post(kind, **asked, **params).json()["kv_transfer_params"]
-    assert set(whole) == {"cached_token_stats"}
+    assert set(whole) == {"cached_token_stats", "lmcache_rag"}
     chunks = servers.stream(kind, **asked, **params)
     ends = [bool(chunk["choices"] and chunk["choices"][0].get("finish_reason")) for chunk in chunks]
     assert sum(ends) == 1

@@ -215,14 +215,17 @@ def test_sampling_arrives_in_full_since_vllm_would_take_the_models_defaults_else
     assert second == [7, 0.0, 1.0, 0, 1.0, None, None]
 
 
-def test_the_api_key_comes_from_our_variable_only(builder, server, monkeypatch, connect) -> None:
+def test_the_api_key_comes_from_our_variable_or_vllms_only(builder, server, monkeypatch, connect) -> None:
     server.key = "right"
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     wrong = connect(server.url)
     prompt = builder.query(["a"], "What?")
     with pytest.raises(EngineError, match="API key") as caught:
         wrong.generate(prompt, SHORT, OFF)
-    assert "LMCACHE_RAG_API_KEY" in caught.value.remedy
+    assert "LMCACHE_RAG_API_KEY or VLLM_API_KEY" in caught.value.remedy
+    monkeypatch.setenv("VLLM_API_KEY", "right")
+    assert connect(server.url).generate(prompt, SHORT, OFF).text
+    monkeypatch.setenv("VLLM_API_KEY", "of another server")
     monkeypatch.setenv("LMCACHE_RAG_API_KEY", "right")
     assert connect(server.url).generate(prompt, SHORT, OFF).text
     assert not any("secret" in str(header) for header in server.auth)
@@ -350,6 +353,17 @@ def test_what_the_server_forgot_is_sent_again(engine, builder, server, chunks) -
     assert "missing" in done.warnings[0]
     assert engine.missing(prompts) == [True] * 3
     assert all(result.computed for result in engine.precompute(prompts[1:]))
+
+
+def test_verify_asks_the_server_that_computed_a_chunk(connect, smollm2_tokenizer, server, chunks) -> None:
+    with vllm_serving(smollm2_tokenizer) as other:
+        engine = connect([server.url, other.url])
+        prompts = [PromptBuilder(engine.tokenizer, engine.info).ingest(chunk) for chunk in chunks]
+        list(engine.precompute(prompts))
+        assert server.seen, "one of the two computed everything"
+        assert other.seen, "one of the two computed everything"
+        for _ in range(2):
+            assert [engine.verify(prompt).status for prompt in prompts] == ["ok"] * len(prompts)
 
 
 def test_verify_asks_and_has_nothing_kept(engine, builder, server, chunks) -> None:
@@ -481,6 +495,28 @@ def test_a_server_without_our_connector_answers_and_says_so_once(engine, builder
     assert (done.stats.prefix_tokens, done.stats.reused_tokens, done.stats.blended) == (64, 0, False)
     assert add_up(done)
     server.connector = True
+    engine.generate(builder.query(chunks, "What?"), SHORT, BlendOptions())
+    assert engine.info.can_blend
+
+
+def test_a_server_that_cannot_blend_says_why_once_and_keeps_what_is_ingested(
+    engine, builder, server, chunks, caplog
+) -> None:
+    server.why_not = "blending needs CUDA"
+    prompts = [builder.ingest(chunk) for chunk in chunks]
+    assert [result.computed for result in engine.precompute(prompts)] == [True] * 6
+    assert not engine.info.can_blend
+    assert engine.info.why_not == "blending needs CUDA"
+    done = engine.generate(builder.query(chunks, "What?"), LONG, BlendOptions())
+    assert done.text == TEXT
+    assert (done.stats.prefix_tokens > 0, done.stats.reused_tokens, done.stats.blended) == (True, 0, False)
+    assert add_up(done)
+    assert (done.stats.chunks_hit, done.stats.chunks_missed) == (0, 0)
+    assert not any("needs CUDA" in warning or "missing" in warning for warning in done.warnings)
+    assert [record.levelname for record in caplog.records if "needs CUDA" in record.message] == ["WARNING"]
+    assert not any(engine.missing(prompts)), "a question took chunks off the list that are there"
+    assert [engine.verify(prompt).status for prompt in prompts] == ["ok"] * 6
+    server.why_not = ""
     engine.generate(builder.query(chunks, "What?"), SHORT, BlendOptions())
     assert engine.info.can_blend
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Annotated
 
 import typer
@@ -10,6 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from lmcache_rag.api_key import api_key
 from lmcache_rag.cli.failures import PARTLY
 from lmcache_rag.cli.render import clean, plain, show
 from lmcache_rag.cli.run import Run
@@ -42,8 +42,9 @@ def doctor(
     """Check GPU, versions, connector, servers, and a live round trip.
 
     The round trip precomputes three random chunks, asks for them in another
-    order, and compares ratio 1 with a run without reuse. The key in the
-    variable VLLM_API_KEY is used. Exit status 1 when something failed.
+    order, and compares ratio 1 with a run without reuse. The server's key, if
+    any, is taken from the variable VLLM_API_KEY or LMCACHE_RAG_API_KEY. Exit
+    status 1 when something failed.
 
     [bold]Examples[/bold]
       lmcache-rag doctor
@@ -54,9 +55,7 @@ def doctor(
 
     found = []
     with run.waiting("Checking"):
-        for check in examine(
-            url, lmcache_url=lmcache_url, model=check_model, api_key=os.environ.get("VLLM_API_KEY", "")
-        ):
+        for check in examine(url, lmcache_url=lmcache_url, model=check_model, api_key=api_key("VLLM_API_KEY")):
             found.append(check)
     failed = [check for check in found if check.state == "failed"]
     if run.json:

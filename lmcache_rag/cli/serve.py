@@ -17,7 +17,7 @@ from lmcache_rag.cli.failures import INTERRUPTED, TERMINATED
 from lmcache_rag.cli.render import clean
 from lmcache_rag.cli.run import Run
 from lmcache_rag.cli.verb import verb
-from lmcache_rag.errors import EngineError, LMCacheRAGError
+from lmcache_rag.errors import ConfigError, EngineError, LMCacheRAGError
 
 if TYPE_CHECKING:
     from lmcache_rag.serving.commands import Commands, ServeOptions
@@ -83,8 +83,14 @@ def serve(
             metavar="[VLLM OPTIONS]...", help="Given to vLLM as they stand; they win over ours.", show_default=False
         ),
     ] = None,
-    host: Annotated[str, typer.Option(help="Where vLLM listens.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Where vLLM listens.", min=1, max=65535)] = 8000,
+    host: Annotated[
+        str | None,
+        typer.Option(help="Where vLLM listens. [dim]\\[default: 127.0.0.1][/dim]", show_default=False),
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option(help="Where vLLM listens. [dim]\\[default: 8000][/dim]", min=1, max=65535, show_default=False),
+    ] = None,
     l1_gb: Annotated[
         float | None,
         typer.Option(
@@ -113,6 +119,14 @@ def serve(
             help="Tokens that blends may compute in one step while other requests run: how long those wait. "
             "[dim]\\[default: 2048][/dim]",
             min=1,
+            show_default=False,
+        ),
+    ] = None,
+    connector: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="A setting of the connector, more than once if wanted, such as lmcache_rag.overlap=false.",
             show_default=False,
         ),
     ] = None,
@@ -151,12 +165,34 @@ def serve(
         lmcache_port=lmcache_port,
         lmcache_http_port=lmcache_http_port,
         step_tokens=step_tokens,
+        connector=tuple(connector or ()),
     )
     made, lmcache_run, vllm_run = maker(options)
+    if made.note:
+        run.tell(made.note, style="yellow")
     if dry_run:
         _print(run, made)
         return 0
+    if maker is default_commands:  # servers of another maker's need nothing of this environment
+        _check_environment(run)
     return _serve(run, options, made, lmcache_run, vllm_run, log_dir, start_timeout)
+
+
+def _check_environment(run: Run) -> None:
+    """Complain now about what is not installed, and about what would serve without blending and say so in a log only.
+
+    Raises:
+        ConfigError: vLLM or LMCache is not installed.
+    """
+    from lmcache_rag.serving import environment
+
+    if missing := environment.missing():
+        raise ConfigError(f"Not installed: {', '.join(missing)}.", remedy=environment.INSTALL)
+    with run.waiting("Checking LMCache's CUDA code"):
+        code = environment.cuda_code()
+    if code.state == "failed":
+        run.tell(f"LMCache's CUDA code {code.result}", style="yellow")
+        run.tell(code.remedy)
 
 
 def _print(run: Run, made: Commands) -> None:
@@ -189,8 +225,6 @@ def _serve(
     for port, flag in ((options.lmcache_port, "--lmcache-port"), (options.lmcache_http_port, "--lmcache-http-port")):
         _free(port, flag)
     _free(int(made.url.rpartition(":")[2]), "--port")
-    if not made.blends:
-        run.tell("The --kv-transfer-config given does not name our connector: nothing is blended.", style="yellow")
     folder = log_dir or Path(tempfile.mkdtemp(prefix="lmcache-rag-serve-"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -233,8 +267,8 @@ def _ready(run: Run, options: ServeOptions, made: Commands, folder: Path) -> Non
             served = server.served()
             name = served.name
             outcome = round_trip(server, served, options.chunk_size, compare=False)
-        if outcome.hit:
-            blending = f"{options.policy} at {options.ratio:g}"
+        if outcome.hit and outcome.reused:
+            blending = "{policy} at {ratio:g}".format(**outcome.reused)
         elif made.blends:
             blending = "off, see lmcache-rag doctor"
     except LMCacheRAGError as problem:

@@ -27,6 +27,7 @@ from lmcache_rag.connector.hot_side import HotSide
 from lmcache_rag.connector.namespace import Namespaces, identity
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.plan import BlendResult
+from lmcache_rag.connector.request_state import unblended
 from lmcache_rag.connector.scheduler_side import SchedulerSide
 from lmcache_rag.connector.stats import BlendPromMetrics, BlendStats
 
@@ -234,7 +235,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         """Hand the reuse statistics to the response."""
         statistics = self._side.finished(request) if self._side is not None else None
         if self._why_not:
-            self._count_unblended(request)
+            statistics = self._count_unblended(request)
         with contextlib.ExitStack() as stack:
             if self._side is not None and self._side.listens(request.request_id):
                 stack.enter_context(compat_lmcache.session_goes_on(self.scheduler_adapter, request.request_id))
@@ -259,11 +260,14 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
     def _count(self, statistics: dict[str, Any]) -> None:
         self._connector_stats.records.append(metrics.record(statistics))
 
-    def _count_unblended(self, request: Any) -> None:
+    def _count_unblended(self, request: Any) -> dict[str, Any] | None:
         tracker = self.request_trackers.get(request.request_id)
-        if tracker is not None and tracker.num_scheduled_tokens:  # else it never ran
-            cached = max(tracker.num_vllm_hit_tokens, tracker.num_lmcache_hit_tokens)
-            self._connector_stats.records.append(metrics.unblended(len(request.prompt_token_ids or ()), cached))
+        if tracker is None or not tracker.num_scheduled_tokens:
+            return None  # it never ran
+        prompt = len(request.prompt_token_ids or ())
+        cached = max(tracker.num_vllm_hit_tokens, tracker.num_lmcache_hit_tokens)
+        self._connector_stats.records.append(metrics.unblended(prompt, cached))
+        return unblended(prompt, cached, self._options.policy, self._options.ratio, self._why_not)
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> BlendStats:

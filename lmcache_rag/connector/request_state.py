@@ -59,3 +59,18 @@ def statistics(prompt: int, state: RequestState) -> dict[str, Any]:
         "ratio": state.ratio,
         "failure": failure,
     }
+
+
+def unblended(prompt: int, cached: int, policy: str, ratio: float, why_not: str) -> dict[str, Any]:
+    """The same of a request to a server that cannot blend at all; `can_blend` is there, and false, in these only.
+
+    Args:
+        prompt: Tokens of the prompt.
+        cached: How many of them vLLM or LMCache held.
+        policy: The server's default.
+        ratio: The server's default.
+        why_not: Why it cannot.
+    """
+    held = max(min(cached, prompt - 1), 0)  # the last token is always computed
+    state = RequestState(policy, ratio, blend=False, local=held, failure=why_not)
+    return {**statistics(prompt, state), "can_blend": False}

@@ -44,8 +44,8 @@ class VLLMEngine:
     client of the server shares the KV.
 
     Whether the server blends is learned from its answers: `info.can_blend` is true until one shows that it does not.
-    The API key, if any, comes from the environment: LMCACHE_RAG_API_KEY. One that an LLM object of the user's holds for
-    this very server can be given instead.
+    The API key, if any, comes from the environment: LMCACHE_RAG_API_KEY, or VLLM_API_KEY. One that an LLM object of the
+    user's holds for this very server can be given instead.
 
     Args:
         urls: The servers, for example "http://localhost:8000"; a text with commas, or a list.
@@ -83,6 +83,7 @@ class VLLMEngine:
         self._servers = Servers(server_urls(urls), timeout=timeout, attempts=attempts, backoff=backoff, api_key=api_key)
         self._lock = threading.Lock()
         self._blends: bool | None = None  # not known yet
+        self._why_not = NO_CONNECTOR
         try:
             served = served_model(self._servers, model)
             self._tokenizer, digest, kv_bytes = tokenizer_of(served, tokenizer)
@@ -115,7 +116,7 @@ class VLLMEngine:
     def info(self) -> EngineInfo:
         """What this engine serves, by what is known of the server."""
         if self._blends is False:
-            return replace(self._info, can_blend=False, why_not=NO_CONNECTOR, said_why=True)
+            return replace(self._info, can_blend=False, why_not=self._why_not, said_why=True)
         return self._info
 
     @property
@@ -332,8 +333,8 @@ class VLLMEngine:
     def _learn(self, gathered: wire.Gathered, *, sure: bool) -> None:
         """Whether the server blends. No statistics where they would have come mean that nobody there makes them."""
         with self._lock:
-            if gathered.told is not None:
+            if gathered.told is not None and not gathered.why_not:
                 self._blends = True
-            elif sure and self._blends is not False:
-                self._blends = False
-                log.warning("%s is not blended: %s. It answers as it does to any client.", self._model, NO_CONNECTOR)
+            elif (sure or gathered.why_not) and self._blends is not False:
+                self._blends, self._why_not = False, gathered.why_not or NO_CONNECTOR
+                log.warning("%s is not blended: %s. It answers as it does to any client.", self._model, self._why_not)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -12,7 +11,8 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from lmcache_rag.engines.vllm_errors import API_KEY, may_pass, raise_explained, speaking
+from lmcache_rag.api_key import api_key
+from lmcache_rag.engines.vllm_errors import may_pass, raise_explained, speaking
 from lmcache_rag.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -216,13 +216,12 @@ class Servers:
     @property
     def headers(self) -> dict[str, str]:
         """The API key as a header, if there is one."""
-        key = self._api_key or os.environ.get(API_KEY)
+        key = self._api_key or api_key()
         return {"Authorization": f"Bearer {key}"} if key else {}
 
     @cached_property
     def _options(self) -> dict[str, Any]:
-        # The key comes from a variable of our own: OPENAI_API_KEY is a secret that no other server should see.
-        key = self._api_key or os.environ.get(API_KEY) or "none"
+        key = self._api_key or api_key() or "none"  # the client will not do without
         return {"api_key": key, "max_retries": 0, "timeout": self._limits}
 
     @cached_property

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
+from lmcache_rag.api_key import REMEDY
 from lmcache_rag.errors import ContextLengthError, EngineError, EngineUnavailableError, LMCacheRAGError
 
-API_KEY = "LMCACHE_RAG_API_KEY"
 _TOO_LONG = re.compile(r"context length|max_model_len|maximum model length")
 
 
@@ -46,7 +46,7 @@ def explained(problem: Exception, url: str, timeout: float) -> LMCacheRAGError |
             remedy="Start it with lmcache-rag serve MODEL, or name another by --engine.",
         )
     if isinstance(problem, openai.AuthenticationError | openai.PermissionDeniedError):
-        return EngineError(f"{url} wants another API key.", remedy=f"Put it into the environment variable {API_KEY}.")
+        return EngineError(f"{url} wants another API key.", remedy=REMEDY)
     if isinstance(problem, openai.NotFoundError):
         return EngineError(
             f"{url} does not know this request: {reason}",

@@ -100,14 +100,18 @@ class ChunkSender:
 
     def verify(self, prompt: IngestPrompt) -> VerifyResult:
         """See VLLMEngine.verify."""
-        held = self._held(prompt, self.servers.complete(self._request(prompt, {"lmcache.max_offload_tokens": 0})))
+        request = self._request(prompt, {"lmcache.max_offload_tokens": 0})
+        held = self._held(prompt, self.servers.complete(request, home=_home(prompt)))
         return VerifyResult(prompt.key, "ok" if held else "missing")
 
     def _send(self, prompt: IngestPrompt, stop: threading.Event) -> bool:
         """Have a chunk's KV computed; returns whether it was there already."""
-        home = int(prompt.key[:8], 16)
         response = self.servers.complete(
-            self._request(prompt, wire.INGEST), home=home, attempts=self.patience, stop=stop, check=_kept
+            self._request(prompt, wire.INGEST),
+            home=_home(prompt),
+            attempts=self.patience,
+            stop=stop,
+            check=_kept,
         )
         return self._held(prompt, response)
 
@@ -126,11 +130,17 @@ class ChunkSender:
         return wire.already_held(gathered, prompt, self.info.kv_block)
 
 
+def _home(prompt: IngestPrompt) -> int:
+    """Which of several servers computes and keeps a chunk."""
+    return int(prompt.key[:8], 16)
+
+
 def _kept(response: Any) -> None:
     """The server computes the prompt also when its KV store is out of reach; then nothing is kept."""
     gathered = wire.Gathered()
     gathered.take(response)
-    if failure := (gathered.told or {}).get("failure"):
+    failure = (gathered.told or {}).get("failure")
+    if failure and not gathered.why_not:  # a server that cannot blend keeps exact prefixes
         raise NotKeptError(
             f"the server could not reach its KV store ({failure})", remedy="Look after the LMCache server."
         )

@@ -88,6 +88,12 @@ class Gathered:
     told: dict[str, Any] | None = None
     cached: int | None = None
 
+    @property
+    def why_not(self) -> str:
+        """Why the server cannot blend any request, by its own word; empty where it can or does not say."""
+        told = self.told or {}
+        return str(told.get("failure") or "it does not say why") if told.get("can_blend") is False else ""
+
     def take(self, part: Any) -> str:
         """Take a part of a completion or of a chat completion, its first choice; returns its text."""
         if isinstance(params := getattr(part, "kv_transfer_params", None), dict) and isinstance(
@@ -147,9 +153,10 @@ def completion(
     told = gathered.told
     counts = _counts(told, len(prompt)) if told is not None else None
     if counts is not None and told is not None:
-        hit, missed = chunk_counts(prompt, told, kv_block)
+        # Where nothing can be blended no chunk is missed, and the reason is told once, not with each answer.
+        hit, missed = (0, 0) if gathered.why_not else chunk_counts(prompt, told, kv_block)
         counts |= {"chunks_hit": hit, "chunks_missed": missed}
-        if told.get("failure"):
+        if told.get("failure") and not gathered.why_not:
             warnings.append(f"The server computed the prompt in full: {told['failure']}.")
         elif blending and missed:
             warnings.append(f"The KV of {missed} chunk(s) was missing; they were computed.")

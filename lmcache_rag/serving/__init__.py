@@ -8,5 +8,6 @@
     supervise  both together: order, health, restarts, signals
     api        what is asked of a running vLLM server
     roundtrip  chunks precomputed, then asked in another order
+    environment    whether what is installed here can serve and blend
     checks, live_checks, doctor    the checks of this machine and of running servers
 """

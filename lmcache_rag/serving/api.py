@@ -8,6 +8,7 @@ from typing import Any
 
 import httpx
 
+from lmcache_rag.api_key import REMEDY
 from lmcache_rag.errors import EngineError, EngineUnavailableError
 
 SHORT_S = 3.0
@@ -152,7 +153,7 @@ class VLLM:
                 f"{self.url} does not answer: {words}.", remedy="Is the server up, and the address right?"
             ) from problem
         if response.status_code == 401:
-            raise EngineError(f"{self.url} asks for a key.", remedy="Set VLLM_API_KEY.")
+            raise EngineError(f"{self.url} asks for a key.", remedy=REMEDY)
         if response.status_code >= 400:
             raise EngineError(
                 f"{self.url}{path} answers {response.status_code}: {' '.join(response.text.split())[:300]}.",

@@ -13,12 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lmcache_rag.serving.environment import IMPORT_S, INSTALL, cuda_code, version
+
 State = Literal["ok", "warning", "failed", "skipped"]
 
 TESTED = {("0.25.1", "0.5.6")}  # vLLM with LMCache
-INSTALL = 'pip install "lmcache-rag[gpu]"'
 LEAST_FREE_MIB = 2048
-IMPORT_S = 180
+LEAST_CAPABILITY = (8, 0)  # bfloat16, and the kernels of the blend
+LEAST_DRIVER = 580  # of builds for CUDA 13, as vLLM, PyTorch and LMCache come from PyPI
+_FIELDS = "name,driver_version,memory.total,memory.free"
 
 
 @dataclass(frozen=True)
@@ -46,19 +49,18 @@ def gpu() -> Iterator[Check]:
             "GPU", "failed", "no NVIDIA driver (nvidia-smi is missing)", "Blending needs an NVIDIA GPU and its driver."
         )
         return
-    query = [program, "--query-gpu=name,driver_version,memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+        rows, words = _ask(program, f"{_FIELDS},compute_cap")
+        if not rows:  # a driver so old that it does not know the last field
+            rows, words = _ask(program, _FIELDS)
     except (OSError, subprocess.TimeoutExpired) as problem:
         yield Check("GPU", "failed", f"nvidia-smi does not run: {problem}", "Mend or reinstall the NVIDIA driver.")
         return
-    rows = [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.count(",") == 3]
-    if done.returncode or not rows:
-        words = " ".join((done.stderr or done.stdout).split())[:200]
+    if not rows:
         yield Check("GPU", "failed", f"nvidia-smi finds none: {words}", "Mend or reinstall the NVIDIA driver.")
         return
-    for number, (name, driver, total, free) in enumerate(rows):
-        yield Check(f"GPU {number}", "ok", f"{name}, driver {driver}")
+    for number, (name, driver, total, free, *more) in enumerate(rows):
+        yield _fitness(number, name, driver, more[0] if more else "")
         if not (total.isdigit() and free.isdigit()):  # "[N/A]" where GPU and CPU share their memory
             yield Check(f"GPU {number} memory", "skipped", "the driver does not say")
             continue
@@ -71,9 +73,41 @@ def gpu() -> Iterator[Check]:
         )
 
 
+def _ask(program: str, fields: str) -> tuple[list[list[str]], str]:
+    """What nvidia-smi says of each GPU, and its words where it says nothing of use."""
+    query = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    commas = fields.count(",")
+    rows = [
+        [cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.count(",") == commas
+    ]
+    return ([] if done.returncode else rows), " ".join((done.stderr or done.stdout).split())[:200]
+
+
+def _fitness(number: int, name: str, driver: str, capability: str) -> Check:
+    words = f"{name}, driver {driver}" + (f", compute capability {capability}" if capability else "")
+    remedies = []
+    if (parts := _numbers(capability)) and parts < LEAST_CAPABILITY:
+        remedies.append("bfloat16 and the kernels of the blend need compute capability 8.0 (Ampere) or newer.")
+    if (parts := _numbers(driver)) and parts[0] < LEAST_DRIVER:
+        remedies.append(f"What PyPI has is built for CUDA 13, which needs driver {LEAST_DRIVER} or newer.")
+    return Check(f"GPU {number}", "warning" if remedies else "ok", words, " ".join(remedies))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.split(".")
+    return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else ()
+
+
+def compiled() -> Check:
+    """Whether LMCache's extension fits the installed PyTorch."""
+    found = cuda_code()
+    return Check("LMCache's CUDA code", found.state, found.result, found.remedy)
+
+
 def versions() -> Iterator[Check]:
     """Whether vLLM and LMCache are installed, and whether that pair is tested."""
-    found = {name: _version(name) for name in ("vllm", "lmcache")}
+    found = {name: version(name) for name in ("vllm", "lmcache")}
     missing = [name for name, version in found.items() if not version]
     if missing:
         yield Check("Versions", "failed", f"not installed: {', '.join(missing)}", INSTALL)
@@ -88,7 +122,7 @@ def versions() -> Iterator[Check]:
 
 def connector(python: str = sys.executable) -> Iterator[Check]:
     """Whether the connector can be imported, and whether vLLM finds and may load the plugin."""
-    if _version("vllm") and _version("lmcache"):
+    if version("vllm") and version("lmcache"):
         code = "import lmcache_rag.connector.connector"
         try:
             done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=IMPORT_S, check=False)
@@ -148,10 +182,3 @@ def _config_file(name: str) -> Path | None:
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
+from lmcache_rag.api_key import api_key
 from lmcache_rag.errors import ConfigError
+from lmcache_rag.serving.given import Given
 
 PLUGIN = "lmcache_rag"
 CONNECTOR = {
@@ -25,6 +27,7 @@ BLOCK = 16  # vLLM's own default on CUDA
 MOST_BATCHED_TOKENS = 8192  # a pass over a whole prompt of usual length fits into one
 MOST_GRAPH_TOKENS = 2048  # a blend's longest piece: launched kernel by kernel, several ranks wait for the host
 GPU_SHARE = 0.85  # LMCache's server needs memory of its own on the GPU
+HOST, PORT = "127.0.0.1", 8000
 WAIT_S, HEARTBEAT_S = 60, 5  # LMCache's own defaults let vLLM wait for minutes
 L1_GB, L1_SHARE = 20.0, 0.4
 _GRAPHS = (
@@ -34,7 +37,8 @@ _GRAPHS = (
     "-cc",
     "--compilation-config",
 )
-_SIZES = (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
+_EXAMPLE = "For example --connector lmcache_rag.overlap=false."
+_TRANSFER = "--kv-transfer-config"
 
 
 @dataclass(frozen=True)
@@ -44,8 +48,8 @@ class ServeOptions:
     Attributes:
         model: Folder or Hugging Face name.
         vllm: Options for vLLM as they stand; they win over ours.
-        host: Where vLLM listens.
-        port: Where vLLM listens.
+        host: Where vLLM listens; None: what its own file of options says, or 127.0.0.1.
+        port: Where vLLM listens; None: what its own file of options says, or 8000.
         policy: Recompute policy where a request names none.
         ratio: Share of the cached tokens to recompute.
         l1_gb: Gigabytes of CPU memory for KV; None: 20, or 40% of the machine's memory where that is less.
@@ -54,12 +58,13 @@ class ServeOptions:
         lmcache_port: Where LMCache listens for vLLM.
         lmcache_http_port: Where LMCache listens for health checks.
         step_tokens: Most tokens that blends compute in a step while other requests run; None: the connector's default.
+        connector: More keys of kv_connector_extra_config, as KEY=VALUE; they win over what we set.
     """
 
     model: str
     vllm: tuple[str, ...] = ()
-    host: str = "127.0.0.1"
-    port: int = 8000
+    host: str | None = None
+    port: int | None = None
     policy: str = "query"
     ratio: float = 0.15
     l1_gb: float | None = None
@@ -68,6 +73,7 @@ class ServeOptions:
     lmcache_port: int = 5555
     lmcache_http_port: int = 8089
     step_tokens: int | None = None
+    connector: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ class Commands:
         lmcache_url: LMCache's address for health checks.
         api_key: Key that vLLM asks for, or "".
         blends: Whether vLLM is started with our connector.
+        note: What the user should know of these commands; may be empty.
         l1_gb: Gigabytes of CPU memory for KV.
     """
 
@@ -92,6 +99,7 @@ class Commands:
     environment: Mapping[str, str] = field(default_factory=dict)
     api_key: str = ""
     blends: bool = True
+    note: str = ""
     l1_gb: float = L1_GB
 
     def lmcache_run(self) -> list[str]:
@@ -119,14 +127,20 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
         ConfigError: Options that cannot work together.
     """
     environment = os.environ if environment is None else environment
-    given = _Given(options.vllm)
+    given = Given(options.vllm)
     _check_chunk(options, given)
-    port = given.value("--port") or str(options.port)
+    if name := given.dotted(_TRANSFER):
+        raise ConfigError(
+            f"{name}: vLLM would put parts of --kv-transfer-config in the place of ours, not into it.",
+            remedy="Give a key of kv_connector_extra_config as --connector KEY=VALUE, or all of --kv-transfer-config.",
+        )
+    host, port = _place(options, given)
     if not port.isdigit():
-        raise ConfigError(f"--port {port!r} is no number.")
+        raise ConfigError(f"--port {port!r} is no number.", remedy=f"For example --port {PORT}.")
     l1_gb = _default_l1_gb() if options.l1_gb is None else options.l1_gb
     if l1_gb <= 0:
-        raise ConfigError(f"--l1-gb must be more than 0; got {l1_gb:g}.")
+        remedy = "Gigabytes of CPU memory, for example --l1-gb 20."
+        raise ConfigError(f"--l1-gb must be more than 0; got {l1_gb:g}.", remedy=remedy)
     lmcache = [
         "server",
         *("--engine-type", "blend"),
@@ -143,7 +157,7 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
         lmcache += ["--max-gpu-workers", str(gpus)]  # one for each GPU, or they wait for each other
     for tier in options.l2:
         lmcache += ["--l2-adapter", second_tier(tier)]
-    extra = {
+    extra: dict[str, Any] = {
         "lmcache.mp.host": "tcp://localhost",
         "lmcache.mp.port": options.lmcache_port,
         "lmcache.mp.mq_timeout": WAIT_S,
@@ -154,27 +168,31 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
     }
     if options.step_tokens is not None:
         extra["lmcache_rag.step_tokens"] = options.step_tokens
+    extra |= _checked(options.connector)
     ours = {
-        "--host": options.host,
-        "--port": str(options.port),
+        "--host": host,
+        "--port": port,
         "--max-num-batched-tokens": str(MOST_BATCHED_TOKENS),
         "--gpu-memory-utilization": str(GPU_SHARE),
-        "--kv-transfer-config": json.dumps({**CONNECTOR, "kv_connector_extra_config": extra}),
+        _TRANSFER: json.dumps({**CONNECTOR, "kv_connector_extra_config": extra}),
     }
     if given.ranks() > 1 and not any(given.has(name) for name in _GRAPHS):
         ours["--max-cudagraph-capture-size"] = str(MOST_GRAPH_TOKENS)
     vllm = ["serve", options.model]
     for name, value in ours.items():
-        if not given.has(name):
+        ours_wins = {"--host": options.host, "--port": options.port}.get(name) is not None  # over vLLM's file
+        if not (given.on_line(name) if ours_wins else given.has(name)):
             vllm += [name, value]
+    blends = not given.has(_TRANSFER) or CONNECTOR["kv_connector"] in given.value(_TRANSFER)
     return Commands(
         tuple(lmcache),
         (*vllm, *options.vllm),
-        _address(given.value("--host") or options.host, port, given),
+        _address(host, port, given),
         f"http://127.0.0.1:{options.lmcache_http_port}",
         _plugin_allowed(environment),
-        given.value("--api-key") or environment.get("VLLM_API_KEY", ""),
-        not given.has("--kv-transfer-config") or CONNECTOR["kv_connector"] in " ".join(options.vllm),
+        given.value("--api-key") or api_key("VLLM_API_KEY", environment),
+        blends,
+        _note(given, blends),
         l1_gb,
     )
 
@@ -205,37 +223,51 @@ def second_tier(text: str) -> str:
     return json.dumps({"type": "resp", "host": host.strip("[]"), "port": int(port)})
 
 
-class _Given:
-    """Options that vLLM was given. vLLM takes --a-b, --a_b, and --a-b=value."""
-
-    def __init__(self, words: Sequence[str]) -> None:
-        self._values: dict[str, str] = {}
-        for index, word in enumerate(words):
-            if word.startswith("-"):
-                name, found, value = word.partition("=")
-                following = words[index + 1] if index + 1 < len(words) else ""
-                self._values[name.replace("_", "-")] = value if found else following
-
-    def has(self, name: str) -> bool:
-        return any(known == name or known.startswith(f"{name}.") for known in self._values)
-
-    def value(self, name: str) -> str:
-        return self._values.get(name, "")
-
-    def gpus(self) -> int:
-        """How many vLLM takes: ranks of a replica, times replicas."""
-        return math.prod(self._size(*names) for names in _SIZES)
-
-    def ranks(self) -> int:
-        """Tensor-parallel ranks."""
-        return self._size(*_SIZES[0])
-
-    def _size(self, long: str, short: str) -> int:
-        size = self.value(long) or self.value(short)
-        return int(size) if size.isdigit() and int(size) else 1
+def _place(options: ServeOptions, given: Given) -> tuple[str, str]:
+    """Where vLLM listens: by its own words on the command line, by ours, by its file, by default."""
+    found = []
+    for name, ours, usual in (("--host", options.host, HOST), ("--port", options.port, PORT)):
+        own = "" if ours is not None and not given.on_line(name) else given.value(name)
+        found.append(own or str(usual if ours is None else ours))
+    return found[0], found[1]
 
 
-def _check_chunk(options: ServeOptions, given: _Given) -> None:
+def _checked(settings: tuple[str, ...]) -> dict[str, Any]:
+    """Keys and values of KEY=VALUE texts, those of the connector's own keys checked as it does at its start."""
+    from lmcache_rag.connector.options import ConnectorOptions
+
+    found: dict[str, Any] = {}
+    for text in settings:
+        key, equals, value = text.partition("=")
+        if not key or not equals:
+            raise ConfigError(f"--connector {text!r} is not KEY=VALUE.", remedy=_EXAMPLE)
+        try:
+            found[key] = json.loads(value)
+        except ValueError:
+            found[key] = value
+    known = {f"{PLUGIN}.{one.name}" for one in fields(ConnectorOptions)}
+    for key in found:
+        if key.startswith(f"{PLUGIN}.") and key not in known:
+            raise ConfigError(f"--connector: there is no {key}.", remedy=f"There are {', '.join(sorted(known))}.")
+    try:
+        ConnectorOptions.read(found.get)
+    except ConfigError as problem:
+        raise ConfigError(f"--connector: {problem.message}", remedy=problem.remedy or _EXAMPLE) from None
+    return found
+
+
+def _note(given: Given, blends: bool) -> str:
+    if not blends:
+        return "The --kv-transfer-config given does not name our connector: nothing is blended."
+    if given.has(_TRANSFER):
+        return (
+            "With a --kv-transfer-config of your own, --policy, --ratio, --step-tokens and --connector are not used, "
+            "and vLLM is not told of --chunk-size and --lmcache-port: set them in its kv_connector_extra_config."
+        )
+    return ""
+
+
+def _check_chunk(options: ServeOptions, given: Given) -> None:
     text = given.value("--block-size")
     block = int(text) if text.isdigit() and int(text) else BLOCK
     if options.chunk_size <= 0 or options.chunk_size % block:
@@ -245,7 +277,7 @@ def _check_chunk(options: ServeOptions, given: _Given) -> None:
         )
 
 
-def _address(host: str, port: str, given: _Given) -> str:
+def _address(host: str, port: str, given: Given) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - nothing is bound here
     scheme = "https" if given.has("--ssl-certfile") else "http"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.serving import api, checks, live_checks
 from lmcache_rag.serving.checks import Check
+from lmcache_rag.serving.environment import version
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
@@ -28,6 +29,7 @@ def examine(url: str = "", *, lmcache_url: str = "", model: str = "", api_key: s
     if here:
         yield from checks.gpu()
         yield from checks.versions()
+        yield checks.compiled()
         yield from checks.connector()
     else:
         yield Check("This machine", "skipped", "the server is elsewhere", "Run lmcache-rag doctor there.")
@@ -43,7 +45,7 @@ def examine(url: str = "", *, lmcache_url: str = "", model: str = "", api_key: s
         yield Check("vLLM", "skipped", "no URL was given", "lmcache-rag doctor http://127.0.0.1:8000")
         return
     with api.VLLM(url, api_key) as server:
-        known, served = live_checks.vllm(server)
+        known, served = live_checks.vllm(server, version("vllm") if here else "")
         yield from known
         if model or served:
             yield checks.model(model or (served.root if served else ""))

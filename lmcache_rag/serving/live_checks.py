@@ -84,8 +84,13 @@ def ranks(status: dict[str, Any]) -> list[Check]:
     return checks
 
 
-def vllm(server: api.VLLM) -> tuple[list[Check], api.Served | None]:
-    """The vLLM server: (checks, what it serves)."""
+def vllm(server: api.VLLM, here: str = "") -> tuple[list[Check], api.Served | None]:
+    """The vLLM server: (checks, what it serves).
+
+    Args:
+        server: To ask.
+        here: Version of vLLM in this environment, "" where it does not matter.
+    """
     try:
         served = server.served()
     except LMCacheRAGError as problem:
@@ -94,6 +99,9 @@ def vllm(server: api.VLLM) -> tuple[list[Check], api.Served | None]:
     words = f"{server.url} serves {served.name}" + (f", vLLM {version}" if version else "")
     if not server.healthy():
         return [Check("vLLM", "failed", f"{words}, and is not healthy", "Its log says why; start it again.")], served
+    if version and here and version.partition("+")[0] != here.partition("+")[0]:
+        words += f"; this environment has vLLM {here}, which is what was checked above"
+        return [Check("vLLM", "warning", words, "Run the lmcache-rag doctor of the server's own environment.")], served
     return [Check("vLLM", "ok", words)], served
 
 
@@ -132,6 +140,10 @@ def judge(outcome: Outcome) -> Iterator[Check]:
         remedy = "Start vLLM by lmcache-rag serve, or with the --kv-transfer-config of its --dry-run."
         yield Check("Round trip", "failed", "the answer has no statistics: our connector is not loaded", remedy)
         return
+    if found.get("can_blend") is False:
+        why_not = str(found.get("failure"))
+        yield Check("Round trip", "failed", f"our connector is loaded, and cannot blend: {why_not}", _remedy(why_not))
+        return
     if not outcome.hit:
         why = found.get("failure")
         words = f"nothing was reused in {outcome.queries} queries" + (f": {why}" if why else "")
@@ -157,3 +169,16 @@ def judge(outcome: Outcome) -> Iterator[Check]:
         words += "; the first difference is a tie but for rounding"
     remedy = "" if outcome.agrees else "Answers may be wrong. Set lmcache_rag.blend to off and report this, please."
     yield Check("Ratio 1", "ok" if outcome.agrees else "failed", words, remedy)
+
+
+def _remedy(why_not: str) -> str:
+    """What to do about what the connector says; the words are its own (connector.py, model.py, compat_lmcache.py)."""
+    remedies = {
+        "plugin": "Add lmcache_rag to the server's VLLM_PLUGINS, or unset it.",
+        "CUDA": "Run vLLM and LMCache on an NVIDIA GPU, both as lmcache-rag serve starts them.",
+        "LMCache server": "Start it as lmcache-rag serve does, and vLLM after it.",
+        "not told yet": "See vLLM's log: its workers did not get as far as the connector.",
+        "no worker told": "See vLLM's log: its workers did not get as far as the connector.",
+    }
+    known = (remedy for words, remedy in remedies.items() if words in why_not)
+    return next(known, "Everything is served as stock vLLM does. Leave out the option, or take a model, that is named.")

@@ -75,13 +75,19 @@ class Outcome:
 
     @property
     def hit(self) -> bool:
-        """Whether KV of cached chunks was used."""
-        return bool(self.reused and self.reused.get("reused_tokens", 0) > 0)
+        """Whether KV of cached chunks was found and used, be it only to say what is recomputed."""
+        return found_again(self.reused) > 0
 
     @property
     def agrees(self) -> bool:
         """Whether recomputing everything equals a full prefill."""
         return self.compared > 0 and (self.same == self.compared or self.near_tie)
+
+
+def found_again(statistics: dict[str, Any] | None) -> int:
+    """Tokens of cached chunks. With policy `all` or ratio 1 every one of them is recomputed, and none reused."""
+    told = statistics or {}
+    return int(told.get("reused_tokens", 0)) + int(told.get("recomputed_tokens", 0))
 
 
 def round_trip(
@@ -112,14 +118,14 @@ def round_trip(
     found: dict[str, Any] | None = None
     query: list[int] = []
     attempt = 0
-    while attempt < ATTEMPTS and not (found or {}).get("reused_tokens"):
+    while attempt < ATTEMPTS and not found_again(found):
         pause(PAUSE_S if attempt else PAUSE_S / 4)
         attempt += 1
         query = prompts.query()
         found = server.complete(served.name, query, params=keep_out).statistics
-        if found is None:
+        if found is None or found.get("can_blend") is False:
             break
-    if not compare or not (found or {}).get("reused_tokens"):
+    if not compare or not found_again(found):
         return Outcome(found, attempt)
     # Blended first: after a run without reuse vLLM itself would hold the whole prompt.
     query = prompts.query()
