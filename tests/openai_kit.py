@@ -65,6 +65,8 @@ class FakeVLLM(ThreadingHTTPServer):
         self.context = 8192
         self.connector = True
         self.chunk = 0  # told on /metrics
+        self.gauges: dict[str, float] = {}  # told on /metrics too
+        self.status: dict[str, Any] | None = None  # what an LMCache says on /status, at the same address
         self.plugin = False  # makes streams of versions before 0.33 tell
         self.cached_details = False  # --enable-prompt-tokens-details
         self.failure = ""  # the connector cannot reach LMCache
@@ -153,9 +155,12 @@ class _Handler(ApiHandler):
             self.send_document(200, {"object": "list", "data": [adapter, card]})
         elif self.path == "/version":
             self.send_document(200, {"version": server.version})
-        elif self.path == "/metrics" and server.chunk:
-            line = f'vllm:lmcache_rag_chunk_tokens{{engine="0",model_name="{server.model}"}} {server.chunk}.0\n'
-            self.send_text(200, line, "text/plain; version=0.0.4")
+        elif self.path == "/metrics" and (server.chunk or server.gauges):
+            told = server.gauges | ({"vllm:lmcache_rag_chunk_tokens": float(server.chunk)} if server.chunk else {})
+            lines = [f'{name}{{engine="0",model_name="{server.model}"}} {value}\n' for name, value in told.items()]
+            self.send_text(200, "".join(lines), "text/plain; version=0.0.4")
+        elif self.path == "/status" and server.status is not None:
+            self.send_document(200, server.status)
         else:
             self.send_problem(404, "Not Found")
 

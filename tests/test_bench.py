@@ -48,6 +48,28 @@ def test_every_arm_is_measured_and_drawn(tokenizer: Any, tmp_path: Path) -> None
     assert len(named) == 4
 
 
+def test_every_policy_is_measured_at_every_ratio(tokenizer: Any) -> None:
+    with vllm_serving(tokenizer) as server:
+        arguments = ["bench", "speed", "--engine", server.url, "--tokens", "1300", "--repeats", "1", "--chunks", "1"]
+        wanted = ["--policy", "hkvd", "--policy", "query", "--policy", "hkvd", "--at", "0.1", "--at", "0.2"]
+        result = CliRunner().invoke(app, [*arguments, *wanted, "--json"])
+    assert result.exit_code == 0, result.output
+    kinds = [(policy, ratio) for policy in ("hkvd", "query") for ratio in (0.1, 0.2)]
+    names = [f"{hot}{policy} {ratio}" for policy, ratio in kinds for hot in ("", "hot ")]
+    assert [row["arm"] for row in json.loads(result.stdout)] == ["full prefill", *names]
+    asked = [body.get("kv_transfer_params") or {} for body in server.seen]
+    told = Counter(
+        (each["lmcache_rag.policy"], each["lmcache_rag.ratio"]) for each in asked if "lmcache_rag.policy" in each
+    )
+    assert told == dict.fromkeys(kinds, 2 * 3)  # from LMCache and named; two to warm up
+
+
+def test_a_policy_that_does_not_exist_is_said_before_anything_is_measured() -> None:
+    result = CliRunner().invoke(app, ["bench", "speed", "--engine", "http://127.0.0.1:9", "--policy", "best"])
+    assert result.exit_code == 2
+    assert "hkvd" in result.output
+
+
 async def test_prompts_begin_with_whole_chunks_of_the_server_s(tokenizer: Any) -> None:
     with vllm_serving(tokenizer) as server:
         server.chunk = 256
@@ -194,7 +216,9 @@ def test_a_server_that_fails_under_load_is_named(tokenizer: Any) -> None:
     assert "Traceback" not in result.output
 
 
-@pytest.mark.parametrize("option", ["--rate", "--throughput", "--ingestion", "--nothing-cached", "--floor"])
+@pytest.mark.parametrize(
+    "option", ["--policy", "--at", "--rate", "--throughput", "--ingestion", "--nothing-cached", "--floor"]
+)
 def test_help_names_every_measure(option: str) -> None:
     assert option in CliRunner().invoke(app, ["bench", "speed", "--help"], env={"COLUMNS": "160"}).output
 

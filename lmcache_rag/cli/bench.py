@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -23,6 +24,9 @@ Baseline = Annotated[
 ]
 Tokens = Annotated[
     list[int], typer.Option("--tokens", metavar="N", min=1200, help="Length of the prompts; repeatable.")
+]
+Policies = Annotated[
+    list[str], typer.Option("--policy", metavar="NAME", help="Recompute policy, each at every --at; repeatable.")
 ]
 Ratios = Annotated[
     list[float], typer.Option("--at", metavar="RATIO", min=0, max=1, help="Recompute ratio; repeatable.")
@@ -61,6 +65,7 @@ def speed(
     engine: Engine = "http://localhost:8000",
     baseline: Baseline = "",
     tokens: Tokens = (8400, 16600),  # type: ignore[assignment]
+    policy: Policies = ("query",),  # type: ignore[assignment]
     at: Ratios = (0.15,),  # type: ignore[assignment]
     repeats: Repeats = 10,
     chunks: Chunks = 40,
@@ -76,7 +81,8 @@ def speed(
     """Time to the first token with and without blending, one request at a time.
 
     Asks prompts of random chunks in random order, each arm in turn. Chunks are
-    computed first; "hot" names them to the server, which may still hold them.
+    computed first; "hot" names them to the server, which may still hold them:
+    its cache must have room for --chunks of them.
     The options that begin with "also" measure more: --throughput and --rate
     with prompts of the first --tokens; --ingestion, --nothing-cached and
     --floor of the server as any client finds it ("engine").
@@ -85,19 +91,23 @@ def speed(
       lmcache-rag bench speed --engine http://localhost:8000
       lmcache-rag bench speed --baseline http://localhost:8001 --plot ttft.png
       lmcache-rag bench speed --baseline http://localhost:8001 --throughput --rate 0
+      lmcache-rag bench speed --policy query --policy hkvd --at 0.1 --at 0.2
     """
     from lmcache_rag.bench.session import SpeedSession, Wanted
     from lmcache_rag.bench.speed import Arm
     from lmcache_rag.bench.workload import Workload
+    from lmcache_rag.blend.policies import get_policy
     from lmcache_rag.cli.bench_speed_view import check_plot, draw
 
+    for name in policy:
+        get_policy(name)  # a server would take its own for one that it does not know
     if plot:
         check_plot(plot)
     off = {"lmcache_rag.blend": "off", "lmcache.max_offload_tokens": 64}
     arms = [Arm("full prefill", baseline or engine, {} if baseline else off)]
-    for ratio in at:
-        params = {"lmcache_rag.policy": "query", "lmcache_rag.ratio": ratio}
-        arms += [Arm(f"query {ratio:g}", engine, params), Arm(f"hot query {ratio:g}", engine, params, hot=True)]
+    for name, ratio in itertools.product(dict.fromkeys(policy), dict.fromkeys(at)):
+        params = {"lmcache_rag.policy": name, "lmcache_rag.ratio": ratio}
+        arms += [Arm(f"{name} {ratio:g}", engine, params), Arm(f"hot {name} {ratio:g}", engine, params, hot=True)]
     wanted = Wanted(
         tuple(tokens),
         repeats,

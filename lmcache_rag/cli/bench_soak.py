@@ -24,8 +24,11 @@ Disturb = Annotated[
     list[str], typer.Option("--disturb", metavar="COMMAND", help="Run on the way; repeatable.", show_default=False)
 ]
 Watch = Annotated[
-    list[int], typer.Option("--watch", metavar="PID", help="Note its memory; repeatable.", show_default=False)
+    list[int],
+    typer.Option("--watch", metavar="PID", help="Note its memory; it must live on. Repeatable.", show_default=False),
 ]
+MayGrow = Annotated[float, typer.Option("--may-grow", metavar="MB", min=0, help="Growth of a watched process.")]
+LMCacheURL = Annotated[str, typer.Option("--lmcache-url", metavar="URL", help="HTTP address of the LMCache server.")]
 Tokens = Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Length of the answers.")]
 FAILED = 1
 
@@ -36,6 +39,7 @@ def soak(
     documents: Documents,
     *,
     engine: Engine = "http://localhost:8000",
+    lmcache_url: LMCacheURL = "http://127.0.0.1:8089",
     model: Model = None,
     seconds: Seconds = 360.0,
     in_flight: Flight = 8,
@@ -43,16 +47,19 @@ def soak(
     chunk_tokens: Chunk = 256,
     disturb: Disturb = (),  # type: ignore[assignment]
     watch: Watch = (),  # type: ignore[assignment]
+    may_grow: MayGrow = 64.0,
 ) -> int:
-    """Blended, unblended, exact and aborted requests, for minutes.
+    r"""Blended, unblended, exact and aborted requests, for minutes.
 
     Answers without blending and at ratio 1 are compared with those of a full
     prefill. Commands given by --disturb are run at equal distances; kill
     LMCache with one. The exit status is 1 if any request failed, any answer
-    differed by more than a near tie, or vLLM held anything at the end.
+    differed by more than a near tie, vLLM or LMCache held anything at the end
+    or did not say so, or a watched process grew by more than --may-grow from
+    a tenth of the time to the end.
 
     [bold]Example[/bold]
-      lmcache-rag bench soak docs/ --disturb 'pkill -9 -f "[l]mcache.cli.main server"'
+      lmcache-rag bench soak docs/ --disturb 'pkill -9 -f "\[l]mcache.cli.main server"'
     """
     from lmcache_rag.bench.soak import Soak
     from lmcache_rag.bench.traces import ServerSource
@@ -70,7 +77,9 @@ def soak(
             chunks,
             tokens=tokens,
             concurrency=in_flight,
+            lmcache_url=lmcache_url.rstrip("/"),
             watch=watch,
+            may_grow_mb=may_grow,
             most=room_for_chunks(server, builder, tokens, chunk_tokens),
             on_step=lambda gone: bars.update("seconds", min(int(gone), int(seconds)), int(seconds)),
         )
@@ -101,6 +110,7 @@ def _show(run: Run, report: SoakReport) -> None:
     for reason, number in report.fallbacks.most_common():
         run.out.print(f"Computed in full, {number}: {reason}")
     for name, value in report.gauges.items():
-        run.out.print(f"{name} at the end: {value:g}")
+        run.out.print(f"{name} at the end: {'not said' if value is None else f'{value:g}'}")
     for process, sizes in report.memory_mb.items():
-        run.out.print(f"Process {process}: {' then '.join(f'{size:.0f}' for size in sizes)} MB")
+        words = ", which is too much growth, or it ended" if process in report.grown else ""
+        run.out.print(f"Process {process}: {' then '.join(f'{size:.0f}' for size in sizes)} MB{words}")
