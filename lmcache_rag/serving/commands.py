@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lmcache_rag.api_key import api_key
+from lmcache_rag.connector.server_guard import MODULE
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.serving.given import Given
 
@@ -152,6 +153,7 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
         *("--port", str(options.lmcache_port)),
         *("--http-host", "127.0.0.1"),
         *("--http-port", str(options.lmcache_http_port)),
+        *("--server-module", json.dumps({"module_path": MODULE})),
     ]
     if (gpus := given.gpus()) > 1:
         lmcache += ["--max-gpu-workers", str(gpus)]  # one for each GPU, or they wait for each other
