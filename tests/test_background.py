@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_model
-from test_worker_side import BLOCK, PREFIX, World
+from test_worker_side import BLOCK, PREFIX, Later, World
 
-from lmcache_rag.connector import metrics, worker_side
+from lmcache_rag.connector import metrics, work
 from lmcache_rag.connector.jobs import Throttle
 from lmcache_rag.connector.pace import Allowance
 from lmcache_rag.connector.plan import BlendResult
@@ -87,6 +87,30 @@ def test_the_check_of_hkvd_is_cut_into_pieces_too(hf: HFModel) -> None:
     # Its check runs half of the model's four layers: 40 tokens take as long as 20 through all of them.
     assert max(steps) <= 40, "others wait for no more than they were told"
     assert steps.count(40) == 3, "130 tokens are checked"
+
+
+@pytest.mark.parametrize("policy", ["all", "hkvd", "query", "none"])
+def test_a_step_takes_no_more_than_it_may(hf: HFModel, policy: str) -> None:
+    """Several blends, whose last pieces leave room for a part of the next one's."""
+    world, allowance = Background(hf, policy=policy, ratio=0.5, piece=100), Allowance(100)
+    names = ["r", "s", "t"]
+    plans = [replace(world.plan, request_id=name, policy=policy) for name in names]
+    steps: list[int] = []
+    received: set[str] = set()
+    while received != set(names):
+        before = len(world.model.passes)
+        world.worker.run(plans if not steps else [], allowance)
+        world.worker.finish()
+        sizes = world.model.passes[before:]
+        if policy == "hkvd":  # its check runs half of the layers
+            sizes = [size // 2 if size > 100 else size for size in sizes]
+        steps.append(sum(sizes))
+        received |= world.worker.take_received()
+        assert len(steps) < 30
+    assert max(steps) <= 100
+    assert {result.failure for result in world.worker.take_results()} == {""}
+    if policy == "all":
+        assert steps == [100, 41, 100, 41, 100, 41], "a pass over less than 64 tokens would take as long as one of 64"
 
 
 def test_a_step_with_nothing_else_to_do_takes_more(hf: HFModel) -> None:
@@ -193,22 +217,10 @@ def test_the_last_token_looks_though_it_has_no_block(hf: HFModel) -> None:
     assert all(slot >= BLOCK for position, slot in looked if position < plan.end)
 
 
-class Later:
-    """A number that is not back from the GPU yet; as lmcache_rag.connector.pinned.Number."""
-
-    is_here = False
-
-    def __init__(self, value: torch.Tensor) -> None:
-        self.value = value
-
-    def read(self) -> float:
-        return float(self.value)
-
-
 def test_no_step_waits_for_the_gpu_to_be_done_unless_it_has_nothing_else_to_do(
     hf: HFModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_side, "Number", Later)
+    monkeypatch.setattr(work, "Number", Later)
     world = Background(hf)
     world.step(Allowance(1000), begins=True)
     world.step(BUSY)

@@ -361,10 +361,6 @@ def test_the_rotary_embedding_has_its_table_and_its_shape(config: VllmConfig) ->
     assert rotary.cos_sin_cache.shape == (128, 64)
     assert torch.equal(rotary.cos_sin_cache[0], torch.tensor([1.0] * 32 + [0.0] * 32))
     assert torch.equal(compat_vllm.exact_rotary_table(rotary), rotary.cos_sin_cache.float())
-    import vllm.model_executor.layers.rotary_embedding as module
-
-    for name in ("MRotaryEmbedding", "DualChunkRotaryEmbedding", "Phi3LongRoPEScaledRotaryEmbedding"):
-        assert hasattr(module, name), f"{name} is refused by name"
 
 
 def test_the_models_that_we_know_are_where_we_look() -> None:
@@ -428,6 +424,25 @@ def test_vllm_finds_the_connector_and_calls_what_we_override() -> None:
         )
         if stock is not None and f"super().{name}" in inspect.getsource(function):
             takes(stock, *[p for p in inspect.signature(function).parameters if p != "self"])
+
+
+def test_a_worker_that_cannot_get_ready_serves_as_lmcaches_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def odd() -> Any:
+        raise AttributeError("'Odd' object has no attribute 'model'")
+
+    assert "self.device" in (VLLM / "v1/worker/gpu_worker.py").read_text(), "ranks vote there"
+    worker = SimpleNamespace(model_runner=SimpleNamespace(get_model=odd), device=torch.device("cpu"))
+    monkeypatch.setattr(compat_vllm, "worker", lambda: worker)
+    monkeypatch.setattr(compat_vllm, "true_on_all_ranks", lambda fine, device: fine)
+    registered: list[Any] = []
+    stock = connector.LMCacheMPConnector
+    monkeypatch.setattr(stock, "register_kv_caches", lambda self, caches: registered.append(caches))
+    ours = object.__new__(connector.CacheBlendConnector)
+    ours.worker_adapter, ours._vllm_config, ours._options = None, None, connector.ConnectorOptions()
+    ours.register_kv_caches({"layer": 1})
+    assert registered == [{"layer": 1}]
+    assert ours._worker is None
+    assert ours.get_handshake_metadata().why_not.startswith("getting ready failed: AttributeError: 'Odd'")
 
 
 def test_results_reach_the_scheduler_and_plans_the_workers() -> None:

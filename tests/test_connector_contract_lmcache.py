@@ -20,6 +20,7 @@ if missing():
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    import torch
     from lmcache.integration.vllm import lmcache_mp_connector, lmcache_mp_metadata
     from lmcache.integration.vllm import vllm_multi_process_adapter as adapters
     from lmcache.v1.distributed import api
@@ -38,6 +39,7 @@ with warnings.catch_warnings():
     from lmcache_rag.connector import compat_lmcache, connector
     from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
     from lmcache_rag.connector.namespace import renumbered
+    from lmcache_rag.connector.plan import BlendPlan
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -324,3 +326,124 @@ def test_a_lookup_sends_the_prompt_once() -> None:
     assert {(key.request_id, key.cache_salt, key.model_name, key.num_kv_readers) for key in client.keys} == {
         ("r", "tenant", "m", 1)
     }
+
+
+class Backend:
+    """Events of a device; `fails` is what importing one comes to."""
+
+    fails: Exception | None = None
+
+    def import_event(self, handle: bytes, device: Any) -> str:
+        if self.fails:
+            raise self.fails
+        return "event"
+
+    def wait_event(self, event: str, stream: Any) -> None:
+        assert event == "event"
+
+    def query_event(self, event: str) -> bool:
+        return True
+
+
+@pytest.fixture
+def link(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr("torch.cuda.current_stream", lambda: "stream")
+    return compat_lmcache.WorkerLink(SimpleNamespace(), 0.05)
+
+
+def asked(backend: Backend) -> tuple[Any, Any]:
+    """A question to the server as LMCache's client has it: the answer to come, and what waits for its copy."""
+    raw: Any = futures.MessagingFuture()
+    return raw, futures.DeviceMessagingFuture(raw, device="cpu", event_backend=backend)  # type: ignore[arg-type]
+
+
+def test_kv_comes_or_not(link: Any) -> None:
+    for came in (True, False):
+        raw, future = asked(Backend())
+        assert (link.answered(future, 0.01), link.there(future), link.arrived(future, 0.01)) == (False, False, False)
+        raw.set_result((b"handle", came))
+        assert (link.answered(future, 0.01), link.there(future), link.arrived(future, 0.01)) == (True, True, came)
+
+
+@pytest.mark.parametrize("where", ["request", "event"])
+def test_an_error_of_lmcaches_client_is_kv_that_did_not_come(
+    link: Any, caplog: pytest.LogCaptureFixture, where: str
+) -> None:
+    def fails() -> Any:
+        backend = Backend()
+        raw, future = asked(backend)
+        if where == "request":
+            raw.set_exception(ConnectionError("lost"))
+        else:
+            backend.fails = ConnectionError("lost")
+            raw.set_result((b"handle", True))
+        return future
+
+    for _ in range(2):
+        future = fails()
+        assert (link.answered(future, 0.01), link.there(future), link.arrived(future, 0.01)) == (True, True, False)
+    assert [record.getMessage() for record in caplog.records] == [
+        "KV could not be loaded from LMCache: ConnectionError: lost"
+    ]
+    raw, future = asked(Backend())
+    raw.set_result((b"handle", True))
+    assert link.arrived(future, 0.01)
+    link.arrived(fails(), 0.01)
+    assert len(caplog.records) == 2, "it is another outage"
+
+
+def test_what_cannot_be_sent_is_kv_that_does_not_come(link: Any, caplog: pytest.LogCaptureFixture) -> None:
+    plan = BlendPlan("r", (1,) * 200, 0, 64, (), 128, tuple(range(20)), "query", 0.15)
+    for ask in (lambda: link.submit_exact(plan), lambda: link.submit_matches(plan, [])):
+        future = ask()  # the adapter is empty: whatever is asked of it fails
+        assert (link.answered(future, 0.01), link.there(future), link.arrived(future, 0.01)) == (True, True, False)
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    ("problem", "handshake"),
+    [(ConnectionError("lost"), "ConnectionError: lost"), (None, "start it with --engine-type")],
+)
+def test_an_error_at_start_is_a_reason(monkeypatch: pytest.MonkeyPatch, problem: Any, handshake: str) -> None:
+    def answer(*given: Any) -> Any:
+        future: Any = futures.MessagingFuture()
+        if problem:
+            future.set_exception(problem)
+        return future
+
+    adapter = SimpleNamespace(
+        transfer_ctx=SimpleNamespace(_event_backend=Backend()),
+        req_client=SimpleNamespace(cb_protocol_handshake=answer, cb_register_rope=answer),
+        instance_id=1,
+        _reregister_kv_caches_callback=lambda: True,
+    )
+    again = adapter._reregister_kv_caches_callback
+    monkeypatch.setattr("lmcache.v1.platform.kv_wrap.wrap_one_kv_cache", lambda tensor: tensor)
+    link = compat_lmcache.WorkerLink(adapter, 0.01)
+    assert handshake in link.why_not()
+    assert "did not take the rotary table" in link.register_rope(torch.zeros(2, 2), 2, True)
+    assert adapter._reregister_kv_caches_callback is again
+
+
+def test_a_server_that_comes_back_gets_the_table_again_or_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    problems: list[Any] = [None, ConnectionError("lost"), None]
+    sent: list[Any] = []
+
+    def register(*given: Any) -> Any:
+        future: Any = futures.MessagingFuture()
+        problem = problems.pop(0)
+        sent.append(problem)
+        future.set_exception(problem) if problem else future.set_result(True)
+        return future
+
+    adapter = SimpleNamespace(
+        req_client=SimpleNamespace(cb_register_rope=register),
+        instance_id=1,
+        _reregister_kv_caches_callback=lambda: True,
+    )
+    monkeypatch.setattr("lmcache.v1.platform.kv_wrap.wrap_one_kv_cache", lambda tensor: tensor)
+    link = compat_lmcache.WorkerLink(adapter, 0.01)
+    assert link.register_rope(torch.zeros(2, 2), 2, True) == ""
+    back = adapter._reregister_kv_caches_callback
+    assert [back(), back()] == [False, True]
+    assert len(sent) == 3

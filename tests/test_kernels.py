@@ -231,3 +231,33 @@ def test_damage_shows_with_lengths_from_device_memory(place: int) -> None:
     damaged[slot // 16, slot % 16, :, 5] = math.nan
     out, _ = Fixed(sequence, positions, 3000, None).run(query, keys, damaged, 0.1)
     assert out[:20].isnan().any(-1).all()
+
+
+@pytest.mark.parametrize("size", [64, 80, 96, 120])
+@pytest.mark.parametrize("neox", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_keys_are_moved_whatever_the_size_of_a_head(size: int, neox: bool, packed: bool) -> None:
+    from lmcache_rag.connector import move_kernel
+    from lmcache_rag.connector.hot_copy import HotCopy
+
+    torch.manual_seed(size)
+    shape = (6, KV_HEADS, 16, 2 * size) if packed else (6, 2, 16, KV_HEADS, size)
+    first = torch.randn(shape, device=DEVICE, dtype=DTYPE)
+    angles = torch.arange(200)[:, None] / 10.0 ** torch.linspace(0, 3, size // 2)
+    table = torch.cat([angles.cos(), angles.sin()], 1).to(DEVICE)
+
+    def copy(cache: torch.Tensor) -> HotCopy:
+        return HotCopy([keys_and_values(cache)], table, neox=neox)
+
+    # A block's tokens to the middle of two others, forwards and backwards; the rest is left as it was.
+    source = torch.arange(16, 32, device=DEVICE)
+    target = torch.arange(55, 71, device=DEVICE)
+    for delta in (39, -70):
+        moved, plain = first.clone(), first.clone()
+        deltas = torch.full_like(source, delta)
+        one = copy(moved)
+        keys, values = keys_and_values(moved)
+        move_kernel.move(one._pointers, keys, values, source, target, deltas, one._table, neox=neox)
+        copy(plain)._plain(source, target, deltas, 16)
+        torch.testing.assert_close(moved, plain, **NEAR)
+        assert not torch.equal(plain, first)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from models import tiny_model
 from paged_kit import PagedModel, drained
 from test_blend_pass import PREFIX, Case
 
-from lmcache_rag.connector import blend_pass, metrics
+from lmcache_rag.connector import blend_pass, metrics, work
 from lmcache_rag.connector.pace import Allowance
 from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.connector.plan import BlendPlan, Match
@@ -268,3 +269,136 @@ def test_the_last_token_needs_a_block(hf: HFModel) -> None:
     )
     assert not world.run().failure
     assert world.worker.take_hidden() is None
+
+
+class Later:
+    """A number that is not back from the GPU yet; as lmcache_rag.connector.pinned.Number."""
+
+    is_here = False
+    reads = 0
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+
+    def read(self) -> float:
+        Later.reads += 1
+        return float(self.value)
+
+
+def test_where_nothing_is_taken_back_the_host_waits_once_vllm_has_prepared_its_step(
+    hf: HFModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(work, "Number", Later)
+    monkeypatch.setattr(Later, "reads", 0)
+    world = alone(World(hf, may_report=False))
+    world.worker.run_now([world.plan])
+    assert Later.reads == 0, "vLLM prepares its step while the GPU blends"
+    assert world.worker.take_hidden() is None, "it is not known yet whether the KV was sound"
+    world.worker.run([], Allowance())
+    assert Later.reads == 1
+    assert world.worker.take_hidden() is not None
+    world.worker.finish()
+    assert Later.reads == 1, "once is enough"
+    (result,) = world.worker.take_results()
+    assert not result.failure
+    assert world.worker.take_bad_blocks() == set()
+
+
+@pytest.mark.parametrize("fault", ["damaged key", "damaged value", "damaged last value"])
+def test_where_nothing_is_taken_back_damage_is_repaired_before_the_forward_pass(hf: HFModel, fault: str) -> None:
+    world = alone(World(hf, fault, may_report=False))
+    world.worker.run_now([world.plan])
+    assert not world.is_full_prefill()
+    world.worker.run([], Allowance())  # what vLLM calls right before its pass
+    assert world.is_full_prefill()
+    assert world.worker.take_hidden() is None
+    world.worker.finish()
+    (result,) = world.worker.take_results()
+    assert result.failure == "damaged KV"
+    assert world.worker.take_bad_blocks() == set()
+
+
+def test_what_was_not_looked_at_before_the_forward_pass_is_reported_all_the_same(hf: HFModel) -> None:
+    world = World(hf, "damaged value", may_report=False)
+    world.worker.run_now([world.plan])
+    world.worker.finish()
+    assert world.worker.take_bad_blocks() != set()
+
+
+def forgetful(world: World, monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Memory for so many tokens in a pass; returns the sizes of those that went through."""
+    real, fine = world.model.forward, []
+
+    def forward(ids: Any, *given: Any) -> torch.Tensor:
+        if len(ids) > most:
+            raise torch.OutOfMemoryError
+        fine.append(len(ids))
+        return real(ids, *given)
+
+    monkeypatch.setattr(world.model, "forward", forward)
+    return fine
+
+
+@pytest.mark.parametrize("may_report", [True, False])
+@pytest.mark.parametrize("fault", ["", "late"])
+def test_where_memory_runs_out_again_the_pieces_become_smaller(
+    hf: HFModel, monkeypatch: pytest.MonkeyPatch, fault: str, may_report: bool
+) -> None:
+    monkeypatch.setattr(work, "SMALL", 80)
+    world = alone(World(hf, fault, "none", may_report=may_report))
+    sizes = forgetful(world, monkeypatch, 20)
+    assert world.run().failure == ("load failed" if fault else "out of memory")
+    assert set(sizes[:-1]) == {20}, "80 and 40 do not go through"
+    assert world.is_full_prefill()
+    assert world.worker.take_bad_blocks() == set()
+    assert world.worker.take_hidden() is None
+
+
+def test_where_there_is_no_memory_at_all_vllm_is_told(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = alone(World(hf))
+    forgetful(world, monkeypatch, 0)
+    assert world.run().failure == "out of memory"
+    assert world.worker.take_bad_blocks() == set(range(2 + PREFIX // BLOCK, 2 + -(-world.end // BLOCK)))
+    assert world.worker.take_hidden() is None
+    world = World(hf, may_report=False)
+    forgetful(world, monkeypatch, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        world.run()
+
+
+def test_a_pass_that_failed_is_forgotten_before_the_next_one(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An exception that is being handled keeps what its pass had allocated; then there is no memory for another."""
+    world = World(hf)
+    kept: list[Any] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: kept.append(sys.exception()))
+    forgetful(world, monkeypatch, 40)
+    assert world.run().failure == "out of memory"
+    assert set(kept) == {None}
+
+
+def test_trouble_that_comes_again_is_told_again(hf: HFModel, caplog: pytest.LogCaptureFixture) -> None:
+    world = World(hf)
+
+    def warnings(fault: str, *, again: int = 1) -> int:
+        caplog.clear()
+        world.link.fault, world.link.is_healthy = fault, fault != "dead"
+        for _ in range(again):
+            world.run()
+        return len(caplog.records)
+
+    assert [warnings("dead", again=3), warnings(""), warnings("dead")] == [1, 0, 1]
+    assert [warnings("damaged value"), warnings("damaged value"), warnings(""), warnings("damaged value")] == [
+        1, 0, 0, 1,
+    ]  # fmt: skip
+
+
+def test_what_needs_no_server_does_not_end_its_outage(hf: HFModel, caplog: pytest.LogCaptureFixture) -> None:
+    """Else requests by turns would fill the log."""
+    world = World(hf, "dead")
+    loads, nothing = world.plan, dataclasses.replace(world.plan, matches=(), end=PREFIX)
+    for world.plan in (loads, nothing, loads):
+        world.worker.run([world.plan], Allowance())
+        world.worker.finish()
+    failures = [result.failure for result in world.worker.take_results()]
+    assert failures == ["no server", "", "no server"]
+    assert len(caplog.records) == 1

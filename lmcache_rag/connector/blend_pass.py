@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from lmcache_rag.connector.paged import PagedSequence
 
 T = TypeVar("T")
-Steps = Generator[int, None, T]  # work with rests; what is yielded is how many tokens it took
+# Work with rests; what is yielded is how many tokens it took. 0: there is no room for the next pass (BlendPass.room).
+Steps = Generator[int, None, T]
 
 
 class StopForward(Exception):  # noqa: N818 - not an error: ends a forward pass early
@@ -207,11 +208,12 @@ class _Passes:
         """
         import torch
 
-        model = self._by.model
-        most = min(model.most_tokens, max(self._by.piece * model.layers // (layer + 1), 1))
+        model, first = self._by.model, self._start
         parts = []
-        for first in range(self._start, self._end, most):
-            last = min(first + most, self._end)
+        while first < self._end:
+            while not (size := self._by.next_piece):
+                yield 0
+            last = min(first + min(model.most_tokens, max(size * model.layers // (layer + 1), 1)), self._end)
             piece = torch.arange(first, last, device=self._ids.device)
             slots = self._by.sequence.slots(piece)
             attention = PagedAttention(self._by.sequence, piece.to(torch.int32), last)
@@ -220,6 +222,7 @@ class _Passes:
                 model.forward(self._ids[piece], piece, slots, check)
             assert check.deviation is not None  # noqa: S101 - the check layer always stops the pass
             parts.append(check.deviation)
+            first = last
             yield -(-len(piece) * (layer + 1) // model.layers)
         self._deviations[layer] = model.sum_over_ranks(torch.cat(parts))[self._layout.cached - self._start]
 
@@ -231,11 +234,21 @@ class BlendPass:
         model: The model.
         sequence: The request's blocks, with room for the prompt's last tokens too.
         piece: Most tokens to compute in one forward pass; 0: as many as the model takes.
+
+    Attributes:
+        room: Most tokens of the next forward pass: whoever takes the steps may change it between them. The pass of a
+            selection by attention is not cut by it.
     """
 
     def __init__(self, model: Model, sequence: PagedSequence, *, piece: int = 0) -> None:
         self.model, self.sequence = model, sequence
         self.piece = min(piece or model.most_tokens, model.most_tokens)
+        self.room = self.piece
+
+    @property
+    def next_piece(self) -> int:
+        """Most tokens of the next forward pass; 0: there is room for none."""
+        return min(self.piece, self.room)
 
     def steps(
         self,
@@ -303,8 +316,12 @@ class BlendPass:
         """
         import torch
 
-        hidden = None
-        for piece in (positions[i : i + self.piece] for i in range(0, len(positions), self.piece)):
+        hidden, done = None, 0
+        while done < len(positions):
+            while not (size := self.next_piece):
+                yield 0
+            piece = positions[done : done + size]
+            done += len(piece)
             attention = PagedAttention(self.sequence, piece.to(torch.int32), end)
             states = self.model.forward(ids[piece], piece, self.sequence.slots(piece), _Redo(attention))
             hidden = states[-1:].clone()

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from lmcache_rag.connector.namespace import renumbered
 from lmcache_rag.connector.plan import BlendPlan, Match
 from lmcache_rag.connector.server_guard import UNTIL
+
+log = logging.getLogger("lmcache_rag")
 
 PROTOCOL = 1
 _PAUSE = 0.0002  # between two questions for a look-up
@@ -121,6 +124,9 @@ def chunk_tokens(adapter: Any) -> int:
 class WorkerLink:
     """Worker side: registers the rotary table and asks for KV.
 
+    LMCache's client answers with whatever error it met, for instance that the connection is lost. To a worker that is
+    KV which did not come.
+
     Args:
         adapter: LMCache's worker adapter, its KV caches registered.
         deadline: Longest wait for an answer, in seconds.
@@ -129,6 +135,7 @@ class WorkerLink:
     def __init__(self, adapter: Any, deadline: float) -> None:
         self._adapter, self._deadline = adapter, deadline
         self._table: Any = None
+        self._told = False  # of an error, since the last load that came
 
     def why_not(self) -> str:
         """Why the server cannot blend; empty when it can."""
@@ -139,19 +146,27 @@ class WorkerLink:
             version, agreed = self._adapter.req_client.cb_protocol_handshake(PROTOCOL).result(self._deadline)
         except TimeoutError:
             return "the LMCache server did not answer the blend handshake: start it with --engine-type blend"
+        except Exception as problem:
+            return f"the blend handshake with the LMCache server failed: {_said(problem)}"
         return "" if agreed else f"the LMCache server speaks blend protocol {version}, not {PROTOCOL}"
 
-    def register_rope(self, table: Any, head_size: int, is_neox: bool) -> None:
+    def register_rope(self, table: Any, head_size: int, is_neox: bool) -> str:
         """Give the server the model's table of angles, and again whenever it comes back.
 
         Args:
             table: The model's cos_sin_cache, [positions, rotary size].
             head_size: Size of a head.
             is_neox: Whether halves rather than neighbours are turned together.
+
+        Returns:
+            Why it did not take the table; empty when it did.
         """
         self._table = table.detach().contiguous().clone()  # the model may replace its own; the server maps this one
         self._rope = (head_size, is_neox)
-        self._send_rope()
+        try:
+            self._send_rope()
+        except Exception as problem:
+            return f"the LMCache server did not take the rotary table: {_said(problem)}"
         again = self._adapter._reregister_kv_caches_callback
 
         def both() -> bool:
@@ -159,11 +174,13 @@ class WorkerLink:
                 return False
             try:
                 self._send_rope()
-            except TimeoutError:
+            except Exception as problem:
+                log.warning("The LMCache server is back but did not take the rotary table: %s", _said(problem))
                 return False
             return True
 
         self._adapter._reregister_kv_caches_callback = both
+        return ""
 
     def _send_rope(self) -> None:
         from lmcache.v1.platform.kv_wrap import wrap_one_kv_cache
@@ -182,7 +199,13 @@ class WorkerLink:
         """Ask for the exact prefix [plan.local, plan.exact); what lies before it in its chunk is left alone.
 
         The server only knows whole chunks: a prefix that was cut short by a token is loaded to its chunk's end.
+
+        Returns:
+            What `answered`, `there` and `arrived` ask; None when it could not even be sent.
         """
+        return self._sent(lambda: self._submit_exact(plan))
+
+    def _submit_exact(self, plan: BlendPlan) -> Any:
         chunk = self._adapter.lmcache_tokens_per_chunk
         begin = plan.local // chunk * chunk
         end = -(-plan.exact // chunk) * chunk
@@ -200,7 +223,10 @@ class WorkerLink:
         )
 
     def submit_matches(self, plan: BlendPlan, matches: Sequence[Match]) -> Any:
-        """Ask for chunk KV to be written to the plan's blocks, keys turned to their new positions."""
+        """Ask for chunk KV to be written to the plan's blocks, keys turned to their new positions; see submit_exact."""
+        return self._sent(lambda: self._submit_matches(plan, matches))
+
+    def _submit_matches(self, plan: BlendPlan, matches: Sequence[Match]) -> Any:
         transfer = self._adapter.transfer_ctx
         event = transfer._event_backend.export_event(transfer.create_recorded_event(), transfer._device)
         future = self._adapter.req_client.cb_retrieve_pre_computed(
@@ -226,17 +252,44 @@ class WorkerLink:
 
         Not `future.wait`, which then waits for the copy too.
         """
-        return bool(future.raw_future_.wait(seconds))
+        return future is None or bool(future.raw_future_.wait(seconds))
 
     def there(self, future: Any) -> bool:
         """Whether the copy is done, or failed."""
-        return bool(future.query())
+        try:
+            return future is None or bool(future.query())
+        except Exception as problem:
+            self._tell(problem)
+            return True
 
     def arrived(self, future: Any, seconds: float) -> bool:
         """Whether the KV came; later work of the current stream waits for it, the host for the answer only."""
         import torch
 
+        if future is None:
+            return False
         try:
-            return bool(future.wait_on_stream(torch.cuda.current_stream(), seconds))
+            came = bool(future.wait_on_stream(torch.cuda.current_stream(), seconds))
         except TimeoutError:
             return False
+        except Exception as problem:
+            self._tell(problem)
+            return False
+        self._told = self._told and not came
+        return came
+
+    def _sent(self, ask: Callable[[], Any]) -> Any:
+        try:
+            return ask()
+        except Exception as problem:
+            self._tell(problem)
+            return None
+
+    def _tell(self, problem: Exception) -> None:
+        if not self._told:
+            self._told = True
+            log.warning("KV could not be loaded from LMCache: %s", _said(problem), exc_info=problem)
+
+
+def _said(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {problem}" if str(problem) else type(problem).__name__

@@ -27,6 +27,7 @@ from lmcache_rag.connector.hot_side import HotSide
 from lmcache_rag.connector.namespace import Namespaces, identity
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.plan import BlendResult
+from lmcache_rag.connector.prepare import prepared
 from lmcache_rag.connector.request_state import unblended
 from lmcache_rag.connector.scheduler_side import SchedulerSide
 from lmcache_rag.connector.stats import BlendPromMetrics, BlendStats
@@ -91,38 +92,11 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Register the caches with LMCache, then see whether this worker can blend."""
         super().register_kv_caches(kv_caches)
-        self._why_not = self._prepare()
+        self._worker, self._why_not = prepared(self._vllm_config, self.worker_adapter, self._options)
         if self._why_not:
             log.warning("KV is not blended: %s. Exact prefixes are reused, everything else is computed.", self._why_not)
         else:
             log.info("KV is blended: policy %s, ratio %g", self._options.policy, self._options.ratio)
-
-    def _prepare(self) -> str:
-        from lmcache_rag.connector.model import VLLMModel, rotary_of, why_not
-        from lmcache_rag.connector.worker_side import WorkerSide
-
-        worker = compat_vllm.worker()
-        if worker is None:
-            return "the lmcache_rag plugin is not loaded in this process (VLLM_PLUGINS leaves it out?)"
-        model = worker.model_runner.get_model()
-        link = compat_lmcache.WorkerLink(self.worker_adapter, self._options.deadline)
-        if reason := why_not(self._vllm_config, model) or link.why_not():
-            return reason
-        rotary = rotary_of(model)
-        try:
-            link.register_rope(rotary.cos_sin_cache, rotary.head_size, rotary.is_neox_style)
-        except TimeoutError:
-            return "the LMCache server did not take the rotary table"
-        compat_lmcache.ensure_heartbeat(self.worker_adapter)
-        blendable = VLLMModel(self._vllm_config, worker.model_runner)
-        blendable.warm_up()
-        hot = blendable.hot_copy()
-        hot.warm_up()
-        reports = getattr(self._vllm_config.kv_transfer_config, "kv_load_failure_policy", "fail") == "recompute"
-        compat_vllm.begin_before_the_step()
-        compat_vllm.take_hidden_states()
-        self._worker = WorkerSide(blendable, link, may_report=reports, hot=hot, piece=self._options.step_tokens)
-        return ""
 
     def get_handshake_metadata(self) -> Readiness | None:
         """Worker: tell the scheduler whether blending is possible."""

@@ -6,13 +6,15 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lmcache_rag.connector.blend_pass import BlendOutcome, Steps
+from lmcache_rag.connector.blend_pass import BlendOutcome, BlendPass, Steps
 from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.connector.pinned import Number
 from lmcache_rag.connector.plan import BlendPlan
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+LEAST = 64  # a pass over fewer tokens takes hardly less time: it reads the same weights
 
 
 class Clock:
@@ -87,6 +89,7 @@ class Job:
         plan: The plan.
         sequence: The request's blocks.
         ids: The prompt, int64 [n], where the cache lies.
+        blend: Runs its passes.
         waiting: What is being loaded.
         reason: Why it cannot be loaded; empty when it can.
         clock: Time it took.
@@ -95,12 +98,14 @@ class Job:
         cancelled: Whether nobody wants its result any more.
         outcome: What the blend did.
         failure: Why everything is computed instead.
-        evidence: Not finite when the KV was damaged.
+        evidence: Not finite when the KV was damaged; None when there is nothing to look at, or no longer.
+        lost: Whether not even computing everything was possible.
     """
 
     plan: BlendPlan
     sequence: PagedSequence
     ids: Tensor
+    blend: BlendPass
     waiting: list[Any] = field(default_factory=list)
     reason: str = ""
     clock: Clock = field(default_factory=Clock)
@@ -110,15 +115,25 @@ class Job:
     outcome: BlendOutcome = field(default_factory=lambda: BlendOutcome(0, 0))
     failure: str = ""
     evidence: Number | None = None
+    lost: bool = False
 
     def advance(self, tokens: int) -> int:
-        """Queue more of the work, at least a step and until so many tokens were computed; returns how many were."""
+        """Queue more of the work, at most so many tokens; returns how many were computed.
+
+        Only the pass of a selection may take it further, since that is not cut. A pass that would have room for few
+        tokens is left to the next call, unless it is this one's first.
+        """
         assert self.steps is not None  # noqa: S101 - it was loaded
         done = 0
         self.clock.begin()
         try:
-            while done < max(tokens, 1):
-                done += next(self.steps)
+            while True:
+                left = tokens - done
+                self.blend.room = max(left, 1) if not done or left >= LEAST else 0
+                took = next(self.steps)
+                if not took:
+                    break
+                done += took
         except StopIteration:
             self.over = True
         finally:

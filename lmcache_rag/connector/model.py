@@ -20,42 +20,100 @@ if TYPE_CHECKING:
 log = logging.getLogger("lmcache_rag")
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+BACKENDS = ("FlashAttentionImpl", "FlashInferImpl", "TritonAttentionImpl")
+# An angle is a matter of the position alone, and a table holds it for each: moving a key is turning it.
+ROTARIES = (
+    "RotaryEmbedding",
+    "LinearScalingRotaryEmbedding",
+    "DynamicNTKScalingRotaryEmbedding",
+    "DynamicNTKAlphaRotaryEmbedding",
+    "NTKScalingRotaryEmbedding",
+    "Llama3RotaryEmbedding",
+    "YaRNScalingRotaryEmbedding",
+)
 
 
 def why_not(vllm_config: Any, model: Any) -> str:
-    """Why this model cannot be blended in vLLM; empty when it can."""
-    name = type(model).__name__
+    """Why this model cannot be blended in vLLM; empty when it can. Its KV caches are made."""
+    name, parallel = type(model).__name__, vllm_config.parallel_config
     if name not in ARCHITECTURES:
         return f"{name} is not supported (supported: {', '.join(ARCHITECTURES)})"
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+    if parallel.pipeline_parallel_size > 1:
         return "pipeline parallelism is not supported"
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        return "context parallelism is not supported: each rank would hold a part of the tokens"
     if getattr(vllm_config, "speculative_config", None) is not None:
         return "speculative decoding is not supported"
     if getattr(vllm_config, "lora_config", None) is not None:
         return "LoRA adapters change the KV of the same text"
+    if getattr(vllm_config.compilation_config.pass_config, "fuse_attn_quant", False):
+        return "attention that is fused with a quantisation of its output is not supported"
     layers = compat_vllm.attention_layers(vllm_config)
     for key, layer in layers.items():
-        impl = getattr(layer, "impl", None)
-        if impl is None:
-            return f"{key} is no attention layer"
-        if getattr(layer, "sliding_window", None) is not None:
-            return "sliding window attention is not supported"
-        if getattr(impl, "logits_soft_cap", None) not in (None, 0, 0.0):
-            return "soft caps on attention scores are not supported"
-        if getattr(impl, "alibi_slopes", None) is not None or getattr(impl, "sinks", None) is not None:
-            return "ALiBi and attention sinks are not supported"
-        if not hasattr(impl, "do_kv_cache_update"):
-            return f"attention backend {type(impl).__name__} is not supported"
-        if getattr(layer, "kv_cache_dtype", "auto") not in ("auto", "bfloat16", "float16"):
-            return f"a KV cache of type {layer.kv_cache_dtype} is not supported"
+        if reason := _why_not_layer(key, layer) or _why_not_cache(layer, vllm_config.cache_config.block_size):
+            return reason
     if len(layers) != vllm_config.model_config.hf_text_config.num_hidden_layers:
         return "the model has other layers with KV than its decoder's"
-    rotary = rotary_of(model)
-    if type(rotary).__name__ in ("MRotaryEmbedding", "DualChunkRotaryEmbedding", "Phi3LongRoPEScaledRotaryEmbedding"):
-        return f"{type(rotary).__name__} is not supported"
-    if not hasattr(rotary, "cos_sin_cache"):
-        return f"{type(rotary).__name__} has no table of angles"
+    first = next(iter(layers.values())).kv_cache
+    if any((x.kv_cache.shape, x.kv_cache.stride()) != (first.shape, first.stride()) for x in layers.values()):
+        return "layers whose KV caches differ are not supported"
+    rotaries = [layer.self_attn.rotary_emb for layer in model.model.layers]
+    return next((reason for rotary in rotaries if (reason := _why_not_rotary(rotary, rotaries[0], first))), "")
+
+
+def _why_not_layer(name: str, layer: Any) -> str:
+    impl = getattr(layer, "impl", None)
+    if impl is None:
+        return f"{name} is no attention layer"
+    if type(layer).__name__ != "Attention" or layer.attn_type != "decoder":
+        return f"{name} is no causal attention ({type(layer).__name__}, {layer.attn_type})"
+    if layer.sliding_window is not None:
+        return "sliding window attention is not supported"
+    if getattr(impl, "logits_soft_cap", None) not in (None, 0, 0.0):
+        return "soft caps on attention scores are not supported"
+    if getattr(impl, "alibi_slopes", None) is not None or getattr(impl, "sinks", None) is not None:
+        return "ALiBi and attention sinks are not supported"
+    if layer.kv_sharing_target_layer_name is not None:
+        return "layers that share their KV are not supported"
+    if type(impl).__name__ not in BACKENDS:
+        return f"attention backend {type(impl).__name__} is not supported"
+    if layer.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
+        return f"a KV cache of type {layer.kv_cache_dtype} is not supported"
     return ""
+
+
+def _why_not_cache(layer: Any, block: int) -> str:
+    try:
+        keys, values = keys_and_values(layer.kv_cache)
+    except ValueError as problem:
+        return str(problem)
+    if keys.shape[1] != block:  # plans name vLLM's blocks, and the cache would be read by those of the backend
+        return f"blocks of {block} tokens that the attention backend divides into blocks of {keys.shape[1]}"
+    if {keys.shape[3], values.shape[3]} != {layer.head_size}:
+        return f"a KV cache of heads of {keys.shape[3]} where the model's are of {layer.head_size} is not supported"
+    return ""
+
+
+def _why_not_rotary(rotary: Any, first: Any, cache: Any) -> str:
+    import torch
+
+    name, size = type(rotary).__name__, keys_and_values(cache)[0].shape[3]
+    if name not in ROTARIES:
+        return f"{name} is not supported"
+    if (rotary.rotary_dim, rotary.head_size) != (size, size):
+        return "a rotary embedding that turns a part of each head is not supported"
+    same = rotary.is_neox_style == first.is_neox_style and torch.equal(rotary.cos_sin_cache, first.cos_sin_cache)
+    return "" if rotary is first or same else "layers with rotary embeddings of their own are not supported"
+
+
+def takes_reports(vllm_config: Any) -> bool:
+    """Whether vLLM takes back what came of blocks that are reported behind the forward pass, and computes them again.
+
+    Scheduling asynchronously, as it does unless told otherwise, vLLM has scheduled the request's next step by then. It
+    drops the token of the step that reports, and keeps that of the next one, which was computed on the same blocks.
+    """
+    policy = getattr(vllm_config.kv_transfer_config, "kv_load_failure_policy", "fail")
+    return policy == "recompute" and vllm_config.scheduler_config.async_scheduling is False
 
 
 def why_not_captured(vllm_config: Any) -> str:
@@ -182,10 +240,13 @@ class VLLMModel:
         return compat_vllm.true_on_all_ranks(fine, self.device)
 
     def warm_up(self) -> None:
-        """Compile the kernels, and capture the default policy's pass, before the first request."""
+        """Compile the kernels before the first request."""
         from lmcache_rag.connector import kernels
 
         kernels.warm_up(*self._caches[0], self.heads)
+
+    def capture(self) -> None:
+        """Capture the default policy's pass. Tensor-parallel ranks do so together."""
         self.captured = self._capture(QueryPolicy())
 
     def _capture(self, policy: QueryPolicy) -> CapturedWatch | None:

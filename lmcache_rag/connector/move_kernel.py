@@ -12,19 +12,19 @@ from torch import Tensor
 def _move(  # type: ignore[no-untyped-def]
     POINTERS, SOURCE, TARGET, DELTA, TABLE, tokens, layers,
     k_block, k_token, k_head, v_block, v_token, v_head, table_row,
-    SIZE: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NEOX: tl.constexpr,
+    HALF: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NEOX: tl.constexpr,
     ELEMENT: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1)
     layer = tl.program_id(2)
-    lane = tl.arange(0, HALF)
+    lane = tl.arange(0, PADDED)  # a power of two; half a head need not be one
     inside = row < tokens
     source = tl.load(SOURCE + row, mask=inside, other=0)
     target = tl.load(TARGET + row, mask=inside, other=0)
     delta = tl.load(DELTA + row, mask=inside, other=0)
     angle = tl.where(delta < 0, -delta, delta).to(tl.int64)
-    wanted = inside[:, None]
+    wanted = inside[:, None] & (lane < HALF)[None, :]
     cos = tl.load(TABLE + angle[:, None] * table_row + lane[None, :], mask=wanted, other=0.0)
     sin = tl.load(TABLE + angle[:, None] * table_row + HALF + lane[None, :], mask=wanted, other=0.0)
     sin = tl.where((delta < 0)[:, None], -sin, sin)
@@ -68,5 +68,6 @@ def move(
     _move[(triton.cdiv(len(source), 16), keys.shape[2], layers)](
         pointers, source, target, delta, table, len(source), layers,
         keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
-        table.stride(0), SIZE=size, HALF=size // 2, BLOCK=keys.shape[1], ROWS=16, NEOX=neox, ELEMENT=element,
+        table.stride(0), HALF=size // 2, PADDED=triton.next_power_of_2(size // 2), BLOCK=keys.shape[1], ROWS=16,
+        NEOX=neox, ELEMENT=element,
     )  # fmt: skip

@@ -18,7 +18,7 @@ class Allowance:
     """What a step may blend in the background.
 
     Attributes:
-        tokens: Tokens to compute; a piece that was begun may take it a little further.
+        tokens: Most tokens to compute; only the pass of a selection may take it a little further.
         idle: Whether the step has nothing else to do.
     """
 

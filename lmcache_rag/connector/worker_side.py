@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from typing import TYPE_CHECKING, Any
 
-from lmcache_rag.blend.policies import get_policy
-from lmcache_rag.connector.blend_pass import BlendOutcome, BlendPass, Steps
-from lmcache_rag.connector.jobs import Clock, Job, Throttle
+from lmcache_rag.connector.blend_pass import BlendPass
+from lmcache_rag.connector.jobs import LEAST, Clock, Job, Throttle
 from lmcache_rag.connector.pace import Allowance
 from lmcache_rag.connector.paged import PagedSequence
-from lmcache_rag.connector.pinned import Number, on_device
+from lmcache_rag.connector.pinned import on_device
 from lmcache_rag.connector.plan import BlendPlan, BlendResult
+from lmcache_rag.connector.work import Work
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -26,20 +25,22 @@ log = logging.getLogger("lmcache_rag")
 
 NULL_BLOCK = 0  # vLLM's BlockPool.null_block
 _POLL = 0.001  # an idle step waits so long for a load rather than to spin
+_SERVERS = ("no server", "load failed", "load failed on another rank")  # failures that only a load disproves
 
 
 class WorkerSide:
     """Runs plans.
 
-    A plan's work is queued on the GPU; whether the KV was sound is only looked at behind the model's forward pass, so
-    that the GPU never waits for the host. Damage found then is reported to vLLM, which computes those blocks again, or
-    is repaired here where the request waits anyway.
+    A plan's work is queued on the GPU. Whether the KV was sound is looked at behind the model's forward pass where vLLM
+    takes back what came of it: damage is reported to vLLM, which computes those blocks again. Elsewhere it is looked at
+    right before that pass, when vLLM has prepared it, and repaired here: the host waits for the end of the blend, and
+    the GPU for the launch of the pass. In the background nobody waits, and damage is always repaired here.
 
     Args:
         model: The model in this worker.
         link: How KV is loaded.
-        may_report: Whether vLLM computes blocks again that are reported (kv_load_failure_policy "recompute"). If not,
-            damage is looked for before the forward pass.
+        may_report: Whether vLLM computes blocks again that are reported, and drops what came of the step; see
+            lmcache_rag.connector.model.takes_reports.
         hot: Copies what vLLM itself still holds.
         piece: Most tokens in one forward pass of a plan in the background.
     """
@@ -48,6 +49,7 @@ class WorkerSide:
         self, model: VLLMModel, link: Link, *, may_report: bool = True, hot: HotCopy | None = None, piece: int = 2048
     ) -> None:
         self._model, self._link, self._may_report, self._hot, self._piece = model, link, may_report, hot, piece
+        self._work = Work(model, may_report=may_report)
         self._queued: list[Job] = []  # this step's, done but for the look at their evidence
         self._background: list[Job] = []
         self._results: list[BlendResult] = []
@@ -75,9 +77,14 @@ class WorkerSide:
             if self._model.ranks == 1:
                 ready = [job for job in self._background if not job.over]
             self._advance(ready, allowance)
+            if not self._may_report:  # last, so that the GPU has all of its work while the host waits for a part
+                self._settle()
 
     def run_now(self, plans: Sequence[BlendPlan]) -> None:
-        """As `run`, of plans that are not in the background, before it: vLLM has not prepared the step yet."""
+        """As `run`, of plans that are not in the background, before it: vLLM has not prepared the step yet.
+
+        Where damage may not be reported, `run` looks for it: it has to be called before the forward pass too.
+        """
         import torch
 
         with torch.inference_mode():
@@ -86,16 +93,31 @@ class WorkerSide:
     def _queue(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             self._load(job)
-            while not job.over:
-                job.advance(1 << 30)
-            if job.outcome.hidden is not None and not job.failure:
-                self._hidden = job.outcome.hidden
+            self._complete(job)
+            if self._may_report:
+                self._offer(job)
             self._queued.append(job)
+
+    def _complete(self, job: Job) -> None:
+        while not job.over:
+            job.advance(1 << 30)
+
+    def _offer(self, job: Job) -> None:
+        if job.outcome.hidden is not None and not job.failure:
+            self._hidden = job.outcome.hidden
+
+    def _settle(self) -> None:
+        """Make what is queued for this step right before vLLM's forward pass; waits for the GPU to be done with it."""
+        for job in self._queued:
+            if not self._work.proven(job):
+                job.steps, job.over = self._work.everything(job), False
+                self._complete(job)
+            self._offer(job)
 
     def _advance(self, jobs: list[Job], allowance: Allowance) -> None:
         left, idle = allowance.tokens, allowance.idle
         for job in jobs:
-            if left <= 0:
+            if left <= 0 or left < min(LEAST, allowance.tokens):
                 return
             if job.steps is None:
                 if not self._loaded(job, idle=idle):
@@ -121,21 +143,25 @@ class WorkerSide:
         """
         queued, self._queued = self._queued, []
         for job in queued:
-            if not self._proven(job):
-                first = job.plan.local // self._model.block
-                self._bad_blocks |= set(job.plan.block_ids[first : -(-job.plan.end // self._model.block)])
+            if not self._work.proven(job) or job.lost:
+                self._report(job)
             self._tell(job)
         for job in [job for job in self._background if job.over]:
             # Each rank would see its own end first, and all must say so in the same step.
             if not (self._idle or self._model.ranks > 1 or job.evidence is None or job.evidence.is_here):
                 continue
-            if not job.cancelled and not self._proven(job):
-                job.evidence, job.over = None, False
-                job.steps = self._all(job)
+            if not job.cancelled and not self._work.proven(job):
+                job.steps, job.over = self._work.everything(job), False
                 continue
+            if job.lost:
+                self._report(job)
             self._background.remove(job)
             self._received.add(job.plan.request_id)
             self._tell(job)
+
+    def _report(self, job: Job) -> None:
+        first = job.plan.local // self._model.block
+        self._bad_blocks |= set(job.plan.block_ids[first : -(-job.plan.end // self._model.block)])
 
     def _tell(self, job: Job) -> None:
         plan, outcome = job.plan, job.outcome
@@ -145,6 +171,8 @@ class WorkerSide:
         else:
             covered = sum(match.end - match.start for match in plan.matches)
             counts = (plan.exact, covered - outcome.recomputed, outcome.recomputed, outcome.gaps)
+            if job.waiting or self._warned not in _SERVERS:
+                self._warned = ""  # it is over: the next time is another one
         hot = sum(m.end - m.start for m in plan.matches if m.block >= 0) if not job.failure else 0
         self._results.append(BlendResult(plan.request_id, *counts, *job.clock.read(), job.failure, hot))
         if log.isEnabledFor(logging.DEBUG):  # how to see that tensor-parallel ranks agree
@@ -169,7 +197,8 @@ class WorkerSide:
     def take_hidden(self) -> Any:
         """The hidden state [1, width] of what vLLM is going to compute in this step, where a blend computed it already.
 
-        Whether the KV was sound is not known yet: what comes of it is taken back like what vLLM computes itself.
+        Where damage is reported it is not known yet whether the KV was sound: what comes of this is taken back like
+        what vLLM computes itself. Elsewhere there is none before that is known.
         """
         hidden, self._hidden = self._hidden, None
         return hidden
@@ -206,7 +235,8 @@ class WorkerSide:
         elif hot and not reason and self._hot is not None:
             self._hot.run(hot, sequence)
         ids = on_device(plan.token_ids, torch.int64, device)
-        return Job(plan, sequence, ids, waiting=waiting, clock=clock, reason=reason)
+        blend = BlendPass(self._model, sequence, piece=self._piece if plan.background else 0)
+        return Job(plan, sequence, ids, blend, waiting=waiting, clock=clock, reason=reason)
 
     def _left(self, job: Job) -> float:
         """Seconds to its deadline."""
@@ -231,73 +261,9 @@ class WorkerSide:
         if not self._model.all_ranks(not reason):
             job.failure = reason or "load failed on another rank"
         job.clock.loaded()
-        job.steps = self._work(job)
-
-    def _work(self, job: Job) -> Steps[None]:
-        import torch
-
-        plan = job.plan
-        if not job.failure:
-            try:
-                if plan.matches:
-                    blend = BlendPass(self._model, job.sequence, piece=self._piece if plan.background else 0)
-                    policy = get_policy(plan.policy)
-                    job.outcome = yield from blend.steps(
-                        job.ids,
-                        plan.spans,
-                        plan.exact,
-                        policy=policy,
-                        ratio=plan.ratio,
-                        end=plan.end,
-                        last_too=plan.alone and plan.end < job.sequence.capacity,
-                    )
-                job.evidence = Number(self._evidence(job.outcome, plan, job.sequence))
-                if not plan.background and not self._may_report:
-                    self._proven(job)
-            except torch.OutOfMemoryError:
-                if self._model.ranks > 1:
-                    raise  # the others wait for this rank in the middle of the pass: it cannot begin another
-                torch.cuda.empty_cache()
-                job.failure = "out of memory"
-        if job.failure:
-            yield from self._all(job)
-
-    def _all(self, job: Job) -> Steps[None]:
-        """Compute everything that was claimed."""
-        import torch
-
-        plan, job.evidence = job.plan, None
-        blend = BlendPass(self._model, job.sequence, piece=self._piece if plan.background else 0)
-        yield from blend.compute(job.ids, torch.arange(plan.local, plan.end, device=job.ids.device), plan.end)
-
-    def _evidence(self, outcome: BlendOutcome, plan: BlendPlan, sequence: PagedSequence) -> Any:
-        """A number on the GPU that is not finite if the KV that came is not: the answer would not be one either.
-
-        The policy's own pass over all of it shows that already, but for the last layer's values.
-        """
-        import torch
-
-        seen = outcome.watched
-        caches = [self._model.cache(layer) for layer in range(self._model.layers)]
-        unseen = [cache for pair in caches for cache in pair] if seen is None else [caches[-1][1]]
-        total = torch.zeros((), device=self._model.device) if seen is None else seen.clone()
-        blocks = sequence.blocks[: -(-plan.end // sequence.block)].long()
-        last = plan.end - (len(blocks) - 1) * sequence.block
-        for cache in unseen:
-            own = cache[blocks]
-            # A sum is not finite as soon as one of its terms is not.
-            total += own[:-1].sum(dtype=torch.float32) + own[-1, :last].sum(dtype=torch.float32)
-        return total
-
-    def _proven(self, job: Job) -> bool:
-        """Whether the KV that came was sound, on all ranks; waits for the GPU to be done with the blend."""
-        if job.evidence is None:
-            return True
-        if not self._model.all_ranks(math.isfinite(job.evidence.read())):
-            job.failure = "damaged KV"
-        return not job.failure
+        job.steps = self._work.steps(job)
 
     def _warn(self, failure: str) -> None:
-        if failure != self._warned:  # once for each kind of trouble
+        if failure != self._warned:  # once for each kind of trouble, until it is over
             self._warned = failure
             log.warning("KV could not be blended (%s); prompts are computed instead", failure)

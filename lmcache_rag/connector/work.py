@@ -1,0 +1,124 @@
+"""The work of a plan on the GPU: the blend, a look at whether the KV was sound, and everything computed if it fails."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from lmcache_rag.blend.policies import get_policy
+from lmcache_rag.connector.pinned import Number
+
+if TYPE_CHECKING:
+    from lmcache_rag.connector.blend_pass import BlendOutcome, Steps
+    from lmcache_rag.connector.jobs import Job
+    from lmcache_rag.connector.model import VLLMModel
+    from lmcache_rag.connector.paged import PagedSequence
+    from lmcache_rag.connector.plan import BlendPlan
+
+SMALL, SMALLEST = 512, 16  # tokens of a pass where memory ran out before, and where there is none at all
+
+
+class Work:
+    """Does what plans say.
+
+    A pass for which there is no memory is done without, and everything computed in small pieces. Not with several
+    tensor-parallel ranks: the others are in the middle of that pass, which they cannot leave, so the engine ends.
+
+    Args:
+        model: The model in this worker.
+        may_report: Whether vLLM computes blocks again that are reported.
+    """
+
+    def __init__(self, model: VLLMModel, *, may_report: bool) -> None:
+        self._model, self._may_report = model, may_report
+
+    def steps(self, job: Job) -> Steps[None]:
+        """Blend; or compute everything, where the job has failed or fails.
+
+        Raises:
+            torch.OutOfMemoryError: As `everything`; or in a pass of several ranks.
+        """
+        import torch
+
+        plan = job.plan
+        if not job.failure:
+            try:
+                if plan.matches:
+                    job.outcome = yield from job.blend.steps(
+                        job.ids,
+                        plan.spans,
+                        plan.exact,
+                        policy=get_policy(plan.policy),
+                        ratio=plan.ratio,
+                        end=plan.end,
+                        last_too=plan.alone and plan.end < job.sequence.capacity,
+                    )
+                job.evidence = Number(self._evidence(job.outcome, plan, job.sequence))
+            except torch.OutOfMemoryError:
+                if self._model.ranks > 1:
+                    raise  # the others wait for this rank in the middle of the pass: it cannot begin another
+                job.failure = "out of memory"
+            # Not above: while an exception is handled, it keeps all that the pass had allocated.
+            if job.failure:
+                self._take_less(job)
+        if job.failure:
+            yield from self.everything(job)
+
+    def everything(self, job: Job) -> Steps[None]:
+        """Compute everything that was claimed, in ever smaller pieces where memory runs out.
+
+        Raises:
+            torch.OutOfMemoryError: There is none for the smallest piece, and vLLM may not be told; or of several ranks.
+        """
+        import torch
+
+        plan, done, job.evidence = job.plan, job.plan.local, None
+        while done < plan.end and not job.lost:
+            positions = torch.arange(done, plan.end, device=job.ids.device)
+            try:
+                for count in job.blend.compute(job.ids, positions, plan.end):
+                    done += count
+                    yield count
+            except torch.OutOfMemoryError:
+                smallest = job.blend.piece <= SMALLEST
+                if self._model.ranks > 1 or (smallest and not self._may_report):
+                    raise
+                job.lost = smallest
+                job.failure = "out of memory" if smallest else job.failure
+            if done < plan.end:
+                self._take_less(job)
+
+    def _take_less(self, job: Job) -> None:
+        """Memory ran out in a pass of this job: the next ones are smaller."""
+        import torch
+
+        torch.cuda.empty_cache()
+        job.blend.piece = max(min(SMALL, job.blend.piece // 2), SMALLEST)
+
+    def _evidence(self, outcome: BlendOutcome, plan: BlendPlan, sequence: PagedSequence) -> Any:
+        """A number on the GPU that is not finite if the KV that came is not: the answer would not be one either.
+
+        The policy's own pass over all of it shows that already, but for the last layer's values.
+        """
+        import torch
+
+        seen = outcome.watched
+        caches = [self._model.cache(layer) for layer in range(self._model.layers)]
+        unseen = [cache for pair in caches for cache in pair] if seen is None else [caches[-1][1]]
+        total = torch.zeros((), device=self._model.device) if seen is None else seen.clone()
+        blocks = sequence.blocks[: -(-plan.end // sequence.block)].long()
+        last = plan.end - (len(blocks) - 1) * sequence.block
+        for cache in unseen:
+            own = cache[blocks]
+            # A sum is not finite as soon as one of its terms is not.
+            total += own[:-1].sum(dtype=torch.float32) + own[-1, :last].sum(dtype=torch.float32)
+        return total
+
+    def proven(self, job: Job) -> bool:
+        """Whether the KV that came was sound, on all ranks; waits for the GPU to be done with the blend."""
+        evidence, job.evidence = job.evidence, None
+        if evidence is None:
+            return True
+        if not self._model.all_ranks(math.isfinite(evidence.read())):
+            job.failure = "damaged KV"
+        return not job.failure

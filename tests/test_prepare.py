@@ -1,0 +1,140 @@
+"""Getting ready to blend: whatever goes wrong is a reason, and ranks go on together or not at all."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lmcache_rag.connector import compat_vllm, prepare
+from lmcache_rag.connector.options import ConnectorOptions
+
+CONFIG = SimpleNamespace(
+    kv_transfer_config=SimpleNamespace(kv_load_failure_policy="recompute"),
+    scheduler_config=SimpleNamespace(async_scheduling=True),
+)
+
+
+class World:
+    """What a worker gets ready, noted in `done`; `fails` is where it goes wrong."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: str = "", *, others: bool = True) -> None:
+        self.done: list[str] = []
+        self.fails, self.reason, self.others = fails, "", others
+        runner = SimpleNamespace(get_model=lambda: self.does("model"))
+        worker = SimpleNamespace(model_runner=runner, device=torch.device("cpu"))
+        monkeypatch.setattr(compat_vllm, "worker", lambda: worker)
+        monkeypatch.setattr(
+            compat_vllm, "true_on_all_ranks", lambda fine, device: self.does("vote") or (fine and others)
+        )
+        monkeypatch.setattr(compat_vllm, "begin_before_the_step", lambda: self.does("wrap"))
+        monkeypatch.setattr(compat_vllm, "take_hidden_states", lambda: None)
+        monkeypatch.setattr(prepare.compat_lmcache, "ensure_heartbeat", lambda adapter: None)
+        monkeypatch.setattr(prepare.compat_lmcache, "WorkerLink", lambda adapter, deadline: self)
+        monkeypatch.setattr(prepare, "VLLMModel", lambda config, runner: self)
+        monkeypatch.setattr(prepare, "rotary_of", lambda model: SimpleNamespace(
+            cos_sin_cache=None, head_size=16, is_neox_style=True
+        ))  # fmt: skip
+        monkeypatch.setattr(prepare, "why_not", lambda config, model: self.reason)
+
+    def does(self, what: str) -> None:
+        self.done.append(what)
+        if what == self.fails:
+            raise ValueError("arange's range must be a power of 2")
+
+    def vote(self, fine: bool, device: Any) -> bool:
+        self.does("vote")
+        return fine and self.others
+
+    def why_not(self) -> str:
+        return ""
+
+    def register_rope(self, *given: Any) -> str:
+        self.does("table")
+        return "it was not taken" if self.fails == "refused" else ""
+
+    def warm_up(self) -> None:
+        self.does("warm up")
+
+    def capture(self) -> None:
+        self.does("capture")
+
+    def hot_copy(self) -> Any:
+        return SimpleNamespace(warm_up=lambda: self.does("hot"))
+
+    def prepared(self, **options: Any) -> tuple[Any, str]:
+        return prepare.prepared(CONFIG, None, ConnectorOptions(**options))
+
+
+ALL = ["model", "table", "warm up", "hot", "vote", "capture", "wrap"]
+
+
+def test_it_blends_when_all_went_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch)
+    side, why_not = world.prepared()
+    assert why_not == ""
+    assert side is not None
+    assert world.done == ALL
+
+
+def test_hot_chunks_are_got_ready_where_they_are_wanted_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, "hot")
+    side, why_not = world.prepared(hot=False)
+    assert (side is not None, why_not) == (True, "")
+    assert "hot" not in world.done
+
+
+@pytest.mark.parametrize("fails", [name for name in ALL if name != "vote"])
+def test_what_goes_wrong_is_told_and_does_not_end_vllm(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: str
+) -> None:
+    world = World(monkeypatch, fails)
+    side, why_not = world.prepared()
+    assert side is None
+    assert why_not == "getting ready failed: ValueError: arange's range must be a power of 2"
+    (record,) = caplog.records
+    assert record.exc_info is not None
+    assert "vote" in world.done, "the other ranks wait for it"
+    if ALL.index(fails) < ALL.index("vote"):
+        assert world.done[-1] == "vote"
+
+
+def test_a_reason_that_is_known_is_no_error(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    world = World(monkeypatch, "refused")
+    assert world.prepared() == (None, "it was not taken")
+    world.reason = "LoRA"
+    assert world.prepared() == (None, "LoRA")
+    assert caplog.records == []
+
+
+def test_where_another_rank_cannot_none_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch, others=False)
+    assert world.prepared() == (None, "another rank cannot blend")
+    assert world.done == ALL[: ALL.index("vote") + 1]
+
+
+def test_without_the_plugin_there_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    World(monkeypatch)
+    monkeypatch.setattr(compat_vllm, "worker", lambda: None)
+    side, why_not = prepare.prepared(CONFIG, None, ConnectorOptions())
+    assert side is None
+    assert "plugin" in why_not
+
+
+@pytest.mark.parametrize(
+    ("policy", "asynchronous", "takes"),
+    [("recompute", False, True), ("recompute", True, False), ("recompute", None, False), ("fail", False, False)],
+)
+def test_damage_is_reported_only_where_vllm_takes_it_back(
+    monkeypatch: pytest.MonkeyPatch, policy: str, asynchronous: bool | None, takes: bool
+) -> None:
+    config = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_load_failure_policy=policy),
+        scheduler_config=SimpleNamespace(async_scheduling=asynchronous),
+    )
+    World(monkeypatch)
+    side, _ = prepare.prepared(config, None, ConnectorOptions())
+    assert side is not None
+    assert side._may_report == takes
