@@ -353,6 +353,43 @@ def test_exact_kv_behind_a_loaded_prefix_is_stored_and_approximate_kv_is_not(mak
         assert (stored[0][0], stored[-1][1]) == (4 * CHUNK, 1280)
 
 
+def test_blocks_that_may_still_be_written_to_are_given_to_nobody(make: Any) -> None:
+    engine = make()
+    engine.add("late", 700, 4)
+    run, late, over = engine.worker.step, [], []
+
+    def stepping(new: list[BlendPlan], finished: set[str], slow: int) -> KVConnectorOutput:
+        output = run(new, finished, slow)
+        late.extend((plan.request_id, plan.block_ids[plan.local // BLOCK :]) for plan in new)
+        meta = BlendResults(output.kv_connector_worker_meta.results if output.kv_connector_worker_meta else [])
+        meta.late, meta.over = list(late), list(over)
+        output.kv_connector_worker_meta = meta
+        late.clear()
+        return output
+
+    engine.worker.step = stepping
+    while engine.scheduler.has_requests():
+        engine.step()
+    pool = engine.scheduler.kv_cache_manager.block_pool
+    (held,) = engine.connector._held._held.values()
+    assert len(held) == -(-700 // BLOCK)
+    assert pool.get_num_free_blocks() == BLOCKS - 1 - len(held)
+    taken = pool.get_new_blocks(pool.get_num_free_blocks())
+    assert not {block.block_id for block in taken} & {block.block_id for block in held}
+    pool.free_blocks(taken)
+    over.append("late")
+    engine.add("next", 100, 0)
+    engine.to_the_end()
+
+
+def test_what_ranks_say_of_late_loads_is_added_up() -> None:
+    one = BlendResults([], [("a", (1, 2))], [])
+    other = BlendResults([], [("a", (1, 2)), ("b", (3,))], ["c"])
+    told = one.aggregate(other)
+    assert isinstance(told, BlendResults)
+    assert (told.late, told.over) == ([("a", (1, 2)), ("a", (1, 2)), ("b", (3,))], ["c"])
+
+
 def test_a_request_goes_to_lmcache_in_the_namespace_of_its_prefix_and_tenant(make: Any) -> None:
     engine = make()
     rng = random.Random(3)

@@ -55,6 +55,9 @@ class Link:
         self.asked.append("matches")
         return "matches"
 
+    def lost(self, since: float) -> bool:
+        return self.fault == "ended"
+
     def answered(self, future: str, seconds: float) -> bool:
         return self.fault != "late"
 
@@ -173,6 +176,21 @@ def test_without_the_kv_everything_is_computed(
     assert world.is_full_prefill()
     assert (world.link.asked == []) == (fault == "dead")
     assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 1
+
+
+def test_the_blocks_of_a_load_that_was_given_up_are_named_until_it_is_over(hf: HFModel) -> None:
+    world = World(hf, "late")
+    world.run()
+    blocks = world.plan.block_ids[PREFIX // BLOCK :]
+    assert world.worker.take_late() == ({"r": blocks}, [])
+    assert world.worker.receiving == {"r"}
+    assert world.worker.take_late() == ({}, [])
+    world.link.fault = ""
+    assert world.worker.take_late() == ({}, ["r"])
+    assert world.worker.receiving == set()
+    other = World(hf)
+    other.run()
+    assert other.worker.take_late() == ({}, [])
 
 
 @pytest.mark.parametrize("policy", ["query", "hkvd", "head", "none"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ log = logging.getLogger("lmcache_rag")
 
 PROTOCOL = 1
 _PAUSE = 0.0002  # between two questions for a look-up
+_BACKLOG_S = 30.0  # a server that is back does what was asked before within so long
 
 
 class BlendLookup:
@@ -116,6 +118,18 @@ def renumber_tokens(adapter: Any) -> None:
     adapter._create_key = create_key
 
 
+def address(get: Callable[[str, Any], Any]) -> tuple[str, int] | None:
+    """(host, port) of the server that LMCache's connector is told to use; None where it is one of several.
+
+    Args:
+        get: vLLM's get_from_extra_config(key, default).
+    """
+    if get("lmcache.mp.server_urls", None):
+        return None
+    host, port = str(get("lmcache.mp.host", "tcp://localhost")), str(get("lmcache.mp.port", 5555))
+    return (host.rpartition("://")[2], int(port)) if port.isdigit() else None
+
+
 def chunk_tokens(adapter: Any) -> int:
     """Tokens in one LMCache chunk."""
     return int(adapter.lmcache_tokens_per_chunk)
@@ -130,11 +144,13 @@ class WorkerLink:
     Args:
         adapter: LMCache's worker adapter, its KV caches registered.
         deadline: Longest wait for an answer, in seconds.
+        address: (host, port) of the server, where they are known.
     """
 
-    def __init__(self, adapter: Any, deadline: float) -> None:
-        self._adapter, self._deadline = adapter, deadline
+    def __init__(self, adapter: Any, deadline: float, address: tuple[str, int] | None = None) -> None:
+        self._adapter, self._deadline, self._address = adapter, deadline, address
         self._table: Any = None
+        self._recovered: float | None = None
         self._told = False  # of an error, since the last load that came
 
     def why_not(self) -> str:
@@ -177,6 +193,7 @@ class WorkerLink:
             except Exception as problem:
                 log.warning("The LMCache server is back but did not take the rotary table: %s", _said(problem))
                 return False
+            self._recovered = time.monotonic()
             return True
 
         self._adapter._reregister_kv_caches_callback = both
@@ -194,6 +211,24 @@ class WorkerLink:
     def is_healthy(self) -> bool:
         """Whether the server answers its heartbeat."""
         return bool(self._adapter.is_healthy)
+
+    def lost(self, since: float) -> bool:
+        """Whether what was asked then, by time.monotonic(), and is not answered yet, is surely not going to be done.
+
+        The process that was asked has ended: nobody listens at its port. Or somebody has been answering again for so
+        long that what was asked before would have been done.
+        """
+        if self._recovered is not None and self._recovered > since:
+            return time.monotonic() - self._recovered > _BACKLOG_S
+        if self._address is None:
+            return False
+        try:
+            socket.create_connection(self._address, timeout=0.2).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+        return False
 
     def submit_exact(self, plan: BlendPlan) -> Any:
         """Ask for the exact prefix [plan.local, plan.exact); what lies before it in its chunk is left alone.

@@ -24,6 +24,7 @@ from lmcache_rag.connector.filed import FiledBlocks
 from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
 from lmcache_rag.connector.hot import HotChunks
 from lmcache_rag.connector.hot_side import HotSide
+from lmcache_rag.connector.late import HeldBlocks
 from lmcache_rag.connector.namespace import Namespaces, identity
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.plan import BlendResult
@@ -49,10 +50,14 @@ class BlendResults(KVConnectorWorkerMetadata):  # type: ignore[misc]
     """What the workers did in a step."""
 
     results: list[BlendResult] = field(default_factory=list)
+    late: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # (request, blocks), of each rank
+    over: list[str] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """Results of several ranks are the same but for their times."""
-        return self
+        """Results of several ranks are the same but for their times; what is late is not."""
+        if not isinstance(other, BlendResults):
+            return self
+        return BlendResults(self.results or other.results, self.late + other.late, self.over + other.over)
 
 
 class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
@@ -66,6 +71,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         self._worker: Any = None
         self._connector_stats = BlendStats()
         self._freed, self._stores = FreedOnce(), StoresHeldBack()
+        self._held = HeldBlocks(lambda: self._gpu_block_pool)
         if not self._enable_kv_events:  # whoever reads LMCache's events wants to read the prompts' own tokens
             scheduler = role == KVConnectorRole.SCHEDULER
             compat_lmcache.renumber_tokens(self.scheduler_adapter if scheduler else self.worker_adapter)
@@ -204,6 +210,10 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
                 if result.failure and (tracker := self.request_trackers.get(result.request_id)):
                     tracker.num_lmcache_hit_tokens = 0  # vLLM may be going to compute it once more, piece by piece
             self._side.take(meta.results)
+            for request_id, blocks in meta.late:
+                self._held.add(request_id, blocks)
+            for request_id in meta.over:
+                self._held.over(request_id)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Hand the reuse statistics to the response."""
@@ -299,5 +309,8 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
 
     def build_connector_worker_meta(self) -> Any:
         """What this worker did in this step."""
-        results = self._worker.take_results() if self._worker is not None else []
-        return BlendResults(results) if results else super().build_connector_worker_meta()
+        if self._worker is not None:
+            results, (late, over) = self._worker.take_results(), self._worker.take_late()
+            if results or late or over:
+                return BlendResults(results, list(late.items()), over)
+        return super().build_connector_worker_meta()

@@ -31,6 +31,10 @@ class Link(Protocol):
         """Longest wait for an answer, in seconds."""
         ...
 
+    def lost(self, since: float) -> bool:
+        """Whether what was asked then, by time.monotonic(), and is not answered yet, is surely not going to be done."""
+        ...
+
     def answered(self, future: Any, seconds: float) -> bool:
         """Whether the server has answered, waiting for it at most that long."""
         ...

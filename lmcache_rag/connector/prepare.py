@@ -59,7 +59,8 @@ def _tried(work: Callable[[], T]) -> tuple[T | None, str]:
 def _parts(vllm_config: Any, runner: Any, adapter: Any, options: ConnectorOptions) -> Parts:
     """What one rank does by itself."""
     model = runner.get_model()
-    link = compat_lmcache.WorkerLink(adapter, options.deadline)
+    get = vllm_config.kv_transfer_config.get_from_extra_config
+    link = compat_lmcache.WorkerLink(adapter, options.deadline, compat_lmcache.address(get))
     if reason := why_not(vllm_config, model) or link.why_not():
         raise _Cannot(reason)
     rotary = rotary_of(model)

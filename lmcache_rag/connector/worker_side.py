@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.connector.blend_pass import BlendPass
 from lmcache_rag.connector.jobs import LEAST, Clock, Job, Throttle
+from lmcache_rag.connector.late import Late, LateLoads
 from lmcache_rag.connector.pace import Allowance
 from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.connector.pinned import on_device
@@ -59,6 +60,7 @@ class WorkerSide:
         self._throttle = Throttle()
         self._idle = False  # this step has nothing else to do
         self._hidden: Any = None
+        self._late = LateLoads(link)
 
     def run(self, plans: Sequence[BlendPlan], allowance: Allowance) -> None:
         """Make the KV of the plans' claims right, whatever happens: by blending, else by computing all of it.
@@ -205,8 +207,12 @@ class WorkerSide:
 
     @property
     def receiving(self) -> set[str]:
-        """Requests whose blocks are still being written to in the background."""
-        return {job.plan.request_id for job in self._background}
+        """Requests whose blocks are still being written to in the background, or may be."""
+        return {job.plan.request_id for job in self._background} | self._late.request_ids
+
+    def take_late(self) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+        """Loads that were given up, since the last call: (their requests' blocks, requests that are over)."""
+        return self._late.take()
 
     def _begin(self, plan: BlendPlan) -> Job:
         """Ask for the plan's KV."""
@@ -254,10 +260,15 @@ class WorkerSide:
 
     def _load(self, job: Job) -> None:
         """Wait for the KV, on the stream; all ranks agree whether it comes."""
-        reason = job.reason
+        reason, plan = job.reason, job.plan
         for future in job.waiting:
             if not self._link.arrived(future, self._left(job)):
                 reason = reason or "load failed"
+        late = tuple(future for future in job.waiting if not self._link.answered(future, 0.0))
+        if late:
+            blocks = plan.block_ids[plan.local // self._model.block :]
+            since = time.monotonic() - (time.perf_counter() - job.clock.asked)
+            self._late.add(Late(plan.request_id, tuple(blocks), late, since))
         if not self._model.all_ranks(not reason):
             job.failure = reason or "load failed on another rank"
         job.clock.loaded()

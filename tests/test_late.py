@@ -1,0 +1,118 @@
+"""Loads that were given up keep their blocks until nothing can be written any more."""
+
+from __future__ import annotations
+
+import socket
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from scheduler_kit import Block
+
+from lmcache_rag.connector import compat_lmcache
+from lmcache_rag.connector.late import HeldBlocks, Late, LateLoads
+
+
+class Link:
+    """A server that may answer, or end."""
+
+    def __init__(self) -> None:
+        self.answers: set[str] = set()
+        self.ended = False
+        self.looks = 0
+
+    def answered(self, future: str, seconds: float) -> bool:
+        return future in self.answers
+
+    def there(self, future: str) -> bool:
+        return f"copied {future}" in self.answers
+
+    def lost(self, since: float) -> bool:
+        self.looks += 1
+        return self.ended and since < 100
+
+
+def loads(link: Any, **options: Any) -> LateLoads:
+    late = LateLoads(link, **options)
+    late.add(Late("a", (1, 2), ("x", "y"), 50.0))
+    late.add(Late("b", (3,), ("z",), 500.0))
+    return late
+
+
+def test_a_load_is_over_when_every_answer_and_every_copy_has_come() -> None:
+    link = Link()
+    late = loads(link)
+    assert late.request_ids == {"a", "b"}
+    assert late.take() == ({"a": (1, 2), "b": (3,)}, [])
+    for said, over in (("x", []), ("copied x", []), ("y", []), ("copied y", ["a"])):
+        link.answers.add(said)
+        assert late.take() == ({}, over)
+    assert late.request_ids == {"b"}
+
+
+def test_a_server_that_has_ended_writes_nothing_and_is_not_looked_for_in_every_step() -> None:
+    link = Link()
+    late = loads(link, pause=0.2)
+    late.take()
+    assert link.looks == 2
+    link.ended = True
+    assert late.take() == ({}, [])
+    assert link.looks == 2
+    time.sleep(0.25)
+    assert late.take() == ({}, ["a"])
+    assert late.request_ids == {"b"}, "asked of another process"
+
+
+def test_blocks_are_kept_until_every_rank_is_done_with_them() -> None:
+    touched: list[Block] = []
+
+    class Pool:
+        blocks = tuple(Block(number) for number in range(6))
+
+        def touch(self, blocks: Any) -> None:
+            for block in blocks:
+                block.users += 1
+                touched.append(block)
+
+        def free_blocks(self, blocks: Any) -> None:
+            for block in blocks:
+                block.users -= 1
+
+    pool = Pool()
+    held = HeldBlocks(lambda: pool)
+    held.add("a", (2, 3))
+    held.add("a", (2, 3))
+    held.add("b", (3,))
+    assert [block.users for block in pool.blocks] == [0, 0, 1, 2, 0, 0]
+    held.over("a")
+    assert len(held) == 2
+    held.over("a")
+    held.over("nobody")
+    assert [block.users for block in pool.blocks] == [0, 0, 0, 1, 0, 0]
+    held.over("b")
+    assert (len(held), sum(block.users for block in pool.blocks)) == (0, 0)
+    HeldBlocks(lambda: None).add("a", (1,))
+
+
+def test_whether_a_server_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where = server.getsockname()
+        link = compat_lmcache.WorkerLink(SimpleNamespace(), 5.0, where)
+        assert not link.lost(0.0), "it may be stopped only"
+        assert not compat_lmcache.WorkerLink(SimpleNamespace(), 5.0).lost(0.0)
+    assert link.lost(0.0)
+    again = compat_lmcache.WorkerLink(SimpleNamespace(), 5.0, where)
+    again._recovered = time.monotonic()
+    assert not again.lost(0.0), "it may still have work from before"
+    monkeypatch.setattr(compat_lmcache, "_BACKLOG_S", 0.0)
+    assert again.lost(0.0)
+
+
+def test_where_the_server_is() -> None:
+    def of(**given: Any) -> Any:
+        return compat_lmcache.address(lambda key, default: given.get(key.rpartition(".")[2], default))
+
+    assert of(host="tcp://localhost", port=5600) == ("localhost", 5600)
+    assert of() == ("localhost", 5555)
+    assert of(server_urls=["tcp://a:1", "tcp://b:2"]) is None
