@@ -60,7 +60,7 @@ def _parts(vllm_config: Any, runner: Any, adapter: Any, options: ConnectorOption
     """What one rank does by itself."""
     model = runner.get_model()
     link = compat_lmcache.WorkerLink(adapter, options.deadline)
-    if reason := why_not(vllm_config, model) or link.why_not():
+    if reason := link.why_not() or why_not(vllm_config, model):
         raise _Cannot(reason)
     rotary = rotary_of(model)
     if reason := link.register_rope(rotary.cos_sin_cache, rotary.head_size, rotary.is_neox_style):
