@@ -12,7 +12,9 @@ from lmcache_rag.connector import compat_vllm, prepare
 from lmcache_rag.connector.options import ConnectorOptions
 
 CONFIG = SimpleNamespace(
-    kv_transfer_config=SimpleNamespace(kv_load_failure_policy="recompute"),
+    kv_transfer_config=SimpleNamespace(
+        kv_load_failure_policy="recompute", get_from_extra_config=lambda key, default: default
+    ),
     scheduler_config=SimpleNamespace(async_scheduling=True),
 )
 
@@ -31,8 +33,7 @@ class World:
         )
         monkeypatch.setattr(compat_vllm, "begin_before_the_step", lambda: self.does("wrap"))
         monkeypatch.setattr(compat_vllm, "take_hidden_states", lambda: None)
-        monkeypatch.setattr(prepare.compat_lmcache, "ensure_heartbeat", lambda adapter: None)
-        monkeypatch.setattr(prepare.compat_lmcache, "WorkerLink", lambda adapter, deadline: self)
+        monkeypatch.setattr(prepare.compat_lmcache, "WorkerLink", lambda adapter, deadline, address, absent: self)
         monkeypatch.setattr(prepare, "VLLMModel", lambda config, runner: self)
         monkeypatch.setattr(prepare, "rotary_of", lambda model: SimpleNamespace(
             cos_sin_cache=None, head_size=16, is_neox_style=True
@@ -131,7 +132,9 @@ def test_damage_is_reported_only_where_vllm_takes_it_back(
     monkeypatch: pytest.MonkeyPatch, policy: str, asynchronous: bool | None, takes: bool
 ) -> None:
     config = SimpleNamespace(
-        kv_transfer_config=SimpleNamespace(kv_load_failure_policy=policy),
+        kv_transfer_config=SimpleNamespace(
+            kv_load_failure_policy=policy, get_from_extra_config=lambda key, default: default
+        ),
         scheduler_config=SimpleNamespace(async_scheduling=asynchronous),
     )
     World(monkeypatch)

@@ -75,16 +75,17 @@ def answers(url: str) -> bool:
 
 
 class Servers:
-    """Both servers. `lmcache` may be killed."""
+    """Both servers. `lmcache` may be killed, or come later."""
 
-    def __init__(self, model: Path, folder: Path, *options: str) -> None:
+    def __init__(self, model: Path, folder: Path, *options: str, late: bool = False) -> None:
         self.model, self._options = model, options
         self.port, self.http = free_port(), free_port()
         self.url = f"http://127.0.0.1:{free_port()}"
-        self.lmcache = Process(self._lmcache(), folder / "lmcache.log")
+        self._folder = folder
         self.client = httpx.Client(base_url=self.url, timeout=120)
         try:
-            self.lmcache.wait_for(lambda: answers(f"http://127.0.0.1:{self.http}/healthcheck"), 120)
+            if not late:
+                self.start_lmcache()
             self.vllm = Process(
                 self._vllm(),
                 folder / "vllm.log",
@@ -99,9 +100,13 @@ class Servers:
             self.close()
             raise
 
+    def start_lmcache(self) -> None:
+        self.lmcache = Process(self._lmcache(), self._folder / "lmcache.log")
+        self.lmcache.wait_for(lambda: answers(f"http://127.0.0.1:{self.http}/healthcheck"), 120)
+
     def close(self) -> None:
         self.client.close()
-        for process in (getattr(self, "vllm", None), self.lmcache):
+        for process in (getattr(self, "vllm", None), getattr(self, "lmcache", None)):
             if process is not None:
                 process.kill()
 

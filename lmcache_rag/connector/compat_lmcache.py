@@ -20,6 +20,8 @@ from lmcache_rag.connector.server_guard import UNTIL
 log = logging.getLogger("lmcache_rag")
 
 PROTOCOL = 1
+FIRST_WAIT_S = 10.0  # vLLM's start waits so long for a server that is not there yet
+_ASK_S = 5.0
 _PAUSE = 0.0002  # between two questions for a look-up
 _BACKLOG_S = 30.0  # a server that is back does what was asked before within so long
 
@@ -91,6 +93,111 @@ def session_goes_on(adapter: Any, request_id: str) -> Iterator[None]:
         del adapter.end_session
 
 
+@contextlib.contextmanager
+def may_be_absent(chunk_size: int) -> Iterator[list[Any]]:
+    """Have LMCache's adapters made also while no server answers, which they wait for and then give up vLLM's start.
+
+    Args:
+        chunk_size: Tokens of an LMCache chunk to go by until it answers; 0: none, and no start.
+
+    Yields:
+        The clients that were not answered.
+    """
+    from lmcache.integration.vllm import vllm_multi_process_adapter as adapters
+
+    ask, experimental = adapters.get_lmcache_chunk_size, adapters.get_experimental
+    absent: list[Any] = []
+
+    def size(client: Any, timeout: float = FIRST_WAIT_S) -> int:
+        try:
+            return int(ask(client, timeout=min(timeout, FIRST_WAIT_S) if chunk_size else timeout))
+        except TimeoutError:
+            if not chunk_size:
+                raise
+            absent.append(client)
+            return chunk_size
+
+    adapters.get_lmcache_chunk_size = size
+    adapters.get_experimental = lambda client, timeout: set() if absent else experimental(client, timeout=timeout)
+    try:
+        yield absent
+    finally:
+        adapters.get_lmcache_chunk_size, adapters.get_experimental = ask, experimental
+
+
+@contextlib.contextmanager
+def registering(adapter: Any, *, may_fail: bool) -> Iterator[list[Exception]]:
+    """Have the KV caches registered, or else later, when the server comes: LMCache's heartbeat does that.
+
+    Args:
+        adapter: LMCache's worker adapter.
+        may_fail: Whether to go on without a server.
+
+    Yields:
+        What went wrong.
+    """
+    failed: list[Exception] = []
+    wait = adapter._mq_timeout
+    if not adapter.is_healthy:
+        adapter._mq_timeout = min(wait, FIRST_WAIT_S)
+    try:
+        yield failed
+    except ConnectionError as problem:
+        if not may_fail:
+            raise
+        failed.append(problem)
+        is_absent(adapter)
+    finally:
+        adapter._mq_timeout = wait
+
+
+def is_absent(adapter: Any) -> None:
+    """The adapter is to take its server for dead until a heartbeat is answered."""
+    for event in getattr(adapter, "_health_events", {}).values() or [adapter._health_event]:
+        event.clear()
+
+
+def watch(adapter: Any, blends: Callable[[], bool]) -> None:
+    """Scheduler side: watch the server from now on; one that comes back as another is not used.
+
+    Args:
+        adapter: LMCache's scheduler adapter.
+        blends: Whether the workers blend, and a blend server is needed.
+    """
+    adapter._ensure_heartbeat_started()
+    for url, heartbeat in adapter._heartbeats.items():
+        client = adapter.req_clients[url]
+        heartbeat.register_recover_callback(
+            lambda client=client: same_chunks(adapter, client) and (not blends() or not handshake(client, _ASK_S))
+        )
+
+
+def same_chunks(adapter: Any, client: Any) -> bool:
+    """Whether a server that is back has the chunk size that the adapter goes by."""
+    try:
+        found = client.get_chunk_size().result(_ASK_S)
+    except Exception:  # it is asked again with the next heartbeat
+        return False
+    if found != adapter.lmcache_tokens_per_chunk:
+        log.error(
+            "LMCache has chunks of %d tokens now, not %d, and is not used: start it, or vLLM, again with the other's.",
+            found,
+            adapter.lmcache_tokens_per_chunk,
+        )
+    return bool(found == adapter.lmcache_tokens_per_chunk)
+
+
+def handshake(client: Any, seconds: float) -> str:
+    """Why the server does not blend with us; empty when it does."""
+    try:
+        version, agreed = client.cb_protocol_handshake(PROTOCOL).result(seconds)
+    except TimeoutError:
+        return "the LMCache server did not answer the blend handshake: start it with --engine-type blend"
+    except Exception as problem:
+        return f"the blend handshake with the LMCache server failed: {_said(problem)}"
+    return "" if agreed else f"the LMCache server speaks blend protocol {version}, not {PROTOCOL}"
+
+
 def ensure_heartbeat(adapter: Any) -> None:
     """Watch the server from now on rather than from the first transfer on."""
     adapter._ensure_heartbeat_started()
@@ -145,10 +252,14 @@ class WorkerLink:
         adapter: LMCache's worker adapter, its KV caches registered.
         deadline: Longest wait for an answer, in seconds.
         address: (host, port) of the server, where they are known.
+        absent: Whether it does not answer yet. It is asked, and given the table, when it does.
     """
 
-    def __init__(self, adapter: Any, deadline: float, address: tuple[str, int] | None = None) -> None:
+    def __init__(
+        self, adapter: Any, deadline: float, address: tuple[str, int] | None = None, *, absent: bool = False
+    ) -> None:
         self._adapter, self._deadline, self._address = adapter, deadline, address
+        self._asked, self._lacks = not absent, ""
         self._table: Any = None
         self._recovered: float | None = None
         self._told = False  # of an error, since the last load that came
@@ -156,15 +267,11 @@ class WorkerLink:
     def why_not(self) -> str:
         """Why the server cannot blend; empty when it can."""
         transfer = self._adapter.transfer_ctx
-        if getattr(transfer, "_event_backend", None) is None:
+        devices = {cache.device.type for cache in self._adapter.kv_caches.values()}
+        ready = getattr(transfer, "_event_backend", None) is not None
+        if not ready and (self._asked or devices != {"cuda"} or not hasattr(transfer, "_event_backend")):
             return "blending needs CUDA: this transfer mode has no device events"
-        try:
-            version, agreed = self._adapter.req_client.cb_protocol_handshake(PROTOCOL).result(self._deadline)
-        except TimeoutError:
-            return "the LMCache server did not answer the blend handshake: start it with --engine-type blend"
-        except Exception as problem:
-            return f"the blend handshake with the LMCache server failed: {_said(problem)}"
-        return "" if agreed else f"the LMCache server speaks blend protocol {version}, not {PROTOCOL}"
+        return handshake(self._adapter.req_client, self._deadline) if self._asked else ""
 
     def register_rope(self, table: Any, head_size: int, is_neox: bool) -> str:
         """Give the server the model's table of angles, and again whenever it comes back.
@@ -180,14 +287,20 @@ class WorkerLink:
         self._table = table.detach().contiguous().clone()  # the model may replace its own; the server maps this one
         self._rope = (head_size, is_neox)
         try:
-            self._send_rope()
+            if self._asked:
+                self._send_rope()
         except Exception as problem:
             return f"the LMCache server did not take the rotary table: {_said(problem)}"
         again = self._adapter._reregister_kv_caches_callback
 
         def both() -> bool:
-            if not again():
+            if not same_chunks(self._adapter, self._adapter.req_client) or not again():
                 return False
+            if not self._asked:
+                self._asked, self._lacks = True, handshake(self._adapter.req_client, self._deadline)
+            if self._lacks:
+                log.warning("KV is not blended: %s", self._lacks)
+                return True  # it has exact prefixes
             try:
                 self._send_rope()
             except Exception as problem:
@@ -210,7 +323,7 @@ class WorkerLink:
     @property
     def is_healthy(self) -> bool:
         """Whether the server answers its heartbeat."""
-        return bool(self._adapter.is_healthy)
+        return bool(self._adapter.is_healthy) and not self._lacks
 
     def lost(self, since: float) -> bool:
         """Whether what was asked then, by time.monotonic(), and is not answered yet, is surely not going to be done.

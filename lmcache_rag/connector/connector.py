@@ -64,8 +64,13 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
     """LMCache's multiprocess connector, and blending on top where the model, the server and the GPU allow it."""
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
-        super().__init__(vllm_config, role, kv_cache_config)
         self._options = ConnectorOptions.read(vllm_config.kv_transfer_config.get_from_extra_config)
+        with compat_lmcache.may_be_absent(self._options.chunk_size) as absent:
+            super().__init__(vllm_config, role, kv_cache_config)
+        adapter = self.scheduler_adapter if role == KVConnectorRole.SCHEDULER else self.worker_adapter
+        if absent:
+            log.warning("LMCache does not answer: prompts are computed in full until it does")
+            compat_lmcache.is_absent(adapter)
         self._why_not = "not told yet"
         self._side: SchedulerSide | None = None
         self._worker: Any = None
@@ -73,12 +78,12 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         self._freed, self._stores = FreedOnce(), StoresHeldBack()
         self._held = HeldBlocks(lambda: self._gpu_block_pool)
         if not self._enable_kv_events:  # whoever reads LMCache's events wants to read the prompts' own tokens
-            scheduler = role == KVConnectorRole.SCHEDULER
-            compat_lmcache.renumber_tokens(self.scheduler_adapter if scheduler else self.worker_adapter)
+            compat_lmcache.renumber_tokens(adapter)
         if role == KVConnectorRole.SCHEDULER:
             compat_vllm.deliver_worker_meta_first()
             chunk = compat_lmcache.chunk_tokens(self.scheduler_adapter)
             self._namespaces = Namespaces(identity(vllm_config), chunk)
+            compat_lmcache.watch(self.scheduler_adapter, lambda: not self._why_not)
             if self._options.chunk_size not in (0, chunk):
                 log.warning(
                     "lmcache_rag.chunk_size is %d and LMCache's is %d: clients pad their prompts for the wrong one",
@@ -97,8 +102,11 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Register the caches with LMCache, then see whether this worker can blend."""
-        super().register_kv_caches(kv_caches)
-        self._worker, self._why_not = prepared(self._vllm_config, self.worker_adapter, self._options)
+        with compat_lmcache.registering(self.worker_adapter, may_fail=self._options.chunk_size > 0) as failed:
+            super().register_kv_caches(kv_caches)
+        absent = bool(failed)
+        self._worker, self._why_not = prepared(self._vllm_config, self.worker_adapter, self._options, absent=absent)
+        compat_lmcache.ensure_heartbeat(self.worker_adapter)
         if self._why_not:
             log.warning("KV is not blended: %s. Exact prefixes are reused, everything else is computed.", self._why_not)
         else:

@@ -28,18 +28,21 @@ class _Cannot(Exception):  # noqa: N818 - no error: a reason that is known
     """Blending is not possible here."""
 
 
-def prepared(vllm_config: Any, adapter: Any, options: ConnectorOptions) -> tuple[WorkerSide | None, str]:
+def prepared(
+    vllm_config: Any, adapter: Any, options: ConnectorOptions, *, absent: bool = False
+) -> tuple[WorkerSide | None, str]:
     """A worker that blends, or None and why it does not. All tensor-parallel ranks do or none does.
 
     Args:
         vllm_config: vLLM's configuration.
         adapter: LMCache's worker adapter, its KV caches registered.
         options: The connector's.
+        absent: Whether LMCache's server does not answer yet: it is asked, and told, when it does.
     """
     worker = compat_vllm.worker()
     if worker is None:
         return None, "the lmcache_rag plugin is not loaded in this process (VLLM_PLUGINS leaves it out?)"
-    parts, reason = _tried(lambda: _parts(vllm_config, worker.model_runner, adapter, options))
+    parts, reason = _tried(lambda: _parts(vllm_config, worker.model_runner, adapter, options, absent))
     # What comes next is done by all ranks together: who did without would keep the others waiting.
     if not compat_vllm.true_on_all_ranks(parts is not None, worker.device) or parts is None:
         return None, reason or "another rank cannot blend"
@@ -56,17 +59,16 @@ def _tried(work: Callable[[], T]) -> tuple[T | None, str]:
         return None, f"getting ready failed: {type(problem).__name__}: {problem}"
 
 
-def _parts(vllm_config: Any, runner: Any, adapter: Any, options: ConnectorOptions) -> Parts:
+def _parts(vllm_config: Any, runner: Any, adapter: Any, options: ConnectorOptions, absent: bool) -> Parts:
     """What one rank does by itself."""
     model = runner.get_model()
     get = vllm_config.kv_transfer_config.get_from_extra_config
-    link = compat_lmcache.WorkerLink(adapter, options.deadline, compat_lmcache.address(get))
-    if reason := why_not(vllm_config, model) or link.why_not():
+    link = compat_lmcache.WorkerLink(adapter, options.deadline, compat_lmcache.address(get), absent=absent)
+    if reason := link.why_not() or why_not(vllm_config, model):
         raise _Cannot(reason)
     rotary = rotary_of(model)
     if reason := link.register_rope(rotary.cos_sin_cache, rotary.head_size, rotary.is_neox_style):
         raise _Cannot(reason)
-    compat_lmcache.ensure_heartbeat(adapter)
     blendable = VLLMModel(vllm_config, runner)
     blendable.warm_up()
     hot = blendable.hot_copy() if options.hot else None
