@@ -77,7 +77,7 @@ def test_a_soak_counts_every_kind(server: FakeVLLM, tmp_path: Path, sentences: l
     server.status = None
     result = CliRunner().invoke(app, arguments[:-1])
     assert result.exit_code == 1
-    assert "lmcache:active_sessions at the end: not said" in result.stdout
+    assert "lmcache:active_prefetch_jobs at the end: not said" in result.stdout
 
 
 def test_a_soak_reports_failures_and_other_answers(server: FakeVLLM, tokenizer: Any, corpus: list[str]) -> None:
@@ -160,8 +160,8 @@ def test_what_nobody_says_is_not_sound(server: FakeVLLM) -> None:
 
 
 def test_what_ends_a_moment_later_did_not_stay(server: FakeVLLM) -> None:
-    server.status["active_sessions"] = 1
-    timer = threading.Timer(0.7, lambda: server.status.update(active_sessions=0))
+    server.status["active_prefetch_jobs"] = 1
+    timer = threading.Timer(0.7, lambda: server.status.update(active_prefetch_jobs=0))
     timer.start()
     assert settled(server, seconds=30).sound
     timer.join()

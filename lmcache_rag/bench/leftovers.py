@@ -11,9 +11,9 @@ import httpx
 # What vLLM says on /metrics: requests, and used blocks that no prefix cache explains.
 VLLM = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 # What LMCache 0.5.6 says on /status, by its place there; "*" is each of its memories, which are added up. Its locks end
-# by themselves after minutes and its sessions after some more, so that what is left of a request shows for long enough.
+# by themselves after minutes, so that what is left of a request shows for long enough. Its sessions are not among
+# these: a store that comes behind its request's end opens the session anew, which holds no lock and ends in ten minutes.
 LMCACHE = (
-    "active_sessions",
     "active_prefetch_jobs",
     "active_cb_lookups",
     "storage_manager.l1_managers.*.read_locked_count",

@@ -48,7 +48,7 @@ class SchedulerSide:
     _states: dict[str, RequestState] = field(default_factory=dict)
     _plans: list[BlendPlan] = field(default_factory=list)
     _abandoned: Abandoned = field(default_factory=Abandoned)
-    _trouble: str = ""  # what was warned of since LMCache last answered
+    _silent: float | None = None  # since when LMCache has not answered what it was asked, as far as was warned of
 
     def __post_init__(self) -> None:
         self.pace = Pace(self.options.step_tokens, self.options.idle_tokens, self.options.overlap)
@@ -144,7 +144,7 @@ class SchedulerSide:
         state.lookup = self.look_up(request)
         if state.lookup is None:
             state.over, state.failure = True, "no server"
-            self._warn("no server", "LMCache does not answer")
+            self._warn("LMCache does not answer")
 
     def _found(self, request: Any, state: RequestState) -> bool:
         lookup = state.lookup
@@ -155,17 +155,18 @@ class SchedulerSide:
         now = time.perf_counter()
         state.lookup_ms = (now - state.asked) * 1e3
         if ready:
-            self._trouble = ""
+            if self._silent is not None and state.asked > self._silent:
+                self._silent = None
             return True
         if now - state.awaited > self.options.lookup_deadline:
-            self._warn("look-up deadline", f"LMCache did not answer for {self.options.lookup_deadline:g} s")
+            self._warn(f"LMCache did not answer for {self.options.lookup_deadline:g} s")
             self._give_up(state, "look-up deadline")
         return False
 
-    def _warn(self, reason: str, words: str) -> None:
-        if reason != self._trouble:  # once, until it answers again
-            self._trouble = reason
+    def _warn(self, words: str) -> None:
+        if self._silent is None:  # once, until it answers something that it is asked from now on
             log.warning("%s: prompts are computed in full until it does", words)
+        self._silent = time.perf_counter()
 
     def _give_up(self, state: RequestState, reason: str) -> None:
         if state.lookup is not None:
