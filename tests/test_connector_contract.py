@@ -34,7 +34,8 @@ with warnings.catch_warnings():
     from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
     from vllm.v1.worker.gpu_worker import Worker
 
-    from lmcache_rag.connector import compat_lmcache, compat_vllm, connector, model, plugin
+    from lmcache_rag.connector import compat_vllm, connector, model, plugin
+    from lmcache_rag.connector.plan import Match
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 VLLM = vllm_folder()
@@ -438,7 +439,8 @@ def test_a_worker_that_cannot_get_ready_serves_as_lmcaches_own(monkeypatch: pyte
     stock = connector.LMCacheMPConnector
     monkeypatch.setattr(stock, "register_kv_caches", lambda self, caches: registered.append(caches))
     ours = object.__new__(connector.CacheBlendConnector)
-    ours.worker_adapter, ours._vllm_config, ours._options = None, None, connector.ConnectorOptions()
+    ours._vllm_config, ours._options = None, connector.ConnectorOptions()
+    ours.worker_adapter = SimpleNamespace(_mq_timeout=1.0, is_healthy=True, _ensure_heartbeat_started=lambda: None)
     ours.register_kv_caches({"layer": 1})
     assert registered == [{"layer": 1}]
     assert ours._worker is None
@@ -450,7 +452,7 @@ def test_results_reach_the_scheduler_and_plans_the_workers() -> None:
     assert issubclass(connector.Readiness, base.KVConnectorHandshakeMetadata)
     meta = lmcache_mp_metadata.LMCacheMPConnectorMetadata()
     native = custom_types.CBMatchResult(1, 2, 3, 4, b"h")
-    meta.blend_plans = [compat_lmcache.Match(3, 4, 1, 2, native)]
+    meta.blend_plans = [Match(3, 4, 1, 2, native)]
     again = pickle.loads(pickle.dumps(meta))
     assert again.blend_plans == meta.blend_plans
     assert again.requests == []

@@ -33,6 +33,7 @@ with warnings.catch_warnings():
     from vllm_cpu_kit import Process, answers, free_port
 
     from lmcache_rag.connector import compat_lmcache
+    from lmcache_rag.connector.compat_lmcache import server
     from lmcache_rag.connector.server_guard import MODULE, UNTIL, build_server_modules
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -44,15 +45,15 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options = f"--engine-type blend --supported-transfer-mode auto --chunk-size {CHUNK} --l1-size-gb 1 --host localhost"
     more = f"--eviction-policy LRU --port {port} --http-host 127.0.0.1 --http-port {http} --server-module"
     command = ["lmcache", "server", *options.split(), *more.split(), json.dumps({"module_path": MODULE})]
-    server = Process(command, folder / "lmcache.log")
+    process = Process(command, folder / "lmcache.log")
     try:
-        server.wait_for(lambda: answers(f"http://127.0.0.1:{http}/healthcheck"), 120)
+        process.wait_for(lambda: answers(f"http://127.0.0.1:{http}/healthcheck"), 120)
         client = RequestClientFactory.create(f"tcp://localhost:{port}", context=zmq.Context.instance())
         assert client.get_chunk_size().result(timeout=10) == CHUNK
         yield client
         client.close()
     finally:
-        server.kill()
+        process.kill()
 
 
 def key(until: float | None) -> IPCCacheServerKey:
@@ -95,7 +96,7 @@ def test_both_loads_are_guarded_once() -> None:
 def test_an_adapter_is_made_without_a_server_and_takes_none_of_other_chunks(
     client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(compat_lmcache, "FIRST_WAIT_S", 0.5)
+    monkeypatch.setattr(server, "FIRST_WAIT_S", 0.5)
     strategy = ParallelStrategy(**{field.name: 1 for field in fields(ParallelStrategy)})
     url = f"tcp://localhost:{free_port()}"
     stock = adapters.get_lmcache_chunk_size
@@ -128,7 +129,7 @@ def test_a_worker_whose_caches_nobody_took_goes_on() -> None:
     adapter = SimpleNamespace(_mq_timeout=60.0, is_healthy=False, _health_event=threading.Event())
     adapter._health_event.set()
     with compat_lmcache.registering(adapter, may_fail=True) as failed:
-        assert adapter._mq_timeout == compat_lmcache.FIRST_WAIT_S
+        assert adapter._mq_timeout == server.FIRST_WAIT_S
         raise ConnectionError("no answer")
     assert len(failed) == 1
     assert (adapter._mq_timeout, adapter._health_event.is_set()) == (60.0, False)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import threading
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -413,7 +414,9 @@ def test_an_error_at_start_is_a_reason(monkeypatch: pytest.MonkeyPatch, problem:
 
     adapter = SimpleNamespace(
         transfer_ctx=SimpleNamespace(_event_backend=Backend()),
-        req_client=SimpleNamespace(cb_protocol_handshake=answer, cb_register_rope=answer),
+        req_client=SimpleNamespace(cb_protocol_handshake=answer, cb_register_rope=answer, get_chunk_size=chunk_size),
+        lmcache_tokens_per_chunk=CHUNK,
+        kv_caches={},
         instance_id=1,
         _reregister_kv_caches_callback=lambda: True,
     )
@@ -423,6 +426,61 @@ def test_an_error_at_start_is_a_reason(monkeypatch: pytest.MonkeyPatch, problem:
     assert handshake in link.why_not()
     assert "did not take the rotary table" in link.register_rope(torch.zeros(2, 2), 2, True)
     assert adapter._reregister_kv_caches_callback is again
+
+
+def test_a_server_that_hangs_at_start_is_asked_when_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers: list[str] = []
+
+    def asked(what: str, said: Any) -> Any:
+        def ask(*given: Any) -> Any:
+            future: Any = futures.MessagingFuture()
+            if what in answers:
+                future.set_result(said)
+            return future
+
+        return ask
+
+    monkeypatch.setattr("lmcache_rag.connector.compat_lmcache.server._ASK_S", 0.01)
+    monkeypatch.setattr("lmcache.v1.platform.kv_wrap.wrap_one_kv_cache", lambda tensor: tensor)
+    client = SimpleNamespace(
+        cb_protocol_handshake=asked("handshake", (1, True)),
+        cb_register_rope=asked("table", True),
+        get_chunk_size=asked("size", CHUNK),
+    )
+    healthy = threading.Event()
+    healthy.set()
+    adapter = SimpleNamespace(
+        transfer_ctx=SimpleNamespace(_event_backend=Backend()),
+        req_client=client,
+        lmcache_tokens_per_chunk=CHUNK,
+        kv_caches={},
+        instance_id=1,
+        _health_event=healthy,
+        is_healthy=True,
+        _reregister_kv_caches_callback=lambda: True,
+    )
+    link = compat_lmcache.WorkerLink(adapter, 0.01)
+    assert link.why_not() == ""
+    assert not healthy.is_set()
+    assert link.register_rope(torch.zeros(2, 2), 2, True) == ""
+    back = adapter._reregister_kv_caches_callback
+    for more, healed in (("size", True), ("handshake", False), ("table", True)):
+        answers.append(more)
+        if more == "size":  # it answers, and not the handshake: no blend server, but one for exact prefixes
+            other = compat_lmcache.WorkerLink(adapter, 0.01, absent=True)
+            adapter._reregister_kv_caches_callback = lambda: True
+            assert other.register_rope(torch.zeros(2, 2), 2, True) == ""
+            assert adapter._reregister_kv_caches_callback() is healed
+            assert not other.is_healthy
+            continue
+        assert back() is healed
+    assert link.is_healthy
+
+
+def chunk_size(*given: Any) -> Any:
+    future: Any = futures.MessagingFuture()
+    future.set_result(CHUNK)
+    return future
 
 
 def test_a_server_that_comes_back_gets_the_table_again_or_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -437,7 +495,8 @@ def test_a_server_that_comes_back_gets_the_table_again_or_stays_away(monkeypatch
         return future
 
     adapter = SimpleNamespace(
-        req_client=SimpleNamespace(cb_register_rope=register),
+        req_client=SimpleNamespace(cb_register_rope=register, get_chunk_size=chunk_size),
+        lmcache_tokens_per_chunk=CHUNK,
         instance_id=1,
         _reregister_kv_caches_callback=lambda: True,
     )

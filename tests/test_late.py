@@ -11,6 +11,7 @@ import pytest
 from scheduler_kit import Block
 
 from lmcache_rag.connector import compat_lmcache
+from lmcache_rag.connector.compat_lmcache import loads as loads_of_worker
 from lmcache_rag.connector.late import HeldBlocks, Late, LateLoads
 
 
@@ -105,7 +106,7 @@ def test_whether_a_server_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     again = compat_lmcache.WorkerLink(SimpleNamespace(), 5.0, where)
     again._recovered = time.monotonic()
     assert not again.lost(0.0), "it may still have work from before"
-    monkeypatch.setattr(compat_lmcache, "_BACKLOG_S", 0.0)
+    monkeypatch.setattr(loads_of_worker, "_BACKLOG_S", 0.0)
     assert again.lost(0.0)
 
 

@@ -12,7 +12,7 @@ import httpx
 VLLM = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 # What LMCache 0.5.6 says on /status, by its place there; "*" is each of its memories, which are added up. Its locks end
 # by themselves after minutes, so that what is left of a request shows for long enough. Its sessions are not among
-# these: a store that comes behind its request's end opens the session anew, which holds no lock and ends in ten minutes.
+# these: a store that comes behind its request's end opens one anew, which holds no lock and ends in ten minutes.
 LMCACHE = (
     "active_prefetch_jobs",
     "active_cb_lookups",

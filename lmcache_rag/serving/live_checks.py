@@ -172,7 +172,7 @@ def judge(outcome: Outcome) -> Iterator[Check]:
 
 
 def _remedy(why_not: str) -> str:
-    """What to do about what the connector says; the words are its own (connector.py, model.py, compat_lmcache.py)."""
+    """What to do about what the connector says; the words are its own (connector.py, model.py, compat_lmcache/)."""
     remedies = {
         "plugin": "Add lmcache_rag to the server's VLLM_PLUGINS, or unset it.",
         "CUDA": "Run vLLM and LMCache on an NVIDIA GPU, both as lmcache-rag serve starts them.",

@@ -1,0 +1,35 @@
+"""Every private part of LMCache that we touch; tests/test_connector_contract*.py check each against LMCache.
+
+Written for LMCache 0.5.6, which is imported in the functions. Its server sends no answer at all when a call fails, so
+each wait has a deadline.
+"""
+
+from lmcache_rag.connector.compat_lmcache.adapters import address, chunk_tokens, loading, renumber_tokens
+from lmcache_rag.connector.compat_lmcache.loads import WorkerLink
+from lmcache_rag.connector.compat_lmcache.lookup import BlendLookup, session_goes_on
+from lmcache_rag.connector.compat_lmcache.server import (
+    ensure_heartbeat,
+    handshake,
+    is_absent,
+    may_be_absent,
+    registering,
+    same_chunks,
+    watch,
+)
+
+__all__ = [
+    "BlendLookup",
+    "WorkerLink",
+    "address",
+    "chunk_tokens",
+    "ensure_heartbeat",
+    "handshake",
+    "is_absent",
+    "loading",
+    "may_be_absent",
+    "registering",
+    "renumber_tokens",
+    "same_chunks",
+    "session_goes_on",
+    "watch",
+]

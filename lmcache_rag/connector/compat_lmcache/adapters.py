@@ -1,0 +1,47 @@
+"""What is read of LMCache's adapters, and how they name what they ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lmcache_rag.connector.namespace import renumbered
+
+
+def loading(adapter: Any) -> set[str]:
+    """Requests whose exact prefix LMCache's own connector is loading."""
+    return set(adapter.retrieve_futures)
+
+
+def renumber_tokens(adapter: Any) -> None:
+    """Have an adapter of LMCache's name tokens by other numbers in each namespace; see namespace.renumbered."""
+    create = adapter._create_key
+
+    def create_key(
+        token_ids: Sequence[int],
+        start: int,
+        end: int,
+        request_id: str,
+        cache_salt: str = "",
+        request_configs: dict[str, Any] | None = None,
+    ) -> Any:
+        return create(renumbered(token_ids, cache_salt), start, end, request_id, cache_salt, request_configs)
+
+    adapter._create_key = create_key
+
+
+def address(get: Callable[[str, Any], Any]) -> tuple[str, int] | None:
+    """(host, port) of the server that LMCache's connector is told to use; None where it is one of several.
+
+    Args:
+        get: vLLM's get_from_extra_config(key, default).
+    """
+    if get("lmcache.mp.server_urls", None):
+        return None
+    host, port = str(get("lmcache.mp.host", "tcp://localhost")), str(get("lmcache.mp.port", 5555))
+    return (host.rpartition("://")[2], int(port)) if port.isdigit() else None
+
+
+def chunk_tokens(adapter: Any) -> int:
+    """Tokens in one LMCache chunk."""
+    return int(adapter.lmcache_tokens_per_chunk)

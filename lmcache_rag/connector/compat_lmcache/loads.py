@@ -1,0 +1,227 @@
+"""A worker's loads."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lmcache_rag.connector.compat_lmcache.server import handshake, is_absent, said, same_chunks
+from lmcache_rag.connector.plan import BlendPlan, Match
+from lmcache_rag.connector.server_guard import UNTIL
+
+log = logging.getLogger("lmcache_rag")
+
+_BACKLOG_S = 30.0  # a server that is back does what was asked before within so long
+
+
+class WorkerLink:
+    """Worker side: registers the rotary table and asks for KV.
+
+    LMCache's client answers with whatever error it met, for instance that the connection is lost. To a worker that is
+    KV which did not come.
+
+    Args:
+        adapter: LMCache's worker adapter, its KV caches registered.
+        deadline: Longest wait for an answer, in seconds.
+        address: (host, port) of the server, where they are known.
+        absent: Whether it does not answer yet. It is asked, and given the table, when it does.
+    """
+
+    def __init__(
+        self, adapter: Any, deadline: float, address: tuple[str, int] | None = None, *, absent: bool = False
+    ) -> None:
+        self._adapter, self._deadline, self._address = adapter, deadline, address
+        self._asked, self._lacks = not absent, ""
+        self._table: Any = None
+        self._recovered: float | None = None
+        self._told = False  # of an error, since the last load that came
+
+    def why_not(self) -> str:
+        """Why the server cannot blend; empty when it can."""
+        transfer = self._adapter.transfer_ctx
+        devices = {cache.device.type for cache in self._adapter.kv_caches.values()}
+        ready = getattr(transfer, "_event_backend", None) is not None
+        if not ready and (self._asked or devices != {"cuda"} or not hasattr(transfer, "_event_backend")):
+            return "blending needs CUDA: this transfer mode has no device events"
+        reason = handshake(self._adapter.req_client, self._deadline) if self._asked else ""
+        return "" if reason and self._hangs() else reason
+
+    def _hangs(self) -> bool:
+        """Whether it does not answer anything: then it is asked again when it does."""
+        if same_chunks(self._adapter, self._adapter.req_client):
+            return False
+        self._asked = False
+        is_absent(self._adapter)
+        return True
+
+    def register_rope(self, table: Any, head_size: int, is_neox: bool) -> str:
+        """Give the server the model's table of angles, and again whenever it comes back.
+
+        Args:
+            table: The model's cos_sin_cache, [positions, rotary size].
+            head_size: Size of a head.
+            is_neox: Whether halves rather than neighbours are turned together.
+
+        Returns:
+            Why it did not take the table; empty when it did.
+        """
+        self._table = table.detach().contiguous().clone()  # the model may replace its own; the server maps this one
+        self._rope = (head_size, is_neox)
+        try:
+            if self._asked:
+                self._send_rope()
+        except Exception as problem:
+            if not self._hangs():
+                return f"the LMCache server did not take the rotary table: {said(problem)}"
+        again = self._adapter._reregister_kv_caches_callback
+
+        def both() -> bool:
+            if not same_chunks(self._adapter, self._adapter.req_client) or not again():
+                return False
+            if not self._asked:
+                lacks = handshake(self._adapter.req_client, self._deadline)
+                if lacks and not same_chunks(self._adapter, self._adapter.req_client):
+                    return False
+                self._asked, self._lacks = True, lacks
+            if self._lacks:
+                log.warning("KV is not blended: %s", self._lacks)
+                return True  # it has exact prefixes
+            try:
+                self._send_rope()
+            except Exception as problem:
+                log.warning("The LMCache server is back but did not take the rotary table: %s", said(problem))
+                return False
+            self._recovered = time.monotonic()
+            return True
+
+        self._adapter._reregister_kv_caches_callback = both
+        return ""
+
+    def _send_rope(self) -> None:
+        from lmcache.v1.platform.kv_wrap import wrap_one_kv_cache
+
+        head_size, is_neox = self._rope
+        self._adapter.req_client.cb_register_rope(
+            self._adapter.instance_id, [wrap_one_kv_cache(self._table)], head_size, is_neox, [], [], [], ""
+        ).result(self._deadline)
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the server answers its heartbeat."""
+        return bool(self._adapter.is_healthy) and not self._lacks
+
+    def lost(self, since: float) -> bool:
+        """Whether what was asked then, by time.monotonic(), and is not answered yet, is surely not going to be done.
+
+        The process that was asked has ended: nobody listens at its port. Or somebody has been answering again for so
+        long that what was asked before would have been done.
+        """
+        if self._recovered is not None and self._recovered > since:
+            return time.monotonic() - self._recovered > _BACKLOG_S
+        if self._address is None:
+            return False
+        try:
+            socket.create_connection(self._address, timeout=0.2).close()
+        except ConnectionRefusedError:
+            return True
+        except OSError:
+            return False
+        return False
+
+    def submit_exact(self, plan: BlendPlan) -> Any:
+        """Ask for the exact prefix [plan.local, plan.exact); what lies before it in its chunk is left alone.
+
+        The server only knows whole chunks: a prefix that was cut short by a token is loaded to its chunk's end.
+
+        Returns:
+            What `answered`, `there` and `arrived` ask; None when it could not even be sent.
+        """
+        return self._sent(lambda: self._submit_exact(plan))
+
+    def _submit_exact(self, plan: BlendPlan) -> Any:
+        chunk = self._adapter.lmcache_tokens_per_chunk
+        begin = plan.local // chunk * chunk
+        end = -(-plan.exact // chunk) * chunk
+        key = self._key(plan, plan.token_ids, begin, end)
+        transfer = self._adapter.transfer_ctx
+        block = chunk // self._adapter.blocks_in_chunk
+        return transfer.submit_retrieve(
+            plan.request_id,
+            key,
+            self._adapter.kv_caches,
+            [list(plan.block_ids[begin // block : -(-end // block)])],
+            transfer.create_recorded_event(),
+            self._adapter.blocks_in_chunk,
+            skip_first_n_tokens=plan.local - begin,
+        )
+
+    def submit_matches(self, plan: BlendPlan, matches: Sequence[Match]) -> Any:
+        """Ask for chunk KV to be written to the plan's blocks, keys turned to their new positions; see submit_exact."""
+        return self._sent(lambda: self._submit_matches(plan, matches))
+
+    def _submit_matches(self, plan: BlendPlan, matches: Sequence[Match]) -> Any:
+        transfer = self._adapter.transfer_ctx
+        event = transfer._event_backend.export_event(transfer.create_recorded_event(), transfer._device)
+        future = self._adapter.req_client.cb_retrieve_pre_computed(
+            self._key(plan, (), 0, 0),  # the matches name all that it reads
+            [m.native for m in matches],
+            [list(plan.block_ids)],
+            self._adapter.instance_id,
+            event,
+        )
+        return future.to_device_future(device=transfer._device, event_backend=transfer._event_backend)
+
+    def _key(self, plan: BlendPlan, tokens: Sequence[int], start: int, end: int) -> Any:
+        configs = {**(plan.configs or {}), UNTIL: time.time() + self._deadline}
+        return self._adapter._create_key(tokens, start, end, plan.request_id, plan.cache_salt, configs)
+
+    @property
+    def deadline(self) -> float:
+        """Longest wait for an answer, in seconds."""
+        return self._deadline
+
+    def answered(self, future: Any, seconds: float) -> bool:
+        """Whether the server has answered, waiting for it at most that long: the copy is queued on the GPU, or failed.
+
+        Not `future.wait`, which then waits for the copy too.
+        """
+        return future is None or bool(future.raw_future_.wait(seconds))
+
+    def there(self, future: Any) -> bool:
+        """Whether the copy is done, or failed."""
+        try:
+            return future is None or bool(future.query())
+        except Exception as problem:
+            self._tell(problem)
+            return True
+
+    def arrived(self, future: Any, seconds: float) -> bool:
+        """Whether the KV came; later work of the current stream waits for it, the host for the answer only."""
+        import torch
+
+        if future is None:
+            return False
+        try:
+            came = bool(future.wait_on_stream(torch.cuda.current_stream(), seconds))
+        except TimeoutError:
+            return False
+        except Exception as problem:
+            self._tell(problem)
+            return False
+        self._told = self._told and not came
+        return came
+
+    def _sent(self, ask: Callable[[], Any]) -> Any:
+        try:
+            return ask()
+        except Exception as problem:
+            self._tell(problem)
+            return None
+
+    def _tell(self, problem: Exception) -> None:
+        if not self._told:
+            self._told = True
+            log.warning("KV could not be loaded from LMCache: %s", said(problem), exc_info=problem)
