@@ -280,6 +280,14 @@ def test_wrong_wishes_are_warned_of_and_not_followed(caplog: pytest.LogCaptureFi
     assert (plan.policy, plan.ratio) == ("head", 0.15)
 
 
+def test_a_wish_that_is_no_wish_leaves_the_servers_choice() -> None:
+    for blend in (True, False):
+        once = Once(blend=blend)
+        request = once.request()
+        request.kv_transfer_params = {"lmcache_rag.blend": "perhaps"}
+        assert once.side.matched(request, 0) == (76 if blend else 32)
+
+
 def test_a_server_that_does_not_blend_by_itself_blends_who_asks() -> None:
     once = Once(blend=False)
     plain, asks = once.request("a"), once.request("b")

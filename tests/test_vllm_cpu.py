@@ -101,16 +101,27 @@ def test_a_client_learns_the_chunk_of_the_server(servers: Servers) -> None:
     assert servers.vllm_counter("vllm:lmcache_rag_chunk_tokens") == CHUNK
 
 
-def test_wishes_that_make_no_sense_do_no_harm(servers: Servers, chunks: list[list[int]]) -> None:
-    prompt = chunks[2] + [7]
-    wanted = servers.tokens(prompt)
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("kind", ["completions", "chat/completions"])
+def test_wishes_that_make_no_sense_are_refused(servers: Servers, kind: str, stream: bool) -> None:
     params = {
         "lmcache_rag.ratio": "much",
         "lmcache_rag.policy": ["x"],
         "lmcache_rag.blend": {},
         "lmcache_rag.chunks": 1,
+        "lmcache_rag.raito": 0.2,
     }
-    assert servers.tokens(prompt, kv_transfer_params=params) == wanted
+    asks: dict[str, Any] = (
+        {"prompt": [1, 2, 3]} if kind == "completions" else {"messages": [{"role": "user", "content": "Hello"}]}
+    )
+    body = {"model": "smollm2", "max_tokens": 2, "stream": stream, "kv_transfer_params": params} | asks
+    answer = servers.client.post(f"/v1/{kind}", json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "kv_transfer_params"
+    assert all(name in error["message"] for name in params)
+    fine = servers.client.post(f"/v1/{kind}", json=body | {"kv_transfer_params": {"lmcache_rag.ratio": 0.2, "x": 1}})
+    assert fine.status_code == 200
 
 
 def test_chunks_in_another_order_are_computed_right(servers: Servers, chunks: list[list[int]]) -> None:

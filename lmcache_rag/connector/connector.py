@@ -18,7 +18,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorWorkerMetadata,
 )
 
-from lmcache_rag.connector import compat_lmcache, compat_vllm, metrics
+from lmcache_rag.connector import compat_lmcache, compat_vllm, metrics, wishes
 from lmcache_rag.connector.abandoned import Lookup
 from lmcache_rag.connector.filed import FiledBlocks
 from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
@@ -36,6 +36,7 @@ from lmcache_rag.connector.stats import BlendPromMetrics, BlendStats
 log = logging.getLogger("lmcache_rag")
 
 compat_vllm.begin_texts_quickly()  # each API server imports this module, and only where the connector is in use
+compat_vllm.refuse(wishes.wrong)
 
 
 @dataclass

@@ -154,7 +154,9 @@ def claim(prompt: int, local: int, prefix: int, matches: Sequence[Match], *, lea
     return Claim(exact, tuple(apart), prompt - 1 if prompt - 1 - end <= tail else end)
 
 
-def request_options(params: dict[str, Any] | None, policy: str, ratio: float) -> tuple[str, float, bool, list[str]]:
+def request_options(
+    params: dict[str, Any] | None, policy: str, ratio: float, usual: bool = True
+) -> tuple[str, float, bool, list[str]]:
     """What a request asks for in kv_transfer_params: (policy, ratio, blend, complaints); defaults where it is wrong.
 
     Keys: ``lmcache_rag.policy``, ``lmcache_rag.ratio`` (0 to 1), ``lmcache_rag.blend`` ("on", "off" or a boolean).
@@ -163,7 +165,7 @@ def request_options(params: dict[str, Any] | None, policy: str, ratio: float) ->
 
     params = params or {}
     complaints = []
-    blend = True
+    blend = usual
     if isinstance(wanted := params.get("lmcache_rag.policy", policy), str) and wanted in POLICIES:
         policy = wanted
     else:
@@ -173,9 +175,9 @@ def request_options(params: dict[str, Any] | None, policy: str, ratio: float) ->
         ratio = float(given)
     else:
         complaints.append(f"lmcache_rag.ratio {given!r} is not between 0 and 1; {ratio} is used")
-    switch = params.get("lmcache_rag.blend", True)
-    if switch in (True, False, "on", "off"):
+    switch = params.get("lmcache_rag.blend", usual)
+    if isinstance(switch, bool) or switch in ("on", "off"):
         blend = switch in (True, "on")
     else:
-        complaints.append(f"lmcache_rag.blend {switch!r} is neither on nor off; on is used")
+        complaints.append(f"lmcache_rag.blend {switch!r} is neither on nor off; {'on' if usual else 'off'} is used")
     return policy, ratio, blend, complaints

@@ -118,11 +118,10 @@ class SchedulerSide:
 
     def _begin(self, request: Any) -> RequestState:
         policy, ratio, blend, complaints = request_options(
-            request.kv_transfer_params, self.options.policy, self.options.ratio
+            request.kv_transfer_params, self.options.policy, self.options.ratio, self.options.blend
         )
         for complaint in complaints:
             log.warning("request %s: %s", request.request_id, complaint)
-        blend = blend and (self.options.blend or "lmcache_rag.blend" in (request.kv_transfer_params or {}))
         state = RequestState(policy, ratio, blend)
         prompt = len(request.prompt_token_ids or ())
         if prompt <= self.chunk or getattr(request, "skip_reading_prefix_cache", False):

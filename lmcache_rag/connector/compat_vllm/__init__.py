@@ -31,6 +31,7 @@ from lmcache_rag.connector.compat_vllm.process import (
     worker,
 )
 from lmcache_rag.connector.compat_vllm.streams import begin_texts_quickly, tell_in_streams
+from lmcache_rag.connector.compat_vllm.wishes import refuse
 
 __all__ = [
     "OwnMetadata",
@@ -45,6 +46,7 @@ __all__ = [
     "offer_hidden_state",
     "patch_attention",
     "recording",
+    "refuse",
     "remember_workers",
     "run_pass",
     "take_hidden_states",
