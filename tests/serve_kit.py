@@ -58,6 +58,7 @@ class FakeServer:
         self.cache = Cache(256 if mode == "long" else CHUNK)
         self.hang = lambda: False
         self.requests: list[dict[str, Any]] = []
+        self.hits = 0
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -117,6 +118,10 @@ class FakeServer:
                 "/v1/models": {"data": [] if self.mode == "strange" else [card]},
                 "/metrics": f'vllm:cache_config_info{{block_size="{48 if self.mode == "misfit" else 16}",x="y"}} 1.0\n',
             }
+            if self.mode != "uncounted":
+                hits = self.hits if self.mode != "stuck" else 0
+                pages["/metrics"] += f'vllm:lmcache_rag_prompt_tokens_total{{engine="0",source="reused"}} {hits}.0\n'
+                pages["/metrics"] += 'vllm:lmcache_rag_prompt_tokens_total{engine="0",source="recomputed"} 7.0\n'
             if self.mode == "long":
                 pages["/metrics"] += 'vllm:lmcache_rag_chunk_tokens{engine="0"} 256.0\n'
         return (200, pages[path]) if path in pages else (404, {"detail": "Not Found"})
@@ -128,6 +133,7 @@ class FakeServer:
         ratio = params.get("lmcache_rag.ratio", 1.0 if self.mode == "all" else 0.15)
         found = self.cache.found(prompt) if blend and self.mode not in ("empty", "unable") else 0
         self.cache.store(prompt, params.get("lmcache.max_offload_tokens", len(prompt)))
+        self.hits += found
         again = round(found * ratio)
         tokens = [(sum(prompt) + n) % 10000 for n in range(body["max_tokens"])]
         likely = -0.1 if self.mode == "tie" else -2.0

@@ -176,6 +176,8 @@ def test_all_is_well(model: str, gpu_machine: Path, monkeypatch: pytest.MonkeyPa
     assert found["Chunk and block"]["result"] == "chunks of 64 tokens, blocks of 16"
     assert "reused" in found["Round trip"]["result"]
     assert found["Ratio 1"]["result"] == "16 of 16 tokens equal a run without reuse"
+    assert found["Hit counters"]["state"] == "ok"
+    assert found["Hit counters"]["result"].endswith("tokens more on /metrics")
 
 
 @pytest.mark.parametrize(
@@ -185,6 +187,7 @@ def test_all_is_well(model: str, gpu_machine: Path, monkeypatch: pytest.MonkeyPa
         ("unable", "", "Round trip", "cannot blend: sliding window attention is not supported"),
         ("empty", "", "Round trip", "nothing was reused in 5 queries: the server is full"),
         ("wrong", "", "Ratio 1", "3 of 16 tokens"),
+        ("stuck", "", "Hit counters", "0 tokens more on /metrics"),
         ("misfit", "", "Chunk and block", "blocks of 48"),
         ("strange", "", "vLLM", "lists no model"),
         ("key", "", "Round trip", "asks for a key"),
@@ -202,6 +205,11 @@ def test_each_fault_is_found(
     assert status == 1
     assert found[name]["state"] == "failed"
     assert words in found[name]["result"]
+
+
+def test_counters_that_are_switched_off_are_no_fault(model: str) -> None:
+    _, found = examine(model, "uncounted")
+    assert (found["Round trip"]["state"], found["Hit counters"]["state"]) == ("ok", "skipped")
 
 
 def test_a_tie_is_no_fault(model: str) -> None:

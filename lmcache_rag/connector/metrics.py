@@ -86,6 +86,13 @@ def chunk_tokens(text: str) -> int:
     return int(found[1]) if found else 0
 
 
+def hit_tokens(text: str) -> int | None:
+    """Tokens that cached chunks gave so far, reused or recomputed, by what a server's /metrics says; None: nothing."""
+    source = r'source="(?:reused|recomputed)"'
+    found = re.findall(rf"^{PREFIX}prompt_tokens_total\{{[^}}]*{source}[^}}]*\}} (\S+)$", text, re.MULTILINE)
+    return round(sum(map(float, found))) if found else None
+
+
 def show_chunk(gauge: Callable[..., Any], labelnames: list[str], engines: Mapping[int, list[Any]], tokens: int) -> None:
     """Put on /metrics how many tokens an LMCache chunk has: clients pad what their prompts share to whole chunks.
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from lmcache_rag.connector.metrics import chunk_tokens
+from lmcache_rag.connector.metrics import chunk_tokens, hit_tokens
 from lmcache_rag.errors import LMCacheRAGError
 from lmcache_rag.serving import api
 from lmcache_rag.serving.checks import Check
 from lmcache_rag.serving.roundtrip import Outcome, round_trip
 
 CHUNK = 64  # lmcache-rag serve's default
+COUNTED_S = 3.0
 
 
 def lmcache(url: str, *, needed: bool) -> tuple[list[Check], dict[str, Any]]:
@@ -126,11 +128,26 @@ def sizes(server: api.VLLM, status: dict[str, Any]) -> Check:
 
 def live(server: api.VLLM, served: api.Served, status: dict[str, Any]) -> list[Check]:
     """The round trip."""
+    before = hit_tokens(server.metrics())
     try:
         outcome = round_trip(server, served, chunk_size(server, status) or CHUNK)
     except LMCacheRAGError as problem:
         return [Check("Round trip", "failed", problem.message, problem.remedy)]
-    return list(judge(outcome))
+    checks = list(judge(outcome))
+    return [*checks, counters(server, before)] if outcome.hit else checks
+
+
+def counters(server: api.VLLM, before: int | None) -> Check:
+    """Whether the hits of a round trip show on /metrics, where they come a moment behind the answer."""
+    if before is None:
+        return Check("Hit counters", "skipped", "the server has none; vLLM's --disable-log-stats turns them off")
+    until = time.monotonic() + COUNTED_S
+    while (after := hit_tokens(server.metrics()) or 0) <= before and time.monotonic() < until:
+        time.sleep(0.1)
+    words = f"{after - before:,} tokens more on /metrics"
+    if after > before:
+        return Check("Hit counters", "ok", words)
+    return Check("Hit counters", "failed", words, "Are several servers behind this address? Ask each by its own.")
 
 
 def judge(outcome: Outcome) -> Iterator[Check]:
