@@ -61,12 +61,14 @@ def test_a_prefix_that_cannot_be_is_taken_for_none(wrong: Any) -> None:
 
 
 def test_prefixes_are_forgotten_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmcache_rag.connector.namespace._MOST", 2)
-    spaces = Namespaces("model", CHUNK)
-    prefixes = [ids(n, 100) for n in range(3)]
-    named = [spaces.of(prefix, "", {PREFIX: 100}) for prefix in prefixes]
-    assert spaces.of(prefixes[0], "", None) != named[0]
-    assert [spaces.of(prefix, "", None) for prefix in prefixes[1:]] == named[1:]
+    for limit, lengths in (("_NAMES", (100, 100, 100)), ("_LENGTHS", (100, 101, 102))):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"lmcache_rag.connector.namespace.{limit}", 2)
+            spaces = Namespaces("model", CHUNK)
+            prefixes = [ids(n, length) for n, length in enumerate(lengths)]
+            named = [spaces.of(prefix, "", {PREFIX: len(prefix)}) for prefix in prefixes]
+            assert spaces.of(prefixes[0], "", None) != named[0]
+            assert [spaces.of(prefix, "", None) for prefix in prefixes[1:]] == named[1:]
 
 
 def test_tokens_have_other_numbers_in_each_namespace() -> None:

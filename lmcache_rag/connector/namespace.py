@@ -10,14 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 PREFIX = "lmcache_rag.prefix"  # in kv_transfer_params: tokens before the first chunk, which other prompts share
-_MOST = 4096  # prefixes that are remembered; each of them some 100 bytes
+_LENGTHS, _NAMES = 16, 1024  # that are remembered; each length is one hash for a prompt that does not say its own
 _SAMPLE = 65536
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 
@@ -36,7 +36,7 @@ class Namespaces:
 
     def __init__(self, model: str, chunk: int) -> None:
         self._model, self._chunk = model, chunk
-        self._named: OrderedDict[tuple[int, str], None] = OrderedDict()
+        self._named: OrderedDict[int, OrderedDict[str, None]] = OrderedDict()  # by length
 
     def of(self, prompt: Sequence[int], tenant: str, params: Mapping[str, Any] | None) -> str:
         """The namespace of a request, 40 hex digits.
@@ -49,19 +49,26 @@ class Namespaces:
         given = (params or {}).get(PREFIX)
         if isinstance(given, int) and not isinstance(given, bool) and 0 < given <= len(prompt):
             name = self._name(prompt[:given], tenant)
-            self._named[given, name] = None
-            self._named.move_to_end((given, name))
-            if len(self._named) > _MOST:
-                self._named.popitem(last=False)
+            _remember(self._named, given, _LENGTHS, OrderedDict)
+            _remember(self._named[given], name, _NAMES, lambda: None)
             return name
-        for length in sorted({length for length, _ in self._named if length <= len(prompt)}, reverse=True):
-            if (length, name := self._name(prompt[:length], tenant)) in self._named:
+        for length in sorted((length for length in self._named if length <= len(prompt)), reverse=True):
+            if (name := self._name(prompt[:length], tenant)) in self._named[length]:
                 return name
         return self._name(prompt[: self._chunk], tenant)
 
     def _name(self, prefix: Sequence[int], tenant: str) -> str:
         told = f"{self._model}\0{len(tenant)}\0{tenant}\0".encode("utf-8", "surrogatepass")
         return hashlib.sha256(told + np.asarray(prefix, dtype=np.uint32).tobytes()).hexdigest()[:40]
+
+
+def _remember(known: OrderedDict[Any, Any], key: Any, most: int, make: Callable[[], Any]) -> None:
+    """Have a key among the known ones, as the latest; the one that was not used for longest may go."""
+    if key not in known:
+        known[key] = make()
+    known.move_to_end(key)
+    if len(known) > most:
+        known.popitem(last=False)
 
 
 def renumbered(token_ids: Sequence[int], namespace: str) -> list[int]:
