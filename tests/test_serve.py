@@ -672,13 +672,17 @@ def test_the_document_shows_the_commands_that_are_run() -> None:
     blocks = [part.partition("```")[0] for part in text.split("```")[1::2]]
     (shell,) = (block.removeprefix("shell\n").splitlines() for block in blocks if block.startswith("shell\n"))
     assert shell == made.shell()
-    compose, pod = (yaml.safe_load(block.removeprefix("yaml\n")) for block in blocks if block.startswith("yaml\n"))
+    files = (yaml.safe_load(block.removeprefix("yaml\n")) for block in blocks if block.startswith("yaml\n"))
+    compose, pod, two = files
     assert compose["services"]["lmcache"]["command"] == ["lmcache", *made.lmcache]
     assert compose["services"]["vllm"]["command"] == ["vllm", *made.vllm]
     program, verb, *words = pod["spec"]["containers"][0]["command"]
     assert program == "lmcache-rag"
     result = CliRunner().invoke(app, [verb, *words, "--dry-run"])
     assert "--host 0.0.0.0" in result.stdout
+    anywhere = commands(ServeOptions("Qwen/Qwen3-8B", l1_gb=20, host="0.0.0.0"), {})
+    wanted = [["lmcache", *anywhere.lmcache], ["vllm", *anywhere.vllm]]
+    assert [container["command"] for container in two["spec"]["containers"]] == wanted
 
 
 def test_the_document_describes_every_option_and_computes_the_sizes_right() -> None:
