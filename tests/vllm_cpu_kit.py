@@ -100,8 +100,8 @@ class Servers:
             self.close()
             raise
 
-    def start_lmcache(self) -> None:
-        self.lmcache = Process(self._lmcache(), self._folder / "lmcache.log")
+    def start_lmcache(self, gigabytes: float = 1) -> None:
+        self.lmcache = Process(self._lmcache(gigabytes), self._folder / "lmcache.log")
         self.lmcache.wait_for(lambda: answers(f"http://127.0.0.1:{self.http}/healthcheck"), 120)
 
     def close(self) -> None:
@@ -110,12 +110,12 @@ class Servers:
             if process is not None:
                 process.kill()
 
-    def _lmcache(self) -> list[str]:
+    def _lmcache(self, gigabytes: float) -> list[str]:
         options = {
             "engine-type": "blend",
             "supported-transfer-mode": "auto",
             "chunk-size": CHUNK,
-            "l1-size-gb": 1,
+            "l1-size-gb": gigabytes,
             "eviction-policy": "LRU",
             "host": "localhost",
             "port": self.port,
