@@ -14,7 +14,7 @@ from vllm_cpu_kit import CHUNK, Servers, needs_vllm_cpu, until
 
 STORED, FOUND = "lmcache_mp_l1_write_chunks_total", "lmcache_mp_lookup_hit_tokens_total"
 
-SMALL_GB = 0.1  # a chunk of SmolLM2's in float32 takes 3 MB; below this LMCache stores nothing at all
+SMALL_GB = 0.1  # a chunk of SmolLM2's in float32 takes 3 MB
 
 pytestmark = [pytest.mark.slow, needs_vllm_cpu]
 
