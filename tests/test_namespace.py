@@ -122,3 +122,15 @@ def test_what_a_model_is(tmp_path: Path) -> None:
         config(Path("some-org/some-model"), commit="abc"),
     ]
     assert len({same, *(identity(other) for other in others)}) == 10
+
+
+def test_a_model_that_cannot_be_told_shares_with_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    odd = SimpleNamespace(model_config=SimpleNamespace(hf_config=Config(labels={1: "a", "1": "b"})), cache_config=None)
+    assert identity(odd) != identity(odd)
+    assert "no KV of an earlier start is used" in caplog.text
+
+
+def test_numbers_that_are_no_tokens_do_not_end_the_scheduler() -> None:
+    wide = [2**40 + 5, -1, 7]
+    assert all(0 <= number < 2**32 for number in renumbered(wide, "one"))
+    Namespaces("model", CHUNK).of(wide * 40, "", None)

@@ -138,7 +138,6 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
     # -- scheduler ------------------------------------------------------------------------------------------------
 
     def _look_up(self, request: Any) -> Lookup | None:
-        compat_lmcache.ensure_heartbeat(self.scheduler_adapter)
         if not self.scheduler_adapter.is_healthy:
             return None
         tracker = self._get_or_create_request_tracker(request)

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+log = logging.getLogger("lmcache_rag")
 
 PREFIX = "lmcache_rag.prefix"  # in kv_transfer_params: tokens before the first chunk, which other prompts share
 _LENGTHS, _NAMES = 16, 1024  # that are remembered; each length is one hash for a prompt that does not say its own
@@ -59,7 +63,7 @@ class Namespaces:
 
     def _name(self, prefix: Sequence[int], tenant: str) -> str:
         told = f"{self._model}\0{len(tenant)}\0{tenant}\0".encode("utf-8", "surrogatepass")
-        return hashlib.sha256(told + np.asarray(prefix, dtype=np.uint32).tobytes()).hexdigest()[:40]
+        return hashlib.sha256(told + _numbers(prefix).tobytes()).hexdigest()[:40]
 
 
 def _remember(known: OrderedDict[Any, Any], key: Any, most: int, make: Callable[[], Any]) -> None:
@@ -77,11 +81,25 @@ def renumbered(token_ids: Sequence[int], namespace: str) -> list[int]:
     LMCache has one index of chunks for everybody, by their tokens: so nobody's entry takes the place of anybody else's.
     """
     by = int.from_bytes(hashlib.sha256(namespace.encode("utf-8", "surrogatepass")).digest()[:4], "big")
-    numbers: list[int] = (np.asarray(token_ids, dtype=np.uint32) + np.uint32(by)).tolist()
+    numbers: list[int] = (_numbers(token_ids) + np.uint32(by)).tolist()
     return numbers
 
 
+def _numbers(token_ids: Sequence[int]) -> Any:
+    # By way of 64 bits: LMCache puts hashes of pictures among the tokens, and what does not fit must not raise here.
+    return np.asarray(token_ids, dtype=np.int64).astype(np.uint32)
+
+
 def identity(vllm_config: Any) -> str:
+    """What KV depends on beside tokens; where it cannot be told, something that is nobody else's. Never raises."""
+    try:
+        return _identity(vllm_config)
+    except Exception:
+        log.warning("The model's weights cannot be told from others: no KV of an earlier start is used", exc_info=True)
+        return uuid.uuid4().hex
+
+
+def _identity(vllm_config: Any) -> str:
     """What KV depends on beside tokens: weights, revision, dtypes, quantisation, RoPE, and what else is configured.
 
     Weights of the hub are told by their commit, those in a folder by names, sizes and a sample of each file: to read
