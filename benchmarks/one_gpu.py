@@ -14,8 +14,48 @@ from typing import Any
 from vllm.v1.worker.gpu_worker import Worker
 
 FOLDER = "LMCACHE_RAG_BENCHMARK_FOLDER"
-"""Environment variable: where ranks write what they say at debug level (`rank0.log`, ...), and look for `fault`. While
-that file is there, KV never arrives on the last rank."""
+"""Environment variable: where ranks write what they say at debug level (`rank0.log`, ...), and look for two files: while
+`fault` is there, KV never arrives on the last rank; while `full` is there, something else holds that rank's memory, but
+for what passes of few tokens take."""
+
+
+def weigh(rank: int, full: Path | None) -> None:
+    """Write down what memory passes were said to take and what they took; have little while the file is there."""
+    import logging
+
+    import torch
+
+    from lmcache_rag.connector.jobs import Job
+    from lmcache_rag.connector.work import SMALL, Work
+
+    held: list[Any] = []
+    asked: dict[str, int] = {}
+    fits, advance = Work.fits, Job.advance
+
+    def fits_or_not(self: Work, job: Job) -> bool:
+        memory, prompt = self._model._memory, len(job.plan.token_ids)
+        assert memory is not None
+        if full is not None and full.exists() and not held:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            left = memory.need(SMALL, prompt) + (32 << 20)
+            held.append(torch.empty(max(torch.cuda.mem_get_info()[0] - left, 1), dtype=torch.uint8, device="cuda"))
+        elif held and full is not None and not full.exists():
+            held.clear()
+            torch.cuda.empty_cache()
+        asked[job.plan.request_id] = memory.need(min(job.blend.piece, prompt), prompt)
+        return fits(self, job)
+
+    def advance_and_weigh(self: Job, tokens: int) -> int:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        done = advance(self, tokens)
+        took, name = torch.cuda.max_memory_allocated() - before, self.plan.request_id
+        logging.getLogger("lmcache_rag").debug("memory on rank %d: %d asked, %d taken", rank, asked[name], took)
+        return done
+
+    Work.fits = fits_or_not  # type: ignore[method-assign]
+    Job.advance = advance_and_weigh  # type: ignore[method-assign]
 
 
 def watch(rank: int, ranks: int, folder: Path) -> None:
@@ -29,6 +69,7 @@ def watch(rank: int, ranks: int, folder: Path) -> None:
     handler.setLevel(logging.DEBUG)
     log.addHandler(handler)
     log.setLevel(logging.DEBUG)
+    weigh(rank, folder / "full" if rank == ranks - 1 else None)
     if rank != ranks - 1:
         return
     arrived = WorkerLink.arrived

@@ -9,7 +9,8 @@ Triton backend, so that near ties decide nothing. Needs vLLM and LMCache; starts
 
 1. Ratio 1 from LMCache, and copied inside vLLM's cache, beside a full prefill by the same ranks and by one rank.
 2. Requests in batches, with `query` and `hkvd`: each rank's own word of what it selected.
-3. Loads that fail on the last rank only: all must compute everything. Then without the fault again.
+3. Loads that fail on the last rank only, then memory that only that rank has not: all must compute everything. Behind
+   each, without the fault again. And what memory each rank asked for, beside what its passes took.
 """
 
 from __future__ import annotations
@@ -181,15 +182,25 @@ def agreement(engine: Engine, requests: int, folder: Path, ranks: int) -> dict[s
     }
 
 
-def faults(engine: Engine, prompts: int, folder: Path) -> dict[str, Any]:
-    """Loads that fail on the last rank only."""
-    material = Material(engine.tokenizer, seed=2)
+def memory(folder: Path, rank: int) -> dict[str, Any]:
+    """What this rank asked for before its passes, and took."""
+    said = (folder / f"rank{rank}.log").read_text().splitlines()
+    words = [line.split() for line in said if line.startswith("memory on rank")]
+    pairs = [(int(word[4]), int(word[6])) for word in words]
+    shares = sorted(taken / asked for asked, taken in pairs if asked)
+    most = {"most taken of what was asked for": round(shares[-1], 3)} if shares else {}
+    return {"pieces": len(shares), "asked, at most": max((asked for asked, _ in pairs), default=0), **most}
+
+
+def faults(engine: Engine, prompts: int, folder: Path, fault: str, seed: int) -> dict[str, Any]:
+    """What goes wrong on the last rank only; see one_gpu.py."""
+    material = Material(engine.tokenizer, seed=seed)
     row: dict[str, Any] = {"computed in full": 0, "equal": 0, "gaps": [], "reasons": set(), "blended after": 0}
     asked, others = ([material.prompt()[0] for _ in range(prompts)] for _ in range(2))
     params = {"lmcache_rag.policy": "query", "lmcache_rag.ratio": 0.15}
-    (folder / "fault").touch()
+    (folder / fault).touch()
     failed = [engine.answer(prompt, TOKENS, params) for prompt in asked]
-    (folder / "fault").unlink()
+    (folder / fault).unlink()
     after = [engine.answer(prompt, 1, params) for prompt in others]
     for prompt, answer, later in zip(asked, failed, after, strict=True):
         full = engine.answer(prompt, TOKENS, OFF)
@@ -221,7 +232,10 @@ def part(given: argparse.Namespace, folder: Path) -> None:
     if given.part > 1:
         if not given.only_faults:
             found["agreement"] = agreement(engine, given.requests, folder, given.part)
-        found["fault on the last rank"] = faults(engine, given.prompts, folder)
+        found["fault on the last rank"] = faults(engine, given.prompts, folder, "fault", 2)
+        if not given.one_gpu:  # there the other rank has the same memory
+            found["no memory on the last rank"] = faults(engine, given.prompts, folder, "full", 3)
+        found["memory"] = [memory(folder, rank) for rank in range(given.part)]
     (folder / f"part{given.part}.json").write_text(json.dumps(found))
 
 

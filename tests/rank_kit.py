@@ -35,6 +35,10 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "background": {"background": True},
     "background, late": {"background": True, "fault": "late"},
     "background, damaged": {"background": True, "fault": "damaged last value"},
+    "little memory": {"memory": 16},
+    "little memory, late": {"memory": 16, "fault": "late"},
+    "background, little memory": {"memory": 16, "background": True},
+    "no memory": {"memory": 0},
 }
 
 
@@ -69,6 +73,16 @@ class RankModel(Model):
     def __init__(self, model: Any, *, rank: int, ranks: int) -> None:
         super().__init__(model, layout="NHD", block=BLOCK, blocks=20, rank=rank, ranks=ranks)
 
+    memory = 1 << 30  # tokens of a pass
+
+    def has_memory(self, tokens: int, length: int) -> bool:
+        return tokens <= self.memory
+
+    def forward(self, ids: torch.Tensor, *given: Any) -> torch.Tensor:
+        if len(ids) > self.memory:
+            raise torch.OutOfMemoryError  # the other rank would wait for this one for ever
+        return super().forward(ids, *given)
+
     def join(self, out: torch.Tensor) -> torch.Tensor:
         parts = [torch.empty_like(out) for _ in range(self.ranks)]
         torch.distributed.all_gather(parts, out.contiguous())
@@ -88,9 +102,13 @@ class Rank(World):
 
     def __init__(self, hf: HFModel, rank: int, *, fault: str = "", policy: str = "query", **options: Any) -> None:
         self.rank, self.ranks = rank, RANKS
-        background = options.pop("background", False)
+        background, memory = options.pop("background", False), options.pop("memory", 1 << 30)
         super().__init__(hf, fault if rank == RANKS - 1 else "", policy, piece=20, **options)
         self.plan = replace(self.plan, background=background)
+        if rank == RANKS - 1:
+            self.model.memory = memory
+
+    model: RankModel
 
     def make_model(self, hf: HFModel) -> RankModel:
         return RankModel(hf, rank=self.rank, ranks=self.ranks)
@@ -126,12 +144,13 @@ class Rank(World):
             "own scores": own,
             "failure": result.failure,
             "counts": (result.prefix_tokens, result.reused_tokens, result.recomputed_tokens, result.computed_tokens),
+            "passes": list(self.model.passes),
             "bad": sorted(self.worker.take_bad_blocks()),
             "kv": [self.model.read(self.sequence, layer, self.end) for layer in range(self.hf.layers)],
         }
 
     def runs_out_of_memory(self) -> str:
-        """What happens to a rank that has no memory for the pass; only this one takes part."""
+        """What happens to a rank whose memory does not do for a pass, against what it was told; only it takes part."""
         real = self.model.forward
 
         def forward(*given: Any) -> torch.Tensor:
@@ -154,7 +173,7 @@ def main() -> None:
     found: dict[str, Any] = {"by": connect(rank, ranks, folder)}
     for name, options in SCENARIOS.items():
         found[name] = Rank(hf, rank, **options).outcome()
-    found["no memory"] = Rank(hf, rank).runs_out_of_memory()
+    found["memory gone in a pass"] = Rank(hf, rank).runs_out_of_memory()
     torch.save(found, folder / f"rank{rank}.pt")
     torch.distributed.barrier()
 

@@ -18,6 +18,7 @@ from rank_kit import RANKS, SCENARIOS
 from test_worker_side import PREFIX, World
 
 from lmcache_rag.blend.policies import get_policy, select
+from lmcache_rag.connector.work import SMALLEST
 from lmcache_rag.engines.hf_model import HFModel
 
 Outcome = dict[str, Any]
@@ -144,6 +145,24 @@ def test_in_the_background_all_ranks_compute_what_one_did_not_get(ranks: list[Ou
     assert close(joined(ranks, name), full_prefill(World(hf)))
 
 
-def test_a_rank_without_memory_ends_rather_than_leave_the_others_waiting(ranks: list[Outcome]) -> None:
-    """They are in the middle of a pass and it cannot join them again; vLLM ends all workers when one raises."""
-    assert [rank["no memory"] for rank in ranks] == ["out of memory"] * RANKS
+@pytest.mark.parametrize("name", ["little memory", "little memory, late", "background, little memory"])
+def test_where_one_rank_has_little_memory_all_compute_in_small_pieces(
+    ranks: list[Outcome], hf: HFModel, name: str
+) -> None:
+    why = ["load failed on another rank", "load failed"] if "late" in name else ["out of memory"] * RANKS
+    assert [rank[name]["failure"] for rank in ranks] == why
+    assert [rank[name]["passes"] for rank in ranks] == [ranks[0][name]["passes"]] * RANKS
+    assert max(ranks[0][name]["passes"]) == SMALLEST
+    assert [rank[name]["bad"] for rank in ranks] == [[]] * RANKS
+    assert close(joined(ranks, name), full_prefill(World(hf)))
+
+
+def test_where_one_rank_has_no_memory_at_all_vllm_is_told_by_all(ranks: list[Outcome]) -> None:
+    assert [rank["no memory"]["failure"] for rank in ranks] == ["out of memory"] * RANKS
+    assert [rank["no memory"]["passes"] for rank in ranks] == [[]] * RANKS
+    assert ranks[0]["no memory"]["bad"] == ranks[1]["no memory"]["bad"] != []
+
+
+def test_a_rank_whose_memory_is_gone_in_a_pass_ends_rather_than_leave_the_others_waiting(ranks: list[Outcome]) -> None:
+    """They are in the middle of the pass and it cannot join them again; vLLM ends all workers when one raises."""
+    assert [rank["memory gone in a pass"] for rank in ranks] == ["out of memory"] * RANKS

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lmcache_rag.blend.policies import QueryPolicy
 from lmcache_rag.connector import compat_vllm
 from lmcache_rag.connector.captured import ROWS, CapturedWatch, CudaGraph
+from lmcache_rag.connector.memory import PassMemory, measured
 from lmcache_rag.connector.paged import keys_and_values
 
 if TYPE_CHECKING:
@@ -135,6 +136,17 @@ def rotary_of(model: Any) -> Any:
     return model.model.layers[0].self_attn.rotary_emb
 
 
+class _Nothing:
+    """Attention that looks at nothing; see lmcache_rag.connector.blend_pass.Attention."""
+
+    def before_write(self, layer: int, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Nothing."""
+
+    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
+        """Nothing is seen."""
+        out.zero_()
+
+
 class VLLMModel:
     """See lmcache_rag.connector.blend_pass.Model.
 
@@ -151,6 +163,7 @@ class VLLMModel:
         self._layers = list(layers.values())
         self._caches = [keys_and_values(layer.kv_cache) for layer in self._layers]
         self.captured: CapturedWatch | None = None
+        self._memory: PassMemory | None = None
         for implementation in {type(layer.impl) for layer in self._layers}:
             compat_vllm.patch_attention(implementation)
 
@@ -239,6 +252,13 @@ class VLLMModel:
         """Whether this is true on every tensor-parallel rank: all take the same decision."""
         return compat_vllm.true_on_all_ranks(fine, self.device)
 
+    def has_memory(self, tokens: int, length: int) -> bool:
+        """Whether this rank has memory for passes of so many tokens in a sequence of that length, and keeps it.
+
+        One rank alone need not ask: it can leave a pass for which there is none.
+        """
+        return self._memory is None or self._memory.room(tokens, length)
+
     def warm_up(self) -> None:
         """Compile the kernels before the first request."""
         from lmcache_rag.connector import kernels
@@ -246,8 +266,14 @@ class VLLMModel:
         kernels.warm_up(*self._caches[0], self.heads)
 
     def capture(self) -> None:
-        """Capture the default policy's pass. Tensor-parallel ranks do so together."""
+        """Capture the default policy's pass, and see what memory passes take. Tensor-parallel ranks do so together."""
         self.captured = self._capture(QueryPolicy())
+        if self.ranks > 1:
+            from lmcache_rag.connector.kernels import MOST_SPLITS
+
+            run = functools.partial(self._pass, attention=_Nothing(), as_graphs=False)
+            most = self.most_tokens
+            self._memory = measured(run, most, heads=self.heads, cache=self._caches[0], splits=MOST_SPLITS)
 
     def _capture(self, policy: QueryPolicy) -> CapturedWatch | None:
         """The policy's pass as a CUDA graph; None where that cannot be: then it is launched layer by layer."""

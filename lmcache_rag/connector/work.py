@@ -21,8 +21,9 @@ SMALL, SMALLEST = 512, 16  # tokens of a pass where memory ran out before, and w
 class Work:
     """Does what plans say.
 
-    A pass for which there is no memory is done without, and everything computed in small pieces. Not with several
-    tensor-parallel ranks: the others are in the middle of that pass, which they cannot leave, so the engine ends.
+    A pass for which there is no memory is done without, and everything computed in small pieces. Tensor-parallel ranks
+    ask for the memory beforehand, and take pieces of the same size. One whose pass fails all the same ends the engine:
+    the others are in the middle of that pass, which they cannot leave.
 
     Args:
         model: The model in this worker.
@@ -68,11 +69,16 @@ class Work:
         """Compute everything that was claimed, in ever smaller pieces where memory runs out.
 
         Raises:
-            torch.OutOfMemoryError: There is none for the smallest piece, and vLLM may not be told; or of several ranks.
+            torch.OutOfMemoryError: There is none for the smallest piece, and vLLM may not be told; or in a pass of
+                several ranks.
         """
         import torch
 
         plan, done, job.evidence = job.plan, job.plan.local, None
+        if not self._smaller(job):
+            job.lost, job.failure = True, "out of memory"
+            if not self._may_report:
+                raise torch.OutOfMemoryError("There is no GPU memory to compute even a few tokens.")
         while done < plan.end and not job.lost:
             positions = torch.arange(done, plan.end, device=job.ids.device)
             try:
@@ -87,6 +93,21 @@ class Work:
                 job.failure = "out of memory" if smallest else job.failure
             if done < plan.end:
                 self._take_less(job)
+
+    def fits(self, job: Job) -> bool:
+        """Whether this rank has memory for the job's passes, as large as they may be; see VLLMModel.has_memory."""
+        prompt = len(job.plan.token_ids)
+        return self._model.has_memory(min(job.blend.piece, prompt), prompt)
+
+    def _smaller(self, job: Job) -> bool:
+        """Make the job's pieces small enough for every rank's memory; whether any is."""
+        if self._model.ranks == 1:
+            return True  # it sees what it has
+        while not self._model.all_ranks(self.fits(job)):
+            if job.blend.piece <= SMALLEST:
+                return False
+            self._take_less(job)
+        return True
 
     def _take_less(self, job: Job) -> None:
         """Memory ran out in a pass of this job: the next ones are smaller."""

@@ -259,7 +259,7 @@ class WorkerSide:
         return all(self._link.there(future) for future in job.waiting)
 
     def _load(self, job: Job) -> None:
-        """Wait for the KV, on the stream; all ranks agree whether it comes."""
+        """Wait for the KV, on the stream; all ranks agree whether it comes and whether there is memory for the work."""
         reason, plan = job.reason, job.plan
         for future in job.waiting:
             if not self._link.arrived(future, self._left(job)):
@@ -269,8 +269,10 @@ class WorkerSide:
             blocks = plan.block_ids[plan.local // self._model.block :]
             since = time.monotonic() - (time.perf_counter() - job.clock.asked)
             self._late.add(Late(plan.request_id, tuple(blocks), late, since))
-        if not self._model.all_ranks(not reason):
-            job.failure = reason or "load failed on another rank"
+        ready = not reason and self._work.fits(job)
+        if not self._model.all_ranks(ready):
+            loaded = self._model.all_ranks(not reason)
+            job.failure = reason or ("out of memory" if loaded else "load failed on another rank")
         job.clock.loaded()
         job.steps = self._work.steps(job)
 
