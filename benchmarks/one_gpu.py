@@ -14,7 +14,7 @@ from typing import Any
 from vllm.v1.worker.gpu_worker import Worker
 
 FOLDER = "LMCACHE_RAG_BENCHMARK_FOLDER"
-"""Environment variable: where ranks write what they say at debug level (`rank0.log`, ...), and look for two files: while
+"""Environment variable: where ranks write what they say at debug level (`rank0.log`, ...), and look for files. While
 `fault` is there, KV never arrives on the last rank; while `full` is there, something else holds that rank's memory, but
 for what passes of few tokens take."""
 
