@@ -34,16 +34,16 @@ def weigh(rank: int, full: Path | None) -> None:
 
     def fits_or_not(self: Work, job: Job) -> bool:
         memory, prompt = self._model._memory, len(job.plan.token_ids)
-        assert memory is not None
+        need = memory.need if memory is not None else lambda tokens, length: 0  # one rank alone does not ask
         if full is not None and full.exists() and not held:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            left = memory.need(SMALL, prompt) + (32 << 20)
+            left = need(SMALL, prompt) + (24 << 20)
             held.append(torch.empty(max(torch.cuda.mem_get_info()[0] - left, 1), dtype=torch.uint8, device="cuda"))
         elif held and full is not None and not full.exists():
             held.clear()
             torch.cuda.empty_cache()
-        asked[job.plan.request_id] = memory.need(min(job.blend.piece, prompt), prompt)
+        asked[job.plan.request_id] = need(min(job.blend.piece, prompt), prompt)
         return fits(self, job)
 
     def advance_and_weigh(self: Job, tokens: int) -> int:

@@ -171,7 +171,7 @@ def test_everything_is_measured_beside_a_baseline(tokenizer: Any, monkeypatch: p
     assert all(len(row["tokens_per_second"]) == 2 for row in rates.values())
     assert rates["full prefill"]["of_base"] == 1 and rates["engine"]["of_base"] < 1
     ingested = [tuple(body["prompt"]) for body in ours.seen if len(body["prompt"]) == 64 + 1024 and not body["stream"]]
-    assert len(ingested) == len(set(ingested)) == 3 + 3 * 8  # the chunks, and three times eight new ones
+    assert len(ingested) == len(set(ingested)) == 3 + 3 * 48  # the chunks, and three times as many new ones
 
     (nothing,) = found["nothing cached"]
     assert len(nothing["base_ms"]) == len(nothing["ours_ms"]) == 3

@@ -36,7 +36,7 @@ class Served:
     def __init__(self, model: Path, folder: Path) -> None:
         from transformers import AutoTokenizer
 
-        self.lmcache, self.health = free_port(), free_port()
+        self.lmcache, self.health, self.tier = free_port(), free_port(), folder / "kv"
         url = f"http://127.0.0.1:{free_port()}"
         tokenizer = AutoTokenizer.from_pretrained(model)
         text = " ".join(path.read_text() for path in sorted(DATA.rglob("*")) if path.suffix in (".txt", ".md"))
@@ -46,7 +46,7 @@ class Served:
         self._question = tokenizer.encode("\n\nQuestion: what do these passages say? Answer:")
         self.chunks = [ids[at : at + self._rng.randrange(200, 300)] for at in range(PREFIX, PREFIX + 300 * 20, 300)]
         options = f"--port {url.rpartition(':')[2]} --lmcache-port {self.lmcache} --lmcache-http-port {self.health}"
-        options += f" --l2 {folder / 'kv'}"
+        options += f" --l2 {self.tier}"
         options += " --l1-gb 4 --dtype float32 --attention-backend TRITON_ATTN --max-model-len 8192"
         options += " --gpu-memory-utilization 0.05 --kv-cache-memory-bytes 2000000000"
         options += " --max-cudagraph-capture-size 2048"  # as several ranks get it: passes as padded graphs
@@ -86,6 +86,11 @@ class Served:
             spans.append([len(prompt), len(prompt) + len(chunk)])
             prompt += chunk + self._gap
         return prompt + self._question, spans
+
+    def forget(self, *, force: bool = False) -> None:
+        """LMCache lets go of what its memory holds; with force also of what is being read. Its second tier keeps it."""
+        body = {"tier": "l1", "force": force}
+        assert httpx.post(f"http://127.0.0.1:{self.health}/cache/clear", json=body, timeout=30).is_success
 
     def reused(self) -> bool:
         return bool(self.ask(self.prompt()[0], 1)[1]["reused_tokens"])
@@ -171,6 +176,52 @@ def test_a_server_that_hangs_costs_a_deadline_and_changes_no_answer(served: Serv
     for _ in range(5):
         prompt, _ = served.prompt()
         assert served.ask(prompt, **ALL)[0] == served.full(prompt)
+
+
+def test_kv_that_goes_between_look_up_and_load_is_computed(served: Served) -> None:
+    failures: set[str] = set()
+    for attempt in range(30):
+        prompts = [served.prompt(served._prefix + served._gap)[0] for _ in range(8)]
+        wanted = [served.full(prompt) for prompt in prompts]
+        time.sleep(1)  # LMCache stores behind the answer, and is not to be disturbed there
+        with ThreadPoolExecutor(8) as pool:
+            running = [pool.submit(served.ask, prompt, **ALL) for prompt in prompts]
+            for _ in range(10):
+                time.sleep(0.005 + 0.001 * attempt)
+                served.forget(force=True)
+            got = [task.result() for task in running]
+        assert [tokens for tokens, _ in got] == wanted
+        assert all(parted(told, prompt) for (_, told), prompt in zip(got, prompts, strict=True))
+        failures |= {told["failure"] for _, told in got}
+        if "load failed" in failures:
+            break
+    assert "load failed" in failures
+    served.forget()
+    assert until(served.reused, 60), "it blends again, from the second tier"
+
+
+def test_kv_that_is_damaged_on_disk_changes_no_answer(served: Served) -> None:
+    files = [path for path in served.tier.rglob("*") if path.is_file()]
+    sound = {path: path.read_bytes() for path in files}
+    assert len(files) > 20
+    try:
+        for path, content in sound.items():
+            path.write_bytes(b"\xff" * len(content))  # each number of it is NaN
+        served.forget()
+        for _ in range(3):
+            prompt, _ = served.prompt()
+            got, told = served.ask(prompt)
+            assert got == served.full(prompt)
+            assert told["failure"] == "damaged KV"
+            assert told["reused_tokens"] == told["recomputed_tokens"] == 0
+            assert parted(told, prompt)
+    finally:
+        for path, content in sound.items():
+            path.write_bytes(content)
+        served.forget()
+    assert until(served.reused, 60), "it blends again, with what is sound"
+    prompt, _ = served.prompt()
+    assert served.ask(prompt, **ALL)[0] == served.full(prompt)
 
 
 def test_without_lmcache_answers_are_a_full_prefills_until_it_is_back(served: Served) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmcache_rag.bench.speed import Arm, Row, SpeedBench
+from lmcache_rag.bench.speed import Arm, Row, SpeedBench, new_chunks
 from lmcache_rag.bench.summary import Pairs
 from lmcache_rag.bench.workload import Workload
 
@@ -101,7 +101,7 @@ class SpeedSession:
             urls * bench.workload.chunks
             + lengths * len(bench.arms) * each
             + loaded * want.requests
-            + want.ingestion * 2 * (1 + INGESTIONS) * 2 * want.in_flight
+            + want.ingestion * 2 * (1 + INGESTIONS) * new_chunks(want.in_flight)
             + want.nothing_cached * lengths * 2 * each
             + want.floor * (lengths + 1) * 2 * each
         )
