@@ -3,7 +3,7 @@
     python rank_kit.py RANK RANKS FOLDER
 
 runs each scenario with the real worker side and writes what came of it to FOLDER/rankN.pt. vLLM's own groups connect
-the ranks where vLLM is installed, else gloo behind the same two functions.
+the ranks where vLLM is installed, else gloo behind the same functions.
 """
 
 from __future__ import annotations
@@ -63,6 +63,8 @@ def connect(rank: int, ranks: int, folder: Path) -> str:
     stand_in = types.ModuleType("vllm.distributed")
     stand_in.get_tensor_model_parallel_world_size = lambda: ranks  # type: ignore[attr-defined]
     stand_in.tensor_model_parallel_all_reduce = all_reduce  # type: ignore[attr-defined]
+    group = types.SimpleNamespace(cpu_group=torch.distributed.group.WORLD)
+    stand_in.get_tp_group = lambda: group  # type: ignore[attr-defined]
     sys.modules |= {"vllm": types.ModuleType("vllm"), "vllm.distributed": stand_in}
     return "gloo"
 
@@ -94,7 +96,7 @@ class RankModel(Model):
         return summed
 
     def all_ranks(self, fine: bool) -> bool:
-        return compat_vllm.true_on_all_ranks(fine, self.device)
+        return compat_vllm.true_on_all_ranks(fine)
 
 
 class Rank(World):

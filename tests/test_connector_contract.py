@@ -379,9 +379,13 @@ def test_ranks_can_add_and_vote() -> None:
     from vllm.distributed import (
         get_tensor_model_parallel_rank,
         get_tensor_model_parallel_world_size,
+        get_tp_group,
         tensor_model_parallel_all_reduce,
     )
+    from vllm.distributed.parallel_state import GroupCoordinator
 
+    takes(get_tp_group)
+    assert "cpu_group" in GroupCoordinator.__annotations__
     takes(get_tensor_model_parallel_rank)
     takes(get_tensor_model_parallel_world_size)
     takes(tensor_model_parallel_all_reduce, "input_")
@@ -434,7 +438,7 @@ def test_a_worker_that_cannot_get_ready_serves_as_lmcaches_own(monkeypatch: pyte
     assert "self.device" in (VLLM / "v1/worker/gpu_worker.py").read_text(), "ranks vote there"
     worker = SimpleNamespace(model_runner=SimpleNamespace(get_model=odd), device=torch.device("cpu"))
     monkeypatch.setattr(compat_vllm, "worker", lambda: worker)
-    monkeypatch.setattr(compat_vllm, "true_on_all_ranks", lambda fine, device: fine)
+    monkeypatch.setattr(compat_vllm, "true_on_all_ranks", lambda fine: fine)
     registered: list[Any] = []
     stock = connector.LMCacheMPConnector
     monkeypatch.setattr(stock, "register_kv_caches", lambda self, caches: registered.append(caches))

@@ -28,9 +28,7 @@ class World:
         runner = SimpleNamespace(get_model=lambda: self.does("model"))
         worker = SimpleNamespace(model_runner=runner, device=torch.device("cpu"))
         monkeypatch.setattr(compat_vllm, "worker", lambda: worker)
-        monkeypatch.setattr(
-            compat_vllm, "true_on_all_ranks", lambda fine, device: self.does("vote") or (fine and others)
-        )
+        monkeypatch.setattr(compat_vllm, "true_on_all_ranks", lambda fine: self.does("vote") or (fine and others))
         monkeypatch.setattr(compat_vllm, "begin_before_the_step", lambda: self.does("wrap"))
         monkeypatch.setattr(compat_vllm, "take_hidden_states", lambda: None)
         monkeypatch.setattr(prepare.compat_lmcache, "WorkerLink", lambda adapter, deadline, address, absent: self)
@@ -44,10 +42,6 @@ class World:
         self.done.append(what)
         if what == self.fails:
             raise ValueError("arange's range must be a power of 2")
-
-    def vote(self, fine: bool, device: Any) -> bool:
-        self.does("vote")
-        return fine and self.others
 
     def why_not(self) -> str:
         return ""

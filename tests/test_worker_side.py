@@ -213,6 +213,31 @@ def test_damage_is_repaired_at_once_where_vllm_would_fail_the_request(hf: HFMode
     assert world.worker.take_bad_blocks() == set()
 
 
+@pytest.mark.parametrize("policy", ["query", "hkvd", "none"])
+def test_soundness_is_looked_up_before_recomputation_is_queued(
+    hf: HFModel, monkeypatch: pytest.MonkeyPatch, policy: str
+) -> None:
+    """Whoever waits for it need not wait for what takes most of the time."""
+    world, done = World(hf, policy=policy), []
+    forward, number = world.model.forward, work.Number
+
+    def noted(ids: Any, *given: Any) -> torch.Tensor:
+        done.append(len(ids))
+        return forward(ids, *given)
+
+    monkeypatch.setattr(world.model, "forward", noted)
+    monkeypatch.setattr(work, "Number", lambda value: done.append("look") or number(value))
+    assert not world.run().failure
+    selection = {"query": 1, "hkvd": 1, "none": 0}[policy]
+    assert done.index("look") == selection < len(done) - 1
+
+
+def test_what_is_computed_anyway_is_not_looked_at(hf: HFModel) -> None:
+    world = World(hf, "damaged value", ratio=1.0, may_report=False)
+    assert not world.run().failure
+    assert world.is_full_prefill()
+
+
 def test_memory_that_runs_out_in_the_pass_means_computing(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(hf)
 

@@ -250,7 +250,7 @@ class VLLMModel:
 
     def all_ranks(self, fine: bool) -> bool:
         """Whether this is true on every tensor-parallel rank: all take the same decision."""
-        return compat_vllm.true_on_all_ranks(fine, self.device)
+        return compat_vllm.true_on_all_ranks(fine)
 
     def has_memory(self, tokens: int, length: int) -> bool:
         """Whether this rank has memory for passes of so many tokens in a sequence of that length, and keeps it.

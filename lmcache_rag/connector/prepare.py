@@ -44,7 +44,7 @@ def prepared(
         return None, "the lmcache_rag plugin is not loaded in this process (VLLM_PLUGINS leaves it out?)"
     parts, reason = _tried(lambda: _parts(vllm_config, worker.model_runner, adapter, options, absent))
     # What comes next is done by all ranks together: who did without would keep the others waiting.
-    if not compat_vllm.true_on_all_ranks(parts is not None, worker.device) or parts is None:
+    if not compat_vllm.true_on_all_ranks(parts is not None) or parts is None:
         return None, reason or "another rank cannot blend"
     return _tried(lambda: _side(vllm_config, parts, options))
 

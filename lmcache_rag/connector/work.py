@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from lmcache_rag.blend.policies import get_policy
 from lmcache_rag.connector.pinned import Number
 
 if TYPE_CHECKING:
-    from lmcache_rag.connector.blend_pass import BlendOutcome, Steps
+    from torch import Tensor
+
+    from lmcache_rag.connector.blend_pass import Steps
     from lmcache_rag.connector.jobs import Job
     from lmcache_rag.connector.model import VLLMModel
-    from lmcache_rag.connector.paged import PagedSequence
-    from lmcache_rag.connector.plan import BlendPlan
 
 SMALL, SMALLEST = 512, 16  # tokens of a pass where memory ran out before, and where there is none at all
 
@@ -53,8 +54,10 @@ class Work:
                         ratio=plan.ratio,
                         end=plan.end,
                         last_too=plan.alone and plan.end < job.sequence.capacity,
+                        look=functools.partial(self._look, job),
                     )
-                job.evidence = Number(self._evidence(job.outcome, plan, job.sequence))
+                elif plan.exact > plan.local:
+                    self._look(job, job.ids[:0], None)
             except torch.OutOfMemoryError:
                 if self._model.ranks > 1:
                     raise  # the others wait for this rank in the middle of the pass: it cannot begin another
@@ -116,27 +119,26 @@ class Work:
         torch.cuda.empty_cache()
         job.blend.piece = max(min(SMALL, job.blend.piece // 2), SMALLEST)
 
-    def _evidence(self, outcome: BlendOutcome, plan: BlendPlan, sequence: PagedSequence) -> Any:
-        """A number on the GPU that is not finite if the KV that came is not: the answer would not be one either.
+    def _look(self, job: Job, cached: Tensor, watched: Tensor | None) -> None:
+        """Have a number on its way from the GPU that is not finite if the KV that came is not.
 
-        The policy's own pass over all of it shows that already, but for the last layer's values.
+        The policy's own pass over all of it shows that already (`watched`), but for the last layer's values.
         """
         import torch
 
-        seen = outcome.watched
+        plan, sequence, device = job.plan, job.sequence, self._model.device
         caches = [self._model.cache(layer) for layer in range(self._model.layers)]
-        unseen = [cache for pair in caches for cache in pair] if seen is None else [caches[-1][1]]
-        total = torch.zeros((), device=self._model.device) if seen is None else seen.clone()
-        blocks = sequence.blocks[: -(-plan.end // sequence.block)].long()
-        last = plan.end - (len(blocks) - 1) * sequence.block
-        for cache in unseen:
-            own = cache[blocks]
-            # A sum is not finite as soon as one of its terms is not.
-            total += own[:-1].sum(dtype=torch.float32) + own[-1, :last].sum(dtype=torch.float32)
-        return total
+        unseen = [cache for pair in caches for cache in pair] if watched is None else [caches[-1][1]]
+        came = torch.cat([torch.arange(plan.local, plan.exact, device=device), cached])
+        slots = sequence.slots(came)
+        blocks, within = slots // sequence.block, slots % sequence.block
+        total = torch.zeros((), device=device) if watched is None else watched.clone()
+        for cache in unseen:  # a sum is not finite as soon as one of its terms is not
+            total += cache[blocks, within].sum(dtype=torch.float32)
+        job.evidence = Number(total)
 
     def proven(self, job: Job) -> bool:
-        """Whether the KV that came was sound, on all ranks; waits for the GPU to be done with the blend."""
+        """Whether the KV that came was sound, on all ranks; waits for the GPU to be done with the selection."""
         evidence, job.evidence = job.evidence, None
         if evidence is None:
             return True

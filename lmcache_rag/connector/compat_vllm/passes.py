@@ -170,13 +170,14 @@ def recording(device: Any) -> Iterator[Any]:
         yield found.stream
 
 
-def true_on_all_ranks(fine: bool, device: Any) -> bool:
-    """Whether `fine` holds on every tensor-parallel rank."""
+def true_on_all_ranks(fine: bool) -> bool:
+    """Whether `fine` holds on every tensor-parallel rank. Their hosts say so to each other: none waits for its GPU."""
     import torch
-    from vllm.distributed import tensor_model_parallel_all_reduce
+    from vllm.distributed import get_tp_group
 
     size = tensor_parallel_ranks()
     if size == 1:
         return fine
-    votes = tensor_model_parallel_all_reduce(torch.tensor([float(fine)], device=device))
-    return bool(int(votes.item()) == size)
+    votes = torch.tensor([int(fine)], dtype=torch.int32)
+    torch.distributed.all_reduce(votes, group=get_tp_group().cpu_group)
+    return int(votes.item()) == size
