@@ -15,6 +15,7 @@ from lmcache_rag.connector.server_guard import UNTIL
 log = logging.getLogger("lmcache_rag")
 
 _BACKLOG_S = 30.0  # a server that is back does what was asked before within so long
+_HAND_OVER_S = 0.0005
 
 
 class WorkerLink:
@@ -145,7 +146,9 @@ class WorkerLink:
         chunk = self._adapter.lmcache_tokens_per_chunk
         begin = plan.local // chunk * chunk
         end = -(-plan.exact // chunk) * chunk
-        key = self._key(plan, plan.token_ids, begin, end)
+        # The server hashes up to there. It compares the tokens with the look-up's only where it does not know this
+        # worker any more: then the locks end by themselves.
+        key = self._key(plan, plan.token_ids[:end], begin, end)
         transfer = self._adapter.transfer_ctx
         block = chunk // self._adapter.blocks_in_chunk
         return transfer.submit_retrieve(
@@ -216,10 +219,14 @@ class WorkerLink:
 
     def _sent(self, ask: Callable[[], Any]) -> Any:
         try:
-            return ask()
+            future = ask()
         except Exception as problem:
             self._tell(problem)
             return None
+        # A thread of LMCache's client sends it, and for that needs the GIL. This one, with Python to run until it waits
+        # for the KV, would keep it for up to 5 ms (sys.getswitchinterval) with each message.
+        time.sleep(_HAND_OVER_S)
+        return future
 
     def _tell(self, problem: Exception) -> None:
         if not self._told:

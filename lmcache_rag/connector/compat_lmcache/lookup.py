@@ -61,8 +61,9 @@ class BlendLookup:
 
     def release_prefix(self, start: int, end: int) -> None:
         """Give back the read locks of exact prefix chunks that are not going to be loaded."""
-        if end > start:
-            self._adapter.free_lookup_locks(self.token_ids, start, end, self.request_id, self.salt, self.configs)
+        if end > start:  # the server hashes up to there: the rest of a prompt would keep it from the load that follows
+            tokens = self.token_ids[:end]
+            self._adapter.free_lookup_locks(tokens, start, end, self.request_id, self.salt, self.configs)
 
     def end_session(self) -> None:
         """Give back what was looked up and not loaded."""
