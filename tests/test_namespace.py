@@ -79,6 +79,11 @@ def test_tokens_have_other_numbers_in_each_namespace() -> None:
     assert not set(one) & set(other)
     assert all(0 <= number < 2**32 for number in one + other), "LMCache hashes 32 bits of each"
     assert renumbered([], "one") == []
+    # LMCache puts hashes of pictures among the tokens.
+    assert renumbered([-1, 2**40 + 3], "one") == renumbered([2**32 - 1, 3], "one")
+    assert renumbered([2**63 + 3], "one") == renumbered([3], "one")
+    assert renumbered((0, 1), "one") == renumbered([0, 1], "one")
+    assert renumbered([], "one") == []
 
 
 class Config:

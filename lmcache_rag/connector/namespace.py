@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import uuid
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -87,7 +88,11 @@ def renumbered(token_ids: Sequence[int], namespace: str) -> list[int]:
 
 def _numbers(token_ids: Sequence[int]) -> Any:
     # By way of 64 bits: LMCache puts hashes of pictures among the tokens, and what does not fit must not raise here.
-    return np.asarray(token_ids, dtype=np.int64).astype(np.uint32)
+    try:
+        numbers = np.asarray(array("Q", token_ids))  # a third of the time that NumPy takes to read a list
+    except OverflowError:
+        numbers = np.asarray(token_ids, dtype=np.int64)
+    return numbers.astype(np.uint32)
 
 
 def identity(vllm_config: Any) -> str:
