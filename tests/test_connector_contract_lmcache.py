@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import textwrap
 import threading
 import warnings
 from pathlib import Path
@@ -26,8 +27,10 @@ with warnings.catch_warnings():
     from lmcache.integration.vllm import vllm_multi_process_adapter as adapters
     from lmcache.v1.distributed import api
     from lmcache.v1.multiprocess import custom_types, futures
+    from lmcache.v1.multiprocess.engine_context import MPCacheServerContext
     from lmcache.v1.multiprocess.modules.blend import lookup
     from lmcache.v1.multiprocess.modules.blend.matcher import BlendTokenRangeMatcher
+    from lmcache.v1.multiprocess.modules.lookup import resolve_prefetched_obj_keys
     from lmcache.v1.multiprocess.session import Session
     from lmcache.v1.multiprocess.token_hasher import TokenHasher
     from lmcache.v1.multiprocess.transfer_context import worker_transfer
@@ -38,6 +41,7 @@ with warnings.catch_warnings():
     from vllm.v1.outputs import KVConnectorOutput
 
     from lmcache_rag.connector import compat_lmcache, connector
+    from lmcache_rag.connector.compat_lmcache import loads
     from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
     from lmcache_rag.connector.namespace import renumbered
     from lmcache_rag.connector.plan import BlendPlan
@@ -151,6 +155,7 @@ def test_the_session_of_a_look_up_on_its_way_is_not_ended_with_its_request() -> 
     one.scheduler_adapter = Adapter()
     one._side = SimpleNamespace(finished=lambda request: {}, listens=lambda name: name == "waits", unheard=True)
     one._role = base.KVConnectorRole.SCHEDULER
+    one._reports = SimpleNamespace(tell=lambda: None)
     for name in ("waits", "other"):
         later, params = one.request_finished(request(name, [1], None), [])
         assert (later, params) == (True, {"lmcache_rag": {}})
@@ -162,6 +167,39 @@ def test_the_session_of_a_look_up_on_its_way_is_not_ended_with_its_request() -> 
     assert not one.has_pending_push_work()
     assert "self.scheduler_adapter.end_session(" in inspect.getsource(stock.request_finished)
     assert "self.connector.has_pending_push_work()" in inspect.getsource(Scheduler.has_requests)
+
+
+def test_lmcache_is_told_of_blocks_behind_the_load_and_before_the_session_ends() -> None:
+    stock = lmcache_mp_connector.LMCacheMPConnector
+    takes(adapters.LMCacheMPSchedulerAdapter.report_block_allocations, "records")
+    assert "self.scheduler_adapter.report_block_allocations(" in inspect.getsource(stock)
+
+    told: list[Any] = []
+
+    class Adapter:
+        def report_block_allocations(self, records: list[Any]) -> None:
+            told.append(records)
+
+        def cleanup_lookup_result(self, request_id: str) -> None:
+            """Nothing is left over."""
+
+        def end_session(self, request_id: str) -> None:
+            told.append(request_id)
+
+    one: Any = object.__new__(connector.CacheBlendConnector)
+    one._why_not, one._freed, one.lazy_offload = "", FreedOnce(), False
+    one.request_trackers, one._side, one.scheduler_adapter = {}, None, Adapter()
+    one._can_store = True
+    one._role = base.KVConnectorRole.SCHEDULER
+    one._reports = compat_lmcache.LaterReports(one.scheduler_adapter)
+    one.scheduler_adapter.report_block_allocations(["first step"])
+    assert told == []
+    one.scheduler_adapter.report_block_allocations(["second step"])
+    assert told == [["first step"]]
+    one.request_finished(request("r", [1], None), [])
+    assert told == [["first step"], ["second step"], "r"]
+    one._reports.tell()
+    assert len(told) == 3
 
 
 def test_a_request_is_freed_once_whatever_lmcache_says_of_it() -> None:
@@ -227,6 +265,50 @@ def test_exact_prefixes_are_asked_for_in_whole_chunks() -> None:
     assert len(session.get_hashes(64, 192)) == 2
     with pytest.raises(AssertionError):
         session.get_hashes(64, 191)
+    # No tokens behind the end are needed.
+    short = Session("s", TokenHasher(chunk_size=CHUNK, hash_algorithm="blake3"))
+    short.set_tokens(list(range(192)))
+    assert short.get_hashes(64, 192) == session.get_hashes(64, 192)
+    for function in (MPCacheServerContext.resolve_obj_keys, resolve_prefetched_obj_keys):
+        tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+        reads = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Call) and "token_ids" in ast.unparse(n)]
+        assert set(reads) <= {
+            "session.set_tokens(list(key.token_ids))",
+            "ctx.token_hasher.compute_chunk_hashes(list(key.token_ids), start=key.start, end=key.end)",
+            "list(key.token_ids)",
+        }
+
+
+def test_a_prefix_is_named_by_the_tokens_up_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it is loaded, and when it is not. Whoever asks for a load then lets LMCache's thread send it."""
+    sent: list[Any] = []
+    monkeypatch.setattr(loads.time, "sleep", lambda seconds: sent.append("GIL"))
+
+    def create(tokens: Any, start: int, end: int, *more: Any) -> Any:
+        return list(tokens), start, end
+
+    transfer = SimpleNamespace(
+        create_recorded_event=lambda: "event",
+        submit_retrieve=lambda name, key, *more, skip_first_n_tokens: sent.append((*key, skip_first_n_tokens)),
+    )
+    worker = SimpleNamespace(
+        _create_key=create, transfer_ctx=transfer, kv_caches={}, lmcache_tokens_per_chunk=64, blocks_in_chunk=4
+    )
+    plan = BlendPlan("r", tuple(range(500)), 80, 191, (), 400, tuple(range(25)), "query", 0.15)
+    compat_lmcache.WorkerLink(worker, 1.0).submit_exact(plan)
+    assert sent == [(list(range(192)), 64, 192, 16), "GIL"]
+
+    client = SimpleNamespace(cb_unified_lookup=lambda key, ranks: None)
+    keyed = SimpleNamespace(no_worker_id_version=lambda: custom_types.IPCCacheServerKey("m", 1, None, (), 0, 0, "r"))
+    scheduler = SimpleNamespace(
+        _create_key=lambda *given: keyed,
+        req_clients={"url": client},
+        tp_size=1,
+        free_lookup_locks=lambda *given: sent.append(given),
+    )
+    look_up = compat_lmcache.BlendLookup(scheduler, "r", list(range(500)), "salt", None)
+    look_up.release_prefix(0, 128)
+    assert sent[2:] == [(list(range(128)), 0, 128, "r", "salt", None)]
 
 
 def test_the_index_of_chunks_knows_nothing_of_what_stood_before_them_nor_of_tenants() -> None:

@@ -82,6 +82,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             compat_lmcache.renumber_tokens(adapter)
         if role == KVConnectorRole.SCHEDULER:
             compat_vllm.deliver_worker_meta_first()
+            self._reports = compat_lmcache.LaterReports(self.scheduler_adapter)
             chunk = compat_lmcache.chunk_tokens(self.scheduler_adapter)
             self._namespaces = Namespaces(identity(vllm_config), chunk)
             compat_lmcache.watch(self.scheduler_adapter, lambda: not self._why_not)
@@ -228,6 +229,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         statistics = self._side.finished(request) if self._side is not None else None
         if self._why_not:
             statistics = self._count_unblended(request)
+        self._reports.tell()
         with contextlib.ExitStack() as stack:
             if self._side is not None and self._side.listens(request.request_id):
                 stack.enter_context(compat_lmcache.session_goes_on(self.scheduler_adapter, request.request_id))

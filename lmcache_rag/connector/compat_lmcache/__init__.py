@@ -4,7 +4,7 @@ Written for LMCache 0.5.6, which is imported in the functions. Its server sends 
 each wait has a deadline.
 """
 
-from lmcache_rag.connector.compat_lmcache.adapters import address, chunk_tokens, loading, renumber_tokens
+from lmcache_rag.connector.compat_lmcache.adapters import LaterReports, address, chunk_tokens, loading, renumber_tokens
 from lmcache_rag.connector.compat_lmcache.loads import WorkerLink
 from lmcache_rag.connector.compat_lmcache.lookup import BlendLookup, session_goes_on
 from lmcache_rag.connector.compat_lmcache.server import (
@@ -19,6 +19,7 @@ from lmcache_rag.connector.compat_lmcache.server import (
 
 __all__ = [
     "BlendLookup",
+    "LaterReports",
     "WorkerLink",
     "address",
     "chunk_tokens",

@@ -30,6 +30,32 @@ def renumber_tokens(adapter: Any) -> None:
     adapter._create_key = create_key
 
 
+class LaterReports:
+    """Tells LMCache which blocks vLLM gave to which tokens a moment later than its connector does.
+
+    It does so, for metrics, before the workers are given the step: all tokens of a new prompt would be on the wire, and
+    be read and counted by the server, before the prompt's KV is asked for.
+
+    Args:
+        adapter: LMCache's scheduler adapter.
+    """
+
+    def __init__(self, adapter: Any) -> None:
+        self._tell: Callable[[list[Any]], None] = adapter.report_block_allocations
+        self._kept: list[Any] = []
+        adapter.report_block_allocations = self._keep
+
+    def _keep(self, records: list[Any]) -> None:
+        self.tell()  # of earlier steps
+        self._kept = records
+
+    def tell(self) -> None:
+        """Tell what is left; before a request's session ends, or its blocks would count as used for ever."""
+        kept, self._kept = self._kept, []
+        if kept:
+            self._tell(kept)
+
+
 def address(get: Callable[[str, Any], Any]) -> tuple[str, int] | None:
     """(host, port) of the server that LMCache's connector is told to use; None where it is one of several.
 
