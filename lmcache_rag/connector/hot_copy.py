@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import sub
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.connector.paged import PagedSequence
@@ -48,7 +49,8 @@ class HotCopy:
 
         device = self._table.device
         block = sequence.block
-        columns = [*(m.block for m in matches), *(m.start for m in matches), *(m.start - m.old_start for m in matches)]
+        new_starts, _, old_starts, _, _, old_blocks = zip(*matches, strict=True)
+        columns = [*old_blocks, *new_starts, *map(sub, new_starts, old_starts)]
         blocks, starts, deltas = on_device(columns, torch.int64, device).view(3, -1)
         within = torch.arange(block, device=device)
         source = (blocks[:, None] * block + within).flatten()

@@ -88,6 +88,8 @@ def renumbered(token_ids: Sequence[int], namespace: str) -> list[int]:
 
 def _numbers(token_ids: Sequence[int]) -> Any:
     # By way of 64 bits: LMCache puts hashes of pictures among the tokens, and what does not fit must not raise here.
+    if isinstance(token_ids, array):
+        return np.asarray(token_ids).astype(np.uint32)
     try:
         numbers = np.asarray(array("Q", token_ids))  # a third of the time that NumPy takes to read a list
     except OverflowError:
