@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 
@@ -25,14 +26,14 @@ class Match(NamedTuple):
 def spans_of(matches: Sequence[Match]) -> list[tuple[int, int]]:
     """Matches as chunks: neighbours that were neighbours where they were cached are one."""
     spans: list[tuple[int, int]] = []
-    before: Match | None = None
-    for match in matches:
-        if before is not None and before.end == match.start and before.old_end == match.old_start:
-            spans[-1] = (spans[-1][0], match.end)
-        else:
-            spans.append((match.start, match.end))
-        before = match
-    return spans
+    first = here = there = -1  # where the last chunk starts and ends, and where it ended in its cache
+    for start, end, old_start, old_end, _, _ in matches:
+        if start != here or old_start != there:
+            if first >= 0:
+                spans.append((first, here))
+            first = start
+        here, there = end, old_end
+    return [*spans, (first, here)] if first >= 0 else spans
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class BlendPlan:
 
     Attributes:
         request_id: The request, and the name of its LMCache session.
-        token_ids: The whole prompt.
+        token_ids: The whole prompt, as 64-bit numbers: they become a tensor as they lie in memory.
         local: vLLM holds the KV of this many tokens already.
         exact: KV up to here comes from an exact prefix: vLLM's, and LMCache's from `local` on.
         matches: Pieces to place behind that; ascending.
@@ -57,7 +58,7 @@ class BlendPlan:
     """
 
     request_id: str
-    token_ids: tuple[int, ...]
+    token_ids: Sequence[int]
     local: int
     exact: int
     matches: tuple[Match, ...]
@@ -124,8 +125,9 @@ class Claim:
 
     def computed(self, policy: str, ratio: float) -> int:
         """Tokens that a blend of this claim computes, without its selection."""
-        again = {"none": 0, "all": self.reused}.get(policy, round(ratio * self.reused))
-        return again + self.end - self.exact - self.reused
+        reused = self.reused
+        again = {"none": 0, "all": reused}.get(policy, round(ratio * reused))
+        return again + self.end - self.exact - reused
 
 
 def claim(prompt: int, local: int, prefix: int, matches: Sequence[Match], *, least: int = 64, tail: int = 0) -> Claim:
@@ -145,12 +147,14 @@ def claim(prompt: int, local: int, prefix: int, matches: Sequence[Match], *, lea
     """
     exact = min(max(local, prefix), prompt - 1)
     apart: list[Match] = []
-    for match in sorted(matches, key=lambda m: m.start):
-        if match.end < prompt and match.start >= (apart[-1].end if apart else exact):
+    end, covered = exact, 0
+    for match in sorted(matches, key=attrgetter("start")):
+        start, stop = match.start, match.end
+        if stop < prompt and start >= end:
             apart.append(match)
-    if sum(m.end - m.start for m in apart) < max(least, 1):
+            end, covered = stop, covered + stop - start
+    if covered < max(least, 1):
         return Claim(exact, (), exact)
-    end = apart[-1].end
     return Claim(exact, tuple(apart), prompt - 1 if prompt - 1 - end <= tail else end)
 
 
@@ -181,3 +185,8 @@ def request_options(
     else:
         complaints.append(f"lmcache_rag.blend {switch!r} is neither on nor off; {'on' if usual else 'off'} is used")
     return policy, ratio, blend, complaints
+
+
+def ingests(params: dict[str, Any] | None) -> bool:
+    """Whether a request is one chunk behind its prefix, to be kept (`"lmcache_rag.ingest": true`)."""
+    return (params or {}).get("lmcache_rag.ingest") is True
