@@ -87,6 +87,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.filed: dict[Any, Block] = {}
+        self.blocks: dict[int, Block] = {}
         self.touched: list[Block] = []
         self.made = 0
 
@@ -95,13 +96,16 @@ class Pool:
             parent = hash_block(parent, tuple(tokens[first : first + block]))
             if parent not in self.filed:
                 self.made += 1
-                self.filed[parent] = Block(self.made)
+                self.filed[parent] = self.blocks[self.made] = Block(self.made)
 
     def evict(self) -> None:
         self.filed = {key: block for key, block in self.filed.items() if block.users}
 
-    def get_cached_block(self, block_hash: Any, group_ids: list[int]) -> list[Any] | None:
-        return [self.filed[block_hash]] if block_hash in self.filed else None
+    def key(self, block_hash: Any) -> Any:
+        return block_hash
+
+    def get(self, keys: Any) -> Any:
+        return map(self.filed.get, keys)
 
     def touch(self, blocks: Any) -> None:
         for block in blocks:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from array import array
 from typing import Any
 
 import pytest
@@ -118,7 +119,7 @@ def test_chunks_of_earlier_requests_are_found_in_vllms_own_blocks_and_kept(
     manager: KVCacheManager, hasher: Any, config: VllmConfig
 ) -> None:
     prefix, first, second = list(range(32)), list(range(100, 148)), list(range(200, 240))
-    hot = HotChunks(manager.block_pool, BLOCK, compat_vllm.block_hash(config))
+    hot = HotChunks(compat_vllm.CachedBlocks(manager.block_pool), BLOCK, compat_vllm.block_hash(config))
     held = {}
     for name, chunk in (("first", first), ("second", second)):
         ingestion = request(name, prefix + chunk, hasher)
@@ -127,8 +128,9 @@ def test_chunks_of_earlier_requests_are_found_in_vllms_own_blocks_and_kept(
         manager.free(ingestion)
 
     query = request("query", prefix + second + first + [1, 2, 3], hasher)
-    found = hot.find(query.prompt_token_ids, query.block_hashes, [(32, 72), (72, 120)])
-    assert [(m.start, m.end, m.old_start, m.block) for m, _ in found] == [
+    places = hot.places(array("q", query.prompt_token_ids), query.block_hashes, [(32, 72), (72, 120)])
+    found = hot.find(places)
+    assert [(m.start, m.end, m.old_start, m.block) for m in found] == [
         (32, 48, 32, held["second"][2]),
         (48, 64, 48, held["second"][3]),
         (72, 88, 32, held["first"][2]),
@@ -136,11 +138,52 @@ def test_chunks_of_earlier_requests_are_found_in_vllms_own_blocks_and_kept(
         (104, 120, 64, held["first"][4]),
     ]
     free = manager.block_pool.get_num_free_blocks()
-    hot.pin("query", [block for _, block in found])
+    hot.pin("query", [match.block for match in found])
     assert manager.block_pool.get_num_free_blocks() == free - 5
     fill = request("fill", list(range(1000, 1500)), hasher)
     run(manager, fill)  # takes the blocks that can be evicted in order
     manager.free(fill)
-    assert len(hot.find(query.prompt_token_ids, query.block_hashes, [(32, 72), (72, 120)])) == 5
+    assert hot.find(places) == found
     hot.unpin("query")
     assert manager.block_pool.get_num_free_blocks() == free
+    assert manager.block_pool.reset_prefix_cache()
+    assert hot.find(places) == [], "vLLM has emptied its prefix cache"
+
+
+def test_vllms_own_hashes_of_a_chunk_behind_its_prefix_are_what_we_would_hash(
+    manager: KVCacheManager, hasher: Any, config: VllmConfig
+) -> None:
+    pool, hashed = compat_vllm.CachedBlocks(manager.block_pool), []
+    function = compat_vllm.block_hash(config)
+
+    def hash_block(parent: Any, tokens: tuple[int, ...]) -> Any:
+        hashed.append(tokens)
+        return function(parent, tokens)
+
+    tokens = array("q", range(150))
+    own = request("ingestion", list(tokens), hasher).block_hashes
+    (told,) = HotChunks(pool, BLOCK, hash_block).places(tokens, own, [(32, 150)])
+    assert len(hashed) == 1
+    (alone,) = HotChunks(pool, BLOCK, hash_block).places(tokens, own[:2], [(32, 150)])
+    assert len(hashed) == 1 + (150 - 32) // BLOCK
+    assert told == alone
+
+
+def test_what_hides_blocks_looks_like_vllms_own_hashes(hasher: Any) -> None:
+    one = request("one", list(range(100)), hasher)
+    (kind,) = {(type(own), len(own)) for own in one.block_hashes}
+    compat_vllm.hide_from_prefix_cache(one, 32, BLOCK)
+    assert {(type(own), len(own)) for own in one.block_hashes} == {kind}
+
+
+def test_a_block_is_found_by_its_key_as_vllm_finds_it(manager: KVCacheManager, hasher: Any) -> None:
+    pool = compat_vllm.CachedBlocks(manager.block_pool)
+    twins = [request(name, list(range(100)), hasher) for name in ("one", "two")]
+    for twin in twins:  # both are computed: blocks of one hash
+        assert manager.allocate_slots(twin, twin.num_tokens) is not None
+    hashes = [*twins[0].block_hashes, b"x" * 32]
+    found = list(pool.get(map(pool.key, hashes)))
+    theirs = [manager.block_pool.get_cached_block(own, [0]) for own in hashes]
+    assert found == [blocks[0] if blocks else None for blocks in theirs]
+    assert found[-1] is None
+    assert all(pool.blocks[block.block_id] is block for block in found[:-1])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from array import array
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -35,11 +37,17 @@ class Block:
 class Pool:
     """Blocks under hashes, with reference counts, as vLLM's pool keeps them."""
 
-    blocks: dict[Any, Block] = field(default_factory=dict)
+    filed: dict[Any, Block] = field(default_factory=dict)
 
-    def get_cached_block(self, block_hash: Any, group_ids: list[int]) -> list[Block] | None:
-        assert group_ids == [0]
-        return [self.blocks[block_hash]] if block_hash in self.blocks else None
+    def key(self, block_hash: Any) -> Any:
+        return ("key", block_hash)
+
+    def get(self, keys: Any) -> Any:
+        return map(self.filed.get, keys)
+
+    @property
+    def blocks(self) -> dict[int, Block]:
+        return {block.block_id: block for block in self.filed.values()}
 
     def touch(self, blocks: Any) -> None:
         for block in blocks:
@@ -53,11 +61,11 @@ class Pool:
     def add(self, tokens: list[int]) -> None:
         """The blocks of a finished request."""
         for block_hash in hashes(tokens):
-            self.blocks.setdefault(block_hash, Block(len(self.blocks) + 1))
+            self.filed.setdefault(self.key(block_hash), Block(len(self.filed) + 1))
 
     @property
     def held(self) -> int:
-        return sum(block.ref_cnt for block in self.blocks.values())
+        return sum(block.ref_cnt for block in self.filed.values())
 
 
 def hash_block(parent: Any, tokens: tuple[int, ...]) -> int:
@@ -111,10 +119,8 @@ def make(pool: Pool, lookups: list[Any] | None = None, **options: Any) -> Schedu
 def test_whole_blocks_of_every_chunk_are_found_with_where_they_were_computed(world: Any) -> None:
     pool, request = world
     spans = named_spans(request.kv_transfer_params, request.num_tokens)
-    found = [
-        match
-        for match, _ in HotChunks(pool, BLOCK, hash_block).find(request.prompt_token_ids, request.block_hashes, spans)
-    ]
+    chunks = HotChunks(pool, BLOCK, hash_block)
+    found = chunks.find(chunks.places(array("q", request.prompt_token_ids), request.block_hashes, spans))
     for start, end in spans:
         mine = [m for m in found if start <= m.start < end]
         assert [m.start for m in mine] == list(range(start, end - BLOCK + 1, BLOCK))
@@ -126,7 +132,8 @@ def test_another_prefix_finds_nothing(world: Any) -> None:
     request.prompt_token_ids[0] += 1
     request.block_hashes = hashes(request.prompt_token_ids)
     spans = named_spans(request.kv_transfer_params, request.num_tokens)
-    assert HotChunks(pool, BLOCK, hash_block).find(request.prompt_token_ids, request.block_hashes, spans) == []
+    chunks = HotChunks(pool, BLOCK, hash_block)
+    assert chunks.find(chunks.places(array("q", request.prompt_token_ids), request.block_hashes, spans)) == []
 
 
 @pytest.mark.parametrize(
@@ -248,17 +255,72 @@ def test_a_copied_key_is_the_key_at_its_new_position(tokenizer: Any, scaling: st
 def test_what_seems_to_be_held_is_seen_without_looking_at_every_block() -> None:
     pool = scheduler_kit.Pool()
     chunks = HotChunks(pool, 8, scheduler_kit.hash_block)
-    tokens, hashes = list(range(100)), ["a", "b", "c", "d"]
-    pool.file("d", tokens[32:56], 8)
+    tokens, hashes = array("q", range(100)), ["a", "b", "c", "d"]
+    pool.file("d", list(tokens[32:56]), 8)
     asked: list[Any] = []
-    real = pool.get_cached_block
-    pool.get_cached_block = lambda *given: (asked.append(given), real(*given))[1]  # type: ignore[method-assign]
+    real = pool.get
+    pool.get = lambda keys: (asked.extend(keys), real(keys))[1]  # type: ignore[method-assign]
     spans = [(32, 56), (60, 92)]
-    assert chunks.held(tokens, hashes, spans) == 24
+    places = chunks.places(tokens, hashes, spans)
+    assert chunks.held(places) == 24
     assert len(asked) == 2
-    assert chunks.held(tokens, hashes, []) == 0
-    assert chunks.held(tokens, hashes[:3], spans) == 0, "the prefix is longer than what is hashed"
-    assert sum(m.end - m.start for m, _ in chunks.find(tokens, hashes, spans)) == 24
+    assert chunks.places(tokens, hashes, []) == []
+    assert chunks.places(tokens, hashes[:3], spans) == [], "the prefix is longer than what is hashed"
+    assert sum(m.end - m.start for m in chunks.find(places)) == 24
+
+
+def test_what_vllm_has_hashed_at_an_ingestion_is_not_hashed_again() -> None:
+    pool, hashed = scheduler_kit.Pool(), []
+    tokens = array("q", range(100))
+
+    def hash_block(parent: Any, part: tuple[int, ...]) -> Any:
+        hashed.append(part)
+        return scheduler_kit.hash_block(parent, part)
+
+    own = [
+        "a",
+        *accumulate((tuple(tokens[n : n + 8]) for n in range(16, 96, 8)), scheduler_kit.hash_block, initial="b"),
+    ]
+    told = HotChunks(pool, 8, hash_block)
+    (ingested,) = told.places(tokens, own, [(16, 100)])
+    assert len(hashed) == 1, "only to see that its hashes are those of nothing but tokens"
+    hashed.clear()
+    (alone,) = HotChunks(pool, 8, hash_block).places(tokens, own[:2], [(16, 100)])
+    assert (alone.keys, len(hashed)) == (ingested.keys, 10)
+    hashed.clear()
+    query = array("q", [*tokens[:16], 1, 2, 3, *tokens[16:]])
+    assert told.places(query, own[:2], [(16, 19), (19, 103)])[1].keys == ingested.keys
+    assert hashed == []
+    other = [*own[:2], *(f"with an adapter {number}" for number in range(10))]
+    assert HotChunks(pool, 8, hash_block).places(tokens, other, [(16, 100)])[0].keys == ingested.keys
+
+
+def test_a_request_for_a_chunk_at_its_first_use_hashes_nothing() -> None:
+    pool, hashed = scheduler_kit.Pool(), []
+
+    def counted(parent: Any, part: tuple[int, ...]) -> Any:
+        hashed.append(part)
+        return hash_block(parent, part)
+
+    side = SchedulerSide(
+        ConnectorOptions(least_tokens=16),
+        64,
+        lambda r: None,
+        lambda r, first: None,
+        HotSide(HotChunks(pool, BLOCK, counted)),
+    )
+    prefix, chunks = list(range(64)), [list(range(100 * n, 100 * n + 64)) for n in (1, 2)]
+    for number, chunk in enumerate(chunks):
+        ingestion = Request(f"ingestion {number}", prefix + chunk, [])
+        ingestion.kv_transfer_params = {
+            "lmcache_rag.ingest": True, "lmcache_rag.blend": "off", "lmcache_rag.prefix": len(prefix)
+        }  # fmt: skip
+        side.arrived(ingestion)
+        side.finished(ingestion)
+    assert len(hashed) == len(chunks)
+    hashed.clear()
+    side.arrived(Request("query", prefix + chunks[1] + chunks[0] + [1, 2], [[64, 128], [128, 192]]))
+    assert hashed == []
 
 
 def test_a_block_is_not_copied_before_its_kv_is_computed() -> None:
@@ -266,12 +328,13 @@ def test_a_block_is_not_copied_before_its_kv_is_computed() -> None:
     pool = scheduler_kit.Pool()
     filed = FiledBlocks(pool, 8)
     chunks = HotChunks(pool, 8, scheduler_kit.hash_block, filed=filed)
-    tokens, hashes, spans = list(range(100)), ["a", "b", "c", "d"], [(32, 56)]
-    pool.file("d", tokens[32:56], 8)
+    tokens = array("q", range(100))
+    pool.file("d", list(tokens[32:56]), 8)
+    places = chunks.places(tokens, ["a", "b", "c", "d"], [(32, 56)])
     last = list(pool.filed.values())[-1]
     filed.add(last.block_id)
-    assert chunks.held(tokens, hashes, spans) == 0
-    assert [match.end for match, _ in chunks.find(tokens, hashes, spans)] == [40, 48]
+    assert chunks.held(places) == 0
+    assert [match.end for match in chunks.find(places)] == [40, 48]
     filed.step_ends()
-    assert chunks.held(tokens, hashes, spans) == 24
-    assert [match.end for match, _ in chunks.find(tokens, hashes, spans)] == [40, 48, 56]
+    assert chunks.held(places) == 24
+    assert [match.end for match in chunks.find(places)] == [40, 48, 56]

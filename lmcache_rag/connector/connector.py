@@ -159,11 +159,12 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         block = self._hash_block()
         if self._side is None or not getattr(gpu_block_pool, "enable_caching", False):
             return
-        self._side.filed = FiledBlocks(gpu_block_pool, block)
+        pool = compat_vllm.CachedBlocks(gpu_block_pool)
+        self._side.filed = FiledBlocks(pool, block)
         compat_vllm.watch_filed_blocks(gpu_block_pool, self._side.filed.add)
         if self._options.hot:
             function = compat_vllm.block_hash(self._vllm_config)
-            self._side.hot = HotSide(HotChunks(gpu_block_pool, block, function, filed=self._side.filed))
+            self._side.hot = HotSide(HotChunks(pool, block, function, filed=self._side.filed))
 
     def _hash_block(self) -> int:
         size = getattr(self._gpu_block_pool, "hash_block_size", None) or self._vllm_config.cache_config.block_size

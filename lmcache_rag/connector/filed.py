@@ -13,8 +13,12 @@ from typing import Any, Protocol
 class Pool(Protocol):
     """What is used of vLLM's BlockPool."""
 
-    def get_cached_block(self, block_hash: Any, group_ids: list[int]) -> list[Any] | None:
-        """The block filed under this hash."""
+    def key(self, block_hash: Any) -> Any:
+        """What a block with that hash is filed under."""
+        ...
+
+    def get(self, keys: Iterable[Any]) -> Iterator[Any]:
+        """The block filed under each key; None where there is none."""
         ...
 
 
@@ -38,22 +42,18 @@ class FiledBlocks:
         """What was filed is computed before anything that the next step asks for."""
         self._filed.clear()
 
-    def computed(self, block_hash: Any) -> Any:
-        """The block under that hash whose KV is there; None when there is none."""
-        return next(self.all_computed((block_hash,)), None)
-
-    def all_computed(self, hashes: Iterable[Any]) -> Iterator[Any]:
-        """`computed` of each, until there is none: thousands of them stand between a prompt and its first token."""
-        get, filed, group = self._pool.get_cached_block, self._filed, [0]
-        for block_hash in hashes:
-            blocks = get(block_hash, group)
-            if not blocks or blocks[0].block_id in filed:
-                return
-            yield blocks[0]
+    def computed(self, keys: Iterable[Any]) -> list[int]:
+        """Ids of the blocks under these keys, as far as there are any and their KV is there."""
+        filed, found = self._filed, []
+        for block in self._pool.get(keys):
+            if block is None or block.block_id in filed:
+                break
+            found.append(block.block_id)
+        return found
 
     def hold(self, hashes: Sequence[Any], tokens: int) -> bool:
         """Whether some of a request's first tokens, which vLLM found in its cache, are only being computed."""
         if not self._filed:
             return False
-        found = (self._pool.get_cached_block(own, [0]) for own in hashes[: tokens // self._block])
-        return any(blocks[0].block_id in self._filed for blocks in found if blocks)
+        found = self._pool.get(map(self._pool.key, hashes[: tokens // self._block]))
+        return any(block.block_id in self._filed for block in found if block is not None)

@@ -7,11 +7,13 @@ might wait for each other for ever in a small pool.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmcache_rag.connector.hot import HotChunks, named_spans
+from lmcache_rag.connector.hot import HotChunks, Place, named_spans
+from lmcache_rag.connector.namespace import PREFIX
 from lmcache_rag.connector.plan import Match
 
 _ATTEMPTS = 2
@@ -19,9 +21,9 @@ _ATTEMPTS = 2
 
 @dataclass
 class _Hot:
-    spans: list[tuple[int, int]]
+    places: list[Place]
+    tokens: int  # of all chunks
     attempts: int = 0
-    blocks: dict[int, Any] = field(default_factory=dict)  # by the position where each match starts
 
 
 @dataclass
@@ -38,42 +40,39 @@ class HotSide:
     _requests: dict[str, _Hot] = field(default_factory=dict)
     _loose: set[str] = field(default_factory=set)  # pinned in this step, not allocated yet
 
-    def begin(self, request: Any) -> None:
-        """Remember where a new request's chunks stand."""
-        spans = named_spans(request.kv_transfer_params, len(request.prompt_token_ids or ()))
+    def begin(self, request: Any, tokens: array[int]) -> None:
+        """Remember where a new request's chunks stand in its prompt."""
+        spans = named_spans(request.kv_transfer_params, len(tokens))
         if spans:
-            self._requests[request.request_id] = _Hot(spans)
+            places = self.chunks.places(tokens, request.block_hashes, spans)
+            self._requests[request.request_id] = _Hot(places, sum(end - start for start, end in spans))
+
+    def ingests(self, request: Any, tokens: array[int]) -> None:
+        """Remember what the blocks of a chunk are called that is going to be asked for: vLLM has just hashed them."""
+        prefix = (request.kv_transfer_params or {}).get(PREFIX)
+        if type(prefix) is int and 0 < prefix < len(tokens):
+            self.chunks.places(tokens, request.block_hashes, [(prefix, len(tokens))])
 
     def promising(self, request: Any) -> bool:
         """Whether so much seems to be hot that LMCache need not be asked."""
         hot = self._requests.get(request.request_id)
-        if hot is None:
-            return False
-        held = self.chunks.held(request.prompt_token_ids, request.block_hashes, hot.spans)
-        return held >= self.share * sum(end - start for start, end in hot.spans)
+        return hot is not None and self.chunks.held(hot.places) >= self.share * hot.tokens
 
     def find(self, request: Any) -> list[Match]:
         """What is hot right now."""
         hot = self._requests.get(request.request_id)
         if hot is None or hot.attempts >= _ATTEMPTS:
             return []
-        found = self.chunks.find(request.prompt_token_ids, request.block_hashes, hot.spans)
-        hot.blocks = {match.start: block for match, block in found}
-        return [match for match, _ in found]
+        return self.chunks.find(hot.places)
 
     def enough(self, request: Any, matches: Sequence[Match]) -> bool:
         """Whether so much is hot that LMCache need not be asked."""
         hot = self._requests.get(request.request_id)
-        if hot is None:
-            return False
-        return sum(m.end - m.start for m in matches) >= self.share * sum(end - start for start, end in hot.spans)
+        return hot is not None and len(matches) * self.chunks.block >= self.share * hot.tokens
 
     def claim(self, request_id: str, matches: Sequence[Match]) -> None:
         """Pin the hot ones among the matches that are claimed."""
-        hot = self._requests.get(request_id)
-        if hot is None:
-            return
-        blocks = [hot.blocks[match.start] for match in matches if match.block >= 0]
+        blocks = [match.block for match in matches if match.block >= 0]
         if blocks:
             self.chunks.pin(request_id, blocks)
             self._loose.add(request_id)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from array import array
+from dataclasses import dataclass, field
 from typing import Any
 
 from lmcache_rag.connector.abandoned import Lookup
@@ -16,6 +17,7 @@ class RequestState:
     policy: str
     ratio: float
     blend: bool
+    tokens: array[int] = field(default_factory=lambda: array("q"))  # the prompt; empty when nothing is looked up
     lookup: Lookup | None = None
     asked: float = 0.0
     awaited: float = 0.0  # since when the request waits for nothing but its look-up

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,7 +17,7 @@ from lmcache_rag.connector.filed import FiledBlocks
 from lmcache_rag.connector.hot_side import HotSide, without_overlap
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.pace import Allowance, Pace
-from lmcache_rag.connector.plan import BlendPlan, BlendResult, Claim, Match, claim, request_options
+from lmcache_rag.connector.plan import BlendPlan, BlendResult, Claim, Match, claim, ingests, request_options
 from lmcache_rag.connector.request_state import RequestState, statistics
 
 log = logging.getLogger("lmcache_rag")
@@ -131,9 +132,12 @@ class SchedulerSide:
         self._states[request.request_id] = state
         if state.over:
             return state
+        state.tokens = array("q", request.prompt_token_ids)
         if self.hot and state.blend:
-            self.hot.begin(request)
+            self.hot.begin(request, state.tokens)
             state.hot_only = self.hot.promising(request)
+        elif self.hot and ingests(request.kv_transfer_params):
+            self.hot.ingests(request, state.tokens)
         if not state.hot_only:
             self._ask(request, state)
         return state
@@ -195,7 +199,7 @@ class SchedulerSide:
         of chunks what is stored only, not what it loads from a second tier, where an earlier server may have put it.
         """
         state = self._states.get(request.request_id)
-        if (request.kv_transfer_params or {}).get("lmcache_rag.ingest") is True:
+        if ingests(request.kv_transfer_params):
             return 0
         return state.lookup.result[0] if state and state.lookup and state.lookup.result else 0
 
@@ -221,7 +225,7 @@ class SchedulerSide:
         self._plans.append(
             BlendPlan(
                 request.request_id,
-                tuple(request.prompt_token_ids),
+                state.tokens,
                 state.local,
                 state.claim.exact,
                 state.claim.matches,

@@ -4,9 +4,9 @@ Written for vLLM 0.25.1 and 0.33. vLLM is imported in the functions: this is loa
 """
 
 from lmcache_rag.connector.compat_vllm.blocks import (
+    CachedBlocks,
     block_hash,
     hide_from_prefix_cache,
-    type_of_hash,
     watch_filed_blocks,
 )
 from lmcache_rag.connector.compat_vllm.last_token import offer_hidden_state, take_hidden_states
@@ -34,6 +34,7 @@ from lmcache_rag.connector.compat_vllm.streams import begin_texts_quickly, tell_
 from lmcache_rag.connector.compat_vllm.wishes import refuse
 
 __all__ = [
+    "CachedBlocks",
     "OwnMetadata",
     "attention_layers",
     "begin_before_the_step",
@@ -55,7 +56,6 @@ __all__ = [
     "tensor_parallel_ranks",
     "tensor_parallel_sum",
     "true_on_all_ranks",
-    "type_of_hash",
     "watch_filed_blocks",
     "worker",
     "write_kv",
