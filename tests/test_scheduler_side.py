@@ -254,7 +254,9 @@ def test_what_is_short_or_not_text_is_not_looked_up() -> None:
     short = Request("s", list(range(CHUNK)), None, (0, ()), 0, 0, num_tokens=CHUNK)
     picture = once.request("p")
     picture.mm_features = ["a picture"]  # type: ignore[attr-defined]
-    assert once.side.matched(short, 0) == once.side.matched(picture, 0) == 0
+    embedded = once.request("e")
+    embedded.prompt_embeds = "numbers"  # type: ignore[attr-defined]
+    assert once.side.matched(short, 0) == once.side.matched(picture, 0) == once.side.matched(embedded, 0) == 0
     assert once.lookups == []
 
 

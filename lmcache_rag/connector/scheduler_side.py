@@ -127,8 +127,10 @@ class SchedulerSide:
         prompt = len(request.prompt_token_ids or ())
         if prompt <= self.chunk or getattr(request, "skip_reading_prefix_cache", False):
             state.over = True
-        if getattr(request, "mm_features", None) or request.num_tokens != prompt:
-            state.over = True  # pictures are no text, and a resumed request is not blended
+        if getattr(request, "mm_features", None) or getattr(request, "prompt_embeds", None) is not None:
+            state.over = True  # pictures and embeddings are no text, and have numbers of no meaning in its place
+        if request.num_tokens != prompt:
+            state.over = True  # a resumed request is not blended
         self._states[request.request_id] = state
         if state.over:
             return state
