@@ -52,6 +52,7 @@ class Row:
         return {**asdict(self), "median_ms": self.median, "min_ms": min(self.ttft_ms)}
 
 
+_PREFIX = "lmcache_rag.prefix"
 _STORED_S = 0.3  # until what an ingestion stores behind its answers is stored
 _STORED_S_PER_TOKEN = 15e-6  # the same for a single prompt
 
@@ -92,7 +93,8 @@ class SpeedBench:
         return await self._ingest(Arm("", url), self.workload, at_once)
 
     async def _ingest(self, arm: Arm, workload: Workload, at_once: int) -> float:
-        gate, params = asyncio.Semaphore(at_once), {"lmcache_rag.blend": "off"} | arm.params
+        gate = asyncio.Semaphore(at_once)
+        params = {"lmcache_rag.blend": "off", "lmcache_rag.ingest": True, _PREFIX: workload.prefix} | arm.params
         prompts = [workload.ingest(index) for index in range(workload.chunks)]  # their drawing is not measured
 
         async def one(prompt: list[int]) -> None:
@@ -149,7 +151,8 @@ class SpeedBench:
         return rows
 
     async def _ask(self, arm: Arm, tokens: int, number: int, answer: int = 1) -> Timed:
-        params = arm.params | ({"lmcache_rag.chunks": self.workload.spans(tokens, number)} if arm.hot else {})
+        params = {_PREFIX: self.workload.prefix} | arm.params  # as our client asks
+        params |= {"lmcache_rag.chunks": self.workload.spans(tokens, number)} if arm.hot else {}
         return await self._clients[arm.url].ask(self.workload.prompt(tokens, number), params, tokens=answer)
 
     async def throughput(

@@ -225,10 +225,10 @@ class WorkerSide:
         if not self._link.is_healthy and (cold or plan.exact > plan.local):
             reason = "no server"
         else:  # before anything else: the server needs some milliseconds until the first byte is on its way
+            if cold:  # the larger part first: the server prepares the other while this one is on the bus
+                waiting.append(self._link.submit_matches(plan, cold))
             if plan.exact > plan.local:
                 waiting.append(self._link.submit_exact(plan))
-            if cold:
-                waiting.append(self._link.submit_matches(plan, cold))
         device = self._model.device
         blocks = plan.block_ids
         if plan.background and len(blocks) * self._model.block < len(plan.token_ids):
