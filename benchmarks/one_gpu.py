@@ -38,13 +38,15 @@ def weigh(rank: int, full: Path | None) -> None:
         if full is not None and full.exists() and not held:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            left = need(SMALL, prompt) + (24 << 20)
+            left = need(SMALL, prompt) + ((24 if memory is not None else 2) << 20)
             held.append(torch.empty(max(torch.cuda.mem_get_info()[0] - left, 1), dtype=torch.uint8, device="cuda"))
         elif held and full is not None and not full.exists():
             held.clear()
             torch.cuda.empty_cache()
         asked[job.plan.request_id] = need(min(job.blend.piece, prompt), prompt)
-        return fits(self, job)
+        fine = fits(self, job)
+        torch.cuda.reset_peak_memory_stats()  # what was asked for, and given back at once, is not what passes take
+        return fine
 
     def advance_and_weigh(self: Job, tokens: int) -> int:
         torch.cuda.reset_peak_memory_stats()
