@@ -39,6 +39,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "little memory, late": {"memory": 16, "fault": "late"},
     "background, little memory": {"memory": 16, "background": True},
     "no memory": {"memory": 0},
+    "background, hkvd, memory for its pieces": {"memory": 30, "policy": "hkvd", "background": True},
 }
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from models import tiny_model
-from test_worker_side import BLOCK, PREFIX, Later, World
+from test_worker_side import BLOCK, PREFIX, World
 
-from lmcache_rag.connector import metrics, work
+from lmcache_rag.connector import jobs, metrics
 from lmcache_rag.connector.jobs import Throttle
 from lmcache_rag.connector.pace import Allowance
 from lmcache_rag.connector.plan import BlendResult
@@ -220,7 +220,7 @@ def test_the_last_token_looks_though_it_has_no_block(hf: HFModel) -> None:
 def test_no_step_waits_for_the_gpu_to_be_done_unless_it_has_nothing_else_to_do(
     hf: HFModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "Number", Later)
+    monkeypatch.setattr(jobs.Clock, "is_read", False)
     world = Background(hf)
     world.step(Allowance(1000), begins=True)
     world.step(BUSY)
@@ -230,7 +230,7 @@ def test_no_step_waits_for_the_gpu_to_be_done_unless_it_has_nothing_else_to_do(
 
     world = Background(hf)
     world.step(Allowance(1000), begins=True)
-    monkeypatch.setattr(Later, "is_here", True)
+    monkeypatch.setattr(jobs.Clock, "is_read", True)
     world.step(BUSY)
     assert world.worker.take_received() == {"r"}
 

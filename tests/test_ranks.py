@@ -157,6 +157,14 @@ def test_where_one_rank_has_little_memory_all_compute_in_small_pieces(
     assert close(joined(ranks, name), full_prefill(World(hf)))
 
 
+def test_a_check_that_takes_more_tokens_than_a_piece_is_asked_for_too(ranks: list[Outcome], hf: HFModel) -> None:
+    """hkvd takes 40 tokens through half of the layers where a piece of 20 goes through all."""
+    found = [rank["background, hkvd, memory for its pieces"] for rank in ranks]
+    assert [one["failure"] for one in found] == ["out of memory"] * RANKS
+    assert max(max(rank["hkvd"]["passes"]) for rank in ranks) > 30 >= max(max(one["passes"]) for one in found)
+    assert close(joined(ranks, "background, hkvd, memory for its pieces"), full_prefill(World(hf)))
+
+
 def test_where_one_rank_has_no_memory_at_all_vllm_is_told_by_all(ranks: list[Outcome]) -> None:
     assert [rank["no memory"]["failure"] for rank in ranks] == ["out of memory"] * RANKS
     assert [rank["no memory"]["passes"] for rank in ranks] == [[]] * RANKS

@@ -238,6 +238,32 @@ def test_what_is_computed_anyway_is_not_looked_at(hf: HFModel) -> None:
     assert world.is_full_prefill()
 
 
+@pytest.mark.parametrize("may_report", [True, False])
+@pytest.mark.parametrize(
+    ("policy", "ratio"), [("query", 1.0), ("query", 0.3), ("all", 0.3), ("none", 0.0), ("hkvd", 1.0)]
+)
+def test_a_damaged_exact_prefix_is_seen_however_much_is_computed_behind_it(
+    hf: HFModel, policy: str, ratio: float, may_report: bool
+) -> None:
+    world = World(hf, policy=policy, ratio=ratio, may_report=may_report)
+    world.plan = dataclasses.replace(world.plan, local=0)
+    kept, place = [[part[2].clone() for part in pair] for pair in world.model.caches], world.link._place
+
+    def damaged() -> None:
+        place()
+        for _, values in world.model.caches:
+            values[2, 3, 0, 0] = float("nan")
+
+    world.link._place = damaged
+    assert world.run().failure == "damaged KV"
+    if may_report:
+        assert 2 in world.worker.take_bad_blocks()
+    else:
+        assert world.is_full_prefill()
+        now = [part[2] for pair in world.model.caches for part in pair]
+        torch.testing.assert_close(now, [part for pair in kept for part in pair], atol=1e-3, rtol=1e-3)
+
+
 def test_memory_that_runs_out_in_the_pass_means_computing(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(hf)
 
@@ -317,7 +343,6 @@ def test_the_last_token_needs_a_block(hf: HFModel) -> None:
 class Later:
     """A number that is not back from the GPU yet; as lmcache_rag.connector.pinned.Number."""
 
-    is_here = False
     reads = 0
 
     def __init__(self, value: torch.Tensor) -> None:

@@ -272,9 +272,9 @@ class BlendPass:
             ratio: Share of the cached tokens.
             end: What stands between the last span and here is computed too; 0: nothing.
             last_too: Whether the token at `end`, the prompt's last, rides along. It counts as none of the gaps.
-            look: Called between selection and recomputation, where some of the cached KV is going to stay as it came,
-                with the cached positions (int64) and BlendOutcome.watched. Recomputation, which takes most of the time,
-                is queued behind: whoever waits for what is looked up here does not wait for that.
+            look: Called between selection and recomputation with the cached positions (int64; none if all of them are
+                computed again) and BlendOutcome.watched. Recomputation, which takes most of the time, is queued behind:
+                whoever waits for what is looked up here does not wait for that.
 
         Yields:
             After each forward pass: how many tokens went through all layers since the last one, or what cost as much.
@@ -298,8 +298,7 @@ class BlendPass:
         if check_layer is not None and 0 < how_many(policy, ratio, cached) < cached:
             yield from passes.check(check_layer)
         chosen = select(policy, ratio, layout, passes)
-        if len(chosen) < cached:
-            look(layout.cached, passes.watched)
+        look(layout.cached if len(chosen) < cached else layout.cached[:0], passes.watched)
         if passes.cost:
             yield passes.cost
         end = max(end, cached_end)

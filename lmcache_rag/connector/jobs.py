@@ -49,6 +49,11 @@ class Clock:
         """It ends."""
         self._work[-1] = (self._work[-1][0], self._mark())
 
+    @property
+    def is_read(self) -> bool:
+        """Whether `read` would not wait: all of the work that was queued is done."""
+        return not self._cuda or all(mark.query() for mark in (self._load[-1], *(end for _, end in self._work[-1:])))
+
     def read(self) -> tuple[float, float]:
         """Milliseconds of load and work. Waits for the GPU."""
         return self._between(*self._load), sum(self._between(*marks) for marks in self._work)

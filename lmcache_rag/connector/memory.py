@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MARGIN = 1.25  # what is asked for is one piece, and is handed out in many
-_FEW = 512
+_FEW, _MANY = 512, 2048  # two sizes of passes: what one takes more for each token, any takes
 _SCORES = 24  # bytes for a token of the prompt: the selection's int64 and float32 vectors, some at the same time
 _DISTANCES = 5  # float32 copies of fresh and cached keys and values that a check layer compares
 
@@ -54,7 +54,7 @@ class PassMemory:
 def measured(
     run: Callable[[Tensor, Tensor, Tensor], object], most: int, *, heads: int, cache: tuple[Tensor, Tensor], splits: int
 ) -> PassMemory:
-    """What passes take, from one of few tokens and one of the most. Tensor-parallel ranks do so together.
+    """What passes take, from one of few tokens and one of many. Tensor-parallel ranks do so together.
 
     Args:
         run: Runs all layers over ids and positions, int64 [m], and slots, int64 [m], of which none is written.
@@ -65,9 +65,9 @@ def measured(
     """
     keys = cache[0]
     kv_heads, size = int(keys.shape[2]), int(keys.shape[3])
-    few = min(_FEW, most)
-    small, large = _peak(run, few, keys.device), _peak(run, most, keys.device)
-    token = (large - small) / (most - few) if most > few else 0.0
+    few, many = min(_FEW, most), min(_MANY, most)
+    small, large = _peak(run, few, keys.device), _peak(run, many, keys.device)
+    token = (large - small) / (many - few) if many > few else small / few
     return PassMemory(
         fixed=max(small - few * token, 0.0) + splits * 128 * heads * (size + 1) * 4,
         token=token + _DISTANCES * kv_heads * size * 4,

@@ -47,11 +47,6 @@ class Number:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
-    @property
-    def is_here(self) -> bool:
-        """Whether it can be read without waiting."""
-        return self._event is None or bool(self._event.query())
-
     def read(self) -> float:
         """The number. Waits for what came before it on the stream, and for nothing behind it."""
         if self._event is not None:

@@ -56,7 +56,7 @@ class Work:
                         last_too=plan.alone and plan.end < job.sequence.capacity,
                         look=functools.partial(self._look, job),
                     )
-                elif plan.exact > plan.local:
+                else:
                     self._look(job, job.ids[:0], None)
             except torch.OutOfMemoryError:
                 if self._model.ranks > 1:
@@ -98,15 +98,20 @@ class Work:
                 self._take_less(job)
 
     def fits(self, job: Job) -> bool:
-        """Whether this rank has memory for the job's passes, as large as they may be; see VLLMModel.has_memory."""
-        prompt = len(job.plan.token_ids)
-        return self._model.has_memory(min(job.blend.piece, prompt), prompt)
+        """Whether this rank has memory for the job's blend, its passes as large as may be; see VLLMModel.has_memory."""
+        plan, tokens = job.plan, job.blend.piece
+        layer = getattr(get_policy(plan.policy), "check_layer", None)
+        if layer is not None:  # a check that is cut in pieces takes more tokens through fewer layers
+            tokens = tokens * self._model.layers // (layer + 1)
+        prompt = len(plan.token_ids)
+        return self._model.has_memory(min(tokens, self._model.most_tokens, prompt), prompt)
 
     def _smaller(self, job: Job) -> bool:
         """Make the job's pieces small enough for every rank's memory; whether any is."""
         if self._model.ranks == 1:
             return True  # it sees what it has
-        while not self._model.all_ranks(self.fits(job)):
+        # Nothing is selected nor looked at here, so that the prompt's length takes no memory.
+        while not self._model.all_ranks(self._model.has_memory(min(job.blend.piece, len(job.plan.token_ids)), 0)):
             if job.blend.piece <= SMALLEST:
                 return False
             self._take_less(job)
@@ -127,6 +132,8 @@ class Work:
         import torch
 
         plan, sequence, device = job.plan, job.sequence, self._model.device
+        if plan.exact <= plan.local and not len(cached):
+            return  # nothing came that stays
         caches = [self._model.cache(layer) for layer in range(self._model.layers)]
         unseen = [cache for pair in caches for cache in pair] if watched is None else [caches[-1][1]]
         came = torch.cat([torch.arange(plan.local, plan.exact, device=device), cached])

@@ -150,7 +150,7 @@ class WorkerSide:
             self._tell(job)
         for job in [job for job in self._background if job.over]:
             # Each rank would see its own end first, and all must say so in the same step.
-            if not (self._idle or self._model.ranks > 1 or job.evidence is None or job.evidence.is_here):
+            if not (self._idle or self._model.ranks > 1 or job.clock.is_read):
                 continue
             if not job.cancelled and not self._work.proven(job):
                 job.steps, job.over = self._work.everything(job), False
