@@ -249,7 +249,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--requests", type=int, default=200)
-    parser.add_argument("--only-faults", action="store_true", help="loads that fail on the last rank, and nothing else")
+    parser.add_argument("--only-faults", action="store_true", help="the third part alone")
     parser.add_argument("--folder", type=Path, help="keep logs here")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)

@@ -220,7 +220,7 @@ def test_the_last_token_looks_though_it_has_no_block(hf: HFModel) -> None:
 def test_no_step_waits_for_the_gpu_to_be_done_unless_it_has_nothing_else_to_do(
     hf: HFModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs.Clock, "is_read", False)
+    monkeypatch.setattr(jobs.Clock, "is_over", False)
     world = Background(hf)
     world.step(Allowance(1000), begins=True)
     world.step(BUSY)
@@ -230,7 +230,7 @@ def test_no_step_waits_for_the_gpu_to_be_done_unless_it_has_nothing_else_to_do(
 
     world = Background(hf)
     world.step(Allowance(1000), begins=True)
-    monkeypatch.setattr(jobs.Clock, "is_read", True)
+    monkeypatch.setattr(jobs.Clock, "is_over", True)
     world.step(BUSY)
     assert world.worker.take_received() == {"r"}
 

@@ -36,6 +36,7 @@ with warnings.catch_warnings():
 
     from lmcache_rag.connector import compat_vllm, connector, model, plugin
     from lmcache_rag.connector.plan import Match
+    from lmcache_rag.connector.told import BlendResults, Readiness
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 VLLM = vllm_folder()
@@ -452,8 +453,8 @@ def test_a_worker_that_cannot_get_ready_serves_as_lmcaches_own(monkeypatch: pyte
 
 
 def test_results_reach_the_scheduler_and_plans_the_workers() -> None:
-    assert issubclass(connector.BlendResults, base.KVConnectorWorkerMetadata)
-    assert issubclass(connector.Readiness, base.KVConnectorHandshakeMetadata)
+    assert issubclass(BlendResults, base.KVConnectorWorkerMetadata)
+    assert issubclass(Readiness, base.KVConnectorHandshakeMetadata)
     meta = lmcache_mp_metadata.LMCacheMPConnectorMetadata()
     native = custom_types.CBMatchResult(1, 2, 3, 4, b"h")
     meta.blend_plans = [Match(3, 4, 1, 2, native)]

@@ -34,9 +34,9 @@ with warnings.catch_warnings():
     from vllm.v1.structured_output import StructuredOutputManager
     from vllm_cpu_kit import Process, answers, free_port
 
-    from lmcache_rag.connector.connector import BlendResults, Readiness
     from lmcache_rag.connector.frees import StoresHeldBack
     from lmcache_rag.connector.plan import BlendPlan, BlendResult, Match
+    from lmcache_rag.connector.told import BlendResults, Readiness
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 BLOCKS = 90

@@ -12,6 +12,7 @@ from typing import Any
 from lmcache_rag.bench.client import Timed, TimedClient
 from lmcache_rag.bench.summary import Pairs, steps, under_load
 from lmcache_rag.bench.workload import Workload
+from lmcache_rag.engines import vllm_wire as wire
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,6 @@ class Row:
         return {**asdict(self), "median_ms": self.median, "min_ms": min(self.ttft_ms)}
 
 
-_PREFIX = "lmcache_rag.prefix"
 _STORED_S = 0.3  # until what an ingestion stores behind its answers is stored
 _STORED_S_PER_TOKEN = 15e-6  # the same for a single prompt
 
@@ -94,7 +94,7 @@ class SpeedBench:
 
     async def _ingest(self, arm: Arm, workload: Workload, at_once: int) -> float:
         gate = asyncio.Semaphore(at_once)
-        params = {"lmcache_rag.blend": "off", "lmcache_rag.ingest": True, _PREFIX: workload.prefix} | arm.params
+        params = {"lmcache_rag.blend": "off", **wire.INGEST, wire.PREFIX: workload.prefix} | arm.params
         prompts = [workload.ingest(index) for index in range(workload.chunks)]  # their drawing is not measured
 
         async def one(prompt: list[int]) -> None:
@@ -151,7 +151,7 @@ class SpeedBench:
         return rows
 
     async def _ask(self, arm: Arm, tokens: int, number: int, answer: int = 1) -> Timed:
-        params = {_PREFIX: self.workload.prefix} | arm.params  # as our client asks
+        params = {wire.PREFIX: self.workload.prefix} | arm.params  # as our client asks
         params |= {"lmcache_rag.chunks": self.workload.spans(tokens, number)} if arm.hot else {}
         return await self._clients[arm.url].ask(self.workload.prompt(tokens, number), params, tokens=answer)
 

@@ -1,7 +1,7 @@
 """The blend of one request on a paged KV cache: select tokens, compute them and the gaps anew.
 
 Chunk KV was placed in the sequence's blocks, keys turned. A forward pass is the model's own, over some positions of the
-prompt; `Attention` is what it calls in each layer, after that layer's fresh KV was written to the positions' slots.
+prompt; lmcache_rag.connector.in_layers is what it does in each layer.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from lmcache_rag.blend.policies import Layout, Policy, how_many, select
+from lmcache_rag.connector.in_layers import Check, Redo, StopForward, Watch
 from lmcache_rag.connector.paged_attention import PagedAttention
 from lmcache_rag.connector.pinned import on_device
 
@@ -20,27 +21,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lmcache_rag.connector.captured import CapturedWatch
+    from lmcache_rag.connector.in_layers import Attention
     from lmcache_rag.connector.paged import PagedSequence
 
 T = TypeVar("T")
 # Work with rests; what is yielded is how many tokens it took. 0: there is no room for the next pass (BlendPass.room).
 Steps = Generator[int, None, T]
-
-
-class StopForward(Exception):  # noqa: N818 - not an error: ends a forward pass early
-    """Raised inside a layer once all that was wanted is known."""
-
-
-class Attention(Protocol):
-    """What a forward pass does in each layer."""
-
-    def before_write(self, layer: int, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Called before the layer's fresh KV [m, kv heads, size] is written over what the cache holds."""
-        ...
-
-    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
-        """Query and out [m, heads, size]; keys and values [blocks, block, kv heads, size]."""
-        ...
 
 
 class Model(Protocol):
@@ -77,58 +63,6 @@ class Model(Protocol):
     def sum_over_ranks(self, scores: Tensor) -> Tensor:
         """The sum of a tensor over the tensor-parallel ranks: each sees its own heads only."""
         ...
-
-
-class _Redo:
-    """Attention by position over everything that is there."""
-
-    def __init__(self, attention: PagedAttention) -> None:
-        self._attention = attention
-
-    def before_write(self, layer: int, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Nothing."""
-
-    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
-        """Attention by position."""
-        self._attention.attend(query, keys, values, scale, out)
-
-
-class _Watch(_Redo):
-    """The suffix's rows; from a layer on, adds up what they look at."""
-
-    def __init__(self, attention: PagedAttention, mass: Tensor, first_layer: int, last_layer: int, reduce: str) -> None:
-        super().__init__(attention)
-        self._mass, self._first, self._last, self._reduce = mass, first_layer, last_layer, reduce
-
-    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
-        """Attention; the upper layers' probabilities are added up. The last layer's output is not needed."""
-        lse = self._attention.attend(query, keys, values, scale, out)
-        if layer >= self._first:
-            self._attention.add_mass(query, keys, scale, lse, self._mass, reduce=self._reduce)
-        if layer == self._last:
-            raise StopForward
-
-
-class _Check(_Redo):
-    """All tokens through the first layers; notes how far the check layer's fresh KV is from the cached one."""
-
-    def __init__(self, attention: PagedAttention, slots: Tensor, layer: int) -> None:
-        super().__init__(attention)
-        self._slots, self._layer = slots, layer
-        self.deviation: Tensor | None = None
-
-    def before_write(self, layer: int, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
-        """At the check layer: compare, and write nothing."""
-        if layer < self._layer:
-            return
-        block = keys.shape[1]
-        at, within = self._slots // block, self._slots % block
-        total = None
-        for fresh, cached in ((key, keys), (value, values)):
-            distance = (fresh.float() - cached[at, within].float()).square().sum((1, 2))
-            total = distance if total is None else total + distance
-        self.deviation = total
-        raise StopForward
 
 
 @dataclass(frozen=True)
@@ -185,7 +119,7 @@ class _Passes:
         else:
             attention = PagedAttention(sequence, rows.to(torch.int32), last, hidden)
             mass = torch.zeros((model.kv_heads, self._end), dtype=torch.float32, device=rows.device)
-            watch = _Watch(attention, mass, int(from_layer * model.layers), model.layers - 1, reduce)
+            watch = Watch(attention, mass, int(from_layer * model.layers), reduce, last_layer=model.layers - 1)
             with contextlib.suppress(StopForward):
                 model.forward(ids, rows, slots, watch)
         looked = mass.sum(0) if reduce == "sum" else mass.amax(0)
@@ -217,7 +151,7 @@ class _Passes:
             piece = torch.arange(first, last, device=self._ids.device)
             slots = self._by.sequence.slots(piece)
             attention = PagedAttention(self._by.sequence, piece.to(torch.int32), last)
-            check = _Check(attention, slots, layer)
+            check = Check(attention, slots, layer)
             with contextlib.suppress(StopForward):
                 model.forward(self._ids[piece], piece, slots, check)
             assert check.deviation is not None  # noqa: S101 - the check layer always stops the pass
@@ -328,7 +262,7 @@ class BlendPass:
             piece = positions[done : done + size]
             done += len(piece)
             attention = PagedAttention(self.sequence, piece.to(torch.int32), end)
-            states = self.model.forward(ids[piece], piece, self.sequence.slots(piece), _Redo(attention))
+            states = self.model.forward(ids[piece], piece, self.sequence.slots(piece), Redo(attention))
             hidden = states[-1:].clone()
             yield len(piece)
         return hidden

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lmcache_rag.connector.in_layers import Watch
 from lmcache_rag.connector.paged_attention import FixedAttention
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lmcache_rag.connector.blend_pass import Attention
+    from lmcache_rag.connector.in_layers import Attention
     from lmcache_rag.connector.paged import PagedSequence
 
     Forward = Callable[[Tensor, Tensor, Tensor, Attention], object]
@@ -82,22 +83,6 @@ def _side_stream() -> Iterator[Any]:
         yield side
 
 
-class _Watch:
-    """What the pass does in each layer; every layer runs to its end."""
-
-    def __init__(self, attention: FixedAttention, mass: Tensor, first_layer: int, reduce: str) -> None:
-        self._attention, self._mass, self._first, self._reduce = attention, mass, first_layer, reduce
-
-    def before_write(self, layer: int, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Nothing."""
-
-    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
-        """Attention; the upper layers' probabilities are added up."""
-        lse = self._attention.attend(query, keys, values, scale, out)
-        if layer >= self._first:
-            self._attention.add_mass(query, keys, scale, lse, self._mass, reduce=self._reduce)
-
-
 class CapturedWatch:
     """The attention that a prompt's last tokens give to each token before them, by a captured graph.
 
@@ -145,7 +130,7 @@ class CapturedWatch:
             visible=filled(1, longest, dtype=torch.uint8),
         )
         self._mass = filled(0, kv_heads, longest, dtype=torch.float32)
-        self._watch = _Watch(self._attention, self._mass, int(from_layer * layers), reduce)
+        self._watch = Watch(self._attention, self._mass, int(from_layer * layers), reduce)
         self._graph = CudaGraph() if graph is None else graph
 
     def capture(self) -> None:

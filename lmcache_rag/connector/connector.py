@@ -8,15 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from dataclasses import dataclass, field
 from typing import Any
 
 from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector
-from vllm.distributed.kv_transfer.kv_connector.v1.base import (
-    KVConnectorHandshakeMetadata,
-    KVConnectorRole,
-    KVConnectorWorkerMetadata,
-)
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from lmcache_rag.connector import compat_lmcache, compat_vllm, metrics, wishes
 from lmcache_rag.connector.abandoned import Lookup
@@ -27,38 +22,16 @@ from lmcache_rag.connector.hot_side import HotSide
 from lmcache_rag.connector.late import HeldBlocks
 from lmcache_rag.connector.namespace import Namespaces, identity
 from lmcache_rag.connector.options import ConnectorOptions
-from lmcache_rag.connector.plan import BlendResult
 from lmcache_rag.connector.prepare import prepared
 from lmcache_rag.connector.request_state import unblended
 from lmcache_rag.connector.scheduler_side import SchedulerSide
 from lmcache_rag.connector.stats import BlendPromMetrics, BlendStats
+from lmcache_rag.connector.told import BlendResults, Readiness
 
 log = logging.getLogger("lmcache_rag")
 
 compat_vllm.begin_texts_quickly()  # each API server imports this module, and only where the connector is in use
 compat_vllm.refuse(wishes.wrong)
-
-
-@dataclass
-class Readiness(KVConnectorHandshakeMetadata):  # type: ignore[misc]
-    """What a worker tells the scheduler at start: why it cannot blend, empty when it can."""
-
-    why_not: str
-
-
-@dataclass
-class BlendResults(KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """What the workers did in a step."""
-
-    results: list[BlendResult] = field(default_factory=list)
-    late: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # (request, blocks), of each rank
-    over: list[str] = field(default_factory=list)
-
-    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """Results of several ranks are the same but for their times; what is late is not."""
-        if not isinstance(other, BlendResults):
-            return self
-        return BlendResults(self.results or other.results, self.late + other.late, self.over + other.over)
 
 
 class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]

@@ -50,7 +50,7 @@ class Clock:
         self._work[-1] = (self._work[-1][0], self._mark())
 
     @property
-    def is_read(self) -> bool:
+    def is_over(self) -> bool:
         """Whether `read` would not wait: all of the work that was queued is done."""
         return not self._cuda or all(mark.query() for mark in (self._load[-1], *(end for _, end in self._work[-1:])))
 

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Any
 from lmcache_rag.blend.policies import QueryPolicy
 from lmcache_rag.connector import compat_vllm
 from lmcache_rag.connector.captured import ROWS, CapturedWatch, CudaGraph
+from lmcache_rag.connector.in_layers import Nothing
 from lmcache_rag.connector.memory import PassMemory, measured
 from lmcache_rag.connector.paged import keys_and_values
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lmcache_rag.connector.blend_pass import Attention
     from lmcache_rag.connector.hot_copy import HotCopy
+    from lmcache_rag.connector.in_layers import Attention
 
 log = logging.getLogger("lmcache_rag")
 
@@ -134,17 +135,6 @@ def why_not_captured(vllm_config: Any) -> str:
 def rotary_of(model: Any) -> Any:
     """The rotary embedding that all layers share."""
     return model.model.layers[0].self_attn.rotary_emb
-
-
-class _Nothing:
-    """Attention that looks at nothing; see lmcache_rag.connector.blend_pass.Attention."""
-
-    def before_write(self, layer: int, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Nothing."""
-
-    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
-        """Nothing is seen."""
-        out.zero_()
 
 
 class VLLMModel:
@@ -271,7 +261,7 @@ class VLLMModel:
         if self.ranks > 1:
             from lmcache_rag.connector.kernels import MOST_SPLITS
 
-            run = functools.partial(self._pass, attention=_Nothing(), as_graphs=False)
+            run = functools.partial(self._pass, attention=Nothing(), as_graphs=False)
             most = self.most_tokens
             self._memory = measured(run, most, heads=self.heads, cache=self._caches[0], splits=MOST_SPLITS)
 

@@ -34,6 +34,16 @@ class RequestState:
     failure: str = ""
 
 
+def may_hit(request: Any, chunk: int) -> bool:
+    """Whether anything can be cached for a request of vLLM's, which is looked up by whole chunks of so many tokens."""
+    prompt = len(request.prompt_token_ids or ())
+    if prompt <= chunk or getattr(request, "skip_reading_prefix_cache", False):
+        return False
+    if getattr(request, "mm_features", None) or getattr(request, "prompt_embeds", None) is not None:
+        return False  # pictures and embeddings are no text, and have numbers of no meaning in its place
+    return bool(request.num_tokens == prompt)  # a resumed request is not blended
+
+
 def statistics(prompt: int, state: RequestState) -> dict[str, Any]:
     """The reuse statistics of a request as plain numbers; the four token counts add up to its prompt's length."""
     result = state.result

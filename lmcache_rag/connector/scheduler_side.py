@@ -18,7 +18,7 @@ from lmcache_rag.connector.hot_side import HotSide, without_overlap
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.pace import Allowance, Pace
 from lmcache_rag.connector.plan import BlendPlan, BlendResult, Claim, Match, claim, ingests, request_options
-from lmcache_rag.connector.request_state import RequestState, statistics
+from lmcache_rag.connector.request_state import RequestState, may_hit, statistics
 
 log = logging.getLogger("lmcache_rag")
 
@@ -123,14 +123,7 @@ class SchedulerSide:
         )
         for complaint in complaints:
             log.warning("request %s: %s", request.request_id, complaint)
-        state = RequestState(policy, ratio, blend)
-        prompt = len(request.prompt_token_ids or ())
-        if prompt <= self.chunk or getattr(request, "skip_reading_prefix_cache", False):
-            state.over = True
-        if getattr(request, "mm_features", None) or getattr(request, "prompt_embeds", None) is not None:
-            state.over = True  # pictures and embeddings are no text, and have numbers of no meaning in its place
-        if request.num_tokens != prompt:
-            state.over = True  # a resumed request is not blended
+        state = RequestState(policy, ratio, blend, over=not may_hit(request, self.chunk))
         self._states[request.request_id] = state
         if state.over:
             return state

@@ -108,8 +108,6 @@ class Work:
 
     def _smaller(self, job: Job) -> bool:
         """Make the job's pieces small enough for every rank's memory; whether any is."""
-        if self._model.ranks == 1:
-            return True  # it sees what it has
         # Nothing is selected nor looked at here, so that the prompt's length takes no memory.
         while not self._model.all_ranks(self._model.has_memory(min(job.blend.piece, len(job.plan.token_ids)), 0)):
             if job.blend.piece <= SMALLEST:

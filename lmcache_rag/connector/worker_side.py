@@ -34,8 +34,8 @@ class WorkerSide:
 
     A plan's work is queued on the GPU. Whether the KV was sound is looked at behind the model's forward pass where vLLM
     takes back what came of it: damage is reported to vLLM, which computes those blocks again. Elsewhere it is looked at
-    right before that pass, when vLLM has prepared it, and repaired here: the host waits for the end of the blend, and
-    the GPU for the launch of the pass. In the background nobody waits, and damage is always repaired here.
+    right before that pass, when vLLM has prepared it, and repaired here: the host waits for the end of the selection,
+    and goes on while the GPU recomputes. In the background nobody waits, and damage is always repaired here.
 
     Args:
         model: The model in this worker.
@@ -109,7 +109,7 @@ class WorkerSide:
             self._hidden = job.outcome.hidden
 
     def _settle(self) -> None:
-        """Make what is queued for this step right before vLLM's forward pass; waits for the GPU to be done with it."""
+        """Make what is queued for this step right before vLLM's forward pass; waits for what the selection has seen."""
         for job in self._queued:
             if not self._work.proven(job):
                 job.steps, job.over = self._work.everything(job), False
@@ -150,7 +150,7 @@ class WorkerSide:
             self._tell(job)
         for job in [job for job in self._background if job.over]:
             # Each rank would see its own end first, and all must say so in the same step.
-            if not (self._idle or self._model.ranks > 1 or job.clock.is_read):
+            if not (self._idle or self._model.ranks > 1 or job.clock.is_over):
                 continue
             if not job.cancelled and not self._work.proven(job):
                 job.steps, job.over = self._work.everything(job), False
