@@ -116,6 +116,24 @@ def make(pool: Pool, lookups: list[Any] | None = None, **options: Any) -> Schedu
     return SchedulerSide(ConnectorOptions(**facts), 64, look_up, lambda r, first: None, HotSide(chunks))
 
 
+def test_a_chunk_that_is_known_behind_one_prefix_is_not_found_behind_another(world: Any) -> None:
+    """Nor for another tenant, whose salt is in the hash of the first block: only where it was computed."""
+    pool, request = world
+    chunks = HotChunks(pool, BLOCK, hash_block)
+    asked = lambda other: chunks.find(  # noqa: E731
+        chunks.places(
+            array("q", other.prompt_token_ids), other.block_hashes, other.kv_transfer_params["lmcache_rag.chunks"]
+        )
+    )
+    assert asked(request), "its keys are remembered from now on"
+    tokens = [token + 1 for token in request.prompt_token_ids[:64]] + request.prompt_token_ids[64:]
+    assert asked(Request("other prefix", tokens, request.kv_transfer_params["lmcache_rag.chunks"])) == []
+    salted = Request("other tenant", request.prompt_token_ids, request.kv_transfer_params["lmcache_rag.chunks"])
+    salted.block_hashes = [hash(("salt", own)) for own in salted.block_hashes]
+    assert asked(salted) == []
+    assert asked(request)
+
+
 def test_whole_blocks_of_every_chunk_are_found_with_where_they_were_computed(world: Any) -> None:
     pool, request = world
     spans = named_spans(request.kv_transfer_params, request.num_tokens)
