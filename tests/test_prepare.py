@@ -6,7 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from lmcache_rag.connector import compat_vllm, prepare
 from lmcache_rag.connector.options import ConnectorOptions
@@ -26,7 +25,7 @@ class World:
         self.done: list[str] = []
         self.fails, self.reason, self.others = fails, "", others
         runner = SimpleNamespace(get_model=lambda: self.does("model"))
-        worker = SimpleNamespace(model_runner=runner, device=torch.device("cpu"))
+        worker = SimpleNamespace(model_runner=runner)
         monkeypatch.setattr(compat_vllm, "worker", lambda: worker)
         monkeypatch.setattr(compat_vllm, "true_on_all_ranks", lambda fine: self.does("vote") or (fine and others))
         monkeypatch.setattr(compat_vllm, "begin_before_the_step", lambda: self.does("wrap"))
