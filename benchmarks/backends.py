@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lmcache_rag import protocol
+
 DATA = Path(__file__).parents[1] / "examples" / "data" / "documents"
 ARMS = {
     "query 1.0": ("query", 1.0, False),
@@ -29,7 +31,7 @@ ARMS = {
     "hkvd 0.15": ("hkvd", 0.15, False),
     "none": ("none", 0.0, False),
 }
-OFF = {"lmcache_rag.blend": "off", "lmcache.max_offload_tokens": 64}
+OFF = {protocol.BLEND: "off", protocol.MAX_OFFLOAD_TOKENS: 64}
 
 
 class Answer(NamedTuple):
@@ -153,15 +155,15 @@ def measure(engine: Engine, prompts: int, tokens: int) -> dict[str, dict[str, An
     """Every arm over all prompts."""
     material = Material(engine.tokenizer)
     for prompt in material.ingestions():
-        engine.answer(prompt, 1, {"lmcache_rag.blend": "off"})
+        engine.answer(prompt, 1, {protocol.BLEND: "off"})
     time.sleep(1.5)  # LMCache stores behind the answer
     rows: dict[str, dict[str, Any]] = {arm: {"blended": 0, "equal": 0, "first equal": 0, "gaps": []} for arm in ARMS}
     for _ in range(prompts):
         prompt, spans = material.prompt()
         got = {}
         for arm, (policy, ratio, hot) in ARMS.items():
-            params: dict[str, Any] = {"lmcache_rag.policy": policy, "lmcache_rag.ratio": ratio}
-            got[arm] = engine.answer(prompt, tokens, params | ({"lmcache_rag.chunks": spans} if hot else {}))
+            params: dict[str, Any] = {protocol.POLICY: policy, protocol.RATIO: ratio}
+            got[arm] = engine.answer(prompt, tokens, params | ({protocol.CHUNKS: spans} if hot else {}))
         full = engine.answer(prompt, tokens, OFF)
         for arm, answer in got.items():
             row = rows[arm]

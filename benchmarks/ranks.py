@@ -32,6 +32,8 @@ from typing import Any
 import httpx
 from backends import OFF, Engine, Material, first_difference
 
+from lmcache_rag import protocol
+
 SHAPE = {
     "hidden_size": 512,
     "intermediate_size": 1024,
@@ -104,7 +106,7 @@ def lmcache(ranks: int, log: Path) -> Iterator[int]:
 def ingest(engine: Engine) -> None:
     """Every chunk's KV into LMCache, exact."""
     for prompt in Material(engine.tokenizer).ingestions():
-        engine.answer(prompt, 1, {"lmcache_rag.blend": "off"})
+        engine.answer(prompt, 1, {protocol.BLEND: "off"})
     time.sleep(1.5)  # LMCache stores behind the answer
 
 
@@ -119,9 +121,9 @@ def answers(engine: Engine, prompts: int, folder: Path) -> dict[str, Any]:
     full_answers = []
     for number in range(prompts):
         prompt, spans = material.prompt()
-        one = {"lmcache_rag.policy": "query", "lmcache_rag.ratio": 1.0}
-        none = {"lmcache_rag.policy": "none", "lmcache_rag.ratio": 0.0}
-        asked = {"ratio 1": one, "hot ratio 1": one | {"lmcache_rag.chunks": spans}, "none": none, "full prefill": OFF}
+        one = {protocol.POLICY: "query", protocol.RATIO: 1.0}
+        none = {protocol.POLICY: "none", protocol.RATIO: 0.0}
+        asked = {"ratio 1": one, "hot ratio 1": one | {protocol.CHUNKS: spans}, "none": none, "full prefill": OFF}
         got = {name: engine.answer(prompt, TOKENS, params) for name, params in asked.items()}
         full = got["full prefill"]
         full_answers.append(full.tokens)
@@ -152,7 +154,7 @@ def agreement(engine: Engine, requests: int, folder: Path, ranks: int) -> dict[s
     before = [set(said(folder, rank)) for rank in range(ranks)]
     material = Material(engine.tokenizer, seed=1)
     kinds = [
-        {"lmcache_rag.policy": policy, "lmcache_rag.ratio": ratio, "named": named}
+        {protocol.POLICY: policy, protocol.RATIO: ratio, "named": named}
         for policy, ratio in (("query", 0.15), ("hkvd", 0.15), ("query", 0.4))
         for named in (False, True)
     ]
@@ -164,7 +166,7 @@ def agreement(engine: Engine, requests: int, folder: Path, ranks: int) -> dict[s
             prompt, spans = material.prompt()
             kind = dict(kinds[number % len(kinds)])
             prompts.append(prompt)
-            params.append(kind | ({"lmcache_rag.chunks": spans} if kind.pop("named") else {}))
+            params.append(kind | ({protocol.CHUNKS: spans} if kind.pop("named") else {}))
         for answer in engine.answers(prompts, 4, params):
             blended += answer.told["reused_tokens"] > 0
             why = answer.told.get("failure")
@@ -198,7 +200,7 @@ def faults(engine: Engine, prompts: int, folder: Path, fault: str, seed: int) ->
     row: dict[str, Any] = {"computed in full": 0, "equal": 0, "gaps": [], "reasons": set(), "blended after": 0}
     asked, others = ([material.prompt()[0] for _ in range(prompts)] for _ in range(2))
     ratio = 1.0 if fault == "full" else 0.15  # one rank is to run out of memory in a pass
-    params = {"lmcache_rag.policy": "query", "lmcache_rag.ratio": ratio}
+    params = {protocol.POLICY: "query", protocol.RATIO: ratio}
     (folder / fault).touch()
     failed = [engine.answer(prompt, TOKENS, params) for prompt in asked]
     (folder / fault).unlink()

@@ -18,8 +18,10 @@ from typing import Any
 
 import httpx
 
+from lmcache_rag import protocol
+
 PREFIX, CHUNK, QUESTION = 256, 256, 24  # a prefix of whole LMCache chunks, whatever their usual size
-OFF = {"lmcache_rag.blend": "off", "lmcache.max_offload_tokens": 64}
+OFF = {protocol.BLEND: "off", protocol.MAX_OFFLOAD_TOKENS: 64}
 COUNTS = ("prefix_tokens", "reused_tokens", "recomputed_tokens", "computed_tokens", "hot_tokens")
 
 
@@ -56,7 +58,7 @@ def measure(replicas: Replicas, count: int, prompts: int, tokens: int, ratio: fl
 
     prefix, chunks = drawn(PREFIX), [drawn(CHUNK) for _ in range(8)]
     for chunk in chunks:
-        replicas.ask(0, prefix + chunk, 1, {"lmcache_rag.blend": "off"})
+        replicas.ask(0, prefix + chunk, 1, {protocol.BLEND: "off"})
     time.sleep(2)  # LMCache stores behind the answer
     rows = []
     for replica in reversed(range(count)):
@@ -65,9 +67,7 @@ def measure(replicas: Replicas, count: int, prompts: int, tokens: int, ratio: fl
         for _ in range(prompts):
             order = rng.sample(range(len(chunks)), 5)
             prompt = prefix + [token for number in order for token in (*chunks[number], 11, 12)] + drawn(QUESTION)
-            answer, told = replicas.ask(
-                replica, prompt, tokens, {"lmcache_rag.policy": "query", "lmcache_rag.ratio": ratio}
-            )
+            answer, told = replicas.ask(replica, prompt, tokens, {protocol.POLICY: "query", protocol.RATIO: ratio})
             full, _ = replicas.ask(replica, prompt, tokens, OFF)
             row["blended"] += told.get("reused_tokens", 0) + told.get("recomputed_tokens", 0) > 0
             row["equal"] += answer == full

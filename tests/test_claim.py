@@ -1,4 +1,4 @@
-"""What of a prompt is claimed, and how a request's wishes and the connector's settings are read."""
+"""What of a prompt is claimed, and how the connector's settings are read."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_rag.blend.policies import POLICIES
 from lmcache_rag.connector.options import ConnectorOptions
-from lmcache_rag.connector.plan import BlendPlan, Match, claim, request_options
+from lmcache_rag.connector.plan import BlendPlan, Match, claim
 from lmcache_rag.errors import LMCacheRAGError
 
 CHUNK = 16
@@ -80,39 +79,6 @@ def test_neighbours_are_one_chunk_only_where_they_were_cached_as_neighbours() ->
     pieces = (Match(0, 16, 32, 48), Match(16, 32, 48, 64), Match(32, 48, 0, 16), Match(60, 76, 16, 32))
     plan = BlendPlan("r", tuple(range(80)), 0, 0, pieces, 76, (0,), "query", 0.15)
     assert plan.spans == [(0, 32), (32, 48), (60, 76)]
-
-
-# -- what a request may ask for -----------------------------------------------------------------------------------
-
-
-def test_a_request_without_wishes_gets_the_defaults() -> None:
-    assert request_options(None, "query", 0.15) == ("query", 0.15, True, [])
-    assert request_options({"lmcache.max_offload_tokens": 4}, "hkvd", 0.2) == ("hkvd", 0.2, True, [])
-
-
-@pytest.mark.parametrize(("switch", "wanted"), [("on", True), ("off", False), (True, True), (False, False)])
-def test_a_request_gets_what_it_asks_for(switch: Any, wanted: bool) -> None:
-    params = {"lmcache_rag.policy": "head", "lmcache_rag.ratio": 1, "lmcache_rag.blend": switch}
-    assert request_options(params, "query", 0.15) == ("head", 1.0, wanted, [])
-
-
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
-    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
-    max_leaves=4,
-)
-
-
-@given(ANYTHING, ANYTHING, ANYTHING)
-def test_whatever_a_client_sends_the_scheduler_gets_usable_options(policy: Any, ratio: Any, switch: Any) -> None:
-    params = {"lmcache_rag.policy": policy, "lmcache_rag.ratio": ratio, "lmcache_rag.blend": switch}
-    used, share, blend, complaints = request_options(params, "query", 0.15)
-    assert used in POLICIES
-    assert isinstance(share, float)
-    assert 0 <= share <= 1
-    assert isinstance(blend, bool)
-    fine = isinstance(policy, str) and policy in POLICIES
-    assert any("lmcache_rag.policy" in complaint for complaint in complaints) != fine
 
 
 # -- settings -----------------------------------------------------------------------------------------------------

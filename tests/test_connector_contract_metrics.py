@@ -33,6 +33,7 @@ with warnings.catch_warnings():
     from vllm.v1.metrics.prometheus import unregister_vllm_metrics
     from vllm.v1.metrics.stats import SchedulerStats
 
+    from lmcache_rag import protocol
     from lmcache_rag.connector import connector, metrics
     from lmcache_rag.connector.options import ConnectorOptions
     from lmcache_rag.connector.stats import BlendPromMetrics, BlendStats
@@ -79,7 +80,7 @@ def test_what_a_connector_counts_is_on_vllms_metrics(config: Any) -> None:
     assert isinstance(shown.prom_metrics, BlendPromMetrics)
     assert sample("fallbacks_total", engine="0", reason="load failed") == 0
     assert sample("chunk_tokens", engine="0") == sample("chunk_tokens", engine="1") == 256
-    assert metrics.chunk_tokens(prometheus_client.generate_latest().decode()) == 256
+    assert protocol.chunk_tokens(prometheus_client.generate_latest().decode()) == 256
     stats = BlendStats()
     stats.records.extend([BLENDED, FAILED])
     stats.record_lookup(0.25)

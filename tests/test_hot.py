@@ -15,7 +15,7 @@ from models import tiny_model
 from paged_kit import PagedModel
 
 from lmcache_rag.connector.filed import FiledBlocks
-from lmcache_rag.connector.hot import HotChunks, named_spans
+from lmcache_rag.connector.hot import HotChunks
 from lmcache_rag.connector.hot_copy import HotCopy
 from lmcache_rag.connector.hot_side import HotSide, without_overlap
 from lmcache_rag.connector.options import ConnectorOptions
@@ -23,6 +23,7 @@ from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.connector.plan import BlendResult, Match
 from lmcache_rag.connector.scheduler_side import SchedulerSide
 from lmcache_rag.engines.hf_model import HFModel
+from lmcache_rag.protocol import named_spans
 
 BLOCK = 16
 

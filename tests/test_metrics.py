@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from scheduler_kit import Once
 
+from lmcache_rag import protocol
 from lmcache_rag.connector import metrics
 from lmcache_rag.connector.plan import BlendResult
 from lmcache_rag.connector.request_state import RequestState, statistics
@@ -135,7 +136,7 @@ def test_what_never_moved_reads_zero_and_not_nothing(shelf: Shelf) -> None:
 
 def test_a_reason_that_nobody_listed_is_counted_as_another(shelf: Shelf) -> None:
     [record] = counted(BlendResult("0", 0, 0, 0, 76, 1.0, 1.0, "request 7 broke the moon"))
-    assert record["fallback"] == metrics.OTHER
+    assert record["fallback"] == "other"
     meters(shelf).observe([record])
     assert shelf.read("fallbacks", "m", "0", "other") == 1
 
@@ -175,9 +176,9 @@ def test_the_chunk_is_read_from_a_metrics_page() -> None:
         "# TYPE vllm:lmcache_rag_chunk_tokens gauge\n"
         'vllm:lmcache_rag_chunk_tokens{engine="0",model_name="m"} 256.0\n'
     )
-    assert metrics.chunk_tokens(page) == 256
-    assert metrics.chunk_tokens(page.replace("256.0", "NaN")) == 0
-    assert metrics.chunk_tokens("") == 0
+    assert protocol.chunk_tokens(page) == 256
+    assert protocol.chunk_tokens(page.replace("256.0", "NaN")) == 0
+    assert protocol.chunk_tokens("") == 0
 
 
 def test_the_documents_name_what_there_is(shelf: Shelf) -> None:

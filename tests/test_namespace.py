@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from lmcache_rag.connector.namespace import PREFIX, Namespaces, identity, renumbered
+from lmcache_rag.connector.namespace import Namespaces, identity, renumbered
+from lmcache_rag.protocol import PREFIX
 
 CHUNK = 64
 

@@ -526,7 +526,7 @@ def test_a_failed_blend_says_why(engine, builder, server, chunks) -> None:
     server.failure = "no server"
     done = engine.generate(builder.query(chunks[:2], "What?"), SHORT, BlendOptions())
     assert done.text
-    assert "computed the prompt in full: no server" in done.warnings[0]
+    assert "computed the prompt in full: LMCache does not answer" in done.warnings[0]
     assert (done.stats.computed_tokens, done.stats.blended) == (done.stats.prompt_tokens, False)
 
 

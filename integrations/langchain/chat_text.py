@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from lmcache_rag.protocol import CHUNKS, PREFIX
+
 from .call import Call
 from .prompt_value import ChunkedPromptValue
 
-_PLACES = ("lmcache_rag.chunks", "lmcache_rag.prefix")
+_PLACES = (CHUNKS, PREFIX)
 _ROLES = {"system": "system", "human": "user", "ai": "assistant"}
 
 

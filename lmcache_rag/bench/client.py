@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 
-from lmcache_rag.connector.metrics import chunk_tokens
 from lmcache_rag.errors import EngineError
+from lmcache_rag.protocol import answer_statistics, chunk_tokens
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class TimedClient:
             raise EngineError(f"{self.url} failed: {problem} {detail[:300]}".strip()) from problem
         took = (time.perf_counter() - begin) * 1e3
         data = answer.json()
-        statistics = (data.get("kv_transfer_params") or {}).get("lmcache_rag") or {}
+        statistics = answer_statistics(data) or {}
         return Timed(took, (), took, statistics, data["choices"][0]["text"])
 
     async def _stream(self, body: dict[str, Any], begin: float) -> Timed:
@@ -111,7 +111,7 @@ class TimedClient:
                 if not line.startswith("data: ") or line == "data: [DONE]":
                     continue
                 data = json.loads(line[6:])
-                statistics = (data.get("kv_transfer_params") or {}).get("lmcache_rag") or statistics
+                statistics = answer_statistics(data) or statistics
                 if data.get("choices"):
                     marks.append(time.perf_counter())
                     text += data["choices"][0]["text"]

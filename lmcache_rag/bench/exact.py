@@ -11,8 +11,8 @@ from typing import Any
 
 from lmcache_rag.bench.traces import Source, Trace
 from lmcache_rag.engines.base import BlendOptions, QueryPrompt
+from lmcache_rag.protocol import NEAR_TIE
 
-NEAR_TIE = 0.25  # nats: two steps of a bfloat16 logit between 16 and 32, so either token could have been the first
 FULL = BlendOptions(enabled=False)
 AGAIN = "again, exact"
 

@@ -13,10 +13,11 @@ from typing import Any, Literal, TypeAlias
 import httpx
 
 from lmcache_rag.bench import leftovers
-from lmcache_rag.bench.exact import NEAR_TIE, Asked, difference, questions
+from lmcache_rag.bench.exact import Asked, difference, questions
 from lmcache_rag.bench.traces import ServerSource, Trace
 from lmcache_rag.engines.base import BlendOptions, QueryPrompt, Sampling
 from lmcache_rag.errors import LMCacheRAGError
+from lmcache_rag.protocol import NEAR_TIE, answer_statistics
 
 Kind: TypeAlias = Literal["blended", "ratio 1", "unblended", "aborted"]
 LMCACHE_URL = "http://127.0.0.1:8089"  # where lmcache-rag serve has it
@@ -219,7 +220,7 @@ class Soak:
         answer.raise_for_status()
         data = answer.json()
         tokens = tuple(data["choices"][0]["token_ids"])
-        told = (data.get("kv_transfer_params") or {}).get("lmcache_rag") or {}
+        told = answer_statistics(data) or {}
         self.report.reused += told.get("reused_tokens", 0) > 0
         if told.get("failure"):
             self.report.fallbacks[str(told["failure"])] += 1

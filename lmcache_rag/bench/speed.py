@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from lmcache_rag import protocol
 from lmcache_rag.bench.client import Timed, TimedClient
 from lmcache_rag.bench.summary import Pairs, steps, under_load
 from lmcache_rag.bench.workload import Workload
-from lmcache_rag.engines import vllm_wire as wire
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class SpeedBench:
 
     async def _ingest(self, arm: Arm, workload: Workload, at_once: int) -> float:
         gate = asyncio.Semaphore(at_once)
-        params = {"lmcache_rag.blend": "off", **wire.INGEST, wire.PREFIX: workload.prefix} | arm.params
+        params = {**protocol.NO_BLEND, protocol.INGEST: True, protocol.PREFIX: workload.prefix} | arm.params
         prompts = [workload.ingest(index) for index in range(workload.chunks)]  # their drawing is not measured
 
         async def one(prompt: list[int]) -> None:
@@ -151,8 +151,8 @@ class SpeedBench:
         return rows
 
     async def _ask(self, arm: Arm, tokens: int, number: int, answer: int = 1) -> Timed:
-        params = {wire.PREFIX: self.workload.prefix} | arm.params  # as our client asks
-        params |= {"lmcache_rag.chunks": self.workload.spans(tokens, number)} if arm.hot else {}
+        params = {protocol.PREFIX: self.workload.prefix} | arm.params  # as our client asks
+        params |= {protocol.CHUNKS: self.workload.spans(tokens, number)} if arm.hot else {}
         return await self._clients[arm.url].ask(self.workload.prompt(tokens, number), params, tokens=answer)
 
     async def throughput(

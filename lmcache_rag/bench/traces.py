@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lmcache_rag import protocol
 from lmcache_rag.engines.base import BlendOptions, QueryPrompt
 
 if TYPE_CHECKING:
@@ -69,16 +70,16 @@ class ServerSource:
         request = self.engine.request(prompt, Sampling(max_tokens=tokens), blend)
         extra = request["extra_body"] | {"ignore_eos": True, "return_tokens_as_token_ids": True}
         if not self._named:
-            extra["kv_transfer_params"].pop("lmcache_rag.chunks", None)
+            extra["kv_transfer_params"].pop(protocol.CHUNKS, None)
         if not blend.enabled:
-            extra["kv_transfer_params"] |= {"lmcache.max_offload_tokens": prompt.prefix_tokens}
+            extra["kv_transfer_params"] |= {protocol.MAX_OFFLOAD_TOKENS: prompt.prefix_tokens}
         answer = self.engine.complete(request | {"extra_body": extra, "logprobs": TOP})
         choice = answer.choices[0]
         likely = tuple(
             {int(name.removeprefix("token_id:")): value for name, value in place.items()}
             for place in choice.logprobs.top_logprobs
         )
-        told = (getattr(answer, "kv_transfer_params", None) or {}).get("lmcache_rag") or {}
+        told = protocol.answer_statistics(answer) or {}
         return Trace(tuple(choice.token_ids), likely, told)
 
 

@@ -93,6 +93,7 @@ def speed(
       lmcache-rag bench speed --baseline http://localhost:8001 --throughput --rate 0
       lmcache-rag bench speed --policy query --policy hkvd --at 0.1 --at 0.2
     """
+    from lmcache_rag import protocol
     from lmcache_rag.bench.session import SpeedSession, Wanted
     from lmcache_rag.bench.speed import Arm
     from lmcache_rag.bench.workload import Workload
@@ -103,10 +104,10 @@ def speed(
         get_policy(name)  # a server would take its own for one that it does not know
     if plot:
         check_plot(plot)
-    off = {"lmcache_rag.blend": "off", "lmcache.max_offload_tokens": 64}
+    off = {**protocol.NO_BLEND, protocol.MAX_OFFLOAD_TOKENS: 64}
     arms = [Arm("full prefill", baseline or engine, {} if baseline else off)]
     for name, ratio in itertools.product(dict.fromkeys(policy), dict.fromkeys(at)):
-        params = {"lmcache_rag.policy": name, "lmcache_rag.ratio": ratio}
+        params = {protocol.POLICY: name, protocol.RATIO: ratio}
         arms += [Arm(f"{name} {ratio:g}", engine, params), Arm(f"hot {name} {ratio:g}", engine, params, hot=True)]
     wanted = Wanted(
         tuple(tokens),

@@ -27,6 +27,7 @@ from lmcache_rag.connector.request_state import unblended
 from lmcache_rag.connector.scheduler_side import SchedulerSide
 from lmcache_rag.connector.stats import BlendPromMetrics, BlendStats
 from lmcache_rag.connector.told import BlendResults, Readiness
+from lmcache_rag.protocol import ANSWER
 
 log = logging.getLogger("lmcache_rag")
 
@@ -211,7 +212,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         if later:
             self._freed.ends(request.request_id)
         if statistics is not None:
-            params = {**(params or {}), "lmcache_rag": statistics}
+            params = {**(params or {}), ANSWER: statistics}
             log.debug("request %s: %s", request.request_id, statistics)
         return later, params
 

@@ -2,7 +2,8 @@
 
 A copy on the GPU instead of a load from LMCache. Blocks of finished requests stay in vLLM's pool until they are
 evicted, filed under hashes of everything before them; so the blocks of `prefix + chunk` are found when it is known
-where in a prompt the chunks stand. A client says so in kv_transfer_params: `"lmcache_rag.chunks": [[start, end], ...]`.
+where in a prompt the chunks stand. A client says so in kv_transfer_params, see
+lmcache_rag.protocol.CHUNKS.
 """
 
 from __future__ import annotations
@@ -143,19 +144,3 @@ class HotChunks:
     def pinned(self) -> int:
         """Requests that hold blocks."""
         return len(self._pinned)
-
-
-def named_spans(params: dict[str, Any] | None, prompt: int) -> list[tuple[int, int]]:
-    """Where the chunks stand in a prompt of that length, by the request's own word; empty when it makes no sense."""
-    given = (params or {}).get("lmcache_rag.chunks")
-    if not isinstance(given, list):
-        return []
-    spans: list[tuple[int, int]] = []
-    for item in given:
-        if not (isinstance(item, list | tuple) and len(item) == 2 and all(type(n) is int for n in item)):
-            return []
-        start, end = item
-        if not (spans[-1][1] if spans else 0) <= start < end <= prompt:
-            return []
-        spans.append((start, end))
-    return spans

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmcache_rag.connector.hot import HotChunks, Place, named_spans
-from lmcache_rag.connector.namespace import PREFIX
+from lmcache_rag.connector.hot import HotChunks, Place
 from lmcache_rag.connector.plan import Match
+from lmcache_rag.protocol import named_prefix, named_spans
 
 _ATTEMPTS = 2
 
@@ -49,8 +49,8 @@ class HotSide:
 
     def ingests(self, request: Any, tokens: array[int]) -> None:
         """Remember what the blocks of a chunk are called that is going to be asked for: vLLM has just hashed them."""
-        prefix = (request.kv_transfer_params or {}).get(PREFIX)
-        if type(prefix) is int and 0 < prefix < len(tokens):
+        prefix = named_prefix(request.kv_transfer_params, len(tokens))
+        if 0 < prefix < len(tokens):
             self.chunks.places(tokens, request.block_hashes, [(prefix, len(tokens))])
 
     def promising(self, request: Any) -> bool:

@@ -7,30 +7,14 @@ lmcache_rag.connector.stats ties this to vLLM.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from lmcache_rag.protocol import CHUNK_GAUGE, METRICS, OUTCOMES, SOURCES, Fallback
+
 RECORDS = "lmcache_rag_requests"  # our key in the data that vLLM carries
 
-PREFIX = "vllm:lmcache_rag_"  # vLLM takes metrics back by "vllm:" when an engine is made anew
-SOURCES = ("prefix", "reused", "recomputed", "computed")
-OUTCOMES = ("blended", "prefix", "computed", "unblended")
-CANNOT = "cannot blend"
-OTHER = "other"
-# A label of a counter needs few values, so what is not listed here counts as OTHER.
-REASONS = (
-    CANNOT,
-    "no server",
-    "look-up deadline",
-    "load failed",
-    "load failed on another rank",
-    "no copy of hot chunks",
-    "damaged KV",
-    "out of memory",
-    OTHER,
-)
-CHUNK = "chunk_tokens"
+REASONS = tuple(str(each) for each in Fallback)  # a counter's label needs few values: others count as OTHER
 TIMES = ("lookup", "load", "blend")
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds
 
@@ -43,7 +27,7 @@ def record(statistics: Mapping[str, Any]) -> dict[str, Any]:
     found["hot"] = int(statistics["hot_tokens"])
     found["outcome"] = "blended" if blended else "prefix" if found["prefix"] else "computed"
     if failure:
-        found["fallback"] = failure if failure in REASONS else OTHER
+        found["fallback"] = str(Fallback.of(failure))
     # What was not done took no time; a load that failed did.
     seconds = {name: float(statistics[f"{name}_ms"]) / 1e3 for name in TIMES}
     return found | {name: value for name, value in seconds.items() if value > 0}
@@ -58,7 +42,7 @@ def unblended(prompt: int, cached: int) -> dict[str, Any]:
     """
     prefix = max(min(cached, prompt - 1), 0)  # the last token is always computed
     tokens = {"prefix": prefix, "reused": 0, "recomputed": 0, "computed": prompt - prefix, "hot": 0}
-    return {**tokens, "outcome": "unblended", "fallback": CANNOT}
+    return {**tokens, "outcome": "unblended", "fallback": str(Fallback.CANNOT_BLEND)}
 
 
 def summary(records: Iterable[Mapping[str, Any]]) -> dict[str, int | float]:
@@ -80,19 +64,6 @@ def summary(records: Iterable[Mapping[str, Any]]) -> dict[str, int | float]:
     return said
 
 
-def chunk_tokens(text: str) -> int:
-    """Tokens of an LMCache chunk, by what a server's /metrics says; 0 when it does not."""
-    found = re.search(rf"^{PREFIX}{CHUNK}\{{[^}}]*\}} (\d+)(?:\.0)?$", text, re.MULTILINE)
-    return int(found[1]) if found else 0
-
-
-def hit_tokens(text: str) -> int | None:
-    """Tokens that cached chunks gave so far, reused or recomputed, by what a server's /metrics says; None: nothing."""
-    source = r'source="(?:reused|recomputed)"'
-    found = re.findall(rf"^{PREFIX}prompt_tokens_total\{{[^}}]*{source}[^}}]*\}} (\S+)$", text, re.MULTILINE)
-    return round(sum(map(float, found))) if found else None
-
-
 def show_chunk(gauge: Callable[..., Any], labelnames: list[str], engines: Mapping[int, list[Any]], tokens: int) -> None:
     """Put on /metrics how many tokens an LMCache chunk has: clients pad what their prompts share to whole chunks.
 
@@ -103,7 +74,7 @@ def show_chunk(gauge: Callable[..., Any], labelnames: list[str], engines: Mappin
         tokens: So many.
     """
     made = gauge(
-        name=PREFIX + CHUNK,
+        name=CHUNK_GAUGE,
         documentation="Tokens of an LMCache chunk.",
         labelnames=labelnames,
         multiprocess_mode="mostrecent",
@@ -134,14 +105,14 @@ class Meters:
             return {(engine, one): metric.labels(*given, one) for engine, given in engines.items() for one in values}
 
         def counted(name: str, about: str, label: str, values: Iterable[str]) -> dict[tuple[int, str], Any]:
-            made = counter(name=PREFIX + name, documentation=about, labelnames=[*labelnames, label])
+            made = counter(name=METRICS + name, documentation=about, labelnames=[*labelnames, label])
             return each(made, values)
 
         self._requests = counted("requests", "Finished requests by what was reused of their prompt.", "how", OUTCOMES)
         self._tokens = counted("prompt_tokens", "Prompt tokens by where their KV came from.", "source", SOURCES)
         self._fallbacks = counted("fallbacks", "Requests computed in full, by reason.", "reason", REASONS)
         hot = counter(
-            name=f"{PREFIX}hot_tokens",
+            name=f"{METRICS}hot_tokens",
             documentation="Reused and recomputed tokens whose KV vLLM itself still held.",
             labelnames=labelnames,
         )
@@ -153,7 +124,7 @@ class Meters:
             ("blend", "Time of selecting and recomputing tokens of a request, in seconds."),
         ):
             made = histogram(
-                name=f"{PREFIX}{name}_seconds", documentation=about, labelnames=labelnames, buckets=list(BUCKETS)
+                name=f"{METRICS}{name}_seconds", documentation=about, labelnames=labelnames, buckets=list(BUCKETS)
             )
             self._times |= {(engine, name): made.labels(*given) for engine, given in engines.items()}
 

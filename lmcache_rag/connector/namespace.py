@@ -19,9 +19,10 @@ from typing import Any
 
 import numpy as np
 
+from lmcache_rag.protocol import named_prefix
+
 log = logging.getLogger("lmcache_rag")
 
-PREFIX = "lmcache_rag.prefix"  # in kv_transfer_params: tokens before the first chunk, which other prompts share
 _LENGTHS, _NAMES = 16, 1024  # that are remembered; each length is one hash for a prompt that does not say its own
 _SAMPLE = 65536
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -51,8 +52,7 @@ class Namespaces:
             tenant: Its cache_salt.
             params: Its kv_transfer_params.
         """
-        given = (params or {}).get(PREFIX)
-        if isinstance(given, int) and not isinstance(given, bool) and 0 < given <= len(prompt):
+        if given := named_prefix(params, len(prompt)):
             name = self._name(prompt[:given], tenant)
             _remember(self._named, given, _LENGTHS, OrderedDict)
             _remember(self._named[given], name, _NAMES, lambda: None)

@@ -8,6 +8,7 @@ from typing import Any
 
 from lmcache_rag.blend.policies import get_policy
 from lmcache_rag.errors import ConfigError
+from lmcache_rag.protocol import DEFAULT_POLICY, DEFAULT_RATIO
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,8 @@ class ConnectorOptions:
         chunk_size: Tokens of an LMCache chunk, told on /metrics to clients; 0: not told. LMCache is not asked to obey.
     """
 
-    policy: str = "query"
-    ratio: float = 0.15
+    policy: str = DEFAULT_POLICY
+    ratio: float = DEFAULT_RATIO
     blend: bool = True
     deadline: float = 5.0
     lookup_deadline: float = 5.0

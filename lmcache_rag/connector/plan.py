@@ -156,37 +156,3 @@ def claim(prompt: int, local: int, prefix: int, matches: Sequence[Match], *, lea
     if covered < max(least, 1):
         return Claim(exact, (), exact)
     return Claim(exact, tuple(apart), prompt - 1 if prompt - 1 - end <= tail else end)
-
-
-def request_options(
-    params: dict[str, Any] | None, policy: str, ratio: float, usual: bool = True
-) -> tuple[str, float, bool, list[str]]:
-    """What a request asks for in kv_transfer_params: (policy, ratio, blend, complaints); defaults where it is wrong.
-
-    Keys: ``lmcache_rag.policy``, ``lmcache_rag.ratio`` (0 to 1), ``lmcache_rag.blend`` ("on", "off" or a boolean).
-    """
-    from lmcache_rag.blend.policies import POLICIES
-
-    params = params or {}
-    complaints = []
-    blend = usual
-    if isinstance(wanted := params.get("lmcache_rag.policy", policy), str) and wanted in POLICIES:
-        policy = wanted
-    else:
-        complaints.append(f"lmcache_rag.policy {wanted!r} is none of {', '.join(POLICIES)}; {policy} is used")
-    given = params.get("lmcache_rag.ratio", ratio)
-    if isinstance(given, int | float) and not isinstance(given, bool) and 0 <= given <= 1:
-        ratio = float(given)
-    else:
-        complaints.append(f"lmcache_rag.ratio {given!r} is not between 0 and 1; {ratio} is used")
-    switch = params.get("lmcache_rag.blend", usual)
-    if isinstance(switch, bool) or switch in ("on", "off"):
-        blend = switch in (True, "on")
-    else:
-        complaints.append(f"lmcache_rag.blend {switch!r} is neither on nor off; {'on' if usual else 'off'} is used")
-    return policy, ratio, blend, complaints
-
-
-def ingests(params: dict[str, Any] | None) -> bool:
-    """Whether a request is one chunk behind its prefix, to be kept (`"lmcache_rag.ingest": true`)."""
-    return (params or {}).get("lmcache_rag.ingest") is True

@@ -8,6 +8,7 @@ from typing import Any
 
 from lmcache_rag.connector.abandoned import Lookup
 from lmcache_rag.connector.plan import BlendResult, Claim, spans_of
+from lmcache_rag.protocol import CAN_BLEND, FAILURE
 
 
 @dataclass
@@ -69,7 +70,7 @@ def statistics(prompt: int, state: RequestState) -> dict[str, Any]:
         "blended": reused > 0,
         "policy": state.policy,
         "ratio": state.ratio,
-        "failure": failure,
+        FAILURE: str(failure),
     }
 
 
@@ -85,4 +86,4 @@ def unblended(prompt: int, cached: int, policy: str, ratio: float, why_not: str)
     """
     held = max(min(cached, prompt - 1), 0)  # the last token is always computed
     state = RequestState(policy, ratio, blend=False, local=held, failure=why_not)
-    return {**statistics(prompt, state), "can_blend": False}
+    return {**statistics(prompt, state), CAN_BLEND: False}

@@ -17,8 +17,9 @@ from lmcache_rag.connector.filed import FiledBlocks
 from lmcache_rag.connector.hot_side import HotSide, without_overlap
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.pace import Allowance, Pace
-from lmcache_rag.connector.plan import BlendPlan, BlendResult, Claim, Match, claim, ingests, request_options
+from lmcache_rag.connector.plan import BlendPlan, BlendResult, Claim, Match, claim
 from lmcache_rag.connector.request_state import RequestState, may_hit, statistics
+from lmcache_rag.protocol import LOADS, Fallback, ingests, read_params
 
 log = logging.getLogger("lmcache_rag")
 
@@ -118,12 +119,12 @@ class SchedulerSide:
         return state is not None and state.background
 
     def _begin(self, request: Any) -> RequestState:
-        policy, ratio, blend, complaints = request_options(
+        params, complaints = read_params(
             request.kv_transfer_params, self.options.policy, self.options.ratio, self.options.blend
         )
         for complaint in complaints:
-            log.warning("request %s: %s", request.request_id, complaint)
-        state = RequestState(policy, ratio, blend, over=not may_hit(request, self.chunk))
+            log.warning("request %s: %s; the default is used", request.request_id, complaint)
+        state = RequestState(params.policy, params.ratio, params.blend, over=not may_hit(request, self.chunk))
         self._states[request.request_id] = state
         if state.over:
             return state
@@ -131,7 +132,7 @@ class SchedulerSide:
         if self.hot and state.blend:
             self.hot.begin(request, state.tokens)
             state.hot_only = self.hot.promising(request)
-        elif self.hot and ingests(request.kv_transfer_params):
+        elif self.hot and params.ingest:
             self.hot.ingests(request, state.tokens)
         if not state.hot_only:
             self._ask(request, state)
@@ -141,7 +142,7 @@ class SchedulerSide:
         state.asked = time.perf_counter()
         state.lookup = self.look_up(request)
         if state.lookup is None:
-            state.over, state.failure = True, "no server"
+            state.over, state.failure = True, Fallback.NO_SERVER
             self._warn("LMCache does not answer")
 
     def _found(self, request: Any, state: RequestState) -> bool:
@@ -158,7 +159,7 @@ class SchedulerSide:
             return True
         if now - state.awaited > self.options.lookup_deadline:
             self._warn(f"LMCache did not answer for {self.options.lookup_deadline:g} s")
-            self._give_up(state, "look-up deadline")
+            self._give_up(state, Fallback.LOOKUP_DEADLINE)
         return False
 
     def _warn(self, words: str) -> None:
@@ -166,7 +167,7 @@ class SchedulerSide:
             log.warning("%s: prompts are computed in full until it does", words)
         self._silent = time.perf_counter()
 
-    def _give_up(self, state: RequestState, reason: str) -> None:
+    def _give_up(self, state: RequestState, reason: Fallback) -> None:
         if state.lookup is not None:
             self._abandon(state.lookup)
         state.lookup, state.over, state.failure = None, True, reason
@@ -190,7 +191,7 @@ class SchedulerSide:
     def stored(self, request: Any) -> int:
         """Tokens that LMCache holds of this prompt from its beginning on: they need not be stored again.
 
-        But for a chunk at ingestion (`"lmcache_rag.ingest": true` in kv_transfer_params): LMCache enters into its index
+        But for a chunk at ingestion (lmcache_rag.protocol.INGEST): LMCache enters into its index
         of chunks what is stored only, not what it loads from a second tier, where an earlier server may have put it.
         """
         state = self._states.get(request.request_id)
@@ -280,7 +281,7 @@ class SchedulerSide:
                 self.hot.done(result.request_id)
             if state := self._states.get(result.request_id):
                 state.result = result
-            if result.failure.startswith("load failed"):
+            if result.failure in LOADS:
                 # The server did not answer for a whole deadline, in which vLLM may have stood still: what it was asked
                 # then has waited as long, though nobody could listen.
                 for state in self._states.values():

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-UNTIL = "lmcache_rag.until"  # in a key's request_configs: when the worker stops waiting, by the clock of the machine
+from lmcache_rag.protocol import UNTIL
+
 MODULE = "lmcache_rag.connector.server_guard"
 
 log = logging.getLogger("lmcache_rag")

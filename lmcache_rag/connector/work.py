@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from lmcache_rag.blend.policies import get_policy
 from lmcache_rag.connector.pinned import Number
+from lmcache_rag.protocol import Fallback
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,7 +62,7 @@ class Work:
             except torch.OutOfMemoryError:
                 if self._model.ranks > 1:
                     raise  # the others wait for this rank in the middle of the pass: it cannot begin another
-                job.failure = "out of memory"
+                job.failure = Fallback.OUT_OF_MEMORY
             # Not above: while an exception is handled, it keeps all that the pass had allocated.
             if job.failure:
                 self._take_less(job)
@@ -79,7 +80,7 @@ class Work:
 
         plan, done, job.evidence = job.plan, job.plan.local, None
         if not self._smaller(job):
-            job.lost, job.failure = True, "out of memory"
+            job.lost, job.failure = True, Fallback.OUT_OF_MEMORY
             if not self._may_report:
                 raise torch.OutOfMemoryError("There is no GPU memory to compute even a few tokens.")
         while done < plan.end and not job.lost:
@@ -93,7 +94,7 @@ class Work:
                 if self._model.ranks > 1 or (smallest and not self._may_report):
                     raise
                 job.lost = smallest
-                job.failure = "out of memory" if smallest else job.failure
+                job.failure = Fallback.OUT_OF_MEMORY if smallest else job.failure
             if done < plan.end:
                 self._take_less(job)
 
@@ -148,5 +149,5 @@ class Work:
         if evidence is None:
             return True
         if not self._model.all_ranks(math.isfinite(evidence.read())):
-            job.failure = "damaged KV"
+            job.failure = Fallback.DAMAGED_KV
         return not job.failure

@@ -14,6 +14,7 @@ from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.connector.pinned import on_device
 from lmcache_rag.connector.plan import BlendPlan, BlendResult
 from lmcache_rag.connector.work import Work
+from lmcache_rag.protocol import SERVER_FAULTS, Fallback, fallback_sentence
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -26,7 +27,6 @@ log = logging.getLogger("lmcache_rag")
 
 NULL_BLOCK = 0  # vLLM's BlockPool.null_block
 _POLL = 0.001  # an idle step waits so long for a load rather than to spin
-_SERVERS = ("no server", "load failed", "load failed on another rank")  # failures that only a load disproves
 
 
 class WorkerSide:
@@ -173,7 +173,7 @@ class WorkerSide:
         else:
             covered = sum(match.end - match.start for match in plan.matches)
             counts = (plan.exact, covered - outcome.recomputed, outcome.recomputed, outcome.gaps)
-            if job.waiting or self._warned not in _SERVERS:
+            if job.waiting or self._warned not in SERVER_FAULTS:
                 self._warned = ""  # it is over: the next time is another one
         hot = sum(m.end - m.start for m in plan.matches if m.block >= 0) if not job.failure else 0
         self._results.append(BlendResult(plan.request_id, *counts, *job.clock.read(), job.failure, hot))
@@ -220,10 +220,11 @@ class WorkerSide:
 
         hot = [match for match in plan.matches if match.block >= 0]
         cold = [match for match in plan.matches if match.block < 0]
-        clock, reason = Clock(), ""
+        clock = Clock()
+        reason: Fallback | None = None
         waiting: list[Any] = []
         if not self._link.is_healthy and (cold or plan.exact > plan.local):
-            reason = "no server"
+            reason = Fallback.NO_SERVER
         else:  # before anything else: the server needs some milliseconds until the first byte is on its way
             if cold:  # the larger part first: the server prepares the other while this one is on the bus
                 waiting.append(self._link.submit_matches(plan, cold))
@@ -237,12 +238,12 @@ class WorkerSide:
             blocks = (*blocks, NULL_BLOCK)
         sequence = PagedSequence.of(blocks, self._model.block, str(device))
         if hot and self._hot is None:
-            reason = reason or "no copy of hot chunks"
+            reason = reason or Fallback.NO_HOT_COPY
         elif hot and not reason and self._hot is not None:
             self._hot.run(hot, sequence)
         ids = on_device(plan.token_ids, torch.int64, device)
         blend = BlendPass(self._model, sequence, piece=self._piece if plan.background else 0)
-        return Job(plan, sequence, ids, blend, waiting=waiting, clock=clock, reason=reason)
+        return Job(plan, sequence, ids, blend, waiting=waiting, clock=clock, reason=reason or "")
 
     def _left(self, job: Job) -> float:
         """Seconds to its deadline."""
@@ -263,7 +264,7 @@ class WorkerSide:
         reason, plan = job.reason, job.plan
         for future in job.waiting:
             if not self._link.arrived(future, self._left(job)):
-                reason = reason or "load failed"
+                reason = reason or Fallback.LOAD_FAILED
         late = tuple(future for future in job.waiting if not self._link.answered(future, 0.0))
         if late:
             blocks = plan.block_ids[plan.local // self._model.block :]
@@ -272,11 +273,13 @@ class WorkerSide:
         ready = not reason and self._work.fits(job)
         if not self._model.all_ranks(ready):
             loaded = self._model.all_ranks(not reason)
-            job.failure = reason or ("out of memory" if loaded else "load failed on another rank")
+            job.failure = reason or (Fallback.OUT_OF_MEMORY if loaded else Fallback.LOAD_FAILED_ELSEWHERE)
         job.clock.loaded()
         job.steps = self._work.steps(job)
 
     def _warn(self, failure: str) -> None:
         if failure != self._warned:  # once for each kind of trouble, until it is over
             self._warned = failure
-            log.warning("KV could not be blended (%s); prompts are computed instead", failure)
+            log.warning(
+                "KV could not be blended: %s. Prompts are computed in full instead.", fallback_sentence(failure)
+            )

@@ -9,6 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from lmcache_rag import protocol
 from lmcache_rag.engines import vllm_wire as wire
 from lmcache_rag.engines.base import (
     BlendOptions,
@@ -325,7 +326,7 @@ class VLLMEngine:
             self._model,
             prompt.token_ids,
             sampling,
-            params | {wire.PREFIX: prompt.prefix_tokens},
+            params | {protocol.PREFIX: prompt.prefix_tokens},
             room=self._info.context_length - len(prompt.token_ids),
             salt="" if prompt.fingerprint == plain else prompt.fingerprint,
         )

@@ -11,6 +11,7 @@ from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from lmcache_rag import protocol
 from lmcache_rag.engines import vllm_wire as wire
 from lmcache_rag.engines.base import (
     BlendOptions,
@@ -100,14 +101,14 @@ class ChunkSender:
 
     def verify(self, prompt: IngestPrompt) -> VerifyResult:
         """See VLLMEngine.verify."""
-        request = self._request(prompt, {"lmcache.max_offload_tokens": 0})
+        request = self._request(prompt, {protocol.MAX_OFFLOAD_TOKENS: 0})
         held = self._held(prompt, self.servers.complete(request, home=_home(prompt)))
         return VerifyResult(prompt.key, "ok" if held else "missing")
 
     def _send(self, prompt: IngestPrompt, stop: threading.Event) -> bool:
         """Have a chunk's KV computed; returns whether it was there already."""
         response = self.servers.complete(
-            self._request(prompt, wire.INGEST),
+            self._request(prompt, {protocol.INGEST: True}),
             home=_home(prompt),
             attempts=self.patience,
             stop=stop,

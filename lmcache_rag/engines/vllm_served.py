@@ -10,10 +10,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lmcache_rag.connector.metrics import chunk_tokens
 from lmcache_rag.engines.vllm_client import Servers
 from lmcache_rag.engines.vllm_errors import speaking
 from lmcache_rag.errors import EngineError
+from lmcache_rag.protocol import chunk_tokens
 
 log = logging.getLogger("lmcache_rag")
 

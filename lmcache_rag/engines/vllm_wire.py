@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from lmcache_rag import protocol
 from lmcache_rag.engines.base import (
     BlendOptions,
     ChunkSpan,
@@ -18,24 +19,17 @@ from lmcache_rag.engines.base import (
     Sampling,
 )
 
-TOLD = "lmcache_rag"  # our connector's key in the response's kv_transfer_params
-INGEST = {"lmcache_rag.ingest": True}  # enter this chunk into the index, though its KV be there
-PREFIX = "lmcache_rag.prefix"  # how many tokens the prompt shares with others: KV is reused behind the same ones only
-_PARTS = ("prefix_tokens", "reused_tokens", "recomputed_tokens", "computed_tokens")
-_TIMES = ("lookup_ms", "load_ms", "blend_ms")
-_VLLM_BLOCK = 16  # tokens of a block of vLLM's own prefix cache
-
 
 def blend_params(blend: BlendOptions, prompt: QueryPrompt | None = None) -> dict[str, Any]:
-    """How a request reuses KV, as our connector reads it; see lmcache_rag.connector.plan.request_options.
+    """How a request reuses KV, as our connector reads it; see lmcache_rag.protocol.
 
     The chunks' places are named, so that the server can copy what it still holds itself; see lmcache_rag.connector.hot.
     """
     if not blend.enabled:
-        return {"lmcache_rag.blend": "off"}
-    params = {"lmcache_rag.blend": "on", "lmcache_rag.policy": blend.policy, "lmcache_rag.ratio": blend.ratio}
+        return dict(protocol.NO_BLEND)
+    params = {protocol.BLEND: "on", protocol.POLICY: blend.policy, protocol.RATIO: blend.ratio}
     spans = [[chunk.start, chunk.end] for chunk in prompt.chunks] if prompt else []
-    return params | ({"lmcache_rag.chunks": spans} if spans else {})
+    return params | ({protocol.CHUNKS: spans} if spans else {})
 
 
 def request(
@@ -91,14 +85,11 @@ class Gathered:
     @property
     def why_not(self) -> str:
         """Why the server cannot blend any request, by its own word; empty where it can or does not say."""
-        told = self.told or {}
-        return str(told.get("failure") or "it does not say why") if told.get("can_blend") is False else ""
+        return str(protocol.cannot_blend(self.told) or "")
 
     def take(self, part: Any) -> str:
         """Take a part of a completion or of a chat completion, its first choice; returns its text."""
-        if isinstance(params := getattr(part, "kv_transfer_params", None), dict) and isinstance(
-            told := params.get(TOLD), dict
-        ):
+        if (told := protocol.answer_statistics(part)) is not None:
             self.told = told
         details = getattr(getattr(part, "usage", None), "prompt_tokens_details", None)
         if (cached := getattr(details, "cached_tokens", None)) is not None:
@@ -131,7 +122,7 @@ def already_held(gathered: Gathered, prompt: IngestPrompt, kv_block: int) -> boo
     """Whether the server had the KV of all of this prompt that it can keep, and so computed the last tokens only."""
     length = len(prompt.token_ids)
     # One token at least is always computed, and vLLM's own cache then gives whole blocks only.
-    keeps = min(length // kv_block * kv_block, (length - 1) // _VLLM_BLOCK * _VLLM_BLOCK)
+    keeps = min(length // kv_block * kv_block, (length - 1) // protocol.VLLM_BLOCK * protocol.VLLM_BLOCK)
     told = gathered.told or {}
     return keeps > prompt.prefix_tokens and int(told.get("prefix_tokens", gathered.cached or 0)) >= keeps
 
@@ -156,8 +147,8 @@ def completion(
         # Where nothing can be blended no chunk is missed, and the reason is told once, not with each answer.
         hit, missed = (0, 0) if gathered.why_not else chunk_counts(prompt, told, kv_block)
         counts |= {"chunks_hit": hit, "chunks_missed": missed}
-        if told.get("failure") and not gathered.why_not:
-            warnings.append(f"The server computed the prompt in full: {told['failure']}.")
+        if (failure := told.get(protocol.FAILURE)) and not gathered.why_not:
+            warnings.append(f"The server computed the prompt in full: {protocol.fallback_sentence(str(failure))}.")
         elif blending and missed:
             warnings.append(f"The KV of {missed} chunk(s) was missing; they were computed.")
     else:
@@ -178,12 +169,12 @@ def completion(
 
 def _counts(told: Mapping[str, Any], length: int) -> dict[str, Any] | None:
     """The token counts and times that the server told; None unless the counts are whole and add up."""
-    parts = {name: told.get(name) for name in _PARTS}
+    parts = {name: told.get(name) for name in protocol.COUNTS}
     if not all(isinstance(part, int) and part >= 0 for part in parts.values()):
         return None
     if sum(part for part in parts.values() if part is not None) != length:
         return None
-    return {**parts, **{name: float(told.get(name) or 0.0) for name in _TIMES}}
+    return {**parts, **{name: float(told.get(name) or 0.0) for name in protocol.TIMES}}
 
 
 def whole_blocks(span: ChunkSpan, kv_block: int) -> int:

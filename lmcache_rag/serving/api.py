@@ -10,6 +10,7 @@ import httpx
 
 from lmcache_rag.api_key import REMEDY
 from lmcache_rag.errors import EngineError, EngineUnavailableError
+from lmcache_rag.protocol import answer_statistics
 
 SHORT_S = 3.0
 TOP = 5  # log-probabilities asked for with each token
@@ -136,7 +137,7 @@ class VLLM:
             return Answer(
                 tuple(choice["token_ids"]),
                 tuple({int(name.rpartition(":")[2]): value for name, value in row.items()} for row in top if row),
-                (document.get("kv_transfer_params") or {}).get("lmcache_rag"),
+                answer_statistics(document),
             )
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as problem:
             raise EngineError(

@@ -15,6 +15,7 @@ from typing import Any
 from lmcache_rag.api_key import api_key
 from lmcache_rag.connector.server_guard import MODULE
 from lmcache_rag.errors import ConfigError
+from lmcache_rag.protocol import DEFAULT_POLICY, DEFAULT_RATIO, LMCACHE_CHUNK, VLLM_BLOCK
 from lmcache_rag.serving.given import Given
 
 PLUGIN = "lmcache_rag"
@@ -24,7 +25,6 @@ CONNECTOR = {
     "kv_role": "kv_both",
     "kv_load_failure_policy": "recompute",  # vLLM's own default ends the request
 }
-BLOCK = 16  # vLLM's own default on CUDA
 MOST_BATCHED_TOKENS = 8192  # a pass over a whole prompt of usual length fits into one
 MOST_GRAPH_TOKENS = 2048  # a blend's longest piece: launched kernel by kernel, several ranks wait for the host
 GPU_SHARE = 0.85  # LMCache's server needs memory of its own on the GPU
@@ -66,11 +66,11 @@ class ServeOptions:
     vllm: tuple[str, ...] = ()
     host: str | None = None
     port: int | None = None
-    policy: str = "query"
-    ratio: float = 0.15
+    policy: str = DEFAULT_POLICY
+    ratio: float = DEFAULT_RATIO
     l1_gb: float | None = None
     l2: tuple[str, ...] = ()
-    chunk_size: int = 64
+    chunk_size: int = LMCACHE_CHUNK
     lmcache_port: int = 5555
     lmcache_http_port: int = 8089
     step_tokens: int | None = None
@@ -271,7 +271,7 @@ def _note(given: Given, blends: bool) -> str:
 
 def _check_chunk(options: ServeOptions, given: Given) -> None:
     text = given.value("--block-size")
-    block = int(text) if text.isdigit() and int(text) else BLOCK
+    block = int(text) if text.isdigit() and int(text) else VLLM_BLOCK
     if options.chunk_size <= 0 or options.chunk_size % block:
         raise ConfigError(
             f"--chunk-size {options.chunk_size} is not a multiple of vLLM's block size, {block}.",

@@ -8,13 +8,12 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from lmcache_rag.connector.metrics import chunk_tokens, hit_tokens
 from lmcache_rag.errors import LMCacheRAGError
+from lmcache_rag.protocol import LMCACHE_CHUNK, chunk_tokens, hit_tokens
 from lmcache_rag.serving import api
 from lmcache_rag.serving.checks import Check
 from lmcache_rag.serving.roundtrip import Outcome, round_trip
 
-CHUNK = 64  # lmcache-rag serve's default
 COUNTED_S = 3.0
 
 
@@ -130,7 +129,7 @@ def live(server: api.VLLM, served: api.Served, status: dict[str, Any]) -> list[C
     """The round trip."""
     before = hit_tokens(server.metrics())
     try:
-        outcome = round_trip(server, served, chunk_size(server, status) or CHUNK)
+        outcome = round_trip(server, served, chunk_size(server, status) or LMCACHE_CHUNK)
     except LMCacheRAGError as problem:
         return [Check("Round trip", "failed", problem.message, problem.remedy)]
     checks = list(judge(outcome))

@@ -9,16 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmcache_rag.errors import EngineError
+from lmcache_rag.protocol import CAN_BLEND, MAX_OFFLOAD_TOKENS, NEAR_TIE, NO_BLEND, POLICY, RATIO
 from lmcache_rag.serving.api import VLLM, Answer, Served
 
 IDS = range(300, 15000)  # ids of plain text in the usual vocabularies; none of them special
 CHUNKS = 3
 BLOCKS = (4, 3, 2)  # LMCache chunks in each of ours
 ANSWER = 16
-NEAR_TIE = 0.25  # nats: bfloat16 moves log-probabilities by about so much
 ATTEMPTS, PAUSE_S = 5, 1.0  # LMCache indexes what it stored a moment later
-
-OFF = {"lmcache_rag.blend": "off"}
 
 
 @dataclass(frozen=True)
@@ -112,9 +110,9 @@ def round_trip(
     """
     prompts = Prompts.draw(chunk_size, served.most_tokens)
     # What is asked is not to be stored: an attempt that finds nothing must not help the next one.
-    keep_out = {"lmcache.max_offload_tokens": chunk_size}
+    keep_out = {MAX_OFFLOAD_TOKENS: chunk_size}
     for prompt in prompts.ingest():
-        server.complete(served.name, prompt, params=OFF)
+        server.complete(served.name, prompt, params=dict(NO_BLEND))
     found: dict[str, Any] | None = None
     query: list[int] = []
     attempt = 0
@@ -123,15 +121,15 @@ def round_trip(
         attempt += 1
         query = prompts.query()
         found = server.complete(served.name, query, params=keep_out).statistics
-        if found is None or found.get("can_blend") is False:
+        if found is None or found.get(CAN_BLEND) is False:
             break
     if not compare or not found_again(found):
         return Outcome(found, attempt)
     # Blended first: after a run without reuse vLLM itself would hold the whole prompt.
     query = prompts.query()
-    every = {"lmcache_rag.policy": "query", "lmcache_rag.ratio": 1.0}
+    every = {POLICY: "query", RATIO: 1.0}
     blended = server.complete(served.name, query, most=ANSWER, params=every | keep_out)
-    plain = server.complete(served.name, query, most=ANSWER, params=OFF | keep_out)
+    plain = server.complete(served.name, query, most=ANSWER, params={**NO_BLEND, **keep_out})
     if not blended.tokens or not plain.tokens:
         raise EngineError("The server answered without tokens.", remedy="Its log may say more.")
     same = _agree(blended.tokens, plain.tokens)

@@ -10,7 +10,7 @@ from typing import Any
 
 from lmcache_rag.connector.compat_lmcache.server import handshake, is_absent, said, same_chunks
 from lmcache_rag.connector.plan import BlendPlan, Match
-from lmcache_rag.connector.server_guard import UNTIL
+from lmcache_rag.protocol import UNTIL
 
 log = logging.getLogger("lmcache_rag")
 

@@ -1,0 +1,318 @@
+"""The contract between clients and the connector inside vLLM, spelled once.
+
+Request keys and what may stand in them, reason codes, the statistics in an answer, metric names and defaults. Server,
+client, command line, doctor, benchmarks and integrations take them from here. Needs neither vLLM nor PyTorch.
+
+A code is what programs compare; a sentence is made from it where a person reads it (`fallback_sentence`,
+`cannot_blend_sentence`). Existing keys, codes, answer fields, metric names and label values never change.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+from lmcache_rag.blend.policies import POLICIES
+
+# -- request keys, in kv_transfer_params ------------------------------------------------------------------------------
+
+NAMESPACE: Final = "lmcache_rag."  # every key of ours begins so
+POLICY: Final = "lmcache_rag.policy"  # recompute policy: a name of POLICIES
+RATIO: Final = "lmcache_rag.ratio"  # share of the cached tokens to recompute, 0 to 1
+BLEND: Final = "lmcache_rag.blend"  # "on", "off" or a boolean
+CHUNKS: Final = "lmcache_rag.chunks"  # [[start, end], ...]: where the chunks are in the prompt, in tokens
+PREFIX: Final = "lmcache_rag.prefix"  # tokens before the first chunk, which the prompt shares with others
+INGEST: Final = "lmcache_rag.ingest"  # true: the prompt is prefix + chunk, to be stored and indexed
+FORGET: Final = "lmcache_rag.forget"  # true: the prompt is prefix + chunk, whose KV is to be removed everywhere
+SPANS: Final = "lmcache_rag.spans"  # true: the answer's statistics hold `spans`
+REQUEST_KEYS: Final = (POLICY, RATIO, BLEND, CHUNKS, PREFIX, INGEST, FORGET, SPANS)
+
+LMCACHE_NAMESPACE: Final = "lmcache."
+MAX_OFFLOAD_TOKENS: Final = "lmcache.max_offload_tokens"  # LMCache's: store no more than so many tokens of this request
+LMCACHE_KEYS: Final = (MAX_OFFLOAD_TOKENS,)  # those of LMCache's keys that a request may hold
+# Disaggregated prefill and what goes with it: nothing here takes part in that.
+PD_KEYS: Final = ("do_remote_prefill", "do_remote_decode", "cached_token_stats")
+PD_PREFIX: Final = "remote_"
+
+NO_BLEND: Final[Mapping[str, Any]] = {BLEND: "off"}
+
+INGEST_KEY_HEADER: Final = "X-LMCache-RAG-Ingest-Key"
+
+# -- keys between the connector and LMCache's server, in the request_configs of LMCache's keys ------------------------
+
+UNTIL: Final = "lmcache_rag.until"  # time.time() after which the server must not carry out a load or a store any more
+
+# -- defaults ---------------------------------------------------------------------------------------------------------
+
+DEFAULT_POLICY: Final = "query"
+DEFAULT_RATIO: Final = 0.15
+LMCACHE_CHUNK: Final = 64  # tokens of an LMCache chunk, as `lmcache-rag serve` starts it
+VLLM_BLOCK: Final = 16  # tokens of a block of vLLM's prefix cache, its default on CUDA
+NEAR_TIE: Final = (
+    0.25  # nats: two steps of a bfloat16 logit between 16 and 32, so either token could have been the first
+)
+WORDS: Final = 80  # characters of a client's value that a message or a log line shows
+
+
+class Fallback(StrEnum):
+    """Why a request was computed in full: `failure` in its statistics, and the label `reason` of a counter."""
+
+    CANNOT_BLEND = "cannot blend"
+    NO_SERVER = "no server"
+    LOOKUP_DEADLINE = "look-up deadline"
+    LOAD_FAILED = "load failed"
+    LOAD_FAILED_ELSEWHERE = "load failed on another rank"
+    NO_HOT_COPY = "no copy of hot chunks"
+    DAMAGED_KV = "damaged KV"
+    OUT_OF_MEMORY = "out of memory"
+    OTHER = "other"
+
+    @classmethod
+    def of(cls, failure: str) -> Fallback:
+        """The code of a `failure`; OTHER where it is none."""
+        try:
+            return cls(failure)
+        except ValueError:
+            return cls.OTHER
+
+
+LOADS: Final = (Fallback.LOAD_FAILED, Fallback.LOAD_FAILED_ELSEWHERE)
+SERVER_FAULTS: Final = (Fallback.NO_SERVER, *LOADS)  # only a load that comes shows that they are over
+
+_FALLBACKS: Final[Mapping[str, str]] = {
+    Fallback.CANNOT_BLEND: "the server cannot blend",
+    Fallback.NO_SERVER: "LMCache does not answer",
+    Fallback.LOOKUP_DEADLINE: "LMCache did not answer the look-up in time",
+    Fallback.LOAD_FAILED: "LMCache did not load the KV, or not in time",
+    Fallback.LOAD_FAILED_ELSEWHERE: "LMCache did not load the KV on another tensor-parallel rank",
+    Fallback.NO_HOT_COPY: "the KV in vLLM's own cache cannot be copied",
+    Fallback.DAMAGED_KV: "the loaded KV holds numbers that are not finite",
+    Fallback.OUT_OF_MEMORY: "the GPU has no memory for the blend",
+    Fallback.OTHER: "an error in the connector; vLLM's log has it",
+}
+
+
+def fallback_sentence(failure: str) -> str:
+    """A `failure` of an answer's statistics in words."""
+    return _FALLBACKS.get(failure, failure)
+
+
+class CannotBlend(StrEnum):
+    """Why a server blends no request at all: `reason` in the statistics of each of its answers."""
+
+    NOT_READY = "not ready"
+    NO_WORKER = "no worker reported"
+    NO_PLUGIN = "plugin not loaded"
+    NEEDS_CUDA = "needs CUDA"
+    ROCM = "ROCm"
+    SLEEP_MODE = "sleep mode"
+    MULTI_CONNECTOR = "MultiConnector"
+    LMCACHE_HANDSHAKE = "LMCache handshake"
+    LMCACHE_ROPE = "LMCache rotary table"
+    MODEL = "model"
+    PARALLELISM = "parallelism"
+    SPECULATIVE = "speculative decoding"
+    LORA = "LoRA"
+    ATTENTION = "attention"
+    KV_CACHE = "KV cache"
+    ROTARY = "rotary embedding"
+    OTHER_RANK = "another rank"
+    SELF_CHECK = "self-check failed"
+    SELF_CHECK_ERROR = "self-check could not run"
+    ERROR = "error at start"
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """Why blending is off: a code for programs, and the details for people.
+
+    Attributes:
+        code: The code.
+        detail: A clause that can follow "KV is not blended: ".
+    """
+
+    code: CannotBlend
+    detail: str
+
+    def __str__(self) -> str:
+        return self.detail
+
+
+# -- statistics in an answer: kv_transfer_params["lmcache_rag"] -------------------------------------------------------
+
+ANSWER: Final = "lmcache_rag"
+COUNTS: Final = ("prefix_tokens", "reused_tokens", "recomputed_tokens", "computed_tokens")  # they add up to the prompt
+TIMES: Final = ("lookup_ms", "load_ms", "blend_ms")
+FAILURE: Final = "failure"  # a Fallback, or where can_blend is false a sentence; "" where there is none
+CAN_BLEND: Final = "can_blend"  # false in answers of a server that cannot blend at all; else absent
+REASON: Final = "reason"  # a CannotBlend, beside can_blend
+
+
+def answer_statistics(document: Any) -> dict[str, Any] | None:
+    """The statistics in an answer of vLLM's API, a JSON object or the openai client's; None: there are none."""
+    params = (
+        document.get("kv_transfer_params")
+        if isinstance(document, Mapping)
+        else getattr(document, "kv_transfer_params", None)
+    )
+    found = params.get(ANSWER) if isinstance(params, Mapping) else None
+    return found if isinstance(found, dict) else None
+
+
+def cannot_blend(statistics: Mapping[str, Any] | None) -> Unsupported | None:
+    """Why the server that sent these statistics blends nothing; None where it can, or does not say."""
+    if not statistics or statistics.get(CAN_BLEND) is not False:
+        return None
+    code = str(statistics.get(REASON) or "")
+    known = CannotBlend(code) if code in {str(each) for each in CannotBlend} else CannotBlend.ERROR
+    return Unsupported(known, str(statistics.get(FAILURE) or "it does not say why"))
+
+
+# -- metrics on vLLM's /metrics ---------------------------------------------------------------------------------------
+
+METRICS: Final = "vllm:lmcache_rag_"  # vLLM takes metrics back by "vllm:" when an engine is made anew
+SOURCES: Final = ("prefix", "reused", "recomputed", "computed")
+OUTCOMES: Final = ("blended", "prefix", "computed", "unblended")
+CHUNK_GAUGE: Final = METRICS + "chunk_tokens"
+
+
+def chunk_tokens(metrics: str) -> int:
+    """Tokens of an LMCache chunk, by the text of a server's /metrics; 0 when it does not say."""
+    found = re.search(rf"^{CHUNK_GAUGE}\{{[^}}]*\}} (\d+)(?:\.0)?$", metrics, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def hit_tokens(metrics: str) -> int | None:
+    """Tokens taken from cached chunks so far, reused or recomputed, by the text of /metrics."""
+    source = r'source="(?:reused|recomputed)"'
+    found = re.findall(rf"^{METRICS}prompt_tokens_total\{{[^}}]*{source}[^}}]*\}} (\S+)$", metrics, re.MULTILINE)
+    return round(sum(map(float, found))) if found else None
+
+
+# -- validation -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RequestParams:
+    """What a request asks for.
+
+    Attributes:
+        policy: Recompute policy.
+        ratio: Share of the cached tokens to recompute.
+        blend: Whether to blend.
+        ingest: Whether the prompt is prefix + chunk, to be stored and indexed.
+        forget: Whether the prompt is prefix + chunk, whose KV is to be removed.
+        spans: Whether the answer's statistics are to hold `spans`.
+    """
+
+    policy: str
+    ratio: float
+    blend: bool
+    ingest: bool = False
+    forget: bool = False
+    spans: bool = False
+
+
+def shown(value: Any) -> str:
+    """A client's value for a message or a log line: cut, and without control characters."""
+    text = repr(value if not isinstance(value, str) or len(value) <= WORDS else value[:WORDS])
+    return text if len(text) <= WORDS else f"{text[: WORDS - 3]}..."
+
+
+def read_params(
+    params: Any, policy: str = DEFAULT_POLICY, ratio: float = DEFAULT_RATIO, blend: bool = True
+) -> tuple[RequestParams, list[str]]:
+    """What a request asks for, defaults in the place of what is wrong, and what is wrong. Never raises.
+
+    Args:
+        params: Its kv_transfer_params.
+        policy: The server's default.
+        ratio: The server's default.
+        blend: The server's default.
+
+    Returns:
+        (what is asked for, complaints: a clause each).
+    """
+    given: Mapping[str, Any] = params if isinstance(params, Mapping) else {}
+    wrong: list[str] = []
+    if isinstance(wanted := given.get(POLICY, policy), str) and wanted in POLICIES:
+        policy = wanted
+    else:
+        wrong.append(f"{POLICY} {shown(wanted)} is none of {', '.join(POLICIES)}")
+    number = given.get(RATIO, ratio)
+    if isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number <= 1:
+        ratio = float(number)
+    else:
+        wrong.append(f"{RATIO} {shown(number)} is not between 0 and 1")
+    switch = given.get(BLEND, blend)
+    if isinstance(switch, bool) or (isinstance(switch, str) and switch in ("on", "off")):
+        blend = switch in (True, "on")
+    else:
+        wrong.append(f"{BLEND} {shown(switch)} is neither on nor off")
+    flags = {}
+    for key in (INGEST, FORGET, SPANS):
+        flag = given.get(key, False)
+        if not isinstance(flag, bool):
+            wrong.append(f"{key} {shown(flag)} is neither true nor false")
+        flags[key] = flag is True
+    return RequestParams(policy, ratio, blend, flags[INGEST], flags[FORGET], flags[SPANS]), wrong
+
+
+def complaints(params: Any) -> list[str]:
+    """What is wrong with a request's kv_transfer_params, a clause each. Keys of others are not looked at."""
+    if not isinstance(params, Mapping):
+        return []
+    unknown = [key for key in params if isinstance(key, str) and key.startswith(NAMESPACE) and key not in REQUEST_KEYS]
+    wrong = [f"{shown(key)} is not known (there are {', '.join(REQUEST_KEYS)})" for key in unknown[:3]]
+    wrong += read_params(params)[1]
+    spans = params.get(CHUNKS, [])
+    if not isinstance(spans, list) or not all(map(_is_span, spans)):
+        wrong.append(f"{CHUNKS} is no list of [start, end], in tokens of the prompt")
+    prefix = params.get(PREFIX, 0)
+    if not isinstance(prefix, int) or isinstance(prefix, bool) or prefix < 0:
+        wrong.append(f"{PREFIX} {shown(prefix)} is no number of tokens")
+    return wrong
+
+
+def _is_span(span: Any) -> bool:
+    return (
+        isinstance(span, list)
+        and len(span) == 2
+        and all(isinstance(at, int) and not isinstance(at, bool) for at in span)
+        and 0 <= span[0] < span[1]
+    )
+
+
+def named_spans(params: Any, prompt: int) -> list[tuple[int, int]]:
+    """Where the chunks are in a prompt of that length, as the request says; empty when it makes no sense."""
+    given = params.get(CHUNKS) if isinstance(params, Mapping) else None
+    if not isinstance(given, list):
+        return []
+    spans: list[tuple[int, int]] = []
+    for item in given:
+        if not (isinstance(item, list | tuple) and len(item) == 2 and all(type(n) is int for n in item)):
+            return []
+        start, end = item
+        if not (spans[-1][1] if spans else 0) <= start < end <= prompt:
+            return []
+        spans.append((start, end))
+    return spans
+
+
+def named_prefix(params: Any, prompt: int) -> int:
+    """Tokens of the prefix that the request names; 0 when it names none, or one that the prompt has not."""
+    given = params.get(PREFIX) if isinstance(params, Mapping) else None
+    return given if isinstance(given, int) and not isinstance(given, bool) and 0 < given <= prompt else 0
+
+
+def ingests(params: Any) -> bool:
+    """Whether a request is one chunk after its prefix, to be stored and indexed."""
+    return isinstance(params, Mapping) and params.get(INGEST) is True
+
+
+def joined(clauses: Iterable[str]) -> str:
+    """Complaints as one message."""
+    return "; ".join(clauses)
