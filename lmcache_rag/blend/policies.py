@@ -1,8 +1,8 @@
 """Which cached tokens to compute again.
 
 Reused chunk KV is wrong only as far as a chunk's tokens would have looked at the other chunks. Computing a share
-`ratio` of the tokens again repairs most of that, if they are the right ones. A policy ranks them; it may ask for a
-pass of its own over the model first, see `Passes`.
+`ratio` of the tokens again repairs about half of that or more (docs/results/quality-smollm2-h100.md), if they are the
+right ones. A policy ranks them; it may ask for a pass of its own over the model first, see `Passes`.
 """
 
 from __future__ import annotations
