@@ -8,10 +8,10 @@ STAMP := $(VENV)/.installed
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint format bench clean
+.PHONY: help install quickstart test test-full mutants lint format bench clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(STAMP)  ## make the environment in .venv
 
@@ -19,7 +19,13 @@ quickstart: $(STAMP)  ## ingest the sample documents and ask questions, with and
 	$(BIN)/python examples/quickstart.py
 
 test: $(STAMP)  ## run the tests; ARGS="-k word" for some of them, JOBS=0 in one process
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not full" $(ARGS)
+
+test-full:  ## run everything that needs no GPU, with real vLLM and LMCache servers; takes hours
+	PYTHON="$(PYTHON)" .ci/full
+
+mutants: $(STAMP)  ## take each fix out and see its test fail; ARGS="--needs none", ARGS="--only A1"
+	$(BIN)/python tests/mutants/run.py $(ARGS)
 
 lint: $(STAMP)  ## check style and types
 	$(BIN)/ruff check .

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes that share the machine; torch is not imported yet
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Of each example hypothesis would want to see the end within 200 ms.
+hypothesis.settings.register_profile("untimed", hypothesis.settings.default, deadline=None)
+hypothesis.settings.load_profile("untimed")
 
 pytest_plugins = ("engine_fixtures", "rag_kit", "vllm_cpu_kit")
 
@@ -17,10 +23,27 @@ pytest_plugins = ("engine_fixtures", "rag_kit", "vllm_cpu_kit")
 LONGEST = ("wheel", "exact", "kill", "cli_signals", "serve", "packages", "ranks", "bench_exact", "store_damage")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What CI asks for where everything must be there."""
+    parser.addoption("--must-run", action="store_true", help="skipped tests have failed, but for a GPU's")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first; `make test` gives each process one file after another."""
+    """The longest files first; `make test` gives each process one file after another. What ends servers comes last."""
     ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+    items.sort(
+        key=lambda item: (item.get_closest_marker("ends_servers") is not None, ranks.get(item.path.name, len(ranks)))
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """With --must-run no skip passes unnoticed."""
+    report = yield
+    if report.skipped and item.config.getoption("--must-run") and item.get_closest_marker("gpu") is None:
+        report.outcome = "failed"
+        report.longrepr = f"skipped, where it must run: {report.longrepr}"
+    return report
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,8 @@ from pathlib import Path
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
+HANGS = 180.0  # seconds: longer than any test waits
+
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
 
@@ -60,13 +62,13 @@ def serving(answer: Answer) -> Iterator[LocalServer]:
 
 def say_nothing(_: BaseHTTPRequestHandler) -> None:
     """Accept the request and never answer."""
-    time.sleep(20)
+    time.sleep(HANGS)
 
 
 def drip(handler: BaseHTTPRequestHandler) -> None:
     """Send a header now and then, so that no single read ever times out."""
     handler.wfile.write(b"HTTP/1.1 200 OK\r\n")
-    for number in range(40):
+    for number in range(int(2 * HANGS)):
         handler.wfile.write(f"x-{number}: .\r\n".encode())
         handler.wfile.flush()
         time.sleep(0.5)

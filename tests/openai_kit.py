@@ -17,6 +17,7 @@ from typing import Any
 
 from api_kit import ApiHandler
 
+from lmcache_rag import protocol
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.plan import BlendPlan, BlendResult, Match
 from lmcache_rag.connector.request_state import unblended
@@ -166,7 +167,12 @@ class _Handler(ApiHandler):
 
     def do_POST(self) -> None:
         server = self.server
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        length = int(self.headers["Content-Length"])
+        data = self.rfile.read(length)
+        if len(data) < length:  # the client hung up
+            self.close_connection = True
+            return
+        body = json.loads(data)
         self._note_key()
         if self.path == "/tokenize":
             self.send_document(200, {"tokens": server.tokenizer.encode(body["prompt"], add_special_tokens=False)})
@@ -193,6 +199,12 @@ class _Handler(ApiHandler):
             self.send_problem(401, "Unauthorized")
         elif server.fail:
             self.send_problem(server.fail.pop(0), "on demand")
+        elif wrong := protocol.complaints(body.get("kv_transfer_params")):
+            self.send_problem(400, protocol.joined(wrong))
+        elif not isinstance(body.get("kv_transfer_params") or {}, dict):
+            self.send_problem(400, "kv_transfer_params is no object")
+        elif self.path != "/v1/completions":
+            self.send_problem(404, "Not Found")
         elif body["model"] != server.model:
             self.send_problem(404, f"The model `{body['model']}` does not exist.")
         elif len(body["prompt"]) + body["max_tokens"] > server.context:

@@ -22,6 +22,7 @@ from openai_kit import FakeVLLM, vllm_serving
 from typer.testing import CliRunner
 
 from lmcache_rag.bench import leftovers
+from lmcache_rag.bench import soak as soak_module
 from lmcache_rag.bench.soak import Soak, SoakReport
 from lmcache_rag.bench.traces import ServerSource, Trace
 from lmcache_rag.cli.app import app
@@ -46,6 +47,7 @@ AT_REST = dict.fromkeys(leftovers.ALL, 0.0)
 def server(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVLLM]:
     """vLLM and LMCache at one address; nothing stays behind in them."""
     monkeypatch.setattr(leftovers, "SETTLE_S", 0.5)
+    monkeypatch.setattr(soak_module, "LEAST", 120)  # enough for some of each kind
     with vllm_serving(tokenizer) as server:
         server.gauges, server.status = dict(GAUGES), copy.deepcopy(STATUS)
         yield server
@@ -61,7 +63,7 @@ def test_a_soak_counts_every_kind(server: FakeVLLM, tmp_path: Path, sentences: l
     for i in range(14):
         (documents / f"{i}.txt").write_text(" ".join(sentences[6 * i :][:6]))
     arguments = ["bench", "soak", str(documents), "--engine", server.url, "--lmcache-url", f"{server.url}/"]
-    arguments += ["--seconds", "3", "--chunk-tokens", "128", "--watch", str(os.getpid()), "--may-grow", "500", "--json"]
+    arguments += ["--seconds", "1", "--chunk-tokens", "128", "--watch", str(os.getpid()), "--may-grow", "500", "--json"]
     result = CliRunner().invoke(app, [*arguments, "--disturb", f"touch {tmp_path / 'done'}"])
     report = json.loads(result.stdout)
     assert result.exit_code == 0, result.output
@@ -85,7 +87,7 @@ def test_a_soak_reports_failures_and_other_answers(server: FakeVLLM, tokenizer: 
     source = ServerSource(engine, PromptBuilder(engine.tokenizer, engine.info))
     source.keep(corpus)
     soak = Soak(source, corpus, tokens=4, lmcache_url=server.url)
-    sound = soak.run(0.5)
+    sound = soak.run(0.1)
     assert (sound.sound, sound.differing) == (True, [])
     blended = [tuple(body["prompt"]) for body in server.seen if told(body).get("lmcache_rag.blend") != "off"]
     assert len(blended) == len(set(blended)), "a prompt that is asked again is one exact prefix"
@@ -100,7 +102,7 @@ def test_a_soak_reports_failures_and_other_answers(server: FakeVLLM, tokenizer: 
     other = Trace((1, 2, 3, 4), tuple({token: -0.1} for token in (1, 2, 3, 4)))
     soak.full = dict.fromkeys(soak.full, other)
     server.fail = [500, 500, 500]
-    report = soak.run(0.5)
+    report = soak.run(0.1)
     engine.close()
     assert len(report.failed) == 3
     assert {each["kind"] for each in report.differing} == {"unblended"}

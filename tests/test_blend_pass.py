@@ -99,7 +99,7 @@ cases = st.tuples(
 )
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     case=cases,
     block=st.sampled_from([16, 32, 64]),

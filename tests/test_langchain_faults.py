@@ -216,7 +216,7 @@ def test_leaving_a_stream_early_stops_the_computation(running: EmbeddedVLLM, tex
         if piece if isinstance(piece, str) else piece.text:
             break
     stream.close()  # type: ignore[attr-defined]
-    assert running.gone.wait(20)
+    assert running.gone.wait(60)
 
 
 def test_an_error_of_the_server_stays_the_models_own(running: EmbeddedVLLM, texts: list[str]) -> None:

@@ -198,7 +198,6 @@ def test_the_life_of_a_corpus():
         settings=settings(
             max_examples=12,
             stateful_step_count=15,
-            deadline=None,
             derandomize=True,
             database=None,
             suppress_health_check=list(HealthCheck),

@@ -105,7 +105,7 @@ async def test_a_closed_stream_closes_the_connection(running, texts):
     streamed = await as_blend_query_engine(index, llm, streaming=True).aquery("What?")
     await anext(streamed.response_gen)
     await streamed.response_gen.aclose()
-    assert await asyncio.to_thread(running.gone.wait, 10)
+    assert await asyncio.to_thread(running.gone.wait, 60)
 
 
 def test_a_stream_that_is_left_closes_the_connection(running, texts):
@@ -115,7 +115,7 @@ def test_a_stream_that_is_left_closes_the_connection(running, texts):
     streamed = as_blend_query_engine(index, llm, streaming=True).query("What?")
     next(streamed.response_gen)
     streamed.response_gen.close()
-    assert running.gone.wait(10)
+    assert running.gone.wait(60)
 
 
 def test_what_the_constructor_adds_is_merged(running, texts):

@@ -35,7 +35,7 @@ from lmcache_rag.store import Store
 
 SHORT = Sampling(max_tokens=4)
 FULL = BlendOptions(enabled=False)
-HUNG = 20.0  # seconds after which a test lets go of what it holds up
+HUNG = 120.0  # seconds after which a test lets go of what it holds up
 
 
 def warnings_of(caplog):
@@ -355,7 +355,7 @@ def test_a_question_does_not_wait_for_another_writer(parts, documents):
     with other.writing():
         begin = time.monotonic()
         assert parts.rag.ask("What?").stats.chunks_missed == 3
-        assert time.monotonic() - begin < 10
+        assert time.monotonic() - begin < HUNG / 2
         assert parts.rag.ask("What?").stats.chunks_missed == 3  # nothing was kept meanwhile
     other.close()
     parts.rag.ask("What?")

@@ -19,7 +19,7 @@ def builder(tokenizer):
     return PromptBuilder(tokenizer, INFO)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(chunks=st.lists(TEXT, max_size=6), question=TEXT, past=TEXT)
 def test_ingest_and_query_agree_and_text_stays_text(builder, chunks, question, past):
     chunks = [text for text in chunks if builder.chunk_ids(text)]  # some control characters alone give no token

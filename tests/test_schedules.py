@@ -354,5 +354,5 @@ class Schedules(RuleBasedStateMachine):
         self.clock.stop()
 
 
-Schedules.TestCase.settings = settings(max_examples=250, stateful_step_count=40, deadline=None)
+Schedules.TestCase.settings = settings(max_examples=250, stateful_step_count=40)
 TestSchedules = Schedules.TestCase

@@ -224,7 +224,7 @@ texts = st.lists(
 ).map("".join)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=texts, chunk_tokens=st.integers(32, 80), overlap=st.integers(0, 16))
 def test_any_text_is_covered_by_chunks_that_fit(encode: Encode, text: str, chunk_tokens: int, overlap: int) -> None:
     splitter = Splitter(encode, chunk_tokens=chunk_tokens, overlap_tokens=overlap)

@@ -503,7 +503,7 @@ def test_a_second_writer_gets_an_error_that_names_the_first(tmp_path: Path) -> N
         start = time.monotonic()
         with pytest.raises(StoreLockedError), store.writing(timeout=0.3):
             pass
-        assert 0.2 < time.monotonic() - start < 5
+        assert 0.2 < time.monotonic() - start < 60
 
 
 def test_a_single_write_waits_for_its_turn_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,10 +520,10 @@ def test_readers_are_not_blocked_by_a_writer(tmp_path: Path) -> None:
 def test_a_second_writer_waits_and_nothing_is_lost(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store, holder(tmp_path) as other:
         threading.Timer(0.3, lambda: other.stdin and (other.stdin.write("\n"), other.stdin.flush())).start()
-        with store.writing(timeout=30):
+        with store.writing(timeout=60):
             put(store, "mine", "of this process")
         assert texts_of(store) == {"of the other process", "of this process"}
-        assert other.wait(10) == 0
+        assert other.wait(60) == 0
 
 
 def test_many_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:

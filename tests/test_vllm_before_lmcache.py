@@ -16,7 +16,7 @@ STORED, FOUND = "lmcache_mp_l1_write_chunks_total", "lmcache_mp_lookup_hit_token
 
 SMALL_GB = 0.1  # a chunk of SmolLM2's in float32 takes 3 MB
 
-pytestmark = [pytest.mark.slow, needs_vllm_cpu]
+pytestmark = [pytest.mark.slow, pytest.mark.full, needs_vllm_cpu]
 
 
 @pytest.fixture

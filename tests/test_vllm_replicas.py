@@ -7,7 +7,7 @@ import random
 import pytest
 from vllm_cpu_kit import CHUNK, Servers, needs_vllm_cpu, until
 
-pytestmark = [pytest.mark.slow, needs_vllm_cpu]
+pytestmark = [pytest.mark.slow, pytest.mark.full, needs_vllm_cpu]
 
 LOADED, STORED = "vllm:external_prefix_cache_hits_total", "lmcache_mp_l1_write_chunks_total"
 

@@ -9,11 +9,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeAlias
+from urllib.parse import urlsplit
 
 import httpx
 
-from lmcache_rag.bench import leftovers
+from lmcache_rag.bench import leftovers, processes
 from lmcache_rag.bench.exact import Asked, difference, questions
+from lmcache_rag.bench.hostile import Hostile, HostileError, send
 from lmcache_rag.bench.traces import ServerSource, Trace
 from lmcache_rag.engines.base import BlendOptions, QueryPrompt, Sampling
 from lmcache_rag.errors import LMCacheRAGError
@@ -24,6 +26,7 @@ LMCACHE_URL = "http://127.0.0.1:8089"  # where lmcache-rag serve has it
 MAY_GROW_MB = (
     64.0  # of a process, from a tenth of the time on: engines that leaked nothing grew by 14 and 21 in 6 minutes
 )
+LEAST = 20  # requests, however long they take
 MOST_NOISE = 1.0  # nats: a server that differs from itself by more is wrong, whatever the reason
 SHARES: dict[Kind, float] = {"blended": 0.45, "ratio 1": 0.15, "unblended": 0.2, "aborted": 0.2}
 OPTIONS: dict[Kind, BlendOptions] = {
@@ -51,6 +54,10 @@ class SoakReport:
             lmcache_rag.bench.leftovers; None: it was not said.
         memory_mb: Resident megabytes of the watched processes, at a tenth of the time and at the end.
         may_grow_mb: So many megabytes more at the end are no leak.
+        hostile: Hostile requests by what came of them: "200", "400", "aborted", or "other" for another refusal.
+        hostile_failed: What was said of those that the server failed at, or did not answer in time.
+        engine_cores: Process ids of vLLM's EngineCore below the watched processes, at the beginning and at the end.
+        pauses: How often LMCache was paused, and was to be.
     """
 
     requests: Counter[str] = field(default_factory=Counter)
@@ -63,6 +70,10 @@ class SoakReport:
     gauges: dict[str, float | None] = field(default_factory=dict)
     memory_mb: dict[int, list[float]] = field(default_factory=dict)
     may_grow_mb: float = MAY_GROW_MB
+    hostile: Counter[str] = field(default_factory=Counter)
+    hostile_failed: list[str] = field(default_factory=list)
+    engine_cores: list[list[int]] = field(default_factory=list)
+    pauses: list[int] = field(default_factory=lambda: [0, 0])
 
     @property
     def noise(self) -> float:
@@ -95,9 +106,16 @@ class SoakReport:
         }
 
     @property
+    def ended(self) -> list[int]:
+        """EngineCore processes that did not live through it."""
+        everywhere = [each for ids in self.engine_cores for each in set(ids)]
+        return sorted({each for each in everywhere if everywhere.count(each) < len(self.engine_cores)})
+
+    @property
     def sound(self) -> bool:
-        """Nothing failed, was wrong or stayed behind, and every place was looked at where something could."""
-        return not (self.failed or self.wrong or self.left or self.unknown or self.grown)
+        """Nothing failed, was wrong, ended or stayed, and every place was looked at where something could."""
+        bad = self.failed or self.hostile_failed or self.wrong or self.left or self.unknown or self.grown or self.ended
+        return not bad and self.pauses[0] == self.pauses[1]
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -108,6 +126,7 @@ class SoakReport:
             "left": self.left,
             "unknown": self.unknown,
             "grown": self.grown,
+            "ended": self.ended,
             "sound": self.sound,
         }
 
@@ -125,6 +144,7 @@ class Soak:
         watch: Process ids whose memory is noted; they must live on.
         may_grow_mb: By how much that may grow.
         most: Most chunks of a question.
+        hostile: Share of the requests that are hostile, see lmcache_rag.bench.hostile.
         on_step: Called after each request with the seconds gone by.
 
     Attributes:
@@ -144,13 +164,15 @@ class Soak:
         watch: Sequence[int] = (),
         may_grow_mb: float = MAY_GROW_MB,
         most: int = 8,
+        hostile: float = 0.0,
         on_step: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._source, self._chunks, self._tokens = source, list(chunks), tokens
         self._concurrency, self._limit, self._watch = concurrency, limit_s, tuple(watch)
-        self._on_step, self._lmcache_url = on_step, lmcache_url
+        self._on_step, self._lmcache_url, self._hostile = on_step, lmcache_url, hostile
         self._asked = questions(self._chunks, 40, least=min(3, most), most=most)
         self._orders = {asked.chunks for asked in self._asked}
+        self._begun = 0
         self.full: dict[Asked, Trace] = {}
         self.report = SoakReport(may_grow_mb=may_grow_mb)
 
@@ -163,14 +185,22 @@ class Soak:
         asyncio.run(self._run(seconds, disturb))
         return self.report
 
+    def pause(self, seconds: float) -> None:
+        """Stop LMCache for so long; one of those that disturb."""
+        self.report.pauses[1] += 1
+        port = urlsplit(self._lmcache_url).port or 80
+        self.report.pauses[0] += processes.pause_listener(port, seconds)
+
     async def _run(self, seconds: float, disturb: Sequence[Callable[[], None]]) -> None:
-        begin = time.monotonic()
+        begin, self._begun = time.monotonic(), 0
+        self.report.engine_cores.append(processes.engine_cores(self._watch))
         url = self._source.engine.urls[0]
         async with httpx.AsyncClient(base_url=url, timeout=self._limit, headers=self._source.engine.headers) as http:
             jobs = [self._worker(http, number, begin, seconds) for number in range(self._concurrency)]
             jobs += [self._at(begin + seconds * (i + 1) / (len(disturb) + 1), each) for i, each in enumerate(disturb)]
             jobs += [self._at(begin + seconds / 10, self._weigh)]
             await asyncio.gather(*jobs)
+            self.report.engine_cores.append(processes.engine_cores(self._watch))
             self.report.gauges = await leftovers.settled(http, self._lmcache_url, seconds=leftovers.SETTLE_S)
             self._weigh()
 
@@ -181,7 +211,11 @@ class Soak:
     async def _worker(self, http: httpx.AsyncClient, number: int, begin: float, seconds: float) -> None:
         rng = random.Random(number)  # noqa: S311 - a workload, no secret
         kinds, shares = list(SHARES), list(SHARES.values())
-        while time.monotonic() - begin < seconds:
+        while time.monotonic() - begin < seconds or self._begun < LEAST:
+            self._begun += 1
+            if rng.random() < self._hostile:
+                await self._harm(http, rng)
+                continue
             kind, asked = rng.choices(kinds, shares)[0], rng.choice(self._asked)
             if kind != "unblended":
                 asked = self._new(asked, rng)
@@ -193,6 +227,15 @@ class Soak:
                 self.report.failed.append(f"{kind}: {type(problem).__name__}: {problem}"[:300])
             self.report.slowest_s = max(self.report.slowest_s, time.monotonic() - start)
             self._on_step(time.monotonic() - begin)
+
+    async def _harm(self, http: httpx.AsyncClient, rng: random.Random) -> None:
+        asked = self._new(rng.choice(self._asked), rng)
+        request = Hostile(lambda: self._body(self._prompt(asked), "blended"), self._tokens).draw(rng)
+        try:
+            self.report.hostile[await asyncio.wait_for(send(http, request, rng), self._limit)] += 1
+        except (httpx.HTTPError, HostileError, TimeoutError) as problem:
+            text = f"{request.kind}, {request.path}: {type(problem).__name__}: {problem}"
+            self.report.hostile_failed.append(text[:300])
 
     def _new(self, asked: Asked, rng: random.Random) -> Asked:
         """The question over chunks in an order that was not asked yet: what was computed in full is reused as it is."""
@@ -206,9 +249,7 @@ class Soak:
 
     async def _request(self, http: httpx.AsyncClient, kind: Kind, asked: Asked, rng: random.Random) -> None:
         prompt = self._prompt(asked)
-        request = self._source.engine.request(prompt, Sampling(max_tokens=self._tokens), OPTIONS[kind])
-        body = {name: value for name, value in request.items() if name != "extra_body"}
-        body |= request["extra_body"] | {"ignore_eos": True}
+        body = self._body(prompt, kind)
         if kind == "aborted":
             async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
                 answer.raise_for_status()
@@ -231,6 +272,11 @@ class Soak:
         elif kind == "ratio 1":  # everything was computed again: the answer is the full prefill's, which is asked now
             full = await asyncio.to_thread(self._source.trace, prompt, OPTIONS["unblended"], self._tokens)
             self._judge(kind, full, tokens)
+
+    def _body(self, prompt: QueryPrompt, kind: Kind) -> dict[str, Any]:
+        request = self._source.engine.request(prompt, Sampling(max_tokens=self._tokens), OPTIONS[kind])
+        body = {name: value for name, value in request.items() if name != "extra_body"}
+        return {**body, **request["extra_body"], "ignore_eos": True}
 
     def _judge(self, kind: Kind, full: Trace, tokens: tuple[int, ...]) -> None:
         found = difference(full, Trace(tokens, full.likely))

@@ -1,0 +1,140 @@
+"""The tiers of CI: which parts a change asks for, that a failure is one, and the watchdog."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import conftest
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SLEEP = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])"
+
+
+@pytest.fixture(scope="module")
+def ci() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("ci_parts", ROOT / ".ci" / "parts.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def names(ci: ModuleType, monkeypatch: pytest.MonkeyPatch) -> object:
+    """Names of the parts of `run` for some changed files."""
+    monkeypatch.setenv("VENV", "build/ci-venv")
+    return lambda *files: [part.name for part in ci.run_parts(ci.touched(files))]
+
+
+def test_a_change_asks_for_the_parts_it_touches(ci: ModuleType, names) -> None:
+    always = ["install", "lint and types", "quickstart", "test", "environment, LMCache 0.5.6", "servers", "contracts"]
+    assert names("README.md", "lmcache_rag/rag.py") == always
+    others = {name for name in names("lmcache_rag/connector/compat_vllm/x.py") if name not in always}
+    assert others == {
+        f"{kind}, vLLM {version}" for kind in ("sources", "contracts") for version in ("0.25.1", "0.33.0")
+    }
+    more = names("lmcache_rag/connector/compat_lmcache/x.py")
+    assert {"environment, LMCache 0.5.7rc2", "contracts, LMCache 0.5.7rc2"} <= set(more)
+    everything = [part.name for part in ci.run_parts(ci.touched(None))]
+    assert names(".ci/parts.py") == names("pyproject.toml") == everything
+    assert set(more) <= set(everything)
+
+
+def test_frameworks_join_the_shared_servers_when_touched(ci: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENV", "build/ci-venv")
+
+    def of(file: str) -> bool:
+        (part,) = [part for part in ci.run_parts(ci.touched([file])) if part.name == "servers"]
+        assert "tests/test_vllm_cpu.py" in part.command
+        return "tests/test_frameworks_on_vllm.py" in part.command
+
+    assert of("integrations/langchain/blend.py")
+    assert not of("README.md")
+
+
+def test_the_full_tier_leaves_nothing_of_the_other_out(ci: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENV", "build/ci-venv")
+    full = {part.name for part in ci.full_parts()}
+    run = {part.name for part in ci.run_parts({"*"})}
+    assert run - full == {"servers", "contracts"}  # named by their LMCache there
+    for version in ("0.5.6", "0.5.7rc2"):
+        assert {f"{kind}, LMCache {version}" for kind in ("contracts", "servers", "own servers")} <= full
+    assert {"mutants", "mutants, contracts", "mutants, servers", "long tests"} <= full
+
+
+def test_what_changed_is_seen_from_the_last_landed_commit(ci: ModuleType, tmp_path: Path) -> None:
+    def git(*arguments: str) -> None:
+        identity = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
+        subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
+
+    def commit(name: str) -> None:
+        (tmp_path / name).write_text(name)
+        git("add", name)
+        git("commit", "-q", "-m", name)
+
+    git("init", "-q")
+    commit("a")
+    assert ci.changed(tmp_path) is None, "there is nothing to compare with"
+    assert ci.touched(None) == {"*"}
+    commit("b")
+    commit("c")
+    assert ci.changed(tmp_path) == ["c"]
+    git("update-ref", "refs/remotes/origin/main", "HEAD~2")
+    (tmp_path / "new").touch()
+    assert ci.changed(tmp_path) == ["b", "c", "new"]
+
+
+def test_a_part_that_fails_ends_a_run_but_not_the_full_one(ci: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+    good = ci.Part("good", [sys.executable, "-c", "print('1 passed')"])
+    bad = ci.Part("bad", [sys.executable, "-c", "raise SystemExit(3)"])
+    missing = ci.Part("missing", ["/nowhere/python"])
+    assert ci.Run().run([good, good]) == 0
+    assert ci.Run().run([bad, good]) == 1
+    said = capfd.readouterr().out
+    assert said.count("1 passed") == 2
+    assert "parts: 0 passed, 1 failed, of 2" in said
+    assert ci.Run(go_on=True).run([bad, missing, good]) == 1
+    said = capfd.readouterr().out
+    assert "<== bad: 0 s, failed with status 3" in said
+    assert "parts: 1 passed, 2 failed, of 3" in said
+    assert [line.split()[0] for line in said.splitlines() if " s  " in line] == ["bad", "missing", "good"]
+
+
+def test_the_watchdog_names_the_part_and_ends_it(ci: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+    run = ci.Run(3.0)
+    begin = time.monotonic()
+    assert run.run([ci.Part("a long one", [sys.executable, "-c", SLEEP]), ci.Part("another", ["true"])]) == 1
+    assert time.monotonic() - begin < 300
+    said = capfd.readouterr().out
+    assert "minutes are over; the part that ran, 'a long one', is ended" in said
+    assert "parts: 0 passed, 1 failed, of 2" in said
+    mark = f"{run.MARK}={run._mark}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes()
+        except OSError:
+            continue
+        assert mark not in environment, f"process {folder.name} is left"
+
+
+@pytest.mark.parametrize(("must_run", "gpu", "outcome"), [(0, 0, "skipped"), (1, 0, "failed"), (1, 1, "skipped")])
+def test_a_skip_fails_where_everything_must_run(must_run: bool, gpu: bool, outcome: str) -> None:
+    item = SimpleNamespace(
+        config=SimpleNamespace(getoption={"--must-run": must_run}.get), get_closest_marker={"gpu": gpu or None}.get
+    )
+    report = SimpleNamespace(skipped=True, outcome="skipped", longrepr="no vLLM here")
+    hook = conftest.pytest_runtest_makereport(item)
+    next(hook)
+    with pytest.raises(StopIteration) as stop:
+        hook.send(report)
+    assert stop.value.value is report
+    assert report.outcome == outcome
+    assert "no vLLM here" in report.longrepr
