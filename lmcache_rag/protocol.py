@@ -301,20 +301,24 @@ def complaints(params: Any, tokens: int = MOST_TOKENS) -> list[str]:
     return wrong
 
 
-def accepted(params: Any, block: int = VLLM_BLOCK) -> dict[str, Any]:
+def accepted(params: Any, tokens: int = MOST_TOKENS, block: int = VLLM_BLOCK) -> dict[str, Any]:
     """What of kv_transfer_params that have no `complaints` goes to the engine: keys of ours and of LMCache's.
 
-    Chunks shorter than a block of vLLM's cache are left out, since none is found in it. The first stays: the prefix
+    Places that are not in the prompt are left out: who renders a chat template elsewhere may be off by some tokens.
+    Chunks shorter than a block of vLLM's cache are left out too, since none is found in it. The first stays: the prefix
     ends where it begins.
 
     Args:
         params: A request's kv_transfer_params.
+        tokens: Length of its prompt, see `complaints`.
         block: Tokens of a block of vLLM's cache.
     """
     if not isinstance(params, Mapping):
         return {}
     kept = {key: params[key] for key in (*REQUEST_KEYS, *LMCACHE_KEYS) if key in params}
-    if spans := kept.get(CHUNKS):
+    if kept.get(PREFIX, 0) > tokens:
+        del kept[PREFIX]
+    if (spans := kept.pop(CHUNKS, None)) and len(spans) <= tokens // SPAN_TOKENS and spans[-1][1] <= tokens:
         kept[CHUNKS] = [span for at, span in enumerate(spans) if not at or span[1] - span[0] >= block]
     return kept
 

@@ -142,6 +142,14 @@ def test_spans_must_be_in_the_prompt_and_few(spans: list[Any]) -> None:
     assert wrong({protocol.CHUNKS: [[0, 64], [64, 100], [101, 160]]}, 160) == ""
 
 
+def test_places_beyond_the_prompt_do_not_reach_the_engine() -> None:
+    """Where they are looked at before the prompt's length is known."""
+    params = {protocol.CHUNKS: [[0, 64], [64, 100]], protocol.PREFIX: 64, protocol.RATIO: 0.5}
+    assert protocol.accepted(params, 100) == params
+    assert protocol.accepted(params, 99) == {protocol.PREFIX: 64, protocol.RATIO: 0.5}
+    assert protocol.accepted(params, 31) == {protocol.RATIO: 0.5}
+
+
 def test_a_prefix_longer_than_the_prompt_is_refused() -> None:
     assert wrong({protocol.PREFIX: 160}, 160) == ""
     assert protocol.PREFIX in wrong({protocol.PREFIX: 161}, 160)
@@ -168,7 +176,7 @@ def test_keys_of_others_do_not_reach_the_engine() -> None:
 def test_chunks_shorter_than_a_block_are_left_out_but_the_first() -> None:
     spans = [[64, 70], [70, 86], [90, 105], [105, 200]]
     assert protocol.accepted({protocol.CHUNKS: spans})[protocol.CHUNKS] == [[64, 70], [70, 86], [105, 200]]
-    assert protocol.accepted({protocol.CHUNKS: spans}, 32)[protocol.CHUNKS] == [[64, 70], [105, 200]]
+    assert protocol.accepted({protocol.CHUNKS: spans}, block=32)[protocol.CHUNKS] == [[64, 70], [105, 200]]
     assert len(spans) == 4, "the client's own list is as it was"
 
 
@@ -216,7 +224,7 @@ def test_any_json_gives_usable_parameters(policy: Any, ratio: Any, switch: Any, 
 def test_any_json_is_refused_or_safe_for_the_engine(params: dict[str, Any], tokens: int) -> None:
     if protocol.complaints(params, tokens):
         return
-    kept = protocol.accepted(params)
+    kept = protocol.accepted(params, tokens)
     found, wrong = read_params(kept)
     assert not wrong
     assert not (found.ingest and found.forget)

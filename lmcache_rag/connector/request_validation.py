@@ -61,13 +61,17 @@ class RequestValidation:
             return Refusal(_INVALID, f"kv_transfer_params: {joined(wrong[:_SHOWN])}")
         return self.key.refusal(params) if self.key else None
 
-    def kept(self, params: Any) -> dict[str, Any]:
-        """What of them the engine is to see, if they are not refused."""
-        return accepted(params, self.block)
+    def for_engine(self, params: Any, prompt: Sequence[int] | None, tokens: int) -> dict[str, Any]:
+        """What the engine gets of kv_transfer_params that are not refused.
 
-    def signed(self, params: Any, prompt: Sequence[int] | None) -> dict[str, Any]:
-        """The same, signed for the scheduler where they need the ingest key and have passed `refusal`."""
-        kept = self.kept(params)
+        Signed for the scheduler where they need the ingest key.
+
+        Args:
+            params: A request's kv_transfer_params.
+            prompt: Its token ids; None: it has none.
+            tokens: Length of its prompt.
+        """
+        kept = accepted(params, tokens, self.block)
         if self.key and needs_key(kept):
             kept[SIGNATURE] = self.key.signature(kept, prompt)
         return kept

@@ -22,7 +22,7 @@ from http import HTTPStatus
 from typing import Any
 
 from lmcache_rag.connector.compat_vllm.streams import API_SERVER
-from lmcache_rag.protocol import NO_BLEND
+from lmcache_rag.protocol import NO_BLEND, accepted
 
 PARAMS = "kv_transfer_params"
 ENDPOINTS = (
@@ -91,11 +91,11 @@ def _checking_inputs(process: Callable[..., Any], *, make: Make) -> Callable[...
         from vllm.exceptions import VLLMValidationError
 
         prompt, embeds = request.prompt_token_ids, request.prompt_embeds
-        tokens = len(prompt) if prompt is not None else len(embeds) if embeds is not None else None
-        if refusal := validation.refusal(extra[PARAMS], tokens):
+        tokens = len(prompt) if prompt is not None else len(embeds) if embeds is not None else 0
+        if refusal := validation.refusal(extra[PARAMS]):
             raise VLLMValidationError(refusal.message, parameter=PARAMS)
         request.sampling_params = copy.copy(sampling)  # it may be the caller's own
-        request.sampling_params.extra_args = {**extra, PARAMS: validation.signed(extra[PARAMS], prompt)}
+        request.sampling_params.extra_args = {**extra, PARAMS: validation.for_engine(extra[PARAMS], prompt, tokens)}
         return request
 
     return process_inputs
@@ -110,7 +110,7 @@ def _checking(create: Callable[..., Any], *, make: Make) -> Callable[..., Any]:
                 status = HTTPStatus(refusal.status)
                 kind = {} if status == HTTPStatus.BAD_REQUEST else {"err_type": status.phrase, "status_code": status}
                 return self.create_error_response(refusal.message, param=PARAMS, **kind)
-            request.kv_transfer_params = validation.kept(params) or None
+            request.kv_transfer_params = accepted(params) or None
         return await create(self, request, *args, **kwargs)
 
     return checking
