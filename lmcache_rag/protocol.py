@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 from typing import Any, Final
 
 from lmcache_rag.blend.policies import POLICIES
@@ -54,7 +55,10 @@ VLLM_BLOCK: Final = 16  # tokens of a block of vLLM's prefix cache, its default 
 NEAR_TIE: Final = (
     0.25  # nats: two steps of a bfloat16 logit between 16 and 32, so either token could have been the first
 )
+SPAN_TOKENS: Final = 16  # a prompt has at most one span for so many tokens
+MOST_TOKENS: Final = 2**31 - 1  # no prompt is longer
 WORDS: Final = 80  # characters of a client's value that a message or a log line shows
+_SHOWN_KEYS, _SHOWN_BITS = 3, 64
 
 
 class Fallback(StrEnum):
@@ -217,7 +221,16 @@ class RequestParams:
 
 
 def shown(value: Any) -> str:
-    """A client's value for a message or a log line: cut, and without control characters."""
+    """A client's value for a message or a log line: at most WORDS characters, none of them a control character.
+
+    Costs the same for values of any size and depth.
+    """
+    if isinstance(value, Mapping):
+        return f"(an object of {len(value)})"
+    if isinstance(value, list | tuple):
+        return f"(a list of {len(value)})"
+    if isinstance(value, int) and value.bit_length() > _SHOWN_BITS:
+        return f"(a number of {value.bit_length()} bits)"
     text = repr(value if not isinstance(value, str) or len(value) <= WORDS else value[:WORDS])
     return text if len(text) <= WORDS else f"{text[: WORDS - 3]}..."
 
@@ -261,27 +274,90 @@ def read_params(
     return RequestParams(policy, ratio, blend, flags[INGEST], flags[FORGET], flags[SPANS]), wrong
 
 
-def complaints(params: Any) -> list[str]:
-    """What is wrong with a request's kv_transfer_params, a clause each. Keys of others are not looked at."""
-    if not isinstance(params, Mapping):
+def complaints(params: Any, tokens: int = MOST_TOKENS) -> list[str]:
+    """What is wrong with a request's kv_transfer_params, a clause each; what is not ours is not looked at.
+
+    Never raises. Lists are measured before they are read, so a huge one costs no more than a short one.
+
+    Args:
+        params: Its kv_transfer_params.
+        tokens: Length of its prompt; where that is not known, of the longest that the server takes.
+    """
+    if params is None:
         return []
-    unknown = [key for key in params if isinstance(key, str) and key.startswith(NAMESPACE) and key not in REQUEST_KEYS]
-    wrong = [f"{shown(key)} is not known (there are {', '.join(REQUEST_KEYS)})" for key in unknown[:3]]
+    if not isinstance(params, Mapping):
+        return [f"{shown(params)} is no object"]
+    wrong = list(islice(filter(None, map(_refused, params)), _SHOWN_KEYS))
     wrong += read_params(params)[1]
-    spans = params.get(CHUNKS, [])
-    if not isinstance(spans, list) or not all(map(_is_span, spans)):
-        wrong.append(f"{CHUNKS} is no list of [start, end], in tokens of the prompt")
-    prefix = params.get(PREFIX, 0)
-    if not isinstance(prefix, int) or isinstance(prefix, bool) or prefix < 0:
-        wrong.append(f"{PREFIX} {shown(prefix)} is no number of tokens")
+    wrong += _wrong_spans(params.get(CHUNKS, []), tokens)
+    for key in (PREFIX, MAX_OFFLOAD_TOKENS):
+        number = params.get(key, 0)
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            wrong.append(f"{key} {shown(number)} is no number of tokens")
+        elif number > (tokens if key == PREFIX else MOST_TOKENS):
+            wrong.append(f"{key} {shown(number)} is more tokens than the prompt has")
+    if params.get(INGEST) is True and params.get(FORGET) is True:
+        wrong.append(f"{INGEST} and {FORGET} contradict each other")
     return wrong
+
+
+def accepted(params: Any, tokens: int = MOST_TOKENS, block: int = VLLM_BLOCK) -> dict[str, Any]:
+    """What of kv_transfer_params that have no `complaints` goes to the engine: keys of ours and of LMCache's.
+
+    Places that are not in the prompt are left out: who renders a chat template elsewhere may be off by some tokens.
+    Chunks shorter than a block of vLLM's cache are left out too, since none is found in it. The first stays: the prefix
+    ends where it begins.
+
+    Args:
+        params: A request's kv_transfer_params.
+        tokens: Length of its prompt, see `complaints`.
+        block: Tokens of a block of vLLM's cache.
+    """
+    if not isinstance(params, Mapping):
+        return {}
+    kept = {key: params[key] for key in (*REQUEST_KEYS, *LMCACHE_KEYS) if key in params}
+    if kept.get(PREFIX, 0) > tokens:
+        del kept[PREFIX]
+    if (spans := kept.pop(CHUNKS, None)) and len(spans) <= tokens // SPAN_TOKENS and spans[-1][1] <= tokens:
+        kept[CHUNKS] = [span for at, span in enumerate(spans) if not at or span[1] - span[0] >= block]
+    return kept
+
+
+def _refused(key: Any) -> str:
+    """Why a key is not taken; "" where it is, or belongs to somebody else."""
+    if not isinstance(key, str) or key in REQUEST_KEYS or key in LMCACHE_KEYS:
+        return ""
+    if key.startswith(NAMESPACE):
+        return f"{shown(key)} is not known (there are {', '.join(REQUEST_KEYS)})"
+    if key.startswith(LMCACHE_NAMESPACE):
+        return f"{shown(key)} is not supported (of LMCache's, {', '.join(LMCACHE_KEYS)} is)"
+    if key in PD_KEYS or key.startswith(PD_PREFIX):
+        return f"{shown(key)} belongs to disaggregated prefill, in which this server takes no part"
+    return ""
+
+
+def _wrong_spans(spans: Any, tokens: int) -> list[str]:
+    if not isinstance(spans, list):
+        return [f"{CHUNKS} {shown(spans)} is no list of [start, end], in tokens of the prompt"]
+    most = tokens // SPAN_TOKENS
+    if len(spans) > most:
+        return [f"{CHUNKS} {shown(spans)} has more than {most} spans, one for {SPAN_TOKENS} tokens of the prompt"]
+    end = 0
+    for number, span in enumerate(spans):
+        if not _is_span(span):
+            return [f"{CHUNKS}: span {number} is not [start, end], in tokens of the prompt"]
+        if span[0] < end:
+            return [f"{CHUNKS}: span {number} begins before the end of the one before it"]
+        end = span[1]
+    return [f"{CHUNKS}: the last span ends after the prompt, at token {shown(end)} of {tokens}"] if end > tokens else []
 
 
 def _is_span(span: Any) -> bool:
     return (
         isinstance(span, list)
         and len(span) == 2
-        and all(isinstance(at, int) and not isinstance(at, bool) for at in span)
+        and type(span[0]) is int
+        and type(span[1]) is int
         and 0 <= span[0] < span[1]
     )
 

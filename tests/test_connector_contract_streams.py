@@ -6,7 +6,6 @@ See test_connector_contract.py.
 from __future__ import annotations
 
 import asyncio
-import inspect
 import json
 import sys
 import warnings
@@ -29,7 +28,7 @@ with warnings.catch_warnings():
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.outputs import CompletionOutput, RequestOutput
 
-    from lmcache_rag.connector import compat_vllm, plugin, wishes
+    from lmcache_rag.connector import compat_vllm, plugin
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -45,37 +44,6 @@ def wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(OpenAIServingCompletion, COMPLETIONS, getattr(OpenAIServingCompletion, COMPLETIONS))
     monkeypatch.setattr(OpenAIServingChat, CHATS, getattr(OpenAIServingChat, CHATS))
     compat_vllm.tell_in_streams()
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "request_type"),
-    [
-        (OpenAIServingCompletion, "create_completion", completion.CompletionRequest),
-        (OpenAIServingChat, "create_chat_completion", chat.ChatCompletionRequest),
-    ],
-)
-def test_wrong_wishes_are_refused_before_anything_is_done(
-    monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, request_type: Any
-) -> None:
-    asked: list[Any] = []
-
-    async def create(self: Any, request: Any, raw_request: Any = None) -> str:
-        asked.append(request)
-        return "an answer"
-
-    takes(getattr(inspect.unwrap(getattr(owner, name)), "__func__", getattr(owner, name)), "request", "raw_request")
-    takes(owner.create_error_response, "message", "err_type", "status_code", "param")
-    assert "kv_transfer_params" in request_type.model_fields
-    monkeypatch.setattr(owner, name, create)
-    for _ in range(2):
-        compat_vllm.refuse(wishes.wrong)
-    one: Any = object.__new__(owner)
-    right, wrong = (SimpleNamespace(kv_transfer_params={"lmcache_rag.ratio": ratio}) for ratio in (0.5, 5))
-    assert asyncio.run(getattr(one, name)(right, None)) == "an answer"
-    refused = asyncio.run(getattr(one, name)(wrong))
-    assert (refused.error.code, refused.error.param) == (400, "kv_transfer_params")
-    assert "lmcache_rag.ratio 5 is not between 0 and 1" in refused.error.message
-    assert asked == [right]
 
 
 def result(text: str, reason: str | None = None, params: Any = None, index: int = 0) -> RequestOutput:

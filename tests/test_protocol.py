@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 
 from lmcache_rag import protocol
 from lmcache_rag.blend.policies import POLICIES
-from lmcache_rag.connector.wishes import wrong
 from lmcache_rag.protocol import read_params
+
+
+def wrong(params: Any, tokens: int = protocol.MOST_TOKENS) -> str:
+    return protocol.joined(protocol.complaints(params, tokens))
 
 
 @pytest.mark.parametrize(
@@ -21,8 +24,8 @@ from lmcache_rag.protocol import read_params
     [
         None,
         {},
-        "not ours to judge",
-        {"lmcache.x": "anything", "do_remote_prefill": 1, 3: 4},
+        {"llm-d.hint": {"deep": [1]}, "LMCACHE.x": 1, "transfer_id": 7, 3: 4},
+        {"lmcache.max_offload_tokens": 0},
         {"lmcache_rag.policy": "head", "lmcache_rag.ratio": 1, "lmcache_rag.blend": "off"},
         {"lmcache_rag.blend": True, "lmcache_rag.chunks": [[64, 128], [130, 200]], "lmcache_rag.prefix": 64},
         {"lmcache_rag.ingest": True, "lmcache_rag.chunks": []},
@@ -51,6 +54,8 @@ def test_what_may_be_asked(params: Any) -> None:
         ("prefix", "64"),
         ("prefix", True),
         ("ingest", "yes"),
+        ("forget", 1),
+        ("spans", "on"),
         ("raito", 0.1),
     ],
 )
@@ -64,10 +69,115 @@ def test_an_unknown_key_lists_those_that_exist() -> None:
     assert all(key in wrong({"lmcache_rag.x": 1}) for key in protocol.REQUEST_KEYS)
 
 
-def test_a_huge_value_is_cut_in_the_message() -> None:
-    for key in protocol.REQUEST_KEYS:
-        assert len(wrong({key: "x\n" * 5_000_000})) < 500
-        assert "\n" not in wrong({key: "x\ny"})
+HUGE = {
+    "text": "x\n" * 5_000_000,
+    "control characters": "x\x1b[31m\r\ny\x00\u2028",
+    "surrogates": "\ud800" * 100,
+    "list": [[0]] * 1_000_000,
+    "object": {str(number): {} for number in range(100_000)},
+    "number": 10**20_000,
+    "negative": -(10**20_000),
+}
+
+
+@pytest.mark.parametrize("value", HUGE.values(), ids=HUGE)
+@pytest.mark.parametrize("key", [*protocol.REQUEST_KEYS, *protocol.LMCACHE_KEYS])
+def test_a_huge_value_is_cut_in_the_message(key: str, value: Any) -> None:
+    message = wrong({key: value})
+    assert 0 < len(message) < 500
+    assert message.isprintable()
+
+
+def test_a_deep_value_is_no_recursion() -> None:
+    deep: Any = []
+    for _ in range(100_000):
+        deep = [deep]
+    for key in (*protocol.REQUEST_KEYS, *protocol.LMCACHE_KEYS):
+        assert len(wrong({key: deep})) < 500
+    while deep:  # freed one by one
+        deep = deep.pop()
+
+
+def test_many_unknown_keys_are_not_all_listed() -> None:
+    assert len(wrong({f"lmcache_rag.{number}\n": 1 for number in range(100_000)})) < 1500
+
+
+@pytest.mark.parametrize("params", ["text", 5, [], [["lmcache_rag.blend", "off"]], True])
+def test_what_is_no_object_is_refused(params: Any) -> None:
+    assert "is no object" in wrong(params)
+
+
+@pytest.mark.parametrize(
+    "key", ["do_remote_prefill", "do_remote_decode", "cached_token_stats", "remote_host", "remote_block_ids"]
+)
+@pytest.mark.parametrize("value", [True, False, None, 1, {}])
+def test_keys_of_disaggregated_prefill_are_refused(key: str, value: Any) -> None:
+    assert f"{key!r} belongs to disaggregated prefill" in wrong({key: value})
+
+
+@pytest.mark.parametrize("key", ["lmcache.skip_save", "lmcache.tag.x", "lmcache.", "lmcache.mp.host"])
+def test_other_keys_of_lmcache_are_refused(key: str) -> None:
+    assert f"{key!r} is not supported" in wrong({key: 1})
+
+
+@pytest.mark.parametrize("value", ["x", [], {}, 100.5, True, None, -1, 2**31, 10**30])
+def test_a_store_limit_must_be_a_number_of_tokens(value: Any) -> None:
+    assert protocol.MAX_OFFLOAD_TOKENS in wrong({protocol.MAX_OFFLOAD_TOKENS: value})
+
+
+@pytest.mark.parametrize(
+    "spans",
+    [
+        [[0, 64], [32, 96]],  # one in the other
+        [[64, 128], [0, 64]],  # descending
+        [[0, 161]],  # after the prompt
+        [[0, 10**400]],
+        [[at, at + 1] for at in range(11)],  # one for 16 tokens
+        [[0.0, 64]],
+        [[False, True]],
+    ],
+)
+def test_spans_must_be_in_the_prompt_and_few(spans: list[Any]) -> None:
+    assert protocol.CHUNKS in wrong({protocol.CHUNKS: spans}, 160)
+    assert wrong({protocol.CHUNKS: [[0, 64], [64, 100], [101, 160]]}, 160) == ""
+
+
+def test_places_beyond_the_prompt_do_not_reach_the_engine() -> None:
+    """Where they are looked at before the prompt's length is known."""
+    params = {protocol.CHUNKS: [[0, 64], [64, 100]], protocol.PREFIX: 64, protocol.RATIO: 0.5}
+    assert protocol.accepted(params, 100) == params
+    assert protocol.accepted(params, 99) == {protocol.PREFIX: 64, protocol.RATIO: 0.5}
+    assert protocol.accepted(params, 31) == {protocol.RATIO: 0.5}
+
+
+def test_a_prefix_longer_than_the_prompt_is_refused() -> None:
+    assert wrong({protocol.PREFIX: 160}, 160) == ""
+    assert protocol.PREFIX in wrong({protocol.PREFIX: 161}, 160)
+
+
+def test_too_many_spans_are_not_read() -> None:
+    class Unread(list[Any]):
+        def __iter__(self) -> Any:
+            raise AssertionError("a list that is too long was read")
+
+    assert "has more than 8192 spans" in wrong({protocol.CHUNKS: Unread([[0, 1]] * 131_072)}, 131_072)
+
+
+def test_a_chunk_is_not_ingested_and_forgotten_at_once() -> None:
+    assert "contradict" in wrong({protocol.INGEST: True, protocol.FORGET: True})
+
+
+def test_keys_of_others_do_not_reach_the_engine() -> None:
+    ours = {protocol.RATIO: 0.5, protocol.MAX_OFFLOAD_TOKENS: 64}
+    assert protocol.accepted({"gateway.hint": [1], "disagg_spec": {}, 3: 4, **ours}) == ours
+    assert protocol.accepted(None) == protocol.accepted("text") == {}
+
+
+def test_chunks_shorter_than_a_block_are_left_out_but_the_first() -> None:
+    spans = [[64, 70], [70, 86], [90, 105], [105, 200]]
+    assert protocol.accepted({protocol.CHUNKS: spans})[protocol.CHUNKS] == [[64, 70], [70, 86], [105, 200]]
+    assert protocol.accepted({protocol.CHUNKS: spans}, block=32)[protocol.CHUNKS] == [[64, 70], [105, 200]]
+    assert len(spans) == 4, "the client's own list is as it was"
 
 
 def asked(params: Any) -> protocol.RequestParams:
@@ -108,6 +218,19 @@ def test_any_json_gives_usable_parameters(policy: Any, ratio: Any, switch: Any, 
 
 
 # -- the public surface never changes -----------------------------------------------------------------------------
+
+
+@given(st.dictionaries(st.sampled_from((*protocol.REQUEST_KEYS, *protocol.LMCACHE_KEYS)), ANYTHING), st.integers(0, 99))
+def test_any_json_is_refused_or_safe_for_the_engine(params: dict[str, Any], tokens: int) -> None:
+    if protocol.complaints(params, tokens):
+        return
+    kept = protocol.accepted(params, tokens)
+    found, wrong = read_params(kept)
+    assert not wrong
+    assert not (found.ingest and found.forget)
+    assert protocol.named_spans(kept, tokens) == [tuple(span) for span in kept.get(protocol.CHUNKS, [])]
+    assert 0 <= kept.get(protocol.PREFIX, 0) <= tokens
+    assert isinstance(kept.get(protocol.MAX_OFFLOAD_TOKENS, 0), int)
 
 
 def test_request_keys_stay() -> None:

@@ -58,6 +58,16 @@ class Process:
     def text(self) -> str:
         return self.log.read_text(errors="replace")
 
+    def engine_core(self) -> list[int]:
+        """Process ids of vLLM's EngineCore, by the name that it gives itself."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                session = int((folder / "stat").read_text().rpartition(")")[2].split()[3])
+                if session == self._process.pid and b"EngineCore" in (folder / "cmdline").read_bytes():
+                    found.append(int(folder.name))
+        return sorted(found)
+
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
@@ -81,8 +91,10 @@ def answers(url: str) -> bool:
 class Servers:
     """Both servers. `lmcache` may be killed, or come later."""
 
-    def __init__(self, model: Path, folder: Path, *options: str, late: bool = False) -> None:
-        self.model, self._options = model, options
+    def __init__(
+        self, model: Path, folder: Path, *options: str, late: bool = False, connector: dict[str, Any] | None = None
+    ) -> None:
+        self.model, self._options, self._connector = model, options, connector or {}
         self.port, self.http = free_port(), free_port()
         self.url = f"http://127.0.0.1:{free_port()}"
         self._folder = folder
@@ -140,6 +152,7 @@ class Servers:
                 "lmcache.mp.mq_timeout": 10,
                 "lmcache.mp.heartbeat_interval": 1,
                 "lmcache_rag.chunk_size": CHUNK,
+                **self._connector,
             },
         }
         options = {

@@ -13,8 +13,9 @@ from typing import Any
 from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
-from lmcache_rag.connector import compat_lmcache, compat_vllm, metrics, wishes
+from lmcache_rag.connector import compat_lmcache, compat_vllm, metrics
 from lmcache_rag.connector.abandoned import Lookup
+from lmcache_rag.connector.authorization import IngestKey
 from lmcache_rag.connector.filed import FiledBlocks
 from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
 from lmcache_rag.connector.hot import HotChunks
@@ -24,6 +25,7 @@ from lmcache_rag.connector.namespace import Namespaces, identity
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.prepare import prepared
 from lmcache_rag.connector.request_state import unblended
+from lmcache_rag.connector.request_validation import RequestValidation
 from lmcache_rag.connector.scheduler_side import SchedulerSide
 from lmcache_rag.connector.stats import BlendPromMetrics, BlendStats
 from lmcache_rag.connector.told import BlendResults, Readiness
@@ -32,7 +34,7 @@ from lmcache_rag.protocol import ANSWER
 log = logging.getLogger("lmcache_rag")
 
 compat_vllm.begin_texts_quickly()  # each API server imports this module, and only where the connector is in use
-compat_vllm.refuse(wishes.wrong)
+compat_vllm.validate_requests(RequestValidation.of)
 
 
 class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
@@ -59,6 +61,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             self._reports = compat_lmcache.LaterReports(self.scheduler_adapter)
             chunk = compat_lmcache.chunk_tokens(self.scheduler_adapter)
             self._namespaces = Namespaces(identity(vllm_config), chunk)
+            self._ingest_key = IngestKey.read(self._options.ingest_key_file)
             compat_lmcache.watch(self.scheduler_adapter, lambda: not self._why_not)
             if self._options.chunk_size not in (0, chunk):
                 log.warning(
@@ -146,6 +149,10 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
 
     def on_new_request(self, request: Any) -> None:
         """Look it up at once, while others are still running."""
+        if self._side is not None and self._ingest_key is not None:
+            request.kv_transfer_params = self._ingest_key.permitted(
+                request.kv_transfer_params, request.prompt_token_ids
+            )
         if self._side is not None and not self._why_not and not getattr(request, "resumable", False):
             self._side.arrived(request)
 

@@ -31,6 +31,7 @@ class ConnectorOptions:
         idle_tokens: A blend that computes more runs in such pieces even while no other request does: who comes then
             waits for no more than what was begun. 0: every blend.
         chunk_size: Tokens of an LMCache chunk, told on /metrics to clients; 0: not told. LMCache is not asked to obey.
+        ingest_key_file: File of the key that ingesting and forgetting need; "": whoever reaches vLLM may do both.
     """
 
     policy: str = DEFAULT_POLICY
@@ -46,6 +47,7 @@ class ConnectorOptions:
     step_tokens: int = 2048
     idle_tokens: int = 8192
     chunk_size: int = 0
+    ingest_key_file: str = ""
 
     def __post_init__(self) -> None:
         get_policy(self.policy)

@@ -30,8 +30,8 @@ from lmcache_rag.connector.compat_vllm.process import (
     remember_workers,
     worker,
 )
+from lmcache_rag.connector.compat_vllm.request_validation import validate_requests
 from lmcache_rag.connector.compat_vllm.streams import begin_texts_quickly, tell_in_streams
-from lmcache_rag.connector.compat_vllm.wishes import refuse
 
 __all__ = [
     "CachedBlocks",
@@ -47,7 +47,6 @@ __all__ = [
     "offer_hidden_state",
     "patch_attention",
     "recording",
-    "refuse",
     "remember_workers",
     "run_pass",
     "take_hidden_states",
@@ -56,6 +55,7 @@ __all__ = [
     "tensor_parallel_ranks",
     "tensor_parallel_sum",
     "true_on_all_ranks",
+    "validate_requests",
     "watch_filed_blocks",
     "worker",
     "write_kv",
