@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -52,7 +53,11 @@ class KVKeeper:
         self._store, self._engine, self._prompts = store, engine, prompts
 
     def compute(
-        self, chunks: Iterable[StoredChunk], *, on_chunk: Callable[[PrecomputeResult], None] | None = None
+        self,
+        chunks: Iterable[StoredChunk],
+        *,
+        on_chunk: Callable[[PrecomputeResult], None] | None = None,
+        stop: threading.Event | None = None,
     ) -> KVTotals:
         """Compute and record the KV of these chunks, skipping what the engine has. Needs the store's writing lock.
 
@@ -71,7 +76,7 @@ class KVKeeper:
                 yield self._prompts.ingest(chunk.text)
 
         try:
-            for result in self._engine.precompute(prompts()):
+            for result in self._engine.precompute(prompts(), stop=stop):
                 chunk = waiting.pop(0)
                 rows.append(KVRow(chunk.chunk_id, result.key, result.tokens, result.nbytes))
                 totals += KVTotals(int(result.computed), int(not result.computed), result.tokens, result.nbytes)
@@ -91,6 +96,33 @@ class KVKeeper:
             known = self._store.registry.stored_texts(texts).values()
             absent = self._engine.missing([self._prompts.ingest(chunk.text) for chunk in known])
             return self.compute([chunk for chunk, gone in zip(known, absent, strict=True) if gone])
+
+    def fill(self, text: str, stop: threading.Event) -> PrecomputeResult | None:
+        """Have the KV of a text computed that a question used; it is recorded where the text stands in the store.
+
+        Args:
+            text: The text.
+            stop: Once it is set, what failed is not tried again.
+
+        Returns:
+            What the engine did; None where it has the KV by now, or where nothing may be written.
+
+        Raises:
+            StoreLockedError: Another process writes to the store.
+            PrecomputeError: The KV could not be computed.
+        """
+        prompt = self._prompts.ingest(text)
+        if not any(self._engine.missing([prompt])):
+            return None
+        if not self._store.registry.stored_texts([text]):
+            return next(iter(self._engine.precompute([prompt], stop=stop)), None)
+        if self._store.read_only:
+            return None
+        done: list[PrecomputeResult] = []
+        with self._store.writing(timeout=0):
+            known = self._store.registry.stored_texts([text]).values()
+            self.compute(known, on_chunk=done.append, stop=stop)
+        return done[0] if done else None
 
     def empty_trash(self) -> int:
         """Let the engine drop KV that no chunk needs any more. Needs the store's writing lock."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
@@ -29,6 +29,9 @@ class Settings(BaseSettings):
     policy: str = Field("query", description="Recompute policy: query, hkvd, head, none or all.")
     ratio: float = Field(0.15, ge=0.0, le=1.0, description="Share of the cached tokens to recompute.")
     blend: bool = Field(True, description="Reuse chunk KV; false computes every prompt in full.")
+    lazy_fill: Literal["first", "second", "never"] = Field(
+        "second", description="At which use a passage without KV is ingested, after the answer: first, second or never."
+    )
     top_k: int = Field(4, ge=1, description="Chunks retrieved for a question.")
     chunk_tokens: int = Field(256, ge=32, description="Most tokens of a chunk.")
     chunk_overlap: int = Field(0, ge=0, description="Tokens that neighbouring chunks share.")

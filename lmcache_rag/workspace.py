@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from lmcache_rag import lazy_fill
 from lmcache_rag.engines.base import BlendOptions, Sampling
 from lmcache_rag.imports import without_garbage_collection
 from lmcache_rag.settings import Settings
@@ -143,6 +144,7 @@ class Workspace:
             top_k=self.settings.top_k,
             sampling=Sampling(max_tokens=self.settings.max_tokens, temperature=self.settings.temperature),
             blend=BlendOptions(self.settings.policy, self.settings.ratio, self.settings.blend),
+            keep_missing=self.settings.lazy_fill != "never",
         )
 
     @cached_property
@@ -154,6 +156,8 @@ class Workspace:
 
     def close(self) -> None:
         """Close what was opened here; a given engine stays as it is. Safe to call twice."""
+        if {"engine", "store"} <= self.__dict__.keys():
+            lazy_fill.cancel(self.engine, self.store)
         for name in ("engine", "store"):
             part = self.__dict__.pop(name, None)
             if part is not None and part is not self._engine:

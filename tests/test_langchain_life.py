@@ -215,7 +215,7 @@ class Life(RuleBasedStateMachine):
         self.vectors = LMCacheVectorStore(FaissStore(FAKE, self.folder / "vectors"), self.made, adopt=False)
         real = self.made.engine.precompute
 
-        def precompute(prompts: Any) -> Any:
+        def precompute(prompts: Any, *, stop: Any = None) -> Any:
             for number, result in enumerate(real(prompts)):
                 if self.failing and number == 0:
                     raise PrecomputeError("on demand")

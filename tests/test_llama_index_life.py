@@ -72,7 +72,7 @@ class Life(RuleBasedStateMachine):
         """Let the engine fail at the next KV that it has to compute."""
         real = self.engine.precompute
 
-        def precompute(prompts):
+        def precompute(prompts, *, stop=None):
             waiting = iter(prompts)
             for prompt in waiting:
                 if fails and self.engine.missing([prompt])[0]:

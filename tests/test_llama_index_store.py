@@ -186,7 +186,7 @@ def failing(engine, monkeypatch, after):
     """Let the engine fail after so many chunks."""
     real = engine.precompute
 
-    def precompute(prompts):
+    def precompute(prompts, *, stop=None):
         yield from real(itertools.islice(prompts, after))
         raise PrecomputeError("on demand")
 

@@ -382,7 +382,7 @@ class PlainServer(AsyncTwins):
         self.asked.append(blend)
         return self._engine.generate(prompt, sampling, FULL)
 
-    def precompute(self, prompts):
+    def precompute(self, prompts, *, stop=None):
         raise UnsupportedModelError("no KV here")
 
     def missing(self, prompts):

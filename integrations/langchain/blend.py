@@ -15,10 +15,11 @@ from langchain_core.callbacks import adispatch_custom_event, dispatch_custom_eve
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
 from langchain_core.runnables.config import merge_configs, patch_config
 
-from lmcache_rag.adapters.blender import Blender
+from lmcache_rag.adapters.blender import Blender, Prompted
 from lmcache_rag.adapters.resolve import as_workspace
 from lmcache_rag.engines.base import BlendOptions
 from lmcache_rag.errors import ConfigError
+from lmcache_rag.lazy_fill import mode_of
 
 from .call import KEY, Call
 from .chat_text import chat_body
@@ -55,7 +56,13 @@ class Blend(Runnable[dict[str, Any], Any]):
     """See blend(). Safe to use from several threads and event loops."""
 
     def __init__(
-        self, source: Any, *, blend: BlendOptions | None, store: str | Path | None, name: str | None = None
+        self,
+        source: Any,
+        *,
+        blend: BlendOptions | None,
+        store: str | Path | None,
+        lazy_fill: str | None = None,
+        name: str | None = None,
     ) -> None:
         self.name = name
         self._bound: dict[str, Any] = {}
@@ -65,12 +72,14 @@ class Blend(Runnable[dict[str, Any], Any]):
             self._config = {**source.config, **(self._config or {})}
             source = source.bound
         self._source, self._options, self._folder = source, blend, store
+        self._lazy_fill = lazy_fill and mode_of(lazy_fill)
         self._lock = threading.RLock()
         self._told: set[str] = set()
 
     @cached_property
     def _blender(self) -> Blender:
-        return Blender(as_workspace(self._source, store=self._folder), blend=self._options)
+        workspace = as_workspace(self._source, store=self._folder)
+        return Blender(workspace, blend=self._options, lazy_fill=self._lazy_fill)
 
     @property
     def blender(self) -> Blender:
@@ -177,7 +186,7 @@ class Blend(Runnable[dict[str, Any], Any]):
         prompted = blender.prompted(
             asked.texts, asked.question, history=asked.history, scores=asked.scores, max_tokens=most
         )
-        self._look(asked.texts)
+        self._look(prompted)
         value = prompt_value(blender.prompts, blender.engine.tokenizer, prompted, asked.history)
         call = Call(blender, prompted, options)
         if kind is None:
@@ -218,16 +227,17 @@ class Blend(Runnable[dict[str, Any], Any]):
     ) -> RunnableConfig:
         return patch_config(merge_configs(self._config, config), callbacks=run_manager.get_child())
 
-    def _look(self, texts: tuple[str, ...]) -> None:
+    def _look(self, prompted: Prompted) -> None:
         """Notice texts that something changed after retrieval; say so once."""
-        foreign = [text for text, known in zip(texts, self.blender.unchanged(texts), strict=True) if not known]
+        foreign = [text for text, known in zip(prompted.texts, prompted.registered, strict=True) if not known]
         if foreign and self._first("foreign"):
             log.warning(
-                "%d of %d passages are not registered, so they have no KV and are computed for every question: a step "
-                "after the retriever changed their text, or they never went through LMCacheVectorStore. The first "
+                "%d of %d passages are not registered, so their KV is not computed before they are asked for. %s A "
+                "step after the retriever changed their text, or they never went through LMCacheVectorStore. The first "
                 "begins %r.",
                 len(foreign),
-                len(texts),
+                len(prompted.texts),
+                self.blender.what_follows,
                 foreign[0][:60],
             )
 
@@ -239,24 +249,25 @@ class Blend(Runnable[dict[str, Any], Any]):
         return new
 
     def _tell(self, ready: _Prepared, config: RunnableConfig, run_manager: CallbackManagerForChainRun) -> None:
-        if (done := ready.call.done) is not None:
+        if ready.call.done is not None:
             run_manager.metadata.update(ready.call.told)  # which a tracer holds until the run ends
             dispatch_custom_event(KEY, ready.call.metadata[KEY], config=config)
-            if not isinstance(ready.model, EngineModel):  # which keeps what was missing by itself
-                ready.call.blender.keep(ready.call.prompted, done, blend=ready.call.blend)
 
     async def _atell(
         self, ready: _Prepared, config: RunnableConfig, run_manager: AsyncCallbackManagerForChainRun
     ) -> None:
-        if (done := ready.call.done) is not None:
+        if ready.call.done is not None:
             run_manager.metadata.update(ready.call.told)
             await adispatch_custom_event(KEY, ready.call.metadata[KEY], config=config)
-            if not isinstance(ready.model, EngineModel):
-                keep = ready.call.blender.keep
-                await asyncio.to_thread(keep, ready.call.prompted, done, blend=ready.call.blend)
 
 
-def blend(llm: Any, *, options: BlendOptions | None = None, store: str | Path | None = None) -> Blend:
+def blend(
+    llm: Any,
+    *,
+    options: BlendOptions | None = None,
+    store: str | Path | None = None,
+    lazy_fill: str | None = None,
+) -> Blend:
     """A Runnable that answers from the KV of documents, through the program's own model.
 
     It takes ``{"documents": [...], "question": "..."}`` and perhaps ``"history"``, and gives what the model gives: an
@@ -274,11 +285,13 @@ def blend(llm: Any, *, options: BlendOptions | None = None, store: str | Path | 
             Workspace.
         options: How KV is reused; None: as the settings say.
         store: Folder of the registry; None: as the settings say.
+        lazy_fill: At which use a passage without KV is ingested, in the background after the answer: "first",
+            "second" or "never"; None: as the settings say (LMCACHE_RAG_LAZY_FILL, or "second").
 
     Raises:
-        ConfigError: At the first question, where the model cannot be used.
+        ConfigError: There is no such lazy_fill; at the first question, where the model cannot be used.
     """
-    return Blend(llm, blend=options, store=store, name="LMCacheBlend")
+    return Blend(llm, blend=options, store=store, lazy_fill=lazy_fill, name="LMCacheBlend")
 
 
 def _sum(whole: Any, part: Any) -> Any:

@@ -71,6 +71,7 @@ def as_blend_chat_engine(
     workspace: Workspace | None = None,
     blend: BlendOptions | None = None,
     sampling: Sampling | None = None,
+    lazy_fill: str | None = None,
     memory: BaseMemory | None = None,
     chat_history: list[ChatMessage] | None = None,
     system_prompt: str | None = None,
@@ -86,6 +87,7 @@ def as_blend_chat_engine(
         workspace: Where the KV is registered; None: the one that belongs to `llm`.
         blend: How KV is reused.
         sampling: How tokens are chosen where no LLM object says it.
+        lazy_fill: At which use a passage without KV is ingested in the background, see BlendSynthesizer.
         memory: Keeps the conversation; None: one of half the model's context.
         chat_history: What was said before.
         system_prompt: In place of the workspace's. KV is computed behind it, so set it in the workspace's settings.
@@ -102,7 +104,12 @@ def as_blend_chat_engine(
             remedy='Give chat_mode="context", or use index.as_chat_engine() with the other mode.',
         )
     synthesizer = BlendSynthesizer(
-        llm, workspace=workspace, blend=blend, sampling=sampling, callback_manager=callback_manager
+        llm,
+        workspace=workspace,
+        blend=blend,
+        sampling=sampling,
+        lazy_fill=lazy_fill,
+        callback_manager=callback_manager,
     )
     if system_prompt is not None:
         synthesizer.update_prompts({"text_qa_template": with_system(synthesizer.blender.prompts.format, system_prompt)})

@@ -172,9 +172,7 @@ class BlendClient:
         streamed: bool,
     ) -> Completion:
         stops = bool(call.kwargs.get("stop") or call.llm.additional_kwargs.get("stop"))
-        done = self.blender.finished(gathered, prompted, streamed=streamed, blend=blend, stops=stops)
-        self.blender.keep(prompted, done, blend=blend)
-        return done
+        return self.blender.finished(gathered, prompted, streamed=streamed, blend=blend, stops=stops)
 
 
 def _merged(*bodies: Mapping[str, Any] | None, ours: bool) -> dict[str, Any]:

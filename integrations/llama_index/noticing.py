@@ -45,8 +45,8 @@ class Noticer:
             self._remember(postprocessor, _texts(nodes) - before)
         return nodes
 
-    def warn(self, changed: Sequence[str], passages: int) -> None:
-        """Say, once for each cause, that these texts have no KV of their own."""
+    def warn(self, changed: Sequence[str], passages: int, what_follows: str) -> None:
+        """Say, once for each cause, that these texts have no KV of their own, and what becomes of them."""
         with self._lock:
             causes = [self._makers.get(text, "") for text in changed]
             new = set(causes) - self._told
@@ -60,9 +60,10 @@ class Noticer:
                 "after retrieval, or they were never added through one (adopt() registers what was there before)"
             )
             log.warning(
-                "%s. Such a passage has no KV: it is computed in full each time and counts as missed. Rerankers, "
+                "%s. Such passages have no KV when they are first asked for, and count as missed. %s Rerankers, "
                 "filters and reorderings keep texts as they are.",
                 what,
+                what_follows,
             )
 
     def _remember(self, postprocessor: BaseNodePostprocessor, made: set[str]) -> None:

@@ -62,6 +62,7 @@ def as_blend_query_engine(
     workspace: Workspace | None = None,
     blend: BlendOptions | None = None,
     sampling: Sampling | None = None,
+    lazy_fill: str | None = None,
     streaming: bool = False,
     node_postprocessors: list[BaseNodePostprocessor] | None = None,
     text_qa_template: BasePromptTemplate | None = None,
@@ -76,6 +77,7 @@ def as_blend_query_engine(
         workspace: Where the KV is registered; None: the one that belongs to `llm`.
         blend: How KV is reused.
         sampling: How tokens are chosen where no LLM object says it.
+        lazy_fill: At which use a passage without KV is ingested in the background, see BlendSynthesizer.
         streaming: Give answers as streams.
         node_postprocessors: Applied in order, as ever. One that changes texts costs their KV, with a warning.
         text_qa_template: Words around passages and question.
@@ -96,6 +98,7 @@ def as_blend_query_engine(
         workspace=workspace,
         blend=blend,
         sampling=sampling,
+        lazy_fill=lazy_fill,
         streaming=streaming,
         text_qa_template=text_qa_template,
         callback_manager=callback_manager,

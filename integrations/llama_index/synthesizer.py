@@ -56,9 +56,11 @@ class BlendSynthesizer(BaseSynthesizer):
         callback_manager: Hears of each answer.
         empty_response: The answer where nothing was found.
         noticer: Shared by what works together.
+        lazy_fill: At which use a passage without KV is ingested, in the background after the answer: "first",
+            "second" or "never"; None: as the settings say (LMCACHE_RAG_LAZY_FILL, or "second").
 
     Raises:
-        ConfigError: The LLM or the template cannot be used.
+        ConfigError: The LLM or the template cannot be used, or there is no such lazy_fill.
         EngineUnavailableError, EngineError: The server cannot be reached, or serves another model.
     """
 
@@ -75,11 +77,12 @@ class BlendSynthesizer(BaseSynthesizer):
         callback_manager: CallbackManager | None = None,
         empty_response: str | None = None,
         noticer: Noticer | None = None,
+        lazy_fill: str | None = None,
     ) -> None:
         source = Settings.llm if llm is None else llm
         self._workspace = workspace or workspace_of(source)
-        self._options = {"blend": blend, "sampling": sampling}
-        blender = Blender(self._workspace, blend=blend, sampling=sampling)
+        self._options = {"blend": blend, "sampling": sampling, "lazy_fill": lazy_fill}
+        blender = Blender(self._workspace, **self._options)  # type: ignore[arg-type]
         self._base = blender.prompts.format
         engine_llm = not isinstance(source, LLM) or isinstance(source, EngineLLM)
         self._client = BlendClient(EngineLLM(blender) if engine_llm else source, blender)
@@ -219,10 +222,9 @@ class BlendSynthesizer(BaseSynthesizer):
         history, question = conversation(options.pop("history", self._history), question)
         wanted = options.get("max_tokens") or self._client.max_tokens
         prompted = self.blender.prompted(texts, question, history=history, scores=scores, max_tokens=wanted)
-        same = self.blender.unchanged(prompted.texts)
-        changed = [text for text, kept in zip(prompted.texts, same, strict=True) if not kept]
+        changed = [text for text, kept in zip(prompted.texts, prompted.registered, strict=True) if not kept]
         if changed:
-            self._noticer.warn(changed, len(same))
+            self._noticer.warn(changed, len(prompted.texts), self.blender.what_follows)
         return prompted, len(changed), options
 
     def _prepare_response_output(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from lmcache_rag.engines.base import BlendOptions, Completion, QueryPrompt, Reus
 from lmcache_rag.engines.twins import iterate_in_thread
 from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.fitting import fit
+from lmcache_rag.lazy_fill import FillCounts, cancel, fill_of, mode_of
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine
@@ -30,6 +32,8 @@ class Prompted:
         texts: The chunks in it, in their order.
         kept: Which of the given texts these are.
         dropped: Which did not fit the context.
+        registered: For each of the texts, whether it stands in the registry as it is here. If not, something changed it
+            after retrieval, or it was never ingested.
     """
 
     prompt: QueryPrompt
@@ -37,6 +41,7 @@ class Prompted:
     texts: tuple[str, ...]
     kept: tuple[int, ...]
     dropped: tuple[int, ...]
+    registered: tuple[bool, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -54,10 +59,20 @@ class Blender:
         workspace: Store, engine and prompts.
         blend: How KV is reused; None: as the workspace's settings say.
         sampling: How tokens are chosen where the engine answers itself; None: as the settings say.
+        lazy_fill: At which use a passage without KV is ingested in the background: "first", "second" or "never"; None:
+            as the settings say.
+
+    Raises:
+        ConfigError: There is no such lazy_fill.
     """
 
     def __init__(
-        self, workspace: Workspace, *, blend: BlendOptions | None = None, sampling: Sampling | None = None
+        self,
+        workspace: Workspace,
+        *,
+        blend: BlendOptions | None = None,
+        sampling: Sampling | None = None,
+        lazy_fill: str | None = None,
     ) -> None:
         settings = workspace.settings
         self.workspace = workspace
@@ -65,7 +80,8 @@ class Blender:
         self.prompts: PromptBuilder = workspace.prompts
         self.blend = blend or BlendOptions(settings.policy, settings.ratio, settings.blend)
         self.sampling = sampling or Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature)
-        self._answering = Answering(workspace.store, self.engine, self.prompts)
+        self.lazy_fill = mode_of(lazy_fill or settings.lazy_fill)
+        self._answering = Answering(workspace.store, self.engine, self.prompts, lazy_fill=self.lazy_fill)
 
     # -- the prompt ---------------------------------------------------------------------------------------------
 
@@ -115,13 +131,10 @@ class Blender:
             kept,
             tuple(hit.chunk_id for hit in fitted.kept),
             tuple(hit.chunk_id for hit in fitted.dropped),
+            tuple(self._registered(kept)),
         )
 
-    def unchanged(self, texts: Sequence[str]) -> list[bool]:
-        """For each text, whether it is registered as it stands.
-
-        If not, something changed it after retrieval, or it was never ingested: it has no KV and is computed.
-        """
+    def _registered(self, texts: Sequence[str]) -> list[bool]:
         from lmcache_rag.store import text_hash
 
         known = self.workspace.store.registry.stored_texts(texts)
@@ -138,7 +151,9 @@ class Blender:
             LMCacheRAGError: See the engine's errors.
         """
         sampling, blend = sampling or self.sampling, blend or self.blend
-        return self._answering.stream(prompted.texts, prompted.prompt, sampling, blend, prompted.notes)
+        return self._answering.stream(
+            prompted.texts, prompted.prompt, sampling, blend, prompted.notes, prompted.registered
+        )
 
     def answer(
         self, prompted: Prompted, *, sampling: Sampling | None = None, blend: BlendOptions | None = None
@@ -177,6 +192,7 @@ class Blender:
             EngineError: The workspace's engine is no server.
             ContextLengthError: The prompt is longer than the server's context.
         """
+        self._answering.begin()
         made = self._vllm().request(prompted.prompt, self.sampling, self._answering.allowed(blend or self.blend))
         extra = made["extra_body"]
         names = ("kv_transfer_params", "return_token_ids", "cache_salt")
@@ -218,15 +234,43 @@ class Blender:
     ) -> Completion:
         """The answer with the statistics that the server told. What it did not say is not made up.
 
-        With `stops`, stop strings were given: then missing statistics do not mean that the server makes none.
+        Passages whose KV was missing are ingested in the background, as `lazy_fill` says. With `stops`, stop strings
+        were given: then missing statistics do not mean that the server makes none.
         """
         blend = self._answering.allowed(blend or self.blend)
         done = self._vllm().finished(gathered, prompted.prompt, blend, streamed=streamed, stops=stops)
+        done = self._answering.filled(prompted.texts, prompted.registered, prompted.prompt, done, blend)
         return _with_notes(done, prompted.notes)
 
-    def keep(self, prompted: Prompted, done: Completion, *, blend: BlendOptions | None = None) -> None:
-        """After an answer that another client got: compute and keep the KV that was missing."""
-        self._answering.keep(prompted.texts, done, blend or self.blend)
+    # -- the background -----------------------------------------------------------------------------------------
+
+    @property
+    def what_follows(self) -> str:
+        """A sentence for warnings: what happens to passages that are not registered."""
+        if self.lazy_fill == "never" or self.engine.info.engine == "embedded":
+            return "They are computed for every question."
+        return f"They are ingested in the background at their {self.lazy_fill} use (lazy_fill)."
+
+    @property
+    def fill_counts(self) -> FillCounts:
+        """What was ingested in the background so far, for this engine."""
+        return fill_of(self.engine).counts
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Wait until no passage is being ingested in the background; False when the time is over before."""
+        return fill_of(self.engine).drain(timeout)
+
+    async def adrain(self) -> bool:
+        """Async twin of drain."""
+        return await asyncio.to_thread(self.drain)
+
+    def close(self) -> None:
+        """Ingest nothing more in the background for this workspace. It stays open, and so can be asked again."""
+        cancel(self.engine, self.workspace.store)
+
+    async def aclose(self) -> None:
+        """Async twin of close."""
+        await asyncio.to_thread(self.close)
 
     def _vllm(self) -> VLLMEngine:
         from lmcache_rag.engines.vllm import VLLMEngine

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
@@ -208,13 +209,23 @@ class TextDelta:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished answer. token_ids includes the end-of-sequence token when the model gave one."""
+    """A finished answer.
+
+    Attributes:
+        text: The answer.
+        token_ids: Its tokens, with the end-of-sequence token when the model gave one.
+        finish_reason: Why it ended.
+        stats: What was reused.
+        warnings: What the user should know.
+        missed: Which of the prompt's chunks were looked for, could have been kept, and were not there.
+    """
 
     text: str
     token_ids: tuple[int, ...]
     finish_reason: FinishReason
     stats: ReuseStats
     warnings: tuple[str, ...] = ()
+    missed: tuple[int, ...] = ()
 
 
 StreamEvent: TypeAlias = TextDelta | Completion
@@ -268,8 +279,14 @@ class Engine(Protocol):
         """The transformers tokenizer that prompts for this engine are built with."""
         ...
 
-    def precompute(self, prompts: Iterable[IngestPrompt]) -> Iterator[PrecomputeResult]:
+    def precompute(
+        self, prompts: Iterable[IngestPrompt], *, stop: threading.Event | None = None
+    ) -> Iterator[PrecomputeResult]:
         """Compute and keep each chunk's KV, skipping what exists; yields each as soon as it is kept.
+
+        Args:
+            prompts: The chunks.
+            stop: Once it is set, what failed is not tried again.
 
         Raises:
             PrecomputeError: A chunk's KV could not be computed or kept. What was yielded before is kept.

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lmcache_rag import lazy_fill
 from lmcache_rag.engines.base import (
     BlendOptions,
     Completion,
@@ -160,7 +161,9 @@ class EmbeddedEngine(AsyncTwins):
 
     # -- ingestion ----------------------------------------------------------------------------------------------
 
-    def precompute(self, prompts: Iterable[IngestPrompt]) -> Iterator[PrecomputeResult]:
+    def precompute(
+        self, prompts: Iterable[IngestPrompt], *, stop: threading.Event | None = None
+    ) -> Iterator[PrecomputeResult]:
         """Compute and keep each chunk's KV, see Engine.precompute; UnsupportedModelError where it cannot be blended."""
         return self._chunks.precompute(prompts)
 
@@ -239,11 +242,13 @@ class EmbeddedEngine(AsyncTwins):
         result = Decoded()
         for piece in decode(self._model, ids, prepare, sampling, self._lock, result):
             yield TextDelta(piece)
+        absent = counts.pop("absent", ())
         stats = ReuseStats(len(prompt), ttft_ms=(result.first_token - begin) * 1e3, **counts)
         missed = f"The KV of {stats.chunks_missed} chunk(s) was missing; they were computed."
         warnings = (missed,) if blend.enabled and stats.chunks_missed else ()
-        yield Completion(result.text, tuple(result.ids), result.finish_reason, stats, warnings)
+        yield Completion(result.text, tuple(result.ids), result.finish_reason, stats, warnings, absent)
 
     def close(self) -> None:
         """Drop the KV in memory; the files stay. Safe to call twice."""
+        lazy_fill.cancel(self)
         self._chunks.clear_memory()

@@ -72,6 +72,7 @@ def _blend(
     prefix, prefix_was_there = chunks.prefix(prompt.fingerprint, prompt.token_ids[: prompt.prefix_tokens])
     hits = chunks.find(prompt)
     lookup_ms = (time.perf_counter() - begin) * 1e3
+    found = {span for span, _ in hits}
     done = blended_prefill(model, prompt, ids, cache, prefix, hits, get_policy(blend.policy), blend.ratio)
     exact = done.exact_tokens - (0 if prefix_was_there else prompt.prefix_tokens)
     stats = {
@@ -81,6 +82,7 @@ def _blend(
         "computed_tokens": len(prompt) - exact - done.reused_tokens - done.recomputed_tokens,
         "chunks_hit": len(hits),
         "chunks_missed": len(prompt.chunks) - len(hits),
+        "absent": tuple(index for index, span in enumerate(prompt.chunks) if span not in found),
         "lookup_ms": lookup_ms,
         "load_ms": done.load_ms + done.shift_ms,
         "blend_ms": done.select_ms + done.redo_ms,

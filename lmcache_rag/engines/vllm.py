@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from lmcache_rag import protocol
+from lmcache_rag import lazy_fill, protocol
 from lmcache_rag.engines import vllm_wire as wire
 from lmcache_rag.engines.base import (
     BlendOptions,
@@ -127,12 +127,14 @@ class VLLMEngine:
 
     # -- ingestion ------------------------------------------------------------------------------------------------
 
-    def precompute(self, prompts: Iterable[IngestPrompt]) -> Iterator[PrecomputeResult]:
+    def precompute(
+        self, prompts: Iterable[IngestPrompt], *, stop: threading.Event | None = None
+    ) -> Iterator[PrecomputeResult]:
         """Send each prefix ⧺ chunk once, several at a time, so that the server keeps its KV; see Engine.precompute.
 
         Results come in the order of the prompts. KV that the server had already costs it the last tokens only.
         """
-        return self._chunks.precompute(prompts)
+        return self._chunks.precompute(prompts, stop=stop)
 
     def missing(self, prompts: Sequence[IngestPrompt]) -> list[bool]:
         """For each prompt, whether this process does not know that the server has its KV.
@@ -304,14 +306,15 @@ class VLLMEngine:
             streamed=streamed,
             ids=ids,
         )
-        if blend.enabled and done.stats.chunks_missed:
-            for span in prompt.chunks:
-                if wire.whole_blocks(span, self._info.kv_block):
-                    self._chunks.known.discard(span.key)
+        # Where the server could not look, nobody knows what it still has.
+        unsure = blend.enabled and done.stats.chunks_missed and (gathered.told or {}).get(protocol.FAILURE)
+        for index in range(len(prompt.chunks)) if unsure else done.missed:
+            self._chunks.known.discard(prompt.chunks[index].key)
         return done
 
     def close(self) -> None:
         """Close the connections. Safe to call twice."""
+        lazy_fill.cancel(self)
         self._servers.close()
 
     # -- inside ---------------------------------------------------------------------------------------------------

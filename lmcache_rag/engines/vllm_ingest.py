@@ -75,9 +75,11 @@ class ChunkSender:
     patience: int
     known: Known = field(default_factory=Known)
 
-    def precompute(self, prompts: Iterable[IngestPrompt]) -> Iterator[PrecomputeResult]:
+    def precompute(
+        self, prompts: Iterable[IngestPrompt], *, stop: threading.Event | None = None
+    ) -> Iterator[PrecomputeResult]:
         """See VLLMEngine.precompute. More prompts are taken than were answered: as many as are sent at once."""
-        source, stop = iter(prompts), threading.Event()
+        source, stop = iter(prompts), stop or threading.Event()
         running: deque[tuple[IngestPrompt, Future[bool]]] = deque()
         try:
             while True:

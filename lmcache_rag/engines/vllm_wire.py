@@ -140,14 +140,19 @@ def completion(
         streamed: Whether the answer came as a stream.
         ids: The answer's tokens.
     """
-    warnings = []
+    warnings: list[str] = []
+    missing: tuple[int, ...] = ()
     told = gathered.told
     counts = _counts(told, len(prompt)) if told is not None else None
     if counts is not None and told is not None:
         # Where nothing can be blended no chunk is missed, and the reason is told once, not with each answer.
-        hit, missed = (0, 0) if gathered.why_not else chunk_counts(prompt, told, kv_block)
+        found = None if gathered.why_not else chunks_found(prompt, told, kv_block)
+        hit, missed = (found.count(True), found.count(False)) if found is not None else (0, 0)
         counts |= {"chunks_hit": hit, "chunks_missed": missed}
-        if (failure := told.get(protocol.FAILURE)) and not gathered.why_not:
+        failure = told.get(protocol.FAILURE)
+        if blending and found is not None and not failure:
+            missing = tuple(i for i, there in enumerate(found) if not there and kept_tokens(prompt.chunks[i], kv_block))
+        if failure and not gathered.why_not:
             warnings.append(f"The server computed the prompt in full: {protocol.fallback_sentence(str(failure))}.")
         elif blending and missed:
             warnings.append(f"The KV of {missed} chunk(s) was missing; they were computed.")
@@ -164,7 +169,7 @@ def completion(
     if not streamed and len(ids) > 1:
         warnings.append("The answer came in one piece: its time to the first token is that of the whole answer.")
     stats = ReuseStats(len(prompt), ttft_ms=gathered.ttft_ms, **counts)
-    return Completion(gathered.text, ids, gathered.finish_reason, stats, tuple(warnings))
+    return Completion(gathered.text, ids, gathered.finish_reason, stats, tuple(warnings), missing)
 
 
 def _counts(told: Mapping[str, Any], length: int) -> dict[str, Any] | None:
@@ -177,31 +182,27 @@ def _counts(told: Mapping[str, Any], length: int) -> dict[str, Any] | None:
     return {**parts, **{name: float(told.get(name) or 0.0) for name in protocol.TIMES}}
 
 
-def whole_blocks(span: ChunkSpan, kv_block: int) -> int:
+def kept_tokens(span: ChunkSpan, kv_block: int) -> int:
     """Tokens of a chunk that a server can keep: whole blocks."""
     return (span.end - span.start) // kv_block * kv_block
 
 
-def chunk_counts(prompt: QueryPrompt, told: Mapping[str, Any], kv_block: int) -> tuple[int, int]:
-    """(chunks hit, chunks missed) where they follow from the token counts, else (0, 0).
+def chunks_found(prompt: QueryPrompt, told: Mapping[str, Any], kv_block: int) -> list[bool] | None:
+    """For each chunk, whether its KV was found; None where it does not follow from what the server said.
 
-    The server counts tokens and knows no chunks. All that can be kept was found, or nothing: then each chunk is known.
-    A chunk shorter than a block is never kept and counts as missed. `spans`, the placed parts of the prompt as
-    [start, end] pairs, settles the rest where the server tells them.
+    `spans`, the placed parts of the prompt as [start, end] pairs, says it; a server sends them when it is asked to.
+    Without them there are token counts only: all that can be kept was found, or nothing. A chunk shorter than a block
+    is never kept and so never found.
     """
-    keeps = [whole_blocks(span, kv_block) for span in prompt.chunks]
+    keep = [kept_tokens(span, kv_block) for span in prompt.chunks]
     exact = int(told["prefix_tokens"])
     if (spans := told.get("spans")) is not None:
         places = [(0, exact), *((int(start), int(end)) for start, end in spans)]
-        found = [
-            keep > 0 and sum(max(0, min(span.end, end) - max(span.start, start)) for start, end in places) > 0
-            for span, keep in zip(prompt.chunks, keeps, strict=True)
+        return [
+            tokens > 0 and sum(max(0, min(span.end, end) - max(span.start, start)) for start, end in places) > 0
+            for span, tokens in zip(prompt.chunks, keep, strict=True)
         ]
-        return sum(found), len(found) - sum(found)
     covered = max(0, exact - prompt.prefix_tokens) + int(told["reused_tokens"]) + int(told["recomputed_tokens"])
     if covered == 0:
-        return 0, len(keeps)
-    if covered >= sum(keeps):
-        hit = sum(keep > 0 for keep in keeps)
-        return hit, len(keeps) - hit
-    return 0, 0
+        return [False] * len(keep)
+    return [tokens > 0 for tokens in keep] if covered >= sum(keep) else None
