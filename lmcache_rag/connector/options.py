@@ -31,6 +31,10 @@ class ConnectorOptions:
         idle_tokens: A blend that computes more runs in such pieces even while no other request does: who comes then
             waits for no more than what was begun. 0: every blend.
         chunk_size: Tokens of an LMCache chunk, told on /metrics to clients; 0: not told. LMCache is not asked to obey.
+        secret_file: File with the secret by which tokens are renumbered, see lmcache_rag.connector.secret; "": the
+            environment has it.
+        prefix_tokens: Prompts of clients that name no prefix share KV by their first so many tokens, a multiple of
+            LMCache's chunk; 0: by their first chunk.
     """
 
     policy: str = DEFAULT_POLICY
@@ -46,6 +50,8 @@ class ConnectorOptions:
     step_tokens: int = 2048
     idle_tokens: int = 8192
     chunk_size: int = 0
+    secret_file: str = ""
+    prefix_tokens: int = 0
 
     def __post_init__(self) -> None:
         get_policy(self.policy)
@@ -53,7 +59,16 @@ class ConnectorOptions:
             raise ConfigError(f"lmcache_rag.ratio must be between 0 and 1; got {self.ratio}.")
         if self.step_tokens < 1:
             raise ConfigError(f"lmcache_rag.step_tokens must be at least 1; got {self.step_tokens}.")
-        for name in ("deadline", "lookup_deadline", "poll", "least_tokens", "tail_tokens", "idle_tokens", "chunk_size"):
+        for name in (
+            "prefix_tokens",
+            "deadline",
+            "lookup_deadline",
+            "poll",
+            "least_tokens",
+            "tail_tokens",
+            "idle_tokens",
+            "chunk_size",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"lmcache_rag.{name} must not be negative; got {getattr(self, name)}.")
 
