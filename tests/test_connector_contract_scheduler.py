@@ -496,3 +496,44 @@ def test_any_schedule_ends_with_every_block_free(make: Any, seed: int) -> None:
             counts = [told[f"{kind}_tokens"] for kind in ("prefix", "reused", "recomputed", "computed")]
             assert min(counts) >= 0
             assert sum(counts) == told["prompt_tokens"]
+
+
+def test_lora_adapters_have_namespaces_of_their_own(make: Any, tmp_path: Path) -> None:
+    """Fault B1: LMCache's key holds no adapter, so A's KV answered B's prompt."""
+    from vllm.lora.request import LoRARequest
+
+    engine, tokens = make(), list(range(300))
+    spaces = []
+    for name, number in (("base", 0), ("a", 1), ("b", 2), ("a again", 1)):
+        adapter = LoRARequest(f"adapter-{number}", number, str(tmp_path)) if number else None
+        sampling = SamplingParams(max_tokens=1)
+        request = Request(name, tokens, sampling, None, block_hasher=engine._hasher, lora_request=adapter)
+        spaces.append(engine.connector._get_or_create_request_tracker(request).cache_salt)
+    assert len(set(spaces)) == 3
+    assert spaces[1] == spaces[3]
+
+
+@pytest.mark.parametrize("blends", [True, False], ids=["blends", "fallback"])
+def test_embedded_prompts_are_neither_looked_up_nor_stored(make: Any, blends: bool) -> None:
+    """Their token ids are zeros: prompts of one length would share KV."""
+    engine = make()
+    connector = engine.connector
+    if not blends:
+        connector._why_not = "it cannot blend"
+    asked: list[str] = []
+    connector.scheduler_adapter.maybe_submit_lookup_request = lambda name, **_: asked.append(name)
+    trackers = []
+    for name in ("a", "b"):
+        engine.found[name] = 0, (0, ())
+        sampling, embedded = SamplingParams(max_tokens=4, ignore_eos=True), torch.rand(300, 8)
+        request = Request(name, None, sampling, None, block_hasher=engine._hasher, prompt_embeds=embedded)
+        engine.scheduler.add_request(request)
+        trackers.append(connector._get_or_create_request_tracker(request))
+    for _ in range(8):
+        out = engine.step()
+        meta = out.kv_connector_metadata
+        assert [one for one in meta.requests if one.direction == "STORE"] == []
+    assert asked == []
+    assert trackers[0].cache_salt != trackers[1].cache_salt
+    assert [tracker.num_scheduled_tokens for tracker in trackers] == [303, 303], "they ran"
+    engine.to_the_end()

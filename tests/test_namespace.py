@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import hmac
 import random
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
-from lmcache_rag.connector.namespace import Namespaces, identity, renumbered
-from lmcache_rag.protocol import PREFIX
+from lmcache_rag.connector.namespace import Namespaces, renumbered
+from lmcache_rag.errors import ConfigError
+from lmcache_rag.protocol import INGEST, PREFIX
 
 CHUNK = 64
 
@@ -40,17 +40,68 @@ def test_tenants_and_models_share_nothing() -> None:
     assert len(names) == 7
 
 
-def test_another_client_shares_the_kv_of_the_prefix_that_its_prompt_begins_with() -> None:
+def ingest(tokens: int) -> dict[str, Any]:
+    return {PREFIX: tokens, INGEST: True}
+
+
+def test_other_clients_share_kv_by_an_ingested_prefix() -> None:
     spaces, prefix = Namespaces("model", CHUNK), ids(1, 2 * CHUNK)
     asked = [*prefix, *ids(2, 300)]
     alone = spaces.of(asked, "", None)
     assert alone == spaces.of([*prefix[:CHUNK], *ids(3, 300)], "", {}), "by the first LMCache chunk"
-    named = spaces.of([*prefix, *ids(4, 200)], "", {PREFIX: len(prefix)})
+    named = spaces.of([*prefix, *ids(4, 200)], "", ingest(len(prefix)))
     assert spaces.of(asked, "", None) == named != alone
-    longer = spaces.of([*prefix, *ids(5, CHUNK)], "", {PREFIX: 3 * CHUNK})
+    longer = spaces.of([*prefix, *ids(5, CHUNK)], "", ingest(3 * CHUNK))
     assert spaces.of(asked, "", None) == named, "it does not begin with the longer one"
     assert spaces.of([*prefix, *ids(5, 200)], "", None) == longer
     assert spaces.of(asked, "tenant", None) != named, "no tenant learns of another's prefixes"
+    assert spaces.of(asked, "", None, adapter="a") != named, "nor does an adapter"
+
+
+@pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK + 1, 2 * CHUNK])
+def test_a_prefix_in_a_query_concerns_that_request_alone(length: int) -> None:
+    """Fault D2: one request with `lmcache_rag.prefix: 1`, and all others were in another namespace, some in one."""
+    spaces = Namespaces("model", CHUNK)
+    start = ids(0, 1)  # what every prompt of a model begins with
+    prompts = [[*start, *ids(n, 3 * CHUNK)] for n in range(1, 4)]
+    before = [spaces.of(prompt, "", None) for prompt in prompts]
+    assert len(set(before)) == 3
+    spaces.of(prompts[0], "", {PREFIX: length})
+    assert [spaces.of(prompt, "", None) for prompt in prompts] == before
+
+
+@pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK + 1, 0, -CHUNK])
+def test_an_ingested_prefix_that_is_no_whole_chunk_is_not_kept(length: int) -> None:
+    spaces, start = Namespaces("model", CHUNK), ids(0, 1)
+    prompts = [[*start, *ids(n, 3 * CHUNK)] for n in range(1, 4)]
+    before = [spaces.of(prompt, "", None) for prompt in prompts]
+    spaces.of(prompts[0], "", ingest(length))
+    assert [spaces.of(prompt, "", None) for prompt in prompts] == before
+
+
+def test_no_tenant_has_another_ones_prefix_forgotten() -> None:
+    spaces, prefix = Namespaces("model", CHUNK), ids(1, 2 * CHUNK)
+    named = spaces.of([*prefix, *ids(2, 99)], "victim", ingest(len(prefix)))
+    for n in range(1000):
+        spaces.of(ids(n, (1 + n % 40) * CHUNK), "attacker", ingest((1 + n % 40) * CHUNK))
+    assert spaces.of([*prefix, *ids(3, 99)], "victim", None) == named
+
+
+def test_the_operator_names_the_length_of_a_prefix() -> None:
+    spaces = Namespaces("model", CHUNK, prefix_tokens=2 * CHUNK)
+    prefix = ids(1, 2 * CHUNK)
+    assert spaces.of([*prefix, *ids(2, 99)], "", None) == spaces.of([*prefix, *ids(3, 99)], "", {})
+    other = [*prefix[:CHUNK], *ids(4, 200)]
+    assert spaces.of(other, "", None) != spaces.of([*prefix, *ids(3, 99)], "", None)
+    assert len({spaces.of(prefix[:CHUNK], "", None), spaces.of([*prefix[:CHUNK], 5], "", None)}) == 1, "too short"
+    with pytest.raises(ConfigError, match="multiple"):
+        Namespaces("model", CHUNK, prefix_tokens=100)
+
+
+def test_names_need_the_key_of_the_server() -> None:
+    prompt = ids(1, 200)
+    names = {Namespaces("model", CHUNK, key=key).of(prompt, "tenant", None) for key in (b"", b"one", b"other")}
+    assert len(names) == 3
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 10_000, True, "64", None, 6.4])
@@ -61,79 +112,35 @@ def test_a_prefix_that_cannot_be_is_taken_for_none(wrong: Any) -> None:
     spaces.of([], "", None)
 
 
-def test_prefixes_are_forgotten_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    for limit, lengths in (("_NAMES", (100, 100, 100)), ("_LENGTHS", (100, 101, 102))):
+def test_the_prefix_that_was_not_used_for_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    for limit, lengths in (("_NAMES", (2, 2, 2)), ("_LENGTHS", (2, 3, 4)), ("_TENANTS", (2, 2, 2))):
         with monkeypatch.context() as patch:
             patch.setattr(f"lmcache_rag.connector.namespace.{limit}", 2)
             spaces = Namespaces("model", CHUNK)
-            prefixes = [ids(n, length) for n, length in enumerate(lengths)]
-            named = [spaces.of(prefix, "", {PREFIX: len(prefix)}) for prefix in prefixes]
-            assert spaces.of(prefixes[0], "", None) != named[0]
-            assert [spaces.of(prefix, "", None) for prefix in prefixes[1:]] == named[1:]
+            tenants = ["a", "b", "c"] if limit == "_TENANTS" else [""] * 3
+            prefixes = [ids(n, length * CHUNK) for n, length in enumerate(lengths)]
+            named = [spaces.of(prefix, tenants[n], ingest(len(prefix))) for n, prefix in enumerate(prefixes[:2])]
+            assert spaces.of(prefixes[0], tenants[0], None) == named[0], "used again"
+            named.append(spaces.of(prefixes[2], tenants[2], ingest(len(prefixes[2]))))
+            found = [spaces.of(prefix, tenants[n], None) == named[n] for n, prefix in enumerate(prefixes)]
+            assert found == [True, False, True], limit
 
 
-def test_tokens_have_other_numbers_in_each_namespace() -> None:
-    tokens = [0, 1, 2**18, 151_000, 1, 0]
-    one, other = renumbered(tokens, "one"), renumbered(tokens, "other")
-    assert one == renumbered(tokens, "one")
-    assert one[0] == one[5] and one[1] == one[4] and len(set(one)) == 4, "which are equal stays so"
-    assert not set(one) & set(other)
-    assert all(0 <= number < 2**32 for number in one + other), "LMCache hashes 32 bits of each"
-    assert renumbered([], "one") == []
-    # LMCache puts hashes of pictures among the tokens.
-    assert renumbered([-1, 2**40 + 3], "one") == renumbered([2**32 - 1, 3], "one")
-    assert renumbered([2**63 + 3], "one") == renumbered([3], "one")
-    assert renumbered((0, 1), "one") == renumbered([0, 1], "one")
-    assert renumbered([], "one") == []
+def test_a_prompt_is_hashed_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    spaces, hashed = Namespaces("model", CHUNK), [0]
+    prompt = ids(1, 40 * CHUNK)
+    for n in range(1, 17):
+        spaces.of(ids(n, n * 2 * CHUNK), "", ingest(n * 2 * CHUNK))
+    new = hmac.new
 
+    def counting(*given: Any) -> Any:
+        digest = new(*given)
+        update = digest.update
+        return SimpleNamespace(update=lambda data: (hashed.append(len(data)), update(data)), copy=digest.copy)
 
-class Config:
-    _commit_hash: str | None = None
-
-    def __init__(self, **facts: Any) -> None:
-        self._facts = facts
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"_name_or_path": "anything", "rope_theta": 1e4, "torch_dtype": torch.bfloat16} | self._facts
-
-
-def config(folder: Path, *, commit: str | None = None, cache: str = "auto", hf: Any = None, **model: Any) -> Any:
-    hf = hf or Config()
-    hf._commit_hash = commit
-    facts = {"model": str(folder), "dtype": torch.bfloat16, "quantization": None, "revision": None, "hf_config": hf}
-    return SimpleNamespace(
-        model_config=SimpleNamespace(**facts | model), cache_config=SimpleNamespace(cache_dtype=cache)
-    )
-
-
-def test_what_a_model_is(tmp_path: Path) -> None:
-    def weights(folder: str, middle: bytes) -> Path:
-        (tmp_path / folder).mkdir()
-        (tmp_path / folder / "model.safetensors").write_bytes(bytes(200_000) + middle + bytes(200_000))
-        (tmp_path / folder / "README.md").write_text(folder)
-        return tmp_path / folder
-
-    here = weights("here", b"1")
-    same = identity(config(here))
-    assert identity(config(weights("a copy elsewhere", b"1"))) == same
-    others = [
-        config(weights("trained further", b"2")),
-        config(here, commit="abc"),
-        config(here, revision="v2"),
-        config(here, dtype=torch.float16),
-        config(here, quantization="fp8"),
-        config(here, cache="fp8"),
-        config(here, hf=Config(rope_theta=5e5)),
-        config(Path("some-org/some-model")),
-        config(Path("some-org/some-model"), commit="abc"),
-    ]
-    assert len({same, *(identity(other) for other in others)}) == 10
-
-
-def test_a_model_that_cannot_be_told_shares_with_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    odd = SimpleNamespace(model_config=SimpleNamespace(hf_config=Config(labels={1: "a", "1": "b"})), cache_config=None)
-    assert identity(odd) != identity(odd)
-    assert "no KV of an earlier start is used" in caplog.text
+    monkeypatch.setattr("lmcache_rag.connector.namespace.hmac.new", counting)
+    spaces.of(prompt, "", None)
+    assert sum(hashed) <= 4 * (32 + 1) * CHUNK
 
 
 def test_numbers_that_are_no_tokens_do_not_end_the_scheduler() -> None:

@@ -13,20 +13,22 @@ from typing import Any
 from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
-from lmcache_rag.connector import compat_lmcache, compat_vllm, metrics
+from lmcache_rag.connector import compat_lmcache, compat_vllm, metrics, renumbering
 from lmcache_rag.connector.abandoned import Lookup
 from lmcache_rag.connector.authorization import IngestKey
 from lmcache_rag.connector.filed import FiledBlocks
 from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
 from lmcache_rag.connector.hot import HotChunks
 from lmcache_rag.connector.hot_side import HotSide
+from lmcache_rag.connector.identity import Adapters, identity
 from lmcache_rag.connector.late import HeldBlocks
-from lmcache_rag.connector.namespace import Namespaces, identity
+from lmcache_rag.connector.namespace import Namespaces
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.prepare import prepared
 from lmcache_rag.connector.request_state import unblended
 from lmcache_rag.connector.request_validation import RequestValidation
 from lmcache_rag.connector.scheduler_side import SchedulerSide
+from lmcache_rag.connector.secret import find_secret
 from lmcache_rag.connector.stats import BlendPromMetrics, BlendStats
 from lmcache_rag.connector.told import BlendResults, Readiness
 from lmcache_rag.protocol import ANSWER
@@ -42,6 +44,10 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
 
     def __init__(self, vllm_config: Any, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         self._options = ConnectorOptions.read(vllm_config.kv_transfer_config.get_from_extra_config)
+        secret = find_secret(self._options.secret_file)
+        if not secret:  # nothing is blended then, see plugin.py
+            log.warning("There is no secret: LMCache gets tokens by numbers that anybody can compute")
+        renumbering.use_secret(secret)
         with compat_lmcache.may_be_absent(self._options.chunk_size) as absent:
             super().__init__(vllm_config, role, kv_cache_config)
         adapter = self.scheduler_adapter if role == KVConnectorRole.SCHEDULER else self.worker_adapter
@@ -60,8 +66,11 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             compat_vllm.deliver_worker_meta_first()
             self._reports = compat_lmcache.LaterReports(self.scheduler_adapter)
             chunk = compat_lmcache.chunk_tokens(self.scheduler_adapter)
-            self._namespaces = Namespaces(identity(vllm_config), chunk)
             self._ingest_key = IngestKey.read(self._options.ingest_key_file)
+            self._namespaces = Namespaces(
+                identity(vllm_config, chunk), chunk, prefix_tokens=self._options.prefix_tokens, key=secret
+            )
+            self._adapters = Adapters()
             compat_lmcache.watch(self.scheduler_adapter, lambda: not self._why_not)
             if self._options.chunk_size not in (0, chunk):
                 log.warning(
@@ -109,8 +118,13 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         tracker = super()._get_or_create_request_tracker(request)
         if tracker is not before:
             tracker.cache_salt = self._namespaces.of(
-                request.prompt_token_ids or (), request.cache_salt or "", request.kv_transfer_params
+                request.prompt_token_ids or (),
+                request.cache_salt or "",
+                request.kv_transfer_params,
+                adapter=self._adapters.of(getattr(request, "lora_request", None)),
             )
+            if getattr(request, "prompt_embeds", None) is not None:
+                compat_lmcache.keep_out(tracker)
         return tracker
 
     # -- scheduler ------------------------------------------------------------------------------------------------

@@ -32,6 +32,10 @@ class ConnectorOptions:
             waits for no more than what was begun. 0: every blend.
         chunk_size: Tokens of an LMCache chunk, told on /metrics to clients; 0: not told. LMCache is not asked to obey.
         ingest_key_file: File of the key that ingesting and forgetting need; "": whoever reaches vLLM may do both.
+        secret_file: File with the secret by which tokens are renumbered, see lmcache_rag.connector.secret; "": the
+            environment has it.
+        prefix_tokens: Prompts of clients that name no prefix share KV by their first so many tokens, a multiple of
+            LMCache's chunk; 0: by their first chunk.
     """
 
     policy: str = DEFAULT_POLICY
@@ -48,6 +52,8 @@ class ConnectorOptions:
     idle_tokens: int = 8192
     chunk_size: int = 0
     ingest_key_file: str = ""
+    secret_file: str = ""
+    prefix_tokens: int = 0
 
     def __post_init__(self) -> None:
         get_policy(self.policy)
@@ -55,7 +61,16 @@ class ConnectorOptions:
             raise ConfigError(f"lmcache_rag.ratio must be between 0 and 1; got {self.ratio}.")
         if self.step_tokens < 1:
             raise ConfigError(f"lmcache_rag.step_tokens must be at least 1; got {self.step_tokens}.")
-        for name in ("deadline", "lookup_deadline", "poll", "least_tokens", "tail_tokens", "idle_tokens", "chunk_size"):
+        for name in (
+            "prefix_tokens",
+            "deadline",
+            "lookup_deadline",
+            "poll",
+            "least_tokens",
+            "tail_tokens",
+            "idle_tokens",
+            "chunk_size",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"lmcache_rag.{name} must not be negative; got {getattr(self, name)}.")
 

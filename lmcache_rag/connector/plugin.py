@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import logging
 
+from lmcache_rag.connector.secret import draw_secret
+
 log = logging.getLogger("lmcache_rag")
 
 
 def register() -> None:
     """Remember the worker that loads the model, and have streams tell. Never keeps vLLM from starting."""
     _speak_as_vllm_does()
+    draw_secret()
     try:
         from lmcache_rag.connector.compat_vllm import remember_workers
 

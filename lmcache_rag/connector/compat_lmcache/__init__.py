@@ -4,7 +4,14 @@ Written for LMCache 0.5.6, which is imported in the functions. Its server sends 
 each wait has a deadline.
 """
 
-from lmcache_rag.connector.compat_lmcache.adapters import LaterReports, address, chunk_tokens, loading, renumber_tokens
+from lmcache_rag.connector.compat_lmcache.adapters import (
+    LaterReports,
+    address,
+    chunk_tokens,
+    keep_out,
+    loading,
+    renumber_tokens,
+)
 from lmcache_rag.connector.compat_lmcache.loads import WorkerLink
 from lmcache_rag.connector.compat_lmcache.lookup import BlendLookup, session_goes_on
 from lmcache_rag.connector.compat_lmcache.server import (
@@ -26,6 +33,7 @@ __all__ = [
     "ensure_heartbeat",
     "handshake",
     "is_absent",
+    "keep_out",
     "loading",
     "may_be_absent",
     "registering",

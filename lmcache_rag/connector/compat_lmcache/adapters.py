@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lmcache_rag.connector.namespace import renumbered
+from lmcache_rag.connector.renumbering import renumbered
 
 
 def loading(adapter: Any) -> set[str]:
@@ -13,8 +14,21 @@ def loading(adapter: Any) -> set[str]:
     return set(adapter.retrieve_futures)
 
 
+def keep_out(tracker: Any) -> None:
+    """Have a new request of LMCache's connector neither look anything up nor store anything.
+
+    For prompts of embeddings, whose token ids are all the same. No namespace of another request is like this one's, for
+    what looks KV up all the same.
+    """
+    from lmcache.integration.vllm.lmcache_mp_metadata import LMCacheMPRequestState
+
+    tracker.state = LMCacheMPRequestState.BYPASS_LMCACHE
+    tracker.max_offload_tokens = 0
+    tracker.cache_salt = uuid.uuid4().hex
+
+
 def renumber_tokens(adapter: Any) -> None:
-    """Have an adapter of LMCache's name tokens by other numbers in each namespace; see namespace.renumbered."""
+    """Have an adapter of LMCache's name tokens by other numbers, see lmcache_rag.connector.renumbering."""
     create = adapter._create_key
 
     def create_key(

@@ -1,0 +1,225 @@
+"""What KV depends on beside tokens: the model's weights, the LoRA adapter, and the form that vLLM keeps KV in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("lmcache_rag")
+
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
+_HEAD, _PIECE = 65536, 1024
+_PIECES, _LEAST = 1024, 32  # samples of all files together, and of each file at least
+_READERS = 16  # a disk far away answers each read after milliseconds
+_MOST_HEADER = 64 << 20
+_ADAPTERS = 1024
+_SURROUNDINGS = ("VLLM_KV_CACHE_LAYOUT", "VLLM_ATTENTION_BACKEND")  # vLLM's variables that change the form of KV
+
+
+def identity(vllm_config: Any, chunk: int = 0) -> str:
+    """What KV depends on beside tokens and adapter. Never raises: where it cannot be found out, it is a new one.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        chunk: Tokens of an LMCache chunk.
+    """
+    try:
+        return _digest({**_model(vllm_config), **_form(vllm_config), "chunk": chunk})
+    except Exception:
+        log.warning("The model's weights cannot be identified: no KV of an earlier start is used", exc_info=True)
+        return uuid.uuid4().hex
+
+
+def _model(vllm_config: Any) -> dict[str, Any]:
+    """Weights, revision, dtypes, quantisation, RoPE, and what else the model's configuration says.
+
+    Weights of the hub are known by their commit, those in a folder or a file by a sample: to read them whole would take
+    as long as to load them.
+    """
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    config: Any = getattr(model, "hf_config", None)
+    facts = config.to_dict() if config is not None else {}
+    for name in ("_name_or_path", "transformers_version"):
+        facts.pop(name, None)
+    load_format = str(getattr(getattr(vllm_config, "load_config", None), "load_format", ""))
+    return {
+        "config": facts,
+        "dtype": str(getattr(model, "dtype", "")),
+        "quantization": str(getattr(model, "quantization", "")),
+        "cache dtype": str(getattr(cache, "cache_dtype", "")),
+        "revision": str(getattr(config, "_commit_hash", None) or getattr(model, "revision", None) or ""),
+        "weights": sample(Path(str(getattr(model, "model", "")))),
+        "random weights": "dummy" in load_format.lower(),
+    }
+
+
+def _form(vllm_config: Any) -> dict[str, Any]:
+    """How KV lies in vLLM's cache and is shared out to its workers.
+
+    LMCache keeps the bytes as they lie and says nothing of their order, which depends on vLLM's version and attention
+    backend: KV of equal size and another order would be taken for sound.
+    """
+    cache, parallel = vllm_config.cache_config, getattr(vllm_config, "parallel_config", None)
+    attention = getattr(vllm_config, "attention_config", None)
+    return {
+        "vLLM": _version(),
+        "device": str(getattr(getattr(vllm_config, "device_config", None), "device_type", "")),
+        "block": getattr(cache, "block_size", None),
+        "tp": getattr(parallel, "tensor_parallel_size", 1),
+        "pp": getattr(parallel, "pipeline_parallel_size", 1),
+        "dcp": getattr(parallel, "decode_context_parallel_size", 1),
+        "pcp": getattr(parallel, "prefill_context_parallel_size", 1),
+        "backend": str(getattr(attention, "backend", "")),
+        "surroundings": [os.environ.get(name, "") for name in _SURROUNDINGS],
+    }
+
+
+def _version() -> str:
+    """vLLM's, with what its build adds: KV of a build for CPUs lies in another order."""
+    try:
+        import vllm
+    except ImportError:
+        return ""
+    return str(vllm.__version__)
+
+
+def sample(place: Path) -> str:
+    """A digest of the weights in a file, or in the files of a folder, by names, sizes and pieces; "" without a file.
+
+    A piece is read of each tensor, as far as a file's header names tensors, and at places all over each file that its
+    size decides, so that weights which differ in a few layers only are told apart. The reads are few and small.
+    """
+    if place.is_file():
+        files = [place]
+    elif place.is_dir():
+        files = [one for one in sorted(place.iterdir()) if one.suffix in _WEIGHTS and one.is_file()]
+    else:
+        return ""
+    digest = hashlib.sha256()
+    most = max(_LEAST, _PIECES // max(1, len(files)))
+    with ThreadPoolExecutor(_READERS) as readers:
+        for file in files:
+            size = file.stat().st_size
+            digest.update(f"{file.name}\0{size}\0".encode("utf-8", "surrogateescape"))
+            with file.open("rb") as opened:
+                handle = opened.fileno()
+                digest.update(os.pread(handle, _HEAD, 0))  # safetensors begins with names and shapes
+                offsets = list(_offsets(size, _tensors(handle, file, size), most))
+                for piece in readers.map(lambda at, handle=handle: os.pread(handle, _PIECE, at), offsets):
+                    digest.update(piece)
+    return digest.hexdigest()
+
+
+def _offsets(size: int, tensors: Sequence[tuple[int, int]], most: int) -> Iterator[int]:
+    """Where pieces are read: in each tensor, if these are not too many, and all over the file.
+
+    Args:
+        size: Bytes of the file.
+        tensors: First byte of each tensor, and the byte after its last.
+        most: Pieces at most.
+    """
+    even = max(most // 8, 1) if tensors else most
+    step = -(-len(tensors) // max(1, most - even))
+    parts = list(tensors[:: max(1, step)])
+    parts += [(size * n // even, size * (n + 1) // even) for n in range(even)]
+    for n, (begin, end) in enumerate(parts):
+        drawn = int.from_bytes(hashlib.sha256(f"{size} {n}".encode()).digest()[:8], "big")
+        yield begin + drawn % max(1, end - begin - _PIECE)
+
+
+def _tensors(handle: int, file: Path, size: int) -> list[tuple[int, int]]:
+    """Where the tensors of a safetensors file are; empty where its header is no such header."""
+    if file.suffix != ".safetensors":
+        return []
+    length = int.from_bytes(os.pread(handle, 8, 0), "little")
+    if not 0 < length <= min(_MOST_HEADER, size):
+        return []
+    try:
+        header = json.loads(os.pread(handle, length, 8))
+        places = [one["data_offsets"] for name, one in header.items() if name != "__metadata__"]
+        return sorted((8 + length + int(begin), 8 + length + int(end)) for begin, end in places)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return []
+
+
+class Adapters:
+    """What tells LoRA adapters apart, by name, path, number and weights. Used by one thread.
+
+    An adapter's files are sampled when it is first seen. When they change while vLLM runs, what vLLM has in memory is
+    not known: from then on the adapter has a new identity, which no other process shares.
+    """
+
+    def __init__(self) -> None:
+        # By name, path and number: the state of its files, and its identity.
+        self._known: OrderedDict[tuple[str, str, int], tuple[object, str]] = OrderedDict()
+
+    def of(self, lora_request: Any) -> str:
+        """The identity of a request's adapter; "" without one. Never raises."""
+        if lora_request is None:
+            return ""
+        key = (str(lora_request.lora_name), str(lora_request.lora_path), int(lora_request.lora_int_id))
+        files = _adapter_files(key[1])
+        state = _state(files)
+        known = self._known.get(key)
+        if known is None:
+            known = state, _digest({"adapter": key, "weights": self._weights(files)})
+        elif known[0] != state:
+            log.warning("The files of LoRA adapter %s have changed: KV of before is not used", key[0])
+            known = state, uuid.uuid4().hex
+        self._known[key] = known
+        self._known.move_to_end(key)
+        if len(self._known) > _ADAPTERS:
+            self._known.popitem(last=False)
+        return known[1]
+
+    @staticmethod
+    def _weights(files: Sequence[Path]) -> str:
+        try:
+            if found := [sample(file) for file in files]:
+                return " ".join(found)
+        except OSError:
+            pass
+        return uuid.uuid4().hex  # they cannot be read here, and so cannot be known again
+
+
+def _adapter_files(path: str) -> list[Path]:
+    """An adapter's configuration and weights; of the hub's cache where the path is a name there."""
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
+
+        try:
+            found = try_to_load_from_cache(path, "adapter_config.json")
+        except (HFValidationError, OSError, ValueError):
+            return []
+        if not isinstance(found, str):
+            return []
+        folder = Path(found).parent
+    try:
+        return [one for one in sorted(folder.iterdir()) if one.suffix in (*_WEIGHTS, ".json") and one.is_file()]
+    except OSError:
+        return []
+
+
+def _state(files: Sequence[Path]) -> object:
+    found = []
+    for file in files:
+        try:
+            facts = file.stat()
+        except OSError:
+            continue
+        found.append((file.name, facts.st_ino, facts.st_size, facts.st_mtime_ns))
+    return tuple(found)
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()

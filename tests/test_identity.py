@@ -1,0 +1,207 @@
+"""What KV depends on beside tokens: weights, LoRA adapters, and the form that vLLM keeps KV in."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from lmcache_rag.connector.identity import Adapters, identity, sample
+
+
+class Config:
+    _commit_hash: str | None = None
+
+    def __init__(self, **facts: Any) -> None:
+        self._facts = facts
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"_name_or_path": "anything", "rope_theta": 1e4, "torch_dtype": torch.bfloat16} | self._facts
+
+
+def config(folder: Path, *, commit: str | None = None, cache: str = "auto", hf: Any = None, **model: Any) -> Any:
+    hf = hf or Config()
+    hf._commit_hash = commit
+    facts = {"model": str(folder), "dtype": torch.bfloat16, "quantization": None, "revision": None, "hf_config": hf}
+    return SimpleNamespace(
+        model_config=SimpleNamespace(**facts | model),
+        cache_config=SimpleNamespace(cache_dtype=cache, block_size=16),
+        load_config=SimpleNamespace(load_format="auto"),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1),
+        attention_config=SimpleNamespace(backend=None),
+    )
+
+
+def test_what_a_model_is(tmp_path: Path) -> None:
+    def weights(folder: str, middle: bytes) -> Path:
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "model.safetensors").write_bytes(bytes(200_000) + middle + bytes(200_000))
+        (tmp_path / folder / "README.md").write_text(folder)
+        return tmp_path / folder
+
+    here = weights("here", b"1")
+    same = identity(config(here))
+    assert identity(config(weights("a copy elsewhere", b"1"))) == same
+    others = [
+        config(weights("trained further", b"2")),
+        config(here, commit="abc"),
+        config(here, revision="v2"),
+        config(here, dtype=torch.float16),
+        config(here, quantization="fp8"),
+        config(here, cache="fp8"),
+        config(here, hf=Config(rope_theta=5e5)),
+        config(Path("some-org/some-model")),
+        config(Path("some-org/some-model"), commit="abc"),
+    ]
+    assert len({same, *(identity(other) for other in others)}) == 10
+
+
+def test_a_model_that_cannot_be_told_shares_with_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    odd = SimpleNamespace(model_config=SimpleNamespace(hf_config=Config(labels={1: "a", "1": "b"})), cache_config=None)
+    assert identity(odd) != identity(odd)
+    assert "no KV of an earlier start is used" in caplog.text
+
+
+FORMS: dict[str, Callable[[Any], None]] = {
+    "tensor parallelism": lambda one: setattr(one.parallel_config, "tensor_parallel_size", 2),
+    "pipeline parallelism": lambda one: setattr(one.parallel_config, "pipeline_parallel_size", 2),
+    "block": lambda one: setattr(one.cache_config, "block_size", 32),
+    "backend": lambda one: setattr(one.attention_config, "backend", "FLASHINFER"),
+    "random weights": lambda one: setattr(one.load_config, "load_format", "dummy"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_kv_of_another_form_is_other_kv(form: str, tmp_path: Path) -> None:
+    """Fault B6: LMCache's second tier keeps bytes, and not the order in which they lie."""
+    one = config(tmp_path)
+    before = identity(one, 64)
+    FORMS[form](one)
+    assert identity(one, 64) != before
+
+
+def test_kv_of_another_vllm_layout_or_chunk_is_other_kv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one = config(tmp_path)
+    found = {identity(one, 64), identity(one, 256)}
+    for version in ("0.25.1", "0.32.0", "0.32.0+cpu"):
+        fake = ModuleType("vllm")
+        fake.__version__ = version  # type: ignore[attr-defined]
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "vllm", fake)
+            found.add(identity(one, 64))
+            assert identity(one, 64) == identity(one, 64)
+    monkeypatch.setenv("VLLM_KV_CACHE_LAYOUT", "HND")
+    found.add(identity(one, 64))
+    assert len(found) == 6
+
+
+def safetensors(file: Path, tensors: int, nbytes: int, changed: int | None = None) -> Path:
+    """A file in the format of safetensors; one tensor may be all ones."""
+    names = {f"layer.{n}": {"dtype": "U8", "shape": [nbytes], "data_offsets": [n * nbytes, (n + 1) * nbytes]}
+             for n in range(tensors)}  # fmt: skip
+    header = json.dumps({"__metadata__": {"format": "pt"}, **names}).encode()
+    body = b"".join((b"\1" if n == changed else b"\0") * nbytes for n in range(tensors))
+    file.write_bytes(len(header).to_bytes(8, "little") + header + body)
+    return file
+
+
+@pytest.mark.parametrize("changed", [0, 1, 150, 298, 299])
+def test_a_change_of_any_single_tensor_is_seen(tmp_path: Path, changed: int) -> None:
+    """Fault B7: the beginning and the middle of each file were read, and a fine-tune may change neither."""
+    before = sample(safetensors(tmp_path / "model.safetensors", 300, 10_000))
+    assert sample(safetensors(tmp_path / "model.safetensors", 300, 10_000, changed)) != before
+
+
+@pytest.mark.parametrize("name", ["model.bin", "model.gguf", "broken.safetensors"])
+def test_a_change_of_a_tenth_of_any_file_is_seen(tmp_path: Path, name: str) -> None:
+    file, size = tmp_path / name, 3_000_000
+    found = set()
+    for tenth in range(10):
+        body = bytearray(size)
+        body[tenth * size // 10 : (tenth + 1) * size // 10] = b"\1" * (size // 10)
+        file.write_bytes(b"\0" * 100 + body)
+        found.add(sample(tmp_path))
+        assert sample(file) == sample(file)
+    assert len(found) == 10
+
+
+def test_a_model_in_a_single_file_is_sampled(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(bytes(100_000))
+    before = identity(config(file))
+    file.write_bytes(bytes(99_999) + b"1")
+    assert identity(config(file)) != before
+
+
+def test_the_sample_of_many_files_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for n in range(100):
+        safetensors(tmp_path / f"model-{n}.safetensors", 50, 4000)
+    read, pread = [0, 0], os.pread
+
+    def counting(handle: int, count: int, at: int) -> bytes:
+        found = pread(handle, count, at)
+        read[0] += 1
+        read[1] += len(found)
+        return found
+
+    monkeypatch.setattr("os.pread", counting)
+    sample(tmp_path)
+    assert read[0] <= 100 * (32 + 3)
+    assert read[1] <= 100 * (65536 + 32 * 1024 + 2 * 65536)
+
+
+def adapter(folder: Path, body: bytes, name: str = "a", number: int = 1) -> Any:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text('{"r": 8}')
+    (folder / "adapter_model.safetensors").write_bytes(body)
+    return SimpleNamespace(lora_name=name, lora_path=str(folder), lora_int_id=number)
+
+
+def test_adapters_are_told_apart(tmp_path: Path) -> None:
+    """Fault B1: a prompt that adapter A had answered was answered for B from A's KV."""
+    known = Adapters()
+    one = adapter(tmp_path / "a", bytes(9000))
+    other = adapter(tmp_path / "b", bytes(8999) + b"1")
+    found = {
+        "",
+        known.of(one),
+        known.of(other),
+        known.of(adapter(tmp_path / "a", bytes(9000), "another name")),
+        known.of(adapter(tmp_path / "a", bytes(9000), number=2)),
+    }
+    assert known.of(None) == ""
+    assert len(found) == 5
+
+
+def test_an_adapter_is_the_same_in_every_process_by_its_weights(tmp_path: Path) -> None:
+    one = adapter(tmp_path / "a", bytes(9000))
+    before = Adapters().of(one)
+    assert Adapters().of(one) == before
+    adapter(tmp_path / "a", bytes(8999) + b"1")
+    assert Adapters().of(one) != before
+
+
+def test_an_adapter_that_changes_while_vllm_runs_shares_with_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    known, one = Adapters(), adapter(tmp_path / "a", bytes(9000))
+    before = known.of(one)
+    adapter(tmp_path / "a", bytes(8999) + b"1")
+    after = known.of(one)
+    assert after not in (before, Adapters().of(one))
+    assert known.of(one) == after
+    assert "LoRA adapter a" in caplog.text
+
+
+def test_an_adapter_that_cannot_be_read_shares_with_no_other_process() -> None:
+    one = SimpleNamespace(lora_name="a", lora_path="some-org/no-such-adapter", lora_int_id=1)
+    known = Adapters()
+    assert known.of(one) == known.of(one)
+    assert known.of(one) != Adapters().of(one)
