@@ -182,6 +182,11 @@ SOURCES: Final = ("prefix", "reused", "recomputed", "computed")
 OUTCOMES: Final = ("blended", "prefix", "computed", "unblended")
 CHUNK_GAUGE: Final = METRICS + "chunk_tokens"
 
+# On LMCache's /metrics, where the dot is an underscore and counters end in _total.
+INDEX_ENTRIES: Final = "lmcache_rag.index_entries"  # chunks that can be blended
+INDEX_ASKED: Final = "lmcache_rag.chunks_asked"  # whole chunks in prompts that were looked up
+INDEX_FOUND: Final = "lmcache_rag.chunks_found"  # chunks that the index found in them
+
 
 def chunk_tokens(metrics: str) -> int:
     """Tokens of an LMCache chunk, by the text of a server's /metrics; 0 when it does not say."""

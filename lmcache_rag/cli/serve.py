@@ -6,6 +6,7 @@ import signal
 import socket
 import tempfile
 from collections.abc import Callable, Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,20 @@ from lmcache_rag.errors import ConfigError, EngineError, LMCacheRAGError
 if TYPE_CHECKING:
     from lmcache_rag.serving.commands import Commands, ServeOptions
     from lmcache_rag.serving.supervise import Times
+
+
+class IndexMode(StrEnum):
+    """What may be blended."""
+
+    DECLARED = "declared"
+    ALL = "all"
+
+
+class StoreMode(StrEnum):
+    """Whose KV LMCache keeps."""
+
+    INGEST = "ingest"
+    ALL = "all"
 
 
 def default_commands(options: ServeOptions) -> tuple[Commands, list[str], list[str]]:
@@ -122,6 +137,20 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    index: Annotated[
+        IndexMode,
+        typer.Option(
+            help="What may be blended: chunks that a client ingested, or whatever any prompt held. all is for one "
+            "application whose users may see each other's texts.",
+        ),
+    ] = IndexMode.DECLARED,
+    store: Annotated[
+        StoreMode,
+        typer.Option(help="Whose KV LMCache keeps: only that of ingested chunks, or all, of which theirs goes last."),
+    ] = StoreMode.ALL,
+    index_size: Annotated[
+        int, typer.Option(metavar="N", help="Most chunks of LMCache's size that may be blended.", min=1)
+    ] = 1 << 20,
     connector: Annotated[
         list[str] | None,
         typer.Option(
@@ -149,6 +178,7 @@ def serve(
       lmcache-rag serve Qwen/Qwen3-8B --l2 /data/kv --tensor-parallel-size 2
       lmcache-rag serve Qwen/Qwen3-8B --dry-run
     """
+    from lmcache_rag.connector.lmcache_server.settings import ServerSettings
     from lmcache_rag.serving.commands import ServeOptions
 
     settings = run.settings()
@@ -166,6 +196,7 @@ def serve(
         lmcache_http_port=lmcache_http_port,
         step_tokens=step_tokens,
         connector=tuple(connector or ()),
+        keeps=ServerSettings(index.value, store.value, index_size),
     )
     made, lmcache_run, vllm_run = maker(options)
     if made.note:

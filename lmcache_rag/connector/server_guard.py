@@ -1,41 +1,64 @@
-"""Runs inside LMCache's server, by its option --server-module: KV that nobody waits for any more is not written.
+"""Loaded by LMCache's server through its option --server-module; see lmcache_rag.connector.lmcache_server.
 
-A worker waits for a load for some seconds; then it computes the tokens itself, into the same blocks of vLLM's cache. A
-server that was busy or stopped meanwhile would still carry the load out, over what was computed since, for whomever.
+LMCache 0.5.6 calls `build_server_modules`. 0.5.7 looks for classes of its own kind in here: `ServerGuard`, which is made
+when it is asked for, since this module is imported where LMCache is not, or should not be loaded.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
-import time
-from collections.abc import Callable
 from typing import Any
 
 from lmcache_rag.protocol import UNTIL
 
-MODULE = "lmcache_rag.connector.server_guard"
+__all__ = ["MODULE", "UNTIL", "build_server_modules"]
 
-log = logging.getLogger("lmcache_rag")
+MODULE = "lmcache_rag.connector.server_guard"
 
 
 def build_server_modules(context: Any) -> None:
-    """LMCache's hook: the modules that load KV into vLLM's cache look at the clock first."""
-    for module in context.modules:
-        for name in ("retrieve", "cb_retrieve_pre_computed"):
-            kind = next((kind for kind in type(module).__mro__ if name in vars(kind)), None)
-            if kind is not None and not hasattr(vars(kind)[name], "_in_time"):
-                setattr(kind, name, _in_time(vars(kind)[name]))
+    """LMCache 0.5.6's hook: patches the modules that are built; adds none.
+
+    Args:
+        context: LMCache's ExtServerModuleBuildContext.
+    """
+    from lmcache_rag.connector.lmcache_server.modules import install
+
+    install(context.server_context, context.modules, context.config)
 
 
-def _in_time(load: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(load)  # LMCache's marks on a handler come along
-    def guarded(self: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
-        until = (key.request_configs or {}).get(UNTIL)
-        if isinstance(until, float) and time.time() > until:
-            log.warning("request %s does not wait for its KV any more: it is not loaded", key.request_id)
-            return b"", False
-        return load(self, key, *args, **kwargs)
+@functools.cache
+def _server_guard() -> Any:
+    from lmcache.v1.multiprocess.engine_module import DiscoverableModule
 
-    guarded._in_time = True  # type: ignore[attr-defined]
-    return guarded
+    class ServerGuard(DiscoverableModule):  # type: ignore[misc]
+        """LMCache 0.5.7's hook: patches the modules that are built; adds none."""
+
+        module_name = "lmcache_rag"
+        deferred = True  # built when the others are
+
+        @classmethod
+        def create(cls, build_ctx: Any) -> None:
+            """Patch.
+
+            Args:
+                build_ctx: LMCache's ModuleBuildContext.
+            """
+            from lmcache_rag.connector.lmcache_server.modules import install
+
+            install(build_ctx.engine_context, build_ctx.built, build_ctx.config_for(cls))
+
+    return ServerGuard
+
+
+def __dir__() -> list[str]:
+    return [*globals(), "ServerGuard"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ServerGuard":
+        try:
+            return _server_guard()
+        except ImportError:  # LMCache 0.5.6, or none
+            pass
+    raise AttributeError(name)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lmcache_rag.api_key import api_key
+from lmcache_rag.connector.lmcache_server.settings import ServerSettings
 from lmcache_rag.connector.server_guard import MODULE
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.protocol import DEFAULT_POLICY, DEFAULT_RATIO, LMCACHE_CHUNK, VLLM_BLOCK
@@ -60,6 +61,7 @@ class ServeOptions:
         lmcache_http_port: Where LMCache listens for health checks.
         step_tokens: Most tokens that blends compute in a step while other requests run; None: the connector's default.
         connector: More keys of kv_connector_extra_config, as KEY=VALUE; they win over what we set.
+        keeps: What KV LMCache stores and indexes.
     """
 
     model: str
@@ -75,6 +77,7 @@ class ServeOptions:
     lmcache_http_port: int = 8089
     step_tokens: int | None = None
     connector: tuple[str, ...] = ()
+    keeps: ServerSettings = ServerSettings()
 
 
 @dataclass(frozen=True)
@@ -153,7 +156,7 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
         *("--port", str(options.lmcache_port)),
         *("--http-host", "127.0.0.1"),
         *("--http-port", str(options.lmcache_http_port)),
-        *("--server-module", json.dumps({"module_path": MODULE})),
+        *("--server-module", json.dumps({"module_path": MODULE} | _server_config(options))),
     ]
     if (gpus := given.gpus()) > 1:
         lmcache += ["--max-gpu-workers", str(gpus)]  # one for each GPU, or they wait for each other
@@ -170,6 +173,8 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
     }
     if options.step_tokens is not None:
         extra["lmcache_rag.step_tokens"] = options.step_tokens
+    if options.keeps.store != ServerSettings.store:
+        extra["lmcache_rag.store"] = options.keeps.store
     extra |= _checked(options.connector)
     ours = {
         "--host": host,
@@ -197,6 +202,11 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
         _note(given, blends),
         l1_gb,
     )
+
+
+def _server_config(options: ServeOptions) -> dict[str, Any]:
+    config = options.keeps.config()
+    return {"config": config} if config else {}
 
 
 def second_tier(text: str) -> str:

@@ -1,0 +1,141 @@
+"""Takes a chunk's KV out of memory, second tiers and the index."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+log = logging.getLogger("lmcache_rag")
+
+PASSES_S = (0.0, 1.0, 5.0, 30.0)  # after an object has left memory: a second tier may still have been writing it
+PAUSE_S = 0.2
+
+
+class Forgetting:
+    """Removes objects, at once or when their locks end, and until then keeps them from being read again.
+
+    A thread does the removing. A key is held back until the last of the PASSES_S is over: what was on the way from or
+    to a second tier when its removal was asked for is removed by a later pass. Storing it anew ends that.
+
+    Args:
+        storage: LMCache's StorageManager.
+    """
+
+    def __init__(self, storage: Any) -> None:
+        self._storage, self._passes = storage, PASSES_S
+        self._lock = threading.Lock()
+        self._held: dict[Any, _Removal] = {}  # by object key
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def forget(self, keys: Iterable[Any]) -> threading.Event:
+        """Have objects removed.
+
+        Returns:
+            Set when each of them is gone, but for those that a request is reading at present.
+        """
+        keys = list(dict.fromkeys(keys))
+        done = threading.Event()
+        with self._lock:
+            removal = _Removal(done)
+            for key in keys:
+                self._held[key] = removal
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="lmcache-rag-forget", daemon=True)
+                self._thread.start()
+        self._wake.set()
+        return done
+
+    def keep(self, keys: Iterable[Any]) -> None:
+        """These objects are stored anew."""
+        if self._held:
+            with self._lock:
+                for key in keys:
+                    self._held.pop(key, None)
+
+    def holds(self, key: Any) -> bool:
+        """Whether an object is not to be read any more."""
+        return key in self._held
+
+    def __len__(self) -> int:
+        """Objects that are held back."""
+        return len(self._held)
+
+    def _run(self) -> None:
+        while True:
+            self._wake.wait(PAUSE_S if self._held else None)
+            self._wake.clear()
+            try:
+                self.step(time.monotonic())
+            except Exception:
+                log.exception("KV that is to be forgotten could not be removed; it is tried again")
+
+    def step(self, now: float) -> None:
+        """Do what is due."""
+        with self._lock:
+            due = [key for key, removal in self._held.items() if removal.next <= now]
+            removals = {self._held[key] for key in due}
+        if not due:
+            return
+        self._storage.delete_l1_keys(due)
+        gone = [key for key in due if not self._in_memory(key)]
+        for _, tier in self._storage.l2_adapters():
+            tier.delete(due)
+        with self._lock:
+            for removal in removals:
+                keys = {key for key in due if self._held.get(key) is removal}
+                removal.done.set()
+                if not keys <= set(gone):
+                    continue  # some are being read: all of them again, after a pause
+                removal.passed += 1
+                if removal.passed == len(self._passes):
+                    for key in keys:
+                        del self._held[key]
+                else:
+                    removal.next = now + self._passes[removal.passed] - self._passes[removal.passed - 1]
+
+    def _in_memory(self, key: Any) -> bool:
+        return any(memory.get_object_state(key) is not None for memory in self._storage._l1_managers_by_id.values())
+
+    def guard(self) -> None:
+        """Patch: LMCache's memory does not give out objects that are held back, nor load them from a second tier."""
+        from lmcache.v1.distributed.error import L1Error
+
+        for memory in self._storage._l1_managers_by_id.values():
+            _without(memory, "reserve_read", self.holds, (L1Error.KEY_NOT_EXIST, None), ())
+            _without(memory, "reserve_write", self.holds, (L1Error.KEY_NOT_WRITABLE, None), ("is_temporary",))
+
+
+class _Removal:
+    """What was asked for in one go."""
+
+    def __init__(self, done: threading.Event) -> None:
+        self.done, self.passed, self.next = done, 0, 0.0
+
+
+def _without(memory: Any, name: str, holds: Callable[[Any], bool], answer: Any, beside: tuple[str, ...]) -> None:
+    """Have a method of `memory` be called without the keys that are held back, whose answer is `answer`.
+
+    Args:
+        memory: LMCache's L1Manager.
+        name: The method; it is given `keys`, and returns a dictionary by key.
+        holds: Whether a key is held back.
+        answer: What is returned for one.
+        beside: Arguments that are lists as long as `keys`.
+    """
+    call = getattr(memory, name)
+
+    def guarded(keys: list[Any], *args: Any, **kwargs: Any) -> dict[Any, Any]:
+        held = [key for key in keys if holds(key)]
+        if not held:
+            result: dict[Any, Any] = call(keys, *args, **kwargs)
+            return result
+        free = [at for at, key in enumerate(keys) if not holds(key)]
+        args = tuple([arg[at] for at in free] if place < len(beside) else arg for place, arg in enumerate(args))
+        kwargs |= {one: [kwargs[one][at] for at in free] for one in beside if one in kwargs}
+        return {**call([keys[at] for at in free], *args, **kwargs), **dict.fromkeys(held, answer)}
+
+    setattr(memory, name, guarded)

@@ -1,0 +1,382 @@
+"""Puts the index, its modes, deadlines and forgetting into LMCache's modules.
+
+Patches of LMCache 0.5.6 and 0.5.7, each of an object that the server has made, by a subclass of its class:
+
+- loads (`retrieve`, `cb_retrieve_pre_computed`) and stores (`store`, `commit_store`) are refused after the key's
+  deadline, and stores of what is not ingested where that is asked for;
+- `StorageManager.prepare_write_completion` looks at the deadline once more, after the copy;
+- `BlendModule.store` enters chunks into our index instead of LMCache's table of fingerprints;
+- `BlendModule._match_fingerprints` and `_token_range_matcher` ask our index;
+- `BlendModule.cb_unified_lookup` takes KV out for a key that says so.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from lmcache_rag import protocol
+from lmcache_rag.connector.lmcache_server import eviction, http
+from lmcache_rag.connector.lmcache_server.forget import Forgetting
+from lmcache_rag.connector.lmcache_server.index import ChunkIndex, as_tokens, from_ids
+from lmcache_rag.connector.lmcache_server.settings import ServerSettings
+
+log = logging.getLogger("lmcache_rag")
+
+_REGISTER = "lmcache_rag_register"  # kind of a callback of LMCache's device stream
+_LOADS = ("retrieve", "cb_retrieve_pre_computed")
+_STORES = ("store", "commit_store")
+_WAIT_S = 0.2  # for a removal, before the client is to ask again
+
+
+def install(context: Any, modules: Sequence[Any], config: Mapping[str, Any]) -> Guard:
+    """Patch LMCache's modules.
+
+    Args:
+        context: LMCache's MPCacheServerContext.
+        modules: Its modules, as built.
+        config: The "config" of --server-module.
+
+    Raises:
+        ValueError: The config is wrong.
+    """
+    guard = Guard(context, ServerSettings.read(config))
+    for module in modules:
+        guard.patch(module)
+    guard.watch()
+    http.cut_routes()
+    settings = guard.settings
+    log.info("lmcache_rag: index %s, store %s, at most %d chunks", settings.index, settings.store, settings.index_size)
+    return guard
+
+
+class Guard:
+    """What the patched modules of one server share.
+
+    Args:
+        context: LMCache's MPCacheServerContext.
+        settings: What was asked for.
+    """
+
+    def __init__(self, context: Any, settings: ServerSettings) -> None:
+        self.context, self.settings = context, settings
+        self.storage = context.storage_manager
+        self.index = ChunkIndex(context.chunk_size, settings.index_size)
+        self.forgetting = Forgetting(self.storage)
+        self._jobs: dict[int, Callable[[], None]] = {}  # registrations that wait for the device stream
+        self._numbers = itertools.count()
+        self._removals: dict[str, threading.Event] = {}  # by request
+        self._thread = threading.local()
+
+    # -- patches ------------------------------------------------------------------------------------------------------
+
+    def patch(self, module: Any) -> None:
+        """Give a module's loads, stores and look-ups what they lack."""
+        kind = type(module)
+        methods: dict[str, Any] = {}
+        if hasattr(kind, "_match_fingerprints"):
+            methods |= self._blend_methods(module)
+        for name in _LOADS:
+            if hasattr(kind, name):
+                methods[name] = self._in_time(getattr(kind, name))
+        for name in _STORES:
+            if hasattr(kind, name):
+                methods[name] = self._stores(methods.get(name, getattr(kind, name)), getattr(kind, name))
+        if methods:
+            module.__class__ = type(kind.__name__, (kind,), methods)
+
+    def _in_time(self, load: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(load)  # LMCache's marks on a handler come along
+        def guarded(module: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
+            if _late(key):
+                log.warning("request %s: load deadline passed, load skipped", key.request_id)
+                return b"", False
+            return load(module, key, *args, **kwargs)
+
+        return guarded
+
+    def _stores(self, store: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+        commit = stock.__name__ == "commit_store"
+        refused: Any = False if commit else (b"", False)
+
+        @functools.wraps(stock)
+        def guarded(module: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
+            if _late(key):
+                log.warning("request %s: store deadline passed, store skipped", key.request_id)
+                return refused
+            ingested = _flag(key, protocol.INGEST)
+            if self.settings.store == "ingest" and not ingested:
+                # Without blocks LMCache stores nothing, and answers with an event that the worker can wait for:
+                # `refused` would be taken for a worker that is not registered any more.
+                return False if commit else store(module, key, args[0], [[] for _ in args[1]], *args[2:], **kwargs)
+            keys = self.context.resolve_obj_keys(key, [0])[0]
+            hashes = [each.chunk_hash for each in keys]
+            self.forgetting.keep(keys)
+            if ingested or self.settings.index == "all":
+                self.index.declare(key.cache_salt, hashes, ingested=ingested)
+            self._thread.storing = key
+            try:
+                return store(module, key, *args, **kwargs)
+            finally:
+                self._thread.storing = None
+
+        return guarded
+
+    def _commit_in_time(self, prepare: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """A server may stand still while it copies: LMCache commits nothing of a store where this raises."""
+
+        def guarded(objects: Any) -> Any:
+            key = getattr(self._thread, "storing", None)
+            if key is not None and _late(key):
+                raise TimeoutError(f"request {key.request_id}: store deadline passed while its KV was copied")
+            return prepare(objects)
+
+        return guarded
+
+    def _blend_methods(self, blend: Any) -> dict[str, Any]:
+        guard, kind = self, type(blend)
+        blend._transfer_module.register_host_func(_REGISTER, self._run_job, int)
+
+        def store(module: Any, key: Any, instance_id: int, gpu_block_ids: Any, event_ipc_handle: bytes) -> Any:
+            handle, stored, _ = module._transfer_module.store_with_chunk_mask(
+                key, instance_id, gpu_block_ids, event_ipc_handle
+            )
+            indexed = guard.settings.index == "all" or _flag(key, protocol.INGEST)
+            if stored and indexed and key.worker_id in (0, None):  # one rank's word is enough
+                guard.register_later(module, key, instance_id)
+            return handle, stored
+
+        def match(module: Any, key: Any) -> list[Any]:
+            return guard.matches(as_tokens(key), key.cache_salt)
+
+        @functools.wraps(kind.cb_unified_lookup)
+        def cb_unified_lookup(module: Any, key: Any, tp_size: int) -> Any:
+            if _flag(key, protocol.FORGET):
+                return guard.forget(key)
+            return kind.cb_unified_lookup(module, key, tp_size)
+
+        matcher = _Matcher(self)
+        return {
+            "store": store,
+            "_match_fingerprints": match,
+            "cb_unified_lookup": cb_unified_lookup,
+            # 0.5.7 makes another when it agrees on the size of a chunk with the first worker
+            "_token_range_matcher": property(lambda _: matcher, lambda _, made: guard.index.reset(made.chunk_size)),
+        }
+
+    def watch(self) -> None:
+        """Hear what leaves memory and tiers, evict ingested KV last, and report."""
+        self.forgetting.guard()
+        self.storage.prepare_write_completion = self._commit_in_time(self.storage.prepare_write_completion)
+        listener = _Listener(self)
+        for memory in self._memories:
+            memory.register_listener(listener)
+        self.storage.register_l2_listener(listener)
+        eviction.evict_ingested_last(self.storage, lambda key: self.index.is_ingested(key.cache_salt, key.chunk_hash))
+        _report(self.index)
+
+    # -- the index ----------------------------------------------------------------------------------------------------
+
+    def matches(self, tokens: Any, salt: str | None) -> list[Any]:
+        """Chunks of a namespace in a prompt, as LMCache's matcher returns them."""
+        from lmcache.v1.multiprocess.custom_types import CBMatchResult
+
+        chunk = self.index.chunk
+        return [
+            CBMatchResult(
+                old_st=found.stored,
+                old_ed=found.stored + chunk,
+                cur_st=found.position,
+                cur_ed=found.position + chunk,
+                hash=found.chunk_hash,
+            )
+            for found in self.index.match(tokens, salt)
+        ]
+
+    def register_later(self, blend: Any, key: Any, instance_id: int) -> None:
+        """Make a store's chunks findable once the device has copied them.
+
+        All of them that are in memory then: one that another request stored before is not stored again.
+        """
+        keys = self.context.resolve_obj_keys(key, [0])[0]
+        tokens = as_tokens(key)[key.start : key.end]
+
+        def register() -> None:
+            first = 1 if key.start == 0 else 0  # the first chunk of a prompt is only ever an exact prefix
+            new = 0
+            for begin, end in _runs([at >= first and self._in_memory(each) for at, each in enumerate(keys)]):
+                chunk = self.index.chunk
+                new += self.index.register(
+                    key.cache_salt,
+                    tokens[begin * chunk : end * chunk],
+                    [each.chunk_hash for each in keys[begin:end]],
+                    key.start + begin * chunk,
+                )
+            blend._emit_fingerprints_registered(key.request_id, new)
+
+        entry = blend._transfer_module.get_and_touch_context_entry(instance_id)
+        stream = getattr(getattr(entry, "cache_context", None), "cupy_stream", None)
+        if stream is None:
+            register()
+            return
+        from lmcache.v1.multiprocess.native_completion import submit_callback_to_stream
+
+        number = next(self._numbers)
+        self._jobs[number] = register
+        submit_callback_to_stream(stream, _REGISTER, number)
+
+    def _run_job(self, number: int) -> None:
+        job = self._jobs.pop(number, None)
+        if job is not None:
+            job()
+
+    def left_memory(self, keys: Sequence[Any]) -> None:
+        """Objects left memory. Where second tiers may hold them, LMCache's look-ups find out."""
+        if len(self._memories) == 1 and not self.storage.l2_adapters():
+            for key in keys:
+                self.index.remove(key.cache_salt, (key.chunk_hash,))
+
+    def left_tier(self, keys: Sequence[Any]) -> None:
+        """Objects left a second tier."""
+        if len(self.storage.l2_adapters()) == 1:
+            for key in keys:
+                if not self._in_memory(key):
+                    self.index.remove(key.cache_salt, (key.chunk_hash,))
+
+    @property
+    def _memories(self) -> list[Any]:
+        return list(self.storage._l1_managers_by_id.values())
+
+    def _in_memory(self, key: Any) -> bool:
+        return any(memory.get_object_state(key) is not None for memory in self._memories)
+
+    # -- forgetting ---------------------------------------------------------------------------------------------------
+
+    def forget(self, key: Any) -> Any:
+        """Have a prompt's KV after its prefix removed.
+
+        Returns:
+            What a look-up returns that found nothing; None: ask again, it is not removed yet.
+        """
+        from lmcache.v1.multiprocess.custom_types import CBUnifiedLookupResult
+
+        nothing = CBUnifiedLookupResult(prefix_coverage_tokens=0, non_prefix_segments=[], segmented_prefix_segments=[])
+        done = self._removals.pop(key.request_id, None)
+        if done is None:
+            keys = self._chunk_objects(key)
+            if not keys:
+                return nothing
+            self.index.remove(key.cache_salt, {each.chunk_hash for each in keys})
+            done = self.forgetting.forget(keys)
+            log.info("request %s: %d objects are forgotten", key.request_id, len(keys))
+        if done.wait(_WAIT_S):
+            return nothing
+        self._removals = {request: each for request, each in self._removals.items() if not each.is_set()}
+        self._removals[key.request_id] = done
+        return None
+
+    def _chunk_objects(self, key: Any) -> list[Any]:
+        """Every object of a prompt but those of its prefix alone."""
+        from lmcache.v1.distributed.api import ipc_key_to_object_keys
+
+        tokens = as_tokens(key)
+        prefix = protocol.named_prefix(key.request_configs, len(tokens))
+        if not prefix:
+            log.warning("request %s names no %s: nothing is forgotten", key.request_id, protocol.PREFIX)
+            return []
+        hasher = self.context.token_hasher
+        packed = getattr(key, "token_bytes", None)
+        hashes = (
+            hasher.compute_chunk_hashes(list(key.token_ids))
+            if packed is None
+            else hasher.compute_packed_chunk_hashes(packed)
+        )
+        groups = self.context.layout_desc_registry.find_group_layout_descs(key.model_name, key.world_size)
+        rows = ipc_key_to_object_keys(
+            key.no_worker_id_version(), hashes[prefix // self.index.chunk :], sorted(groups or {0: None})
+        )
+        return [each for row in rows for each in row]
+
+
+class _Matcher:
+    """In the place of LMCache's BlendTokenRangeMatcher, for what else uses that."""
+
+    def __init__(self, guard: Guard) -> None:
+        self._guard = guard
+
+    @property
+    def chunk_size(self) -> int:
+        return self._guard.index.chunk
+
+    def match_sub_sequence(self, token_ids: Sequence[int]) -> list[Any]:
+        return self._guard.matches(from_ids(token_ids), None)
+
+    def on_new_token_hashes(self, *_: Any, **__: Any) -> int:
+        return 0  # BlendModule.store, which would ask for it, is replaced
+
+    def remove_chunks(self, token_hashes: Sequence[bytes]) -> None:
+        self._guard.index.remove_everywhere(token_hashes)
+
+
+class _Listener:
+    """Hears of LMCache's memory and second tiers what leaves them."""
+
+    def __init__(self, guard: Guard) -> None:
+        self.on_l1_keys_deleted_by_manager = guard.left_memory
+        self.on_l2_keys_deleted = guard.left_tier
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("on_"):
+            return _ignore
+        raise AttributeError(name)
+
+
+def _ignore(*_: Any) -> None:
+    pass
+
+
+def _late(key: Any) -> bool:
+    until = (key.request_configs or {}).get(protocol.UNTIL)
+    return isinstance(until, float) and time.time() > until
+
+
+def _flag(key: Any, name: str) -> bool:
+    return (key.request_configs or {}).get(name) is True
+
+
+def _runs(wanted: Sequence[bool]) -> list[tuple[int, int]]:
+    """[begin, end) of each run of True."""
+    runs, begin = [], 0
+    for value, group in itertools.groupby(wanted):
+        end = begin + len(list(group))
+        if value:
+            runs.append((begin, end))
+        begin = end
+    return runs
+
+
+def _report(index: ChunkIndex) -> None:
+    """Our numbers on LMCache's /metrics, by OpenTelemetry as its own are."""
+    try:
+        from opentelemetry import metrics
+    except ImportError:
+        return
+    meter = metrics.get_meter("lmcache_rag")
+
+    def reading(value: Callable[[], int]) -> list[Callable[[Any], list[Any]]]:
+        return [lambda _: [metrics.Observation(value())]]
+
+    meter.create_observable_gauge(
+        protocol.INDEX_ENTRIES, reading(lambda: len(index)), description="Chunks that can be blended"
+    )
+    meter.create_observable_counter(
+        protocol.INDEX_ASKED, reading(lambda: index.asked), description="Whole chunks in prompts that were looked up"
+    )
+    meter.create_observable_counter(
+        protocol.INDEX_FOUND, reading(lambda: index.found), description="Chunks that the index found in them"
+    )

@@ -1,0 +1,50 @@
+"""What `lmcache-rag serve` says in LMCache's --server-module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+INDEX_MODES = ("declared", "all")
+STORE_MODES = ("ingest", "all")
+INDEX_SIZE = 1 << 20
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How LMCache's server keeps KV for blending.
+
+    Attributes:
+        index: "declared": only chunks that a client ingests may be blended; "all": spans of every prompt may.
+        store: "ingest": KV of ingested chunks only is stored; "all": of every prompt, and ingested KV is evicted last.
+        index_size: Most chunks in the index.
+    """
+
+    index: str = "declared"
+    store: str = "all"
+    index_size: int = INDEX_SIZE
+
+    @classmethod
+    def read(cls, config: Mapping[str, Any]) -> ServerSettings:
+        """From the "config" of --server-module.
+
+        Raises:
+            ValueError: It is wrong; LMCache does not start then.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(config) - known):
+            raise ValueError(f"unknown settings {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+        found = cls(**config)
+        if found.index not in INDEX_MODES:
+            raise ValueError(f"index must be one of {', '.join(INDEX_MODES)}; got {found.index!r}")
+        if found.store not in STORE_MODES:
+            raise ValueError(f"store must be one of {', '.join(STORE_MODES)}; got {found.store!r}")
+        if not isinstance(found.index_size, int) or isinstance(found.index_size, bool) or found.index_size < 1:
+            raise ValueError(f"index_size must be a number of chunks; got {found.index_size!r}")
+        return found
+
+    def config(self) -> dict[str, Any]:
+        """The "config" of --server-module: what is not as usual."""
+        usual = asdict(ServerSettings())
+        return {name: value for name, value in asdict(self).items() if value != usual[name]}
