@@ -386,7 +386,9 @@ def test_the_server_reads_a_prompt_once() -> None:
     allowed = {id(n) for branch in (first, *segmented) for n in ast.walk(branch)}
     for name in ("cb_unified_lookup", "_poll_prefix_leg", "_sparse_prefetch_submit", "_sparse_classify"):
         for node in ast.walk(functions[name]):
-            reads = isinstance(node, ast.Attribute) and node.attr in (TOKENS, "num_tokens", "start", "end")
+            reads = isinstance(node, ast.Attribute) and (
+                node.attr in (TOKENS, "start", "end") or ast.unparse(node) == "key.num_tokens"
+            )
             assert not reads or id(node) in allowed, f"{name} reads {ast.unparse(node)}"
     assert "job = self._cb_jobs.get(rid)" in ast.unparse(asked), "how it knows the prompt again"
     for source in ((folder / "retrieve.py").read_text(), inspect.getsource(api.ipc_key_to_grouped_object_keys)):

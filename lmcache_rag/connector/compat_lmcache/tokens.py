@@ -18,10 +18,10 @@ _FIELDS = ("token_bytes", "token_ids")
 
 def to_lmcache(token_ids: Any) -> Any:
     """Token ids, or an array of them, as LMCache's adapters take them."""
-    if _packed():
-        return as_numbers(token_ids).astype(">u4").tobytes()
-    ids: list[int] = token_ids.tolist() if isinstance(token_ids, np.ndarray) else list(token_ids)
-    return ids
+    known = isinstance(token_ids, np.ndarray)
+    if not _packed():
+        return token_ids.tolist() if known else list(token_ids)
+    return (token_ids if known else as_numbers(token_ids)).astype(">u4").tobytes()
 
 
 def from_lmcache(tokens: Any) -> Sequence[int]:
@@ -29,8 +29,7 @@ def from_lmcache(tokens: Any) -> Sequence[int]:
     if not isinstance(tokens, bytes):
         ids: Sequence[int] = tokens
         return ids
-    words = array("I", np.frombuffer(tokens, ">u4").astype("=u4").tobytes())
-    return words
+    return array("I", np.frombuffer(tokens, ">u4").astype("=u4").tobytes())
 
 
 def without_tokens(key: Any) -> Any:
