@@ -42,11 +42,20 @@ with warnings.catch_warnings():
 
     from lmcache_rag.connector import compat_lmcache, connector
     from lmcache_rag.connector.compat_lmcache import loads
+    from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
     from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
     from lmcache_rag.connector.namespace import renumbered
     from lmcache_rag.connector.plan import BlendPlan
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+KEY = custom_types.IPCCacheServerKey
+TOKENS = next(name for name in ("token_bytes", "token_ids") if name in KEY.__dataclass_fields__)  # 0.5.7's, 0.5.6's
+
+
+def ids(key: Any) -> list[int]:
+    """The tokens of a key."""
+    return list(from_lmcache(getattr(key, TOKENS)))
 
 
 def test_lmcaches_connector_has_what_we_read() -> None:
@@ -91,12 +100,13 @@ def test_the_calls_of_a_blend_server() -> None:
 
 def test_the_adapters_have_what_we_use() -> None:
     scheduler, worker = adapters.LMCacheMPSchedulerAdapter, adapters.LMCacheMPWorkerAdapter
-    key = ["token_ids", "start", "end", "request_id", "cache_salt", "request_configs"]
+    key = [TOKENS, "start", "end", "request_id", "cache_salt", "request_configs"]
     for adapter in (scheduler, worker):
         assert list(inspect.signature(adapter._create_key).parameters)[1:] == key
         takes(adapter._ensure_heartbeat_started)
         sets(adapter, "lmcache_tokens_per_chunk", "is_healthy", "blocks_in_chunk")
-    assert list(inspect.signature(scheduler.free_lookup_locks).parameters)[1:] == key
+    locks = list(inspect.signature(scheduler.free_lookup_locks).parameters)[1:]
+    assert [name.removeprefix("packed_") for name in locks[:6]] == ["token_ids", *key[1:]]
     takes(scheduler.end_session, "request_id")
     sets(scheduler, "req_clients", "tp_size")
     sets(worker, "req_client", "transfer_ctx", "instance_id", "kv_caches", "retrieve_futures")
@@ -219,11 +229,13 @@ def test_a_request_is_freed_once_whatever_lmcache_says_of_it() -> None:
     output = KVConnectorOutput(finished_recving={"a"}, finished_sending={"a", "b"})
     one.update_connector_output(output)
     assert (output.finished_recving, output.finished_sending) == ({"a"}, {"b"})
-    one._can_store, one._worker = True, None
+    one._can_store, one._worker, one._in_flight = True, None, SimpleNamespace(look=lambda: {"s"})
     one.worker_adapter = SimpleNamespace(get_finished=lambda ids: (ids, None), retrieve_futures={"c": None})
     assert one.get_finished({"c", "d"}) == ({"d"}, None)
     one.worker_adapter.retrieve_futures.clear()
-    assert one.get_finished(set()) == ({"c"}, None)
+    assert one.get_finished({"s"}) == ({"c"}, None), "s is still being stored"
+    one._in_flight = SimpleNamespace(look=set)
+    assert one.get_finished(set()) == ({"s"}, None)
 
     ended: set[str] = set()
     one._worker = SimpleNamespace(
@@ -259,22 +271,23 @@ def test_the_null_block_is_nobodys() -> None:
 
 
 def test_exact_prefixes_are_asked_for_in_whole_chunks() -> None:
-
     session = Session("s", TokenHasher(chunk_size=CHUNK, hash_algorithm="blake3"))
-    session.set_tokens(list(range(200)))
+    session.set_tokens(to_lmcache(range(200)))
     assert len(session.get_hashes(64, 192)) == 2
     with pytest.raises(AssertionError):
         session.get_hashes(64, 191)
     # No tokens behind the end are needed.
     short = Session("s", TokenHasher(chunk_size=CHUNK, hash_algorithm="blake3"))
-    short.set_tokens(list(range(192)))
+    short.set_tokens(to_lmcache(range(192)))
     assert short.get_hashes(64, 192) == session.get_hashes(64, 192)
     for function in (MPCacheServerContext.resolve_obj_keys, resolve_prefetched_obj_keys):
         tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
-        reads = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Call) and "token_ids" in ast.unparse(n)]
+        reads = [ast.unparse(n) for n in ast.walk(tree) if isinstance(n, ast.Call) and TOKENS in ast.unparse(n)]
         assert set(reads) <= {
             "session.set_tokens(list(key.token_ids))",
+            "session.set_tokens(key.token_bytes)",
             "ctx.token_hasher.compute_chunk_hashes(list(key.token_ids), start=key.start, end=key.end)",
+            "ctx.token_hasher.compute_packed_chunk_hashes(key.token_bytes, start=key.start, end=key.end)",
             "list(key.token_ids)",
         }
 
@@ -285,7 +298,7 @@ def test_a_prefix_is_named_by_the_tokens_up_to_its_end(monkeypatch: pytest.Monke
     monkeypatch.setattr(loads.time, "sleep", lambda seconds: sent.append("GIL"))
 
     def create(tokens: Any, start: int, end: int, *more: Any) -> Any:
-        return list(tokens), start, end
+        return list(from_lmcache(tokens)), start, end
 
     transfer = SimpleNamespace(
         create_recorded_event=lambda: "event",
@@ -299,7 +312,7 @@ def test_a_prefix_is_named_by_the_tokens_up_to_its_end(monkeypatch: pytest.Monke
     assert sent == [(list(range(192)), 64, 192, 16), "GIL"]
 
     client = SimpleNamespace(cb_unified_lookup=lambda key, ranks: None)
-    keyed = SimpleNamespace(no_worker_id_version=lambda: custom_types.IPCCacheServerKey("m", 1, None, (), 0, 0, "r"))
+    keyed = SimpleNamespace(no_worker_id_version=lambda: KEY("m", 1, None, to_lmcache(()), 0, 0, "r"))
     scheduler = SimpleNamespace(
         _create_key=lambda *given: keyed,
         req_clients={"url": client},
@@ -308,7 +321,7 @@ def test_a_prefix_is_named_by_the_tokens_up_to_its_end(monkeypatch: pytest.Monke
     )
     look_up = compat_lmcache.BlendLookup(scheduler, "r", list(range(500)), "salt", None)
     look_up.release_prefix(0, 128)
-    assert sent[2:] == [(list(range(128)), 0, 128, "r", "salt", None)]
+    assert sent[2:] == [(to_lmcache(range(128)), 0, 128, "r", "salt", None)]
 
 
 def test_the_index_of_chunks_knows_nothing_of_what_stood_before_them_nor_of_tenants() -> None:
@@ -338,10 +351,12 @@ def test_every_key_of_an_adapter_names_tokens_by_the_numbers_of_its_namespace(ad
     one.model_name = "m"
     compat_lmcache.renumber_tokens(one)
     keys = [
-        one._create_key([1, 2, 3], 0, 3, "r", "a"),
-        one._create_key(token_ids=[1, 2, 3], start=0, end=3, request_id="r", cache_salt="a", request_configs={"x": 1}),
+        one._create_key(to_lmcache([1, 2, 3]), 0, 3, "r", "a"),
+        one._create_key(
+            to_lmcache([1, 2, 3]), start=0, end=3, request_id="r", cache_salt="a", request_configs={"x": 1}
+        ),
     ]
-    assert [key.token_ids for key in keys] == [tuple(renumbered([1, 2, 3], "a"))] * 2
+    assert [ids(key) for key in keys] == [renumbered([1, 2, 3], "a")] * 2
     assert [(key.start, key.end, key.cache_salt, key.request_configs) for key in keys] == [
         (0, 3, "a", None),
         (0, 3, "a", {"x": 1}),
@@ -354,7 +369,7 @@ def test_every_key_of_an_adapter_names_tokens_by_the_numbers_of_its_namespace(ad
 def test_a_salt_that_lmcache_does_not_take_is_an_error() -> None:
     for bad in ("a/b", "a@b", "x" * 129):
         with pytest.raises(ValueError, match="cache_salt"):
-            custom_types.IPCCacheServerKey("m", 1, None, (1,), 0, 1, "r", bad)
+            KEY("m", 1, None, to_lmcache((1,)), 0, 1, "r", bad)
 
 
 def test_the_server_reads_a_prompt_once() -> None:
@@ -371,11 +386,13 @@ def test_the_server_reads_a_prompt_once() -> None:
     allowed = {id(n) for branch in (first, *segmented) for n in ast.walk(branch)}
     for name in ("cb_unified_lookup", "_poll_prefix_leg", "_sparse_prefetch_submit", "_sparse_classify"):
         for node in ast.walk(functions[name]):
-            reads = isinstance(node, ast.Attribute) and node.attr in ("token_ids", "start", "end")
+            reads = isinstance(node, ast.Attribute) and (
+                node.attr in (TOKENS, "start", "end") or ast.unparse(node) == "key.num_tokens"
+            )
             assert not reads or id(node) in allowed, f"{name} reads {ast.unparse(node)}"
     assert "job = self._cb_jobs.get(rid)" in ast.unparse(asked), "how it knows the prompt again"
     for source in ((folder / "retrieve.py").read_text(), inspect.getsource(api.ipc_key_to_grouped_object_keys)):
-        assert "token_ids" not in source
+        assert TOKENS not in source
         assert "key.start" not in source
         assert "key.end" not in source
 
@@ -396,7 +413,7 @@ def test_a_lookup_sends_the_prompt_once() -> None:
             return Future(custom_types.CBUnifiedLookupResult(64, segments) if len(self.keys) == 3 else None)
 
     def create(tokens: list[int], start: int, end: int, name: str, salt: str, configs: Any) -> Any:
-        return custom_types.IPCCacheServerKey("m", 1, None, tuple(tokens), start, end, name, salt, configs, 1)
+        return KEY("m", 1, None, tokens, start, end, name, salt, configs, 1)
 
     client = Client()
     adapter = SimpleNamespace(_create_key=create, req_clients={"url": client}, tp_size=1)
@@ -405,7 +422,7 @@ def test_a_lookup_sends_the_prompt_once() -> None:
     assert asked.result is not None
     assert asked.result[0] == 64
     assert [(m.start, m.end, m.old_start) for m in asked.result[1]] == [(200, 264, 64)]
-    assert [len(key.token_ids) for key in client.keys] == [300, 0, 0]
+    assert [len(ids(key)) for key in client.keys] == [300, 0, 0]
     assert {(key.request_id, key.cache_salt, key.model_name, key.num_kv_readers) for key in client.keys} == {
         ("r", "tenant", "m", 1)
     }

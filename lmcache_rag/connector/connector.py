@@ -60,6 +60,18 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         self._connector_stats = BlendStats()
         self._freed, self._stores = FreedOnce(), StoresHeldBack()
         self._held = HeldBlocks(lambda: self._gpu_block_pool)
+        if role == KVConnectorRole.WORKER:
+            parallel = adapter.parallel_strategy
+            get = vllm_config.kv_transfer_config.get_from_extra_config
+            address = compat_lmcache.address(get, parallel.vllm_worker_id, parallel.vllm_world_size)
+            registration = compat_lmcache.Registration(adapter)
+            self._in_flight = compat_lmcache.Stores(
+                adapter, lambda: compat_lmcache.has_ended(address), registration.renew
+            )
+            compat_lmcache.bound(adapter)
+        else:
+            for client in adapter.req_clients.values():
+                compat_lmcache.bound_client(client)
         if not self._enable_kv_events:  # whoever reads LMCache's events wants to read the prompts' own tokens
             compat_lmcache.renumber_tokens(adapter)
         if role == KVConnectorRole.SCHEDULER:
@@ -239,6 +251,9 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Scheduler: what the workers are done with; see lmcache_rag.connector.frees."""
+        meta = connector_output.kv_connector_worker_meta
+        if isinstance(meta, BlendResults):  # taken in take_worker_meta; the rest is for LMCache's connector
+            connector_output.kv_connector_worker_meta = meta.lmcache
         super().update_connector_output(connector_output)
         loaded, stored = connector_output.finished_recving or (), connector_output.finished_sending or ()
         connector_output.finished_sending = self._freed.stored(loaded, stored)
@@ -304,7 +319,8 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             self._worker.cancel(finished_req_ids)
             self._worker.finish()
             loaded, receiving = set(loaded or ()) | self._worker.take_received(), self._worker.receiving
-        return self._stores.report(stored or (), compat_lmcache.loading(self.worker_adapter) | receiving), loaded
+        in_use = compat_lmcache.loading(self.worker_adapter) | receiving | self._in_flight.look()
+        return self._stores.report(stored or (), in_use), loaded
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Blocks that vLLM has to compute again; called behind get_finished."""
@@ -315,8 +331,9 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
 
     def build_connector_worker_meta(self) -> Any:
         """What this worker did in this step."""
+        self._in_flight.hold_receipts()
+        meta = BlendResults(lmcache=super().build_connector_worker_meta())
         if self._worker is not None:
-            results, (late, over) = self._worker.take_results(), self._worker.take_late()
-            if results or late or over:
-                return BlendResults(results, list(late.items()), over)
-        return super().build_connector_worker_meta()
+            meta.results, (late, meta.over) = self._worker.take_results(), self._worker.take_late()
+            meta.late = list(late.items())
+        return meta if meta.results or meta.late or meta.over or meta.lmcache else None

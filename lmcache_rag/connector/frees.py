@@ -1,9 +1,12 @@
-"""When vLLM may free the blocks of a request that was cancelled while KV was loaded into them.
+"""When vLLM may free the blocks of a request that ended while KV was loaded into them, or stored from them.
 
 vLLM hears of a request whose exact prefix LMCache's connector loads, or that is blended in the background, both that
 the load is done and that the stores are, in any order. It frees the blocks at the first word and fails an assertion at
 the second, which ends the engine. So a worker says nothing of stores while blocks are still being written to, and the
 scheduler hears the word that comes second no more.
+
+LMCache's adapter also reports a request as stored while a later part of its prompt is still being read: a worker does
+not pass that on either.
 """
 
 from __future__ import annotations
@@ -18,10 +21,10 @@ class StoresHeldBack:
 
     _held: set[str] = field(default_factory=set)
 
-    def report(self, stored: Collection[str], loading: Collection[str]) -> set[str]:
-        """What of `stored`, and of what was held back before, may be reported while `loading` are being loaded."""
+    def report(self, stored: Collection[str], in_use: Collection[str]) -> set[str]:
+        """What of `stored`, and of what was held back before, may be reported while blocks of `in_use` are in use."""
         everyone = self._held | set(stored)
-        self._held = everyone & set(loading)
+        self._held = everyone & set(in_use)
         return everyone - self._held
 
 

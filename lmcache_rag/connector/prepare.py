@@ -63,7 +63,9 @@ def _parts(vllm_config: Any, runner: Any, adapter: Any, options: ConnectorOption
     """What one rank does by itself."""
     model = runner.get_model()
     get = vllm_config.kv_transfer_config.get_from_extra_config
-    link = compat_lmcache.WorkerLink(adapter, options.deadline, compat_lmcache.address(get), absent=absent)
+    parallel = adapter.parallel_strategy
+    address = compat_lmcache.address(get, parallel.vllm_worker_id, parallel.vllm_world_size)
+    link = compat_lmcache.WorkerLink(adapter, options.deadline, address, absent=absent)
     if reason := link.why_not() or why_not(vllm_config, model):
         raise _Cannot(reason)
     rotary = rotary_of(model)

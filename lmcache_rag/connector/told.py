@@ -1,4 +1,4 @@
-"""What workers tell the scheduler, in the forms that vLLM carries."""
+"""What workers send to the scheduler, in the forms that vLLM carries."""
 
 from __future__ import annotations
 
@@ -18,14 +18,25 @@ class Readiness(KVConnectorHandshakeMetadata):  # type: ignore[misc]
 
 @dataclass
 class BlendResults(KVConnectorWorkerMetadata):  # type: ignore[misc]
-    """What the workers did in a step."""
+    """What the workers did in a step.
+
+    Attributes:
+        results: Of the plans.
+        late: (request, blocks) of each rank's loads that were given up.
+        over: Requests whose loads that were given up are over.
+        lmcache: What LMCache's own connector reports: receipts of stores, events.
+    """
 
     results: list[BlendResult] = field(default_factory=list)
-    late: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # (request, blocks), of each rank
+    late: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     over: list[str] = field(default_factory=list)
+    lmcache: KVConnectorWorkerMetadata | None = None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """Results of several ranks are the same but for their times; what is late is not."""
+        """Results of several ranks are the same but for their times; late loads and LMCache's reports are not."""
         if not isinstance(other, BlendResults):
-            return self
-        return BlendResults(self.results or other.results, self.late + other.late, self.over + other.over)
+            other = BlendResults(lmcache=other)
+        lmcache = self.lmcache or other.lmcache
+        if self.lmcache is not None and other.lmcache is not None:
+            lmcache = self.lmcache.aggregate(other.lmcache)
+        return BlendResults(self.results or other.results, self.late + other.late, self.over + other.over, lmcache)

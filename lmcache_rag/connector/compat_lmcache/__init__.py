@@ -1,12 +1,14 @@
 """Every private part of LMCache that we touch; tests/test_connector_contract*.py check each against LMCache.
 
-Written for LMCache 0.5.6, which is imported in the functions. Its server sends no answer at all when a call fails, so
-each wait has a deadline.
+Written for LMCache 0.5.6 and 0.5.7, which are imported in the functions. The server sends no answer at all when a call
+fails, so each wait has a deadline.
 """
 
 from lmcache_rag.connector.compat_lmcache.adapters import (
     LaterReports,
     address,
+    bound,
+    bound_client,
     chunk_tokens,
     keep_out,
     loading,
@@ -15,23 +17,31 @@ from lmcache_rag.connector.compat_lmcache.adapters import (
 from lmcache_rag.connector.compat_lmcache.loads import WorkerLink
 from lmcache_rag.connector.compat_lmcache.lookup import BlendLookup, session_goes_on
 from lmcache_rag.connector.compat_lmcache.server import (
+    Registration,
     ensure_heartbeat,
     handshake,
+    has_ended,
     is_absent,
     may_be_absent,
     registering,
     same_chunks,
     watch,
 )
+from lmcache_rag.connector.compat_lmcache.stores import Stores
 
 __all__ = [
     "BlendLookup",
     "LaterReports",
+    "Registration",
+    "Stores",
     "WorkerLink",
     "address",
+    "bound",
+    "bound_client",
     "chunk_tokens",
     "ensure_heartbeat",
     "handshake",
+    "has_ended",
     "is_absent",
     "keep_out",
     "loading",

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from lmcache_rag.connector.renumbering import renumbered
+from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
+from lmcache_rag.connector.renumbering import renumbering
+
+REMEMBERED = 4096  # more than vLLM runs at once, and than LMCache answers in a minute
 
 
 def loading(adapter: Any) -> set[str]:
@@ -32,16 +35,46 @@ def renumber_tokens(adapter: Any) -> None:
     create = adapter._create_key
 
     def create_key(
-        token_ids: Sequence[int],
-        start: int,
-        end: int,
-        request_id: str,
-        cache_salt: str = "",
-        request_configs: dict[str, Any] | None = None,
+        tokens: Any, start: int, end: int, request_id: str, cache_salt: str = "", request_configs: Any = None
     ) -> Any:
-        return create(renumbered(token_ids, cache_salt), start, end, request_id, cache_salt, request_configs)
+        numbers = renumbering().numbers(from_lmcache(tokens), cache_salt)
+        return create(to_lmcache(numbers), start, end, request_id, cache_salt, request_configs)
 
     adapter._create_key = create_key
+
+
+def bound(adapter: Any) -> None:
+    """Bound what a worker adapter and its client remember; in LMCache it only grows.
+
+    Patches: LMCacheMPWorkerAdapter._returned_finished, of each request that ever ended, against reports that vLLM
+    repeats within a few steps; MessageQueueClient.pending_futures, of each call that was never answered.
+    """
+    adapter._returned_finished = _Recent(dict.fromkeys(adapter._returned_finished))
+    bound_client(adapter.req_client)
+
+
+def bound_client(client: Any) -> None:
+    """Bound the calls of a client for which an answer is expected; see `bound`."""
+    queue = getattr(client, "_message_queue_client", None)  # gRPC's client keeps none
+    if queue is not None:
+        queue.pending_futures = _Recent(queue.pending_futures)
+
+
+class _Recent(dict[Any, Any]):
+    """The newest entries; also a set's `update` and `in`."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        super().__setitem__(key, value)
+        while len(self) > REMEMBERED:
+            try:
+                del self[next(iter(self))]
+            except (KeyError, RuntimeError):  # another thread was faster
+                return
+
+    def update(self, keys: Iterable[Any]) -> None:  # type: ignore[override]
+        """As of a set."""
+        for key in keys:
+            self[key] = None
 
 
 class LaterReports:
@@ -70,16 +103,22 @@ class LaterReports:
             self._tell(kept)
 
 
-def address(get: Callable[[str, Any], Any]) -> tuple[str, int] | None:
-    """(host, port) of the server that LMCache's connector is told to use; None where it is one of several.
+def address(get: Callable[[str, Any], Any], worker: int = 0, workers: int = 1) -> tuple[str, int] | None:
+    """(host, port) of the server that a worker's LMCache adapter uses; None where that is no TCP address.
 
     Args:
         get: vLLM's get_from_extra_config(key, default).
+        worker: The worker's rank, which is what LMCache chooses one of several servers by.
+        workers: How many there are.
     """
-    if get("lmcache.mp.server_urls", None):
-        return None
-    host, port = str(get("lmcache.mp.host", "tcp://localhost")), str(get("lmcache.mp.port", 5555))
-    return (host.rpartition("://")[2], int(port)) if port.isdigit() else None
+    urls = get("lmcache.mp.server_urls", None)
+    if urls:
+        listed = urls.split(",") if isinstance(urls, str) else list(urls)
+        url = str(listed[worker * len(listed) // workers]).strip()
+    else:
+        url = f"{get('lmcache.mp.host', 'tcp://localhost')}:{get('lmcache.mp.port', 5555)}"
+    host, _, port = url.rpartition("://")[2].rpartition(":")
+    return (host.strip("[]"), int(port)) if host and port.isdigit() else None
 
 
 def chunk_tokens(adapter: Any) -> int:

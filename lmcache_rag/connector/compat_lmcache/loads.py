@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lmcache_rag.connector.compat_lmcache.server import handshake, is_absent, said, same_chunks
+from lmcache_rag.connector.compat_lmcache.server import handshake, has_ended, is_absent, said, same_chunks
+from lmcache_rag.connector.compat_lmcache.tokens import to_lmcache
 from lmcache_rag.connector.plan import BlendPlan, Match
 from lmcache_rag.protocol import UNTIL
 
@@ -122,15 +122,7 @@ class WorkerLink:
         """
         if self._recovered is not None and self._recovered > since:
             return time.monotonic() - self._recovered > _BACKLOG_S
-        if self._address is None:
-            return False
-        try:
-            socket.create_connection(self._address, timeout=0.2).close()
-        except ConnectionRefusedError:
-            return True
-        except OSError:
-            return False
-        return False
+        return has_ended(self._address)
 
     def submit_exact(self, plan: BlendPlan) -> Any:
         """Ask for the exact prefix [plan.local, plan.exact); what lies before it in its chunk is left alone.
@@ -179,7 +171,7 @@ class WorkerLink:
 
     def _key(self, plan: BlendPlan, tokens: Sequence[int], start: int, end: int) -> Any:
         configs = {**(plan.configs or {}), UNTIL: time.time() + self._deadline}
-        return self._adapter._create_key(tokens, start, end, plan.request_id, plan.cache_salt, configs)
+        return self._adapter._create_key(to_lmcache(tokens), start, end, plan.request_id, plan.cache_salt, configs)
 
     @property
     def deadline(self) -> float:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
 
+from lmcache_rag.connector.compat_lmcache.server import said
+from lmcache_rag.connector.compat_lmcache.tokens import to_lmcache, without_tokens
 from lmcache_rag.connector.plan import Match
+
+log = logging.getLogger("lmcache_rag")
 
 _PAUSE = 0.0002  # between two questions for a look-up
 
@@ -27,42 +31,58 @@ class BlendLookup:
     def __init__(
         self, adapter: Any, request_id: str, token_ids: list[int], salt: str, configs: dict[str, Any] | None
     ) -> None:
-        self._adapter, self.request_id, self.token_ids = adapter, request_id, token_ids
+        self._adapter, self.request_id, self._prefix = adapter, request_id, token_ids
         self.salt, self.configs = salt, configs
-        self._key = adapter._create_key(token_ids, 0, len(token_ids), request_id, salt, configs).no_worker_id_version()
+        self.result: tuple[int, tuple[Match, ...]] | None = None
         self._client = next(iter(adapter.req_clients.values()))
-        self._future = self._ask(self._key)
+        tokens = to_lmcache(token_ids)
+        key = adapter._create_key(tokens, 0, len(token_ids), request_id, salt, configs).no_worker_id_version()
         # The server knows the prompt from the first question on: 30,900 tokens again and again would keep both busy.
         # Had it forgotten them, for it was restarted, it would find nothing, and all is computed.
-        self._again = dataclasses.replace(self._key, token_ids=(), end=0)
-        self.result: tuple[int, tuple[Match, ...]] | None = None
+        self._again = without_tokens(key)
+        self._future: Any = None
+        self._ask(key)
 
-    def _ask(self, key: Any) -> Any:
-        return self._client.cb_unified_lookup(key, self._adapter.tp_size)
+    def _ask(self, key: Any) -> None:
+        try:
+            self._future = self._client.cb_unified_lookup(key, self._adapter.tp_size)
+        except Exception as problem:
+            self._fails(problem)
+
+    def _fails(self, problem: Exception) -> None:
+        """An error of LMCache's client: nothing is found. Over gRPC that is how a server that has ended answers."""
+        log.warning("LMCache did not look up request %s: %s", self.request_id, said(problem))
+        self._found(0, ())
+
+    def _found(self, prefix: int, matches: tuple[Match, ...]) -> None:
+        self.result = (prefix, matches)
+        self._prefix, self._future = self._prefix[:prefix], None  # the rest of the prompt is not needed any more
 
     def poll(self, seconds: float) -> bool:
         """Whether the result is there, waiting for it at most that long."""
         until = time.perf_counter() + seconds
         while self.result is None:
-            if not self._future.wait(max(0.0, until - time.perf_counter())):
-                return False
-            found = self._future.result(0.001)
-            if found is not None:
-                self.result = (
-                    int(found.prefix_coverage_tokens),
-                    tuple(Match(m.cur_st, m.cur_ed, m.old_st, m.old_ed, m) for m in found.non_prefix_segments),
-                )
+            try:
+                if not self._future.wait(max(0.0, until - time.perf_counter())):
+                    return False
+                found = self._future.result(0.001)
+            except Exception as problem:
+                self._fails(problem)
                 return True
-            self._future = self._ask(self._again)  # the server is still at it
+            if found is not None:
+                matches = (Match(m.cur_st, m.cur_ed, m.old_st, m.old_ed, m) for m in found.non_prefix_segments)
+                self._found(int(found.prefix_coverage_tokens), tuple(matches))
+                return True
+            self._ask(self._again)  # the server is still at it
             if time.perf_counter() >= until:
-                return False
+                return self.result is not None
             time.sleep(_PAUSE)
         return True
 
     def release_prefix(self, start: int, end: int) -> None:
         """Give back the read locks of exact prefix chunks that are not going to be loaded."""
         if end > start:  # the server hashes up to there: the rest of a prompt would keep it from the load that follows
-            tokens = self.token_ids[:end]
+            tokens = to_lmcache(self._prefix[:end])
             self._adapter.free_lookup_locks(tokens, start, end, self.request_id, self.salt, self.configs)
 
     def end_session(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +14,7 @@ log = logging.getLogger("lmcache_rag")
 PROTOCOL = 1
 FIRST_WAIT_S = 10.0  # vLLM's start waits so long for a server that is not there yet
 _ASK_S = 5.0
+_SILENT_S = 20.0  # LMCache forgets a worker that it did not hear of for 30 s or more
 
 
 @contextlib.contextmanager
@@ -29,9 +32,9 @@ def may_be_absent(chunk_size: int) -> Iterator[list[Any]]:
     ask, experimental = adapters.get_lmcache_chunk_size, adapters.get_experimental
     absent: list[Any] = []
 
-    def size(client: Any, timeout: float = FIRST_WAIT_S) -> int:
+    def size(client: Any, timeout: float = FIRST_WAIT_S, **more: Any) -> int:
         try:
-            return int(ask(client, timeout=min(timeout, FIRST_WAIT_S) if chunk_size else timeout))
+            return int(ask(client, timeout=min(timeout, FIRST_WAIT_S) if chunk_size else timeout, **more))
         except TimeoutError:
             if not chunk_size:
                 raise
@@ -95,8 +98,10 @@ def watch(adapter: Any, blends: Callable[[], bool]) -> None:
 
 def same_chunks(adapter: Any, client: Any) -> bool:
     """Whether a server that is back has the chunk size that the adapter goes by."""
+    alignment = getattr(adapter, "_required_chunk_alignment", None)  # since 0.5.7 the chunk size is agreed on
     try:
-        found = client.get_chunk_size().result(_ASK_S)
+        asked = client.get_chunk_size() if alignment is None else client.negotiate_chunk_size(alignment)
+        found = asked.result(_ASK_S)
     except Exception:  # it is asked again with the next heartbeat
         return False
     if found != adapter.lmcache_tokens_per_chunk:
@@ -122,6 +127,62 @@ def handshake(client: Any, seconds: float) -> str:
 def ensure_heartbeat(adapter: Any) -> None:
     """Watch the server from now on rather than from the first transfer on."""
     adapter._ensure_heartbeat_started()
+
+
+class Registration:
+    """Has a worker registered again when LMCache no longer knows it.
+
+    LMCache forgets a worker that was not heard of for some time (vLLM was paused), or is another process since the last
+    heartbeat, and answers heartbeats all the same. It then stores nothing.
+
+    Patches RequestClient.ping of the worker's client: one heartbeat is taken as failed, so that LMCache's adapter
+    registers at the next.
+
+    Args:
+        adapter: LMCache's worker adapter.
+    """
+
+    def __init__(self, adapter: Any) -> None:
+        self._ping = adapter.req_client.ping
+        self._silent = max(_SILENT_S, 2.5 * adapter._heartbeat_interval)
+        self._last: float | None = None
+        self._unknown = False
+        adapter.req_client.ping = self.ping
+
+    def renew(self) -> None:
+        """LMCache answered that it does not know this worker."""
+        self._unknown = True
+
+    def ping(self, instance_id: int | None) -> Any:
+        """LMCache's heartbeat, which fails once when the worker has to be registered again."""
+        from lmcache.v1.multiprocess.futures import MessagingFuture
+
+        now = time.monotonic()
+        silent = self._last is not None and now - self._last > self._silent
+        self._last = now
+        if not silent and not self._unknown:
+            return self._ping(instance_id)
+        log.warning(
+            "This worker is registered with LMCache again: %s",
+            "LMCache did not know it" if self._unknown else f"it sent no heartbeat for over {self._silent:.0f} s",
+        )
+        self._unknown = False
+        failed: Any = MessagingFuture()
+        failed.set_result(False)
+        return failed
+
+
+def has_ended(address: tuple[str, int] | None) -> bool:
+    """Whether no process listens there; False where that cannot be seen."""
+    if address is None:
+        return False
+    try:
+        socket.create_connection(address, timeout=0.2).close()
+    except ConnectionRefusedError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def said(problem: Exception) -> str:

