@@ -16,12 +16,13 @@ from lmcache_rag.engines import vllm_wire as wire
 from lmcache_rag.engines.base import (
     BlendOptions,
     EngineInfo,
+    ForgetResult,
     IngestPrompt,
     PrecomputeResult,
     Sampling,
     VerifyResult,
 )
-from lmcache_rag.engines.vllm_errors import NotKeptError
+from lmcache_rag.engines.vllm_errors import NotKeptError, RefusedError
 from lmcache_rag.errors import ContextLengthError, LMCacheRAGError, PrecomputeError
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class ChunkSender:
         info: What they serve.
         body: Makes a request of (prompt, sampling, kv_transfer_params).
         learn: Is shown each answer.
+        vllm_block: Tokens of a block of vLLM's own prefix cache.
         concurrency: Chunks sent at once.
         patience: How often each is tried.
     """
@@ -71,6 +73,7 @@ class ChunkSender:
     info: EngineInfo
     body: Callable[[IngestPrompt, Sampling, dict[str, Any]], dict[str, Any]]
     learn: Callable[[wire.Gathered], None]
+    vllm_block: int
     concurrency: int
     patience: int
     known: Known = field(default_factory=Known)
@@ -79,33 +82,62 @@ class ChunkSender:
         self, prompts: Iterable[IngestPrompt], *, stop: threading.Event | None = None
     ) -> Iterator[PrecomputeResult]:
         """See VLLMEngine.precompute. More prompts are taken than were answered: as many as are sent at once."""
-        source, stop = iter(prompts), stop or threading.Event()
-        running: deque[tuple[IngestPrompt, Future[bool]]] = deque()
-        try:
-            while True:
-                for prompt in islice(source, self.concurrency - len(running)):
-                    running.append((prompt, _in_thread(partial(self._send, prompt, stop))))
-                if not running:
-                    return
-                prompt, future = running.popleft()
-                try:
-                    held = future.result()
-                except LMCacheRAGError as problem:
-                    raise PrecomputeError(
-                        f"A chunk's KV could not be computed: {problem.message}",
-                        remedy=f"{problem.remedy} Run the command again; it goes on from here.".strip(),
-                    ) from problem
-                self.known.add(prompt.key)
-                tokens = len(prompt.chunk_ids)
-                yield PrecomputeResult(prompt.key, tokens, tokens * self.info.kv_bytes_per_token, computed=not held)
-        finally:
-            stop.set()  # those under way end by themselves; nobody waits for them
+        for prompt, future in self._at_once(prompts, self._send, stop or threading.Event()):
+            try:
+                held = future.result()
+            except LMCacheRAGError as problem:
+                raise PrecomputeError(
+                    f"A chunk's KV could not be computed: {problem.message}",
+                    remedy=f"{problem.remedy} Run the command again; it goes on from here.".strip(),
+                ) from problem
+            self.known.add(prompt.key)
+            tokens = len(prompt.chunk_ids)
+            yield PrecomputeResult(prompt.key, tokens, tokens * self.info.kv_bytes_per_token, computed=not held)
+
+    def forget(self, prompts: Iterable[IngestPrompt]) -> Iterator[ForgetResult]:
+        """See VLLMEngine.forget_chunks."""
+        for prompt, future in self._at_once(prompts, self._forget, threading.Event()):
+            why = future.result()
+            self.known.discard(prompt.key)
+            yield ForgetResult(prompt.key, not why, why)
 
     def verify(self, prompt: IngestPrompt) -> VerifyResult:
         """See VLLMEngine.verify."""
         request = self._request(prompt, {protocol.MAX_OFFLOAD_TOKENS: 0})
         held = self._held(prompt, self.servers.complete(request, home=_home(prompt)))
         return VerifyResult(prompt.key, "ok" if held else "missing")
+
+    def _at_once(
+        self, prompts: Iterable[IngestPrompt], work: Callable[[IngestPrompt, threading.Event], T], stop: threading.Event
+    ) -> Iterator[tuple[IngestPrompt, Future[T]]]:
+        """Do something with each prompt, several at a time; in the order of the prompts."""
+        source = iter(prompts)
+        running: deque[tuple[IngestPrompt, Future[T]]] = deque()
+        try:
+            while True:
+                for prompt in islice(source, self.concurrency - len(running)):
+                    running.append((prompt, _in_thread(partial(work, prompt, stop))))
+                if not running:
+                    return
+                yield running.popleft()
+        finally:
+            stop.set()  # those under way end by themselves; nobody waits for them
+
+    def _forget(self, prompt: IngestPrompt, stop: threading.Event) -> str:
+        """Have a chunk's KV deleted on every server, each of which may hold a copy; returns why not, "" if it was."""
+        request = self._request(prompt, {protocol.FORGET: True, protocol.MAX_OFFLOAD_TOKENS: 0})
+        for home in range(len(self.servers.urls)):
+            try:
+                response = self.servers.complete(
+                    request, home=home, attempts=self.patience, stop=stop, check=_kept, ingest=True
+                )
+            except RefusedError as problem:
+                return problem.message
+            if (statistics := protocol.answer_statistics(response)) is None:
+                return f"{self.servers.urls[home]} runs without lmcache-rag's connector"
+            if reason := protocol.cannot_blend(statistics):
+                return f"{self.servers.urls[home]}: {reason}"
+        return ""
 
     def _send(self, prompt: IngestPrompt, stop: threading.Event) -> bool:
         """Have a chunk's KV computed; returns whether it was there already."""
@@ -115,6 +147,7 @@ class ChunkSender:
             attempts=self.patience,
             stop=stop,
             check=_kept,
+            ingest=True,
         )
         return self._held(prompt, response)
 
@@ -130,7 +163,7 @@ class ChunkSender:
         gathered = wire.Gathered()
         gathered.take(response)
         self.learn(gathered)
-        return wire.already_held(gathered, prompt, self.info.kv_block)
+        return wire.already_held(gathered, prompt, kv_block=self.info.kv_block, vllm_block=self.vllm_block)
 
 
 def _home(prompt: IngestPrompt) -> int:
