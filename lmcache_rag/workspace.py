@@ -72,13 +72,13 @@ class Workspace:
             return self._engine
         if self.settings.engine != "embedded":
             from lmcache_rag.engines.vllm import VLLMEngine
-            from lmcache_rag.ingest_key import ingest_key
+            from lmcache_rag.ingest_key import key_of
 
             return VLLMEngine(
                 self.settings.engine,
                 self.settings.model,
                 timeout=self.settings.engine_timeout_s,
-                ingest_key=ingest_key(self.settings.ingest_key_file),
+                ingest_key=key_of(self.settings),
             )
         with without_garbage_collection():
             from lmcache_rag.engines.embedded import EmbeddedEngine

@@ -84,6 +84,7 @@ class Servers:
         stop: threading.Event | None = None,
         check: Callable[[Any], None] | None = None,
         ingest: bool = False,
+        only: bool = False,
     ) -> Any:
         """One completion in one piece.
 
@@ -94,6 +95,7 @@ class Servers:
             stop: Ends the waiting between tries.
             check: Called with the response; what it raises may lead to another try.
             ingest: Whether the request ingests or forgets, for which a server may want the ingest key.
+            only: Every try goes to `home`.
 
         Raises:
             LMCacheRAGError: See lmcache_rag.engines.vllm_errors.explained.
@@ -106,7 +108,7 @@ class Servers:
         if stop is not None:
             rules["stop"] = tenacity.stop_any(rules.get("stop", self._ends), tenacity.stop_when_event_set(stop))
             rules["sleep"] = tenacity.sleep_using_event(stop)
-        return self._tried(request, home, rules, check, ingest=ingest)
+        return self._tried(request, home, rules, check, ingest=ingest, only=only)
 
     @contextmanager
     def streaming(self, request: dict[str, Any]) -> Iterator[Iterator[Any]]:
@@ -145,7 +147,9 @@ class Servers:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _order(self, home: int | None) -> Iterator[str]:
+    def _order(self, home: int | None, *, only: bool = False) -> Iterator[str]:
+        if only and home is not None:
+            return itertools.repeat(self.urls[home])
         start = next(self._turn) if home is None else home
         return itertools.islice(itertools.cycle(self.urls), start % len(self.urls), None)
 
@@ -157,10 +161,11 @@ class Servers:
         check: Callable[[Any], None] | None = None,
         *,
         ingest: bool = False,
+        only: bool = False,
     ) -> Any:
         import tenacity
 
-        urls, url, seconds = self._order(home), "", self._seconds(request)
+        urls, url, seconds = self._order(home, only=only), "", self._seconds(request)
         limits = self._limits_of(seconds)
 
         def once() -> Any:

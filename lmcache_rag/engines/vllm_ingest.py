@@ -129,14 +129,12 @@ class ChunkSender:
         for home in range(len(self.servers.urls)):
             try:
                 response = self.servers.complete(
-                    request, home=home, attempts=self.patience, stop=stop, check=_kept, ingest=True
+                    request, home=home, attempts=self.patience, stop=stop, check=_forgotten, ingest=True, only=True
                 )
             except RefusedError as problem:
                 return problem.message
-            if (statistics := protocol.answer_statistics(response)) is None:
-                return f"{self.servers.urls[home]} runs without lmcache-rag's connector"
-            if reason := protocol.cannot_blend(statistics):
-                return f"{self.servers.urls[home]}: {reason}"
+            if protocol.FORGOTTEN not in (protocol.answer_statistics(response) or {}):
+                return f"{self.servers.urls[home]} runs without a connector of lmcache-rag that can do it"
         return ""
 
     def _send(self, prompt: IngestPrompt, stop: threading.Event) -> bool:
@@ -179,6 +177,15 @@ def _kept(response: Any) -> None:
     if failure and not gathered.why_not:  # a server that cannot blend keeps exact prefixes
         raise NotKeptError(
             f"the server could not reach its KV store ({failure})", remedy="Look after the LMCache server."
+        )
+
+
+def _forgotten(response: Any) -> None:
+    """A server that could not reach its KV store says so; another try may help."""
+    if (protocol.answer_statistics(response) or {}).get(protocol.FORGOTTEN) is False:
+        raise NotKeptError(
+            "the server could not delete a chunk's KV: its KV store did not answer",
+            remedy="Look after the LMCache server, and run the command again.",
         )
 
 
