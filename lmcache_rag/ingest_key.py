@@ -9,8 +9,12 @@ import os
 import stat
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lmcache_rag.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lmcache_rag.settings import Settings
 
 VARIABLE = "LMCACHE_RAG_INGEST_KEY"
 FILE_VARIABLE = "LMCACHE_RAG_INGEST_KEY_FILE"
@@ -57,6 +61,15 @@ def ingest_key(environment: Mapping[str, str] | None = None) -> str:
         return checked(key, VARIABLE)
     path = found.get(FILE_VARIABLE)
     return read_ingest_key(path) if path else ""
+
+
+def key_of(settings: Settings) -> str:
+    """The key from the environment, else from the file that the settings name; "" where there is none.
+
+    Raises:
+        ConfigError: What is there is no key, or its file cannot be used.
+    """
+    return ingest_key() or (read_ingest_key(settings.ingest_key_file) if settings.ingest_key_file else "")
 
 
 def checked(key: str, where: str = "The ingest key") -> str:

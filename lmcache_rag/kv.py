@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lmcache_rag import lazy_fill
+
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine, IngestPrompt, PrecomputeResult
     from lmcache_rag.prompt import PromptBuilder
-    from lmcache_rag.store import KVRow, Store, StoredChunk
+    from lmcache_rag.store import KVRow, RemoveResult, Store, StoredChunk
 
 log = logging.getLogger("lmcache_rag")
 
+_PAGE = 256  # chunks whose texts are in memory at once
 _RECORD_EVERY = 8  # chunks between two commits: a killed run computes at most none of them again, see KVKeeper
 
 
@@ -34,6 +37,23 @@ class KVTotals:
             self.tokens + other.tokens,
             self.nbytes + other.nbytes,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetReport:
+    """What a forget did.
+
+    Attributes:
+        removed: What left the store.
+        deleted: Chunks whose KV was deleted on the server; 0 for an engine that keeps its KV itself.
+        staying: Chunks whose KV stays on the server until it is evicted there.
+        why: Why it stays.
+    """
+
+    removed: RemoveResult
+    deleted: int
+    staying: int
+    why: str
 
 
 class KVKeeper:
@@ -123,6 +143,42 @@ class KVKeeper:
             known = self._store.registry.stored_texts([text]).values()
             self.compute(known, on_chunk=done.append, stop=stop)
         return done[0] if done else None
+
+    def forget(self, doc_ids: Sequence[str], *, on_chunk: Callable[[int, int], None] | None = None) -> ForgetReport:
+        """Remove documents, and have the KV of chunks that only they hold deleted where the engine keeps it.
+
+        The KV goes first: a run that is killed or fails leaves the documents, and the next one goes on. Needs the
+        store's writing lock.
+
+        Args:
+            doc_ids: The documents.
+            on_chunk: Called with (done, how many in all) after each chunk.
+
+        Raises:
+            EngineUnavailableError: The engine, or its KV store, cannot be reached. The documents stay.
+            EngineError: The engine does not let us.
+        """
+        from lmcache_rag.engines.base import ForgetsChunks
+
+        lazy_fill.cancel(self._engine)  # or it could be ingested again meanwhile
+        deleted, staying, why = 0, 0, ""
+        if isinstance(self._engine, ForgetsChunks):
+            ids = self._store.registry.chunks_only_in(doc_ids)
+            for result in self._engine.forget_chunks(self._keepable(ids)):
+                deleted, staying, why = deleted + result.forgotten, staying + (not result.forgotten), why or result.why
+                if on_chunk:
+                    on_chunk(deleted + staying, len(ids))
+        removed = self._store.registry.remove_documents(doc_ids)
+        self.empty_trash()
+        return ForgetReport(removed, deleted, staying, why)
+
+    def _keepable(self, chunk_ids: Sequence[int]) -> Iterator[IngestPrompt]:
+        """Prompts of those of the chunks that can have KV."""
+        room = self._engine.info.context_length - len(self._prompts.prefix_ids)
+        for start in range(0, len(chunk_ids), _PAGE):
+            for chunk in self._store.registry.chunks(chunk_ids[start : start + _PAGE]):
+                if 0 < len(self._prompts.chunk_ids(chunk.text)) < room:
+                    yield self._prompts.ingest(chunk.text)
 
     def empty_trash(self) -> int:
         """Let the engine drop KV that no chunk needs any more. Needs the store's writing lock."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from lmcache_rag.kv import KVKeeper, KVTotals
+from lmcache_rag.kv import ForgetReport, KVKeeper, KVTotals
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine, KVUsage, PrecomputeResult, VerifyResult
@@ -150,6 +150,23 @@ class Maintainer:
             result = self.store.registry.remove_documents(doc_ids)
             self._keeper.empty_trash()
         return result
+
+    def forget(self, doc_ids: Sequence[str], *, on_chunk: Callable[[int, int], None] | None = None) -> ForgetReport:
+        """Remove documents, and have the KV of chunks that only they hold deleted on the server too, at once.
+
+        After remove(), a server keeps that KV until it evicts it. KV that another prefix, model or tenant has of the
+        same chunks is not touched.
+
+        Args:
+            doc_ids: The documents.
+            on_chunk: Called with (done, how many in all) after each chunk.
+
+        Raises:
+            EngineUnavailableError: The server, or its KV store, cannot be reached. The documents stay; run it again.
+            EngineError: The server wants another key.
+        """
+        with self.store.writing(timeout=self.lock_timeout):
+            return self._keeper.forget(doc_ids, on_chunk=on_chunk)
 
     def prune(self) -> int:
         """Drop KV of other fingerprints (another model, prefix or tenant); returns how many were dropped."""

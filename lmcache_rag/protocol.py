@@ -151,6 +151,7 @@ ANSWER: Final = "lmcache_rag"
 COUNTS: Final = ("prefix_tokens", "reused_tokens", "recomputed_tokens", "computed_tokens")  # they add up to the prompt
 TIMES: Final = ("lookup_ms", "load_ms", "blend_ms")
 FAILURE: Final = "failure"  # a Fallback, or where can_blend is false a sentence; "" where there is none
+FORGOTTEN: Final = "forgotten"  # in answers to lmcache_rag.forget only: whether the chunk's KV was removed
 CAN_BLEND: Final = "can_blend"  # false in answers of a server that cannot blend at all; else absent
 REASON: Final = "reason"  # a CannotBlend, beside can_blend
 

@@ -42,6 +42,7 @@ class Settings(BaseSettings):
     tenant: str = Field("", description="KV of different tenants is never shared. (KV)")
     kv_budget_gb: float = Field(50.0, gt=0, description="Most gigabytes of KV files.")
     memory_budget_gb: float = Field(4.0, ge=0, description="Most gigabytes of hot KV in memory.")
+    ingest_key_file: Path | None = Field(None, description="File with the key that a server wants for ingestion.")
     lock_timeout_s: float = Field(30.0, ge=0, description="How long to wait for another process that is writing.")
 
     @field_validator("engine", mode="before")

@@ -72,8 +72,14 @@ class Workspace:
             return self._engine
         if self.settings.engine != "embedded":
             from lmcache_rag.engines.vllm import VLLMEngine
+            from lmcache_rag.ingest_key import key_of
 
-            return VLLMEngine(self.settings.engine, self.settings.model, timeout=self.settings.engine_timeout_s)
+            return VLLMEngine(
+                self.settings.engine,
+                self.settings.model,
+                timeout=self.settings.engine_timeout_s,
+                ingest_key=key_of(self.settings),
+            )
         with without_garbage_collection():
             from lmcache_rag.engines.embedded import EmbeddedEngine
 

@@ -196,6 +196,7 @@ def test_token_ids_and_blend_options_arrive_exactly(engine, builder, server, chu
         "lmcache_rag.policy": "hkvd",
         "lmcache_rag.ratio": 0.25,
         "lmcache_rag.chunks": [[chunk.start, chunk.end] for chunk in prompt.chunks],
+        "lmcache_rag.spans": True,
         "lmcache_rag.prefix": len(builder.prefix_ids),
     }
     engine.generate(prompt, SHORT, OFF)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from lmcache_rag.protocol import CHUNKS, PREFIX
+from lmcache_rag.protocol import CHUNKS, PREFIX, SPANS
 
 from .call import Call
 from .prompt_value import ChunkedPromptValue
 
-_PLACES = (CHUNKS, PREFIX)
+_PLACES = (CHUNKS, PREFIX, SPANS)
 _ROLES = {"system": "system", "human": "user", "ai": "assistant"}
 
 

@@ -14,12 +14,12 @@ from llama_index.core.llms.llm import LLM
 from lmcache_rag.adapters.blender import Blender, Prompted
 from lmcache_rag.engines.base import BlendOptions, Completion, StreamEvent, TextDelta
 from lmcache_rag.errors import ConfigError
-from lmcache_rag.protocol import CHUNKS, PREFIX
+from lmcache_rag.protocol import CHUNKS, PREFIX, SPANS
 
 from .llm import EngineLLM
 from .watching import Watched
 
-_NEEDED = ("prompt_token_ids", CHUNKS, PREFIX)
+_NEEDED = ("prompt_token_ids", CHUNKS, PREFIX, SPANS)
 _DOWN = ("APIConnectionError", "APITimeoutError", "InternalServerError", "ConnectError", "ConnectTimeout")
 
 

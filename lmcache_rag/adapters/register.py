@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lmcache_rag.errors import DocumentError
-from lmcache_rag.kv import KVKeeper, KVTotals
+from lmcache_rag.kv import ForgetReport, KVKeeper, KVTotals
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine
@@ -105,6 +105,15 @@ class KVRegister:
     async def aremove(self, ids: Iterable[str]) -> int:
         """Async twin of remove, in a thread."""
         return await asyncio.to_thread(self.remove, list(ids))
+
+    def forget(self, ids: Iterable[str]) -> ForgetReport:
+        """Take ids out, and have KV that no other id needs deleted on the server too; see Maintainer.forget."""
+        with self.store.writing(timeout=self.lock_timeout):
+            return self._keeper.forget([self._head + key for key in ids])
+
+    async def aforget(self, ids: Iterable[str]) -> ForgetReport:
+        """Async twin of forget, in a thread."""
+        return await asyncio.to_thread(self.forget, list(ids))
 
     def clear(self) -> int:
         """Take all ids of this space out. Returns how many there were."""

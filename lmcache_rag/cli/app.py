@@ -54,8 +54,17 @@ def _program(
 
 for _function in (ingest, ask, chat):
     app.command(rich_help_panel="Use", no_args_is_help=_function is not chat)(_function)
-for _function in (maintain.status, maintain.warm, maintain.verify, maintain.remove, maintain.prune, settings):
-    app.command(rich_help_panel="Look after", no_args_is_help=_function is maintain.remove)(_function)
+for _function in (
+    maintain.status,
+    maintain.warm,
+    maintain.verify,
+    maintain.remove,
+    maintain.forget,
+    maintain.prune,
+    settings,
+):
+    names_documents = _function in (maintain.remove, maintain.forget)
+    app.command(rich_help_panel="Look after", no_args_is_help=names_documents)(_function)
 app.command(
     rich_help_panel="Serve",
     no_args_is_help=True,

@@ -19,7 +19,7 @@ from lmcache_rag.errors import ConfigError
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import PrecomputeResult, VerifyResult
-    from lmcache_rag.store import Registry
+    from lmcache_rag.store import Registry, RemoveResult, Store
 
 Sample = Annotated[int, typer.Option("--sample", metavar="N", min=1, help="Chunks to check, chosen at random.")]
 AllChunks = Annotated[bool, typer.Option("--all", help="Check every chunk.")]
@@ -138,14 +138,7 @@ def remove(run: Run, documents: Documents = None, all_documents: AllDocuments = 
     if bool(documents) == all_documents:
         raise ConfigError("Name documents, or give --all.", remedy="See lmcache-rag remove --help.")
     with run.workspace() as workspace:
-        registry = workspace.store.registry
-        unknown: list[str] = []
-        if all_documents:
-            known = [record.doc_id for record in registry.documents()]
-            prompt = f"Remove all {count(len(known), 'document')} from {workspace.store.path}?"
-            typer.confirm(prompt, abort=True, err=True)
-        else:
-            known, unknown = find_documents(registry, documents or [])
+        known, unknown = _named(workspace.store, documents, all_documents=all_documents)
         run.find(workspace, embedder=False)
         with run.waiting("Removing"):
             result = workspace.maintainer.remove(known)
@@ -153,13 +146,46 @@ def remove(run: Run, documents: Documents = None, all_documents: AllDocuments = 
     if run.json:
         run.emit({**plain(result), "unknown": unknown})
     elif known:
-        run.out.print(
-            f"{count(result.documents, 'document')} removed, with {count(result.removed_chunks, 'chunk')}; "
-            f"{count(result.kept_chunks, 'chunk')} stay in other documents."
-        )
-    for name in unknown:
-        run.tell(f"There is no document {clean(repr(name))} in the store.", style="bold red")
+        _show_removed(run, result)
+    _show_unknown(run, unknown)
     return PARTLY if unknown else 0
+
+
+@verb(*options.PLACE)
+def forget(run: Run, documents: Documents = None, all_documents: AllDocuments = False) -> int:
+    """Remove documents, and delete their KV on the server at once.
+
+    Like remove; but remove leaves it to the server when KV is evicted there.
+    Chunks that other documents hold stay, with their KV. The exit status is 1
+    if a document is unknown or KV stays on the server.
+
+    [bold]Examples[/bold]
+      lmcache-rag forget contract.pdf --engine http://localhost:8000
+      lmcache-rag forget --all
+    """
+    if bool(documents) == all_documents:
+        raise ConfigError("Name documents, or give --all.", remedy="See lmcache-rag forget --help.")
+    with run.workspace() as workspace:
+        known, unknown = _named(workspace.store, documents, all_documents=all_documents)
+        run.find(workspace, embedder=False)
+        with Bars(run, "chunks") as bars:
+            report = workspace.maintainer.forget(known, on_chunk=lambda done, total: bars.update("chunks", done, total))
+    result = report.removed
+    unknown += result.unknown
+    if run.json:
+        run.emit({**plain(report), "unknown": unknown})
+    elif known:
+        _show_removed(run, result)
+        if report.deleted:
+            run.out.print(f"The KV of {count(report.deleted, 'chunk')} was deleted on the server.")
+    if report.staying:
+        run.tell(
+            f"The KV of {count(report.staying, 'chunk')} stays on the server until it is evicted there: "
+            f"{clean(report.why)}",
+            style="bold red",
+        )
+    _show_unknown(run, unknown)
+    return PARTLY if unknown or report.staying else 0
 
 
 @verb(*options.PLACE)
@@ -180,6 +206,27 @@ def prune(run: Run) -> None:
         run.emit({"dropped": dropped})
     else:
         run.out.print(f"KV of {count(dropped, 'chunk')} dropped.")
+
+
+def _named(store: Store, documents: Sequence[str] | None, *, all_documents: bool) -> tuple[list[str], list[str]]:
+    """(ids, unknown names) of the documents that a command names; asks before it takes all."""
+    if not all_documents:
+        return find_documents(store.registry, documents or [])
+    known = [record.doc_id for record in store.registry.documents()]
+    typer.confirm(f"Remove all {count(len(known), 'document')} from {store.path}?", abort=True, err=True)
+    return known, []
+
+
+def _show_removed(run: Run, result: RemoveResult) -> None:
+    run.out.print(
+        f"{count(result.documents, 'document')} removed, with {count(result.removed_chunks, 'chunk')}; "
+        f"{count(result.kept_chunks, 'chunk')} stay in other documents."
+    )
+
+
+def _show_unknown(run: Run, unknown: Sequence[str]) -> None:
+    for name in unknown:
+        run.tell(f"There is no document {clean(repr(name))} in the store.", style="bold red")
 
 
 def find_documents(registry: Registry, names: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -252,6 +252,15 @@ class PrecomputeResult:
 
 
 @dataclass(frozen=True, slots=True)
+class ForgetResult:
+    """Whether one chunk's KV left a server; `why` says why not."""
+
+    key: str
+    forgotten: bool
+    why: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class KVUsage:
     """How much KV an engine holds; zero where it cannot know."""
 
@@ -327,4 +336,18 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release what the engine holds. Safe to call twice."""
+        ...
+
+
+@runtime_checkable
+class ForgetsChunks(Protocol):
+    """An engine whose KV is kept elsewhere, by what the chunks are and not by name. Others forget by Engine.forget."""
+
+    def forget_chunks(self, prompts: Iterable[IngestPrompt]) -> Iterator[ForgetResult]:
+        """Have each chunk's KV deleted where it is kept; yields in the order of the prompts.
+
+        Raises:
+            EngineUnavailableError: It cannot be reached, or cannot reach its KV store.
+            EngineError: It does not let us.
+        """
         ...

@@ -15,6 +15,7 @@ from lmcache_rag.engines.base import (
     BlendOptions,
     Completion,
     EngineInfo,
+    ForgetResult,
     IngestPrompt,
     KVUsage,
     PrecomputeResult,
@@ -60,6 +61,8 @@ class VLLMEngine:
         patience: The same for each chunk at ingestion.
         backoff: Longest first wait between two tries, in seconds; it doubles from try to try.
         api_key: Of these servers; None: from the environment.
+        ingest_key: What these servers want for ingestion and forgetting, and sent with nothing else; None: from the
+            environment, LMCACHE_RAG_INGEST_KEY or LMCACHE_RAG_INGEST_KEY_FILE.
 
     Raises:
         EngineUnavailableError: A server cannot be reached.
@@ -80,8 +83,16 @@ class VLLMEngine:
         patience: int = 8,
         backoff: float = 0.5,
         api_key: str | None = None,
+        ingest_key: str | None = None,
     ) -> None:
-        self._servers = Servers(server_urls(urls), timeout=timeout, attempts=attempts, backoff=backoff, api_key=api_key)
+        self._servers = Servers(
+            server_urls(urls),
+            timeout=timeout,
+            attempts=attempts,
+            backoff=backoff,
+            api_key=api_key,
+            ingest_key=ingest_key,
+        )
         self._lock = threading.Lock()
         self._blends: bool | None = None  # not known yet
         self._why_not = NO_CONNECTOR
@@ -92,7 +103,9 @@ class VLLMEngine:
         except BaseException:
             self.close()
             raise
-        self._model, self._streams_tell = served.name, served.streams_tell
+        self._model = served.name
+        # Streams carry statistics: it is known that they do; it may be that they do.
+        self._streams_tell, self._streams_may_tell = served.streams_tell, served.streams_may_tell
         self.chat_takes_ids = served.chat_takes_ids
         self._info = EngineInfo(
             engine="vllm",
@@ -109,6 +122,7 @@ class VLLMEngine:
             self._info,
             self._body,
             partial(self._learn, sure=True),
+            served.block or protocol.VLLM_BLOCK,
             concurrency=concurrency,
             patience=patience,
         )
@@ -146,9 +160,30 @@ class VLLMEngine:
         return [prompt.key not in self._chunks.known for prompt in prompts]
 
     def forget(self, prompts_or_keys: Iterable[tuple[str, str]]) -> None:
-        """Take (fingerprint, key) pairs off the list of what the server is known to have; LMCache evicts by itself."""
+        """Take (fingerprint, key) pairs off the list of what the server is known to have.
+
+        Their KV stays there until LMCache evicts it; see forget_chunks.
+        """
         for _, key in prompts_or_keys:
             self._chunks.known.discard(key)
+
+    def forget_chunks(self, prompts: Iterable[IngestPrompt]) -> Iterator[ForgetResult]:
+        """Have the KV of these chunks deleted on the servers, from memory and tiers; yields in the prompts' order.
+
+        Call it for chunks only that nobody needs any more: a server does not know which documents hold a chunk.
+        A server that cannot do it, or whose connector is not there, keeps the KV until LMCache evicts it; the result
+        says so.
+
+        Raises:
+            EngineUnavailableError: A server, or its KV store, cannot be reached.
+            EngineError: A server wants another key.
+        """
+        return self._chunks.forget(prompts)
+
+    def forget_chunk(self, prompt: IngestPrompt) -> ForgetResult:
+        """The same for one chunk."""
+        [result] = self.forget_chunks([prompt])
+        return result
 
     def verify(self, prompt: IngestPrompt) -> VerifyResult:
         """Ask the server for one chunk: "ok" if it had the exact KV of its whole blocks, "missing" if not.
@@ -165,7 +200,10 @@ class VLLMEngine:
     # -- queries --------------------------------------------------------------------------------------------------
 
     def generate(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Completion:
-        """Answer one prompt. Streams inside where streams tell the statistics: from vLLM 0.33 on, or once one did.
+        """Answer one prompt, however long the answer takes: the timeout is for the server's silence.
+
+        Streams inside where streams carry the statistics: from vLLM 0.33 on, or where our connector runs. Elsewhere the
+        answer comes in one piece, and the timeout grows with its length.
 
         Raises:
             ContextLengthError: The prompt is longer than the context.
@@ -173,7 +211,7 @@ class VLLMEngine:
             EngineError: The server refused.
         """
         request = self.request(prompt, sampling, blend)
-        if not self._streams_tell:
+        if not self._streams_may_tell:
             gathered = wire.Gathered()
             gathered.take(self._servers.complete(request))
             return self.finished(gathered, prompt, blend, streamed=False, stops=bool(sampling.stop))
@@ -198,7 +236,7 @@ class VLLMEngine:
         """Async twin of generate."""
         request = self.request(prompt, sampling, blend)
         gathered = wire.Gathered()
-        if not self._streams_tell:
+        if not self._streams_may_tell:
             gathered.take(await self._servers.acomplete(request))
             return self.finished(gathered, prompt, blend, streamed=False, stops=bool(sampling.stop))
         async with self._servers.astreaming(request) as parts:
@@ -294,7 +332,9 @@ class VLLMEngine:
                 "The server broke off in the middle of an answer.", remedy="See the server's log, and ask again."
             )
         if streamed and gathered.told is not None and len(self._servers.urls) == 1:
-            self._streams_tell = True  # by our plugin, where the version alone would not
+            self._streams_tell = self._streams_may_tell = True  # by our plugin, where the version alone would not
+        elif streamed and gathered.told is None and not (stops or self._streams_tell):
+            self._streams_may_tell = False  # the plugin is not there
         # A stop string is found in vLLM's front end, which aborts the request: its statistics never come.
         self._learn(gathered, sure=not stops and (self._streams_tell or not streamed))
         ids = tuple(gathered.ids) or tuple(self._tokenizer.encode(gathered.text, add_special_tokens=False))

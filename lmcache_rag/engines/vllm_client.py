@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lmcache_rag.api_key import api_key
 from lmcache_rag.engines.vllm_errors import may_pass, raise_explained, speaking
 from lmcache_rag.errors import ConfigError
+from lmcache_rag.protocol import INGEST_KEY_HEADER
 
 if TYPE_CHECKING:
     import openai
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("lmcache_rag")
 
 CONNECT_SECONDS = 5.0
+# An answer in one piece is waited for as long as a server may take that gives so many tokens in each timeout: one a
+# second, with the usual 120 s. A stream is waited for from part to part.
+TOKENS_IN_TIMEOUT = 120
 
 
 def server_urls(given: str | Sequence[str]) -> tuple[str, ...]:
@@ -45,10 +49,11 @@ class Servers:
 
     Args:
         urls: The servers.
-        timeout: Longest silence in seconds.
+        timeout: Longest silence in seconds. An answer that is not streamed has more, by its length.
         attempts: How often a request is tried at most.
         backoff: Longest first wait between two tries, in seconds; it doubles from try to try.
         api_key: None: from the environment.
+        ingest_key: Sent with the requests that ingest and forget, and with no others; None: from the environment.
     """
 
     def __init__(
@@ -59,11 +64,12 @@ class Servers:
         attempts: int = 4,
         backoff: float = 0.25,
         api_key: str | None = None,
+        ingest_key: str | None = None,
     ) -> None:
         self.urls = tuple(urls)
         self.timeout, self._attempts, self._backoff = timeout, attempts, backoff
-        self._api_key = api_key
-        self._clients: dict[str, openai.OpenAI] = {}
+        self._api_key, self._ingest_key = api_key, ingest_key
+        self._clients: dict[tuple[str, bool], openai.OpenAI] = {}
         self._lock = threading.Lock()
         self._turn = itertools.count()
 
@@ -77,6 +83,8 @@ class Servers:
         attempts: int | None = None,
         stop: threading.Event | None = None,
         check: Callable[[Any], None] | None = None,
+        ingest: bool = False,
+        only: bool = False,
     ) -> Any:
         """One completion in one piece.
 
@@ -86,6 +94,8 @@ class Servers:
             attempts: Other than the usual number of tries.
             stop: Ends the waiting between tries.
             check: Called with the response; what it raises may lead to another try.
+            ingest: Whether the request ingests or forgets, for which a server may want the ingest key.
+            only: Every try goes to `home`.
 
         Raises:
             LMCacheRAGError: See lmcache_rag.engines.vllm_errors.explained.
@@ -98,7 +108,7 @@ class Servers:
         if stop is not None:
             rules["stop"] = tenacity.stop_any(rules.get("stop", self._ends), tenacity.stop_when_event_set(stop))
             rules["sleep"] = tenacity.sleep_using_event(stop)
-        return self._tried(request, home, rules, check)
+        return self._tried(request, home, rules, check, ingest=ingest, only=only)
 
     @contextmanager
     def streaming(self, request: dict[str, Any]) -> Iterator[Iterator[Any]]:
@@ -137,7 +147,9 @@ class Servers:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _order(self, home: int | None) -> Iterator[str]:
+    def _order(self, home: int | None, *, only: bool = False) -> Iterator[str]:
+        if only and home is not None:
+            return itertools.repeat(self.urls[home])
         start = next(self._turn) if home is None else home
         return itertools.islice(itertools.cycle(self.urls), start % len(self.urls), None)
 
@@ -147,15 +159,19 @@ class Servers:
         home: int | None = None,
         rules: dict[str, Any] | None = None,
         check: Callable[[Any], None] | None = None,
+        *,
+        ingest: bool = False,
+        only: bool = False,
     ) -> Any:
         import tenacity
 
-        urls, url = self._order(home), ""
+        urls, url, seconds = self._order(home, only=only), "", self._seconds(request)
+        limits = self._limits_of(seconds)
 
         def once() -> Any:
             nonlocal url
             url = next(urls)
-            response = self.client(url).completions.create(**request)
+            response = self.client(url, ingest=ingest).completions.create(**request, timeout=limits)
             if check is not None:
                 check(response)
             return response
@@ -163,7 +179,7 @@ class Servers:
         try:
             return tenacity.Retrying(**self._rules() | (rules or {}))(once)
         except Exception as problem:
-            raise_explained(problem, url, self.timeout)
+            raise_explained(problem, url, seconds, ingest=ingest)
 
     @asynccontextmanager
     async def _asked(self, request: dict[str, Any]) -> AsyncIterator[Any]:
@@ -171,7 +187,8 @@ class Servers:
         import openai
         import tenacity
 
-        urls, url = self._order(None), ""
+        urls, url, seconds = self._order(None), "", self._seconds(request)
+        limits = self._limits_of(seconds)
         http = openai.DefaultAsyncHttpxClient(verify=self._tls, timeout=self._limits)
         async with http:
 
@@ -179,12 +196,17 @@ class Servers:
                 nonlocal url
                 url = next(urls)
                 client = openai.AsyncOpenAI(base_url=f"{url}/v1", http_client=http, **self._options)
-                return await client.completions.create(**request)
+                return await client.completions.create(**request, timeout=limits)
 
             try:
                 yield await tenacity.AsyncRetrying(**self._rules())(once)
             except Exception as problem:
-                raise_explained(problem, url, self.timeout)
+                raise_explained(problem, url, seconds)
+
+    def _seconds(self, request: dict[str, Any]) -> float:
+        """Longest silence that a request is waited for."""
+        tokens = 1 if request.get("stream") else int(request.get("max_tokens") or 1)
+        return self.timeout * (1 + (tokens - 1) / TOKENS_IN_TIMEOUT)
 
     def _rules(self) -> dict[str, Any]:
         import tenacity
@@ -203,15 +225,26 @@ class Servers:
 
         return tenacity.stop_after_attempt(self._attempts)
 
-    def client(self, url: str) -> openai.OpenAI:
-        """The openai client of one server."""
+    def client(self, url: str, *, ingest: bool = False) -> openai.OpenAI:
+        """The openai client of one server; with `ingest`, the one that sends the ingest key.
+
+        The key is a header of the HTTP client, which logs none; openai's own client logs its requests' headers.
+        """
         import openai
 
+        from lmcache_rag.ingest_key import ingest_key
+
         with self._lock:
-            if url not in self._clients:
-                http = openai.DefaultHttpxClient(verify=self._tls, timeout=self._limits)
-                self._clients[url] = openai.OpenAI(base_url=f"{url}/v1", http_client=http, **self._options)
-            return self._clients[url]
+            if ingest and self._ingest_key is None:
+                self._ingest_key = ingest_key()
+            name = (url, ingest and bool(self._ingest_key))
+            if name not in self._clients:
+                options: dict[str, Any] = {}
+                if name[1]:  # a redirect could lead the key to another server
+                    options = {"headers": {INGEST_KEY_HEADER: self._ingest_key}, "follow_redirects": False}
+                http = openai.DefaultHttpxClient(verify=self._tls, timeout=self._limits, **options)
+                self._clients[name] = openai.OpenAI(base_url=f"{url}/v1", http_client=http, **self._options)
+            return self._clients[name]
 
     @property
     def headers(self) -> dict[str, str]:
@@ -226,9 +259,12 @@ class Servers:
 
     @cached_property
     def _limits(self) -> Any:
+        return self._limits_of(self.timeout)
+
+    def _limits_of(self, seconds: float) -> Any:
         import openai
 
-        return openai.Timeout(self.timeout, connect=min(CONNECT_SECONDS, self.timeout))
+        return openai.Timeout(seconds, connect=min(CONNECT_SECONDS, self.timeout))
 
     @cached_property
     def _tls(self) -> Any:

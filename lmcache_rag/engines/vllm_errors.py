@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from lmcache_rag.api_key import REMEDY
 from lmcache_rag.errors import ContextLengthError, EngineError, EngineUnavailableError, LMCacheRAGError
+from lmcache_rag.ingest_key import REMEDY as INGEST_REMEDY
 
 _TOO_LONG = re.compile(r"context length|max_model_len|maximum model length")
 
@@ -22,16 +23,23 @@ def speaking(url: str, timeout: float) -> Iterator[None]:
         raise_explained(problem, url, timeout)
 
 
-def raise_explained(problem: Exception, url: str, timeout: float) -> NoReturn:
+def raise_explained(problem: Exception, url: str, timeout: float, *, ingest: bool = False) -> NoReturn:
     """Raise what a problem is to us, or the problem itself where it is none of the server's."""
-    ours = explained(problem, url, timeout)
+    ours = explained(problem, url, timeout, ingest=ingest)
     if ours is None:
         raise problem
     raise ours from problem
 
 
-def explained(problem: Exception, url: str, timeout: float) -> LMCacheRAGError | None:
-    """What a problem is to us; None where it is none of the server's."""
+def explained(problem: Exception, url: str, timeout: float, *, ingest: bool = False) -> LMCacheRAGError | None:
+    """What a problem is to us; None where it is none of the server's.
+
+    Args:
+        problem: The problem.
+        url: The server.
+        timeout: How long it was waited for, in seconds.
+        ingest: Whether the request was one for which a server may want the ingest key.
+    """
     import openai
 
     reason = str(getattr(problem, "message", "") or problem)
@@ -46,6 +54,11 @@ def explained(problem: Exception, url: str, timeout: float) -> LMCacheRAGError |
             remedy="Start it with lmcache-rag serve MODEL, or name another by --engine.",
         )
     if isinstance(problem, openai.AuthenticationError | openai.PermissionDeniedError):
+        if ingest:
+            return EngineError(
+                f"{url} wants another ingest key, or another API key: {reason}",
+                remedy=f"The ingest key: {INGEST_REMEDY} The API key: {REMEDY}",
+            )
         return EngineError(f"{url} wants another API key.", remedy=REMEDY)
     if isinstance(problem, openai.NotFoundError):
         return EngineError(
@@ -55,7 +68,7 @@ def explained(problem: Exception, url: str, timeout: float) -> LMCacheRAGError |
     if isinstance(problem, openai.BadRequestError):
         if _TOO_LONG.search(reason):
             return ContextLengthError(reason, remedy="Retrieve fewer chunks or ask a shorter question.")
-        return EngineError(f"{url} refused the request: {reason}", remedy="See the server's log.")
+        return RefusedError(f"{url} refused the request: {reason}", remedy="See the server's log.")
     if isinstance(problem, openai.RateLimitError | openai.InternalServerError):
         return EngineUnavailableError(f"{url} is not able to answer: {reason}", remedy="Try again later.")
     if isinstance(problem, openai.APIError) or _is_transport(problem):
@@ -72,6 +85,10 @@ def may_pass(problem: BaseException) -> bool:
     if isinstance(problem, openai.APITimeoutError):
         return type(problem.__cause__).__name__ == "ConnectTimeout"
     return isinstance(problem, openai.APIConnectionError | openai.RateLimitError | openai.InternalServerError)
+
+
+class RefusedError(EngineError):
+    """The server does not take this request: status 400."""
 
 
 class NotKeptError(EngineError):

@@ -16,12 +16,13 @@ from lmcache_rag.engines import vllm_wire as wire
 from lmcache_rag.engines.base import (
     BlendOptions,
     EngineInfo,
+    ForgetResult,
     IngestPrompt,
     PrecomputeResult,
     Sampling,
     VerifyResult,
 )
-from lmcache_rag.engines.vllm_errors import NotKeptError
+from lmcache_rag.engines.vllm_errors import NotKeptError, RefusedError
 from lmcache_rag.errors import ContextLengthError, LMCacheRAGError, PrecomputeError
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class ChunkSender:
         info: What they serve.
         body: Makes a request of (prompt, sampling, kv_transfer_params).
         learn: Is shown each answer.
+        vllm_block: Tokens of a block of vLLM's own prefix cache.
         concurrency: Chunks sent at once.
         patience: How often each is tried.
     """
@@ -71,6 +73,7 @@ class ChunkSender:
     info: EngineInfo
     body: Callable[[IngestPrompt, Sampling, dict[str, Any]], dict[str, Any]]
     learn: Callable[[wire.Gathered], None]
+    vllm_block: int
     concurrency: int
     patience: int
     known: Known = field(default_factory=Known)
@@ -79,33 +82,60 @@ class ChunkSender:
         self, prompts: Iterable[IngestPrompt], *, stop: threading.Event | None = None
     ) -> Iterator[PrecomputeResult]:
         """See VLLMEngine.precompute. More prompts are taken than were answered: as many as are sent at once."""
-        source, stop = iter(prompts), stop or threading.Event()
-        running: deque[tuple[IngestPrompt, Future[bool]]] = deque()
-        try:
-            while True:
-                for prompt in islice(source, self.concurrency - len(running)):
-                    running.append((prompt, _in_thread(partial(self._send, prompt, stop))))
-                if not running:
-                    return
-                prompt, future = running.popleft()
-                try:
-                    held = future.result()
-                except LMCacheRAGError as problem:
-                    raise PrecomputeError(
-                        f"A chunk's KV could not be computed: {problem.message}",
-                        remedy=f"{problem.remedy} Run the command again; it goes on from here.".strip(),
-                    ) from problem
-                self.known.add(prompt.key)
-                tokens = len(prompt.chunk_ids)
-                yield PrecomputeResult(prompt.key, tokens, tokens * self.info.kv_bytes_per_token, computed=not held)
-        finally:
-            stop.set()  # those under way end by themselves; nobody waits for them
+        for prompt, future in self._at_once(prompts, self._send, stop or threading.Event()):
+            try:
+                held = future.result()
+            except LMCacheRAGError as problem:
+                raise PrecomputeError(
+                    f"A chunk's KV could not be computed: {problem.message}",
+                    remedy=f"{problem.remedy} Run the command again; it goes on from here.".strip(),
+                ) from problem
+            self.known.add(prompt.key)
+            tokens = len(prompt.chunk_ids)
+            yield PrecomputeResult(prompt.key, tokens, tokens * self.info.kv_bytes_per_token, computed=not held)
+
+    def forget(self, prompts: Iterable[IngestPrompt]) -> Iterator[ForgetResult]:
+        """See VLLMEngine.forget_chunks."""
+        for prompt, future in self._at_once(prompts, self._forget, threading.Event()):
+            why = future.result()
+            self.known.discard(prompt.key)
+            yield ForgetResult(prompt.key, not why, why)
 
     def verify(self, prompt: IngestPrompt) -> VerifyResult:
         """See VLLMEngine.verify."""
         request = self._request(prompt, {protocol.MAX_OFFLOAD_TOKENS: 0})
         held = self._held(prompt, self.servers.complete(request, home=_home(prompt)))
         return VerifyResult(prompt.key, "ok" if held else "missing")
+
+    def _at_once(
+        self, prompts: Iterable[IngestPrompt], work: Callable[[IngestPrompt, threading.Event], T], stop: threading.Event
+    ) -> Iterator[tuple[IngestPrompt, Future[T]]]:
+        """Do something with each prompt, several at a time; in the order of the prompts."""
+        source = iter(prompts)
+        running: deque[tuple[IngestPrompt, Future[T]]] = deque()
+        try:
+            while True:
+                for prompt in islice(source, self.concurrency - len(running)):
+                    running.append((prompt, _in_thread(partial(work, prompt, stop))))
+                if not running:
+                    return
+                yield running.popleft()
+        finally:
+            stop.set()  # those under way end by themselves; nobody waits for them
+
+    def _forget(self, prompt: IngestPrompt, stop: threading.Event) -> str:
+        """Have a chunk's KV deleted on every server, each of which may hold a copy; returns why not, "" if it was."""
+        request = self._request(prompt, {protocol.FORGET: True, protocol.MAX_OFFLOAD_TOKENS: 0})
+        for home in range(len(self.servers.urls)):
+            try:
+                response = self.servers.complete(
+                    request, home=home, attempts=self.patience, stop=stop, check=_forgotten, ingest=True, only=True
+                )
+            except RefusedError as problem:
+                return problem.message
+            if protocol.FORGOTTEN not in (protocol.answer_statistics(response) or {}):
+                return f"{self.servers.urls[home]} runs without a connector of lmcache-rag that can do it"
+        return ""
 
     def _send(self, prompt: IngestPrompt, stop: threading.Event) -> bool:
         """Have a chunk's KV computed; returns whether it was there already."""
@@ -115,6 +145,7 @@ class ChunkSender:
             attempts=self.patience,
             stop=stop,
             check=_kept,
+            ingest=True,
         )
         return self._held(prompt, response)
 
@@ -130,7 +161,7 @@ class ChunkSender:
         gathered = wire.Gathered()
         gathered.take(response)
         self.learn(gathered)
-        return wire.already_held(gathered, prompt, self.info.kv_block)
+        return wire.already_held(gathered, prompt, kv_block=self.info.kv_block, vllm_block=self.vllm_block)
 
 
 def _home(prompt: IngestPrompt) -> int:
@@ -146,6 +177,15 @@ def _kept(response: Any) -> None:
     if failure and not gathered.why_not:  # a server that cannot blend keeps exact prefixes
         raise NotKeptError(
             f"the server could not reach its KV store ({failure})", remedy="Look after the LMCache server."
+        )
+
+
+def _forgotten(response: Any) -> None:
+    """A server that could not reach its KV store says so; another try may help."""
+    if (protocol.answer_statistics(response) or {}).get(protocol.FORGOTTEN) is False:
+        raise NotKeptError(
+            "the server could not delete a chunk's KV: its KV store did not answer",
+            remedy="Look after the LMCache server, and run the command again.",
         )
 
 

@@ -30,9 +30,11 @@ class ServedModel:
         name: By which it is asked for.
         root: Where the server has it from: a Hugging Face name or a folder over there.
         context_length: Most tokens of prompt and answer together.
-        streams_tell: Whether its streams can carry reuse statistics.
+        streams_tell: Whether its streams carry reuse statistics.
+        streams_may_tell: Whether they do if our plugin is loaded there, as it is where our connector runs.
         chat_takes_ids: Whether its chat completions take token ids.
         chunk: Tokens of an LMCache chunk; 0 where the server does not say.
+        block: Tokens of a block of vLLM's own prefix cache; 0 where the server does not say.
         local: A folder here that was named for it; "" where none was.
     """
 
@@ -40,8 +42,10 @@ class ServedModel:
     root: str
     context_length: int
     streams_tell: bool
+    streams_may_tell: bool
     chat_takes_ids: bool
     chunk: int = 0
+    block: int = 0
     local: str = ""
 
 
@@ -73,8 +77,11 @@ def served_model(servers: Servers, wanted: str | None) -> ServedModel:
         first,
         context_length=min(each.context_length for each in every),
         streams_tell=all(each.streams_tell for each in every),
+        streams_may_tell=all(each.streams_may_tell for each in every),
         chat_takes_ids=all(each.chat_takes_ids for each in every),
         chunk=max(each.chunk for each in every),
+        # Where they differ, the smaller: a chunk that is held may then count as missing, and is sent once more.
+        block=min(each.block for each in every),
     )
 
 
@@ -114,14 +121,17 @@ def _served(servers: Servers, url: str, wanted: str | None) -> ServedModel:
         raise EngineError(
             f"{url} does not say how long its context is.", remedy="Name a vLLM server: lmcache-rag serve MODEL."
         )
-    version = _version(servers, url)
+    version, metrics = _version(servers, url), _metrics(servers, url)
+    chunk = chunk_tokens(metrics)
     return ServedModel(
         name,
         root,
         int(length),
-        version >= STREAMS_TELL,
-        version >= CHAT_TAKES_IDS,
-        chunk=_chunk(servers, url),
+        streams_tell=version >= STREAMS_TELL,
+        streams_may_tell=version >= STREAMS_TELL or chunk > 0,
+        chat_takes_ids=version >= CHAT_TAKES_IDS,
+        chunk=chunk,
+        block=vllm_block(metrics),
         local=str(local or ""),
     )
 
@@ -136,8 +146,14 @@ def _version(servers: Servers, url: str) -> tuple[int, ...]:
     return (int(version[1]), int(version[2])) if version else (0, 0)
 
 
-def _chunk(servers: Servers, url: str) -> int:
-    return chunk_tokens(str(_ask(partial(servers.client(url).get, f"{url}/metrics", cast_to=str)) or ""))
+def _metrics(servers: Servers, url: str) -> str:
+    return str(_ask(partial(servers.client(url).get, f"{url}/metrics", cast_to=str)) or "")
+
+
+def vllm_block(metrics: str) -> int:
+    """Tokens of a block of vLLM's prefix cache, by the text of its /metrics; 0 when it does not say."""
+    found = re.search(r'^vllm:cache_config_info\{(?:[^}]*,)?block_size="(\d+)"', metrics, re.MULTILINE)
+    return int(found[1]) if found else 0
 
 
 def _aside(ask: Callable[[], object]) -> dict[str, Any]:

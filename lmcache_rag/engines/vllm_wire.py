@@ -24,12 +24,13 @@ def blend_params(blend: BlendOptions, prompt: QueryPrompt | None = None) -> dict
     """How a request reuses KV, as our connector reads it; see lmcache_rag.protocol.
 
     The chunks' places are named, so that the server can copy what it still holds itself; see lmcache_rag.connector.hot.
+    And the answer is to say which places it reused, so that it is known which chunks were missing; see chunks_found.
     """
     if not blend.enabled:
         return dict(protocol.NO_BLEND)
     params = {protocol.BLEND: "on", protocol.POLICY: blend.policy, protocol.RATIO: blend.ratio}
     spans = [[chunk.start, chunk.end] for chunk in prompt.chunks] if prompt else []
-    return params | ({protocol.CHUNKS: spans} if spans else {})
+    return params | ({protocol.CHUNKS: spans, protocol.SPANS: True} if spans else {})
 
 
 def request(
@@ -118,11 +119,18 @@ class Gathered:
         return "stop" if self.reason == "stop" else "length" if self.reason == "length" else "cancelled"
 
 
-def already_held(gathered: Gathered, prompt: IngestPrompt, kv_block: int) -> bool:
-    """Whether the server had the KV of all of this prompt that it can keep, and so computed the last tokens only."""
+def already_held(gathered: Gathered, prompt: IngestPrompt, *, kv_block: int, vllm_block: int) -> bool:
+    """Whether the server had the KV of all of this prompt that it can keep, and so computed the last tokens only.
+
+    Args:
+        gathered: What came.
+        prompt: What was sent.
+        kv_block: Tokens of an LMCache chunk.
+        vllm_block: Tokens of a block of vLLM's own prefix cache.
+    """
     length = len(prompt.token_ids)
     # One token at least is always computed, and vLLM's own cache then gives whole blocks only.
-    keeps = min(length // kv_block * kv_block, (length - 1) // protocol.VLLM_BLOCK * protocol.VLLM_BLOCK)
+    keeps = min(length // kv_block * kv_block, (length - 1) // vllm_block * vllm_block)
     told = gathered.told or {}
     return keeps > prompt.prefix_tokens and int(told.get("prefix_tokens", gathered.cached or 0)) >= keeps
 

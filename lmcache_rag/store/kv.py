@@ -27,6 +27,13 @@ _USE = """INSERT OR IGNORE INTO kv_chunks (chunk_id, kv_id)
 _DISCARD = """INSERT OR IGNORE INTO trash (fingerprint, key) SELECT ?1, ?2
     WHERE NOT EXISTS (SELECT 1 FROM kv WHERE fingerprint = ?1 AND key = ?2)"""
 
+_ONLY_IN = """WITH documents_left AS (SELECT value FROM json_each(?)),
+    leaving AS (SELECT DISTINCT chunk_id FROM doc_chunks AS held WHERE doc_id IN documents_left AND NOT EXISTS
+        (SELECT 1 FROM doc_chunks WHERE chunk_id = held.chunk_id AND doc_id NOT IN documents_left))
+    SELECT chunk_id FROM leaving WHERE NOT EXISTS
+        (SELECT 1 FROM kv_chunks AS own JOIN kv_chunks AS other USING (kv_id)
+        WHERE own.chunk_id = leaving.chunk_id AND other.chunk_id NOT IN leaving) ORDER BY chunk_id"""
+
 
 class KVTable(Tables):
     """The part of the registry that is about KV."""
@@ -74,6 +81,11 @@ class KVTable(Tables):
             f"{WITHOUT_KV} AND chunk_id IN (SELECT chunk_id FROM doc_chunks JOIN json_each(?) ON doc_id = value)"
         )
         return list(self._chunk_pages(condition, fingerprint, json.dumps(list(doc_ids))))
+
+    def chunks_only_in(self, doc_ids: Iterable[str]) -> list[int]:
+        """Ids of chunks that leave with these documents: no other holds them, or a chunk that shares their KV."""
+        with self._database.read() as connection:
+            return [row[0] for row in connection.execute(_ONLY_IN, (json.dumps(list(doc_ids)),))]
 
     def trash_other_kv(self, fingerprint: str) -> int:
         """Move the KV of all other fingerprints to the trash. Returns how many keys."""
