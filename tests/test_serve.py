@@ -341,6 +341,32 @@ def test_what_the_connector_must_know_is_told_to_it(option: str, name: str, valu
     assert getattr(ConnectorOptions.read(lambda key, default: extra.get(key, default)), name) == value
 
 
+def test_index_and_store_modes_reach_both_servers() -> None:
+    from lmcache_rag.connector.lmcache_server.settings import ServerSettings
+
+    made = dry_run("some/model", "--dry-run", "--index", "all", "--store", "ingest", "--index-size", "1000")
+    lmcache, vllm = map(shlex.split, made.stdout.splitlines())
+    module = json.loads(lmcache[lmcache.index("--server-module") + 1])
+    assert ServerSettings.read(module["config"]) == ServerSettings("all", "ingest", 1000)
+    extra = json.loads(vllm[vllm.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
+    assert extra["lmcache_rag.store"] == "ingest"
+    usual = dry_run("some/model", "--dry-run").stdout
+    assert '"config"' not in usual
+    assert ServerSettings.read({}) == ServerSettings("declared", "all")
+    for wrong in (["--index", "some"], ["--store", "none"], ["--index-size", "0"]):
+        assert dry_run("some/model", "--dry-run", *wrong).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"index": "x"}, {"store": "x"}, {"index_size": True}, {"index_size": 0}, {"sise": 1}], ids=str
+)
+def test_wrong_server_settings_are_named(wrong: dict[str, Any]) -> None:
+    from lmcache_rag.connector.lmcache_server.settings import ServerSettings
+
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        ServerSettings.read(wrong)
+
+
 def test_dry_run_in_json() -> None:
     document = json.loads(dry_run("some/model", "--dry-run", "--json", "--port", "9000").stdout)
     assert document["url"] == "http://127.0.0.1:9000"

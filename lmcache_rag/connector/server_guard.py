@@ -1,7 +1,7 @@
 """Loaded by LMCache's server through its option --server-module; see lmcache_rag.connector.lmcache_server.
 
-LMCache 0.5.6 calls `build_server_modules`. 0.5.7 looks for classes of its own kind in here: `ServerGuard`, which is made
-when it is asked for, since this module is imported where LMCache is not, or should not be loaded.
+LMCache 0.5.6 calls `build_server_modules`. 0.5.7 looks for classes of its own kind in here: `ServerGuard`, which is
+made when it is asked for, since this module is imported where LMCache is not, or should not be loaded.
 """
 
 from __future__ import annotations

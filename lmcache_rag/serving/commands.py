@@ -77,7 +77,7 @@ class ServeOptions:
     lmcache_http_port: int = 8089
     step_tokens: int | None = None
     connector: tuple[str, ...] = ()
-    keeps: ServerSettings = ServerSettings()
+    keeps: ServerSettings = field(default_factory=ServerSettings)
 
 
 @dataclass(frozen=True)
