@@ -117,7 +117,7 @@ class Guard:
             keys = self.context.resolve_obj_keys(key, [0])[0]
             hashes = [each.chunk_hash for each in keys]
             self.forgetting.keep(keys)
-            if ingested or self.settings.index == "all":
+            if self._indexes(key):
                 self.index.declare(key.cache_salt, hashes, ingested=ingested)
             self._thread.storing = key
             try:
@@ -146,8 +146,7 @@ class Guard:
             handle, stored, _ = module._transfer_module.store_with_chunk_mask(
                 key, instance_id, gpu_block_ids, event_ipc_handle
             )
-            indexed = guard.settings.index == "all" or _flag(key, protocol.INGEST)
-            if stored and indexed and key.worker_id in (0, None):  # one rank's word is enough
+            if stored and guard._indexes(key) and key.worker_id in (0, None):  # one rank's word is enough
                 guard.register_later(module, key, instance_id)
             return handle, stored
 
@@ -197,6 +196,9 @@ class Guard:
             )
             for found in self.index.match(tokens, salt)
         ]
+
+    def _indexes(self, key: Any) -> bool:
+        return self.settings.index == "all" or _flag(key, protocol.INGEST)
 
     def register_later(self, blend: Any, key: Any, instance_id: int) -> None:
         """Make a store's chunks findable once the device has copied them.
