@@ -421,6 +421,7 @@ def test_a_lookup_sends_the_prompt_once() -> None:
     assert asked.poll(1.0)
     assert asked.result is not None
     assert asked.result[0] == 64
+    assert asked._prefix == list(range(64)), "the rest of the prompt is let go of"
     assert [(m.start, m.end, m.old_start) for m in asked.result[1]] == [(200, 264, 64)]
     assert [len(ids(key)) for key in client.keys] == [300, 0, 0]
     assert {(key.request_id, key.cache_salt, key.model_name, key.num_kv_readers) for key in client.keys} == {

@@ -5,6 +5,7 @@ See test_connector_contract.py.
 
 from __future__ import annotations
 
+import inspect
 import time
 import warnings
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ if missing():
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import zmq
-    from lmcache.integration.vllm import lmcache_mp_metadata
+    from lmcache.integration.vllm import lmcache_mp_connector, lmcache_mp_metadata
     from lmcache.integration.vllm import vllm_multi_process_adapter as adapters
     from lmcache.v1.multiprocess import custom_types, futures
     from lmcache.v1.multiprocess.transfer_context import worker_transfer
@@ -188,17 +189,26 @@ def test_an_answer_that_is_an_error_waits_for_the_fence(worker: Worker, quick: N
 
 
 @pytest.mark.parametrize("healthy", [True, False])
-def test_a_preemption_waits_once_for_all_stores(worker: Worker, quick: None, healthy: bool) -> None:
+def test_a_preemption_waits_once_for_all_stores(
+    worker: Worker, quick: None, healthy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock, long = futures.DeviceMessagingFuture.wait, list[float]()
+
+    def wait(self: Any, timeout: float) -> bool:
+        if timeout == LONG:
+            long.append(timeout)
+        return timeout != LONG and stock(self, timeout)
+
+    monkeypatch.setattr(futures.DeviceMessagingFuture, "wait", wait)
     for number in range(5):
         worker.store(f"r{number}")
     if not healthy:
         worker.adapter._health_event.clear()
-    begin = time.monotonic()
     worker.adapter.handle_preemptions(False)
     assert time.time() < worker.keys[-1].request_configs[UNTIL], "without a preemption it does not wait"
     worker.adapter.handle_preemptions(True)
     assert time.time() > max(key.request_configs[UNTIL] for key in worker.keys), "the fence is passed"
-    assert time.monotonic() - begin < LONG / 100, "LMCache waits for each, as long as its own timeout"
+    assert long == [], "LMCache waits for each store, as long as its own timeout"
 
 
 def test_a_preemption_does_not_wait_for_a_dead_server(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +289,12 @@ def test_what_the_adapter_remembers_is_bounded(worker: Worker, monkeypatch: pyte
         pending[number] = "call"
     assert len(pending) == 50
     assert pending.pop(1099, None) == "call"
+
+
+def test_a_worker_uses_the_server_that_we_look_at() -> None:
+    text = inspect.getsource(lmcache_mp_connector.LMCacheMPConnector.__init__)
+    assert "ranks_per_node = parallel_strategy.vllm_world_size // n_servers" in text
+    assert "parallel_strategy.vllm_worker_id // ranks_per_node" in text
 
 
 def test_lmcaches_receipts_of_every_rank_arrive() -> None:

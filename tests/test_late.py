@@ -116,4 +116,13 @@ def test_where_the_server_is() -> None:
 
     assert of(host="tcp://localhost", port=5600) == ("localhost", 5600)
     assert of() == ("localhost", 5555)
-    assert of(server_urls=["tcp://a:1", "tcp://b:2"]) is None
+    assert of(host="grpc://localhost") == ("localhost", 5555)
+    assert of(server_urls=["tcp://a:1", "b:2"]) == ("a", 1)
+    assert of(host="ipc:///tmp/x", port="y") is None
+
+
+@pytest.mark.parametrize("urls", [["tcp://a:1", "tcp://b:2"], "a:1, b:2"])
+def test_which_of_several_servers_a_worker_uses(urls: Any) -> None:
+    """As in LMCache's connector: the first half of the ranks uses the first of two."""
+    found = [compat_lmcache.address(lambda key, default: urls, rank, 4) for rank in range(4)]
+    assert found == [("a", 1), ("a", 1), ("b", 2), ("b", 2)]
