@@ -142,7 +142,7 @@ class EmbeddedVLLM(ThreadingHTTPServer):
         )
         return prompt, blend
 
-    def told(self, done: Completion, prompt: QueryPrompt | None) -> dict[str, Any] | None:
+    def told(self, done: Completion, prompt: QueryPrompt | None, body: dict[str, Any]) -> dict[str, Any] | None:
         """What the connector says of a request, before it is computed where `spans` are wanted."""
         if not self.connector:
             return None
@@ -151,8 +151,9 @@ class EmbeddedVLLM(ThreadingHTTPServer):
             self.reused.append(done.stats.reused_tokens)
         for name in ("chunks_hit", "chunks_missed", "ttft_ms", "blended", "prompt_tokens"):
             del numbers[name]
-        if prompt is not None and not done.stats.chunks_missed:
-            numbers["spans"] = [[chunk.start, chunk.end] for chunk in prompt.chunks] if done.stats.chunks_hit else []
+        if prompt is not None and (body.get("kv_transfer_params") or {}).get("lmcache_rag.spans"):
+            there = [chunk for i, chunk in enumerate(prompt.chunks) if i not in done.missed and done.stats.chunks_hit]
+            numbers["spans"] = [[chunk.start, chunk.end] for chunk in there]
         return {"lmcache_rag": numbers | ({"failure": self.failure} if self.failure else {})}
 
 
@@ -253,7 +254,7 @@ class _Handler(ApiHandler):
             else:
                 prompt, blend = server.query(ids, body)
                 done = server.engine.generate(prompt, sampling, blend)
-            told = server.told(done, prompt)
+            told = server.told(done, prompt, body)
             if _stopped_by_text(done, server.engine.tokenizer):
                 told = None  # found in the front end, which aborts the request: the connector's words never come
             tokens += len(done.token_ids)
@@ -293,7 +294,7 @@ class _Handler(ApiHandler):
                 if body.get("return_token_ids"):
                     last["choices"][0]["token_ids"] = list(event.token_ids)
                 if server.version_numbers >= (0, 33) and not _stopped_by_text(event, server.engine.tokenizer):
-                    last["kv_transfer_params"] = server.told(event, prompt)
+                    last["kv_transfer_params"] = server.told(event, prompt, body)
                 self.send_event(head | last)
                 if (body.get("stream_options") or {}).get("include_usage"):
                     counts = (len(ids), len(event.token_ids), len(ids) + len(event.token_ids))

@@ -40,6 +40,11 @@ class BlockMemory:
             self.chains.add((salt, tuple(ids[: start + BLOCK])))
             self.blocks[salt, tuple(ids[start : start + BLOCK])] = start
 
+    def forget(self, salt: str, ids: list[int], prefix: int) -> None:
+        for start in range(prefix, len(ids) // BLOCK * BLOCK, BLOCK):
+            self.chains.discard((salt, tuple(ids[: start + BLOCK])))
+            self.blocks.pop((salt, tuple(ids[start : start + BLOCK])), None)
+
     def find(self, salt: str, ids: list[int]) -> tuple[int, tuple[Match, ...]]:
         exact = 0
         while exact + BLOCK <= len(ids) and (salt, tuple(ids[: exact + BLOCK])) in self.chains:
@@ -66,6 +71,7 @@ class FakeVLLM(ThreadingHTTPServer):
         self.context = 8192
         self.connector = True
         self.chunk = 0  # told on /metrics
+        self.block = 0  # of vLLM's own prefix cache: told on /metrics, and of which an exact hit is whole blocks
         self.gauges: dict[str, float] = {}  # told on /metrics too
         self.status: dict[str, Any] | None = None  # what an LMCache says on /status, at the same address
         self.plugin = False  # makes streams of versions before 0.33 tell
@@ -77,6 +83,10 @@ class FakeVLLM(ThreadingHTTPServer):
         self.drop_after: int | None = None  # chunks of a stream before the connection breaks
         self.pause = 0.0  # seconds between the chunks of a stream
         self.key = ""
+        self.ingest_key = ""  # wanted of requests that ingest and forget
+        self.ingest_keys: list[tuple[bool, str | None]] = []  # (whether it ingests or forgets, the key that came)
+        self.forgets = True  # knows lmcache_rag.forget
+        self.cannot_forget = 0  # so many times LMCache does not answer a forget
         self.memory = BlockMemory()
         self.seen: list[dict[str, Any]] = []
         self.auth: list[str | None] = []
@@ -105,6 +115,8 @@ class FakeVLLM(ThreadingHTTPServer):
         ids, params, salt = body["prompt"], body.get("kv_transfer_params") or {}, body.get("cache_salt", "")
         if not self.connector:
             return None
+        if params.get(protocol.FORGET):
+            return {"lmcache_rag": self._forget(salt, ids, params[protocol.PREFIX])}
         if self.why_not:
             with self._lock:
                 exact, _ = self.memory.find(salt, ids)
@@ -126,6 +138,14 @@ class FakeVLLM(ThreadingHTTPServer):
                 limits = [len(ids), limit, params.get("lmcache.max_offload_tokens")]
                 self.memory.keep(salt, ids, min(n for n in limits if n is not None))
             return {"lmcache_rag": self._side.finished(request)}
+
+    def _forget(self, salt: str, ids: list[int], prefix: int) -> dict[str, Any]:
+        with self._lock:
+            done = not self.cannot_forget
+            self.cannot_forget = max(0, self.cannot_forget - 1)
+            if done:
+                self.memory.forget(salt, ids, prefix)
+        return unblended(len(ids), 0, "query", 0.15, "") | {"can_blend": True, protocol.FORGOTTEN: done}
 
 
 def _blended(plan: BlendPlan) -> BlendResult:
@@ -156,9 +176,11 @@ class _Handler(ApiHandler):
             self.send_document(200, {"object": "list", "data": [adapter, card]})
         elif self.path == "/version":
             self.send_document(200, {"version": server.version})
-        elif self.path == "/metrics" and (server.chunk or server.gauges):
+        elif self.path == "/metrics" and (server.chunk or server.gauges or server.block):
             told = server.gauges | ({"vllm:lmcache_rag_chunk_tokens": float(server.chunk)} if server.chunk else {})
             lines = [f'{name}{{engine="0",model_name="{server.model}"}} {value}\n' for name, value in told.items()]
+            if server.block:
+                lines.append(f'vllm:cache_config_info{{block_size="{server.block}",engine="0"}} 1.0\n')
             self.send_text(200, "".join(lines), "text/plain; version=0.0.4")
         elif self.path == "/status" and server.status is not None:
             self.send_document(200, server.status)
@@ -193,12 +215,20 @@ class _Handler(ApiHandler):
         self.server.auth.append(self.headers.get("Authorization"))
 
     def _complete(self, body: dict[str, Any], number: int) -> None:
-        server = self.server
+        server, params = self.server, body.get("kv_transfer_params")
+        params = params if isinstance(params, dict) else {}
+        changes = bool(params.get(protocol.INGEST) or params.get(protocol.FORGET))
+        key = self.headers.get(protocol.INGEST_KEY_HEADER)
+        server.ingest_keys.append((changes, key))
         time.sleep(server.hang)
         if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
             self.send_problem(401, "Unauthorized")
         elif server.fail:
             self.send_problem(server.fail.pop(0), "on demand")
+        elif changes and server.ingest_key and key != server.ingest_key:
+            self.send_problem(401 if key is None else 403, "it needs the server's ingest key")
+        elif not server.forgets and params.get(protocol.FORGET):
+            self.send_problem(400, "'lmcache_rag.forget' is not known")
         elif wrong := protocol.complaints(body.get("kv_transfer_params")):
             self.send_problem(400, protocol.joined(wrong))
         elif not isinstance(body.get("kv_transfer_params") or {}, dict):
