@@ -167,6 +167,21 @@ async def test_nodes_are_deleted_by_filters_async(store, workspace, tmp_path, co
     assert same(store, workspace, tmp_path) == {"0"}
 
 
+@pytest.mark.parametrize("store", ["ours", "chroma"], indirect=True)  # the other is asked by filters
+@pytest.mark.parametrize("twin", ["delete_nodes", "adelete_nodes"])
+async def test_filters_that_match_nothing_ask_the_store_inside_nothing(store, corpus, monkeypatch, twin):
+    """To delete no ids and without filters would be an error to some stores, and everything to others."""
+    await store.async_add([node(corpus[0], "d", name="0", number=0)])
+    asked = []
+    monkeypatch.setattr(type(store.inner), "delete_nodes", lambda *given, **more: asked.append(given))
+    monkeypatch.setattr(type(store.inner), "adelete_nodes", lambda *given, **more: asked.append(given))
+    done = getattr(store, twin)(filters=only("number", 7))
+    if twin == "adelete_nodes":
+        await done
+    assert asked == []
+    assert store.kv.ids() == {"0"}
+
+
 def test_a_store_that_cannot_tell_is_an_error_before_anything_is_gone(workspace, corpus):
     class Mute(FaissVectorStore):
         def get_nodes(self, node_ids=None, filters=None):

@@ -94,3 +94,22 @@ def test_a_model_without_a_template_gets_plain_text(tokenizer):
     own.chat_template = None
     prompt = PromptBuilder(own, INFO).query(["Passage."], "What?")
     assert own.decode(prompt.token_ids).endswith("Passage.\n\nQuestion: What?\nAnswer:")
+
+
+def test_a_template_that_shows_the_date_gets_a_fixed_one(tokenizer):
+    """Llama 3's holds today's: each midnight all KV would be useless."""
+    import copy
+
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = (
+        "{% if not date_string is defined %}{% set date_string = 'today' %}{% endif %}"
+        "[{{ date_string }}]{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]"
+    )
+    assert "[26 Jul 2024]" in own.decode(PromptBuilder(own, INFO).prefix_ids)
+
+
+def test_a_later_turn_begins_without_space(builder, tokenizer):
+    prompt = builder.query(["Passage."], "Second?", [Turn("user", "First?"), Turn("assistant", "Yes.")])
+    text = tokenizer.decode(prompt.token_ids)
+    assert "Passage.\n\nQuestion: First?" in text
+    assert "user\nQuestion: Second?" in text

@@ -37,7 +37,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Outcome]:
             running.append(subprocess.Popen(command, env=surroundings, stdout=log, stderr=subprocess.STDOUT))
     try:
         for rank, process in enumerate(running):
-            assert process.wait(180) == 0, (folder / f"rank{rank}.log").read_text()[-4000:]
+            assert process.wait(900) == 0, (folder / f"rank{rank}.log").read_text()[-4000:]
     finally:
         for process in running:
             process.kill()
@@ -174,3 +174,24 @@ def test_where_one_rank_has_no_memory_at_all_vllm_is_told_by_all(ranks: list[Out
 def test_a_rank_whose_memory_is_gone_in_a_pass_ends_rather_than_leave_the_others_waiting(ranks: list[Outcome]) -> None:
     """They are in the middle of the pass and it cannot join them again; vLLM ends all workers when one raises."""
     assert [rank["memory gone in a pass"] for rank in ranks] == ["out of memory"] * RANKS
+
+
+def best(scores: list[float], spans: list[tuple[int, int]], count: int, reach: int) -> list[int]:
+    """The positions with the highest scores, each the highest of `reach` neighbours on either side in its chunk."""
+    places, pooled, first = [], [], 0
+    for start, end in spans:
+        own = scores[first : first + end - start]
+        first += end - start
+        places += range(start, end)
+        pooled += [max(own[max(0, i - reach) : i + reach + 1]) for i in range(len(own))]
+    return sorted(sorted(places, key=lambda place: (-pooled[places.index(place)], place))[:count])
+
+
+@pytest.mark.parametrize("policy", ["query", "hkvd"])
+def test_two_ranks_choose_the_highest_of_their_sums(ranks: list[Outcome], hf: HFModel, policy: str) -> None:
+    summed = sum(rank[policy]["own scores"] for rank in ranks)
+    spans = World(hf).case.spans
+    first = 0 if policy == "query" else PREFIX
+    scores = [float(summed[place - first]) for start, end in spans for place in range(start, end)]
+    want = best(scores, spans, len(ranks[0][policy]["chosen"]), reach=2 if policy == "query" else 0)
+    assert [rank[policy]["chosen"] for rank in ranks] == [want] * RANKS

@@ -294,6 +294,8 @@ def test_embeddings_are_brought_to_unit_length_and_a_unit_vector_keeps_its_bits(
 
 def test_chunks_without_any_embedder_are_kept_but_not_found(store: Store) -> None:
     store.registry.put_documents([document("a", "one")], embedder=None)
+    assert store.registry.known_texts(["one"]) == {}, "it needs an embedding"
+    assert set(store.registry.stored_texts(["one"])) == {text_hash("one")}
     assert texts_of(store) == {"one"}
     assert found(store, "one") == []
     assert put(store, "a", "one").status == "updated"

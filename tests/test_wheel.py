@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 HOMES = {"lmcache_rag": "lmcache_rag", "integrations": "lmcache_rag/integrations"}
 FACT = "The lighthouse of Brandaris was rebuilt in 1594 and its lamp turns every five seconds."
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.full]
 
 
 def run(command: list[Any], cwd: Path) -> str:
