@@ -85,6 +85,7 @@ class FakeVLLM(ThreadingHTTPServer):
         self.key = ""
         self.ingest_key = ""  # wanted of requests that ingest and forget
         self.ingest_keys: list[tuple[bool, str | None]] = []  # (whether it ingests or forgets, the key that came)
+        self.redirect = ""  # another server, to which completions are redirected
         self.forgets = True  # knows lmcache_rag.forget
         self.cannot_forget = 0  # so many times LMCache does not answer a forget
         self.memory = BlockMemory()
@@ -225,6 +226,11 @@ class _Handler(ApiHandler):
             self.send_problem(401, "Unauthorized")
         elif server.fail:
             self.send_problem(server.fail.pop(0), "on demand")
+        elif server.redirect:
+            self.send_response(307)
+            self.send_header("Location", server.redirect + self.path)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
         elif changes and server.ingest_key and key != server.ingest_key:
             self.send_problem(401 if key is None else 403, "it needs the server's ingest key")
         elif not server.forgets and params.get(protocol.FORGET):

@@ -158,8 +158,9 @@ def test_a_text_that_nobody_registered_is_noticed_and_computed(register, workspa
     register.add({"a": corpus[0]})
     blender = Blender(workspace)
     changed = corpus[1] + " And more."
-    assert blender.unchanged([corpus[0], changed]) == [True, False]
-    done = blender.answer(blender.prompted([corpus[0], changed], "What is it?"))
+    prompted = blender.prompted([corpus[0], changed], "What is it?")
+    assert prompted.registered == (True, False)
+    done = blender.answer(prompted)
     assert (done.stats.chunks_hit, done.stats.chunks_missed) == (1, 1)
     assert workspace.engine.missing([workspace.prompts.ingest(changed)]) == [True]  # not kept: no document has it
 
@@ -170,6 +171,7 @@ def test_kv_that_is_gone_is_kept_again_after_the_answer(register, workspace, cor
     blender = Blender(workspace)
     prompted = blender.prompted(corpus[:2], "What is it?")
     assert blender.answer(prompted).stats.chunks_missed == 1
+    assert blender.drain(60)
     assert blender.answer(prompted).stats.chunks_missed == 0
 
 

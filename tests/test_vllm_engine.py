@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import random
 import time
@@ -20,9 +21,12 @@ from openai_kit import BLOCK, MODEL, TEXT, FakeVLLM, vllm_serving
 from typer.testing import CliRunner
 
 from lmcache_rag import VLLMEngine, Workspace
+from lmcache_rag.adapters.register import KVRegister
 from lmcache_rag.cli.app import app
+from lmcache_rag.engines import vllm_tokenizer
 from lmcache_rag.engines.base import BlendOptions, Completion, Engine, Sampling, TextDelta
 from lmcache_rag.engines.vllm_client import server_urls
+from lmcache_rag.engines.vllm_served import vllm_block
 from lmcache_rag.errors import (
     ConfigError,
     ContextLengthError,
@@ -727,3 +731,228 @@ def test_a_server_that_is_absent_ends_a_verb_with_the_remedy(call, server, tmp_p
     assert done.exit_code == 3
     assert "cannot be reached" in done.stderr
     assert "lmcache-rag serve" in done.stderr
+
+
+# -- answers of any length --------------------------------------------------------------------------------------------
+
+
+def slow(server: FakeVLLM, seconds: float) -> float:
+    """Let each token come after a pause; returns how long an answer of LONG takes."""
+    server.pause = seconds
+    return seconds * len(server.tokenizer.encode(TEXT, add_special_tokens=False))
+
+
+@pytest.mark.parametrize("chunk", [64, 0], ids=["streamed", "in one piece"])
+def test_a_long_answer_of_vllm_0_32_does_not_time_out(smollm2_tokenizer, connect, builder, chunks, chunk) -> None:
+    """Where our connector runs it is a stream inside. Elsewhere the timeout grows with the answer's length."""
+    with vllm_serving(smollm2_tokenizer, version="0.32.0") as server:
+        server.plugin, server.chunk = bool(chunk), chunk
+        engine = connect(server.url, timeout=1.5)
+        took = slow(server, 0.15)
+        assert took > 2 * 1.5
+        if not chunk:
+            server.hang, server.pause = took, 0.0
+        prompt = builder.query(chunks[:1], "What?")
+        done = engine.generate(prompt, Sampling(max_tokens=4096), BlendOptions())
+        assert (done.text, add_up(done)) == (TEXT, True)
+        assert server.seen[-1].get("stream", False) is bool(chunk)
+        assert asyncio.run(engine.agenerate(prompt, Sampling(max_tokens=4096), BlendOptions())).text == TEXT
+        if not chunk:
+            request = engine.request(prompt, Sampling(max_tokens=4096), BlendOptions())
+            assert engine.complete(request).choices[0].text == TEXT
+
+
+def test_a_server_that_says_nothing_still_times_out(smollm2_tokenizer, connect, builder) -> None:
+    with vllm_serving(smollm2_tokenizer, version="0.32.0") as server:
+        server.hang = 20.0
+        for server.chunk in (64, 0):
+            engine = connect(server.url, timeout=0.2)
+            with pytest.raises(EngineUnavailableError, match=r"said nothing for 0\.2 s"):
+                engine.generate(builder.query([], "What?"), Sampling(max_tokens=1), OFF)
+
+
+def test_a_stream_without_statistics_shows_that_the_plugin_is_absent(
+    smollm2_tokenizer, connect, builder, chunks
+) -> None:
+    with vllm_serving(smollm2_tokenizer, version="0.32.0") as server:
+        server.chunk = 64
+        engine = connect(server.url)
+        prompt = builder.query(chunks[:1], "What?")
+        assert engine.generate(prompt, SHORT, BlendOptions()).stats.prefix_tokens == 0
+        assert engine.info.can_blend, "a stream without statistics is no proof of a stock server"
+        done = engine.generate(prompt, SHORT, BlendOptions())
+        assert done.stats.prefix_tokens > 0
+        assert [bool(body.get("stream")) for body in server.seen] == [True, False]
+
+
+# -- blocks of vLLM's own prefix cache --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("block", "over"), [(32, 1), (32, 17), (64, 1), (128, 0), (0, 1)])
+def test_kv_is_recognised_whatever_the_size_of_vllms_blocks(smollm2_tokenizer, connect, sentences, block, over) -> None:
+    with vllm_serving(smollm2_tokenizer) as server:
+        server.block = block
+        engine = connect(server.url)
+        builder = PromptBuilder(smollm2_tokenizer, engine.info)
+        ids = builder.encode(" ".join(sentences[:20]))[: 2 * BLOCK + over]
+        prompt = builder.ingest(engine.tokenizer.decode(ids))
+        real = server.told
+
+        def told(number: int, body: dict[str, Any]) -> Any:
+            found = real(number, body)
+            ours, size = found["lmcache_rag"], block or 16
+            exact = min(ours["prefix_tokens"], (len(body["prompt"]) - 1) // size * size)
+            return {"lmcache_rag": ours | {"prefix_tokens": exact, "computed_tokens": len(body["prompt"]) - exact}}
+
+        server.told = told
+        assert engine.verify(prompt).status == "missing"
+        assert [result.computed for result in engine.precompute([prompt])] == [True]
+        assert engine.verify(prompt).status == "ok"
+        assert [result.computed for result in engine.precompute([prompt])] == [False]
+
+
+@pytest.mark.parametrize(
+    ("text", "block"),
+    [
+        ('vllm:cache_config_info{block_size="32",cache_dtype="auto",engine="0"} 1.0\n', 32),
+        ('vllm:cache_config_info{_block_size_resolved="True",block_size="128",engine="0"} 1.0\n', 128),
+        ('vllm:cache_config_info{hash_block_size="8",block_size="None"} 1.0\n', 0),
+        ('vllm:cache_config_info{user_specified_block_size="7"} 1.0\n', 0),
+        ("", 0),
+    ],
+)
+def test_the_block_size_is_read_from_vllms_metrics(text: str, block: int) -> None:
+    assert vllm_block(text) == block
+
+
+# -- forgetting -------------------------------------------------------------------------------------------------------
+
+
+def test_forgetting_takes_a_chunk_out_of_every_server(smollm2_tokenizer, server, connect, chunks) -> None:
+    with vllm_serving(smollm2_tokenizer) as other:
+        engine = connect([server.url, other.url])
+        builder = PromptBuilder(smollm2_tokenizer, engine.info)
+        prompts = [builder.ingest(chunk) for chunk in chunks[:2]]
+        list(engine.precompute(prompts))
+        assert engine.forget_chunk(prompts[0]).forgotten
+        assert engine.missing(prompts) == [True, False]
+        assert [engine.verify(prompt).status for prompt in prompts] == ["missing", "ok"]
+        for each in (server, other):
+            [body] = [body for body in each.seen if body["kv_transfer_params"].get("lmcache_rag.forget")]
+            assert body["kv_transfer_params"] == {
+                "lmcache_rag.blend": "off",
+                "lmcache_rag.forget": True,
+                "lmcache.max_offload_tokens": 0,
+                "lmcache_rag.prefix": len(builder.prefix_ids),
+            }
+            assert (body["prompt"], body["max_tokens"]) == (list(prompts[0].token_ids), 1)
+
+
+def test_a_server_that_cannot_forget_says_what_stays(engine, builder, server, chunks) -> None:
+    prompt = builder.ingest(chunks[0])
+    server.forgets = False
+    result = engine.forget_chunk(prompt)
+    assert (result.forgotten, "'lmcache_rag.forget' is not known" in result.why) == (False, True)
+    server.forgets, server.connector = True, False
+    assert "without a connector" in engine.forget_chunk(prompt).why
+
+
+def test_forgetting_is_tried_again_while_lmcache_is_away(connect, builder, server, chunks) -> None:
+    engine, prompt = connect(server.url, patience=2), builder.ingest(chunks[0])
+    list(engine.precompute([prompt]))
+    server.cannot_forget = 1
+    assert engine.forget_chunk(prompt).forgotten
+    server.cannot_forget = 2
+    with pytest.raises(EngineError, match="KV store did not answer"):
+        engine.forget_chunk(prompt)
+
+
+def test_the_forget_verb_spares_what_other_documents_need(call, server, chunks, tmp_path) -> None:
+    for name, text in (("a.txt", chunks[0]), ("b.txt", chunks[0]), ("c.txt", chunks[1])):
+        (tmp_path / name).write_text(text)
+    assert call("ingest", *(tmp_path / name for name in ("a.txt", "b.txt", "c.txt"))).exit_code == 0
+    assert server.memory.blocks
+
+    def forgets() -> int:
+        return sum(bool(body["kv_transfer_params"].get("lmcache_rag.forget")) for body in server.seen)
+
+    first = call("forget", tmp_path / "a.txt", "--json")
+    assert (first.exit_code, json.loads(first.stdout)["deleted"], forgets()) == (0, 0, 0), "b.txt holds it as well"
+    second = call("forget", tmp_path / "b.txt")
+    sent = forgets()
+    assert (second.exit_code, sent > 0) == (0, True)
+    assert f"KV of {sent} chunk" in second.stdout
+    assert call("verify", "--all", "--no-repair").exit_code == 0, "the KV of c.txt is there"
+    server.forgets = False
+    third = call("forget", tmp_path / "c.txt", "--json")
+    report = json.loads(third.stdout)
+    assert (third.exit_code, report["removed"]["documents"], report["deleted"]) == (1, 1, 0)
+    assert report["staying"] > 0
+    assert "is not known" in report["why"]
+
+
+def test_documents_stay_while_a_server_cannot_be_reached(server, connect, chunks, tmp_path) -> None:
+    engine = connect(server.url, attempts=1, patience=1)
+    with Workspace.open(tmp_path / "s", engine=engine) as workspace:
+        register = KVRegister.of(workspace)
+        register.add({"a": chunks[0], "b": chunks[1]})
+        server.cannot_forget = 1
+        with pytest.raises(EngineError, match="KV store did not answer"):
+            register.forget(["a"])
+        assert register.ids() == {"a", "b"}
+        report = register.forget(["a"])
+        assert (report.deleted, report.staying, register.ids()) == (1, 0, {"b"})
+
+
+# -- the ingest key ---------------------------------------------------------------------------------------------------
+
+KEY = "a-secret-of-the-test-0123"
+
+
+def test_the_ingest_key_goes_with_ingestion_and_forgetting_only(connect, builder, server, chunks, caplog) -> None:
+    caplog.set_level(logging.DEBUG)
+    server.ingest_key = KEY
+    engine = connect(server.url, ingest_key=KEY)
+    prompt = builder.ingest(chunks[0])
+    list(engine.precompute([prompt]))
+    engine.generate(builder.query(chunks[:1], "What?"), SHORT, BlendOptions())
+    list(engine.stream(builder.query(chunks[:1], "What?"), SHORT, BlendOptions()))
+    engine.verify(prompt)
+    engine.forget_chunk(prompt)
+    assert server.ingest_keys == [(True, KEY), (False, None), (False, None), (False, None), (True, KEY)]
+    assert KEY not in caplog.text
+    assert KEY not in repr(engine)
+    assert KEY not in repr(vars(engine))
+
+
+@pytest.mark.parametrize("given", ["", KEY + "x"], ids=["none", "another"])
+def test_a_wrong_ingest_key_is_named(connect, builder, server, chunks, given) -> None:
+    server.ingest_key = KEY
+    engine = connect(server.url, ingest_key=given, patience=1)
+    with pytest.raises(PrecomputeError, match="wants another ingest key") as raised:
+        list(engine.precompute([builder.ingest(chunks[0])]))
+    assert "LMCACHE_RAG_INGEST_KEY" in raised.value.remedy
+    assert not given or given not in str(raised.value)
+
+
+def test_the_ingest_key_comes_from_environment_or_file(connect, builder, server, chunks, tmp_path, monkeypatch) -> None:
+    server.ingest_key = KEY
+    file = tmp_path / "key"
+    file.touch(mode=0o600)
+    file.write_text(f"{KEY}\n")
+    for name, value in (("LMCACHE_RAG_INGEST_KEY", KEY), ("LMCACHE_RAG_INGEST_KEY_FILE", str(file))):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, value)
+            assert list(connect(server.url, patience=1).precompute([builder.ingest(chunks[0])]))
+    monkeypatch.setattr(vllm_tokenizer, "open_tokenizer", lambda path: server.tokenizer)
+    with Workspace.open(tmp_path / "s", engine=server.url, ingest_key_file=file) as workspace:
+        assert list(workspace.engine.precompute([builder.ingest(chunks[1])]))
+
+
+def test_a_redirect_does_not_carry_the_ingest_key(connect, builder, server, smollm2_tokenizer, chunks) -> None:
+    with vllm_serving(smollm2_tokenizer) as other:
+        server.redirect = other.url
+        engine = connect(server.url, ingest_key=KEY, patience=1)
+        with pytest.raises(PrecomputeError):
+            list(engine.precompute([builder.ingest(chunks[0])]))
+        assert other.ingest_keys == []
