@@ -6,12 +6,16 @@ arrive as token ids, that ingestion fills LMCache, and that one warning says it 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 from vllm_cpu_kit import CHUNK, Servers, needs_vllm_cpu, until
+
+from lmcache_rag.engines import vllm_wire
+from lmcache_rag.lazy_fill import FillCounts
 
 pytestmark = [
     pytest.mark.slow,
@@ -94,3 +98,66 @@ def test_llama_index_s_own_client(
     assert str(response) == wanted(servers, llm, order)
     counts = response.metadata["lmcache_rag"]["stats"]
     assert (counts["reused_tokens"], counts["computed_tokens"] > 0) == (0, True)
+
+
+@pytest.fixture
+def all_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers as of a server that blends and misses each passage: this one cannot blend, so it misses none."""
+    real = vllm_wire.completion
+
+    def completion(gathered: Any, prompt: Any, **facts: Any) -> Any:
+        return dataclasses.replace(real(gathered, prompt, **facts), missed=tuple(range(len(prompt.chunks))))
+
+    monkeypatch.setattr(vllm_wire, "completion", completion)
+
+
+def lazily_filled(servers: Servers, ask: Any, blender: Any) -> None:
+    """Two questions use passages that were never ingested: LMCache holds them after the second."""
+    before = servers.lmcache_counter(STORED)
+    answers = [ask()]
+    assert blender().drain(60)
+    assert blender().fill_counts == FillCounts()
+    answers.append(ask())
+    assert blender().drain(60)
+    counts = blender().fill_counts
+    assert (counts.ingested + counts.held, counts.failed) == (2, 0)
+    assert until(lambda: servers.lmcache_counter(STORED) >= before)
+    assert answers[0] == answers[1] == ask()
+
+
+@pytest.mark.usefixtures("all_missed")
+@pytest.mark.parametrize("chat", [False, True], ids=["completions", "chat"])
+def test_langchain_fills_lazily(chat: bool, servers: Servers, facts: dict[str, Any], sentences: list[str]) -> None:
+    from langchain_core.documents import Document
+    from langchain_openai import ChatOpenAI, OpenAI
+    from lmcache_rag.integrations.langchain import blend
+
+    kind = ChatOpenAI if chat else OpenAI
+    llm = kind(base_url=facts["url"], model=facts["model"], api_key="none", temperature=0, max_tokens=4)
+    step = blend(llm)
+    passages = [Document(" ".join(sentences[start : start + 4])) for start in (20 + 8 * chat, 24 + 8 * chat)]
+
+    def ask() -> str:
+        answer = step.invoke({"documents": passages, "question": QUESTION})
+        return str(getattr(answer, "text", answer))
+
+    lazily_filled(servers, ask, lambda: step.blender)
+    step.blender.close()
+
+
+@pytest.mark.usefixtures("all_missed")
+def test_llama_index_fills_lazily(servers: Servers, facts: dict[str, Any], sentences: list[str]) -> None:
+    from llama_index.core.base.base_retriever import BaseRetriever
+    from llama_index.core.schema import NodeWithScore, TextNode
+    from llama_index.llms.openai_like import OpenAILike
+    from lmcache_rag.integrations.llama_index import as_blend_query_engine
+
+    texts = [" ".join(sentences[start : start + 4]) for start in (40, 44)]
+
+    class Retriever(BaseRetriever):
+        def _retrieve(self, query_bundle: Any) -> list[NodeWithScore]:
+            return [NodeWithScore(node=TextNode(text=text), score=1.0) for text in texts]
+
+    llm = OpenAILike(model=facts["model"], api_base=facts["url"], api_key="none", temperature=0, max_tokens=4)
+    engine = as_blend_query_engine(Retriever(), llm)
+    lazily_filled(servers, lambda: str(engine.query(QUESTION)), lambda: engine._response_synthesizer.blender)
