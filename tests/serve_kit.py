@@ -66,9 +66,9 @@ class FakeServer:
                 pass
 
             def do_GET(self) -> None:
-                if outer.role == "lmcache" and outer.mode == "key" and self.path != "/healthcheck":
-                    if self.headers.get("Authorization") != "Bearer secret":
-                        return self._send(401, {"detail": "Invalid or missing API key"})
+                needs_key = outer.role == "lmcache" and outer.mode == "key" and self.path != "/healthcheck"
+                if needs_key and self.headers.get("Authorization") != "Bearer secret":
+                    return self._send(401, {"detail": "Invalid or missing API key"})
                 return self._send(*outer.get(self.path))
 
             def do_POST(self) -> None:
