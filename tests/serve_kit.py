@@ -66,7 +66,10 @@ class FakeServer:
                 pass
 
             def do_GET(self) -> None:
-                self._send(*outer.get(self.path))
+                needs_key = outer.role == "lmcache" and outer.mode == "key" and self.path != "/healthcheck"
+                if needs_key and self.headers.get("Authorization") != "Bearer secret":
+                    return self._send(401, {"detail": "Invalid or missing API key"})
+                return self._send(*outer.get(self.path))
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -65,6 +65,19 @@ def examine(model: str, vllm: str = "", lmcache: str = "", **files: Any) -> tupl
     return result.exit_code, {check["name"]: check for check in document["checks"]}
 
 
+def test_lmcache_that_asks_for_a_key_gets_it(model: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("LMCACHE_RAG_STATE", str(tmp_path))
+    for name in ("LMCACHE_API_KEY", "LMCACHE_HTTP_API_KEY", "LMCACHE_API_KEY_FILE", "LMCACHE_HTTP_API_KEY_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    _, checks = examine(model, lmcache="key")
+    assert checks["LMCache"]["state"] == "failed"
+    assert "asks for a key" in checks["LMCache"]["result"]
+    assert "LMCACHE_HTTP_API_KEY" in checks["LMCache"]["remedy"]
+    monkeypatch.setenv("LMCACHE_HTTP_API_KEY", "secret")
+    _, checks = examine(model, lmcache="key")
+    assert checks["LMCache"]["state"] == "ok"
+
+
 # -- the round trip ---------------------------------------------------------------------------------------------
 
 

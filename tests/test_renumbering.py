@@ -79,3 +79,9 @@ def test_this_process_uses_the_secret_of_its_environment(monkeypatch: pytest.Mon
     assert renumbered([1, 2, 3], "a") != by_environment
     renumbering.use_secret(KEY)
     assert renumbered([1, 2, 3], "a") == Renumbering(KEY).renumbered([1, 2, 3], "a")
+
+
+def test_numbers_need_the_secret_for_the_tables_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever had a namespace's keys would still not know its numbers."""
+    monkeypatch.setattr(renumbering.hmac, "digest", lambda *_: bytes(range(32)))
+    assert Renumbering(KEY).renumbered([1, 2, 3], "a") != Renumbering(b"other").renumbered([1, 2, 3], "a")

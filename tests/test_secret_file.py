@@ -124,3 +124,27 @@ def test_without_a_secret_the_first_process_draws_one_for_all() -> None:
     given = {"LMCACHE_RAG_SECRET_FILE": "/somewhere"}
     draw_secret(given)
     assert given == {"LMCACHE_RAG_SECRET_FILE": "/somewhere"}
+
+
+def test_a_secret_that_another_start_made_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between looking for a file and making one, another process may have made it."""
+    file = tmp_path / "secret"
+    first = ensure_secret(file)
+    monkeypatch.setattr("os.path.lexists", lambda path: False)
+    assert ensure_secret(file) == first
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_the_plugin_draws_a_secret_for_all_processes() -> None:
+    """vLLM loads it in its first process, before it starts the others."""
+    code = (
+        "from lmcache_rag.connector.plugin import register; register(); "
+        "import os; print(os.environ['LMCACHE_RAG_SECRET'])"
+    )
+    clean = {name: text for name, text in os.environ.items() if not name.startswith("LMCACHE_RAG_")}
+    first, again = (
+        subprocess.run([sys.executable, "-c", code], env=clean, capture_output=True, text=True, check=True).stdout
+        for _ in range(2)
+    )
+    assert len(first.strip()) == 64
+    assert first != again

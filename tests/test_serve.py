@@ -33,7 +33,7 @@ from lmcache_rag.cli.serve import gathered
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.serving.child import descendants
-from lmcache_rag.serving.commands import ServeOptions, commands, second_tier
+from lmcache_rag.serving.commands import ServeOptions, commands
 
 TESTS = Path(__file__).parent
 PATIENCE_S = 60.0
@@ -283,27 +283,17 @@ def test_numbers_without_meaning_are_refused(options: dict[str, Any]) -> None:
 
 def test_the_key_is_the_one_that_vllm_asks_for() -> None:
     both = {"VLLM_API_KEY": "vllm's", "LMCACHE_RAG_API_KEY": "ours"}
-    assert make("--api-key", "given", environment=both).api_key == "given"
     assert make(environment=both).api_key == "vllm's"
     assert make(environment={"LMCACHE_RAG_API_KEY": "ours"}).api_key == "ours"
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"path": "/data"}', "s3://bucket", "redis://host", "redis://me:pw@host:1"])
-def test_a_second_tier_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="--l2"):
-        second_tier(text)
-
-
-def test_a_second_tier_in_json_is_passed_on() -> None:
-    tier = {"type": "s3", "s3_endpoint": "b.s3.amazonaws.com", "s3_region": "eu-west-1"}
-    assert json.loads(second_tier(json.dumps(tier))) == tier
-
-
 def test_a_shell_gets_the_same_words() -> None:
-    made = make("--chat-template", "a file.jinja", environment={"VLLM_PLUGINS": "a"}, l2=("/data/it's here",))
+    variables = {"VLLM_PLUGINS": "a", "LMCACHE_RAG_SECRET_FILE": "/its place"}
+    made = make("--chat-template", "a file.jinja", environment=variables, l2=("/data/it's here",))
     lmcache, vllm = made.shell()
     assert tuple(shlex.split(lmcache)) == ("lmcache", *made.lmcache)
-    assert tuple(shlex.split(vllm)) == ("VLLM_PLUGINS=a,lmcache_rag", "vllm", *made.vllm)
+    before = ("VLLM_PLUGINS=a,lmcache_rag", "LMCACHE_RAG_SECRET_FILE=/its place")
+    assert tuple(shlex.split(vllm)) == (*before, "vllm", *made.vllm)
 
 
 def test_our_options_may_stand_behind_the_model() -> None:
@@ -321,6 +311,7 @@ def test_dry_run_prints_the_two_commands() -> None:
     assert result.exit_code == 0, result.output
     lmcache, vllm = map(shlex.split, result.stdout.splitlines())
     assert lmcache[:2] == ["lmcache", "server"]
+    assert vllm.pop(0).startswith("LMCACHE_RAG_SECRET_FILE=/")
     assert vllm[:3] == ["vllm", "serve", "some/model"]
     assert vllm[-1] == "-cc.cudagraph_mode=FULL"
     transfer = json.loads(vllm[vllm.index("--kv-transfer-config") + 1])
@@ -476,7 +467,7 @@ class Serving:
 def start(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
     begun: list[Serving] = []
 
-    def run(*options: str, **files: str) -> Serving:
+    def run(*options: str, variables: dict[str, str] = {}, **files: str) -> Serving:  # noqa: B006
         """Start it; `files` are made in the servers' folders, as vllm_stubborn="" for example."""
         folders = [tmp_path / "lmcache", tmp_path / "vllm"]
         for folder in folders:
@@ -493,7 +484,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
         process = subprocess.Popen(
             [sys.executable, "-c", code, "serve", "tiny", *flags, "--log-dir", str(tmp_path / "logs"), *options],
             cwd=tmp_path,
-            env={**clean, "PYTHONPATH": str(TESTS.parent)},
+            env={**clean, "PYTHONPATH": str(TESTS.parent), "LMCACHE_RAG_STATE": str(tmp_path / "state"), **variables},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -8,6 +8,8 @@ from typing import Any
 
 import httpx
 
+from lmcache_rag.api_key import lmcache_headers
+
 # What vLLM says on /metrics: requests, and used blocks that no prefix cache explains.
 VLLM = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 # What LMCache 0.5.6 says on /status, by its place there; "*" is each of its memories, which are added up. Its locks end
@@ -30,7 +32,9 @@ SETTLE_S = 15.0  # for what goes on behind the last answer: KV is stored there, 
 async def settled(vllm: httpx.AsyncClient, lmcache_url: str, *, seconds: float) -> dict[str, float | None]:
     """Every name of ALL with its value, once all are 0 or so many seconds are over; None: the server does not say."""
     end = time.monotonic() + seconds
-    async with httpx.AsyncClient(base_url=lmcache_url, timeout=10) as lmcache:  # not vllm: that one sends a key
+    headers = lmcache_headers(lmcache_url)
+    # Not vllm: that one sends vLLM's key.
+    async with httpx.AsyncClient(base_url=lmcache_url, timeout=10, headers=headers) as lmcache:
         while True:
             found = await _vllm(vllm) | await _lmcache(lmcache)
             if all(value == 0 for value in found.values()) or time.monotonic() >= end:

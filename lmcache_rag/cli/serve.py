@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
 import socket
 import tempfile
@@ -13,12 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from lmcache_rag.api_key import LMCACHE_FILES, LMCACHE_NAMES, lmcache_key_file
 from lmcache_rag.cli import signals
 from lmcache_rag.cli.failures import INTERRUPTED, TERMINATED
 from lmcache_rag.cli.render import clean
 from lmcache_rag.cli.run import Run
 from lmcache_rag.cli.verb import verb
 from lmcache_rag.errors import ConfigError, EngineError, LMCacheRAGError
+from lmcache_rag.secret_file import ensure_secret
 
 if TYPE_CHECKING:
     from lmcache_rag.serving.commands import Commands, ServeOptions
@@ -118,7 +122,8 @@ def serve(
         list[str] | None,
         typer.Option(
             metavar="PLACE",
-            help="Second tier for KV, more than once if wanted: a folder, redis://host:port, or LMCache's JSON.",
+            help="Second tier for KV, more than once if wanted: a folder, redis://host:port, or LMCache's JSON. "
+            "Passwords as ${NAME} or ${file:PATH}.",
             show_default=False,
         ),
     ] = None,
@@ -151,6 +156,25 @@ def serve(
     index_size: Annotated[
         int, typer.Option(metavar="N", help="Most chunks of LMCache's size that may be blended.", min=1)
     ] = 1 << 20,
+    prefix_tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            help="First tokens by which prompts of clients that name no prefix share KV. "
+            "[dim]\\[default: one chunk][/dim]",
+            min=1,
+            show_default=False,
+        ),
+    ] = None,
+    secret_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Secret that KV is kept under, made where there is none; servers that share --l2 need the same. "
+            "[dim]\\[default: with --l2 one in the state folder][/dim]",
+            show_default=False,
+        ),
+    ] = None,
     connector: Annotated[
         list[str] | None,
         typer.Option(
@@ -197,6 +221,8 @@ def serve(
         step_tokens=step_tokens,
         connector=tuple(connector or ()),
         keeps=ServerSettings(index.value, store.value, index_size),
+        prefix_tokens=prefix_tokens,
+        secret_file=secret_file,
     )
     made, lmcache_run, vllm_run = maker(options)
     if made.note:
@@ -206,7 +232,40 @@ def serve(
         return 0
     if maker is default_commands:  # servers of another maker's need nothing of this environment
         _check_environment(run)
+    _ensure_secret(run, options, made)
     return _serve(run, options, made, lmcache_run, vllm_run, log_dir, start_timeout)
+
+
+def _ensure_secret(run: Run, options: ServeOptions, made: Commands) -> None:
+    """Make the secret where there is none.
+
+    Raises:
+        ConfigError: It cannot be made, or is not safe.
+    """
+    if made.secret_file is None:
+        return
+    try:
+        ensure_secret(made.secret_file)
+    except ConfigError as problem:
+        remedy = "" if options.secret_file else " Or name another with --secret-file, or fill LMCACHE_RAG_SECRET."
+        raise ConfigError(problem.message, remedy=problem.remedy + remedy) from None
+    if options.l2:
+        run.tell(f"KV is kept under the secret in {made.secret_file}: servers that share --l2 need the same file.")
+
+
+def _lmcache_key(run: Run) -> dict[str, str]:
+    """The variable by which LMCache's HTTP API gets a key, where its version knows one and the user has set none."""
+    from lmcache_rag.serving.environment import version
+
+    numbers = [int(part) for part in re.findall(r"\d+", version("lmcache"))[:3]]
+    if numbers < [0, 5, 7] or any(os.environ.get(name) for name in (*LMCACHE_NAMES, *LMCACHE_FILES)):
+        return {}
+    try:
+        ensure_secret(lmcache_key_file())
+    except ConfigError as problem:
+        run.tell(f"LMCache's HTTP port asks for no key. {problem}", style="yellow")
+        return {}
+    return {LMCACHE_FILES[1]: str(lmcache_key_file())}
 
 
 def _check_environment(run: Run) -> None:
@@ -230,7 +289,7 @@ def _print(run: Run, made: Commands) -> None:
     if run.json:
         run.emit(
             {
-                "lmcache": ["lmcache", *made.lmcache],
+                "lmcache": made.lmcache_words(),
                 "vllm": ["vllm", *made.vllm],
                 "environment": dict(made.environment),
                 "url": made.url,
@@ -252,6 +311,7 @@ def _serve(
     from lmcache_rag.serving import api
     from lmcache_rag.serving.server import Server
     from lmcache_rag.serving.supervise import Supervisor, Times
+    from lmcache_rag.serving.variables import for_lmcache
 
     for port, flag in ((options.lmcache_port, "--lmcache-port"), (options.lmcache_http_port, "--lmcache-http-port")):
         _free(port, flag)
@@ -263,9 +323,26 @@ def _serve(
         raise EngineError(f"{folder} cannot be made: {problem}.", remedy="Name another with --log-dir.") from problem
     limits = (times or (lambda longest: Times(vllm_start=longest)))(start_timeout)
     logs = folder / "lmcache.log", folder / "vllm.log"
+    key = _lmcache_key(run)
+    inherited = for_lmcache(os.environ, made.tiers)
     supervisor = Supervisor(
-        Server("LMCache", lmcache_run, lambda: api.answers(made.lmcache_url, "/healthcheck"), logs[0], limits.grace),
-        Server("vLLM", vllm_run, lambda: api.answers(made.url, "/health"), logs[1], limits.grace, made.environment),
+        Server(
+            "LMCache",
+            lmcache_run,
+            lambda: api.answers(made.lmcache_url, "/healthcheck"),
+            logs[0],
+            limits.grace,
+            key,
+            inherited,
+        ),
+        Server(
+            "vLLM",
+            vllm_run,
+            lambda: api.answers(made.url, "/health"),
+            logs[1],
+            limits.grace,
+            {**made.environment, **key},
+        ),
         lambda line: run.tell(clean(line)),
         limits,
         lambda stop: signal.SIGTERM if isinstance(stop, signals.Terminated) else signal.SIGINT,

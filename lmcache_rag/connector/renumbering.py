@@ -26,6 +26,9 @@ HMAC and no table of its own.
 - What is left: two chunks of the same tokens, in which c[v] is 0 for every v, collide under any numbering. There are
   such pairs only among chunks of which nearly all places hold the same two or three tokens (two tokens at n places:
   2 ** n patterns for 64 bits), and both then consist of those tokens: no text of meaning can be replaced.
+
+The index that `lmcache-rag serve` puts in the place of LMCache's compares a keyed hash of all tokens, and has neither
+of the last two. The numbers guard an LMCache that was started without it, and what is kept in a second tier.
 """
 
 from __future__ import annotations

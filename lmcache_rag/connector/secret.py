@@ -2,7 +2,8 @@
 
 The scheduler and all workers must have the same one, and so must servers that share KV by a second tier. It comes from
 the setting ``lmcache_rag.secret_file`` of the connector, from the variable LMCACHE_RAG_SECRET_FILE, or from
-LMCACHE_RAG_SECRET. Where there is none of these, vLLM's first process draws one (`draw_secret`); the others inherit it.
+LMCACHE_RAG_SECRET. A file that is not there is made. Where none of these is given, vLLM's first process draws a secret
+(`draw_secret`), and the others inherit it.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from lmcache_rag.errors import ConfigError
-from lmcache_rag.secret_file import LEAST_CHARACTERS, read_secret
+from lmcache_rag.secret_file import LEAST_CHARACTERS, ensure_secret
 
 VARIABLE, FILE_VARIABLE = "LMCACHE_RAG_SECRET", "LMCACHE_RAG_SECRET_FILE"
 
@@ -36,10 +37,10 @@ def find_secret(file: str = "", environment: Mapping[str, str] = os.environ) -> 
         environment: Variables.
 
     Raises:
-        ConfigError: The file cannot be read, can be read by others, or holds no secret.
+        ConfigError: The file cannot be made or read, can be read by others, or holds no secret.
     """
     if path := file or environment.get(FILE_VARIABLE):
-        text = read_secret(Path(path).expanduser())
+        text = ensure_secret(Path(path).expanduser())
     else:
         text = environment.get(VARIABLE, "").strip()
         if text and len(text) < LEAST_CHARACTERS:

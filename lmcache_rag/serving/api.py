@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from lmcache_rag.api_key import REMEDY
+from lmcache_rag.api_key import LMCACHE_REMEDY, REMEDY, lmcache_headers
 from lmcache_rag.errors import EngineError, EngineUnavailableError
 from lmcache_rag.protocol import answer_statistics
 
@@ -47,9 +47,21 @@ class Answer:
 
 
 def get_json(url: str, path: str) -> dict[str, Any] | None:
-    """A JSON document from a server beside us; None when it does not answer as it should."""
+    """A JSON document from an LMCache server; None when it does not answer as it should.
+
+    Raises:
+        EngineError: It asks for a key.
+    """
     try:
-        response = httpx.get(url + path, timeout=SHORT_S, verify=False, trust_env=False)  # noqa: S501
+        response = httpx.get(
+            url + path,
+            timeout=SHORT_S,
+            verify=False,  # noqa: S501
+            trust_env=False,
+            headers=lmcache_headers(url),
+        )
+        if response.status_code in (401, 403):
+            raise EngineError(f"{url}{path} asks for a key.", remedy=LMCACHE_REMEDY)
         document = response.raise_for_status().json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return None

@@ -14,12 +14,16 @@ from typing import Any
 
 from lmcache_rag.api_key import api_key
 from lmcache_rag.connector.lmcache_server.settings import ServerSettings
+from lmcache_rag.connector.secret import FILE_VARIABLE, VARIABLE
 from lmcache_rag.connector.server_guard import MODULE
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.protocol import DEFAULT_POLICY, DEFAULT_RATIO, LMCACHE_CHUNK, VLLM_BLOCK
+from lmcache_rag.secret_file import state_file
 from lmcache_rag.serving.given import Given
+from lmcache_rag.serving.tiers import OPTION, placeholders, second_tier
 
 PLUGIN = "lmcache_rag"
+FILLS_IN = "lmcache_rag.serving.lmcache_server"  # LMCache's own program, which knows nothing of placeholders, in this
 CONNECTOR = {
     "kv_connector": "CacheBlendConnector",
     "kv_connector_module_path": "lmcache_rag.connector.connector",
@@ -62,6 +66,9 @@ class ServeOptions:
         step_tokens: Most tokens that blends compute in a step while other requests run; None: the connector's default.
         connector: More keys of kv_connector_extra_config, as KEY=VALUE; they win over what we set.
         keeps: What KV LMCache stores and indexes.
+        prefix_tokens: First tokens by which prompts of clients that name no prefix share KV; None: one chunk.
+        secret_file: File with the secret that KV is kept under; None: by the environment, or with second tiers one in
+            the user's state folder, or a new secret for each start.
     """
 
     model: str
@@ -78,6 +85,8 @@ class ServeOptions:
     step_tokens: int | None = None
     connector: tuple[str, ...] = ()
     keeps: ServerSettings = field(default_factory=ServerSettings)
+    prefix_tokens: int | None = None
+    secret_file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,7 @@ class Commands:
         blends: Whether vLLM is started with our connector.
         note: What the user should know of these commands; may be empty.
         l1_gb: Gigabytes of CPU memory for KV.
+        secret_file: File with the secret of both; None: vLLM finds it in its environment, or draws one.
     """
 
     lmcache: tuple[str, ...]
@@ -105,10 +115,24 @@ class Commands:
     blends: bool = True
     note: str = ""
     l1_gb: float = L1_GB
+    secret_file: Path | None = None
+
+    @property
+    def tiers(self) -> list[str]:
+        """LMCache's JSON of each second tier, with placeholders for passwords."""
+        return [self.lmcache[n + 1] for n, word in enumerate(self.lmcache) if word == OPTION]
+
+    @property
+    def _program(self) -> str:
+        return FILLS_IN if any(map(placeholders, self.tiers)) else "lmcache.cli.main"
 
     def lmcache_run(self) -> list[str]:
         """The command, independent of PATH."""
-        return [sys.executable, "-m", "lmcache.cli.main", *self.lmcache]
+        return [sys.executable, "-m", self._program, *self.lmcache]
+
+    def lmcache_words(self) -> list[str]:
+        """The command for people."""
+        return [*(["python", "-m", FILLS_IN] if self._program == FILLS_IN else ["lmcache"]), *self.lmcache]
 
     def vllm_run(self) -> list[str]:
         """The command, independent of PATH."""
@@ -117,7 +141,7 @@ class Commands:
     def shell(self) -> list[str]:
         """Both as lines for a shell."""
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return [shlex.join(["lmcache", *self.lmcache]), " ".join([*variables, shlex.join(["vllm", *self.vllm])])]
+        return [shlex.join(self.lmcache_words()), " ".join([*variables, shlex.join(["vllm", *self.vllm])])]
 
 
 def commands(options: ServeOptions, environment: Mapping[str, str] | None = None) -> Commands:
@@ -132,6 +156,7 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
     """
     environment = os.environ if environment is None else environment
     given = Given(options.vllm)
+    _check_secrets(given)
     _check_chunk(options, given)
     if name := given.dotted(_TRANSFER):
         raise ConfigError(
@@ -161,7 +186,7 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
     if (gpus := given.gpus()) > 1:
         lmcache += ["--max-gpu-workers", str(gpus)]  # one for each GPU, or they wait for each other
     for tier in options.l2:
-        lmcache += ["--l2-adapter", second_tier(tier)]
+        lmcache += [OPTION, second_tier(tier)]
     extra: dict[str, Any] = {
         "lmcache.mp.host": "tcp://localhost",
         "lmcache.mp.port": options.lmcache_port,
@@ -175,6 +200,8 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
         extra["lmcache_rag.step_tokens"] = options.step_tokens
     if options.keeps.store != ServerSettings.store:
         extra["lmcache_rag.store"] = options.keeps.store
+    if options.prefix_tokens is not None:
+        extra["lmcache_rag.prefix_tokens"] = options.prefix_tokens
     extra |= _checked(options.connector)
     ours = {
         "--host": host,
@@ -190,49 +217,26 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
         ours_wins = {"--host": options.host, "--port": options.port}.get(name) is not None  # over vLLM's file
         if not (given.on_line(name) if ours_wins else given.has(name)):
             vllm += [name, value]
+    secret_file = _secret_file(options, environment)
+    variables = _plugin_allowed(environment) | ({FILE_VARIABLE: str(secret_file)} if secret_file else {})
     blends = not given.has(_TRANSFER) or CONNECTOR["kv_connector"] in given.value(_TRANSFER)
     return Commands(
         tuple(lmcache),
         (*vllm, *options.vllm),
         _address(host, port, given),
         f"http://127.0.0.1:{options.lmcache_http_port}",
-        _plugin_allowed(environment),
+        variables,
         given.value("--api-key") or api_key("VLLM_API_KEY", environment),
         blends,
         _note(given, blends),
         l1_gb,
+        secret_file,
     )
 
 
 def _server_config(options: ServeOptions) -> dict[str, Any]:
     config = options.keeps.config()
     return {"config": config} if config else {}
-
-
-def second_tier(text: str) -> str:
-    """LMCache's JSON for a second tier: from a folder, redis://host:port, or that JSON itself.
-
-    Raises:
-        ConfigError: It is none of them.
-    """
-    remedy = 'Give a folder, redis://host:port, or LMCache\'s JSON with a "type" (see lmcache server --help).'
-    if text.lstrip().startswith("{"):
-        try:
-            tier = json.loads(text)
-        except ValueError as problem:
-            raise ConfigError(f"--l2 {text!r} is no JSON: {problem}.", remedy=remedy) from None
-        if not isinstance(tier.get("type"), str):
-            raise ConfigError(f'--l2 {text!r} has no "type".', remedy=remedy)
-        return json.dumps(tier)
-    scheme, found, rest = text.partition("://")
-    if not found:
-        if not text.strip():
-            raise ConfigError("--l2 is empty.", remedy=remedy)
-        return json.dumps({"type": "fs", "base_path": text})
-    host, _, port = rest.rstrip("/").rpartition(":")
-    if scheme not in ("redis", "valkey") or not host or not port.isdigit() or "@" in host:
-        raise ConfigError(f"--l2 {text!r} is not known.", remedy=remedy)
-    return json.dumps({"type": "resp", "host": host.strip("[]"), "port": int(port)})
 
 
 def _place(options: ServeOptions, given: Given) -> tuple[str, str]:
@@ -279,6 +283,24 @@ def _note(given: Given, blends: bool) -> str:
     return ""
 
 
+def _check_secrets(given: Given) -> None:
+    for name, variable in (("--api-key", "VLLM_API_KEY"), ("--hf-token", "HF_TOKEN")):
+        if given.on_line(name) and not given.word(name).startswith("-"):
+            raise ConfigError(
+                f"{name}: a secret on the command line is shown by `ps` to all users of the machine.",
+                remedy=f"Put it into the environment variable {variable}, or into the file of vLLM's --config.",
+            )
+
+
+def _secret_file(options: ServeOptions, environment: Mapping[str, str]) -> Path | None:
+    """Where the secret is. With a second tier it must outlive vLLM, or nothing there would be found again."""
+    if options.secret_file is not None:
+        return options.secret_file.expanduser().absolute()
+    if named := environment.get(FILE_VARIABLE):
+        return Path(named).expanduser().absolute()
+    return state_file("secret") if options.l2 and not environment.get(VARIABLE) else None
+
+
 def _check_chunk(options: ServeOptions, given: Given) -> None:
     text = given.value("--block-size")
     block = int(text) if text.isdigit() and int(text) else VLLM_BLOCK
@@ -286,6 +308,12 @@ def _check_chunk(options: ServeOptions, given: Given) -> None:
         raise ConfigError(
             f"--chunk-size {options.chunk_size} is not a multiple of vLLM's block size, {block}.",
             remedy=f"For example --chunk-size {max(64 // block, 1) * block}.",
+        )
+    if options.prefix_tokens is not None and (options.prefix_tokens < 0 or options.prefix_tokens % options.chunk_size):
+        fitting = max(options.prefix_tokens // options.chunk_size, 1) * options.chunk_size
+        raise ConfigError(
+            f"--prefix-tokens {options.prefix_tokens} is not a multiple of --chunk-size {options.chunk_size}.",
+            remedy=f"For example --prefix-tokens {fitting}.",
         )
 
 

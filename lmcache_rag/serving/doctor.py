@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+from lmcache_rag.api_key import LOOPBACK
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.serving import api, checks, live_checks
 from lmcache_rag.serving.checks import Check
 from lmcache_rag.serving.environment import version
-
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def examine(url: str = "", *, lmcache_url: str = "", model: str = "", api_key: str = "") -> Iterator[Check]:

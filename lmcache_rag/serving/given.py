@@ -42,6 +42,10 @@ class Given:
         """The same of the command line alone."""
         return _has(self._line, name)
 
+    def word(self, name: str) -> str:
+        """What stands after it on the command line; "" where nothing does, or it is not there."""
+        return self._line.get(name, "")
+
     def value(self, *names: str) -> str:
         """Of the first of these names that has one; "" where none has."""
         return next((known[name] for known in (self._line, self._file) for name in names if known.get(name)), "")

@@ -27,7 +27,10 @@ def lmcache(url: str, *, needed: bool) -> tuple[list[Check], dict[str, Any]]:
     if not api.answers(url, "/healthcheck"):
         remedy = "lmcache-rag serve MODEL starts it. On another machine or port: --lmcache-url."
         return [Check("LMCache", "failed" if needed else "skipped", f"{url} does not answer", remedy)], {}
-    status = api.get_json(url, "/status")
+    try:
+        status = api.get_json(url, "/status")
+    except LMCacheRAGError as problem:
+        return [Check("LMCache", "failed", problem.message, problem.remedy)], {}
     if status is None:
         return [Check("LMCache", "failed", f"{url}/status does not answer", "Its log may say why.")], {}
     checks = []

@@ -22,7 +22,8 @@ class Server:
         healthy: Whether it answers now; must not raise, and return within a few seconds.
         log: File that its output is appended to.
         grace: How long it may take to end before it is killed, in seconds.
-        environment: Variables on top of ours.
+        environment: Variables on top of the inherited ones.
+        inherited: Variables of ours that it gets; None: all.
     """
 
     name: str
@@ -31,11 +32,13 @@ class Server:
     log: Path
     grace: float
     environment: Mapping[str, str] = field(default_factory=dict)
+    inherited: Mapping[str, str] | None = None
     _process: subprocess.Popen[bytes] | None = None
     _begin: int = 0  # where in the log its present run begins
 
     def start(self) -> None:
         """Start it. Call this from the main thread: on Linux a server ends with the thread that started it."""
+        inherited = os.environ if self.inherited is None else self.inherited
         guard = [sys.executable, "-m", "lmcache_rag.serving.child", str(os.getpid()), str(self.grace)]
         with self.log.open("ab") as out:
             self._begin = out.tell()
@@ -44,7 +47,7 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **self.environment},
+                env={**inherited, "PYTHONUNBUFFERED": "1", **self.environment},
                 start_new_session=True,
             )
 

@@ -1,0 +1,47 @@
+"""LMCache's command line, with passwords that stand on none.
+
+``python -m lmcache_rag.serving.lmcache_server server ... --l2-adapter '{"password": "${NAME}", ...}'`` is ``lmcache
+server ...`` with the placeholders of lmcache_rag.serving.tiers filled in after the process has started: what `ps` shows
+stays as it was given. The variables are taken out of the process's environment then.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from lmcache_rag.errors import LMCacheRAGError
+from lmcache_rag.serving.tiers import OPTION, filled, placeholders, variables
+
+
+def arguments(given: Sequence[str]) -> list[str]:
+    """Arguments for LMCache. Takes the variables out of the environment.
+
+    Raises:
+        LMCacheRAGError: A variable is not set, or a file cannot be read.
+    """
+    made = list(given)
+    tiers = [n + 1 for n, word in enumerate(given[:-1]) if word == OPTION and placeholders(given[n + 1])]
+    for at in tiers:
+        made[at] = filled(given[at], os.environ)
+    for name in variables([given[at] for at in tiers]):
+        os.environ.pop(name, None)
+    return made
+
+
+def main() -> None:
+    """Run LMCache."""
+    try:
+        made = arguments(sys.argv[1:])
+    except LMCacheRAGError as problem:
+        print(problem, file=sys.stderr)  # noqa: T201 - a command line of its own
+        raise SystemExit(2) from None
+    from lmcache.cli.main import main as lmcache
+
+    sys.argv = ["lmcache", *made]
+    lmcache(made)
+
+
+if __name__ == "__main__":
+    main()
