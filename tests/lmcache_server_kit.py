@@ -118,11 +118,15 @@ class LMCacheServer:
         """(key, what is found): as `look_up`, but what is found stays locked until `release`."""
         names = {f"lmcache_rag.{name}": value for name, value in configs.items()}
         asked = key(tokens, self.request(), salt, names, worker=None)
+        return asked, self.answer(asked)
+
+    def answer(self, asked: Any) -> Any:
+        """A look-up's result, asked for until it is known."""
         end = time.monotonic() + 20
         while (found := self.blend.cb_unified_lookup(asked, 1)) is None:
             assert time.monotonic() < end
             time.sleep(0.005)
-        return asked, found
+        return found
 
     def release(self, asked: Any, found: Any) -> None:
         """Give a look-up's locks back, as the end of its request does."""

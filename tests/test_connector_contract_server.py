@@ -302,6 +302,26 @@ def test_a_chunk_on_its_way_to_a_second_tier_is_forgotten_there(
     assert until(lambda: len(files(tmp_path)) == 10), "the prefixes"
 
 
+def test_a_chunk_on_its_way_from_a_second_tier_is_forgotten(
+    make: Make, draw: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forget_module, "PASSES_S", (0.0, 1.0, 2.0, 6.0))
+    server = make(l2={"type": "mock", "max_size_gb": 1, "mock_bandwidth_gb": 2e-4})  # 0.3 s for a chunk
+    prefix, chunk = text(draw, 1), text(draw, 3)
+    server.store(prefix + chunk, ingest=True)
+    ((_, tier),) = server.storage.l2_adapters()
+    assert until(lambda: tier.get_usage().total_bytes_used == 4 * CHUNK * TOKENS)
+    assert until(lambda: server.evict() or server.in_memory(prefix + chunk) == 0)
+    asked = key([5] * 7 + chunk, "loads", worker=None)
+    assert server.blend.cb_unified_lookup(asked, 1) is None, "it is being loaded"
+    server.look_up(prefix + chunk, forget=True, prefix=CHUNK)
+    found = server.answer(asked)
+    server.release(asked, found)
+    assert until(lambda: len(server.guard.forgetting) == 0)
+    assert server.in_memory(prefix + chunk) <= 1, "the prefix"
+    assert tier.get_usage().total_bytes_used == CHUNK * TOKENS
+
+
 # -- HTTP -------------------------------------------------------------------------------------------------------------
 
 

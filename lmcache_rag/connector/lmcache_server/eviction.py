@@ -72,7 +72,8 @@ class IngestedLast:
             return
         self._others.on_keys_removed(ingested)
         getattr(self._ingested, method)(ingested)
-        getattr(self._others, method)([key for key in keys if key not in set(ingested)])
+        found = set(ingested)
+        getattr(self._others, method)([key for key in keys if key not in found])
 
 
 def evict_ingested_last(storage: Any, is_ingested: Callable[[Any], bool]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 log = logging.getLogger("lmcache_rag")
 
 PASSES_S = (0.0, 1.0, 5.0, 30.0)  # after an object has left memory: a second tier may still have been writing it
-PAUSE_S = 0.2
+PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0  # between two attempts at what is being read
 
 
 class Forgetting:
@@ -54,7 +54,8 @@ class Forgetting:
         if self._held:
             with self._lock:
                 for key in keys:
-                    self._held.pop(key, None)
+                    if removal := self._held.pop(key, None):
+                        removal.done.set()
 
     def holds(self, key: Any) -> bool:
         """Whether an object is not to be read any more."""
@@ -81,15 +82,20 @@ class Forgetting:
         if not due:
             return
         self._storage.delete_l1_keys(due)
-        gone = [key for key in due if not self._in_memory(key)]
+        gone = {key for key in due if not self._in_memory(key)}
         for _, tier in self._storage.l2_adapters():
-            tier.delete(due)
+            try:
+                tier.delete(due)
+            except Exception:  # the passes to come try again
+                log.warning("A second tier did not delete what is to be forgotten", exc_info=True)
         with self._lock:
             for removal in removals:
                 keys = {key for key in due if self._held.get(key) is removal}
                 removal.done.set()
-                if not keys <= set(gone):
-                    continue  # some are being read: all of them again, after a pause
+                if not keys <= gone:  # some are being read
+                    removal.next = now + removal.pause
+                    removal.pause = min(2 * removal.pause, LONGEST_PAUSE_S)
+                    continue
                 removal.passed += 1
                 if removal.passed == len(self._passes):
                     for key in keys:
@@ -113,7 +119,7 @@ class _Removal:
     """What was asked for in one go."""
 
     def __init__(self, done: threading.Event) -> None:
-        self.done, self.passed, self.next = done, 0, 0.0
+        self.done, self.passed, self.next, self.pause = done, 0, 0.0, PAUSE_S
 
 
 def _without(memory: Any, name: str, holds: Callable[[Any], bool], answer: Any, beside: tuple[str, ...]) -> None:

@@ -114,11 +114,11 @@ class Guard:
                 # Without blocks LMCache stores nothing, and answers with an event that the worker can wait for:
                 # `refused` would be taken for a worker that is not registered any more.
                 return False if commit else store(module, key, args[0], [[] for _ in args[1]], *args[2:], **kwargs)
-            keys = self.context.resolve_obj_keys(key, [0])[0]
-            hashes = [each.chunk_hash for each in keys]
-            self.forgetting.keep(keys)
+            if len(self.forgetting) or self._indexes(key):
+                keys = self.context.resolve_obj_keys(key, [0])[0]
+                self.forgetting.keep(keys)
             if self._indexes(key):
-                self.index.declare(key.cache_salt, hashes, ingested=ingested)
+                self.index.declare(key.cache_salt, [each.chunk_hash for each in keys], ingested=ingested)
             self._thread.storing = key
             try:
                 return store(module, key, *args, **kwargs)
