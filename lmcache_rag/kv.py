@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lmcache_rag import lazy_fill
@@ -95,8 +96,9 @@ class KVKeeper:
                 waiting.append(chunk)
                 yield self._prompts.ingest(chunk.text)
 
+        begin = self._engine.precompute if stop is None else partial(self._engine.precompute, stop=stop)
         try:
-            for result in self._engine.precompute(prompts(), stop=stop):
+            for result in begin(prompts()):
                 chunk = waiting.pop(0)
                 rows.append(KVRow(chunk.chunk_id, result.key, result.tokens, result.nbytes))
                 totals += KVTotals(int(result.computed), int(not result.computed), result.tokens, result.nbytes)

@@ -28,7 +28,20 @@ from lmcache_rag.cli.app import app
 from lmcache_rag.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-VERBS = ("ingest", "ask", "chat", "status", "warm", "verify", "remove", "prune", "settings", "serve", "doctor")
+VERBS = tuple("ingest ask chat status warm verify remove forget prune settings serve doctor".split())
+    "ingest",
+    "ask",
+    "chat",
+    "status",
+    "warm",
+    "verify",
+    "remove",
+    "forget",
+    "prune",
+    "settings",
+    "serve",
+    "doctor",
+)
 TEXTS = {
     "rope.md": """# Rotary position embedding
 
@@ -216,6 +229,7 @@ def test_the_help_takes_little_more_than_loading_the_libraries_that_print_it() -
         ["ask", "--questions", "f", "--compare"],
         ["remove", "--store", "s"],
         ["remove", "x", "--all"],
+        ["forget", "x", "--all"],
         ["verify", "--sample", "0"],
         ["ingest"],
     ],

@@ -375,8 +375,7 @@ def test_closing_ends_retries_without_waiting_for_them(tokenizer: Any, texts: li
             time.sleep(0.001)
         blender.engine.close()
         assert fill_of(blender.engine).drain(LONG)
-        left = len(server.fail)
-        assert left > 990, "it gave up its tries"
+        assert len(server.fail) >= 997, "of eight tries it gave up most"
 
 
 async def test_the_async_ways_are_the_same(running: EmbeddedVLLM, texts: list[str]) -> None:
