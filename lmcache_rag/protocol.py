@@ -72,6 +72,7 @@ class Fallback(StrEnum):
     NO_HOT_COPY = "no copy of hot chunks"
     DAMAGED_KV = "damaged KV"
     OUT_OF_MEMORY = "out of memory"
+    REQUEST_ERROR = "request error"
     OTHER = "other"
 
     @classmethod
@@ -95,6 +96,7 @@ _FALLBACKS: Final[Mapping[str, str]] = {
     Fallback.NO_HOT_COPY: "the KV in vLLM's own cache cannot be copied",
     Fallback.DAMAGED_KV: "the loaded KV holds numbers that are not finite",
     Fallback.OUT_OF_MEMORY: "the GPU has no memory for the blend",
+    Fallback.REQUEST_ERROR: "the connector could not handle the request; vLLM's log has the error",
     Fallback.OTHER: "an error in the connector; vLLM's log has it",
 }
 
@@ -369,18 +371,24 @@ def _is_span(span: Any) -> bool:
 
 
 def named_spans(params: Any, prompt: int) -> list[tuple[int, int]]:
-    """Where the chunks are in a prompt of that length, as the request says; empty when it makes no sense."""
+    """Where the chunks are in a prompt of that length, as the request says; empty when it makes no sense.
+
+    More of them than `complaints` takes make no sense. Chunks shorter than a block are left out, as in `accepted`.
+    """
     given = params.get(CHUNKS) if isinstance(params, Mapping) else None
-    if not isinstance(given, list):
+    if not isinstance(given, list) or len(given) > prompt // SPAN_TOKENS:
         return []
     spans: list[tuple[int, int]] = []
+    last = 0
     for item in given:
         if not (isinstance(item, list | tuple) and len(item) == 2 and all(type(n) is int for n in item)):
             return []
         start, end = item
-        if not (spans[-1][1] if spans else 0) <= start < end <= prompt:
+        if not last <= start < end <= prompt:
             return []
-        spans.append((start, end))
+        last = end
+        if end - start >= SPAN_TOKENS or not spans:
+            spans.append((start, end))
     return spans
 
 

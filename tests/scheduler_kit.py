@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from lmcache_rag.connector.options import ConnectorOptions
@@ -66,12 +67,22 @@ class Request:
     block_hashes: list[Any] = field(default_factory=list)
 
     @property
+    def num_computed_tokens(self) -> int:
+        return self.computed
+
+    @property
     def prompt(self) -> int:
         return len(self.prompt_token_ids)
 
 
 def hash_block(parent: Any, tokens: tuple[int, ...]) -> Any:
     return hash((parent, tokens))
+
+
+def chunk_hashes(parent: Any, tokens: list[int], block: int) -> list[Any]:
+    """Of a chunk's whole blocks, after a block with the hash `parent`."""
+    parts = (tuple(tokens[first : first + block]) for first in range(0, len(tokens) - block + 1, block))
+    return list(accumulate(parts, hash_block, initial=parent))[1:]
 
 
 @dataclass(eq=False)
@@ -92,11 +103,10 @@ class Pool:
         self.made = 0
 
     def file(self, parent: Any, tokens: list[int], block: int) -> None:
-        for first in range(0, len(tokens) - block + 1, block):
-            parent = hash_block(parent, tuple(tokens[first : first + block]))
-            if parent not in self.filed:
+        for block_hash in chunk_hashes(parent, tokens, block):
+            if block_hash not in self.filed:
                 self.made += 1
-                self.filed[parent] = self.blocks[self.made] = Block(self.made)
+                self.filed[block_hash] = self.blocks[self.made] = Block(self.made)
 
     def evict(self) -> None:
         self.filed = {key: block for key, block in self.filed.items() if block.users}

@@ -115,16 +115,15 @@ def test_hiding_twice_and_without_prefix_caching(manager: KVCacheManager, hasher
     assert manager.block_pool.hash_block_size == BLOCK
 
 
-def test_chunks_of_earlier_requests_are_found_in_vllms_own_blocks_and_kept(
-    manager: KVCacheManager, hasher: Any, config: VllmConfig
-) -> None:
+def test_ingested_chunks_are_found_in_vllms_own_blocks_and_kept(manager: KVCacheManager, hasher: Any) -> None:
     prefix, first, second = list(range(32)), list(range(100, 148)), list(range(200, 240))
-    hot = HotChunks(compat_vllm.CachedBlocks(manager.block_pool), BLOCK, compat_vllm.block_hash(config))
+    hot = HotChunks(compat_vllm.CachedBlocks(manager.block_pool), BLOCK)
     held = {}
     for name, chunk in (("first", first), ("second", second)):
         ingestion = request(name, prefix + chunk, hasher)
         run(manager, ingestion)
         held[name] = manager.get_block_ids(name)[0]
+        hot.remember(array("q", prefix + chunk), ingestion.block_hashes, len(prefix))
         manager.free(ingestion)
 
     query = request("query", prefix + second + first + [1, 2, 3], hasher)
@@ -150,23 +149,19 @@ def test_chunks_of_earlier_requests_are_found_in_vllms_own_blocks_and_kept(
     assert hot.find(places) == [], "vLLM has emptied its prefix cache"
 
 
-def test_vllms_own_hashes_of_a_chunk_behind_its_prefix_are_what_we_would_hash(
-    manager: KVCacheManager, hasher: Any, config: VllmConfig
-) -> None:
-    pool, hashed = compat_vllm.CachedBlocks(manager.block_pool), []
-    function = compat_vllm.block_hash(config)
-
-    def hash_block(parent: Any, tokens: tuple[int, ...]) -> Any:
-        hashed.append(tokens)
-        return function(parent, tokens)
-
-    tokens = array("q", range(150))
-    own = request("ingestion", list(tokens), hasher).block_hashes
-    (told,) = HotChunks(pool, BLOCK, hash_block).places(tokens, own, [(32, 150)])
-    assert len(hashed) == 1
-    (alone,) = HotChunks(pool, BLOCK, hash_block).places(tokens, own[:2], [(32, 150)])
-    assert len(hashed) == 1 + (150 - 32) // BLOCK
-    assert told == alone
+def test_removed_blocks_are_not_found_and_stay_with_who_uses_them(manager: KVCacheManager, hasher: Any) -> None:
+    pool = compat_vllm.CachedBlocks(manager.block_pool)
+    twins = [request(name, list(range(100)), hasher) for name in ("one", "two")]
+    for twin in twins:  # both are computed: blocks of one hash
+        assert manager.allocate_slots(twin, twin.num_tokens) is not None
+    free = manager.block_pool.get_num_free_blocks()
+    assert pool.remove(twins[0].block_hashes[2:]) == 2 * (100 // BLOCK - 2)
+    assert pool.remove(twins[0].block_hashes[2:]) == 0
+    assert manager.block_pool.get_num_free_blocks() == free
+    other = request("other", list(range(100)), hasher)
+    assert manager.get_computed_blocks(other)[1] == 2 * BLOCK
+    for twin in twins:
+        manager.free(twin)
 
 
 def test_what_hides_blocks_looks_like_vllms_own_hashes(hasher: Any) -> None:

@@ -1,14 +1,13 @@
 """The scheduler of vLLM with the scheduler side of our connector, through blends beside others, aborts and preemption.
 
-The scheduler, its block pool, the connector and the LMCache server are real. The worker is simulated, and what the
-look-ups find is made up: blending needs CUDA. See test_connector_contract.py.
+See vllm_scheduler_kit for what is real, and test_connector_contract.py.
 """
 
 from __future__ import annotations
 
 import random
 import warnings
-from collections import Counter
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,200 +20,22 @@ if missing():
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import torch
-    from models import tiny_config
-    from vllm.config import CacheConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
     from vllm.sampling_params import SamplingParams
-    from vllm.utils.hashing import get_hash_fn_by_name
-    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
-    from vllm.v1.core.sched.scheduler import Scheduler
-    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
-    from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
-    from vllm.v1.request import Request, RequestStatus
-    from vllm.v1.structured_output import StructuredOutputManager
-    from vllm_cpu_kit import Process, answers, free_port
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+    from vllm_scheduler_kit import BLOCKS, Engine, lmcache_server
 
-    from lmcache_rag.connector.frees import StoresHeldBack
-    from lmcache_rag.connector.plan import BlendPlan, BlendResult, Match
-    from lmcache_rag.connector.told import BlendResults, Readiness
+    from lmcache_rag.connector.plan import BlendPlan, Match
+    from lmcache_rag.connector.told import BlendResults
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
-BLOCKS = 90
 
 
 @pytest.fixture(scope="module")
 def lmcache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     """The port of an LMCache server."""
-    folder, port, http = tmp_path_factory.mktemp("lmcache"), free_port(), free_port()
-    options = f"--engine-type blend --supported-transfer-mode auto --chunk-size {CHUNK} --l1-size-gb 1 --host localhost"
-    more = f"--eviction-policy LRU --port {port} --http-host 127.0.0.1 --http-port {http}"
-    server = Process(["lmcache", "server", *options.split(), *more.split()], folder / "lmcache.log")
-    try:
-        server.wait_for(lambda: answers(f"http://127.0.0.1:{http}/healthcheck"), 120)
+    with lmcache_server(tmp_path_factory.mktemp("lmcache")) as port:
         yield port
-    finally:
-        server.kill()
-
-
-class Lookup:
-    """What a look-up finds, after some polls."""
-
-    def __init__(self, request: Any, polls: int, found: tuple[int, tuple[Match, ...]]) -> None:
-        self.request_id, self._left, self._found = request.request_id, polls, found
-        self.result: tuple[int, tuple[Match, ...]] | None = None
-        self.ended = False
-
-    def poll(self, seconds: float) -> bool:
-        self._left -= 1
-        if self._left < 0:
-            self.result = self._found
-        return self.result is not None
-
-    def release_prefix(self, start: int, end: int) -> None:
-        """Nothing is locked."""
-
-    def end_session(self) -> None:
-        self.ended = True
-
-
-class Worker:
-    """Does plans: those of a step at once, those in the background some steps later."""
-
-    def __init__(self) -> None:
-        self.background: list[list[Any]] = []
-        self.stores = StoresHeldBack()
-        self.done: Counter[str] = Counter()
-
-    def step(self, plans: list[BlendPlan], finished: set[str], slow: int) -> KVConnectorOutput:
-        results = [self.result(plan) for plan in plans if not plan.background]
-        self.background += [[plan, slow] for plan in plans if plan.background]
-        received = set()
-        for one in list(self.background):
-            one[1] -= 1
-            if one[1] < 0:
-                self.background.remove(one)
-                received.add(one[0].request_id)
-                results.append(self.result(one[0]))
-        under_way = {plan.request_id for plan, _ in self.background}
-        stored = self.stores.report(finished, under_way)
-        meta = BlendResults(results) if results else None
-        return KVConnectorOutput(finished_sending=stored, finished_recving=received, kv_connector_worker_meta=meta)
-
-    def result(self, plan: BlendPlan) -> BlendResult:
-        self.done[plan.request_id] += 1
-        covered = sum(match.end - match.start for match in plan.matches)
-        again = covered // 8
-        rest = plan.end - plan.exact - covered
-        hot = sum(match.end - match.start for match in plan.matches if match.block >= 0)
-        return BlendResult(plan.request_id, plan.exact, covered - again, again, rest, 1.0, 1.0, "", hot)
-
-
-class Engine:
-    """vLLM's scheduler, stepped by hand."""
-
-    def __init__(self, port: int, folder: Path, **options: Any) -> None:
-        tiny_config("llama").save_pretrained(folder)
-        extra = {"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": port, "lmcache.mp.mq_timeout": 20}
-        model = ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=2048)
-        config = VllmConfig(
-            model_config=model,
-            cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),
-            scheduler_config=SchedulerConfig(
-                max_num_batched_tokens=512,
-                max_num_seqs=8,
-                max_model_len=2048,
-                is_encoder_decoder=False,
-                async_scheduling=False,
-            ),
-            kv_transfer_config=KVTransferConfig(
-                kv_connector="CacheBlendConnector",
-                kv_connector_module_path="lmcache_rag.connector.connector",
-                kv_role="kv_both",
-                kv_load_failure_policy="recompute",
-                kv_connector_extra_config=extra | {f"lmcache_rag.{name}": value for name, value in options.items()},
-            ),
-        )
-        config.cache_config.num_gpu_blocks = BLOCKS
-        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=2, head_size=16, dtype=torch.float32)
-        groups = KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["l"], spec)])
-        self.scheduler = Scheduler(config, groups, StructuredOutputManager(config), BLOCK, log_stats=True)
-        self.connector: Any = self.scheduler.connector
-        self.connector.set_xfer_handshake_metadata({0: Readiness("")})
-        function = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
-        init_none_hash(function)
-        self._hasher = get_request_block_hasher(BLOCK, function)
-        self.worker = Worker()
-        self.found: dict[str, tuple[int, tuple[int, tuple[Match, ...]]]] = {}
-        self.lookups: dict[str, Lookup] = {}
-        self.connector._side.look_up = self.look_up
-        self.told: dict[str, Any] = {}
-        self.beside: Counter[str] = Counter()
-        self.preempted = 0
-
-    def look_up(self, request: Any) -> Lookup:
-        assert request.request_id not in self.lookups, "asked twice"
-        self.lookups[request.request_id] = Lookup(request, *self.found[request.request_id])
-        return self.lookups[request.request_id]
-
-    def add(self, name: str, prompt: int, matches: int, *, polls: int = 0, outputs: int = 4, exact: int = 0) -> None:
-        """A request of which LMCache holds so many chunks behind `exact` tokens."""
-        tokens = [random.Random(name).randrange(5, 40000) for _ in range(prompt)]
-        found, here = [], exact + 8
-        for number in range(matches):
-            if here + CHUNK <= prompt - 1:
-                found.append(Match(here, here + CHUNK, 64 + number * CHUNK, 64 + (number + 1) * CHUNK))
-                here += CHUNK + (8 if number % 3 == 0 else 0)
-        self.found[name] = polls, (exact, tuple(found))
-        sampling = SamplingParams(max_tokens=outputs, ignore_eos=True)
-        self.scheduler.add_request(Request(name, tokens, sampling, None, block_hasher=self._hasher))
-
-    def abort(self, name: str) -> None:
-        self.scheduler.finish_requests(name, RequestStatus.FINISHED_ABORTED)
-
-    def step(self, slow: int = 0) -> Any:
-        """One step; the simulated worker is done with what begins in it `slow` steps later."""
-        out = self.scheduler.schedule()
-        meta = out.kv_connector_metadata
-        self.check_blocks(out)
-        self.preempted += len(out.preempted_req_ids or ())
-        for plan in meta.blend_plans:
-            self.beside[plan.request_id] += plan.background
-        names = list(out.num_scheduled_tokens)
-        tokens = []
-        for name in names:
-            request = self.scheduler.requests[name]
-            tokens.append([7] if request.num_computed_tokens >= request.num_tokens else [])
-        self.scheduler.update_from_output(
-            out,
-            ModelRunnerOutput(
-                req_ids=names,
-                req_id_to_index={name: index for index, name in enumerate(names)},
-                sampled_token_ids=tokens,
-                kv_connector_output=self.worker.step(meta.blend_plans, set(out.finished_req_ids), slow),
-            ),
-        )
-        return out
-
-    def check_blocks(self, out: Any) -> None:
-        """No request that runs was given blocks that are still being written to for another."""
-        for plan, _ in self.worker.background:
-            for name in out.num_scheduled_tokens:
-                (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(name)
-                assert name == plan.request_id or not set(blocks) & set(plan.block_ids), "written to by two"
-
-    def to_the_end(self, steps: int = 200) -> None:
-        for _ in range(steps):
-            if not self.scheduler.has_requests():
-                break
-            self.step()
-        assert not self.scheduler.has_requests()
-        assert not self.scheduler.requests
-        pool = self.scheduler.kv_cache_manager.block_pool
-        assert pool.get_num_free_blocks() == BLOCKS - 1, "blocks leak"
-        side = self.connector._side
-        assert (side.requests, side.pace.beside, side.abandoned) == (0, 0, 0)
-        assert not self.worker.background
-        assert len(self.connector._freed) == 0
 
 
 @pytest.fixture
@@ -428,7 +249,12 @@ def test_a_chunk_that_is_being_computed_in_the_same_step_is_not_copied(make: Any
 
     query, other = ([*prefix, *words, *chunk, *words] for words in (question, question[::-1]))
     named = {"lmcache_rag.chunks": [[64, 64 + 40], [104, 104 + 192]]}
-    add("ingests", [*prefix, *chunk], {"lmcache_rag.blend": "off"})
+    add(
+        "ingests", [*prefix, *chunk], {"lmcache_rag.blend": "off", "lmcache_rag.ingest": True, "lmcache_rag.prefix": 64}
+    )
+    engine.connector._side.hot.chunks.remember(
+        array("q", [*prefix, *chunk]), engine.scheduler.requests["ingests"].block_hashes, 64
+    )
     add("asks", query, named)
     plans: dict[str, BlendPlan] = {}
     run = engine.worker.step

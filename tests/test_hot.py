@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from array import array
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -39,6 +38,7 @@ class Pool:
     """Blocks under hashes, with reference counts, as vLLM's pool keeps them."""
 
     filed: dict[Any, Block] = field(default_factory=dict)
+    ingested: list[list[int]] = field(default_factory=list)
 
     def key(self, block_hash: Any) -> Any:
         return ("key", block_hash)
@@ -60,7 +60,8 @@ class Pool:
             block.ref_cnt -= 1
 
     def add(self, tokens: list[int]) -> None:
-        """The blocks of a finished request."""
+        """The blocks of a finished ingestion request."""
+        self.ingested.append(tokens)
         for block_hash in hashes(tokens):
             self.filed.setdefault(self.key(block_hash), Block(len(self.filed) + 1))
 
@@ -88,7 +89,16 @@ class Request:
         self.request_id, self.prompt_token_ids, self.num_tokens = name, tokens, len(tokens)
         self.block_hashes = hashes(tokens)
         self.kv_transfer_params = {"lmcache_rag.chunks": spans}
+        self.num_computed_tokens = 0
         self.cache_salt = None
+
+
+def known(pool: Pool) -> HotChunks:
+    """What was ingested after a prefix of 64 tokens."""
+    chunks = HotChunks(pool, BLOCK)
+    for tokens in pool.ingested:
+        chunks.remember(array("q", tokens), hashes(tokens), 64)
+    return chunks
 
 
 @pytest.fixture
@@ -107,7 +117,7 @@ def world() -> Any:
 
 
 def make(pool: Pool, lookups: list[Any] | None = None, **options: Any) -> SchedulerSide:
-    chunks = HotChunks(pool, BLOCK, hash_block)
+    chunks = known(pool)
 
     def look_up(request: Any) -> Any:
         assert lookups is not None, "LMCache is not asked when everything is hot"
@@ -120,13 +130,13 @@ def make(pool: Pool, lookups: list[Any] | None = None, **options: Any) -> Schedu
 def test_a_chunk_that_is_known_behind_one_prefix_is_not_found_behind_another(world: Any) -> None:
     """Nor for another tenant, whose salt is in the hash of the first block: only where it was computed."""
     pool, request = world
-    chunks = HotChunks(pool, BLOCK, hash_block)
+    chunks = known(pool)
     asked = lambda other: chunks.find(  # noqa: E731
         chunks.places(
             array("q", other.prompt_token_ids), other.block_hashes, other.kv_transfer_params["lmcache_rag.chunks"]
         )
     )
-    assert asked(request), "its keys are remembered from now on"
+    assert asked(request)
     tokens = [token + 1 for token in request.prompt_token_ids[:64]] + request.prompt_token_ids[64:]
     assert asked(Request("other prefix", tokens, request.kv_transfer_params["lmcache_rag.chunks"])) == []
     salted = Request("other tenant", request.prompt_token_ids, request.kv_transfer_params["lmcache_rag.chunks"])
@@ -138,7 +148,7 @@ def test_a_chunk_that_is_known_behind_one_prefix_is_not_found_behind_another(wor
 def test_whole_blocks_of_every_chunk_are_found_with_where_they_were_computed(world: Any) -> None:
     pool, request = world
     spans = named_spans(request.kv_transfer_params, request.num_tokens)
-    chunks = HotChunks(pool, BLOCK, hash_block)
+    chunks = known(pool)
     found = chunks.find(chunks.places(array("q", request.prompt_token_ids), request.block_hashes, spans))
     for start, end in spans:
         mine = [m for m in found if start <= m.start < end]
@@ -151,7 +161,7 @@ def test_another_prefix_finds_nothing(world: Any) -> None:
     request.prompt_token_ids[0] += 1
     request.block_hashes = hashes(request.prompt_token_ids)
     spans = named_spans(request.kv_transfer_params, request.num_tokens)
-    chunks = HotChunks(pool, BLOCK, hash_block)
+    chunks = known(pool)
     assert chunks.find(chunks.places(array("q", request.prompt_token_ids), request.block_hashes, spans)) == []
 
 
@@ -273,8 +283,11 @@ def test_a_copied_key_is_the_key_at_its_new_position(tokenizer: Any, scaling: st
 
 def test_what_seems_to_be_held_is_seen_without_looking_at_every_block() -> None:
     pool = scheduler_kit.Pool()
-    chunks = HotChunks(pool, 8, scheduler_kit.hash_block)
+    chunks = HotChunks(pool, 8)
     tokens, hashes = array("q", range(100)), ["a", "b", "c", "d"]
+    for first, end in ((32, 56), (60, 92)):
+        own = scheduler_kit.chunk_hashes("d", list(tokens[first:end]), 8)
+        chunks.remember(array("q", [*tokens[:32], *tokens[first:end]]), [*hashes, *own], 32)
     pool.file("d", list(tokens[32:56]), 8)
     asked: list[Any] = []
     real = pool.get
@@ -288,67 +301,72 @@ def test_what_seems_to_be_held_is_seen_without_looking_at_every_block() -> None:
     assert sum(m.end - m.start for m in chunks.find(places)) == 24
 
 
-def test_what_vllm_has_hashed_at_an_ingestion_is_not_hashed_again() -> None:
-    pool, hashed = scheduler_kit.Pool(), []
+def test_a_chunk_is_known_by_vllms_own_hashes() -> None:
+    """With an adapter too, whose name is in each of them."""
     tokens = array("q", range(100))
-
-    def hash_block(parent: Any, part: tuple[int, ...]) -> Any:
-        hashed.append(part)
-        return scheduler_kit.hash_block(parent, part)
-
-    own = [
-        "a",
-        *accumulate((tuple(tokens[n : n + 8]) for n in range(16, 96, 8)), scheduler_kit.hash_block, initial="b"),
-    ]
-    told = HotChunks(pool, 8, hash_block)
-    (ingested,) = told.places(tokens, own, [(16, 100)])
-    assert len(hashed) == 1, "only to see that its hashes are those of nothing but tokens"
-    hashed.clear()
-    (alone,) = HotChunks(pool, 8, hash_block).places(tokens, own[:2], [(16, 100)])
-    assert (alone.keys, len(hashed)) == (ingested.keys, 10)
-    hashed.clear()
+    own = ["a", "b", *(f"with an adapter {number}" for number in range(10))]
+    chunks = HotChunks(scheduler_kit.Pool(), 8)
+    chunks.remember(tokens, own, 16)
     query = array("q", [*tokens[:16], 1, 2, 3, *tokens[16:]])
-    assert told.places(query, own[:2], [(16, 19), (19, 103)])[1].keys == ingested.keys
-    assert hashed == []
-    other = [*own[:2], *(f"with an adapter {number}" for number in range(10))]
-    assert HotChunks(pool, 8, hash_block).places(tokens, other, [(16, 100)])[0].keys == ingested.keys
+    ((start, end, old, keys),) = chunks.places(query, own[:2], [(16, 19), (19, 103)])
+    assert (start, end, old, keys) == (19, 103, 16, tuple(own[2:]))
 
 
-def test_a_request_for_a_chunk_at_its_first_use_hashes_nothing() -> None:
-    pool, hashed = scheduler_kit.Pool(), []
+def test_known_chunks_are_bounded_by_their_tokens() -> None:
+    chunks = HotChunks(scheduler_kit.Pool(), 8, remembered=200)
+    for number in range(50):
+        tokens = array("q", [1] * 16 + [number] * 84)
+        chunks.remember(tokens, ["a", "b", *range(10)], 16)
+        chunks.remember(tokens, ["a", "b", *range(10)], 16)
+        assert chunks.tokens == min(80 * (number + 1), 160)
+    prompt = array("q", [1] * 16 + [49] * 84 + [0] * 84)
+    assert [place.start for place in chunks.places(prompt, ["a", "b"], [(16, 100), (100, 184)])] == [16]
 
-    def counted(parent: Any, part: tuple[int, ...]) -> Any:
-        hashed.append(part)
-        return hash_block(parent, part)
 
-    side = SchedulerSide(
-        ConnectorOptions(least_tokens=16),
-        64,
-        lambda r: None,
-        lambda r, first: None,
-        HotSide(HotChunks(pool, BLOCK, counted)),
-    )
+def test_only_ingested_chunks_are_remembered() -> None:
+    pool = scheduler_kit.Pool()
+    hot = HotChunks(pool, BLOCK)
+    side = SchedulerSide(ConnectorOptions(least_tokens=16), 64, lambda r: None, lambda r, first: None, HotSide(hot))
     prefix, chunks = list(range(64)), [list(range(100 * n, 100 * n + 64)) for n in (1, 2)]
-    for number, chunk in enumerate(chunks):
-        ingestion = Request(f"ingestion {number}", prefix + chunk, [])
-        ingestion.kv_transfer_params = {
-            "lmcache_rag.ingest": True, "lmcache_rag.blend": "off", "lmcache_rag.prefix": len(prefix)
-        }  # fmt: skip
-        side.arrived(ingestion)
-        side.finished(ingestion)
-    assert len(hashed) == len(chunks)
-    hashed.clear()
-    side.arrived(Request("query", prefix + chunks[1] + chunks[0] + [1, 2], [[64, 128], [128, 192]]))
-    assert hashed == []
+
+    def ingest(name: str, chunk: list[int], computed: int, **more: Any) -> None:
+        request = Request(name, prefix + chunk, [])
+        request.kv_transfer_params = {"lmcache_rag.ingest": True, "lmcache_rag.prefix": 64} | more  # type: ignore[assignment]
+        request.num_computed_tokens = computed
+        side.arrived(request)
+        side.finished(request)
+
+    ingest("left at once", chunks[0], 0)
+    ingest("is none", chunks[0], 128, **{"lmcache_rag.ingest": False})
+    query = Request("query", prefix + chunks[1] + chunks[0] + [1, 2], [[64, 128], [128, 192]])
+    side.arrived(query)
+    side.finished(query)
+    assert hot.tokens == 0
+    ingest("whole", chunks[0], 128)
+    assert hot.tokens == 64
+
+
+def test_a_chunk_that_was_evicted_is_not_looked_for_in_each_step(world: Any) -> None:
+    pool, request = world
+    side = HotSide(known(pool))
+    side.begin(request, array("q", request.prompt_token_ids))
+    pool.filed.clear()
+    asked: list[Any] = []
+    side.chunks.find = lambda places: asked.extend(places) or []  # type: ignore[method-assign, func-returns-value]
+    for _ in range(10):
+        assert side.find(request) == []
+    assert len(asked) == 3
 
 
 def test_a_block_is_not_copied_before_its_kv_is_computed() -> None:
     """vLLM files a block when it schedules its tokens; a copy in that step would come before the model's pass."""
     pool = scheduler_kit.Pool()
     filed = FiledBlocks(pool, 8)
-    chunks = HotChunks(pool, 8, scheduler_kit.hash_block, filed=filed)
+    chunks = HotChunks(pool, 8, filed=filed)
     tokens = array("q", range(100))
     pool.file("d", list(tokens[32:56]), 8)
+    own = scheduler_kit.chunk_hashes("d", list(tokens[32:56]), 8)
+    chunks.remember(tokens[:56], ["a", "b", "c", "d", *own], 32)
     places = chunks.places(tokens, ["a", "b", "c", "d"], [(32, 56)])
     last = list(pool.filed.values())[-1]
     filed.add(last.block_id)

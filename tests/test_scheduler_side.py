@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from array import array
 from types import SimpleNamespace
 
 import pytest
-from scheduler_kit import CHUNK, Once, Pool, Request, hash_block
+from scheduler_kit import CHUNK, Once, Pool, Request, chunk_hashes
 
 from lmcache_rag.connector import scheduler_side
 from lmcache_rag.connector.abandoned import ABANDONED_SECONDS
 from lmcache_rag.connector.hot import HotChunks
 from lmcache_rag.connector.hot_side import HotSide
 from lmcache_rag.connector.plan import BlendResult
+
+
+def known(once: Once, tokens: list[int], hashes: list[str], prefix: int) -> None:
+    """prefix + chunk was ingested."""
+    assert once.side.hot is not None
+    own = chunk_hashes(hashes[-1], tokens[prefix:], 8)
+    once.side.hot.chunks.remember(array("q", tokens), [*hashes, *own], prefix)
 
 
 def test_a_claim_ends_with_the_last_match_and_hides_from_the_first_one_on() -> None:
@@ -313,11 +321,12 @@ def test_a_short_rest_of_the_prompt_is_claimed_with_the_blend() -> None:
 
 def test_chunks_that_vllm_held_and_lost_while_a_request_waited_are_looked_up() -> None:
     once, pool = Once(), Pool()
-    once.side.hot = HotSide(HotChunks(pool, 8, hash_block))
+    once.side.hot = HotSide(HotChunks(pool, 8))
     request = once.request(polls=2)
     request.kv_transfer_params = {"lmcache_rag.chunks": [[32, 56]]}
     request.block_hashes = ["a", "b", "c", "d"]
     pool.file("d", request.prompt_token_ids[32:56], 8)
+    known(once, request.prompt_token_ids[:56], ["a", "b", "c", "d"], 32)
     assert once.side.matched(request, 32) == 24
     assert once.lookups == [], "all of it is there"
     assert [block.users for block in pool.filed.values()] == [1, 1, 1]
@@ -333,11 +342,12 @@ def test_chunks_that_vllm_held_and_lost_while_a_request_waited_are_looked_up() -
 
 def test_chunks_that_vllm_holds_are_kept_until_the_worker_has_copied_them() -> None:
     once, pool = Once(), Pool()
-    once.side.hot = HotSide(HotChunks(pool, 8, hash_block))
+    once.side.hot = HotSide(HotChunks(pool, 8))
     request = once.request()
     request.kv_transfer_params = {"lmcache_rag.chunks": [[32, 56]]}
     request.block_hashes = ["a", "b", "c", "d"]
     pool.file("d", request.prompt_token_ids[32:56], 8)
+    known(once, request.prompt_token_ids[:56], ["a", "b", "c", "d"], 32)
     once.side.allocated(request, list(range(13)), once.side.matched(request, 32) or 0, None)
     ((plan,), _) = once.side.plans()
     assert [match.block for match in plan.matches] == [block.block_id for block in pool.filed.values()]

@@ -7,6 +7,7 @@ may be preempted.
 from __future__ import annotations
 
 import json
+from array import array
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -14,7 +15,7 @@ from unittest import mock
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from scheduler_kit import CHUNK, Lookup, Pool, Request, Server, hash_block
+from scheduler_kit import CHUNK, Lookup, Pool, Request, Server, chunk_hashes, hash_block
 
 from lmcache_rag.connector import scheduler_side
 from lmcache_rag.connector.abandoned import ABANDONED_SECONDS
@@ -43,12 +44,13 @@ class Schedules(RuleBasedStateMachine):
         self.clock.start()
         self.server = Server()
         self.pool = Pool()
+        self.hot = HotChunks(self.pool, BLOCK)
         self.side = SchedulerSide(
             OPTIONS,
             CHUNK,
             self.look_up,
             lambda request, first: request.hidden.append(first),
-            HotSide(HotChunks(self.pool, BLOCK, hash_block)),
+            HotSide(self.hot),
         )
         self.waiting: list[Request] = []
         self.running: list[Request] = []
@@ -108,7 +110,10 @@ class Schedules(RuleBasedStateMachine):
         if hot and exact and matches:
             params["lmcache_rag.chunks"] = [[match.start, match.end] for match in matches]
             for match in matches[:hot]:
-                self.pool.file(hashes[exact // BLOCK - 1], tokens[match.start : match.end], BLOCK)
+                parent, chunk = hashes[exact // BLOCK - 1], tokens[match.start : match.end]
+                self.pool.file(parent, chunk, BLOCK)
+                own = [*hashes[: exact // BLOCK], *chunk_hashes(parent, chunk, BLOCK)]
+                self.hot.remember(array("q", tokens[:exact] + chunk), own, exact)
         self.count += 1
         request = Request(str(self.count), tokens, params or None, (exact, tuple(matches)), polls, outputs)
         request.block_hashes = hashes

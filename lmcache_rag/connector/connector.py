@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector
@@ -17,6 +19,7 @@ from lmcache_rag.connector import compat_lmcache, compat_vllm, metrics, renumber
 from lmcache_rag.connector.abandoned import Lookup
 from lmcache_rag.connector.authorization import IngestKey
 from lmcache_rag.connector.filed import FiledBlocks
+from lmcache_rag.connector.forgetting import Forgetting
 from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
 from lmcache_rag.connector.hot import HotChunks
 from lmcache_rag.connector.hot_side import HotSide
@@ -25,13 +28,28 @@ from lmcache_rag.connector.late import HeldBlocks
 from lmcache_rag.connector.namespace import Namespaces
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.prepare import prepared
-from lmcache_rag.connector.request_state import unblended
+from lmcache_rag.connector.request_state import is_embedded, unblended
 from lmcache_rag.connector.request_validation import RequestValidation
 from lmcache_rag.connector.scheduler_side import SchedulerSide
 from lmcache_rag.connector.secret import find_secret
 from lmcache_rag.connector.stats import BlendPromMetrics, BlendStats
 from lmcache_rag.connector.told import BlendResults, Readiness
-from lmcache_rag.protocol import ANSWER
+from lmcache_rag.protocol import (
+    ANSWER,
+    FORGET,
+    FORGOTTEN,
+    INGEST,
+    MAX_OFFLOAD_TOKENS,
+    PREFIX,
+    SPANS,
+    Fallback,
+    accepted,
+    complaints,
+    ingests,
+    joined,
+    named_prefix,
+    shown,
+)
 
 log = logging.getLogger("lmcache_rag")
 
@@ -59,6 +77,8 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         self._worker: Any = None
         self._connector_stats = BlendStats()
         self._freed, self._stores = FreedOnce(), StoresHeldBack()
+        self._left: set[str] = set()  # requests that something raised for: vLLM computes them, nothing of them is kept
+        self._taken: Any = None  # the workers' metadata that was taken last
         self._held = HeldBlocks(lambda: self._gpu_block_pool)
         if role == KVConnectorRole.WORKER:
             parallel = adapter.parallel_strategy
@@ -97,6 +117,9 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
                 self._hide,
                 count=self._count,
             )
+            self._forgetting = Forgetting(
+                self._hash_block, self._look_up, self._hide, self._side.abandon, self._options.lookup_deadline
+            )
 
     # -- start ----------------------------------------------------------------------------------------------------
 
@@ -127,17 +150,71 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
 
     def _get_or_create_request_tracker(self, request: Any) -> Any:
         before = self.request_trackers.get(request.request_id)
-        tracker = super()._get_or_create_request_tracker(request)
+        try:
+            tracker = super()._get_or_create_request_tracker(request)
+        except Exception as problem:
+            self._leave(request.request_id, problem)
+            tracker = self.request_trackers[request.request_id] = compat_lmcache.plain_tracker(request)
         if tracker is not before:
-            tracker.cache_salt = self._namespaces.of(
-                request.prompt_token_ids or (),
-                request.cache_salt or "",
-                request.kv_transfer_params,
-                adapter=self._adapters.of(getattr(request, "lora_request", None)),
-            )
-            if getattr(request, "prompt_embeds", None) is not None:
-                compat_lmcache.keep_out(tracker)
+            tracker.request_configs, tracker.max_offload_tokens = None, 0
+            with self._surviving(request.request_id):
+                tracker.cache_salt = self._namespaces.of(
+                    request.prompt_token_ids or (),
+                    request.cache_salt or "",
+                    request.kv_transfer_params,
+                    adapter=self._adapters.of(getattr(request, "lora_request", None)),
+                )
+                if is_embedded(request):
+                    compat_lmcache.keep_out(tracker)
+                else:
+                    tracker.request_configs, tracker.max_offload_tokens = self._settings(request)
         return tracker
+
+    def _settings(self, request: Any) -> tuple[dict[str, Any] | None, int | None]:
+        """What LMCache is told with each key of a request, and how many of its tokens are stored at most."""
+        params: dict[str, Any] = request.kv_transfer_params or {}
+        configs = {MAX_OFFLOAD_TOKENS: params[MAX_OFFLOAD_TOKENS]} if MAX_OFFLOAD_TOKENS in params else {}
+        forgets = self._forgetting.asks(request.request_id)
+        if forgets:
+            configs |= {FORGET: True, PREFIX: named_prefix(params, len(request.prompt_token_ids))}
+        elif ingests(params):
+            configs[INGEST] = True
+        kept = ingests(params) or self._options.store == "all"
+        if forgets or not kept or request.request_id in self._left:
+            return configs or None, 0
+        return configs or None, params.get(MAX_OFFLOAD_TOKENS)
+
+    # -- requests that something raises for ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _surviving(self, request_id: str) -> Iterator[None]:
+        """Whatever is raised in here: the engine and its other requests go on, and so does this one, without us."""
+        try:
+            yield
+        except Exception as problem:
+            self._leave(request_id, problem)
+
+    def _leave(self, request_id: str, problem: Exception) -> None:
+        if request_id not in self._left:
+            self._left.add(request_id)
+            where = "".join(
+                traceback.format_tb(problem.__traceback__)
+            )  # without the message: a client may have made it
+            kind, words = type(problem).__name__, shown(str(problem))
+            log.error(
+                "request %s is computed in full, and its KV is not stored: %s %s\n%s",
+                shown(request_id),
+                kind,
+                words,
+                where,
+            )
+        if tracker := self.request_trackers.get(request_id):
+            tracker.max_offload_tokens = 0
+        if self._side is not None:
+            try:
+                self._side.drop(request_id)
+            except Exception:
+                log.exception("request %s: what it held could not be let go", shown(request_id))
 
     # -- scheduler ------------------------------------------------------------------------------------------------
 
@@ -164,36 +241,60 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             return
         pool = compat_vllm.CachedBlocks(gpu_block_pool)
         self._side.filed = FiledBlocks(pool, block)
+        self._forgetting.pool = pool
         compat_vllm.watch_filed_blocks(gpu_block_pool, self._side.filed.add)
         if self._options.hot:
-            function = compat_vllm.block_hash(self._vllm_config)
-            self._side.hot = HotSide(HotChunks(pool, block, function, filed=self._side.filed))
+            chunks = HotChunks(pool, block, filed=self._side.filed, remembered=len(pool.blocks) * block)
+            self._side.hot, self._forgetting.chunks = HotSide(chunks), chunks
 
     def _hash_block(self) -> int:
         size = getattr(self._gpu_block_pool, "hash_block_size", None) or self._vllm_config.cache_config.block_size
         return int(size)
 
     def on_new_request(self, request: Any) -> None:
-        """Look it up at once, while others are still running."""
-        if self._side is not None and self._ingest_key is not None:
-            request.kv_transfer_params = self._ingest_key.permitted(
-                request.kv_transfer_params, request.prompt_token_ids
-            )
-        if self._side is not None and not self._why_not and not getattr(request, "resumable", False):
-            self._side.arrived(request)
+        """See that its parameters are ones that we, LMCache and vLLM's scheduler can read; look it up at once."""
+        name, side = request.request_id, self._side
+        params, request.kv_transfer_params = request.kv_transfer_params, None
+        if side is None:
+            return
+        with self._surviving(name):
+            prompt = request.prompt_token_ids or ()
+            if self._ingest_key is not None:
+                params = self._ingest_key.permitted(params, request.prompt_token_ids)
+            if wrong := complaints(params, len(prompt)):  # the API server refuses what is; this came another way
+                log.warning("request %s is neither blended nor stored: %s", shown(name), joined(wrong))
+                request.kv_transfer_params = {MAX_OFFLOAD_TOKENS: 0}
+                side.leave_out(request, Fallback.REQUEST_ERROR)
+                return
+            request.kv_transfer_params = accepted(params, len(prompt), self._hash_block()) or None
+            if self._forgetting.arrived(request):
+                side.leave_out(request)
+            elif not self._why_not and not getattr(request, "resumable", False):
+                side.arrived(request)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
-        """Claim the exact prefix, and behind it everything up to the last cached chunk."""
-        side = self._side
-        if side is None or self._why_not:
+        """Claim the exact prefix, and after it everything up to the last cached chunk."""
+        if request.request_id not in self._left:
+            with self._surviving(request.request_id):
+                return self._matched(request, num_computed_tokens)
+        self._get_or_create_request_tracker(request)
+        return 0, False
+
+    def _matched(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
+        side, tracker = self._side, self._get_or_create_request_tracker(request)
+        forgets = self._forgetting.asks(request.request_id)
+        if forgets and not self._forgetting.done(request):
+            return None, False
+        if not forgets and not is_embedded(request) and (side is None or self._why_not):
             matched: tuple[int | None, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
             return matched
-        tracker = self._get_or_create_request_tracker(request)
+        align = self._hit_alignment_tokens
+        tracker.num_vllm_hit_tokens = num_computed_tokens // align * align
+        if side is None or (self._why_not and not forgets) or request.request_id in self._left:
+            return 0, False
         more = side.matched(request, num_computed_tokens)
         if more is None:
             return None, False
-        align = self._hit_alignment_tokens
-        tracker.num_vllm_hit_tokens = num_computed_tokens // align * align
         tracker.num_stored_tokens = max(tracker.num_stored_tokens, side.stored(request))
         limit = side.store_limit(request.request_id)
         if limit is not None:
@@ -203,25 +304,47 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         """Plan what was claimed."""
-        super().update_state_after_alloc(request, blocks, num_external_tokens)
-        if self._side is not None and not self._why_not:
-            tracker = self._get_request_tracker(request.request_id)
-            if num_external_tokens > 0:  # what is claimed is not scheduled, and is to be stored like what is
-                tracker.num_lmcache_hit_tokens = self._side.claimed(request.request_id)
-            own: list[int] = (blocks.get_block_ids() or ([],))[0]
-            self._side.allocated(
-                request, list(own), num_external_tokens, tracker.request_configs, salt=tracker.cache_salt
-            )
+        own: list[int] = list((blocks.get_block_ids() or ([],))[0])
+        with self._surviving(request.request_id):
+            super().update_state_after_alloc(request, blocks, num_external_tokens)
+            if self._side is not None and not self._why_not:
+                tracker = self._get_request_tracker(request.request_id)
+                if num_external_tokens > 0:  # what is claimed is not scheduled, and is to be stored like what is
+                    tracker.num_lmcache_hit_tokens = self._side.claimed(request.request_id)
+                self._side.allocated(
+                    request, own, num_external_tokens, tracker.request_configs, salt=tracker.cache_salt
+                )
+        if (
+            num_external_tokens > 0
+            and self._side is not None
+            and request.request_id in self._left
+            and not self._why_not
+        ):
+            self._side.compute(request, own, num_external_tokens)  # vLLM counts it as computed: it has to be
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         """LMCache's metadata of this step, with our plans."""
-        meta = super().build_connector_meta(scheduler_output)
+        loads = compat_lmcache.to_be_loaded(self.request_trackers.values()) if self._why_not else []
+        try:
+            meta = super().build_connector_meta(scheduler_output)
+        except Exception:
+            log.exception("LMCache's metadata of a step could not be made: KV of its requests is not stored")
+            meta = compat_lmcache.empty_step(loads)
+            for request_id in scheduler_output.num_scheduled_tokens:
+                if tracker := self.request_trackers.get(request_id):  # which blocks it has may not have been noted
+                    tracker.max_offload_tokens = 0
         if self._side is not None:
             meta.blend_plans, meta.blend_allowance = self._side.plans(scheduler_output.num_scheduled_tokens)
         return meta
 
     def take_worker_meta(self, meta: Any) -> None:
-        """What the workers did, before vLLM finishes requests; see compat_vllm.deliver_worker_meta_first."""
+        """What the workers did, before vLLM finishes requests; see compat_vllm.deliver_worker_meta_first.
+
+        Taken once: `update_connector_output` brings the same again. Inside another connector it is the only one to.
+        """
+        if meta is self._taken:
+            return
+        self._taken = meta
         if isinstance(meta, BlendResults) and self._side is not None:
             for result in meta.results:
                 if result.failure and (tracker := self.request_trackers.get(result.request_id)):
@@ -234,25 +357,43 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Hand the reuse statistics to the response."""
+        name, statistics = request.request_id, None
+        with self._surviving(name):
+            statistics = self._statistics(request)
+        later, params = True, None  # vLLM keeps the blocks until the workers say that they read them no more
+        with self._surviving(name):
+            self._reports.tell()
+            with contextlib.ExitStack() as stack:
+                if self._side is not None and self._side.listens(name):
+                    stack.enter_context(compat_lmcache.session_goes_on(self.scheduler_adapter, name))
+                later, params = super().request_finished(request, block_ids)
+        self.request_trackers.pop(name, None)  # gone, unless something raised
+        if name in self._left:
+            self._left.discard(name)
+            with contextlib.suppress(Exception):
+                if self._side is not None:
+                    self._side.ended(name)
+        if later:
+            self._freed.ends(name)
+        if statistics is not None:
+            params = {**(params or {}), ANSWER: statistics}
+            log.debug("request %s: %s", name, statistics)
+        return later, params
+
+    def _statistics(self, request: Any) -> dict[str, Any] | None:
         statistics = self._side.finished(request) if self._side is not None else None
         if self._why_not:
             statistics = self._count_unblended(request)
-        self._reports.tell()
-        with contextlib.ExitStack() as stack:
-            if self._side is not None and self._side.listens(request.request_id):
-                stack.enter_context(compat_lmcache.session_goes_on(self.scheduler_adapter, request.request_id))
-            later, params = super().request_finished(request, block_ids)
-        if later:
-            self._freed.ends(request.request_id)
-        if statistics is not None:
-            params = {**(params or {}), ANSWER: statistics}
-            log.debug("request %s: %s", request.request_id, statistics)
-        return later, params
+        if self._forgetting.asks(request.request_id):
+            forgotten = self._forgetting.finished(request.request_id)
+            statistics = {**statistics, FORGOTTEN: forgotten} if statistics is not None else None
+        return statistics
 
     def update_connector_output(self, connector_output: Any) -> None:
         """Scheduler: what the workers are done with; see lmcache_rag.connector.frees."""
         meta = connector_output.kv_connector_worker_meta
-        if isinstance(meta, BlendResults):  # taken in take_worker_meta; the rest is for LMCache's connector
+        self.take_worker_meta(meta)
+        if isinstance(meta, BlendResults):  # the rest is for LMCache's connector
             connector_output.kv_connector_worker_meta = meta.lmcache
         super().update_connector_output(connector_output)
         loaded, stored = connector_output.finished_recving or (), connector_output.finished_sending or ()
@@ -272,7 +413,8 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         prompt = len(request.prompt_token_ids or ())
         cached = max(tracker.num_vllm_hit_tokens, tracker.num_lmcache_hit_tokens)
         self._connector_stats.records.append(metrics.unblended(prompt, cached))
-        return unblended(prompt, cached, self._options.policy, self._options.ratio, self._why_not)
+        spans = (request.kv_transfer_params or {}).get(SPANS) is True
+        return unblended(prompt, cached, self._options.policy, self._options.ratio, self._why_not, spans=spans)
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> BlendStats:

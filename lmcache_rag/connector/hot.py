@@ -1,18 +1,18 @@
-"""Chunks whose exact KV vLLM itself still holds, from an ingestion or an earlier request.
+"""Ingested chunks whose exact KV vLLM itself still holds.
 
 A copy on the GPU instead of a load from LMCache. Blocks of finished requests stay in vLLM's pool until they are
 evicted, filed under hashes of everything before them; so the blocks of `prefix + chunk` are found when it is known
-where in a prompt the chunks stand. A client says so in kv_transfer_params, see
-lmcache_rag.protocol.CHUNKS.
+where in a prompt the chunks are. A client says so in kv_transfer_params, see lmcache_rag.protocol.CHUNKS.
 """
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate, repeat
+from itertools import repeat
 from typing import Any, NamedTuple, Protocol
 
 from lmcache_rag.connector import filed as filed_blocks
@@ -40,7 +40,7 @@ class Pool(filed_blocks.Pool, Protocol):
 
 
 class Place(NamedTuple):
-    """Where a chunk stands in a prompt, where it stood when it was computed, and what its blocks are filed under."""
+    """Where a chunk is in a prompt, where it was when it was computed, and what its blocks are filed under."""
 
     start: int
     end: int
@@ -49,47 +49,83 @@ class Place(NamedTuple):
 
 
 class HotChunks:
-    """Finds chunks in vLLM's block pool.
+    """Finds ingested chunks in vLLM's block pool.
+
+    Only chunks that were ingested here are known: their block hashes are vLLM's own, so that nothing is hashed block by
+    block, and what a query names costs one hash of each chunk's tokens.
 
     Args:
         pool: The pool.
         block: Tokens in a block.
-        hash_block: (hash of the block before, tokens) -> hash of a block, as vLLM does it.
         filed: What was filed in this step; that is not found.
-        remembered: How many chunks' keys are kept: hashing costs more than looking up.
+        remembered: How many tokens of chunks are known; more than the pool holds would be of no use.
     """
 
-    def __init__(
-        self,
-        pool: Pool,
-        block: int,
-        hash_block: Callable[[Any, tuple[int, ...]], Any],
-        *,
-        filed: FiledBlocks | None = None,
-        remembered: int = 4096,
-    ) -> None:
-        self._pool, self.block, self._hash, self._remembered = pool, block, hash_block, remembered
-        self._keys: OrderedDict[tuple[Any, bytes], tuple[Any, ...]] = OrderedDict()
+    def __init__(self, pool: Pool, block: int, *, filed: FiledBlocks | None = None, remembered: int = 1 << 22) -> None:
+        self._pool, self.block, self._remembered = pool, block, remembered
+        self._known: OrderedDict[tuple[Any, bytes], tuple[Any, ...]] = OrderedDict()
+        self._tokens = 0  # of the blocks that are known
         self._pinned: dict[str, list[Any]] = {}
         self._filed = FiledBlocks(pool, block) if filed is None else filed
 
+    def remember(self, tokens: array[int], hashes: Sequence[Any], prefix: int) -> None:
+        """Know a chunk from now on, by the request that computed it.
+
+        Args:
+            tokens: Its prompt, prefix + chunk, as 64-bit numbers.
+            hashes: The prompt's block hashes, as vLLM made them.
+            prefix: Tokens of the prefix, which fills whole blocks.
+        """
+        before = self._blocks_before(hashes, prefix)
+        own = hashes[before : len(tokens) // self.block]
+        if not before or not own:
+            return
+        name = self._name(hashes[before - 1], tokens[prefix:])
+        self._forget(name)
+        self._known[name] = tuple(map(self._pool.key, own))
+        self._tokens += len(own) * self.block
+        while self._tokens > self._remembered and len(self._known) > 1:
+            self._forget(next(iter(self._known)))
+
+    def forget(self, tokens: array[int], hashes: Sequence[Any], prefix: int) -> None:
+        """Do not know it any more; the arguments are those of `remember`."""
+        if before := self._blocks_before(hashes, prefix):
+            self._forget(self._name(hashes[before - 1], tokens[prefix:]))
+
     def places(self, tokens: array[int], hashes: Sequence[Any], spans: Sequence[tuple[int, int]]) -> list[Place]:
-        """What vLLM calls the blocks of the spans.
+        """What vLLM calls the blocks of those spans that are known.
 
         Args:
             tokens: The prompt, as 64-bit numbers.
             hashes: The prompt's own block hashes, as vLLM made them.
-            spans: Where the chunks stand; the prefix ends where the first begins, and fills whole blocks.
+            spans: Where the chunks are; the prefix ends where the first begins, and fills whole blocks.
         """
         prefix = spans[0][0] if spans else 0
-        if not prefix or prefix % self.block or prefix // self.block > len(hashes):
+        before = self._blocks_before(hashes, prefix) if self._known else 0
+        if not before:
             return []
-        before = prefix // self.block
         parent, places = hashes[before - 1], []
         for start, end in spans:
-            own = hashes[before : end // self.block] if start == prefix else ()
-            places.append(Place(start, end, prefix, self._chunk_keys(parent, tokens[start:end], own)))
+            name = self._name(parent, tokens[start:end])
+            if (keys := self._known.get(name)) is not None:
+                self._known.move_to_end(name)
+                places.append(Place(start, end, prefix, keys))
         return places
+
+    def _blocks_before(self, hashes: Sequence[Any], prefix: int) -> int:
+        """Blocks of the prefix; 0 where there is none that can be known."""
+        return prefix // self.block if prefix % self.block == 0 and prefix // self.block <= len(hashes) else 0
+
+    def _name(self, parent: Any, tokens: array[int]) -> tuple[Any, bytes]:
+        return parent, hashlib.blake2b(tokens, digest_size=16).digest()
+
+    def _forget(self, name: tuple[Any, bytes]) -> None:
+        self._tokens -= len(self._known.pop(name, ())) * self.block
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the blocks that are known."""
+        return self._tokens
 
     def find(self, places: Sequence[Place]) -> list[Match]:
         """Blocks that hold the chunks' beginnings, each with the place where it was computed."""
@@ -102,29 +138,8 @@ class HotChunks:
         return found
 
     def held(self, places: Sequence[Place]) -> int:
-        """About how many tokens `find` would find, from the last block of each chunk: much sooner."""
-        return sum(end - start for start, end, _, keys in places if keys and self._filed.computed(keys[-1:]))
-
-    def _chunk_keys(self, parent: Any, tokens: array[int], own: Sequence[Any]) -> tuple[Any, ...]:
-        """What a chunk's blocks are filed under; `own` are their hashes where it stands right behind the prefix."""
-        # By bytes, which are hashed once and not, as a tuple is, with each access.
-        name = (parent, tokens.tobytes())
-        known = self._keys.get(name)
-        if known is not None:
-            self._keys.move_to_end(name)
-            return known
-        size = self.block
-        parts = [tuple(tokens[first : first + size]) for first in range(0, len(tokens) - size + 1, size)]
-        before = [parent, *own]
-        # vLLM's own are of more than the tokens where the request has an adapter: then of each block.
-        if len(own) == len(parts) > 0 and self._hash(before[-2], parts[-1]) == own[-1]:
-            hashes = before[1:]
-        else:
-            hashes = list(accumulate(parts, self._hash, initial=parent))[1:]
-        self._keys[name] = tuple(map(self._pool.key, hashes))
-        if len(self._keys) > self._remembered:
-            self._keys.popitem(last=False)
-        return self._keys[name]
+        """About how many tokens `find` would find, from the last block of each chunk: much faster."""
+        return sum(end - start for start, end, _, keys in places if self._filed.computed(keys[-1:]))
 
     def pin(self, request_id: str, block_ids: Sequence[int]) -> None:
         """Keep these blocks until they are unpinned; they replace what was pinned for the request before."""

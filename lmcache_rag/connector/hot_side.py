@@ -41,17 +41,18 @@ class HotSide:
     _loose: set[str] = field(default_factory=set)  # pinned in this step, not allocated yet
 
     def begin(self, request: Any, tokens: array[int]) -> None:
-        """Remember where a new request's chunks stand in its prompt."""
+        """Note where a new request's chunks are in its prompt."""
         spans = named_spans(request.kv_transfer_params, len(tokens))
-        if spans:
-            places = self.chunks.places(tokens, request.block_hashes, spans)
+        places = self.chunks.places(tokens, request.block_hashes, spans)
+        if places:
             self._requests[request.request_id] = _Hot(places, sum(end - start for start, end in spans))
 
-    def ingests(self, request: Any, tokens: array[int]) -> None:
-        """Remember what the blocks of a chunk are called that is going to be asked for: vLLM has just hashed them."""
-        prefix = named_prefix(request.kv_transfer_params, len(tokens))
-        if 0 < prefix < len(tokens):
-            self.chunks.places(tokens, request.block_hashes, [(prefix, len(tokens))])
+    def ingested(self, request: Any) -> None:
+        """Remember the chunk of an ingestion request that has been computed."""
+        prompt = request.prompt_token_ids or ()
+        prefix = named_prefix(request.kv_transfer_params, len(prompt))
+        if 0 < prefix < len(prompt) <= request.num_computed_tokens:
+            self.chunks.remember(array("q", prompt), request.block_hashes, prefix)
 
     def promising(self, request: Any) -> bool:
         """Whether so much seems to be hot that LMCache need not be asked."""
@@ -63,7 +64,10 @@ class HotSide:
         hot = self._requests.get(request.request_id)
         if hot is None or hot.attempts >= _ATTEMPTS:
             return []
-        return self.chunks.find(hot.places)
+        found = self.chunks.find(hot.places)
+        if not found:  # evicted: it is not looked for again in each step that the request waits
+            del self._requests[request.request_id]
+        return found
 
     def enough(self, request: Any, matches: Sequence[Match]) -> bool:
         """Whether so much is hot that LMCache need not be asked."""

@@ -10,6 +10,8 @@ from lmcache_rag.blend.policies import get_policy
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.protocol import DEFAULT_POLICY, DEFAULT_RATIO
 
+STORES = ("ingest", "all")
+
 
 @dataclass(frozen=True)
 class ConnectorOptions:
@@ -30,6 +32,7 @@ class ConnectorOptions:
             wait. Without overlap, the first blend of a step is not bound.
         idle_tokens: A blend that computes more runs in such pieces even while no other request does: who comes then
             waits for no more than what was begun. 0: every blend.
+        store: Whose KV LMCache stores: of "all" requests, or of those that "ingest" (lmcache_rag.protocol.INGEST) only.
         chunk_size: Tokens of an LMCache chunk, told on /metrics to clients; 0: not told. LMCache is not asked to obey.
         ingest_key_file: File of the key that ingesting and forgetting need; "": whoever reaches vLLM may do both.
         secret_file: File with the secret by which tokens are renumbered, see lmcache_rag.connector.secret; "": the
@@ -50,6 +53,7 @@ class ConnectorOptions:
     overlap: bool = True
     step_tokens: int = 2048
     idle_tokens: int = 8192
+    store: str = "all"
     chunk_size: int = 0
     ingest_key_file: str = ""
     secret_file: str = ""
@@ -59,6 +63,8 @@ class ConnectorOptions:
         get_policy(self.policy)
         if not 0 <= self.ratio <= 1:
             raise ConfigError(f"lmcache_rag.ratio must be between 0 and 1; got {self.ratio}.")
+        if self.store not in STORES:
+            raise ConfigError(f"lmcache_rag.store must be one of {', '.join(STORES)}; got {self.store!r}.")
         if self.step_tokens < 1:
             raise ConfigError(f"lmcache_rag.step_tokens must be at least 1; got {self.step_tokens}.")
         for name in (

@@ -70,6 +70,10 @@ class Pace:
         """A blend is going to run so, if vLLM has blocks for it."""
         self._claims[request_id] = (way, tokens)
 
+    def give_back(self, request_id: str) -> None:
+        """A blend that was claimed is not going to run."""
+        self._claims.pop(request_id, None)
+
     def begun(self, request_id: str) -> None:
         """It has."""
         if self._claims.get(request_id, ("now", 0))[0] == "beside":

@@ -55,6 +55,7 @@ class BlendPlan:
         background: Whether other requests run meanwhile: the request waits until a worker says that it is done.
         alone: Whether vLLM's step computes this request's last token, and nothing else: the blend computes it too, and
             vLLM need not read all weights once more for it.
+        failure: Why everything is to be computed, and nothing loaded; empty when it is to be blended.
     """
 
     request_id: str
@@ -70,6 +71,7 @@ class BlendPlan:
     configs: dict[str, Any] | None = None
     background: bool = False
     alone: bool = False
+    failure: str = ""
 
     @property
     def spans(self) -> list[tuple[int, int]]:

@@ -19,11 +19,12 @@ from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.pace import Allowance, Pace
 from lmcache_rag.connector.plan import BlendPlan, BlendResult, Claim, Match, claim
 from lmcache_rag.connector.request_state import RequestState, may_hit, statistics
-from lmcache_rag.protocol import LOADS, Fallback, ingests, read_params
+from lmcache_rag.protocol import LOADS, Fallback, ingests, joined, read_params, shown
 
 log = logging.getLogger("lmcache_rag")
 
-_EARLY = 32
+IN_FLIGHT = 32  # look-ups at once: LMCache has them in one worker's queue, and locks what they find
+STEP_TOKENS = 32_768  # of the prompts whose look-ups begin in one step: 16,000 tokens take 6 ms of its time
 
 
 @dataclass
@@ -51,23 +52,33 @@ class SchedulerSide:
     _plans: list[BlendPlan] = field(default_factory=list)
     _abandoned: Abandoned = field(default_factory=Abandoned)
     _silent: float | None = None  # since when LMCache has not answered what it was asked, as far as was warned of
+    _holders: dict[str, RequestState] = field(default_factory=dict)  # looked up, and no blocks allocated yet
+    _step: int = 0
+    _begun: int = 0  # tokens of the prompts whose look-ups began in this step
+    _refused: bool = False  # a request of the queue has to wait until its look-up may begin
+    _queued: bool = False  # likewise in the step before
+    _patience: float = 0.0  # seconds that this step may still wait for look-ups
 
     def __post_init__(self) -> None:
         self.pace = Pace(self.options.step_tokens, self.options.idle_tokens, self.options.overlap)
+        self._patience = self.options.poll
 
     def arrived(self, request: Any) -> None:
-        """A request is new: look it up while it waits. Of a long queue not all: read locks end by themselves."""
-        if len(self._states) < _EARLY:
-            self._begin(request)
+        """A request is new: look it up while it waits, unless those before it wait for their look-ups to begin."""
+        state = self._register(request)
+        if not state.over and not self._queued and not self._refused and self._may_begin(request):
+            self._begin(request, state)
 
     def matched(self, request: Any, local: int) -> int | None:
         """How many tokens behind the `local` first ones are there; None: ask again in the next step."""
-        state = self._states.get(request.request_id) or self._begin(request)
+        state = self._states.get(request.request_id) or self._register(request)
         if state.planned:
             # Planned and asked again means preempted: the request goes on from vLLM's own blocks and is not blended
             # again. LMCache's share was loaded and its locks are gone; the statistics tell of the first run.
             return 0
-        state.local = local
+        state.local, state.step = local, self._step
+        if not state.over and not state.begun and not self._admitted(request, state):
+            return None if not state.over else 0
         if state.over:
             return 0
         if not self._found(request, state):
@@ -77,10 +88,10 @@ class SchedulerSide:
             return None  # its turn is yet to come; what is found now may be gone by then
         hot = self.hot.find(request) if self.hot and state.blend else []
         if state.hot_only and not (self.hot and self.hot.enough(request, hot)):
-            state.hot_only, state.claim = False, None  # evicted while the request waited
-            self._ask(request, state)
-            if state.over or not self._found(request, state):
+            state.hot_only, state.claim, state.begun = False, None, False  # evicted while the request waited
+            if not self._admitted(request, state) or state.over or not self._found(request, state):
                 return None if not state.over else 0
+            prefix, matches = (state.lookup.result if state.lookup else None) or (0, ())
         prompt = len(request.prompt_token_ids or ())
         wanted = self._wanted(state, prompt, local, hot)
         if wanted.end <= local:
@@ -104,6 +115,51 @@ class SchedulerSide:
                 self.hot.claim(request.request_id, wanted.matches)
         return wanted.end - local
 
+    # -- when look-ups begin ------------------------------------------------------------------------------------------
+
+    def _admitted(self, request: Any, state: RequestState) -> bool:
+        """Whether a request that vLLM asks for was looked up just now, or needs no look-up any more."""
+        now = time.perf_counter()
+        state.awaited = state.awaited or now
+        if not self._refused and self._may_begin(request, queued=True):
+            state.awaited = 0.0
+            self._begin(request, state)
+            return True
+        self._refused = True  # nor may those behind it: the queue's order is kept
+        if self._silent is not None and now - state.awaited > self.options.lookup_deadline:
+            state.over, state.failure = True, Fallback.LOOKUP_DEADLINE
+        return False
+
+    def _may_begin(self, request: Any, *, queued: bool = False) -> bool:
+        """Whether a look-up may begin: few are in flight, and a step is not held up by the work that they are."""
+        tokens = len(request.prompt_token_ids or ())
+        if (self._begun and self._begun + tokens > STEP_TOKENS) or self._abandoned.has(request.request_id):
+            return False
+        if not self._room and not (queued and self._take_place()):
+            return False
+        self._begun += tokens
+        return True
+
+    @property
+    def _room(self) -> bool:
+        """Whether fewer look-ups are in flight than may be. Those that a dead server never answers do not count."""
+        since = time.perf_counter() - self.options.lookup_deadline
+        return len(self._holders) + self._abandoned.since(since) < IN_FLIGHT
+
+    def _take_place(self) -> bool:
+        """Abandon a look-up whose request cannot run yet: vLLM did not ask for it in the whole step before.
+
+        It may wait for its grammar, or for a LoRA adapter, and would keep others from being looked up.
+        """
+        name, state = min(self._holders.items(), key=lambda item: item[1].step, default=("", None))
+        if state is None or state.step >= self._step - 1:
+            return False
+        del self._holders[name]
+        lookup, state.lookup, state.begun, state.awaited = state.lookup, None, False, 0.0
+        if lookup is not None:
+            self.abandon(lookup, wait=False)
+        return self._room
+
     def _wanted(self, state: RequestState, prompt: int, local: int, hot: list[Match]) -> Claim:
         prefix, matches = (state.lookup.result if state.lookup else None) or (0, ())
         found = without_overlap(matches, hot, prompt) if state.blend else ()
@@ -118,25 +174,26 @@ class SchedulerSide:
         state = self._states.get(request_id)
         return state is not None and state.background
 
-    def _begin(self, request: Any) -> RequestState:
+    def _register(self, request: Any) -> RequestState:
         params, complaints = read_params(
             request.kv_transfer_params, self.options.policy, self.options.ratio, self.options.blend
         )
-        for complaint in complaints:
-            log.warning("request %s: %s; the default is used", request.request_id, complaint)
+        if complaints:
+            log.warning("request %s: %s; the default is used", shown(request.request_id), joined(complaints))
         state = RequestState(params.policy, params.ratio, params.blend, over=not may_hit(request, self.chunk))
+        state.spans, state.ingest, state.step = [] if params.spans else None, params.ingest, self._step
         self._states[request.request_id] = state
-        if state.over:
-            return state
-        state.tokens = array("q", request.prompt_token_ids)
-        if self.hot and state.blend:
-            self.hot.begin(request, state.tokens)
-            state.hot_only = self.hot.promising(request)
-        elif self.hot and params.ingest:
-            self.hot.ingests(request, state.tokens)
+        return state
+
+    def _begin(self, request: Any, state: RequestState) -> None:
+        state.begun = True
+        if not state.tokens:
+            state.tokens = array("q", request.prompt_token_ids)
+            if self.hot and state.blend:
+                self.hot.begin(request, state.tokens)
+                state.hot_only = self.hot.promising(request)
         if not state.hot_only:
             self._ask(request, state)
-        return state
 
     def _ask(self, request: Any, state: RequestState) -> None:
         state.asked = time.perf_counter()
@@ -144,33 +201,44 @@ class SchedulerSide:
         if state.lookup is None:
             state.over, state.failure = True, Fallback.NO_SERVER
             self._warn("LMCache does not answer")
+        else:
+            self._holders[request.request_id] = state
 
     def _found(self, request: Any, state: RequestState) -> bool:
         lookup = state.lookup
         if lookup is None:
             return True
         state.awaited = state.awaited or time.perf_counter()
-        ready = lookup.poll(self.options.poll if self.pace.idle else 0.0)
+        ready = self._poll(lookup.poll)
         now = time.perf_counter()
         state.lookup_ms = (now - state.asked) * 1e3
         if ready:
+            state.prefix = lookup.result[0] if lookup.result else 0
             if self._silent is not None and state.asked > self._silent:
                 self._silent = None
             return True
         if now - state.awaited > self.options.lookup_deadline:
             self._warn(f"LMCache did not answer for {self.options.lookup_deadline:g} s")
-            self._give_up(state, Fallback.LOOKUP_DEADLINE)
+            self._give_up(request.request_id, state, Fallback.LOOKUP_DEADLINE)
         return False
+
+    def _poll(self, poll: Callable[[float], Any]) -> Any:
+        """Ask for a result; an idle engine waits a little for it, for all look-ups of a step together."""
+        began = time.perf_counter()
+        found = poll(self._patience if self.pace.idle else 0.0)
+        self._patience = max(0.0, self._patience - (time.perf_counter() - began))
+        return found
 
     def _warn(self, words: str) -> None:
         if self._silent is None:  # once, until it answers something that it is asked from now on
             log.warning("%s: prompts are computed in full until it does", words)
         self._silent = time.perf_counter()
 
-    def _give_up(self, state: RequestState, reason: Fallback) -> None:
-        if state.lookup is not None:
-            self._abandon(state.lookup)
-        state.lookup, state.over, state.failure = None, True, reason
+    def _give_up(self, request_id: str, state: RequestState, reason: Fallback) -> None:
+        self._holders.pop(request_id, None)
+        lookup, state.lookup, state.over, state.failure = state.lookup, None, True, reason
+        if lookup is not None:
+            self.abandon(lookup)
 
     def _mark(self, request: Any, state: RequestState, first: int) -> None:
         """From `first` on this request's KV is approximate: nobody else may get it."""
@@ -197,7 +265,7 @@ class SchedulerSide:
         state = self._states.get(request.request_id)
         if ingests(request.kv_transfer_params):
             return 0
-        return state.lookup.result[0] if state and state.lookup and state.lookup.result else 0
+        return state.prefix if state else 0
 
     def allocated(
         self, request: Any, block_ids: list[int], external: int, configs: dict[str, Any] | None, *, salt: str = ""
@@ -207,34 +275,105 @@ class SchedulerSide:
         if state is None or state.planned:
             return
         state.planned = True
+        self._holders.pop(request.request_id, None)
+        claimed = state.claim if external > 0 else None
         if state.lookup is not None and state.lookup.result is not None:
-            prefix, _ = state.lookup.result
-            load_from = state.local // self.chunk * self.chunk if external > 0 and prefix > state.local else prefix
-            state.lookup.release_prefix(0, load_from)
-            state.loads = load_from, prefix
-        if external <= 0 or state.claim is None:
+            prefix = state.prefix
+            load_from = state.local // self.chunk * self.chunk if claimed and prefix > state.local else prefix
+            state.locked, state.loads = (0, load_from), (load_from, prefix)
+        if claimed is None:
             if self.hot:
                 self.hot.done(request.request_id)
-            return
-        if self.hot:
-            self.hot.keep(request.request_id)
+        else:
+            if self.hot:
+                self.hot.keep(request.request_id)
+            self._plan(request.request_id, state, claimed, block_ids, configs, salt)
+        self._release(state)
+        if claimed is None:
+            state.handed_over()
+
+    def _plan(
+        self,
+        request_id: str,
+        state: RequestState,
+        claimed: Claim,
+        block_ids: list[int],
+        configs: dict[str, Any] | None,
+        salt: str,
+    ) -> None:
+        self.pace.begun(request_id)
         self._plans.append(
             BlendPlan(
-                request.request_id,
+                request_id,
                 state.tokens,
                 state.local,
-                state.claim.exact,
-                state.claim.matches,
-                state.claim.end,
+                claimed.exact,
+                claimed.matches,
+                claimed.end,
                 tuple(block_ids),
                 state.policy,
                 state.ratio,
                 salt,
                 configs,
                 state.background,
+                failure=state.failure,
             )
         )
-        self.pace.begun(request.request_id)
+
+    def _release(self, state: RequestState) -> None:
+        """Give back locks of exact prefix chunks that no worker is going to load."""
+        if state.lookup is not None and state.locked[1]:
+            state.lookup.release_prefix(*state.locked)
+        state.locked = (0, 0)
+
+    def _withdraw(self, state: RequestState) -> None:
+        """No worker is going to load what was planned."""
+        first, end = 0 if state.locked[1] else state.loads[0], state.loads[1]
+        state.locked, state.loads = (first, end), (end, end)
+        self._release(state)
+
+    def leave_out(self, request: Any, failure: str = "") -> None:
+        """Neither look up nor blend this request; the statistics say what it computed, and why."""
+        state = self._register(request)
+        state.over, state.failure = True, failure
+
+    def drop(self, request_id: str) -> None:
+        """Something raised: the request is not blended, and holds nothing here but what a worker has its plan for."""
+        state = self._states.get(request_id)
+        if state is None:
+            state = RequestState(self.options.policy, self.options.ratio, blend=False)
+            self._states[request_id] = state
+        if any(plan.request_id == request_id for plan in self._plans):
+            return
+        if self.hot:
+            self.hot.done(request_id)
+            self.hot.forget(request_id)
+        state.over, state.failure = True, Fallback.REQUEST_ERROR
+        if not state.planned:
+            state.claim = None
+            self.pace.give_back(request_id)
+            self._give_up(request_id, state, Fallback.REQUEST_ERROR)
+        elif state.claim is not None:  # no worker has a plan, which would give back the locks of what it loads
+            state.claim = None
+            self._withdraw(state)
+        else:
+            self._release(state)
+
+    def ended(self, request_id: str) -> None:
+        """A request that was dropped has ended; what `finished` could not do, since something raised, is done."""
+        self.drop(request_id)
+        self._states.pop(request_id, None)
+
+    def compute(self, request: Any, block_ids: list[int], external: int) -> None:
+        """Plan to compute what vLLM counts as computed, and allocated blocks for, though it could not be planned."""
+        name = request.request_id
+        if any(plan.request_id == name for plan in self._plans):
+            return
+        state = self._states[name]
+        state.planned, state.tokens = True, array("q", request.prompt_token_ids)
+        if state.background:
+            self.pace.claim(name, "beside", external)
+        self._plan(name, state, Claim(state.local, (), state.local + external), block_ids, None, "")
 
     def plans(self, scheduled: Mapping[str, int] | None = None) -> tuple[list[BlendPlan], Allowance]:
         """What this step's workers have to do, and how much of what they have begun; the next step begins.
@@ -247,6 +386,11 @@ class SchedulerSide:
         if len(plans) == 1 and dict(scheduled) == {plans[0].request_id: 1}:
             plans = [replace(plan, alone=plan.end + 1 == len(plan.token_ids)) for plan in plans]
         allowance = self.pace.step(scheduled)
+        for plan in plans:
+            if state := self._states.get(plan.request_id):
+                state.handed_over()
+        self._step += 1
+        self._begun, self._queued, self._refused, self._patience = 0, self._refused, False, self.options.poll
         if self.hot:
             self.hot.step_ends()
         if self.filed:
@@ -254,8 +398,13 @@ class SchedulerSide:
         self._abandoned.hear(time.perf_counter())
         return plans, allowance
 
-    def _abandon(self, lookup: Lookup) -> None:
-        self._abandoned.add(lookup, time.perf_counter(), self.options.poll)
+    def abandon(self, lookup: Lookup, *, wait: bool = True) -> None:
+        """See to a look-up that is not waited for any more."""
+        now = time.perf_counter()
+        if wait:
+            self._poll(lambda seconds: self._abandoned.add(lookup, now, seconds))
+        else:
+            self._abandoned.add(lookup, now, 0.0)
 
     def listens(self, request_id: str) -> bool:
         """Whether a look-up of this request is still to be heard to its end, and its session not to be ended before.
@@ -271,7 +420,7 @@ class SchedulerSide:
 
         Not for long: a server that was restarted never answers them.
         """
-        return self._abandoned.since(time.perf_counter() - self.options.lookup_deadline)
+        return self._abandoned.since(time.perf_counter() - self.options.lookup_deadline) > 0
 
     def take(self, results: list[BlendResult]) -> None:
         """What the workers did."""
@@ -290,23 +439,32 @@ class SchedulerSide:
     def finished(self, request: Any) -> dict[str, Any] | None:
         """A request ended, in whatever way: its reuse statistics, or None when nothing was looked up."""
         self.pace.ended(request.request_id)
-        state = self._states.pop(request.request_id, None)
+        state = self._states.get(request.request_id)
         if state is None:
             return None
+        self._holders.pop(request.request_id, None)
+        self.pace.give_back(request.request_id)
         # vLLM waits for the worker's word of what is loaded in the background: that is not taken back.
         plans = [plan for plan in self._plans if plan.request_id != request.request_id or plan.background]
-        if state.lookup is not None and (not state.planned or state.lookup.result is None):
-            self._abandon(state.lookup)
-        elif state.lookup is not None and len(plans) < len(self._plans):  # no worker is going to load it
-            state.lookup.release_prefix(*state.loads)
+        withdrawn = len(plans) < len(self._plans)
+        self._plans = plans
         if self.hot:
-            if not state.planned or len(plans) < len(self._plans):
+            if not state.planned or withdrawn:
                 self.hot.done(request.request_id)
             self.hot.forget(request.request_id)
-        self._plans = plans
+        lookup = state.lookup
+        if lookup is not None and (not state.planned or lookup.result is None):
+            self.abandon(lookup)
+        elif lookup is not None:
+            if withdrawn:
+                self._withdraw(state)
+            self._release(state)
+        del self._states[request.request_id]
         found = statistics(len(request.prompt_token_ids or ()), state)
         if self.count and state.planned:
             self.count(found)
+        if self.hot and state.ingest and state.approximate_from is None:
+            self.hot.ingested(request)
         return found
 
     @property

@@ -221,7 +221,7 @@ class WorkerSide:
         hot = [match for match in plan.matches if match.block >= 0]
         cold = [match for match in plan.matches if match.block < 0]
         clock = Clock()
-        reason: Fallback | None = None
+        reason: str | None = plan.failure or None
         waiting: list[Any] = []
         if not self._link.is_healthy and (cold or plan.exact > plan.local):
             reason = Fallback.NO_SERVER

@@ -28,6 +28,7 @@ from lmcache_rag.connector.compat_lmcache.server import (
     watch,
 )
 from lmcache_rag.connector.compat_lmcache.stores import Stores
+from lmcache_rag.connector.compat_lmcache.trackers import empty_step, plain_tracker, to_be_loaded
 
 __all__ = [
     "BlendLookup",
@@ -39,6 +40,7 @@ __all__ = [
     "bound",
     "bound_client",
     "chunk_tokens",
+    "empty_step",
     "ensure_heartbeat",
     "handshake",
     "has_ended",
@@ -46,9 +48,11 @@ __all__ = [
     "keep_out",
     "loading",
     "may_be_absent",
+    "plain_tracker",
     "registering",
     "renumber_tokens",
     "same_chunks",
     "session_goes_on",
+    "to_be_loaded",
     "watch",
 ]

@@ -5,7 +5,6 @@ Written for vLLM 0.25.1 and 0.33. vLLM is imported in the functions: this is loa
 
 from lmcache_rag.connector.compat_vllm.blocks import (
     CachedBlocks,
-    block_hash,
     hide_from_prefix_cache,
     watch_filed_blocks,
 )
@@ -39,7 +38,6 @@ __all__ = [
     "attention_layers",
     "begin_before_the_step",
     "begin_texts_quickly",
-    "block_hash",
     "deliver_worker_meta_first",
     "exact_rotary_table",
     "graph_size",

@@ -8,15 +8,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 
-def block_hash(vllm_config: Any) -> Callable[[Any, tuple[int, ...]], Any]:
-    """How vLLM hashes a block of tokens behind another block; not for a sequence's first, which holds the salt."""
-    from vllm.utils.hashing import get_hash_fn_by_name
-    from vllm.v1.core.kv_cache_utils import hash_block_tokens
-
-    function = get_hash_fn_by_name(vllm_config.cache_config.prefix_caching_hash_algo)
-    return lambda parent, tokens: hash_block_tokens(function, parent, tokens, None)
-
-
 class CachedBlocks:
     """vLLM's blocks by the keys that its prefix cache files them under.
 
@@ -49,6 +40,23 @@ class CachedBlocks:
     def free_blocks(self, blocks: Sequence[Any]) -> None:
         """Let go of them."""
         self._pool.free_blocks(blocks)
+
+    def remove(self, hashes: Iterable[Any]) -> int:
+        """Take every block with one of these hashes out of the prefix cache; requests that use one keep it.
+
+        Returns:
+            How many.
+        """
+        removed = 0
+        for block_hash in hashes:
+            key = self.key(block_hash)
+            # One hash may have several blocks. One that stays would be found again and again.
+            while (block := self._pool.cached_block_hash_to_block.get_one_block(key)) is not None:
+                self._pool.evict_blocks({block.block_id})
+                if self._pool.cached_block_hash_to_block.contain(key, block.block_id):
+                    break
+                removed += 1
+        return removed
 
 
 def hide_from_prefix_cache(request: Any, first_token: int, hash_block: int) -> None:
