@@ -29,19 +29,6 @@ from lmcache_rag.settings import Settings
 
 ROOT = Path(__file__).parents[1]
 VERBS = tuple("ingest ask chat status warm verify remove forget prune settings serve doctor".split())
-    "ingest",
-    "ask",
-    "chat",
-    "status",
-    "warm",
-    "verify",
-    "remove",
-    "forget",
-    "prune",
-    "settings",
-    "serve",
-    "doctor",
-)
 TEXTS = {
     "rope.md": """# Rotary position embedding
 
