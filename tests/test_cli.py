@@ -28,7 +28,9 @@ from lmcache_rag.cli.app import app
 from lmcache_rag.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-VERBS = tuple("ingest ask chat status warm verify remove forget prune settings serve doctor".split())
+VERBS = tuple(
+    ["ingest", "ask", "chat", "status", "warm", "verify", "remove", "forget", "prune", "settings", "serve", "doctor"]
+)
 TEXTS = {
     "rope.md": """# Rotary position embedding
 
