@@ -23,6 +23,8 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request
 from vllm_scheduler_kit import Engine, lmcache_server
 
+from lmcache_rag import protocol
+
 QUEUE, PROMPT, SPANS = 300, 16_000, 131_072
 
 
@@ -97,7 +99,7 @@ class Bench:
         """D4: a request that names many chunks, and waits for blocks for ten steps."""
         engine = self.engine()
         connector, name = engine.connector, "names chunks"
-        request = self.request(engine, name, self.tokens(SPANS), {"lmcache_rag.chunks": spans})
+        request = self.request(engine, name, self.tokens(SPANS), {protocol.CHUNKS: spans})
         connector._side.look_up = lambda request: Found(name)
         times = [milliseconds(lambda: connector.on_new_request(request))]
         times += [milliseconds(lambda: connector.get_num_new_matched_tokens(request, 0)) for _ in range(10)]
@@ -115,7 +117,7 @@ class Bench:
         tracemalloc.start()
         before = tracemalloc.get_traced_memory()[0]
         for number in range(20):
-            params = {"lmcache_rag.chunks": [[64, 15_000]]}
+            params = {protocol.CHUNKS: [[64, 15_000]]}
             request = self.request(engine, f"leaves {number}", self.tokens(PROMPT), params)
             engine.connector.on_new_request(request)
             engine.connector.request_finished(request, [])

@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     from vllm_scheduler_kit import Engine, without_server
 
     from lmcache_rag import protocol
-    from lmcache_rag.connector.compat_lmcache import BlendLookup
+    from lmcache_rag.connector.compat_lmcache import BlendLookup, is_absent
     from lmcache_rag.connector.plan import Match
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -63,6 +63,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     def make(**options: Any) -> Engine:
         with without_server() as port:
             engine = Engine(port, tmp_path_factory.mktemp("model"), **options)
+        is_absent(engine.connector.scheduler_adapter)
         finish = engine.connector.request_finished
 
         def finished(request: Any, blocks: Any) -> Any:
@@ -98,8 +99,9 @@ def stores(out: Any) -> list[Any]:
 def run(engine: Engine) -> list[Any]:
     """Step to the end; returns what was stored."""
     found: list[Any] = []
-    while engine.scheduler.has_requests():
-        found += stores(engine.step())
+    for _ in range(1000):
+        if engine.scheduler.has_requests():
+            found += stores(engine.step())
     engine.to_the_end()
     return found
 

@@ -20,6 +20,7 @@ if missing():
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
+    import torch
     from vllm.sampling_params import SamplingParams
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request

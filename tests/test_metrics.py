@@ -190,7 +190,7 @@ def test_the_documents_name_what_there_is(shelf: Shelf) -> None:
     for value in (*metrics.REASONS, *metrics.OUTCOMES, *metrics.SOURCES):
         assert f"`{value}`" in text
     (example,) = re.findall(r"```json\n(\{\"prompt_tokens\".*?)```", text, re.DOTALL)
-    told, own = json.loads(example), statistics(100, RequestState("query", 0.15, blend=True))
+    told, own = json.loads(example), statistics(100, RequestState("query", 0.15, blend=True, spans=[]))
     assert list(told) == list(own)
     assert sum(told[f"{source}_tokens"] for source in metrics.SOURCES) == told["prompt_tokens"]
     assert sum(b - a for a, b in told["spans"]) == told["reused_tokens"] + told["recomputed_tokens"]

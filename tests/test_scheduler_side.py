@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from scheduler_kit import CHUNK, Once, Pool, Request, chunk_hashes
@@ -13,6 +14,7 @@ from lmcache_rag.connector.abandoned import ABANDONED_SECONDS
 from lmcache_rag.connector.hot import HotChunks
 from lmcache_rag.connector.hot_side import HotSide
 from lmcache_rag.connector.plan import BlendResult
+from lmcache_rag.connector.scheduler_side import IN_FLIGHT
 
 
 def known(once: Once, tokens: list[int], hashes: list[str], prefix: int) -> None:
@@ -363,4 +365,122 @@ def test_a_claim_that_begins_earlier_the_second_time_hides_more() -> None:
         assert once.side.matched(request, local) == 76 - local
         assert request.hidden == hidden
         assert once.side.store_limit("a") == min(hidden)
+        once.side.plans()
+
+
+# -- look-ups of a long queue -----------------------------------------------------------------------------------------
+
+
+def long_queue(once: Once, count: int, **more: Any) -> list[Request]:
+    return [once.request(str(number), **more) for number in range(count)]
+
+
+def asked_for(once: Once, queue: list[Request]) -> list[str]:
+    """vLLM asks for every waiting request in a step: those that can run."""
+    found = [request.request_id for request in queue if once.side.matched(request, 0) is not None]
+    once.side.plans({"runs": 1})
+    return found
+
+
+def test_a_queue_has_no_more_than_so_many_look_ups_in_flight() -> None:
+    once = Once()
+    once.side.plans({"runs": 1})
+    queue = long_queue(once, 100, polls=1 << 30)
+    for request in queue[:50]:
+        once.side.arrived(request)
+    short = Request("cannot hit", list(range(CHUNK)), None, (0, ()), 0, 0, num_tokens=CHUNK)
+    for _ in range(5):
+        assert asked_for(once, [*queue, short]) == ["cannot hit"]
+    assert len(once.lookups) == IN_FLIGHT
+
+
+def test_a_step_begins_few_look_ups_of_long_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scheduler_side, "STEP_TOKENS", 250)
+    once = Once()
+    queue = long_queue(once, 9, polls=1 << 30)
+    for request in queue:
+        once.side.arrived(request)
+    assert len(once.lookups) == 2
+    for count in (2, 4, 6):
+        asked_for(once, queue)
+        assert len(once.lookups) == count
+    huge = Request("huge", list(range(900)), None, (0, ()), 9, 0, num_tokens=900)
+    asked_for(once, queue)
+    asked_for(once, queue)
+    asked_for(once, [huge])
+    assert once.lookups[-1].request is huge, "whatever a step may begin, it begins one"
+
+
+def test_every_request_of_a_queue_is_looked_up_in_its_order() -> None:
+    once = Once(overlap=False, step_tokens=1 << 20)
+    once.side.plans({"runs": 1})
+    queue = long_queue(once, 100, polls=2, cached=(0, ()))
+    waiting, done = list(queue), []
+    for number in range(60):
+        for name in asked_for(once, waiting)[:8]:  # as many as there is room for
+            request = next(one for one in waiting if one.request_id == name)
+            once.side.allocated(request, list(range(13)), 0, None)
+            waiting.remove(request)
+            done.append(name)
+        late = once.request(f"late {number}", polls=2)
+        once.side.arrived(late)
+        waiting.append(late)
+    assert done[:100] == [request.request_id for request in queue]
+
+
+def test_requests_that_cannot_run_yet_do_not_keep_others_from_a_look_up() -> None:
+    once = Once()
+    once.side.plans({"runs": 1})
+    blocked = long_queue(once, IN_FLIGHT, polls=2)
+    for request in blocked:
+        once.side.arrived(request)  # and is not asked for: its grammar is being compiled
+    other = once.request("other")
+    for _ in range(6):
+        if asked_for(once, [other]):
+            break
+    assert once.lookups[-1].request is other
+    for request in blocked:
+        assert once.side.matched(request, 0) in (None, 99, 76)
+    for _ in range(9):
+        asked_for(once, blocked)
+    for request in [other, *blocked]:
+        once.finish(request)
+    for _ in range(9):
+        once.side.plans()
+    assert not any(once.server.held.values())
+    assert once.side.abandoned == once.side.requests == 0
+
+
+def test_a_queue_does_not_wait_for_a_silent_server_one_deadline_after_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    once, now = Once(), [1000.0]
+    monkeypatch.setattr(scheduler_side, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    once.side.plans({"runs": 1})
+    queue = long_queue(once, 100, polls=1 << 30)
+    assert asked_for(once, queue) == []
+    now[0] += once.side.options.lookup_deadline + 0.1
+    assert asked_for(once, queue) == [request.request_id for request in queue]
+    for request in queue:
+        stats = once.finish(request)
+        assert stats is not None
+        assert stats["failure"] == "look-up deadline"
+
+
+def test_an_idle_step_waits_once_for_all_look_ups(monkeypatch: pytest.MonkeyPatch) -> None:
+    once, now, waits = Once(), [1000.0], []
+    monkeypatch.setattr(scheduler_side, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def poll(self: Any, seconds: float) -> bool:
+        waits.append(seconds)
+        now[0] += seconds
+        return False
+
+    queue = long_queue(once, 20)
+    monkeypatch.setattr(type(once.look_up(queue[0])), "poll", poll)
+    for _ in range(3):
+        for request in queue:
+            assert once.side.matched(request, 0) is None
+        assert sum(waits) <= once.side.options.poll + 1e-9
+        waits.clear()
         once.side.plans()

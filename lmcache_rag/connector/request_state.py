@@ -76,13 +76,15 @@ def statistics(prompt: int, state: RequestState) -> dict[str, Any]:
         prefix, reused, recomputed = min(state.local, prompt), 0, 0
         failure = state.failure
     placed = result is not None and not result.failure
-    found = {
+    spans = {} if state.spans is None else {"spans": [list(span) for span in state.spans] if placed else []}
+    return {
         "prompt_tokens": prompt,
         "prefix_tokens": prefix,
         "reused_tokens": reused,
         "recomputed_tokens": recomputed,
         "computed_tokens": prompt - prefix - reused - recomputed,
         "blocks_hit": state.blocks_hit if placed else 0,
+        **spans,
         "hot_tokens": result.hot_tokens if result else 0,
         "lookup_ms": round(state.lookup_ms, 3),
         "load_ms": round(result.load_ms, 3) if result else 0.0,
@@ -92,9 +94,6 @@ def statistics(prompt: int, state: RequestState) -> dict[str, Any]:
         "ratio": state.ratio,
         FAILURE: str(failure),
     }
-    if state.spans is not None:
-        found["spans"] = [list(span) for span in state.spans] if placed else []
-    return found
 
 
 def unblended(
