@@ -6,12 +6,12 @@ Client and server read it the same way. It is a secret: never logged, never on a
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmcache_rag.errors import ConfigError
+from lmcache_rag.secret_file import LEAST_CHARACTERS, read_secret
 
 if TYPE_CHECKING:
     from lmcache_rag.settings import Settings
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 VARIABLE = "LMCACHE_RAG_INGEST_KEY"
 FILE_VARIABLE = "LMCACHE_RAG_INGEST_KEY_FILE"
 REMEDY = f"Put it into the environment variable {VARIABLE}, or its file's path into {FILE_VARIABLE}."
-LEAST = 16  # characters
 _MAKE = "Make one with: (umask 077; openssl rand -hex 32 > ingest.key)"
 
 
@@ -29,22 +28,10 @@ def read_ingest_key(path: str | Path) -> str:
     Raises:
         ConfigError: The file cannot be read, others can read it, or it holds no key.
     """
-    place = Path(path)
     try:
-        with place.open("rb") as opened:
-            mode = os.fstat(opened.fileno()).st_mode
-            content = opened.read(4096) if stat.S_ISREG(mode) else b""
-    except (OSError, ValueError) as problem:
-        words = getattr(problem, "strerror", None) or problem
-        raise ConfigError(f"The ingest key's file {place} cannot be read: {words}.", remedy=_MAKE) from problem
-    if not stat.S_ISREG(mode):
-        raise ConfigError(f"The ingest key's file {place} is no file.", remedy=_MAKE)
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ConfigError(
-            f"The ingest key's file {place} can be used by others (mode {stat.S_IMODE(mode):04o}).",
-            remedy=f"chmod 600 {place}, and a new key if others may have read it.",
-        )
-    return checked(content.decode("latin-1"), f"The ingest key's file {place}")
+        return checked(read_secret(Path(path).expanduser()), f"{path}")
+    except ConfigError as problem:
+        raise ConfigError(f"The ingest key: {problem.message}", remedy=f"{problem.remedy} {_MAKE}") from None
 
 
 def ingest_key(environment: Mapping[str, str] | None = None) -> str:
@@ -79,6 +66,8 @@ def checked(key: str, where: str = "The ingest key") -> str:
         ConfigError: It is too short, or cannot be sent as a header.
     """
     key = key.strip()
-    if len(key) < LEAST or not key.isascii() or not key.isprintable() or " " in key:
-        raise ConfigError(f"{where} holds no key of at least {LEAST} ASCII letters and digits.", remedy=_MAKE)
+    if len(key) < LEAST_CHARACTERS or not key.isascii() or not key.isprintable() or " " in key:
+        raise ConfigError(
+            f"{where} holds no key of at least {LEAST_CHARACTERS} ASCII letters and digits.", remedy=_MAKE
+        )
     return key

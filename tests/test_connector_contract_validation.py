@@ -50,7 +50,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore")]
 PARAMS = "kv_transfer_params"
 SERVING = [getattr(importlib.import_module(module), owner) for module, owner, _ in request_validation.ENDPOINTS]
 METHODS = [name for _, _, name in request_validation.ENDPOINTS]
-KEY = "the ingest key of these tests"
+KEY = "the ingest key of these tests only"
 PATCHED = (
     (InputProcessor, "process_inputs"),
     (AsyncLLM, "notify_kv_transfer_request_rejected"),

@@ -33,7 +33,7 @@ from lmcache_rag.protocol import CHUNKS, FORGET, INGEST, INGEST_KEY_HEADER, PREF
 pytestmark = [needs_vllm_cpu]
 
 SECONDS = float(os.environ.get("LMCACHE_RAG_HOSTILE_SECONDS", "30"))
-KEY = "an-ingest-key-of-these-tests"
+KEY = "an-ingest-key-of-these-tests-only"
 SHORT, LONG = 3, 900  # tokens, about
 PARAMS = "kv_transfer_params"
 
@@ -374,7 +374,7 @@ def test_a_body_of_too_many_spans_is_refused(traffic: Traffic) -> None:
 
 
 def test_the_ingest_key_on_every_endpoint(traffic: Traffic) -> None:
-    cases = ((None, 401), ("", 401), ("not-the-key-of-this-server", 403), (KEY, 200))
+    cases = ((None, 401), ("", 401), ("not-the-key-of-this-server-but-long", 403), (KEY, 200))
     for endpoint in ENDPOINTS:
         for stream in (False,) if endpoint in ONCE else (False, True):
             for key, wanted in cases:

@@ -111,7 +111,7 @@ class Servers:
                 VLLM_NO_USAGE_STATS="1",
                 HF_HUB_OFFLINE="1",
             )
-            self.vllm.wait_for(lambda: answers(f"{self.url}/health"), 300)
+            self.vllm.wait_for(lambda: answers(f"{self.url}/health"), 900)
         except BaseException:
             self.close()
             raise

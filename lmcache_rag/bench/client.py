@@ -12,7 +12,8 @@ from typing import Any
 import httpx
 
 from lmcache_rag.errors import EngineError
-from lmcache_rag.protocol import answer_statistics, chunk_tokens
+from lmcache_rag.ingest_key import ingest_key
+from lmcache_rag.protocol import INGEST_KEY_HEADER, answer_statistics, chunk_tokens, ingests
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,9 @@ class TimedClient:
         try:
             if tokens > 1:
                 return await self._stream(body, begin)
-            answer = await self._http.post("/v1/completions", json=body)
+            key = ingest_key() if ingests(params) else ""
+            headers = {INGEST_KEY_HEADER: key} if key else {}
+            answer = await self._http.post("/v1/completions", json=body, headers=headers)
             answer.raise_for_status()
         except httpx.HTTPError as problem:
             detail = getattr(getattr(problem, "response", None), "text", "")

@@ -14,6 +14,7 @@ from lmcache_rag.cli.failures import PARTLY
 from lmcache_rag.cli.render import clean, plain, show
 from lmcache_rag.cli.run import Run
 from lmcache_rag.cli.verb import verb
+from lmcache_rag.ingest_key import ingest_key
 
 _MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "failed": ("failed", "bold red")}
 
@@ -43,8 +44,9 @@ def doctor(
 
     The round trip precomputes three random chunks, asks for them in another
     order, and compares ratio 1 with a run without reuse. The server's key, if
-    any, is taken from the variable VLLM_API_KEY or LMCACHE_RAG_API_KEY. Exit
-    status 1 when something failed.
+    any, is taken from the variable VLLM_API_KEY or LMCACHE_RAG_API_KEY, and
+    its ingest key from LMCACHE_RAG_INGEST_KEY or LMCACHE_RAG_INGEST_KEY_FILE.
+    Exit status 1 when something failed.
 
     [bold]Examples[/bold]
       lmcache-rag doctor
@@ -55,7 +57,8 @@ def doctor(
 
     found = []
     with run.waiting("Checking"):
-        for check in examine(url, lmcache_url=lmcache_url, model=check_model, api_key=api_key("VLLM_API_KEY")):
+        keys = {"api_key": api_key("VLLM_API_KEY"), "ingest_key": ingest_key()}
+        for check in examine(url, lmcache_url=lmcache_url, model=check_model, **keys):
             found.append(check)
     failed = [check for check in found if check.state == "failed"]
     if run.json:

@@ -22,6 +22,7 @@ from lmcache_rag.cli.render import clean
 from lmcache_rag.cli.run import Run
 from lmcache_rag.cli.verb import verb
 from lmcache_rag.errors import ConfigError, EngineError, LMCacheRAGError
+from lmcache_rag.ingest_key import read_ingest_key
 from lmcache_rag.secret_file import ensure_secret
 
 if TYPE_CHECKING:
@@ -175,6 +176,14 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    ingest_key_file: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="File of the key that ingesting and forgetting need; with mode 0600. [dim]\\[default: no key][/dim]",
+            show_default=False,
+        ),
+    ] = None,
     connector: Annotated[
         list[str] | None,
         typer.Option(
@@ -223,6 +232,7 @@ def serve(
         keeps=ServerSettings(index.value, store.value, index_size),
         prefix_tokens=prefix_tokens,
         secret_file=secret_file,
+        ingest_key_file=ingest_key_file or settings.ingest_key_file,
     )
     made, lmcache_run, vllm_run = maker(options)
     if made.note:
@@ -371,7 +381,8 @@ def _ready(run: Run, options: ServeOptions, made: Commands, folder: Path) -> Non
     run.tell("Warming the look-up.")
     name, blending = options.model, "off"
     try:
-        with api.VLLM(made.url, made.api_key, timeout=120, verify=False) as server:
+        key = read_ingest_key(options.ingest_key_file) if options.ingest_key_file else ""
+        with api.VLLM(made.url, made.api_key, ingest_key=key, timeout=120, verify=False) as server:
             served = server.served()
             name = served.name
             outcome = round_trip(server, served, options.chunk_size, compare=False)

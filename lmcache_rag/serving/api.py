@@ -10,7 +10,8 @@ import httpx
 
 from lmcache_rag.api_key import LMCACHE_REMEDY, REMEDY, lmcache_headers
 from lmcache_rag.errors import EngineError, EngineUnavailableError
-from lmcache_rag.protocol import answer_statistics
+from lmcache_rag.ingest_key import REMEDY as INGEST_REMEDY
+from lmcache_rag.protocol import INGEST_KEY_HEADER, answer_statistics, ingests
 
 SHORT_S = 3.0
 TOP = 5  # log-probabilities asked for with each token
@@ -83,12 +84,16 @@ class VLLM:
     Args:
         url: Its address, with or without /v1.
         api_key: Its key, or "".
+        ingest_key: Its ingest key, or ""; sent with ingestions only.
         timeout: Longest wait for an answer, in seconds.
         verify: Whether to check its certificate.
     """
 
-    def __init__(self, url: str, api_key: str = "", *, timeout: float = 120.0, verify: bool = True) -> None:
+    def __init__(
+        self, url: str, api_key: str = "", *, ingest_key: str = "", timeout: float = 120.0, verify: bool = True
+    ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
+        self._ingest_headers = {INGEST_KEY_HEADER: ingest_key} if ingest_key else {}
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout, verify=verify)
 
@@ -142,7 +147,7 @@ class VLLM:
             "return_tokens_as_token_ids": True,
             "kv_transfer_params": params,
         }
-        document = self._call("POST", "/v1/completions", body)
+        document = self._call("POST", "/v1/completions", body, ingest=ingests(params))
         try:
             choice = document["choices"][0]
             top = (choice.get("logprobs") or {}).get("top_logprobs") or ()
@@ -157,16 +162,19 @@ class VLLM:
                 remedy="vLLM 0.25.1 or newer is needed.",
             ) from problem
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+    def _call(
+        self, method: str, path: str, body: dict[str, Any] | None = None, *, ingest: bool = False
+    ) -> dict[str, Any]:
         try:
-            response = self._client.request(method, path, json=body)
+            response = self._client.request(method, path, json=body, headers=self._ingest_headers if ingest else None)
         except (httpx.HTTPError, httpx.InvalidURL) as problem:
             words = str(problem) or type(problem).__name__
             raise EngineUnavailableError(
                 f"{self.url} does not answer: {words}.", remedy="Is the server up, and the address right?"
             ) from problem
-        if response.status_code == 401:
-            raise EngineError(f"{self.url} asks for a key.", remedy=REMEDY)
+        if response.status_code == 401 or (ingest and response.status_code == 403):
+            remedy = f"{REMEDY} An ingest key goes elsewhere. {INGEST_REMEDY}" if ingest else REMEDY
+            raise EngineError(f"{self.url} asks for a key.", remedy=remedy)
         if response.status_code >= 400:
             raise EngineError(
                 f"{self.url}{path} answers {response.status_code}: {' '.join(response.text.split())[:300]}.",

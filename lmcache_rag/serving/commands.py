@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from lmcache_rag.api_key import api_key
+from lmcache_rag.connector.authorization import MIDDLEWARE
 from lmcache_rag.connector.lmcache_server.settings import ServerSettings
 from lmcache_rag.connector.secret import FILE_VARIABLE, VARIABLE
 from lmcache_rag.connector.server_guard import MODULE
 from lmcache_rag.errors import ConfigError
+from lmcache_rag.ingest_key import read_ingest_key
 from lmcache_rag.protocol import DEFAULT_POLICY, DEFAULT_RATIO, LMCACHE_CHUNK, VLLM_BLOCK
 from lmcache_rag.secret_file import state_file
 from lmcache_rag.serving.given import Given
@@ -69,6 +71,7 @@ class ServeOptions:
         prefix_tokens: First tokens by which prompts of clients that name no prefix share KV; None: one chunk.
         secret_file: File with the secret that KV is kept under; None: by the environment, or with second tiers one in
             the user's state folder, or a new secret for each start.
+        ingest_key_file: File of the key that ingesting and forgetting need; None: they need none.
     """
 
     model: str
@@ -87,6 +90,7 @@ class ServeOptions:
     keeps: ServerSettings = field(default_factory=ServerSettings)
     prefix_tokens: int | None = None
     secret_file: Path | None = None
+    ingest_key_file: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -203,6 +207,10 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
     if options.prefix_tokens is not None:
         extra["lmcache_rag.prefix_tokens"] = options.prefix_tokens
     extra |= _checked(options.connector)
+    middleware = []
+    if options.ingest_key_file is not None:
+        extra["lmcache_rag.ingest_key_file"] = _ingest_key_file(options.ingest_key_file, given)
+        middleware = ["--middleware", MIDDLEWARE]
     ours = {
         "--host": host,
         "--port": port,
@@ -219,6 +227,7 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
             vllm += [name, value]
     secret_file = _secret_file(options, environment)
     variables = _plugin_allowed(environment) | ({FILE_VARIABLE: str(secret_file)} if secret_file else {})
+    vllm += middleware
     blends = not given.has(_TRANSFER) or CONNECTOR["kv_connector"] in given.value(_TRANSFER)
     return Commands(
         tuple(lmcache),
@@ -232,6 +241,17 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
         l1_gb,
         secret_file,
     )
+
+
+def _ingest_key_file(path: Path, given: Given) -> str:
+    read_ingest_key(path)  # complains now, rather than in vLLM's log
+    if given.has(_TRANSFER):
+        raise ConfigError(
+            "--ingest-key-file has no effect with a --kv-transfer-config of your own.",
+            remedy="Set lmcache_rag.ingest_key_file in its kv_connector_extra_config, "
+            f"and give vLLM --middleware {MIDDLEWARE}.",
+        )
+    return str(path.expanduser().absolute())
 
 
 def _server_config(options: ServeOptions) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from lmcache_rag.serving.checks import Check
 from lmcache_rag.serving.environment import version
 
 
-def examine(url: str = "", *, lmcache_url: str = "", model: str = "", api_key: str = "") -> Iterator[Check]:
+def examine(
+    url: str = "", *, lmcache_url: str = "", model: str = "", api_key: str = "", ingest_key: str = ""
+) -> Iterator[Check]:
     """Check this machine, and with a URL the servers too. Yields each check when it is done.
 
     Args:
@@ -20,6 +22,7 @@ def examine(url: str = "", *, lmcache_url: str = "", model: str = "", api_key: s
         lmcache_url: HTTP address of the LMCache server; default: port 8089 of this machine.
         model: Folder or Hugging Face name; default: what the server serves.
         api_key: vLLM's key, or "".
+        ingest_key: Its key for ingestion, or "".
 
     Raises:
         ConfigError: An address has no meaning.
@@ -43,7 +46,7 @@ def examine(url: str = "", *, lmcache_url: str = "", model: str = "", api_key: s
             yield checks.model(model)
         yield Check("vLLM", "skipped", "no URL was given", "lmcache-rag doctor http://127.0.0.1:8000")
         return
-    with api.VLLM(url, api_key) as server:
+    with api.VLLM(url, api_key, ingest_key=ingest_key) as server:
         known, served = live_checks.vllm(server, version("vllm") if here else "")
         yield from known
         if model or served:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmcache_rag.errors import EngineError
-from lmcache_rag.protocol import CAN_BLEND, MAX_OFFLOAD_TOKENS, NEAR_TIE, NO_BLEND, POLICY, RATIO
+from lmcache_rag.protocol import CAN_BLEND, INGEST, MAX_OFFLOAD_TOKENS, NEAR_TIE, NO_BLEND, POLICY, RATIO
 from lmcache_rag.serving.api import VLLM, Answer, Served
 
 IDS = range(300, 15000)  # ids of plain text in the usual vocabularies; none of them special
@@ -112,7 +112,7 @@ def round_trip(
     # What is asked is not to be stored: an attempt that finds nothing must not help the next one.
     keep_out = {MAX_OFFLOAD_TOKENS: chunk_size}
     for prompt in prompts.ingest():
-        server.complete(served.name, prompt, params=dict(NO_BLEND))
+        server.complete(served.name, prompt, params={**NO_BLEND, INGEST: True})
     found: dict[str, Any] | None = None
     query: list[int] = []
     attempt = 0
