@@ -28,8 +28,19 @@ from lmcache_rag.cli.app import app
 from lmcache_rag.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-VERBS = tuple(
-    ["ingest", "ask", "chat", "status", "warm", "verify", "remove", "forget", "prune", "settings", "serve", "doctor"]
+VERBS = (
+    "ingest",
+    "ask",
+    "chat",
+    "status",
+    "warm",
+    "verify",
+    "remove",
+    "forget",
+    "prune",
+    "settings",
+    "serve",
+    "doctor",
 )
 TEXTS = {
     "rope.md": """# Rotary position embedding
