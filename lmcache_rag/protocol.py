@@ -156,6 +156,14 @@ FAILURE: Final = "failure"  # a Fallback, or where can_blend is false a sentence
 FORGOTTEN: Final = "forgotten"  # in answers to lmcache_rag.forget only: whether the chunk's KV was removed
 CAN_BLEND: Final = "can_blend"  # false in answers of a server that cannot blend at all; else absent
 REASON: Final = "reason"  # a CannotBlend, beside can_blend
+SELF_CHECK: Final = "self_check"  # a SelfCheck, in answers of a server that blends
+
+
+class SelfCheck(StrEnum):
+    """What came, at start, of comparing a blend with a full prefill; where they differ, the server cannot blend."""
+
+    PASSED = "passed"
+    SKIPPED = "skipped"  # lmcache_rag.self_check is false
 
 
 def answer_statistics(document: Any) -> dict[str, Any] | None:
@@ -189,6 +197,7 @@ CHUNK_GAUGE: Final = METRICS + "chunk_tokens"
 INDEX_ENTRIES: Final = "lmcache_rag.index_entries"  # chunks that can be blended
 INDEX_ASKED: Final = "lmcache_rag.chunks_asked"  # whole chunks in prompts that were looked up
 INDEX_FOUND: Final = "lmcache_rag.chunks_found"  # chunks that the index found in them
+INDEX_SIZE: Final = "lmcache_rag.index_size"  # most chunks that the index takes
 
 
 def chunk_tokens(metrics: str) -> int:
@@ -202,6 +211,15 @@ def hit_tokens(metrics: str) -> int | None:
     source = r'source="(?:reused|recomputed)"'
     found = re.findall(rf"^{METRICS}prompt_tokens_total\{{[^}}]*{source}[^}}]*\}} (\S+)$", metrics, re.MULTILINE)
     return round(sum(map(float, found))) if found else None
+
+
+def lmcache_number(metrics: str, name: str) -> int | None:
+    """A number of ours (INDEX_ENTRIES and the like) by the text of LMCache's /metrics; None where it is not there."""
+    found = re.search(rf"^{name.replace('.', '_')}(?:_total)?(?:\{{[^}}]*\}})? (\S+)$", metrics, re.MULTILINE)
+    try:
+        return round(float(found[1])) if found else None
+    except (ValueError, OverflowError):
+        return None
 
 
 # -- validation -------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.plan import BlendPlan, BlendResult, Match
 from lmcache_rag.connector.request_state import unblended
 from lmcache_rag.connector.scheduler_side import SchedulerSide
+from lmcache_rag.protocol import CannotBlend, Unsupported
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEXT = " A key that was computed at one place is moved to another by turning it further, as the passage says."
@@ -122,7 +123,8 @@ class FakeVLLM(ThreadingHTTPServer):
             with self._lock:
                 exact, _ = self.memory.find(salt, ids)
                 self.memory.keep(salt, ids, len(ids))
-            return {"lmcache_rag": unblended(len(ids), exact, "query", 0.15, self.why_not)}
+            why_not = Unsupported(CannotBlend.NEEDS_CUDA, self.why_not)
+            return {"lmcache_rag": unblended(len(ids), exact, "query", 0.15, why_not)}
         with self._lock:
             request = SimpleNamespace(
                 request_id=str(number),

@@ -50,7 +50,8 @@ class FakeServer:
     "empty" (nothing is ever found), "wrong" (recomputing everything gives other tokens), "tie" (the same, where both
     are about equally likely), "unblended" (an LMCache of the default engine), "unregistered" (no rotary table), "half"
     (of one worker only), "ill" (not healthy), "misfit" (blocks of 48 tokens), "long" (chunks of 256 tokens, which only
-    vLLM says), "strange" (JSON of another server), "key" (asks for one).
+    vLLM says), "full" (an index that is nearly so), "no index" (that shows no metrics), "unchecked" (says nothing of a
+    self-check), "not checked" (skipped it), "strange" (JSON of another server), "key" (asks for one).
     """
 
     def __init__(self, role: str, port: int = 0, mode: str = "", model: str = "tiny") -> None:
@@ -112,7 +113,13 @@ class FakeServer:
                 status["registered_cb_rope_instances"] = [1, 2]
                 facts = {"model_name": "some/model", "world_size": 2}
                 status["cache_context_meta"] = {"1": facts, "2": facts} if self.mode == "two ranks" else {"1": facts}
+            size = 4096
+            numbers = {"index_entries": 4000 if self.mode == "full" else 40, "index_size": size}
+            numbers |= {"chunks_asked_total": 2000, "chunks_found_total": 1500}
+            lines = [f'lmcache_rag_{name}{{scope="lmcache_rag"}} {value}.0' for name, value in numbers.items()]
             pages: dict[str, Any] = {"/healthcheck": {"status": "healthy"}, "/status": status}
+            if self.mode != "no index":
+                pages["/metrics"] = "\n".join(lines)
         else:
             card = {"id": self.model, "root": self.model, "max_model_len": 4096}
             pages = {
@@ -157,7 +164,10 @@ class FakeServer:
             "failure": "the server is full" if self.mode == "empty" else "",
         }
         if self.mode == "unable":
-            statistics |= {"failure": "sliding window attention is not supported", "can_blend": False}
+            why_not = {"failure": "sliding window attention is not supported", "reason": "attention"}
+            statistics |= {**why_not, "can_blend": False}
+        elif self.mode not in ("bare", "unchecked"):
+            statistics["self_check"] = "skipped" if self.mode == "not checked" else "passed"
         return 200, {
             "choices": [{"token_ids": tokens, "logprobs": {"top_logprobs": top}}],
             "kv_transfer_params": None if self.mode == "bare" else {"lmcache_rag": statistics},

@@ -41,10 +41,11 @@ with warnings.catch_warnings():
     from lmcache.v1.multiprocess.transport.factory import RequestClientFactory
     from vllm_cpu_kit import Process, answers, free_port, until
 
+    from lmcache_rag import protocol
     from lmcache_rag.connector import compat_lmcache
     from lmcache_rag.connector.compat_lmcache import server
     from lmcache_rag.connector.lmcache_server.modules import Guard
-    from lmcache_rag.connector.lmcache_server.settings import ServerSettings
+    from lmcache_rag.connector.lmcache_server.settings import INDEX_SIZE, ServerSettings
     from lmcache_rag.connector.server_guard import MODULE
     from lmcache_rag.protocol import FORGET, INGEST, PREFIX, UNTIL
 
@@ -152,6 +153,11 @@ def test_the_server_counts_what_its_index_finds(client: Any, served: Served) -> 
     assert counted(served, "chunks_asked_total") == before + 3
     assert counted(served, "chunks_found_total") == 0
     assert counted(served, "index_entries") == 0
+    read = [protocol.lmcache_number(httpx.get(served.url + "/metrics").text, name) for name in NUMBERS]
+    assert read == [0, before + 3, 0, INDEX_SIZE], "as doctor reads them"
+
+
+NUMBERS = (protocol.INDEX_ENTRIES, protocol.INDEX_ASKED, protocol.INDEX_FOUND, protocol.INDEX_SIZE)
 
 
 def counted(served: Served, name: str) -> float:

@@ -37,6 +37,7 @@ with warnings.catch_warnings():
     from lmcache_rag.connector import connector, metrics
     from lmcache_rag.connector.options import ConnectorOptions
     from lmcache_rag.connector.stats import BlendPromMetrics, BlendStats
+    from lmcache_rag.protocol import CannotBlend, Unsupported
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -149,7 +150,8 @@ def test_who_cannot_be_blended_is_counted_as_such() -> None:
         "waited": SimpleNamespace(num_vllm_hit_tokens=0, num_lmcache_hit_tokens=0, num_scheduled_tokens=0),
     }
     one.request_trackers = trackers
-    one._options, one._why_not = ConnectorOptions(), "blending needs CUDA"
+    one._options = ConnectorOptions()
+    one._why_not = Unsupported(CannotBlend.NEEDS_CUDA, "blending needs CUDA")
     told, *others = [
         one._count_unblended(SimpleNamespace(request_id=name, prompt_token_ids=[0] * 100))
         for name in (*trackers, "never asked")
@@ -158,6 +160,7 @@ def test_who_cannot_be_blended_is_counted_as_such() -> None:
     assert others == [None, None]
     assert [told[f"{source}_tokens"] for source in metrics.SOURCES] == [64, 0, 0, 36]
     assert (told["blended"], told["can_blend"], told["failure"]) == (False, False, "blending needs CUDA")
+    assert told["reason"] == "needs CUDA"
 
 
 def test_vllm_asks_for_statistics_in_the_step_in_which_a_request_ends() -> None:

@@ -24,6 +24,8 @@ with warnings.catch_warnings():
     from vllm import distributed
     from vllm.config import (
         CacheConfig,
+        CompilationConfig,
+        CompilationMode,
         KVTransferConfig,
         ModelConfig,
         ParallelConfig,
@@ -32,12 +34,21 @@ with warnings.catch_warnings():
         set_current_vllm_config,
     )
     from vllm.distributed import parallel_state
+    from vllm.distributed.kv_transfer import kv_transfer_state
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
     from vllm.model_executor.layers import rotary_embedding
     from vllm.model_executor.layers.attention import attention
+    from vllm.model_executor.models import registry
     from vllm.model_executor.models.registry import ModelRegistry
     from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.worker.utils import AttentionGroup
 
+    from lmcache_rag.architectures import ARCHITECTURES, MODEL_CLASSES
     from lmcache_rag.connector import compat_vllm, model
+    from lmcache_rag.connector.paged import PagedSequence, keys_and_values
+    from lmcache_rag.connector.self_check import examined
+    from lmcache_rag.protocol import CannotBlend
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 BLOCK = 16
@@ -63,6 +74,7 @@ class World:
         self.config = VllmConfig(
             model_config=ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=512),
             cache_config=CacheConfig(block_size=BLOCK),
+            compilation_config=CompilationConfig(mode=CompilationMode.NONE),
         )
         self.config.cache_config.block_size = BLOCK  # vLLM's CPU platform has one of its own
         # As EngineArgs.create_engine_config does.
@@ -82,7 +94,12 @@ class World:
 
     @property
     def why_not(self) -> str:
-        return model.why_not(self.config, self.model)
+        return str(model.why_not(self.config, self.model) or "")
+
+    @property
+    def code(self) -> str:
+        found = model.why_not(self.config, self.model)
+        return "" if found is None else str(found.code)
 
 
 @pytest.mark.parametrize("scaling", ["default", "linear", "llama3", "yarn"])
@@ -125,6 +142,12 @@ def table(world: World) -> None:
 
 
 ONE_CHANGE: dict[str, Callable[[World], Any]] = {
+    "sleep mode": lambda world: setattr(world.config.model_config, "enable_sleep_mode", True),
+    "expert parallelism": lambda world: setattr(world.config.parallel_config, "enable_expert_parallel", True),
+    "data parallelism of a model with experts": lambda world: (
+        setattr(world.config.parallel_config, "data_parallel_size", 2),
+        setattr(world.config.parallel_config, "is_moe_model", None),
+    ),
     "OddForCausalLM is not supported": lambda world: setattr(
         world.model, "__class__", type("OddForCausalLM", (type(world.model),), {})
     ),
@@ -160,6 +183,136 @@ def test_each_of_these_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert world.why_not == ""
     ONE_CHANGE[reason](world)
     assert reason.strip() in world.why_not
+    assert world.code in set(CannotBlend) - {CannotBlend.ERROR}
+
+
+def test_data_parallelism_of_dense_models_is_blended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path, monkeypatch)
+    world.config.parallel_config.data_parallel_size = 2
+    world.config.parallel_config.is_moe_model = False
+    assert world.why_not == ""
+
+
+def test_amd_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path, monkeypatch)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert (world.code, "ROCm" in world.why_not) == ("ROCm", True)
+
+
+def test_inside_vllms_multi_connector_nothing_is_blended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's worker makes the outermost connector before it makes the KV caches."""
+    world = World(tmp_path, monkeypatch)
+    monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", object())
+    assert world.why_not == ""
+    monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", object.__new__(MultiConnector))
+    assert (world.code, "MultiConnector" in world.why_not) == ("MultiConnector", True)
+
+
+def test_the_table_of_architectures_is_vllms_registry() -> None:
+    classes = {name: kind for name, (_, kind) in registry._TEXT_GENERATION_MODELS.items()}
+    blended = {name for name, kind in classes.items() if kind in MODEL_CLASSES}
+    assert blended <= set(ARCHITECTURES)
+    assert all(classes.get(name, MODEL_CLASSES[0]) in MODEL_CLASSES for name in ARCHITECTURES)
+    assert set(MODEL_CLASSES) <= blended
+
+
+# -- the self-check, on vLLM's own model, forward context and attention metadata -----------------------------------
+
+
+class TorchAttention:
+    """An attention backend in plain torch: what vLLM's own does on a GPU, by the metadata that vLLM makes."""
+
+    def __init__(self, scale: float, num_heads: int) -> None:
+        self.scale, self.num_heads = scale, num_heads
+
+    def forward(
+        self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, metadata: Any, output: Any, **given: Any
+    ) -> Any:
+        keys, values = keys_and_values(kv_cache)
+        end = int(metadata.seq_lens[0])
+        sequence = PagedSequence(metadata.block_table_tensor[0], BLOCK)
+        own = [sequence.gather(cache, end).transpose(0, 1)[None] for cache in (keys, values)]
+        positions = torch.arange(end - len(query), end)
+        mask = torch.arange(end)[None] <= positions[:, None]
+        rows = query.transpose(0, 1)[None]
+        found = torch.nn.functional.scaled_dot_product_attention(
+            rows, *own, attn_mask=mask, scale=self.scale, enable_gqa=True
+        )
+        output.view(query.shape).copy_(found[0].transpose(0, 1))
+        return output
+
+    def do_kv_cache_update(self, layer: Any, key: Any, value: Any, kv_cache: Any, slots: Any) -> None:
+        for cache, fresh in zip(keys_and_values(kv_cache), (key, value), strict=True):
+            cache[slots // BLOCK, slots % BLOCK] = fresh
+
+
+class Loaded(World):
+    """A model that runs: random weights, attention in torch, and a runner as far as a pass asks for one."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, family: str = "llama", **changes: Any) -> None:
+        super().__init__(folder, monkeypatch, family, **changes)
+        torch.manual_seed(1)
+        for name, weight in self.model.named_parameters():
+            weight.data = torch.ones_like(weight) if "norm" in name else torch.randn_like(weight) * 0.2
+        for module in self.model.modules():  # as vLLM does when it has loaded them
+            if hasattr(module, "quant_method"):
+                module.quant_method.process_weights_after_loading(module)
+        for layer in self.layers:
+            layer.kv_cache = torch.zeros(64, 2, BLOCK, layer.num_kv_heads, layer.head_size, dtype=torch.bfloat16)
+            layer.impl = TorchAttention(layer.impl.scale, layer.impl.num_heads)
+        spec = FullAttentionSpec(
+            block_size=BLOCK, num_kv_heads=self.layers[0].num_kv_heads, head_size=16, dtype=torch.bfloat16
+        )
+        names = [layer.layer_name for layer in self.layers]
+
+        def build(common_prefix_len: int, common_attn_metadata: Any, **given: Any) -> Any:
+            return common_attn_metadata
+
+        builder = SimpleNamespace(build=build, supports_update_block_table=False)
+        group = AttentionGroup(FlashAttentionBackend, names, spec, 0, metadata_builders=[builder])
+        runner = SimpleNamespace(
+            get_model=lambda: self.model,
+            attn_groups=[[group]],
+            kv_cache_config=KVCacheConfig(64, [], [KVCacheGroupSpec(names, spec)]),
+        )
+        self.blendable = model.VLLMModel(self.config, runner)
+
+    def check(self) -> list[Any]:
+        with set_current_vllm_config(self.config):
+            return examined(self.blendable, vocabulary=49152, longest=512)
+
+
+@pytest.mark.parametrize(
+    ("family", "scaling"), [("llama", "llama3"), ("mistral", "yarn"), ("qwen2", "linear"), ("qwen3", "default")]
+)
+def test_vllms_own_model_passes_the_self_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, scaling: str
+) -> None:
+    findings = Loaded(tmp_path, monkeypatch, family, scaling=scaling).check()
+    assert {finding.name for finding in findings} >= {
+        "KV moved by LMCache's rotary table",
+        "KV moved by the exact rotary table",
+        "hidden states of a blend",
+        "logits of a blend",
+    }
+    assert [str(finding) for finding in findings if not finding.holds] == []
+
+
+def test_a_model_whose_passes_are_wrong_fails_the_self_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a fused kernel leaves out the keys of a pass that has no slot mapping."""
+    world = Loaded(tmp_path, monkeypatch)
+    write = compat_vllm.write_kv
+    monkeypatch.setattr(compat_vllm, "write_kv", lambda layer, key, value, slots: write(layer, key * 0, value, slots))
+    assert {finding.name for finding in world.check() if not finding.holds} >= {"logits of a blend"}
+
+
+def test_a_rotary_table_that_is_not_the_models_fails_the_self_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = Loaded(tmp_path, monkeypatch)
+    right = compat_vllm.exact_rotary_table
+    monkeypatch.setattr(compat_vllm, "exact_rotary_table", lambda rotary: right(rotary).roll(1, 0))
+    assert [finding.name for finding in world.check() if not finding.holds] == ["KV moved by the exact rotary table"]
 
 
 def test_what_is_looked_at_is_there() -> None:

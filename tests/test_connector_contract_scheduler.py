@@ -75,6 +75,7 @@ def test_alone_a_request_is_blended_within_its_step(make: Any) -> None:
     engine.to_the_end()
     told = engine.told["a"]
     assert (told["reused_tokens"], told["recomputed_tokens"]) == (224, 32)
+    assert told["self_check"] == "passed"
     counts = [told[f"{kind}_tokens"] for kind in ("prefix", "reused", "recomputed", "computed")]
     assert sum(counts) == told["prompt_tokens"] == 400
 

@@ -122,7 +122,11 @@ def test_a_server_that_recomputes_all_by_default_is_well() -> None:
     assert (outcome.hit, outcome.agrees, outcome.queries) == (True, True, 1)
     assert outcome.reused is not None
     assert (outcome.reused["reused_tokens"], outcome.reused["recomputed_tokens"]) == (0, 9 * CHUNK)
-    assert [check.state for check in judge(outcome)] == ["ok", "ok"]
+    assert [(check.name, check.state) for check in judge(outcome)] == [
+        ("Self-check", "ok"),
+        ("Round trip", "ok"),
+        ("Ratio 1", "ok"),
+    ]
 
 
 def test_a_server_that_cannot_blend_is_asked_once() -> None:
@@ -130,17 +134,55 @@ def test_a_server_that_cannot_blend_is_asked_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("why", "words"),
+    ("code", "name", "words"),
     [
-        ("the lmcache_rag plugin is not loaded in this process (VLLM_PLUGINS leaves it out?)", "VLLM_PLUGINS"),
-        ("blending needs CUDA: this transfer mode has no device events", "NVIDIA GPU"),
-        ("the LMCache server did not take the rotary table", "lmcache-rag serve"),
-        ("speculative decoding is not supported", "the option"),
+        ("plugin not loaded", "Round trip", "VLLM_PLUGINS"),
+        ("needs CUDA", "Round trip", "NVIDIA GPU"),
+        ("LMCache rotary table", "Round trip", "lmcache-rag serve"),
+        ("speculative decoding", "Round trip", "the option"),
+        ("sleep mode", "Round trip", "--enable-sleep-mode"),
+        ("MultiConnector", "Round trip", "--kv-transfer-config"),
+        ("self-check failed", "Self-check", "report"),
+        ("self-check could not run", "Self-check", "lmcache_rag.self_check=false"),
+        ("a code of a later version", "Round trip", "vLLM's log"),
+        ("", "Round trip", "vLLM's log"),
     ],
 )
-def test_each_reason_not_to_blend_has_a_remedy(why: str, words: str) -> None:
-    (check,) = judge(Outcome({"reused_tokens": 0, "can_blend": False, "failure": why}, 1))
-    assert (check.state, why in check.result, words in check.remedy) == ("failed", True, True)
+def test_each_reason_not_to_blend_has_a_remedy(code: str, name: str, words: str) -> None:
+    """The remedy comes from the code, whatever the sentence says."""
+    detail = "the CUDA plugin of the LMCache server"
+    (check,) = judge(Outcome({"can_blend": False, "failure": detail, **({"reason": code} if code else {})}, 1))
+    assert (check.name, check.state) == (name, "failed")
+    assert detail in check.result
+    assert words in check.remedy
+
+
+@pytest.mark.parametrize(
+    ("vllm", "state", "words"),
+    [
+        ("", "ok", "equals a full prefill"),
+        ("not checked", "warning", "were not compared"),
+        ("unchecked", "skipped", "does not say"),
+    ],
+)
+def test_what_came_of_the_self_check_is_shown(model: str, vllm: str, state: str, words: str) -> None:
+    _, found = examine(model, vllm)
+    assert found["Self-check"]["state"] == state
+    assert words in found["Self-check"]["result"]
+
+
+@pytest.mark.parametrize(
+    ("lmcache", "state", "words"),
+    [
+        ("", "ok", "40 chunks of at most 4,096; 1,500 of 2,000 chunks of prompts were found"),
+        ("full", "warning", "nearly full"),
+        ("no index", "skipped", "does not say"),
+    ],
+)
+def test_how_full_the_index_is_is_shown(model: str, lmcache: str, state: str, words: str) -> None:
+    _, found = examine(model, "", lmcache)
+    assert found["Chunk index"]["state"] == state
+    assert words in found["Chunk index"]["result"]
 
 
 def test_a_round_trip_asks_several_times_before_it_says_that_nothing_is_found() -> None:
@@ -168,7 +210,7 @@ def test_a_tie_needs_the_probabilities_of_both_tokens() -> None:
 def test_ratio_1_without_any_recomputed_token_proves_nothing() -> None:
     reused = {"reused_tokens": 1, "policy": "query", "ratio": 0.15}
     outcome = Outcome(reused, 1, {"recomputed_tokens": 0, "failure": "evicted"}, 16, 16)
-    assert [(c.name, c.state) for c in judge(outcome)] == [("Round trip", "ok"), ("Ratio 1", "failed")]
+    assert [(c.name, c.state) for c in judge(outcome)][1:] == [("Round trip", "ok"), ("Ratio 1", "failed")]
 
 
 # -- servers ----------------------------------------------------------------------------------------------------
@@ -431,6 +473,8 @@ def test_a_plugin_that_vllm_may_not_load(gpu_machine: Path, monkeypatch: pytest.
         (CONFIG, "ok"),
         ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 4096, "use_sliding_window": False}, "ok"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, "ok"),
+        ({"architectures": ["InternLM3ForCausalLM"]}, "ok"),
+        ({"architectures": ["Ministral3ForCausalLM"]}, "ok"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "failed"),
         ({"architectures": ["GptOssForCausalLM"]}, "failed"),
         ({}, "failed"),

@@ -9,6 +9,7 @@ import pytest
 
 from lmcache_rag.connector import compat_vllm, prepare
 from lmcache_rag.connector.options import ConnectorOptions
+from lmcache_rag.protocol import CannotBlend, Unsupported
 
 CONFIG = SimpleNamespace(
     kv_transfer_config=SimpleNamespace(
@@ -23,7 +24,9 @@ class World:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, fails: str = "", *, others: bool = True) -> None:
         self.done: list[str] = []
-        self.fails, self.reason, self.others = fails, "", others
+        self.fails, self.others = fails, others
+        self.reason: Unsupported | None = None
+        self.wrong: Unsupported | None = None
         runner = SimpleNamespace(get_model=lambda: self.does("model"))
         worker = SimpleNamespace(model_runner=runner)
         monkeypatch.setattr(compat_vllm, "worker", lambda: worker)
@@ -35,6 +38,7 @@ class World:
         monkeypatch.setattr(prepare, "rotary_of", lambda model: SimpleNamespace(
             cos_sin_cache=None, head_size=16, is_neox_style=True
         ))  # fmt: skip
+        monkeypatch.setattr(prepare, "self_checked", lambda *given: self.does("check") or self.wrong)
         monkeypatch.setattr(prepare, "why_not", lambda config, model: self.reason)
 
     def does(self, what: str) -> None:
@@ -42,8 +46,8 @@ class World:
         if what == self.fails:
             raise ValueError("arange's range must be a power of 2")
 
-    def why_not(self) -> str:
-        return ""
+    def why_not(self) -> None:
+        """The server can."""
 
     def register_rope(self, *given: Any) -> str:
         self.does("table")
@@ -58,25 +62,44 @@ class World:
     def hot_copy(self) -> Any:
         return SimpleNamespace(warm_up=lambda: self.does("hot"))
 
-    def prepared(self, **options: Any) -> tuple[Any, str]:
+    def prepared(self, **options: Any) -> prepare.Prepared:
         return prepare.prepared(CONFIG, None, ConnectorOptions(**options))
 
 
-ALL = ["model", "table", "warm up", "hot", "vote", "capture", "wrap"]
+ALL = ["model", "table", "warm up", "hot", "vote", "capture", "check", "wrap"]
 
 
 def test_it_blends_when_all_went_well(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch)
-    side, why_not = world.prepared()
-    assert why_not == ""
+    side, why_not, self_check = world.prepared()
+    assert why_not is None
     assert side is not None
+    assert self_check == "passed"
     assert world.done == ALL
+
+
+def test_the_self_check_can_be_left_out_which_is_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = World(monkeypatch, "check")
+    side, why_not, self_check = world.prepared(self_check=False)
+    assert side is not None
+    assert (why_not, self_check) == (None, "skipped")
+    assert "self_check is off" in caplog.text
+    assert "check" not in world.done
+
+
+def test_a_blend_that_is_wrong_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch)
+    world.wrong = Unsupported(CannotBlend.SELF_CHECK, "logits differ")
+    assert world.prepared() == (None, world.wrong, None)
+    assert "wrap" not in world.done, "vLLM's worker is left as it is"
 
 
 def test_hot_chunks_are_got_ready_where_they_are_wanted_only(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, "hot")
-    side, why_not = world.prepared(hot=False)
-    assert (side is not None, why_not) == (True, "")
+    side, why_not, _ = world.prepared(hot=False)
+    assert (side is not None, why_not) == (True, None)
     assert "hot" not in world.done
 
 
@@ -85,9 +108,10 @@ def test_what_goes_wrong_is_told_and_does_not_end_vllm(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: str
 ) -> None:
     world = World(monkeypatch, fails)
-    side, why_not = world.prepared()
-    assert side is None
-    assert why_not == "getting ready failed: ValueError: arange's range must be a power of 2"
+    side, why_not, self_check = world.prepared()
+    assert (side, self_check) == (None, None)
+    detail = "getting ready failed: ValueError: arange's range must be a power of 2"
+    assert why_not == Unsupported(CannotBlend.ERROR, detail)
     (record,) = caplog.records
     assert record.exc_info is not None
     assert "vote" in world.done, "the other ranks wait for it"
@@ -97,24 +121,26 @@ def test_what_goes_wrong_is_told_and_does_not_end_vllm(
 
 def test_a_reason_that_is_known_is_no_error(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     world = World(monkeypatch, "refused")
-    assert world.prepared() == (None, "it was not taken")
-    world.reason = "LoRA"
-    assert world.prepared() == (None, "LoRA")
+    assert world.prepared() == (None, Unsupported(CannotBlend.LMCACHE_ROPE, "it was not taken"), None)
+    world.reason = Unsupported(CannotBlend.LORA, "adapters")
+    assert world.prepared() == (None, world.reason, None)
     assert caplog.records == []
 
 
 def test_where_another_rank_cannot_none_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, others=False)
-    assert world.prepared() == (None, "another rank cannot blend")
+    assert world.prepared() == (None, Unsupported(CannotBlend.OTHER_RANK, "another rank cannot blend"), None)
     assert world.done == ALL[: ALL.index("vote") + 1]
 
 
 def test_without_the_plugin_there_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     World(monkeypatch)
     monkeypatch.setattr(compat_vllm, "worker", lambda: None)
-    side, why_not = prepare.prepared(CONFIG, None, ConnectorOptions())
+    side, why_not, _ = prepare.prepared(CONFIG, None, ConnectorOptions())
     assert side is None
-    assert "plugin" in why_not
+    assert why_not is not None
+    assert why_not.code == CannotBlend.NO_PLUGIN
+    assert "plugin" in why_not.detail
 
 
 @pytest.mark.parametrize(
@@ -131,6 +157,6 @@ def test_damage_is_reported_only_where_vllm_takes_it_back(
         scheduler_config=SimpleNamespace(async_scheduling=asynchronous),
     )
     World(monkeypatch)
-    side, _ = prepare.prepared(config, None, ConnectorOptions())
+    side, _, _ = prepare.prepared(config, None, ConnectorOptions())
     assert side is not None
     assert side._may_report == takes

@@ -287,7 +287,8 @@ def test_answer_fields_stay() -> None:
         "failure",
     }
     assert fields <= set(statistics(10, RequestState("query", 0.15, True)))
-    assert fields | {"can_blend"} <= set(unblended(10, 0, "query", 0.15, "no"))
+    no = protocol.Unsupported(protocol.CannotBlend.LORA, "no")
+    assert fields | {"can_blend", "reason"} <= set(unblended(10, 0, "query", 0.15, no))
 
 
 def test_every_fallback_has_a_sentence() -> None:

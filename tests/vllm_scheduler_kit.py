@@ -30,6 +30,7 @@ from vllm_cpu_kit import Process, answers, free_port
 from lmcache_rag.connector.frees import StoresHeldBack
 from lmcache_rag.connector.plan import BlendPlan, BlendResult, Match
 from lmcache_rag.connector.told import BlendResults, Readiness
+from lmcache_rag.protocol import SelfCheck
 
 BLOCKS = 90
 
@@ -161,7 +162,7 @@ class Engine:
         groups = KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["l"], spec)])
         self.scheduler = Scheduler(config, groups, StructuredOutputManager(config), BLOCK, log_stats=True)
         self.connector: Any = self.scheduler.connector
-        self.connector.set_xfer_handshake_metadata({0: Readiness("")})
+        self.connector.set_xfer_handshake_metadata({0: Readiness(None, SelfCheck.PASSED)})
         function = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         init_none_hash(function)
         self._hasher = get_request_block_hasher(BLOCK, function)

@@ -41,8 +41,12 @@ from lmcache_rag.protocol import (
     INGEST,
     MAX_OFFLOAD_TOKENS,
     PREFIX,
+    SELF_CHECK,
     SPANS,
+    CannotBlend,
     Fallback,
+    SelfCheck,
+    Unsupported,
     accepted,
     complaints,
     ingests,
@@ -72,7 +76,8 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         if absent:
             log.warning("LMCache does not answer: prompts are computed in full until it does")
             compat_lmcache.is_absent(adapter)
-        self._why_not = "not told yet"
+        self._why_not: Unsupported | None = Unsupported(CannotBlend.NOT_READY, "vLLM's workers have not reported yet")
+        self._self_check: SelfCheck | None = None
         self._side: SchedulerSide | None = None
         self._worker: Any = None
         self._connector_stats = BlendStats()
@@ -103,7 +108,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
                 identity(vllm_config, chunk), chunk, prefix_tokens=self._options.prefix_tokens, key=secret
             )
             self._adapters = Adapters()
-            compat_lmcache.watch(self.scheduler_adapter, lambda: not self._why_not)
+            compat_lmcache.watch(self.scheduler_adapter, lambda: self._why_not is None)
             if self._options.chunk_size not in (0, chunk):
                 log.warning(
                     "lmcache_rag.chunk_size is %d and LMCache's is %d: clients pad their prompts for the wrong one",
@@ -128,21 +133,25 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         with compat_lmcache.registering(self.worker_adapter, may_fail=self._options.chunk_size > 0) as failed:
             super().register_kv_caches(kv_caches)
         absent = bool(failed)
-        self._worker, self._why_not = prepared(self._vllm_config, self.worker_adapter, self._options, absent=absent)
+        found = prepared(self._vllm_config, self.worker_adapter, self._options, absent=absent)
+        self._worker, self._why_not, self._self_check = found
         compat_lmcache.ensure_heartbeat(self.worker_adapter)
-        if self._why_not:
+        if self._why_not is not None:
             log.warning("KV is not blended: %s. Exact prefixes are reused, everything else is computed.", self._why_not)
         else:
             log.info("KV is blended: policy %s, ratio %g", self._options.policy, self._options.ratio)
 
     def get_handshake_metadata(self) -> Readiness | None:
         """Worker: tell the scheduler whether blending is possible."""
-        return Readiness(self._why_not)
+        return Readiness(self._why_not, self._self_check)
 
     def set_xfer_handshake_metadata(self, metadata: Any) -> None:
         """Scheduler: what the workers said."""
-        reasons = [item.why_not for item in metadata.values() if isinstance(item, Readiness)]
-        self._why_not = next((reason for reason in reasons if reason), "" if reasons else "no worker told")
+        reports = [item for item in metadata.values() if isinstance(item, Readiness)]
+        nothing = Unsupported(CannotBlend.NO_WORKER, "no worker of vLLM reported whether it can blend")
+        reasons = [item.why_not for item in reports if item.why_not is not None]
+        self._why_not = reasons[0] if reasons else None if reports else nothing
+        self._self_check = max((item.self_check for item in reports if item.self_check), default=None)  # "skipped"
 
     def set_xfer_handshake_metadata_pp_aware(self, metadata: Any) -> None:
         """Scheduler: what the workers said."""
@@ -384,6 +393,8 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         statistics = self._side.finished(request) if self._side is not None else None
         if self._why_not:
             statistics = self._count_unblended(request)
+        elif statistics is not None and self._self_check is not None:
+            statistics[SELF_CHECK] = str(self._self_check)
         if self._forgetting.asks(request.request_id):
             forgotten = self._forgetting.finished(request.request_id)
             statistics = {**statistics, FORGOTTEN: forgotten} if statistics is not None else None
@@ -408,7 +419,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
 
     def _count_unblended(self, request: Any) -> dict[str, Any] | None:
         tracker = self.request_trackers.get(request.request_id)
-        if tracker is None or not tracker.num_scheduled_tokens:
+        if self._why_not is None or tracker is None or not tracker.num_scheduled_tokens:
             return None  # it never ran
         prompt = len(request.prompt_token_ids or ())
         cached = max(tracker.num_vllm_hit_tokens, tracker.num_lmcache_hit_tokens)

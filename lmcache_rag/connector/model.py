@@ -6,22 +6,24 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
+from lmcache_rag.architectures import MODEL_CLASSES
 from lmcache_rag.blend.policies import QueryPolicy
 from lmcache_rag.connector import compat_vllm
 from lmcache_rag.connector.captured import ROWS, CapturedWatch, CudaGraph
 from lmcache_rag.connector.in_layers import Nothing
 from lmcache_rag.connector.memory import PassMemory, measured
 from lmcache_rag.connector.paged import keys_and_values
+from lmcache_rag.protocol import CannotBlend, Unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lmcache_rag.connector.hot_copy import HotCopy
     from lmcache_rag.connector.in_layers import Attention
+    from lmcache_rag.connector.paged import PagedSequence
 
 log = logging.getLogger("lmcache_rag")
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 BACKENDS = ("FlashAttentionImpl", "FlashInferImpl", "TritonAttentionImpl")
 # An angle is a matter of the position alone, and a table holds it for each: moving a key is turning it.
 ROTARIES = (
@@ -35,32 +37,61 @@ ROTARIES = (
 )
 
 
-def why_not(vllm_config: Any, model: Any) -> str:
-    """Why this model cannot be blended in vLLM; empty when it can. Its KV caches are made."""
-    name, parallel = type(model).__name__, vllm_config.parallel_config
-    if name not in ARCHITECTURES:
-        return f"{name} is not supported (supported: {', '.join(ARCHITECTURES)})"
-    if parallel.pipeline_parallel_size > 1:
-        return "pipeline parallelism is not supported"
-    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-        return "context parallelism is not supported: each rank would hold a part of the tokens"
+def why_not(vllm_config: Any, model: Any) -> Unsupported | None:
+    """Why this model cannot be blended in vLLM; None when it can. Its KV caches are made."""
+    name = type(model).__name__
+    if reason := _why_not_machine(vllm_config) or _why_not_parallel(vllm_config.parallel_config):
+        return reason
+    if name not in MODEL_CLASSES:
+        return Unsupported(CannotBlend.MODEL, f"{name} is not supported (supported: {', '.join(MODEL_CLASSES)})")
     if getattr(vllm_config, "speculative_config", None) is not None:
-        return "speculative decoding is not supported"
+        return Unsupported(CannotBlend.SPECULATIVE, "speculative decoding is not supported")
     if getattr(vllm_config, "lora_config", None) is not None:
-        return "LoRA adapters change the KV of the same text"
+        return Unsupported(CannotBlend.LORA, "LoRA adapters change the KV of the same text")
     if getattr(vllm_config.compilation_config.pass_config, "fuse_attn_quant", False):
-        return "attention that is fused with a quantisation of its output is not supported"
+        detail = "attention that is fused with a quantisation of its output is not supported"
+        return Unsupported(CannotBlend.ATTENTION, detail)
     layers = compat_vllm.attention_layers(vllm_config)
     for key, layer in layers.items():
-        if reason := _why_not_layer(key, layer) or _why_not_cache(layer, vllm_config.cache_config.block_size):
-            return reason
+        if detail := _why_not_layer(key, layer):
+            return Unsupported(CannotBlend.ATTENTION, detail)
+        if detail := _why_not_cache(layer, vllm_config.cache_config.block_size):
+            return Unsupported(CannotBlend.KV_CACHE, detail)
     if len(layers) != vllm_config.model_config.hf_text_config.num_hidden_layers:
-        return "the model has other layers with KV than its decoder's"
+        return Unsupported(CannotBlend.MODEL, "the model has other layers with KV than its decoder's")
     first = next(iter(layers.values())).kv_cache
     if any((x.kv_cache.shape, x.kv_cache.stride()) != (first.shape, first.stride()) for x in layers.values()):
-        return "layers whose KV caches differ are not supported"
+        return Unsupported(CannotBlend.KV_CACHE, "layers whose KV caches differ are not supported")
     rotaries = [layer.self_attn.rotary_emb for layer in model.model.layers]
-    return next((reason for rotary in rotaries if (reason := _why_not_rotary(rotary, rotaries[0], first))), "")
+    details = (_why_not_rotary(rotary, rotaries[0], first) for rotary in rotaries)
+    return next((Unsupported(CannotBlend.ROTARY, detail) for detail in details if detail), None)
+
+
+def _why_not_machine(vllm_config: Any) -> Unsupported | None:
+    import torch
+
+    if torch.version.hip is not None:
+        return Unsupported(CannotBlend.ROCM, "AMD GPUs (ROCm) are not supported")
+    if getattr(vllm_config.model_config, "enable_sleep_mode", False):
+        detail = "sleep mode takes away GPU memory that a blend needs, and LMCache has mapped"
+        return Unsupported(CannotBlend.SLEEP_MODE, detail)
+    if compat_vllm.in_multi_connector():
+        detail = "beside other connectors (MultiConnector) KV that is approximate would be stored as exact"
+        return Unsupported(CannotBlend.MULTI_CONNECTOR, detail)
+    return None
+
+
+def _why_not_parallel(parallel: Any) -> Unsupported | None:
+    detail = ""
+    if parallel.pipeline_parallel_size > 1:
+        detail = "pipeline parallelism is not supported"
+    elif parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        detail = "context parallelism is not supported: each rank would hold a part of the tokens"
+    elif getattr(parallel, "enable_expert_parallel", False):
+        detail = "expert parallelism is not supported: each pass needs the other ranks"
+    elif getattr(parallel, "data_parallel_size", 1) > 1 and getattr(parallel, "is_moe_model", None) is not False:
+        detail = "data parallelism of a model with experts is not supported: each pass needs the other ranks"
+    return Unsupported(CannotBlend.PARALLELISM, detail) if detail else None
 
 
 def _why_not_layer(name: str, layer: Any) -> str:
@@ -79,12 +110,12 @@ def _why_not_layer(name: str, layer: Any) -> str:
         return "layers that share their KV are not supported"
     if type(impl).__name__ not in BACKENDS:
         return f"attention backend {type(impl).__name__} is not supported"
-    if layer.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
-        return f"a KV cache of type {layer.kv_cache_dtype} is not supported"
     return ""
 
 
 def _why_not_cache(layer: Any, block: int) -> str:
+    if layer.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
+        return f"a KV cache of type {layer.kv_cache_dtype} is not supported"
     try:
         keys, values = keys_and_values(layer.kv_cache)
     except ValueError as problem:
@@ -214,6 +245,34 @@ class VLLMModel:
             self._config, self._runner, self._names, metadata, ids.to(torch.int32), positions, as_graphs=as_graphs
         )
         return states
+
+    def prefill(self, ids: Tensor, positions: Tensor, sequence: PagedSequence) -> Tensor:
+        """Run vLLM's own pass over consecutive positions of a prompt, which writes their KV; returns hidden states."""
+        import torch
+
+        states: Tensor = compat_vllm.run_prefill(
+            self._config, self._runner, ids.to(torch.int32), positions, sequence.blocks, sequence.slots(positions)
+        )
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """The logits of hidden states; None on a rank that is not given them."""
+        found: Tensor | None = self._runner.get_model().compute_logits(hidden)
+        return found
+
+    def moves(self, longest: int) -> dict[str, HotCopy]:
+        """What moves chunk KV over distances up to that: by the table that LMCache gets, and by that of hot chunks."""
+        from lmcache_rag.connector.hot_copy import HotCopy
+
+        rotary = rotary_of(self._runner.get_model())
+        tables = {
+            "by LMCache's rotary table": rotary.cos_sin_cache,
+            "by the exact rotary table": compat_vllm.exact_rotary_table(rotary),
+        }
+        neox = bool(rotary.is_neox_style)
+        return {
+            name: HotCopy(self._caches, table[:longest].to(self.device), neox=neox) for name, table in tables.items()
+        }
 
     def hot_copy(self) -> HotCopy:
         """What moves KV inside this model's cache."""

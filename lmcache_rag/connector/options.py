@@ -33,6 +33,7 @@ class ConnectorOptions:
         idle_tokens: A blend that computes more runs in such pieces even while no other request does: who comes then
             waits for no more than what was begun. 0: every blend.
         store: Whose KV LMCache stores: of "all" requests, or of those that "ingest" (lmcache_rag.protocol.INGEST) only.
+        self_check: Whether a blend is compared with a full prefill at start, see lmcache_rag.connector.self_check.
         chunk_size: Tokens of an LMCache chunk, told on /metrics to clients; 0: not told. LMCache is not asked to obey.
         ingest_key_file: File of the key that ingesting and forgetting need; "": whoever reaches vLLM may do both.
         secret_file: File with the secret by which tokens are renumbered, see lmcache_rag.connector.secret; "": the
@@ -54,6 +55,7 @@ class ConnectorOptions:
     step_tokens: int = 2048
     idle_tokens: int = 8192
     store: str = "all"
+    self_check: bool = True
     chunk_size: int = 0
     ingest_key_file: str = ""
     secret_file: str = ""

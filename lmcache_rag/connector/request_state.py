@@ -8,7 +8,7 @@ from typing import Any
 
 from lmcache_rag.connector.abandoned import Lookup
 from lmcache_rag.connector.plan import BlendResult, Claim, spans_of
-from lmcache_rag.protocol import CAN_BLEND, FAILURE
+from lmcache_rag.protocol import CAN_BLEND, FAILURE, REASON, Unsupported
 
 
 @dataclass
@@ -97,9 +97,9 @@ def statistics(prompt: int, state: RequestState) -> dict[str, Any]:
 
 
 def unblended(
-    prompt: int, cached: int, policy: str, ratio: float, why_not: str, *, spans: bool = False
+    prompt: int, cached: int, policy: str, ratio: float, why_not: Unsupported, *, spans: bool = False
 ) -> dict[str, Any]:
-    """The same of a request to a server that cannot blend at all; `can_blend` is there, and false, in these only.
+    """The same of a request to a server that cannot blend at all; `can_blend` and `reason` are there in these only.
 
     Args:
         prompt: Tokens of the prompt.
@@ -110,5 +110,5 @@ def unblended(
         spans: Whether the request asked for `spans`.
     """
     held = max(min(cached, prompt - 1), 0)  # the last token is always computed
-    state = RequestState(policy, ratio, blend=False, local=held, failure=why_not, spans=[] if spans else None)
-    return {**statistics(prompt, state), CAN_BLEND: False}
+    state = RequestState(policy, ratio, blend=False, local=held, failure=why_not.detail, spans=[] if spans else None)
+    return {**statistics(prompt, state), CAN_BLEND: False, REASON: str(why_not.code)}

@@ -7,13 +7,20 @@ from dataclasses import dataclass, field
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorWorkerMetadata
 
 from lmcache_rag.connector.plan import BlendResult
+from lmcache_rag.protocol import SelfCheck, Unsupported
 
 
 @dataclass
 class Readiness(KVConnectorHandshakeMetadata):  # type: ignore[misc]
-    """What a worker tells the scheduler at start: why it cannot blend, empty when it can."""
+    """What a worker reports to the scheduler at start.
 
-    why_not: str
+    Attributes:
+        why_not: Why it cannot blend; None when it can.
+        self_check: What came of the comparison with a full prefill.
+    """
+
+    why_not: Unsupported | None
+    self_check: SelfCheck | None = None
 
 
 @dataclass

@@ -69,6 +69,14 @@ def get_json(url: str, path: str) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
+def get_text(url: str, path: str) -> str:
+    """A page of a server beside us; "" when it does not answer as it should."""
+    try:
+        return httpx.get(url + path, timeout=SHORT_S, verify=False, trust_env=False).raise_for_status().text  # noqa: S501
+    except (httpx.HTTPError, httpx.InvalidURL):
+        return ""
+
+
 def answers(url: str, path: str) -> bool:
     """Whether a server answers this path with 200."""
     try:

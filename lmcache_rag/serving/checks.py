@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from lmcache_rag.architectures import ARCHITECTURES
 from lmcache_rag.serving.environment import IMPORT_S, INSTALL, cuda_code, version
 
 State = Literal["ok", "warning", "failed", "skipped"]
@@ -149,8 +150,6 @@ def connector(python: str = sys.executable) -> Iterator[Check]:
 
 def model(name: str) -> Check:
     """Whether a model, by folder or Hugging Face name, belongs to a family that is blended."""
-    from lmcache_rag.connector.model import ARCHITECTURES
-
     file = _config_file(name)
     if file is None:
         return Check(

@@ -5,16 +5,18 @@ from __future__ import annotations
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from lmcache_rag import protocol
 from lmcache_rag.errors import LMCacheRAGError
-from lmcache_rag.protocol import LMCACHE_CHUNK, chunk_tokens, hit_tokens
+from lmcache_rag.protocol import LMCACHE_CHUNK, CannotBlend, SelfCheck, chunk_tokens, hit_tokens
 from lmcache_rag.serving import api
 from lmcache_rag.serving.checks import Check
 from lmcache_rag.serving.roundtrip import Outcome, round_trip
 
 COUNTED_S = 3.0
+NEARLY_FULL = 0.9
 
 
 def lmcache(url: str, *, needed: bool) -> tuple[list[Check], dict[str, Any]]:
@@ -64,7 +66,27 @@ def lmcache(url: str, *, needed: bool) -> tuple[list[Check], dict[str, Any]]:
         state: Any = "failed" if needed else "skipped"
         checks.append(Check("RoPE", state, "no vLLM worker is registered", "Is vLLM up, and with our connector?"))
     checks += ranks(status)
+    checks.append(index(api.get_text(url, "/metrics")))
     return checks, status
+
+
+def index(metrics: str) -> Check:
+    """How full the index of chunks is, and how many of those that were asked for it found."""
+    entries, asked, found, size = (
+        protocol.lmcache_number(metrics, name)
+        for name in (protocol.INDEX_ENTRIES, protocol.INDEX_ASKED, protocol.INDEX_FOUND, protocol.INDEX_SIZE)
+    )
+    if entries is None:
+        return Check("Chunk index", "skipped", "LMCache's /metrics does not say")
+    words = f"{entries:,} chunks" + (f" of at most {size:,}" if size else "")
+    if asked:
+        words += f"; {found or 0:,} of {asked:,} chunks of prompts were found"
+    if size and entries >= NEARLY_FULL * size:
+        remedy = (
+            "New chunks take the place of those that were not used for longest: serve --index-size gives room for more."
+        )
+        return Check("Chunk index", "warning", f"{words}: it is nearly full", remedy)
+    return Check("Chunk index", "ok", words)
 
 
 def ranks(status: dict[str, Any]) -> list[Check]:
@@ -159,10 +181,12 @@ def judge(outcome: Outcome) -> Iterator[Check]:
         remedy = "Start vLLM by lmcache-rag serve, or with the --kv-transfer-config of its --dry-run."
         yield Check("Round trip", "failed", "the answer has no statistics: our connector is not loaded", remedy)
         return
-    if found.get("can_blend") is False:
-        why_not = str(found.get("failure"))
-        yield Check("Round trip", "failed", f"our connector is loaded, and cannot blend: {why_not}", _remedy(why_not))
+    if (why_not := protocol.cannot_blend(found)) is not None:
+        name = "Self-check" if why_not.code in _SELF_CHECKS else "Round trip"
+        remedy = _REMEDIES.get(why_not.code, _STOCK)
+        yield Check(name, "failed", f"our connector is loaded, and cannot blend: {why_not}", remedy)
         return
+    yield self_check(found)
     if not outcome.hit:
         why = found.get("failure")
         words = f"nothing was reused in {outcome.queries} queries" + (f": {why}" if why else "")
@@ -190,14 +214,34 @@ def judge(outcome: Outcome) -> Iterator[Check]:
     yield Check("Ratio 1", "ok" if outcome.agrees else "failed", words, remedy)
 
 
-def _remedy(why_not: str) -> str:
-    """What to do about what the connector says; the words are its own (connector.py, model.py, compat_lmcache/)."""
-    remedies = {
-        "plugin": "Add lmcache_rag to the server's VLLM_PLUGINS, or unset it.",
-        "CUDA": "Run vLLM and LMCache on an NVIDIA GPU, both as lmcache-rag serve starts them.",
-        "LMCache server": "Start it as lmcache-rag serve does, and vLLM after it.",
-        "not told yet": "See vLLM's log: its workers did not get as far as the connector.",
-        "no worker told": "See vLLM's log: its workers did not get as far as the connector.",
-    }
-    known = (remedy for words, remedy in remedies.items() if words in why_not)
-    return next(known, "Everything is served as stock vLLM does. Leave out the option, or take a model, that is named.")
+def self_check(found: Mapping[str, Any]) -> Check:
+    """What came of the comparison of a blend with a full prefill at the server's start."""
+    outcome = found.get(protocol.SELF_CHECK)
+    if outcome == SelfCheck.PASSED:
+        return Check("Self-check", "ok", "on this model and build a blend at ratio 1 equals a full prefill")
+    if outcome == SelfCheck.SKIPPED:
+        remedy = "Start the server without lmcache_rag.self_check=false."
+        return Check("Self-check", "warning", "blends were not compared with a full prefill at start", remedy)
+    return Check("Self-check", "skipped", "the server does not say")
+
+
+_SELF_CHECKS = (CannotBlend.SELF_CHECK, CannotBlend.SELF_CHECK_ERROR)
+_STOCK = "Everything is served as stock vLLM does. Leave out the option, or take a model, that is named."
+_LMCACHE = "Start LMCache's server as lmcache-rag serve does, and vLLM after it."
+_WORKERS = "See vLLM's log: its workers did not get as far as the connector."
+_REPORT = "vLLM's log has the error: please report it."
+_REMEDIES = {
+    CannotBlend.NOT_READY: _WORKERS,
+    CannotBlend.NO_WORKER: _WORKERS,
+    CannotBlend.NO_PLUGIN: "Add lmcache_rag to the server's VLLM_PLUGINS, or unset it.",
+    CannotBlend.NEEDS_CUDA: "Run vLLM and LMCache on an NVIDIA GPU, both as lmcache-rag serve starts them.",
+    CannotBlend.ROCM: "Run vLLM and LMCache on an NVIDIA GPU.",
+    CannotBlend.SLEEP_MODE: "Start vLLM without --enable-sleep-mode.",
+    CannotBlend.MULTI_CONNECTOR: "Name CacheBlendConnector itself in --kv-transfer-config, as lmcache-rag serve does.",
+    CannotBlend.LMCACHE_HANDSHAKE: _LMCACHE,
+    CannotBlend.LMCACHE_ROPE: _LMCACHE,
+    CannotBlend.OTHER_RANK: "vLLM's log names the rank that cannot, and its reason.",
+    CannotBlend.SELF_CHECK: "Blended answers would be wrong here. Please report the model, the GPU, and this line.",
+    CannotBlend.SELF_CHECK_ERROR: f"{_REPORT} --connector lmcache_rag.self_check=false blends without the check.",
+    CannotBlend.ERROR: _REPORT,
+}

@@ -10,7 +10,7 @@ from typing import Any
 from lmcache_rag.connector.compat_lmcache.server import handshake, has_ended, is_absent, said, same_chunks
 from lmcache_rag.connector.compat_lmcache.tokens import to_lmcache
 from lmcache_rag.connector.plan import BlendPlan, Match
-from lmcache_rag.protocol import UNTIL
+from lmcache_rag.protocol import UNTIL, CannotBlend, Unsupported
 
 log = logging.getLogger("lmcache_rag")
 
@@ -40,15 +40,18 @@ class WorkerLink:
         self._recovered: float | None = None
         self._told = False  # of an error, since the last load that came
 
-    def why_not(self) -> str:
-        """Why the server cannot blend; empty when it can."""
+    def why_not(self) -> Unsupported | None:
+        """Why the server cannot blend; None when it can."""
         transfer = self._adapter.transfer_ctx
         devices = {cache.device.type for cache in self._adapter.kv_caches.values()}
         ready = getattr(transfer, "_event_backend", None) is not None
         if not ready and (self._asked or devices != {"cuda"} or not hasattr(transfer, "_event_backend")):
-            return "blending needs CUDA: this transfer mode has no device events"
+            detail = "blending needs CUDA: this transfer mode has no device events"
+            return Unsupported(CannotBlend.NEEDS_CUDA, detail)
         reason = handshake(self._adapter.req_client, self._deadline) if self._asked else ""
-        return "" if reason and self._hangs() else reason
+        if not reason or self._hangs():
+            return None
+        return Unsupported(CannotBlend.LMCACHE_HANDSHAKE, reason)
 
     def _hangs(self) -> bool:
         """Whether it does not answer anything: then it is asked again when it does."""

@@ -121,6 +121,51 @@ def run_pass(
             buffer.copy_(was)
 
 
+def run_prefill(vllm_config: Any, runner: Any, ids: Any, positions: Any, blocks: Any, slots: Any) -> Any:
+    """Run the model over a piece of one sequence as vLLM's own step does: its attention, its writes of KV.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        runner: The model runner, its KV caches made.
+        ids: int32 [m].
+        positions: int64 [m], consecutive; KV of what stands before them is in the cache.
+        blocks: The sequence's blocks, int32 [blocks].
+        slots: Where the KV goes, int64 [m].
+
+    Returns:
+        Hidden states [m, width]; the next pass may overwrite them.
+    """
+    import torch
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import set_forward_context
+    from vllm.v1.worker.gpu.attn_utils import build_attn_metadata, build_slot_mappings_by_layer
+
+    tokens, length = len(ids), int(positions[-1]) + 1
+    starts = torch.tensor([0, tokens], dtype=torch.int32)
+    groups = len(runner.kv_cache_config.kv_cache_groups)
+    metadata = build_attn_metadata(
+        runner.attn_groups,
+        1,
+        tokens,
+        starts.to(ids.device),
+        starts,
+        tokens,
+        torch.tensor([length], dtype=torch.int32, device=ids.device),
+        length,
+        [blocks[None]] * groups,
+        [slots] * groups,
+        runner.kv_cache_config,
+    )
+    with set_forward_context(
+        metadata,
+        vllm_config,
+        num_tokens=tokens,
+        cudagraph_runtime_mode=CUDAGraphMode.NONE,
+        slot_mapping=build_slot_mappings_by_layer([slots] * groups, runner.kv_cache_config),
+    ):
+        return runner.get_model()(input_ids=ids, positions=positions, inputs_embeds=None, intermediate_tensors=None)
+
+
 def graph_size(runner: Any, tokens: int) -> int:
     """Size of the piecewise CUDA graph that takes so many tokens; 0 when there is none."""
     from vllm.config import CUDAGraphMode

@@ -33,6 +33,14 @@ def worker() -> Any:
     return _workers.get(os.getpid())
 
 
+def in_multi_connector() -> bool:
+    """Whether this worker's connector is vLLM's MultiConnector, and ours one of several inside it."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+
+    return has_kv_transfer_group() and isinstance(get_kv_transfer_group(), MultiConnector)
+
+
 def deliver_worker_meta_first() -> None:
     """Wrap Scheduler.update_from_output: the connector gets what its workers measured before requests are finished.
 

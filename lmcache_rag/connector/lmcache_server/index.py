@@ -64,7 +64,7 @@ class ChunkIndex:
 
     def __init__(self, chunk: int, size: int) -> None:
         self._lock = threading.Lock()
-        self._size = size
+        self.size = size
         self.asked = 0
         self.found = 0
         self._told = False
@@ -78,7 +78,7 @@ class ChunkIndex:
             self._base = np.uint64(secrets.randbits(64) | 1)
             self._spread = np.uint64(secrets.randbits(64) | 1)
             self._key = secrets.token_bytes(32)
-            bits = max(10, (self._size * _LOAD - 1).bit_length())
+            bits = max(10, (self.size * _LOAD - 1).bit_length())
             self._shift = np.uint64(64 - bits)
             self._table = np.zeros(1 << bits, dtype=np.uint64)
             self._crowded: dict[int, set[int]] = {}
@@ -214,13 +214,13 @@ class ChunkIndex:
         order.move_to_end(entry)
 
     def _bound(self) -> None:
-        while len(self._ingested) + len(self._others) > self._size:
+        while len(self._ingested) + len(self._others) > self.size:
             if not self._others and not self._told:
                 self._told = True
                 log.warning(
                     "The index is full with %d ingested chunks: the least recently used ones leave it and are not "
                     "blended any more. Raise --index-size.",
-                    self._size,
+                    self.size,
                 )
             self._drop(next(iter(self._others or self._ingested)))
 

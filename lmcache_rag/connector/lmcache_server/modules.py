@@ -376,6 +376,9 @@ def _report(index: ChunkIndex) -> None:
     meter.create_observable_gauge(
         protocol.INDEX_ENTRIES, reading(lambda: len(index)), description="Chunks that can be blended"
     )
+    meter.create_observable_gauge(
+        protocol.INDEX_SIZE, reading(lambda: index.size), description="Most chunks that the index takes"
+    )
     meter.create_observable_counter(
         protocol.INDEX_ASKED, reading(lambda: index.asked), description="Whole chunks in prompts that were looked up"
     )

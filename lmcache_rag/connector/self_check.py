@@ -1,0 +1,274 @@
+"""Whether a blend on this model and this build equals a full prefill: seen at start, before the first request.
+
+At ratio 1 a blend computes every token, so it has to give what vLLM's own prefill gives, up to rounding. How much
+rounding may do is seen too: the same prefill in other pieces. And cached keys that are moved to new positions have to
+be those that are computed there, which shows in the first layer: its keys depend on token and position alone.
+Asked for by LMCache issue 4666: a model or a build on which blending is wrong must not be found out by its answers.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from lmcache_rag.blend.policies import QueryPolicy
+from lmcache_rag.connector.blend_pass import BlendPass, Model, Steps, T
+from lmcache_rag.connector.paged import PagedSequence
+from lmcache_rag.connector.plan import Match
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MARGIN = 4.0  # times what two chunkings of a full prefill differ
+# Differences that are allowed where the chunkings differ by less, as a share of the values: a blend's kernels are not
+# those of vLLM, so they round elsewhere also where vLLM's always round alike.
+_LEAST = 1e-4
+_LEAST_EPS = 1.0
+_MOVED, _MOVED_EPS = 1e-3, 4.0  # likewise of a moved key, which is rounded once more than one that is computed
+_CHUNKS, _GAP, _SUFFIX, _UNIT = 3, 3, 33, 64
+_WORDS = (300, 15000)  # ids of plain text in the usual vocabularies; none of them special
+_STALE = 7.0  # in blocks before they are written: what is not written shows
+_RATIO = 0.15
+
+
+class CheckedModel(Model, Protocol):
+    """What the check asks of a model beside what a blend does."""
+
+    @property
+    def block(self) -> int:
+        """Tokens in a block of the cache."""
+        ...
+
+    def cache(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each [blocks, block, kv heads, size]."""
+        ...
+
+    def prefill(self, ids: Tensor, positions: Tensor, sequence: PagedSequence) -> Tensor:
+        """Run vLLM's own pass over consecutive positions of a prompt, which writes their KV; returns hidden states."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """The logits of hidden states; None on a rank that is not given them."""
+        ...
+
+    def moves(self, longest: int) -> Mapping[str, Move]:
+        """What moves chunk KV over distances up to that: each way by a name."""
+        ...
+
+
+class Move(Protocol):
+    """See lmcache_rag.connector.hot_copy.HotCopy."""
+
+    def run(self, matches: Sequence[Match], sequence: PagedSequence) -> None:
+        """Copy blocks to their places in a sequence, keys turned to their new positions."""
+        ...
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One comparison.
+
+    Attributes:
+        name: What was compared.
+        difference: How far apart the two are in the worst row, as a share of the values.
+        allowed: How far they may be.
+    """
+
+    name: str
+    difference: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether they agree; what is no number does not."""
+        return self.difference <= self.allowed
+
+    def __str__(self) -> str:
+        return f"{self.name} differ by {self.difference:.2g} of their size, where {self.allowed:.2g} is rounding"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The built-in prompt: random words of a fixed seed.
+
+    Attributes:
+        ids: Token ids.
+        prefix: Tokens before the first chunk's gap.
+        spans: (start, end) of each chunk; whole blocks long, anywhere in a block.
+    """
+
+    ids: tuple[int, ...]
+    prefix: int
+    spans: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, *, vocabulary: int, block: int, longest: int) -> Prompt:
+        """The prompt for a vocabulary of that size and a cache with such blocks, no longer than `longest`.
+
+        Raises:
+            ValueError: Not even one chunk fits.
+        """
+        unit = -(-_UNIT // block) * block
+        chunks = min(_CHUNKS, (longest - unit - _SUFFIX) // (unit + _GAP))
+        if chunks < 1:
+            raise ValueError(f"sequences of {longest} tokens are too short for the check")
+        length = unit + chunks * (unit + _GAP) + _SUFFIX
+        dice = random.Random(4666)  # noqa: S311 - no secret: every rank draws the same
+        ids = tuple(dice.randrange(min(_WORDS[0], vocabulary // 2), min(_WORDS[1], vocabulary)) for _ in range(length))
+        starts = [unit + _GAP + number * (unit + _GAP) for number in range(chunks)]
+        return cls(ids, unit, tuple((start, start + unit) for start in starts))
+
+
+def examined(model: CheckedModel, *, vocabulary: int, longest: int) -> list[Finding]:
+    """Blend the built-in prompt, and compare. Before any request: blocks of the cache are written, and cleared again.
+
+    Tensor-parallel ranks do so together.
+
+    Args:
+        model: The model, ready to blend.
+        vocabulary: Number of token ids.
+        longest: Most tokens of a sequence.
+
+    Raises:
+        ValueError: The KV cache is too small, or sequences are too short.
+    """
+    import torch
+
+    keys = model.cache(0)[0]
+    prompt = Prompt.of(vocabulary=vocabulary, block=model.block, longest=longest)
+    whole = -(-len(prompt.ids) // model.block)
+    alone = -(-(prompt.prefix + prompt.spans[0][1] - prompt.spans[0][0]) // model.block)
+    if keys.shape[0] < 1 + whole + alone:  # block 0 is vLLM's null block
+        raise ValueError(f"a KV cache of {keys.shape[0]} blocks of {model.block} tokens is too small for the check")
+    with torch.inference_mode():
+        check = _Check(model, prompt, range(1, 1 + whole), range(1 + whole, 1 + whole + alone))
+        try:
+            return check.run()
+        finally:
+            check.fill(0.0)
+
+
+class _Check:
+    def __init__(self, model: CheckedModel, prompt: Prompt, whole: range, alone: range) -> None:
+        import torch
+
+        device = model.cache(0)[0].device
+        self._model, self._prompt = model, prompt
+        self._ids = torch.tensor(prompt.ids, dtype=torch.int64, device=device)
+        self._sequence = PagedSequence.of(whole, model.block, str(device))
+        self._alone = PagedSequence.of(alone, model.block, str(device))
+        self._blocks = torch.cat([self._sequence.blocks, self._alone.blocks]).long()
+        self._tail = range(len(prompt.ids) - _SUFFIX, len(prompt.ids))  # what is compared
+
+    def fill(self, value: float) -> None:
+        """Fill the blocks that the check uses."""
+        for layer in range(self._model.layers):
+            for cache in self._model.cache(layer):
+                cache[self._blocks] = value
+
+    def run(self) -> list[Finding]:
+        """All comparisons."""
+        length = len(self._prompt.ids)
+        want = self._full(length)
+        computed = self._first_layer()
+        others = [self._full(length // 2 + 7), self._full(length // 3 + 5)]
+        findings = []
+        for name, move in self._model.moves(length).items():
+            self._place(move)
+            difference = _difference(self._first_layer(), computed)
+            findings.append(Finding(f"KV moved {name}", difference, _allowed(computed, _MOVED, _MOVED_EPS)))
+        states = [want, *others, self._blended(findings)]
+        logits = [of for state in states if (of := self._model.logits(state)) is not None]
+        findings += _compared("hidden states", states)
+        return findings + _compared("logits", logits) if logits else findings
+
+    def _full(self, piece: int) -> Tensor:
+        """A full prefill in such pieces: hidden states of the last tokens."""
+        self.fill(_STALE)
+        return self._prefill(self._ids, self._sequence, 0, piece)[-_SUFFIX:]
+
+    def _prefill(self, ids: Tensor, sequence: PagedSequence, first: int, piece: int) -> Tensor:
+        import torch
+
+        piece, states = min(piece, self._model.most_tokens), []
+        for start in range(first, len(ids), piece):
+            positions = torch.arange(start, min(start + piece, len(ids)), device=ids.device)
+            states.append(self._model.prefill(ids[positions], positions, sequence).clone())
+        return torch.cat(states)
+
+    def _place(self, move: Move) -> None:
+        """Have chunks computed after the prefix, as ingestion does, and put where they are in the prompt."""
+        import torch
+
+        self.fill(_STALE)
+        prefix, block, many = self._prompt.prefix, self._model.block, len(self._ids)
+        self._prefill(self._ids[:prefix], self._sequence, 0, many)
+        for start, end in self._prompt.spans:
+            self._prefill(torch.cat([self._ids[:prefix], self._ids[start:end]]), self._alone, 0, many)
+            blocks = self._alone.blocks[prefix // block :].tolist()
+            move.run(
+                [
+                    Match(start + at, start + at + block, prefix + at, prefix + at + block, block=blocks[at // block])
+                    for at in range(0, end - start, block)
+                ],
+                self._sequence,
+            )
+
+    def _first_layer(self) -> Tensor:
+        """The first layer's keys and values where the chunks are, [tokens, 2 * heads * size]."""
+        import torch
+
+        both = torch.cat([self._sequence.gather(cache, len(self._ids)) for cache in self._model.cache(0)], 1)
+        return torch.cat([both[start:end] for start, end in self._prompt.spans]).flatten(1)
+
+    def _blended(self, findings: list[Finding]) -> Tensor:
+        """Hidden states of the last tokens by vLLM over blended KV, and of the last one by the blend itself."""
+        import torch
+
+        spans, last = list(self._prompt.spans), len(self._ids) - 1
+        blend = BlendPass(self._model, self._sequence)
+        policy = QueryPolicy()
+        watched = _done(blend.steps(self._ids, spans, self._prompt.prefix, policy=policy, ratio=_RATIO)).watched
+        fine = watched is not None and bool(watched.isfinite())
+        findings.append(Finding("attention sums of the selection", 0.0 if fine else float("nan"), 0.0))
+        own = _done(
+            blend.steps(self._ids, spans, self._prompt.prefix, policy=policy, ratio=1.0, end=last, last_too=True)
+        ).hidden
+        assert own is not None  # noqa: S101 - last_too asks for it
+        after = self._prefill(self._ids, self._sequence, self._tail.start, len(self._tail))
+        return torch.cat([after, own])
+
+
+def _done(steps: Steps[T]) -> T:
+    """Take all steps."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            result: T = end.value
+            return result
+
+
+def _compared(name: str, rows: Sequence[Tensor]) -> list[Finding]:
+    """Compare the rows of a full prefill, of others in pieces, and last of a blend, which has one row more."""
+    want, *others, got = rows
+    noise = max(_difference(other, want) for other in others)
+    allowed = MARGIN * max(noise, _allowed(want, _LEAST, _LEAST_EPS))
+    return [
+        Finding(f"{name} of a blend", _difference(got[:-1], want), allowed),
+        Finding(f"{name} of its last token", _difference(got[-1:], want[-1:]), allowed),
+    ]
+
+
+def _difference(got: Tensor, want: Tensor) -> float:
+    """How far apart two [rows, n] are in the worst row, as a share of the usual size of a row."""
+    apart = (got.float() - want.float()).square().mean(1).sqrt().max()
+    return float(apart / want.float().square().mean().sqrt())
+
+
+def _allowed(values: Tensor, least: float, eps: float) -> float:
+    import torch
+
+    return max(least, eps * torch.finfo(values.dtype).eps)
