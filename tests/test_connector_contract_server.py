@@ -289,6 +289,21 @@ def test_a_chunk_that_is_read_is_forgotten_when_that_ends(make: Make, draw: rand
     assert until(lambda: server.in_memory(prefix + chunk) == 1)
 
 
+def test_a_chunk_that_is_being_stored_is_forgotten(
+    make: Make, draw: random.Random, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forget_module, "PASSES_S", (0.0, 0.5, 1.0))
+    server = make()
+    prefix, chunk = text(draw, 1), text(draw, 2)
+    monkeypatch.setattr(server, "copying", lambda: server.look_up(prefix + chunk, forget=True, prefix=CHUNK))
+    server.store(prefix + chunk, ingest=True)
+    assert server.look_up(prefix + chunk).prefix_coverage_tokens == CHUNK, "the prefix"
+    assert server.chunks([5] * 7 + chunk) == 0
+    assert until(lambda: len(server.guard.forgetting) == 0)
+    assert server.in_memory(prefix + chunk) == 1
+    assert len(server.guard.index) == 0
+
+
 def test_a_chunk_on_its_way_to_a_second_tier_is_forgotten_there(
     make: Make, draw: random.Random, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
