@@ -340,6 +340,25 @@ def test_a_chunk_on_its_way_from_a_second_tier_is_forgotten(
 # -- HTTP -------------------------------------------------------------------------------------------------------------
 
 
+def test_only_routes_that_are_needed_are_left(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of LMCache's own application; see test_connector_contract_guard.py too."""
+    from fastapi.testclient import TestClient
+    from lmcache.v1.multiprocess.http_server import app
+
+    from lmcache_rag.connector.lmcache_server import http
+
+    monkeypatch.setattr(app.router, "routes", list(app.router.routes))
+    monkeypatch.setattr(app.state, "configs", {"tier": {"host": "h", "password": "s3cret"}}, raising=False)
+    gone = {route.path for route in app.router.routes} - http.KEPT
+    make()
+    assert {"/env", "/run_script", "/threads", "/loglevel", "/metrics/reset", "/openapi.json"} <= gone
+    assert {getattr(route, "path", None) for route in app.router.routes} == http.KEPT
+    client = TestClient(app)
+    for path in gone:
+        assert client.get(path).status_code == client.post(path).status_code == 404
+    assert client.get("/config").json() == {"tier": {"host": "h", "password": http.MASK}}
+
+
 def test_secrets_are_masked_in_settings() -> None:
     from lmcache_rag.connector.lmcache_server.http import masked
 
