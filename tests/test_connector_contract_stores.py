@@ -142,9 +142,8 @@ def test_a_first_store_that_is_done_frees_nothing(worker: Worker) -> None:
     worker.store("r").set_result((b"handle", True))
     assert worker.stored() == set()
     second = worker.store("r", CHUNK)
-    early, _ = worker.adapter.get_finished({"r"})
-    assert early == {"r"}, "LMCache's fault; where this fails it is mended, and Stores may be simpler"
-    assert worker.connector._stores.report(early, worker.connector._in_flight.look()) == set()
+    assert worker.stored("r") == set()
+    assert "r" in worker.adapter._returned_finished, "LMCache reports it; where it does not, it has mended that"
     second.set_result((b"handle", True))
     assert worker.stored() == {"r"}
 
