@@ -311,6 +311,7 @@ def test_lmcaches_receipts_of_every_rank_arrive() -> None:
     heard: list[Any] = []
     one: Any = object.__new__(connector.CacheBlendConnector)
     one._enable_kv_events, one.lazy_offload, one._freed = False, True, SimpleNamespace(stored=lambda *given: set())
+    one._side = one._taken = None
     one._lazy_offload_manager = SimpleNamespace(
         on_store_results=lambda failed, done: heard.append(done) or SimpleNamespace(sessions_to_end=())
     )
