@@ -105,6 +105,12 @@ def test_a_store_after_its_deadline_is_refused(client: Any) -> None:
     assert client.commit_store(key(time.time() - 1), 7, b"").result(timeout=10) is False
 
 
+def test_a_worker_that_lmcache_does_not_know_sees_it_by_its_stores(client: Any) -> None:
+    """Its heartbeats are answered all the same; see compat_lmcache.Registration."""
+    assert client.ping(7).result(timeout=10) is True
+    assert client.store(key(time.time() + 60), 7, [[1, 2, 3, 4]], b"").result(timeout=10) == (b"", False)
+
+
 def test_handlers_keep_lmcaches_signatures() -> None:
     """What LMCache's server reads of them when it starts."""
     guard = Guard(FakeContext(), ServerSettings())

@@ -123,4 +123,4 @@ def test_secret_numbers_keep_a_planted_chunk_apart(chunks: tuple[list[int], list
 def test_what_the_connector_uses_keeps_a_planted_chunk_apart(chunks: tuple[list[int], list[int]]) -> None:
     from lmcache_rag.connector.compat_lmcache import adapters
 
-    assert served(*chunks, adapters.renumbered) == b"the true chunk"
+    assert served(*chunks, adapters.renumbering().renumbered) == b"the true chunk"
