@@ -244,6 +244,7 @@ def test_words_before_the_passages_cost_their_kv_once(workspace, index, caplog):
     assert "Read this:" in text
     assert "PASSAGE\n---\nNow: WHAT" in text
     assert stats(ask.query("What?"))["chunks_missed"] == 2
+    assert blender.drain(60)
     assert stats(ask.query("What?"))["chunks_hit"] == 2
     assert stats(as_blend_query_engine(index, workspace).query("What?"))["chunks_hit"] == 2
 

@@ -241,3 +241,22 @@ def test_without_lmcache_answers_are_a_full_prefills_until_it_is_back(served: Se
     there = 0
     assert until(blends, 60), "its index is empty, and is filled again with what the second tier has"
     assert there > sum(map(len, served.chunks)) / 2
+
+
+def test_passages_never_ingested_are_blended_after_their_second_use(
+    served: Served, smollm2_path: Path, tmp_path: Path, sentences: list[str]
+) -> None:
+    from lmcache_rag import VLLMEngine, Workspace
+    from lmcache_rag.adapters.blender import Blender
+
+    engine = VLLMEngine(str(served._client.base_url).rstrip("/"), tokenizer=smollm2_path)
+    texts = [" ".join(sentences[start::7][:12]) for start in range(3)]
+    with Workspace.open(tmp_path / "store", engine=engine, max_tokens=4) as workspace:
+        blender = Blender(workspace)
+        for missed in (3, 3):
+            assert blender.answer(blender.prompted(texts, "What?")).stats.chunks_missed == missed
+            texts = texts[::-1]
+            assert blender.drain(120)
+        assert blender.fill_counts.ingested == 3
+        assert until(lambda: blender.answer(blender.prompted(texts, "What?")).stats.chunks_missed == 0)
+    engine.close()
