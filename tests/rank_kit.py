@@ -145,7 +145,7 @@ class Rank(World):
         return {
             "chosen": chosen[0].tolist() if chosen else [],
             "own scores": own,
-            "failure": result.failure,
+            "failure": str(result.failure),  # a plain string: torch.load takes no other classes
             "counts": (result.prefix_tokens, result.reused_tokens, result.recomputed_tokens, result.computed_tokens),
             "passes": list(self.model.passes),
             "bad": sorted(self.worker.take_bad_blocks()),
