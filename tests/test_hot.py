@@ -172,6 +172,16 @@ def test_spans_that_make_no_sense_are_left_out(spans: Any) -> None:
     assert named_spans({"lmcache_rag.chunks": spans}, 100) == []
 
 
+def test_more_spans_than_blocks_make_no_sense() -> None:
+    assert named_spans({"lmcache_rag.chunks": [[at, at + 1] for at in range(1 << 17)]}, 1 << 17) == []
+    assert len(named_spans({"lmcache_rag.chunks": [[at, at + 16] for at in range(0, 1600, 16)]}, 1600)) == 100
+
+
+def test_a_chunk_shorter_than_a_block_is_left_out_but_where_the_prefix_ends() -> None:
+    spans = [[64, 70], [70, 80], [80, 96]]
+    assert named_spans({"lmcache_rag.chunks": spans}, 100) == [(64, 70), (80, 96)]
+
+
 def test_blocks_are_pinned_from_the_claim_to_the_result(world: Any) -> None:
     pool, request = world
     side = make(pool)

@@ -178,6 +178,15 @@ def test_without_the_kv_everything_is_computed(
     assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 1
 
 
+def test_a_plan_that_failed_is_computed_in_full(hf: HFModel) -> None:
+    """The scheduler claimed it, and then could not say what to place where."""
+    world = World(hf)
+    world.plan = dataclasses.replace(world.plan, matches=(), failure="request error")
+    result = world.run()
+    assert (result.failure, result.computed_tokens, world.link.asked) == ("request error", world.end - PREFIX, [])
+    assert world.is_full_prefill()
+
+
 def test_the_blocks_of_a_load_that_was_given_up_are_named_until_it_is_over(hf: HFModel) -> None:
     world = World(hf, "late")
     world.run()
