@@ -153,7 +153,7 @@ def test_who_cannot_be_blended_is_counted_as_such() -> None:
     one._options = ConnectorOptions()
     one._why_not = Unsupported(CannotBlend.NEEDS_CUDA, "blending needs CUDA")
     told, *others = [
-        one._count_unblended(SimpleNamespace(request_id=name, prompt_token_ids=[0] * 100))
+        one._count_unblended(SimpleNamespace(request_id=name, prompt_token_ids=[0] * 100, kv_transfer_params=None))
         for name in (*trackers, "never asked")
     ]
     assert one._connector_stats.records == [metrics.unblended(100, 64)]

@@ -18,6 +18,8 @@ CONFIG = SimpleNamespace(
     scheduler_config=SimpleNamespace(async_scheduling=True),
 )
 
+ADAPTER = SimpleNamespace(parallel_strategy=SimpleNamespace(vllm_worker_id=0, vllm_world_size=1))
+
 
 class World:
     """What a worker gets ready, noted in `done`; `fails` is where it goes wrong."""
@@ -63,7 +65,7 @@ class World:
         return SimpleNamespace(warm_up=lambda: self.does("hot"))
 
     def prepared(self, **options: Any) -> prepare.Prepared:
-        return prepare.prepared(CONFIG, None, ConnectorOptions(**options))
+        return prepare.prepared(CONFIG, ADAPTER, ConnectorOptions(**options))
 
 
 ALL = ["model", "table", "warm up", "hot", "vote", "capture", "check", "wrap"]
@@ -136,7 +138,7 @@ def test_where_another_rank_cannot_none_goes_on(monkeypatch: pytest.MonkeyPatch)
 def test_without_the_plugin_there_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     World(monkeypatch)
     monkeypatch.setattr(compat_vllm, "worker", lambda: None)
-    side, why_not, _ = prepare.prepared(CONFIG, None, ConnectorOptions())
+    side, why_not, _ = prepare.prepared(CONFIG, ADAPTER, ConnectorOptions())
     assert side is None
     assert why_not is not None
     assert why_not.code == CannotBlend.NO_PLUGIN
@@ -157,6 +159,6 @@ def test_damage_is_reported_only_where_vllm_takes_it_back(
         scheduler_config=SimpleNamespace(async_scheduling=asynchronous),
     )
     World(monkeypatch)
-    side, _, _ = prepare.prepared(config, None, ConnectorOptions())
+    side, _, _ = prepare.prepared(config, ADAPTER, ConnectorOptions())
     assert side is not None
     assert side._may_report == takes
