@@ -283,6 +283,7 @@ def test_requests_of_a_beam_search_are_not_blended(validated: list[Any]) -> None
 
     inputs = processor()
     inputs.resolve_watermarking = lambda params: False
+    inputs.generation_config_fields = {}
     tokenizer = SimpleNamespace(eos_token_id=2, decode=lambda tokens, **kwargs: "text")
 
     class Serving(BeamSearchOnlineMixin):
