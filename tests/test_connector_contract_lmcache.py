@@ -132,7 +132,6 @@ def test_transfers_and_answers() -> None:
         "skip_first_n_tokens",
     ]
     takes(futures.MessagingFuture.to_device_future, "device", "event_backend")
-    takes(futures.DeviceMessagingFuture.wait_on_stream, "stream", "timeout")
     takes(futures.DeviceMessagingFuture.query)
     raw: Any = futures.MessagingFuture()
     assert futures.DeviceMessagingFuture(raw, device="cpu", event_backend=object()).raw_future_ is raw
@@ -430,9 +429,11 @@ def test_a_lookup_sends_the_prompt_once() -> None:
 
 
 class Backend:
-    """Events of a device; `fails` is what importing one comes to."""
+    """Events of a device; `fails` is what importing one comes to, `copied` whether the copy before one is done."""
 
-    fails: Exception | None = None
+    def __init__(self) -> None:
+        self.fails: Exception | None = None
+        self.copied, self.waits = True, list[str]()
 
     def import_event(self, handle: bytes, device: Any) -> str:
         if self.fails:
@@ -440,10 +441,13 @@ class Backend:
         return "event"
 
     def wait_event(self, event: str, stream: Any) -> None:
-        assert event == "event"
+        self.waits.append(event)
 
     def query_event(self, event: str) -> bool:
-        return True
+        return self.copied
+
+    def synchronize_event(self, event: str, device: Any) -> None:
+        assert self.copied, "the host would wait for ever for a copy that was cut off"
 
 
 @pytest.fixture
@@ -464,6 +468,18 @@ def test_kv_comes_or_not(link: Any) -> None:
         assert (link.answered(future, 0.01), link.there(future), link.arrived(future, 0.01)) == (False, False, False)
         raw.set_result((b"handle", came))
         assert (link.answered(future, 0.01), link.there(future), link.arrived(future, 0.01)) == (True, True, came)
+
+
+def test_a_copy_that_is_cut_off_is_waited_for_until_the_deadline(link: Any) -> None:
+    """LMCache was killed after its answer: its event is never signalled, and neither host nor stream waits for it."""
+    backend = Backend()
+    backend.copied = False
+    raw, future = asked(backend)
+    raw.set_result((b"handle", True))
+    assert (link.answered(future, 0.01), link.there(future), link.arrived(future, 0.01)) == (True, False, False)
+    assert not backend.waits, "no work of vLLM's stream is queued after the copy"
+    backend.copied = True
+    assert (link.there(future), link.arrived(future, 0.01)) == (True, True)
 
 
 @pytest.mark.parametrize("where", ["request", "event"])

@@ -219,6 +219,22 @@ def test_a_preemption_does_not_wait_for_a_dead_server(worker: Worker, monkeypatc
     assert time.monotonic() - begin < LONG / 100
 
 
+def test_a_preemption_does_not_wait_for_a_copy_that_is_cut_off(
+    worker: Worker, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LMCache was killed after its answer: its event is never signalled."""
+
+    def hangs(*_: Any) -> None:
+        pytest.fail("the host would wait for the event for ever")
+
+    events = worker.adapter.transfer_ctx._event_backend
+    monkeypatch.setattr(events, "query_event", lambda event: False, raising=False)
+    monkeypatch.setattr(events, "synchronize_event", hangs, raising=False)
+    worker.store("r").set_result((b"handle", True))
+    worker.adapter.handle_preemptions(True)
+    assert time.time() > worker.keys[-1].request_configs[UNTIL], "the fence is passed"
+
+
 def test_a_preemption_waits_for_an_answer(worker: Worker) -> None:
     worker.store("r").set_result((b"handle", True))
     worker.adapter.handle_preemptions(True)

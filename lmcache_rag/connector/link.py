@@ -44,5 +44,5 @@ class Link(Protocol):
         ...
 
     def arrived(self, future: Any, seconds: float) -> bool:
-        """Whether it came, waiting for the answer at most that long. Later work of the stream waits for the KV."""
+        """Whether it came, waiting at most that long."""
         ...

@@ -256,7 +256,7 @@ class WorkerSide:
         if not self._left(job):
             return True
         if idle:  # nobody else waits
-            return all(self._link.answered(future, _POLL) for future in job.waiting)
+            return all(self._link.answered(future, _POLL) and self._link.there(future) for future in job.waiting)
         return all(self._link.there(future) for future in job.waiting)
 
     def _load(self, job: Job) -> None:
@@ -265,7 +265,7 @@ class WorkerSide:
         for future in job.waiting:
             if not self._link.arrived(future, self._left(job)):
                 reason = reason or Fallback.LOAD_FAILED
-        late = tuple(future for future in job.waiting if not self._link.answered(future, 0.0))
+        late = tuple(each for each in job.waiting if not (self._link.answered(each, 0.0) and self._link.there(each)))
         if late:
             blocks = plan.block_ids[plan.local // self._model.block :]
             since = time.monotonic() - (time.perf_counter() - job.clock.asked)

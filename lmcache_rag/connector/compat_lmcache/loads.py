@@ -16,6 +16,7 @@ log = logging.getLogger("lmcache_rag")
 
 _BACKLOG_S = 30.0  # a server that is back does what was asked before within so long
 _HAND_OVER_S = 0.0005
+_COPY_POLL_S = 0.0001  # between two looks at whether a copy is done
 
 
 class WorkerLink:
@@ -197,15 +198,20 @@ class WorkerLink:
             return True
 
     def arrived(self, future: Any, seconds: float) -> bool:
-        """Whether the KV came; later work of the current stream waits for it, the host for the answer only."""
-        import torch
+        """Whether the KV came, waiting at most that long.
 
-        if future is None:
+        The host waits for the copy. Were it left to the stream (`wait_on_stream`), a server that is killed in the
+        middle of a copy would never signal its event, and the stream, with vLLM's work on it, would stand still.
+        """
+        until = time.perf_counter() + seconds
+        if future is None or not self.answered(future, seconds):
             return False
         try:
-            came = bool(future.wait_on_stream(torch.cuda.current_stream(), seconds))
-        except TimeoutError:
-            return False
+            while not future.query():
+                if time.perf_counter() >= until:
+                    return False
+                time.sleep(_COPY_POLL_S)
+            came = bool(future.result(0.0))
         except Exception as problem:
             self._tell(problem)
             return False

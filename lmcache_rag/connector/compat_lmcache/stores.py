@@ -63,9 +63,12 @@ class Store:
 
     def wait(self, seconds: float) -> None:
         """Wait for the answer at most that long."""
+        raw = getattr(self.future, "raw_future_", self.future)  # its own `wait` waits for the copy as well, for ever
         try:
-            self.future.wait(seconds)
+            answered = bool(raw.wait(seconds))
         except Exception:
+            answered = True
+        if answered and not self.query():
             time.sleep(seconds)
 
     @property
