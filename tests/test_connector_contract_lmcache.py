@@ -58,6 +58,14 @@ def ids(key: Any) -> list[int]:
     return list(from_lmcache(getattr(key, TOKENS)))
 
 
+def bare() -> Any:
+    """Our connector without LMCache's and vLLM's parts, which each test puts in as far as it needs them."""
+    one: Any = object.__new__(connector.CacheBlendConnector)
+    one._left, one._taken, one._side, one._self_check = set(), None, None, None
+    one._forgetting = SimpleNamespace(asks=lambda request_id: False)
+    return one
+
+
 def test_lmcaches_connector_has_what_we_read() -> None:
     stock = lmcache_mp_connector.LMCacheMPConnector
     sets(stock, "scheduler_adapter", "worker_adapter", "_hit_alignment_tokens", "_gpu_block_pool", "request_trackers")
@@ -147,7 +155,7 @@ def test_the_session_of_a_look_up_on_its_way_is_not_ended_with_its_request() -> 
     """LMCache's connector ends it by the adapter's method, which it looks up when the request ends."""
     ended: list[str] = []
     stock = lmcache_mp_connector.LMCacheMPConnector
-    one: Any = object.__new__(connector.CacheBlendConnector)
+    one: Any = bare()
     one.request_trackers, one.lazy_offload, one._can_store, one._why_not = {}, False, True, None
     one._freed = FreedOnce()
 
@@ -195,7 +203,7 @@ def test_lmcache_is_told_of_blocks_behind_the_load_and_before_the_session_ends()
         def end_session(self, request_id: str) -> None:
             told.append(request_id)
 
-    one: Any = object.__new__(connector.CacheBlendConnector)
+    one: Any = bare()
     one._why_not, one._freed, one.lazy_offload = None, FreedOnce(), False
     one.request_trackers, one._side, one.scheduler_adapter = {}, None, Adapter()
     one._can_store = True
@@ -221,7 +229,7 @@ def test_a_request_is_freed_once_whatever_lmcache_says_of_it() -> None:
     stock = lmcache_mp_connector.LMCacheMPConnector
     assert "self.get_finished(" in inspect.getsource(stock.get_transfer_results)
 
-    one: Any = object.__new__(connector.CacheBlendConnector)
+    one: Any = bare()
     one._freed, one._stores = FreedOnce(), StoresHeldBack()
     one._enable_kv_events = one.lazy_offload = False
     one._freed.ends("a")
