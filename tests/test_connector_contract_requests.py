@@ -31,6 +31,8 @@ with warnings.catch_warnings():
     from lmcache_rag.connector.compat_lmcache import BlendLookup, is_absent
     from lmcache_rag.connector.plan import Match
 
+    OFF = protocol.Unsupported(protocol.CannotBlend.ERROR, "a test")
+
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 MANY = settings(
     max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -112,7 +114,7 @@ def run(engine: Engine) -> list[Any]:
 @pytest.mark.parametrize("blends", [True, False])
 def test_no_parameters_end_the_scheduler(engines: Any, blends: bool) -> None:
     engine = engines()
-    engine.connector._why_not = "" if blends else "a test"
+    engine.connector._why_not = None if blends else OFF
     count = 0
 
     @MANY
@@ -354,7 +356,7 @@ def test_blends_end_where_results_come_with_vllms_output_only(engine: Engine) ->
 @pytest.mark.parametrize("blends", [True, False])
 def test_what_is_stored_and_what_lmcache_is_told_of_it(engines: Any, store: str, blends: bool) -> None:
     engine = engines(store=store)
-    engine.connector._why_not = "" if blends else "a test"
+    engine.connector._why_not = None if blends else OFF
     ingest = {protocol.INGEST: True, protocol.PREFIX: 64, protocol.BLEND: "off"}
     engine.add_tokens("ingests", drawn("ingests", 200), ingest)
     engine.add_tokens("asks", drawn("asks", 200), {protocol.PREFIX: 64, "gateway.trace": [1]})
@@ -366,7 +368,7 @@ def test_what_is_stored_and_what_lmcache_is_told_of_it(engines: Any, store: str,
 @pytest.mark.parametrize("blends", [True, False])
 def test_embedded_prompts_are_neither_looked_up_nor_stored(engines: Any, blends: bool) -> None:
     engine = engines()
-    engine.connector._why_not = "" if blends else "a test"
+    engine.connector._why_not = None if blends else OFF
     adapter = engine.connector.scheduler_adapter
     asked: list[Any] = []
     adapter.maybe_submit_lookup_request = lambda *args, **kwargs: asked.append(args)
@@ -397,7 +399,7 @@ def test_a_forgotten_chunk_is_not_found(engines: Any, blends: bool) -> None:
     run(engine)
     assert engine.told["asks"]["hot_tokens"] == 192
 
-    engine.connector._why_not = "" if blends else "a test"
+    engine.connector._why_not = None if blends else OFF
     lookups: list[Any] = []
 
     def look_up(request: Any) -> Any:
@@ -414,7 +416,7 @@ def test_a_forgotten_chunk_is_not_found(engines: Any, blends: bool) -> None:
     assert engine.told["forgets"]["reused_tokens"] == 0
     assert engine.lookups["forgets"].ended
 
-    engine.connector._why_not = ""
+    engine.connector._why_not = None
     again = Request(
         "exact", prefix + chunk, SamplingParams(max_tokens=1, ignore_eos=True), None, block_hasher=engine._hasher
     )

@@ -29,6 +29,7 @@ with warnings.catch_warnings():
     from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache
     from lmcache_rag.connector.plan import BlendPlan, Match
     from lmcache_rag.connector.told import BlendResults
+    from lmcache_rag.protocol import CannotBlend, Unsupported
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -348,7 +349,7 @@ def test_embedded_prompts_are_neither_looked_up_nor_stored(make: Any, blends: bo
     engine = make()
     connector = engine.connector
     if not blends:
-        connector._why_not = "it cannot blend"
+        connector._why_not = Unsupported(CannotBlend.ERROR, "a test")
     asked: list[str] = []
     connector.scheduler_adapter.maybe_submit_lookup_request = lambda name, **_: asked.append(name)
     trackers = []

@@ -906,7 +906,7 @@ def test_documents_stay_while_a_server_cannot_be_reached(server, connect, chunks
 
 # -- the ingest key ---------------------------------------------------------------------------------------------------
 
-KEY = "a-secret-of-the-test-0123"
+KEY = "k3y-" + "0123456789abcdef" * 3  # no real one
 
 
 def test_the_ingest_key_goes_with_ingestion_and_forgetting_only(connect, builder, server, chunks, caplog) -> None:

@@ -150,9 +150,11 @@ def serve(
             "application whose users may see each other's texts.",
         ),
     ] = IndexMode.DECLARED,
-    store: Annotated[
+    store_mode: Annotated[
         StoreMode,
-        typer.Option(help="Whose KV LMCache keeps: only that of ingested chunks, or all, of which theirs goes last."),
+        typer.Option(
+            "--store", help="Whose KV LMCache keeps: only that of ingested chunks, or all, of which theirs goes last."
+        ),
     ] = StoreMode.ALL,
     index_size: Annotated[
         int, typer.Option(metavar="N", help="Most chunks of LMCache's size that may be blended.", min=1)
@@ -180,7 +182,8 @@ def serve(
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="File of the key that ingesting and forgetting need; with mode 0600. [dim]\\[default: no key][/dim]",
+            help="File of the key that ingesting and forgetting need; with mode 0600. "
+            "[dim]\\[LMCACHE_RAG_INGEST_KEY_FILE, default: no key][/dim]",
             show_default=False,
         ),
     ] = None,
@@ -229,7 +232,7 @@ def serve(
         lmcache_http_port=lmcache_http_port,
         step_tokens=step_tokens,
         connector=tuple(connector or ()),
-        keeps=ServerSettings(index.value, store.value, index_size),
+        keeps=ServerSettings(index.value, store_mode.value, index_size),
         prefix_tokens=prefix_tokens,
         secret_file=secret_file,
         ingest_key_file=ingest_key_file or settings.ingest_key_file,
