@@ -241,6 +241,9 @@ def test_an_endpoint_refuses_before_anything_is_done(validated: list[Any], owner
     others = SimpleNamespace(kv_transfer_params={"other": 1})
     assert asyncio.run(getattr(one, name)(others, None)) == "an answer"
     assert others.kv_transfer_params is None
+    vllms = SimpleNamespace(kv_transfer_params={"prompt_token_ids": [1, 2], "other": 1})
+    assert asyncio.run(getattr(one, name)(vllms, None)) == "an answer"
+    assert vllms.kv_transfer_params == {"prompt_token_ids": [1, 2]}, "vLLM's chat takes the prompt from it"
     assert asyncio.run(getattr(one, name)(SimpleNamespace(), None)) == "an answer"
     assert validated[:2] == [right, others]
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from vllm_cpu_kit import CHUNK, Servers, needs_vllm_cpu, until
 
+from lmcache_rag.answering import Answering
 from lmcache_rag.engines import vllm_wire
 from lmcache_rag.lazy_fill import FillCounts
 
@@ -109,6 +110,7 @@ def all_missed(monkeypatch: pytest.MonkeyPatch) -> None:
         return dataclasses.replace(real(gathered, prompt, **facts), missed=tuple(range(len(prompt.chunks))))
 
     monkeypatch.setattr(vllm_wire, "completion", completion)
+    monkeypatch.setattr(Answering, "allowed", lambda answering, blend: blend)
 
 
 def lazily_filled(servers: Servers, ask: Any, blender: Any) -> None:

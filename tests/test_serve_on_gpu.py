@@ -112,6 +112,7 @@ def served(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield served
     finally:
         served.process.kill()
+        served._client.close()
 
 
 def parted(told: dict[str, Any], prompt: list[int]) -> bool:

@@ -137,13 +137,13 @@ def test_chunks_in_another_order_are_computed_right(servers: Servers, chunks: li
 
 @pytest.mark.parametrize("kind", ["completions", "chat/completions"])
 def test_streams_say_at_their_end_what_whole_answers_say(servers: Servers, kind: str) -> None:
-    """LMCache's own statistics and ours, which say here that nothing is blended."""
+    """Our statistics, which say here that nothing is blended."""
     asked = (
         {"prompt": "One two three four"} if kind == "completions" else {"messages": [{"role": "user", "content": "Hi"}]}
     )
-    params = {"max_tokens": 3, "kv_transfer_params": {"cached_token_stats": True}}
+    params = {"max_tokens": 3, "kv_transfer_params": {"lmcache_rag.blend": "on"}}
     whole = servers.post(kind, **asked, **params).json()["kv_transfer_params"]
-    assert set(whole) == {"cached_token_stats", "lmcache_rag"}
+    assert set(whole) == {"lmcache_rag"}
     chunks = servers.stream(kind, **asked, **params)
     ends = [bool(chunk["choices"] and chunk["choices"][0].get("finish_reason")) for chunk in chunks]
     assert sum(ends) == 1

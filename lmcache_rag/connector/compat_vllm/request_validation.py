@@ -25,6 +25,7 @@ from lmcache_rag.connector.compat_vllm.streams import API_SERVER
 from lmcache_rag.protocol import NO_BLEND, accepted
 
 PARAMS = "kv_transfer_params"
+_VLLM_KEYS = ("prompt_token_ids",)  # vLLM's own: its chat takes the prompt from it, and hands it on to nothing
 ENDPOINTS = (
     ("vllm.entrypoints.openai.completion.serving", "OpenAIServingCompletion", "create_completion"),
     # Of it are Anthropic's messages and Cohere's chats as well.
@@ -110,7 +111,8 @@ def _checking(create: Callable[..., Any], *, make: Make) -> Callable[..., Any]:
                 status = HTTPStatus(refusal.status)
                 kind = {} if status == HTTPStatus.BAD_REQUEST else {"err_type": status.phrase, "status_code": status}
                 return self.create_error_response(refusal.message, param=PARAMS, **kind)
-            request.kv_transfer_params = accepted(params) or None
+            own = {key: params[key] for key in _VLLM_KEYS if key in params}
+            request.kv_transfer_params = {**accepted(params), **own} or None
         return await create(self, request, *args, **kwargs)
 
     return checking
