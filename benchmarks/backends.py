@@ -32,6 +32,8 @@ ARMS = {
     "none": ("none", 0.0, False),
 }
 OFF = {protocol.BLEND: "off", protocol.MAX_OFFLOAD_TOKENS: 64}
+PREFIX = 64  # tokens
+INGEST = {protocol.BLEND: "off", protocol.INGEST: True, protocol.PREFIX: PREFIX}
 
 
 class Answer(NamedTuple):
@@ -62,7 +64,7 @@ class Material:
         lengths, self._rng = random.Random(0), random.Random(seed)
         text = " ".join(path.read_text() for path in sorted(DATA.rglob("*")) if path.suffix in (".txt", ".md"))
         ids = tokenizer.encode(text)
-        self._prefix, self._gap = ids[:64], tokenizer.encode("\n\n")
+        self._prefix, self._gap = ids[:PREFIX], tokenizer.encode("\n\n")
         self._question = tokenizer.encode("\n\nQuestion: what do these passages say? Answer:")
         self._chunks = [ids[start : start + lengths.randrange(200, 300)] for start in range(70, 70 + 300 * 30, 300)]
 
@@ -155,7 +157,7 @@ def measure(engine: Engine, prompts: int, tokens: int) -> dict[str, dict[str, An
     """Every arm over all prompts."""
     material = Material(engine.tokenizer)
     for prompt in material.ingestions():
-        engine.answer(prompt, 1, {protocol.BLEND: "off"})
+        engine.answer(prompt, 1, INGEST)
     time.sleep(1.5)  # LMCache stores behind the answer
     rows: dict[str, dict[str, Any]] = {arm: {"blended": 0, "equal": 0, "first equal": 0, "gaps": []} for arm in ARMS}
     for _ in range(prompts):

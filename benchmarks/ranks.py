@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from backends import OFF, Engine, Material, first_difference
+from backends import INGEST, OFF, Engine, Material, first_difference
 
 from lmcache_rag import protocol
 
@@ -106,7 +106,7 @@ def lmcache(ranks: int, log: Path) -> Iterator[int]:
 def ingest(engine: Engine) -> None:
     """Every chunk's KV into LMCache, exact."""
     for prompt in Material(engine.tokenizer).ingestions():
-        engine.answer(prompt, 1, {protocol.BLEND: "off"})
+        engine.answer(prompt, 1, INGEST)
     time.sleep(1.5)  # LMCache stores behind the answer
 
 

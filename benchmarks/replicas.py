@@ -58,7 +58,7 @@ def measure(replicas: Replicas, count: int, prompts: int, tokens: int, ratio: fl
 
     prefix, chunks = drawn(PREFIX), [drawn(CHUNK) for _ in range(8)]
     for chunk in chunks:
-        replicas.ask(0, prefix + chunk, 1, {protocol.BLEND: "off"})
+        replicas.ask(0, prefix + chunk, 1, {protocol.BLEND: "off", protocol.INGEST: True, protocol.PREFIX: PREFIX})
     time.sleep(2)  # LMCache stores behind the answer
     rows = []
     for replica in reversed(range(count)):
@@ -67,7 +67,9 @@ def measure(replicas: Replicas, count: int, prompts: int, tokens: int, ratio: fl
         for _ in range(prompts):
             order = rng.sample(range(len(chunks)), 5)
             prompt = prefix + [token for number in order for token in (*chunks[number], 11, 12)] + drawn(QUESTION)
-            answer, told = replicas.ask(replica, prompt, tokens, {protocol.POLICY: "query", protocol.RATIO: ratio})
+            answer, told = replicas.ask(
+                replica, prompt, tokens, {protocol.POLICY: "query", protocol.RATIO: ratio, protocol.PREFIX: PREFIX}
+            )
             full, _ = replicas.ask(replica, prompt, tokens, OFF)
             row["blended"] += told.get("reused_tokens", 0) + told.get("recomputed_tokens", 0) > 0
             row["equal"] += answer == full
