@@ -76,6 +76,7 @@ def test_lmcache_that_asks_for_a_key_gets_it(model: str, monkeypatch: pytest.Mon
     monkeypatch.setenv("LMCACHE_HTTP_API_KEY", "secret")
     _, checks = examine(model, lmcache="key")
     assert checks["LMCache"]["state"] == "ok"
+    assert checks["Chunk index"]["state"] == "ok", "its /metrics ask for the key as well"
 
 
 # -- the round trip ---------------------------------------------------------------------------------------------

@@ -70,9 +70,11 @@ def get_json(url: str, path: str) -> dict[str, Any] | None:
 
 
 def get_text(url: str, path: str) -> str:
-    """A page of a server beside us; "" when it does not answer as it should."""
+    """A page of an LMCache server; "" when it does not answer as it should."""
+    headers = lmcache_headers(url)
     try:
-        return httpx.get(url + path, timeout=SHORT_S, verify=False, trust_env=False).raise_for_status().text  # noqa: S501
+        response = httpx.get(url + path, timeout=SHORT_S, verify=False, trust_env=False, headers=headers)  # noqa: S501
+        return response.raise_for_status().text
     except (httpx.HTTPError, httpx.InvalidURL):
         return ""
 
