@@ -341,6 +341,7 @@ class Run:
                 process.wait(TO_END_S)
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
             raise
         return "passed" if status == 0 else f"failed with status {status}"
 

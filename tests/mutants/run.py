@@ -159,6 +159,8 @@ class Runner:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            if process.stdout is not None:
+                process.stdout.close()
         return process.returncode, said
 
     def unmutated(self, copy: Path, needs: str, tests: Sequence[str]) -> dict[str, str]:
