@@ -166,7 +166,12 @@ def other_vllm(version: str, *, without: Sequence[str] = ()) -> list[Part]:
     files = [file for file in contracts(without=without) if "contract" in file]
     return [
         sources,
-        Part(f"contracts, vLLM {version}", check(LMCACHE, *files), {"PYTHONPATH": str(folder)}, always=False),
+        Part(
+            f"contracts, vLLM {version}",
+            check(LMCACHE, "-m", "not own_version", *files),
+            {"PYTHONPATH": str(folder)},
+            always=False,
+        ),
     ]
 
 

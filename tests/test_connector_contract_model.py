@@ -208,6 +208,7 @@ def test_inside_vllms_multi_connector_nothing_is_blended(tmp_path: Path, monkeyp
     assert (world.code, "MultiConnector" in world.why_not) == ("MultiConnector", True)
 
 
+@pytest.mark.own_version
 def test_the_table_of_architectures_is_vllms_registry() -> None:
     classes = {name: kind for name, (_, kind) in registry._TEXT_GENERATION_MODELS.items()}
     blended = {name for name, kind in classes.items() if kind in MODEL_CLASSES}
@@ -282,6 +283,7 @@ class Loaded(World):
             return examined(self.blendable, vocabulary=49152, longest=512)
 
 
+@pytest.mark.own_version
 @pytest.mark.parametrize(
     ("family", "scaling"), [("llama", "llama3"), ("mistral", "yarn"), ("qwen2", "linear"), ("qwen3", "default")]
 )
@@ -298,6 +300,7 @@ def test_vllms_own_model_passes_the_self_check(
     assert [str(finding) for finding in findings if not finding.holds] == []
 
 
+@pytest.mark.own_version
 def test_a_model_whose_passes_are_wrong_fails_the_self_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a fused kernel leaves out the keys of a pass that has no slot mapping."""
     world = Loaded(tmp_path, monkeypatch)
@@ -306,6 +309,7 @@ def test_a_model_whose_passes_are_wrong_fails_the_self_check(tmp_path: Path, mon
     assert {finding.name for finding in world.check() if not finding.holds} >= {"logits of a blend"}
 
 
+@pytest.mark.own_version
 def test_a_rotary_table_that_is_not_the_models_fails_the_self_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
