@@ -366,6 +366,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="only name the parts")
     parser.add_argument("--only", metavar="REGEX", help="only parts whose names match")
     asked = parser.parse_args(arguments)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background has it ignored, also in tests of Ctrl-C
     os.environ.setdefault("VENV", "build/ci-venv")  # so that a developer's .venv stays as it is
     os.environ.setdefault("PIP_NO_INPUT", "1")
     if asked.tier == "run":
