@@ -173,6 +173,7 @@ def test_streams_are_wrapped_once_and_only_where_vllm_does_not_tell_itself(monke
 
 
 @pytest.mark.skipif(TELLS, reason="nothing is wrapped")
+@pytest.mark.own_version  # vLLM 0.33 streams them itself
 def test_only_api_servers_pay_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """We know them by a module that is there before plugins are loaded; tests/test_vllm_cpu.py starts a real one."""
     imports = (vllm_folder() / "entrypoints/cli/serve.py").read_text().partition("\nclass ")[0]
