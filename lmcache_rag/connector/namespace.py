@@ -63,27 +63,28 @@ class Namespaces:
             params: Its kv_transfer_params.
             adapter: What tells its LoRA adapter from any other; "" for the model itself.
         """
-        numbers = as_numbers(prompt)
+        tokens = len(prompt)
         whose = f"{len(adapter)}\0{adapter}{tenant}".encode("utf-8", "surrogatepass")
         tenant = hashlib.sha256(whose).hexdigest()  # a salt may be as long as its client likes
-        if given := named_prefix(params, len(numbers)):
-            (name,) = self._names(numbers, tenant, [given])
+        if given := named_prefix(params, tokens):
+            (name,) = self._names(prompt, tenant, [given])
             if ingests(params) and given % self._chunk == 0:
                 self._remember(tenant, (given, name))
             elif (given, name) in self._named.get(tenant, ()):
                 self._use(tenant, (given, name))
             return name
         if known := self._named.get(tenant):
-            lengths = sorted({length for length, _ in known if length <= len(numbers)})
-            for length, name in reversed(list(zip(lengths, self._names(numbers, tenant, lengths), strict=True))):
+            lengths = sorted({length for length, _ in known if length <= tokens})
+            for length, name in reversed(list(zip(lengths, self._names(prompt, tenant, lengths), strict=True))):
                 if (length, name) in known:
                     self._use(tenant, (length, name))
                     return name
-        length = next((length for length in self._lengths if 0 < length <= len(numbers)), self._chunk)
-        return self._names(numbers, tenant, [length])[0]
+        length = next((length for length in self._lengths if 0 < length <= tokens), self._chunk)
+        return self._names(prompt, tenant, [length])[0]
 
-    def _names(self, numbers: Any, tenant: str, lengths: Sequence[int]) -> list[str]:
+    def _names(self, prompt: Sequence[int], tenant: str, lengths: Sequence[int]) -> list[str]:
         """What prefixes of a prompt are called, of these lengths in ascending order; each token is hashed once."""
+        numbers = as_numbers(prompt[: max(lengths, default=0)])
         digest = hmac.new(self._key, f"{self._model}\0{tenant}\0".encode(), "sha256")
         names, begin = [], 0
         for length in lengths:
