@@ -244,6 +244,33 @@ def test_without_lmcache_answers_are_a_full_prefills_until_it_is_back(served: Se
     assert there > sum(map(len, served.chunks)) / 2
 
 
+def test_a_chunk_that_is_to_be_forgotten_is_gone_from_memory_and_tier(served: Served) -> None:
+    gone, *others = served.chunks[:4]
+
+    def found() -> list[bool]:
+        prompt, at = list(served._prefix), []
+        for chunk in served._rng.sample([gone, *others], 4):
+            at.append((served.chunks.index(chunk), len(prompt), len(prompt) + len(chunk)))
+            prompt += chunk + served._gap
+        told = served.ask(prompt + served._question, 1, **{"lmcache_rag.spans": True})[1]
+        held = {token for start, end in told["spans"] for token in range(start, end)}
+        return [len(held & set(range(start, end))) > 100 for _, start, end in sorted(at)]
+
+    served.ingest()
+    assert until(lambda: all(found()), 60)
+    files = len([path for path in served.tier.rglob("*") if path.is_file()])
+    params = {"lmcache_rag.forget": True, "lmcache_rag.prefix": PREFIX, "lmcache.max_offload_tokens": 0}
+    assert served.ask(served._prefix + gone, 1, **params)[1]["forgotten"]
+    for _ in range(5):
+        assert found() == [False, True, True, True]
+    assert len([path for path in served.tier.rglob("*") if path.is_file()]) < files
+    served.forget()
+    assert until(lambda: any(found()), 60), "the others come from the second tier"
+    assert not found()[0]
+    served.ingest()
+    assert until(lambda: all(found()), 60), "and it can be ingested again"
+
+
 def test_passages_never_ingested_are_blended_after_their_second_use(
     served: Served, smollm2_path: Path, tmp_path: Path, sentences: list[str]
 ) -> None:
