@@ -10,6 +10,7 @@ import warnings
 from array import array
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -366,4 +367,32 @@ def test_embedded_prompts_are_neither_looked_up_nor_stored(make: Any, blends: bo
     assert asked == []
     assert trackers[0].cache_salt != trackers[1].cache_salt
     assert [tracker.num_scheduled_tokens for tracker in trackers] == [303, 303], "they ran"
+    engine.to_the_end()
+
+
+def test_locks_are_given_back_when_lmcache_is_healthy_again(make: Any) -> None:
+    """A paused server goes on with the look-ups that nobody waits for any more; LMCache's adapter may not know yet."""
+    engine = make(lookup_deadline=0.2)
+    engine.connector._side.look_up = engine.connector._look_up
+    adapter = engine.connector.scheduler_adapter
+    client = next(iter(adapter.req_clients.values()))
+    answer, sent = SimpleNamespace(there=False), []
+    found = SimpleNamespace(prefix_coverage_tokens=CHUNK, non_prefix_segments=())
+    client.cb_unified_lookup = lambda key, ranks: SimpleNamespace(
+        wait=lambda seconds: answer.there, result=lambda seconds: found
+    )
+    client.free_lookup_locks = lambda key, ranks: sent.append((key.request_id, key.start, key.end))
+    client.end_session = sent.append
+    engine.add_tokens("paused", list(range(100, 400)), outputs=60)
+    while engine.connector._side.abandoned == 0:
+        engine.step()
+    for event in adapter._health_events.values():
+        event.clear()
+    answer.there = True
+    engine.step()
+    assert (engine.connector._side.abandoned, sent) == (0, [])
+    for event in adapter._health_events.values():
+        event.set()
+    engine.step()
+    assert sent == [("paused", 0, CHUNK), "paused"]
     engine.to_the_end()

@@ -253,7 +253,7 @@ def test_a_chunk_that_is_to_be_forgotten_is_gone_from_memory_and_tier(served: Se
             at.append((served.chunks.index(chunk), len(prompt), len(prompt) + len(chunk)))
             prompt += chunk + served._gap
         told = served.ask(prompt + served._question, 1, **{"lmcache_rag.spans": True})[1]
-        held = {token for start, end in told["spans"] for token in range(start, end)}
+        held = {token for start, end in [(0, told["prefix_tokens"]), *told["spans"]] for token in range(start, end)}
         return [len(held & set(range(start, end))) > 100 for _, start, end in sorted(at)]
 
     served.ingest()
@@ -285,6 +285,7 @@ def test_passages_never_ingested_are_blended_after_their_second_use(
             assert blender.answer(blender.prompted(texts, "What?")).stats.chunks_missed == missed
             texts = texts[::-1]
             assert blender.drain(120)
-        assert blender.fill_counts.ingested == 3
+        counts = blender.fill_counts
+        assert counts.ingested + counts.held == 3, "what began a question is in vLLM's own cache already"
         assert until(lambda: blender.answer(blender.prompted(texts, "What?")).stats.chunks_missed == 0)
     engine.close()

@@ -102,6 +102,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         if role == KVConnectorRole.SCHEDULER:
             compat_vllm.deliver_worker_meta_first()
             self._reports = compat_lmcache.LaterReports(self.scheduler_adapter)
+            self._releases = compat_lmcache.LaterReleases(self.scheduler_adapter)
             chunk = compat_lmcache.chunk_tokens(self.scheduler_adapter)
             self._ingest_key = IngestKey.read(self._options.ingest_key_file)
             self._namespaces = Namespaces(
@@ -344,6 +345,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
                     tracker.max_offload_tokens = 0
         if self._side is not None:
             meta.blend_plans, meta.blend_allowance = self._side.plans(scheduler_output.num_scheduled_tokens)
+            self._releases.send()
         return meta
 
     def take_worker_meta(self, meta: Any) -> None:

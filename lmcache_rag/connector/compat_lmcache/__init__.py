@@ -5,6 +5,7 @@ fails, so each wait has a deadline.
 """
 
 from lmcache_rag.connector.compat_lmcache.adapters import (
+    LaterReleases,
     LaterReports,
     address,
     bound,
@@ -32,6 +33,7 @@ from lmcache_rag.connector.compat_lmcache.trackers import empty_step, plain_trac
 
 __all__ = [
     "BlendLookup",
+    "LaterReleases",
     "LaterReports",
     "Registration",
     "Stores",

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import time
 import uuid
+from collections import deque
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
 from lmcache_rag.connector.renumbering import renumbering
+
+log = logging.getLogger("lmcache_rag")
 
 REMEMBERED = 4096  # more than vLLM runs at once, and than LMCache answers in a minute
 
@@ -101,6 +107,44 @@ class LaterReports:
         kept, self._kept = self._kept, []
         if kept:
             self._tell(kept)
+
+
+class LaterReleases:
+    """Gives back read locks that LMCache's adapter would leave to their end by time, five minutes later.
+
+    While the server is unhealthy the adapter drops `free_lookup_locks` and `end_session`. A server that was only paused
+    goes on with the look-ups it was sent before, and locks what they find. So these calls are kept, in their order, and
+    made when the server is healthy again. One that was restarted does not know the sessions, and does nothing.
+
+    Args:
+        adapter: LMCache's scheduler adapter.
+    """
+
+    SECONDS = 300.0  # older locks have ended by themselves
+    KEPT = 65_536  # calls
+
+    def __init__(self, adapter: Any) -> None:
+        self._adapter = adapter
+        self._kept: deque[tuple[float, Callable[[], object]]] = deque()
+        for name in ("free_lookup_locks", "end_session"):
+            setattr(adapter, name, partial(self._call, getattr(adapter, name)))
+
+    def _call(self, call: Callable[..., object], *args: Any) -> None:
+        if self._adapter.is_healthy:
+            self.send()
+            call(*args)
+        elif len(self._kept) < self.KEPT:
+            self._kept.append((time.monotonic(), partial(call, *args)))
+
+    def send(self) -> None:
+        """Make the calls that were kept, if the server is healthy; in every step."""
+        while self._kept and self._adapter.is_healthy:
+            since, call = self._kept.popleft()
+            if since > time.monotonic() - self.SECONDS:
+                try:
+                    call()
+                except Exception:  # the connection's
+                    log.debug("A read lock is left to its end by time", exc_info=True)
 
 
 def address(get: Callable[[str, Any], Any], worker: int = 0, workers: int = 1) -> tuple[str, int] | None:

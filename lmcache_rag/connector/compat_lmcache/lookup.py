@@ -98,4 +98,4 @@ def session_goes_on(adapter: Any, request_id: str) -> Iterator[None]:
     try:
         yield
     finally:
-        del adapter.end_session
+        adapter.end_session = end
