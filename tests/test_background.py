@@ -191,6 +191,16 @@ def test_a_request_that_ends_is_not_worked_for_and_its_blocks_are_kept_until_its
     assert [result.request_id for result in world.worker.take_results()] == ["r"], "what is pinned is let go"
 
 
+def test_damaged_kv_of_a_request_that_ended_is_not_repaired(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs.Clock, "is_over", False)
+    world = Background(hf, "damaged key")
+    world.step(Allowance(1000), begins=True)
+    assert world.worker.receiving == {"r"}, "all of its work is queued, and nothing was looked at"
+    world.worker.cancel({"r"})
+    assert world.step(IDLE) == 0
+    assert (world.worker.take_received(), world.worker.receiving) == ({"r"}, set())
+
+
 def test_the_last_token_looks_though_it_has_no_block(hf: HFModel) -> None:
     """Blocks are there for what is claimed: all but the last token."""
     world = Background(hf)

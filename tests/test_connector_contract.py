@@ -366,6 +366,19 @@ def test_the_rotary_embedding_has_its_table_and_its_shape(config: VllmConfig) ->
     assert torch.equal(compat_vllm.exact_rotary_table(rotary), rotary.cos_sin_cache.float())
 
 
+def test_the_exact_rotary_table_is_not_rounded_to_the_models_type(config: VllmConfig) -> None:
+    """In bfloat16 a cosine has 8 bits: keys moved by such a table would be turned wrong by a tenth of a degree."""
+    from vllm.model_executor.layers.rotary_embedding import get_rope
+
+    with set_current_vllm_config(config):
+        rope = {"rope_type": "default", "rope_theta": 1e4}
+        rotary = get_rope(64, max_position=4096, rope_parameters=rope, dtype=torch.bfloat16)
+    angles = torch.arange(4096).double()[:, None] * 1e4 ** -(torch.arange(0, 64, 2).double() / 64)
+    right = torch.cat([angles.cos(), angles.sin()], -1)
+    assert (compat_vllm.exact_rotary_table(rotary) - right).abs().max() < 1e-3
+    assert (rotary.cos_sin_cache - right).abs().max() > 1e-3
+
+
 def test_the_models_that_we_know_are_where_we_look() -> None:
     from vllm.model_executor.models.registry import ModelRegistry
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from models import CASES, tiny_model
+from models import CASES, SCALINGS, tiny_model
 
 from lmcache_rag.blend.policies import get_policy
 from lmcache_rag.blend.rope import shift_keys, shift_tables
@@ -68,6 +68,53 @@ def test_a_moved_key_equals_the_key_computed_there(family, scaling, tokenizer):
         assert (moved - keys(new)).abs().max() < 1e-4
         if old != new:
             assert (keys(old) - keys(new)).abs().max() > 1e-2  # the move was not for nothing
+
+
+def turned(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Keys [..., n, size] at positions with these cosines and sines, in float64."""
+    first, second = keys.double().chunk(2, -1)
+    return keys.double() * cos.double() + torch.cat([-second, first], -1) * sin.double()
+
+
+@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize(("old", "new"), [(120_000, 64), (64, 120_000), (100_003, 131_000)])
+def test_a_key_far_away_has_the_models_own_rounding(scaling: str, old: int, new: int) -> None:
+    """The model's angles are float32: at position 100,000 they are wrong by a thousandth, and a moved key's too."""
+    rotary = tiny_model("llama", scaling, max_position_embeddings=1 << 18).model.rotary_emb
+    was, is_now = torch.arange(old, old + 48), torch.arange(new, new + 48)
+    tables = lambda places: [table[0] for table in rotary(torch.empty(0), places[None])]  # noqa: E731
+    key = torch.rand(2, 48, 16, generator=torch.Generator().manual_seed(0))
+    cos, sin = shift_tables(rotary, was, is_now)
+    moved = shift_keys(turned(key, *tables(was)).float(), cos, sin)
+    assert (moved - turned(key, *tables(is_now))).abs().max() < 1e-5
+    if new > old:  # to read the table at the distance would be another rounding
+        cos, sin = tables(is_now - was)
+        assert (turned(turned(key, *tables(was)), cos, sin) - turned(key, *tables(is_now))).abs().max() > 1e-4
+
+
+def test_an_angle_is_rounded_once_to_float32(tokenizer) -> None:
+    model = HFModel.wrap(tiny_model("llama"), tokenizer)
+    old, new = torch.arange(100_000, 101_000), torch.arange(1000)
+    (cos_a, sin_a), (cos_b, sin_b) = (
+        [table[0].double() for table in model.rotary(torch.empty(0), places[None])] for places in (old, new)
+    )
+    cos, sin = shift_tables(model.rotary, old, new)
+    square = cos_a**2 + sin_a**2
+    half = 2.0**-25 * (1 + 1e-6)  # of float32's last bit below 1
+    assert (cos - (cos_a * cos_b + sin_a * sin_b) / square).abs().max() <= half
+    assert (sin - (sin_b * cos_a - cos_b * sin_a) / square).abs().max() <= half
+
+
+@pytest.mark.parametrize("into", [False, True])
+def test_a_bfloat16_key_is_rounded_once(tokenizer, into: bool) -> None:
+    model = HFModel.wrap(tiny_model("llama"), tokenizer)
+    key = torch.randn(2, 500, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
+    cos, sin = shift_tables(model.rotary, torch.arange(500), torch.arange(2000, 2500))
+    out = torch.empty_like(key) if into else None
+    moved = shift_keys(key, cos, sin, out=out)
+    assert out is None or moved is out
+    wrong = (moved != turned(key, cos, sin).bfloat16()).double().mean()
+    assert wrong < 1e-3, "float32 may fall on the other side of a half now and then"
 
 
 def test_what_is_reused_is_really_reused(smollm2_engine, smollm2_plain, sentences):

@@ -117,6 +117,22 @@ def test_a_file_above_the_limit_is_refused(tmp_path: Path) -> None:
     assert load_document(path, max_bytes=101).text == "x" * 101
 
 
+def test_a_file_that_grows_above_the_limit_while_it_is_read_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = tmp_path / "a.txt", os.fstat
+    path.write_text("x" * 100)
+
+    def grows(file: int) -> os.stat_result:
+        status = real(file)
+        with path.open("a") as end:
+            end.write("x")
+        return status
+
+    monkeypatch.setattr(os, "fstat", grows)
+    assert "larger than 100 bytes" in refused(path, max_bytes=100)
+
+
 @pytest.mark.parametrize("unit", ["x", "word "])
 def test_fifty_megabytes_on_one_line_are_loaded_and_split(tmp_path: Path, unit: str) -> None:
     path = tmp_path / "a.txt"

@@ -322,6 +322,32 @@ def test_a_chunk_is_known_by_vllms_own_hashes() -> None:
     assert (start, end, old, keys) == (19, 103, 16, tuple(own[2:]))
 
 
+def test_a_chunk_inside_a_block_of_the_prefix_is_not_known() -> None:
+    """Its own blocks would begin elsewhere than the chunk: keys would be moved from the wrong position."""
+    pool, prefix, chunk = scheduler_kit.Pool(), list(range(20)), list(range(100, 150))
+    hashes = scheduler_kit.chunk_hashes("salt", prefix + chunk, 8)
+    pool.file("salt", prefix + chunk, 8)
+    chunks = HotChunks(pool, 8)
+    tokens = array("q", prefix + chunk)
+    chunks.remember(tokens, hashes, len(prefix))
+    assert chunks.tokens == 0
+    assert chunks.find(chunks.places(tokens, hashes, [(20, 70)])) == []
+
+
+def test_a_chunk_is_not_found_after_part_of_a_block() -> None:
+    """It was computed right after the prefix, and here would seem to have been after four more tokens."""
+    pool, prefix, chunk = scheduler_kit.Pool(), list(range(16)), list(range(100, 148))
+    hashes = scheduler_kit.chunk_hashes("salt", prefix + chunk, 8)
+    pool.file("salt", prefix + chunk, 8)
+    chunks = HotChunks(pool, 8)
+    chunks.remember(array("q", prefix + chunk), hashes, len(prefix))
+    query = [*prefix, 1, 2, 3, 4, *chunk]
+    own = scheduler_kit.chunk_hashes("salt", query, 8)
+    assert chunks.find(chunks.places(array("q", query), own, [(20, 68)])) == []
+    (first, *_) = chunks.find(chunks.places(array("q", query), own, [(16, 20), (20, 68)]))
+    assert (first.start, first.old_start) == (20, 16)
+
+
 def test_known_chunks_are_bounded_by_their_tokens() -> None:
     chunks = HotChunks(scheduler_kit.Pool(), 8, remembered=200)
     for number in range(50):

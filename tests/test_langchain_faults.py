@@ -310,6 +310,19 @@ def test_our_faiss_says_what_it_cannot_keep(tmp_path: Path) -> None:
     vectors.close()
 
 
+@pytest.mark.parametrize("ids", [["1"], ["1", "2", "3"], []])
+def test_ids_that_do_not_match_the_documents_are_an_error(made: Workspace, ids: list[str]) -> None:
+    class Odd(InMemoryVectorStore):
+        def add_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
+            super().add_documents(documents, **kwargs)
+            return ids
+
+    vectors = LMCacheVectorStore(Odd(FAKE), made)
+    with pytest.raises(ConfigError, match=f"returned {len(ids)} ids for 2 documents"):
+        vectors.add_documents([Document("one"), Document("two")])
+    assert vectors.register.texts() == {}, "which text is whose is not guessed"
+
+
 def test_a_missing_framework_is_named_with_its_extra() -> None:
     code = (
         "import sys\nsys.modules['langchain_core'] = None\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -157,6 +158,22 @@ def test_a_filled_vector_store_is_adopted(made: Workspace, caplog: pytest.LogCap
     assert apart.register.ids() == set()
 
 
+def test_a_text_that_changed_under_its_id_is_adopted(made: Workspace) -> None:
+    inner = InMemoryVectorStore(FAKE)
+    LMCacheVectorStore(inner, made).add_texts(TEXTS[:2], ids=["a", "b"])
+    inner.add_texts([TEXTS[2]], ids=["a"])  # by a program that knows nothing of KV
+    check(LMCacheVectorStore(inner, made), made, {TEXTS[1], TEXTS[2]})
+
+
+def test_warm_follows_a_text_that_changed_under_its_id(made: Workspace) -> None:
+    inner = InMemoryVectorStore(FAKE)
+    vectors = LMCacheVectorStore(inner, made)
+    vectors.add_texts(TEXTS[:2], ids=["a", "b"])
+    inner.add_texts([TEXTS[2]], ids=["a"])
+    vectors.warm()
+    check(vectors, made, {TEXTS[1], TEXTS[2]})
+
+
 def test_two_vector_stores_share_a_workspace_and_a_text(made: Workspace) -> None:
     one = LMCacheVectorStore(InMemoryVectorStore(FAKE), made, space="one")
     two = LMCacheVectorStore(InMemoryVectorStore(FAKE), made, space="two")
@@ -177,6 +194,17 @@ async def test_delete_without_ids_removes_all(made: Workspace, tmp_path: Path, i
     await vectors.adelete()
     check(vectors, made, set())
     assert await vectors.asimilarity_search("x") == []
+
+
+async def test_delete_without_ids_removes_what_only_the_registry_knows(made: Workspace) -> None:
+    inner = InMemoryVectorStore(FAKE)
+    vectors = LMCacheVectorStore(inner, made)
+    for deletes in (vectors.delete, lambda: asyncio.run(vectors.adelete())):
+        vectors.add_texts(TEXTS[:2], ids=["a", "b"])
+        inner.delete(["a"])
+        await asyncio.to_thread(deletes)
+        check(vectors, made, set())
+        assert inner.store == {}
 
 
 def test_save_load_and_a_restart(tokenizer: Any, tmp_path: Path) -> None:

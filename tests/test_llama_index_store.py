@@ -289,6 +289,34 @@ def test_a_store_that_was_filled_before_is_adopted(workspace, tmp_path, corpus):
     assert other.kv.ids() == {"0", "1"}
 
 
+def test_a_text_that_changed_under_its_id_is_adopted(workspace, tmp_path, corpus):
+    inner = FaissVectorStore(tmp_path / "filled")
+    store = LMCacheVectorStore(inner, workspace)
+    store.add([node(text, "d", name=str(i)) for i, text in enumerate(corpus[:2])])
+    inner.add([node(corpus[2], "other", name="0")])  # by a program that knows nothing of KV
+    assert store.adopt().computed == 1
+    assert store.kv.texts() == {"0": corpus[2], "1": corpus[1]}
+    assert same(store, workspace, tmp_path) == {"0", "1"}
+    assert store.kv.ids("other") == {"0"}
+
+
+@pytest.mark.parametrize("store", ["another", "chroma"], indirect=True)
+async def test_nodes_without_a_document_are_deleted_as_none(store, workspace, tmp_path, corpus):
+    """LlamaIndex's stores keep such nodes under the document "None", and delete them so."""
+    for deletes in (store.delete, lambda name: asyncio.run(store.adelete(name))):
+        store.add([node(corpus[0], name="0"), node(corpus[1], "d", name="1")])
+        await asyncio.to_thread(deletes, "None")
+        assert same(store, workspace, tmp_path) == {"1"}
+
+
+def test_a_node_without_a_document_stands_for_itself_in_ours(ours, workspace, tmp_path, corpus):
+    ours.add([node(corpus[0], name="0"), node(corpus[1], name="1")])
+    ours.delete("None")
+    assert same(ours, workspace, tmp_path) == {"0", "1"}
+    ours.delete("0")
+    assert same(ours, workspace, tmp_path) == {"1"}
+
+
 async def test_a_cancelled_addition_leaves_nothing(store, workspace, tmp_path, corpus, monkeypatch):
     started, go = threading.Event(), threading.Event()
     real = workspace.engine.precompute

@@ -40,6 +40,12 @@ def test_tenants_and_models_share_nothing() -> None:
     assert len(names) == 7
 
 
+def test_an_adapter_and_a_tenant_are_never_another_pair() -> None:
+    spaces, prompt = Namespaces("model", CHUNK), ids(1, 100)
+    pairs = [("ab", ""), ("a", "b"), ("", "ab"), ("a\0", "b"), ("a", "\0b"), ("", "1\0ab"), ("1\0a", "b")]
+    assert len({spaces.of(prompt, tenant, None, adapter=adapter) for adapter, tenant in pairs}) == len(pairs)
+
+
 def ingest(tokens: int) -> dict[str, Any]:
     return {PREFIX: tokens, INGEST: True}
 
@@ -112,7 +118,8 @@ def test_a_prefix_that_cannot_be_is_taken_for_none(wrong: Any) -> None:
     spaces.of([], "", None)
 
 
-def test_the_prefix_that_was_not_used_for_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("use", ["asked", "named", "ingested"])
+def test_the_prefix_that_was_not_used_for_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch, use: str) -> None:
     for limit, lengths in (("_NAMES", (2, 2, 2)), ("_LENGTHS", (2, 3, 4)), ("_TENANTS", (2, 2, 2))):
         with monkeypatch.context() as patch:
             patch.setattr(f"lmcache_rag.connector.namespace.{limit}", 2)
@@ -120,10 +127,21 @@ def test_the_prefix_that_was_not_used_for_longest_is_forgotten(monkeypatch: pyte
             tenants = ["a", "b", "c"] if limit == "_TENANTS" else [""] * 3
             prefixes = [ids(n, length * CHUNK) for n, length in enumerate(lengths)]
             named = [spaces.of(prefix, tenants[n], ingest(len(prefix))) for n, prefix in enumerate(prefixes[:2])]
-            assert spaces.of(prefixes[0], tenants[0], None) == named[0], "used again"
+            size = len(prefixes[0])
+            params = {"asked": None, "named": {PREFIX: size}, "ingested": ingest(size)}[use]
+            assert spaces.of(prefixes[0], tenants[0], params) == named[0], "used again"
             named.append(spaces.of(prefixes[2], tenants[2], ingest(len(prefixes[2]))))
             found = [spaces.of(prefix, tenants[n], None) == named[n] for n, prefix in enumerate(prefixes)]
             assert found == [True, False, True], limit
+
+
+def test_of_all_prefixes_one_of_the_tenant_with_most_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmcache_rag.connector.namespace._ALL_NAMES", 4)
+    spaces, prefixes = Namespaces("model", CHUNK), [ids(n, 2 * CHUNK) for n in range(5)]
+    tenants = ["few", "many", "many", "many", "new"]
+    named = [spaces.of(p, tenant, ingest(2 * CHUNK)) for p, tenant in zip(prefixes, tenants, strict=True)]
+    found = [spaces.of(p, tenant, None) for p, tenant in zip(prefixes, tenants, strict=True)]
+    assert [a == b for a, b in zip(found, named, strict=True)] == [True, False, True, True, True]
 
 
 def test_a_prompt_is_hashed_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -256,6 +256,17 @@ def test_changing_the_embedder_can_be_interrupted_and_ends_with_every_chunk_embe
         assert store.registry.check() == []
 
 
+def test_a_search_hears_of_a_changed_embedder_by_the_first_new_vector(store: Store) -> None:
+    """No search comes between: the index learns of both at once."""
+    put(store, "a", "one", "two", "three")
+    store.index.refresh()
+    store.registry.change_embedder("model-b")
+    one = next(chunk.chunk_id for chunk in store.registry.chunks() if chunk.text == "one")
+    store.registry.set_embeddings({one: vector("one", "b")}, embedder="model-b")
+    assert store.index.ids() == {one}, "the others have vectors of the old model"
+    assert found(store, "two", k=3) == ["one"]
+
+
 def test_an_embedding_that_replaces_another_is_what_search_sees(store: Store) -> None:
     put(store, "a", "one", "two")
     store.index.refresh()

@@ -167,6 +167,33 @@ def test_who_does_not_find_the_engine_idle_is_blended_beside_the_others() -> Non
     assert not once.side.pace.beside
 
 
+def test_a_background_plan_is_sent_though_its_request_ended() -> None:
+    """vLLM frees the blocks of an asynchronous load only when a worker reports that it is done."""
+    once = Once()
+    once.side.plans({"runs": 1})
+    request = once.request()
+    once.side.allocated(request, list(range(13)), once.side.matched(request, 32) or 0, None)
+    assert once.side.in_background("a")
+    once.finish(request)  # before the plan was sent: what makes a step's metadata may have raised
+    ((plan,), _) = once.side.plans({"runs": 1})
+    assert (plan.request_id, plan.background) == ("a", True)
+    once.side.take([BlendResult("a", 32, 24, 8, 12, 1.0, 1.0)])
+    assert not once.side.pace.beside
+
+
+def test_a_request_that_is_not_blended_waits_for_no_blend() -> None:
+    once = Once()
+    once.side.plans({"runs": 1})
+    for number in range(once.side.pace.at_once):
+        request = once.request(str(number))
+        once.side.allocated(request, list(range(13)), once.side.matched(request, 0) or 0, None)
+    assert once.side.pace.full
+    blends, plain = once.request("blends"), once.request("plain")
+    plain.kv_transfer_params = {"lmcache_rag.blend": False}
+    assert once.side.matched(blends, 32) is None
+    assert once.side.matched(plain, 32) == 0, "vLLM holds its exact prefix: there is nothing to load"
+
+
 def test_without_overlap_a_full_step_makes_blends_wait_and_nobody_else() -> None:
     once = Once(overlap=False, step_tokens=50)
     blends, waits = once.request("a"), once.request("b")
@@ -279,6 +306,33 @@ def test_an_outage_is_warned_of_once_and_the_next_one_again(caplog: pytest.LogCa
         once.finish(request)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
     assert caplog.text.count("LMCache does not answer") == 2
+
+
+def test_an_answer_to_an_earlier_question_ends_no_outage(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    once, now = Once(), [1000.0]
+    monkeypatch.setattr(scheduler_side, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def not_answered(name: str) -> None:
+        request = once.request(name, polls=1 << 30)
+        assert once.side.matched(request, 0) is None
+        now[0] += once.side.options.lookup_deadline + 0.1
+        assert once.side.matched(request, 0) == 0
+        once.finish(request)
+
+    early = once.request("early", polls=1)
+    once.side.arrived(early)  # before the server stopped
+    now[0] += 1.0
+    not_answered("first")
+    assert once.side.matched(early, 0) is None
+    assert once.side.matched(early, 0) == 76
+    not_answered("second")
+    assert caplog.text.count("did not answer for") == 1, "the outage had not ended"
+    now[0] += 1.0
+    assert once.side.matched(once.request("new"), 0)
+    not_answered("third")
+    assert caplog.text.count("did not answer for") == 2
 
 
 def test_wrong_wishes_are_warned_of_and_not_followed(caplog: pytest.LogCaptureFixture) -> None:

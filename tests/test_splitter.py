@@ -125,6 +125,16 @@ def test_an_accent_stays_on_its_letter_in_a_hard_cut(encode: Encode) -> None:
     assert all(chunk.text.startswith("e") for chunk in checked(text, splitter.split(text), splitter, encode))
 
 
+def test_overlap_never_repeats_the_whole_chunk_before(encode: Encode) -> None:
+    short, long = "## Sea\n\nWaves break on the long shore. ", "## Land\n\n" + "Rivers carry water to the sea. " * 5
+    splitter = Splitter(encode, chunk_tokens=96, overlap_tokens=40)
+    text = "\n\n".join([long, short, long, short, long])
+    chunks = checked(text, splitter.split(text), splitter, encode)
+    whole = [chunk for chunk in chunks if chunk.text.startswith("## Sea")]
+    assert len(whole) <= 2
+    assert any(chunk.text.startswith("Sea\n\nWaves") for chunk in chunks), "nearly all of it is repeated"
+
+
 def test_overlap_repeats_whole_words_of_the_chunk_before(encode: Encode, prose: str) -> None:
     splitter = Splitter(encode, chunk_tokens=128, overlap_tokens=24)
     chunks = checked(prose, splitter.split(prose), splitter, encode)
