@@ -317,6 +317,9 @@ def test_a_prefix_is_named_by_the_tokens_up_to_its_end(monkeypatch: pytest.Monke
     plan = BlendPlan("r", tuple(range(500)), 80, 191, (), 400, tuple(range(25)), "query", 0.15)
     compat_lmcache.WorkerLink(worker, 1.0).submit_exact(plan)
     assert sent == [(list(range(192)), 64, 192, 16), "GIL"]
+    compat_lmcache.WorkerLink(worker, 1.0).give_back(plan)
+    assert sent[2:] == sent[:2]
+    del sent[2:]
 
     client = SimpleNamespace(cb_unified_lookup=lambda key, ranks: None)
     keyed = SimpleNamespace(no_worker_id_version=lambda: KEY("m", 1, None, to_lmcache(()), 0, 0, "r"))

@@ -176,6 +176,22 @@ def test_a_store_after_its_deadline_is_refused(make: Make, draw: random.Random) 
     assert server.in_memory(prompt) == 2
 
 
+def test_a_refused_load_of_an_exact_prefix_keeps_nothing_locked(make: Make, draw: random.Random) -> None:
+    """After a pause, and for a plan whose worker found the server away. Its key ends with the prefix."""
+    server = make()
+    prefix = text(draw, 3)
+    server.store(prefix)
+    load = next(module for module in server.modules if hasattr(module, "_release_failed_retrieve_locks")).retrieve
+    asked, found = server.hold(prefix + text(draw, 2))
+    assert found.prefix_coverage_tokens == len(prefix)
+    other, _ = server.hold(prefix + text(draw, 1))
+    late = {protocol.UNTIL: 0.0}
+    for request in (other.request_id, asked.request_id, asked.request_id, "unknown"):
+        assert load(key(prefix, request, configs=late), 7, [[]], b"", 0) == (b"", False)
+        server.evict()
+        assert server.in_memory(prefix) == (3 if request == other.request_id else 0)
+
+
 def test_a_store_that_is_late_while_it_copies_commits_nothing(
     make: Make, draw: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:

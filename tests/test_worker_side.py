@@ -55,6 +55,9 @@ class Link:
         self.asked.append("matches")
         return "matches"
 
+    def give_back(self, plan: BlendPlan) -> None:
+        self.asked.append("give back")
+
     def lost(self, since: float) -> bool:
         return self.fault == "ended"
 
@@ -176,6 +179,13 @@ def test_without_the_kv_everything_is_computed(
     assert world.is_full_prefill()
     assert (world.link.asked == []) == (fault == "dead")
     assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 1
+
+
+def test_an_exact_prefix_that_is_not_asked_for_is_given_back(hf: HFModel) -> None:
+    world = World(hf, "dead")
+    world.plan = dataclasses.replace(world.plan, local=PREFIX - BLOCK)
+    assert world.run().failure == "no server"
+    assert world.link.asked == ["give back"]
 
 
 def test_a_plan_that_failed_is_computed_in_full(hf: HFModel) -> None:

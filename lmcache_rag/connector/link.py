@@ -26,6 +26,10 @@ class Link(Protocol):
         """Ask for chunk KV at its new positions: some of the plan's matches."""
         ...
 
+    def give_back(self, plan: BlendPlan) -> None:
+        """The exact prefix is not going to be asked for: the server need not keep it in memory for this plan."""
+        ...
+
     @property
     def deadline(self) -> float:
         """Longest wait for an answer, in seconds."""

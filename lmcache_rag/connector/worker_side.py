@@ -225,6 +225,8 @@ class WorkerSide:
         waiting: list[Any] = []
         if not self._link.is_healthy and (cold or plan.exact > plan.local):
             reason = Fallback.NO_SERVER
+            if plan.exact > plan.local:
+                self._link.give_back(plan)
         else:  # before anything else: the server needs some milliseconds until the first byte is on its way
             if cold:  # the larger part first: the server prepares the other while this one is on the bus
                 waiting.append(self._link.submit_matches(plan, cold))

@@ -138,20 +138,28 @@ class WorkerLink:
         """
         return self._sent(lambda: self._submit_exact(plan))
 
-    def _submit_exact(self, plan: BlendPlan) -> Any:
+    def give_back(self, plan: BlendPlan) -> None:
+        """Have the server give back the read locks of an exact prefix that is not loaded, when it answers again.
+
+        A load without blocks, after its deadline: the server refuses it, and unlocks what it would have read.
+        """
+        self._sent(lambda: self._submit_exact(plan, refused=True))
+
+    def _submit_exact(self, plan: BlendPlan, *, refused: bool = False) -> Any:
         chunk = self._adapter.lmcache_tokens_per_chunk
         begin = plan.local // chunk * chunk
         end = -(-plan.exact // chunk) * chunk
         # The server hashes up to there. It compares the tokens with the look-up's only where it does not know this
         # worker any more: then the locks end by themselves.
-        key = self._key(plan, plan.token_ids[:end], begin, end)
+        key = self._key(plan, plan.token_ids[:end], begin, end, until=0.0 if refused else None)
         transfer = self._adapter.transfer_ctx
         block = chunk // self._adapter.blocks_in_chunk
+        blocks = [] if refused else list(plan.block_ids[begin // block : -(-end // block)])
         return transfer.submit_retrieve(
             plan.request_id,
             key,
             self._adapter.kv_caches,
-            [list(plan.block_ids[begin // block : -(-end // block)])],
+            [blocks],
             transfer.create_recorded_event(),
             self._adapter.blocks_in_chunk,
             skip_first_n_tokens=plan.local - begin,
@@ -173,8 +181,8 @@ class WorkerLink:
         )
         return future.to_device_future(device=transfer._device, event_backend=transfer._event_backend)
 
-    def _key(self, plan: BlendPlan, tokens: Sequence[int], start: int, end: int) -> Any:
-        configs = {**(plan.configs or {}), UNTIL: time.time() + self._deadline}
+    def _key(self, plan: BlendPlan, tokens: Sequence[int], start: int, end: int, *, until: float | None = None) -> Any:
+        configs = {**(plan.configs or {}), UNTIL: time.time() + self._deadline if until is None else until}
         return self._adapter._create_key(to_lmcache(tokens), start, end, plan.request_id, plan.cache_salt, configs)
 
     @property

@@ -12,6 +12,7 @@ Patches of LMCache 0.5.6 and 0.5.7, each of an object that the server has made, 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import logging
@@ -95,10 +96,27 @@ class Guard:
         def guarded(module: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
             if _late(key):
                 log.warning("request %s: load deadline passed, load skipped", key.request_id)
+                try:
+                    self._unlock(module, key, args[0])
+                except Exception:  # an answer is waited for
+                    log.exception("request %s: read locks are left to their end by time", key.request_id)
                 return b"", False
             return load(module, key, *args, **kwargs)
 
         return guarded
+
+    def _unlock(self, module: Any, key: Any, instance_id: int) -> None:
+        """Give back the read locks that a refused load of an exact prefix would have given back, of one worker.
+
+        LMCache does so for workers that it does not know any more, where the load's tokens are the look-up's. Ours ends
+        with the prefix. What a chunk's load leaves locked is given back when its session ends.
+        """
+        release = getattr(module, "_release_failed_retrieve_locks", None)
+        session = self.context.session_manager.get(key.request_id)
+        if release is None or session is None or (asked := session.lookup_ipc_key) is None:
+            return
+        if asked.token_ids[: len(key.token_ids)] == key.token_ids:
+            release(dataclasses.replace(key, token_ids=asked.token_ids), instance_id)
 
     def _stores(self, store: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
         commit = stock.__name__ == "commit_store"
