@@ -129,7 +129,7 @@ def test_contracts_cover_what_make_test_omits(ci: ModuleType, monkeypatch: pytes
         (part,) = [part for part in parts if part.name == name]
         assert {"--cov", "--cov-config=.ci/contracts.coveragerc"} <= set(part.command)
         assert f"--cov-fail-under={ci.COVERED['contracts']}" in part.command
-    assert ci.COVERED["contracts"] >= 80
+    assert ci.COVERED["contracts"] >= 90
     assert ci.COVERED["make test"] >= 90
 
 
