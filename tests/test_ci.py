@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import configparser
+import fnmatch
 import importlib.util
+import os
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -36,6 +40,7 @@ def names(ci: ModuleType, monkeypatch: pytest.MonkeyPatch) -> object:
 
 def test_a_change_asks_for_the_parts_it_touches(ci: ModuleType, names) -> None:
     always = ["install", "lint and types", "quickstart", "test", "environment, LMCache 0.5.6", "servers", "contracts"]
+    always.append("kernels, interpreted")
     assert names("README.md", "lmcache_rag/rag.py") == always
     others = {name for name in names("lmcache_rag/connector/compat_vllm/x.py") if name not in always}
     assert others == {
@@ -68,6 +73,64 @@ def test_the_full_tier_leaves_nothing_of_the_other_out(ci: ModuleType, monkeypat
     for version in ("0.5.6", "0.5.7rc2"):
         assert {f"{kind}, LMCache {version}" for kind in ("contracts", "servers", "own servers")} <= full
     assert {"mutants", "mutants, contracts", "mutants, servers", "long tests"} <= full
+
+
+def test_all_kernels_run_interpreted_and_the_cheap_in_run(ci: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VENV", "build/ci-venv")
+    for parts, selection in ((ci.run_parts(set()), ["-m", "not full"]), (ci.full_parts(), [])):
+        (part,) = [part for part in parts if part.name == "kernels, interpreted"]
+        assert part.command == ci.check("0.5.6", *selection, "tests/test_kernels.py")
+        assert part.env == {"TRITON_INTERPRET": "1"}
+
+
+def test_interpreted_kernels_need_no_gpu() -> None:
+    """Marked as a GPU's they could be skipped with --must-run."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/test_kernels.py",
+    ]
+    done = subprocess.run(
+        [*command, "-m", "gpu"],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED, done.stdout
+    assert "no tests collected" in done.stdout
+
+
+def test_contracts_cover_what_make_test_omits(ci: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All but the kernels, and with a bar of their own."""
+    monkeypatch.setenv("VENV", "build/ci-venv")
+    omit = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["coverage"]["run"]["omit"]
+    config = configparser.ConfigParser()
+    config.read(ROOT / ".ci" / "contracts.coveragerc")
+    measured = config["run"]["source_pkgs"].split()
+    omitted, covered = set(), set()
+    for file in (ROOT / "lmcache_rag").rglob("*.py"):
+        name = ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        if any(fnmatch.fnmatchcase(str(file), glob) for glob in omit):
+            omitted.add(name)
+        if any(f"{name}.".startswith(f"{package}.") for package in measured):
+            covered.add(name)
+    kernels = {f"lmcache_rag.connector.{name}" for name in ("kernels", "move_kernel")}
+    assert omitted == covered | kernels
+    assert not covered & kernels
+    for parts, name in ((ci.run_parts(set()), "contracts"), (ci.full_parts(), "contracts, LMCache 0.5.6")):
+        (part,) = [part for part in parts if part.name == name]
+        assert {"--cov", "--cov-config=.ci/contracts.coveragerc"} <= set(part.command)
+        assert f"--cov-fail-under={ci.COVERED['contracts']}" in part.command
+    assert ci.COVERED["contracts"] >= 90
+    assert ci.COVERED["make test"] >= 90
 
 
 def test_what_changed_is_seen_from_the_last_landed_commit(ci: ModuleType, tmp_path: Path) -> None:

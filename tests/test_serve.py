@@ -201,23 +201,6 @@ def test_a_file_that_vllm_cannot_read_is_told_at_once(file: Callable[[str], str]
     assert "YAML" in caught.value.remedy
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="needs vLLM")
-def test_vllm_itself_takes_the_file_as_we_read_it(file: Callable[[str], str]) -> None:
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
-
-    parser = FlexibleArgumentParser()
-    for name in ("--port", "--max-num-batched-tokens", "--gpu-memory-utilization", "--kv-transfer-config", "--config"):
-        parser.add_argument(name)
-    parser.add_argument("--host")
-    parser.add_argument("words", nargs="*")
-    made = make("--config", file("gpu_memory_utilization: 0.5\nport: 9000\n"))
-    got = parser.parse_args(list(made.vllm))
-    assert (got.gpu_memory_utilization, got.port, got.max_num_batched_tokens) == ("0.5", "9000", "8192")
-    assert json.loads(got.kv_transfer_config)["kv_connector"] == "CacheBlendConnector"
-    parts = ["serve", "m", "--kv-transfer-config", '{"a": 1}', "--kv-transfer-config.b", "2"]
-    assert "a" not in json.loads(parser.parse_args(parts).kv_transfer_config), "then they need not be refused"
-
-
 @pytest.mark.parametrize(
     ("words", "url"),
     [
