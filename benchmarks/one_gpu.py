@@ -19,6 +19,19 @@ FOLDER = "LMCACHE_RAG_BENCHMARK_FOLDER"
 for what passes of few tokens take."""
 
 
+def all_but(left: int) -> Any:
+    """All of the GPU's memory but so many bytes, and but what the driver says is free and does not give."""
+    import torch
+
+    for more in (0, *(1 << power for power in range(20, 32))):
+        try:
+            size = max(torch.cuda.mem_get_info()[0] - left - more, 1)
+            return torch.empty(size, dtype=torch.uint8, device="cuda")
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    raise SystemExit("No memory could be held")
+
+
 def weigh(rank: int, full: Path | None) -> None:
     """Write down what memory passes were said to take and what they took; have little while the file is there."""
     import logging
@@ -39,7 +52,7 @@ def weigh(rank: int, full: Path | None) -> None:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
             left = need(SMALL, prompt) + ((24 if memory is not None else 2) << 20)
-            held.append(torch.empty(max(torch.cuda.mem_get_info()[0] - left, 1), dtype=torch.uint8, device="cuda"))
+            held.append(all_but(left))
         elif held and full is not None and not full.exists():
             held.clear()
             torch.cuda.empty_cache()

@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -230,17 +230,20 @@ def part(given: argparse.Namespace, folder: Path) -> None:
             os.environ |= {"VLLM_DISABLE_PYNCCL": "1", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
     engine = Engine(str(folder / "model"), given.port, f"ranks {given.part}", options)
     ingest(engine)
+    measures: dict[str, Callable[[], Any]] = {}
     if not given.only_faults:
-        found["answers"] = answers(engine, given.prompts, folder)
+        measures["answers"] = lambda: answers(engine, given.prompts, folder)
     if given.part > 1:
         if not given.only_faults:
-            found["agreement"] = agreement(engine, given.requests, folder, given.part)
-        found["fault on the last rank"] = faults(engine, given.prompts, folder, "fault", 2)
+            measures["agreement"] = lambda: agreement(engine, given.requests, folder, given.part)
+        measures["fault on the last rank"] = lambda: faults(engine, given.prompts, folder, "fault", 2)
     if not given.one_gpu:  # there the other rank has the same memory
-        found["no memory on the last rank"] = faults(engine, given.prompts, folder, "full", 3)
+        measures["no memory on the last rank"] = lambda: faults(engine, given.prompts, folder, "full", 3)
     if given.part > 1:
-        found["memory"] = [memory(folder, rank) for rank in range(given.part)]
-    (folder / f"part{given.part}.json").write_text(json.dumps(found))
+        measures["memory"] = lambda: [memory(folder, rank) for rank in range(given.part)]
+    for name, measure in measures.items():
+        found[name] = measure()
+        (folder / f"part{given.part}.json").write_text(json.dumps(found))  # of what is cut off too
 
 
 def main() -> None:

@@ -245,11 +245,11 @@ def test_without_lmcache_answers_are_a_full_prefills_until_it_is_back(served: Se
 
 
 def test_a_chunk_that_is_to_be_forgotten_is_gone_from_memory_and_tier(served: Served) -> None:
-    gone, *others = served.chunks[:4]
+    gone, first, *others = served.chunks[:4]
 
-    def found() -> list[bool]:
+    def found() -> list[bool]:  # never at the beginning: vLLM keeps what it computed itself there
         prompt, at = list(served._prefix), []
-        for chunk in served._rng.sample([gone, *others], 4):
+        for chunk in [first, *served._rng.sample([gone, *others], 3)]:
             at.append((served.chunks.index(chunk), len(prompt), len(prompt) + len(chunk)))
             prompt += chunk + served._gap
         told = served.ask(prompt + served._question, 1, **{"lmcache_rag.spans": True})[1]
