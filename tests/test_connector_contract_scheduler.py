@@ -5,6 +5,7 @@ See vllm_scheduler_kit for what is real, and test_connector_contract.py.
 
 from __future__ import annotations
 
+import inspect
 import random
 import warnings
 from array import array
@@ -27,7 +28,7 @@ with warnings.catch_warnings():
     from vllm.v1.request import Request
     from vllm_scheduler_kit import BLOCKS, Engine, lmcache_server
 
-    from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache
+    from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
     from lmcache_rag.connector.plan import BlendPlan, Match
     from lmcache_rag.connector.told import BlendResults
     from lmcache_rag.protocol import CannotBlend, Unsupported
@@ -370,6 +371,24 @@ def test_embedded_prompts_are_neither_looked_up_nor_stored(make: Any, blends: bo
     engine.to_the_end()
 
 
+@pytest.mark.parametrize("healthy", [True, False])
+def test_lmcaches_own_connector_gives_locks_back_by_name(make: Any, healthy: bool) -> None:
+    """Its calls name their arguments."""
+    adapter = make().connector.scheduler_adapter
+    client, sent = next(iter(adapter.req_clients.values())), []
+    client.free_lookup_locks = lambda key, *more: sent.append((key.request_id, key.start, key.end))
+    client.end_session = lambda request_id: None
+    (event,) = adapter._health_events.values()
+    if not healthy:
+        event.clear()
+    tokens = list(inspect.signature(type(adapter).free_lookup_locks).parameters)[1]  # 0.5.7 has another name for them
+    named = {tokens: to_lmcache(range(CHUNK)), "start": 0, "end": CHUNK, "request_id": "r", "cache_salt": ""}
+    adapter.free_lookup_locks(**named, request_configs=None)
+    event.set()
+    adapter.end_session("another")
+    assert sent == [("r", 0, CHUNK)]
+
+
 def test_locks_are_given_back_when_lmcache_is_healthy_again(make: Any) -> None:
     """A paused server goes on with the look-ups that nobody waits for any more; LMCache's adapter may not know yet."""
     engine = make(lookup_deadline=0.2)
@@ -381,7 +400,7 @@ def test_locks_are_given_back_when_lmcache_is_healthy_again(make: Any) -> None:
     client.cb_unified_lookup = lambda key, ranks: SimpleNamespace(
         wait=lambda seconds: answer.there, result=lambda seconds: found
     )
-    client.free_lookup_locks = lambda key, ranks: sent.append((key.request_id, key.start, key.end))
+    client.free_lookup_locks = lambda key, *more: sent.append((key.request_id, key.start, key.end))
     client.end_session = sent.append
     engine.add_tokens("paused", list(range(100, 400)), outputs=60)
     while engine.connector._side.abandoned == 0:

@@ -78,7 +78,7 @@ class Worker:
         self.answers: list[Any] = []
         self.keys: list[Any] = []
         self.ended, self.unknown = False, 0
-        client = SimpleNamespace(store=self._store)
+        client = SimpleNamespace(store=self._store, retrieve=self._store)
         self.adapter.transfer_ctx = worker_transfer.LMCacheDrivenTransferContext(1, client)
         self.adapter.transfer_ctx._device, self.adapter.transfer_ctx._event_backend = "cpu", Events()
         self.adapter.transfer_ctx._mq_timeout = LONG
@@ -86,6 +86,7 @@ class Worker:
         self.connector.worker_adapter, self.connector._worker = self.adapter, None
         self.connector._stores, self.connector._can_store = StoresHeldBack(), True
         self.connector.lazy_offload = self.connector._enable_kv_events = False
+        self.connector._report_request_errors = False
         self.connector._kv_events_hook_called = True
         self.connector._in_flight = compat_lmcache.Stores(self.adapter, lambda: self.ended, self._is_unknown)
 
@@ -104,6 +105,16 @@ class Worker:
         op = adapters.LoadStoreOp(tokens, [[1, 2, 3, 4]], start, start + CHUNK)
         self.adapter.batched_submit_store_requests([request_id], [op], "event", ["salt"], [{"lmcache.x": 1}])
         return self.answers[-1]
+
+    def load(self, request_id: str) -> Any:
+        """Ask for a chunk of an exact prefix, as LMCache's connector does."""
+        op = adapters.LoadStoreOp(to_lmcache(range(CHUNK)), [[1, 2, 3, 4]], 0, CHUNK)
+        self.adapter.batched_submit_retrieve_requests([request_id], [op], "event", ["salt"], [None])
+        return self.answers[-1] if self.answers else None
+
+    def loaded(self) -> tuple[set[str], set[int]]:
+        """What a step reports as loaded, and the blocks that are to be computed."""
+        return set(self.connector.get_finished(set())[1]), self.connector.get_block_ids_with_load_errors()
 
     def stored(self, *ended: str) -> set[str]:
         """What a step reports as stored, when these requests have ended."""
@@ -290,6 +301,82 @@ def test_a_worker_that_was_paused_registers_again(worker: Worker) -> None:
     for _ in range(2):
         beat._execute()
     assert (worker.adapter.is_healthy, registered) == (True, ["again"])
+
+
+def test_a_load_has_a_deadline_and_is_answered(worker: Worker) -> None:
+    before = time.time()
+    answer = worker.load("r")
+    (key,) = worker.keys
+    assert before + stores.STORE_S <= key.request_configs[UNTIL] <= time.time() + stores.STORE_S
+    assert worker.loaded() == (set(), set())
+    answer.set_result((b"handle", True))
+    assert worker.loaded() == ({"r"}, set())
+    assert worker.stored("r") == {"r"}
+
+
+def test_blocks_of_a_late_load_are_kept_until_the_fence(worker: Worker, quick: None) -> None:
+    worker.load("r")
+    worker.adapter._health_event.clear()
+    assert worker.loaded() == ({"r"}, {1, 2, 3, 4}), "it is computed"
+    assert worker.stored("r") == set(), "LMCache may still write to its blocks"
+    settle()
+    assert worker.stored() == {"r"}
+
+
+def test_a_load_that_is_not_answered_is_computed(worker: Worker, quick: None) -> None:
+    worker.load("r")
+    assert worker.loaded() == (set(), set())
+    settle()
+    assert worker.loaded() == ({"r"}, {1, 2, 3, 4})
+    assert worker.unknown == 0
+
+
+def test_a_preemption_waits_for_late_loads_only(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker.load("waits")
+    worker.adapter.handle_preemptions(True)
+    assert time.time() < worker.keys[-1].request_configs[UNTIL], "it keeps its blocks"
+    assert worker.loaded() == (set(), set())
+    monkeypatch.setattr(stores, "STORE_S", 0.2)
+    monkeypatch.setattr(stores, "GRACE_S", 0.1)
+    worker.answers[-1].set_result((b"handle", True))
+    worker.load("late")
+    worker.adapter._health_event.clear()
+    assert worker.loaded()[0] == {"waits", "late"}
+    worker.adapter.handle_preemptions(True)
+    assert time.time() > worker.keys[-1].request_configs[UNTIL]
+
+
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_transfer_that_raises_does_not_end_the_worker(worker: Worker, quick: None, lazy: bool) -> None:
+    """Through shared memory LMCache's timeout is an error. It may have been sent, and blocks are kept for that long."""
+
+    def fails(*_: Any) -> None:
+        raise TimeoutError("PREPARE_STORE timed out")
+
+    worker.adapter.lazy_offload = lazy
+    worker.adapter.transfer_ctx._req_client = SimpleNamespace(store=fails, retrieve=fails)
+    op = adapters.LoadStoreOp(to_lmcache(range(CHUNK)), [[1, 2, 3, 4]], 0, CHUNK)
+    worker.adapter.batched_submit_store_requests(["r"], [op], "event")
+    assert worker.connector._in_flight.look() == {"r"}
+    assert worker.adapter._completed_store_requests == ({"r": 1} if lazy else {})
+    worker.load("loads")
+    settle()
+    assert worker.connector._in_flight.look() == set()
+    worker.adapter.lazy_offload = False
+    assert worker.loaded() == ({"loads"}, {1, 2, 3, 4})
+    assert worker.stored("r") == {"r"}
+
+
+def test_an_engine_driven_worker_waits_no_longer(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It asks LMCache in a step of vLLM, which stands still meanwhile; also after it was registered again."""
+    for _ in range(2):
+        context = worker_transfer.EngineDrivenTransferContext(1, worker.adapter.req_client)
+        context._engine_driven_context = SimpleNamespace(mq_timeout=LONG)
+        monkeypatch.setattr(context, "register", lambda *_, **more: None)
+        monkeypatch.setattr(adapters, "create_transfer_context", lambda *_, made=context, **more: made)
+        worker.adapter._layout_hints, worker.adapter.engine_group_infos = None, []
+        worker.adapter._send_register_kv_caches_request({})
+        assert context.engine_driven_context.mq_timeout == stores.STORE_S
 
 
 def test_what_the_adapter_remembers_is_bounded(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:

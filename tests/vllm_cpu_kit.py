@@ -19,6 +19,8 @@ import httpx
 import pytest
 from contract_kit import missing
 
+from lmcache_rag.connector.server_guard import MODULE
+
 BLOCK, CHUNK = 32, 64  # vLLM's CPU attention wants blocks of 32
 BIN = Path(sys.executable).parent
 SURROUNDINGS = {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": "", "DO_NOT_TRACK": "1", "LMCACHE_TRACK_USAGE": "false"}
@@ -89,12 +91,18 @@ def answers(url: str) -> bool:
 
 
 class Servers:
-    """Both servers. `lmcache` may be killed, or come later."""
+    """Both servers. `lmcache` may be killed, or come later; `guarded`: it loads our module, as with `serve`."""
 
     def __init__(
-        self, model: Path, folder: Path, *options: str, late: bool = False, connector: dict[str, Any] | None = None
+        self,
+        model: Path,
+        folder: Path,
+        *options: str,
+        late: bool = False,
+        connector: dict[str, Any] | None = None,
+        guarded: bool = False,
     ) -> None:
-        self.model, self._options, self._connector = model, options, connector or {}
+        self.model, self._options, self._connector, self._guarded = model, options, connector or {}, guarded
         self.port, self.http = free_port(), free_port()
         self.url = f"http://127.0.0.1:{free_port()}"
         self._folder = folder
@@ -138,6 +146,8 @@ class Servers:
             "http-host": "127.0.0.1",
             "http-port": self.http,
         }
+        if self._guarded:
+            options["server-module"] = json.dumps({"module_path": MODULE, "config": {}})
         return [str(BIN / "lmcache"), "server", *(str(w) for name, v in options.items() for w in (f"--{name}", v))]
 
     def _vllm(self) -> list[str]:

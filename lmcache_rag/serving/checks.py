@@ -18,7 +18,12 @@ from lmcache_rag.serving.environment import IMPORT_S, INSTALL, cuda_code, versio
 
 State = Literal["ok", "warning", "failed", "skipped"]
 
-TESTED = {("0.25.1", "0.5.6"), ("0.32.0", "0.5.6"), ("0.33.0", "0.5.6")}  # vLLM with LMCache
+TESTED = {  # vLLM with LMCache
+    ("0.25.1", "0.5.6"),
+    ("0.32.0", "0.5.6"),
+    ("0.32.0", "0.5.7rc2"),
+    ("0.33.0", "0.5.6"),
+}
 LEAST_FREE_MIB = 2048
 LEAST_CAPABILITY = (8, 0)  # bfloat16, and the kernels of the blend
 LEAST_DRIVER = 580  # of builds for CUDA 13, as vLLM, PyTorch and LMCache come from PyPI

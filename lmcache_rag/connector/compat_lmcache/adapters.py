@@ -129,12 +129,12 @@ class LaterReleases:
         for name in ("free_lookup_locks", "end_session"):
             setattr(adapter, name, partial(self._call, getattr(adapter, name)))
 
-    def _call(self, call: Callable[..., object], *args: Any) -> None:
+    def _call(self, call: Callable[..., object], *args: Any, **named: Any) -> None:
         if self._adapter.is_healthy:
             self.send()
-            call(*args)
+            call(*args, **named)
         elif len(self._kept) < self.KEPT:
-            self._kept.append((time.monotonic(), partial(call, *args)))
+            self._kept.append((time.monotonic(), partial(call, *args, **named)))
 
     def send(self) -> None:
         """Make the calls that were kept, if the server is healthy; in every step."""

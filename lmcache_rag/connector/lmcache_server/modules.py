@@ -115,8 +115,10 @@ class Guard:
         session = self.context.session_manager.get(key.request_id)
         if release is None or session is None or (asked := session.lookup_ipc_key) is None:
             return
-        if asked.token_ids[: len(key.token_ids)] == key.token_ids:
-            release(dataclasses.replace(key, token_ids=asked.token_ids), instance_id)
+        name = "token_bytes" if hasattr(key, "token_bytes") else "token_ids"  # LMCache 0.5.7's, 0.5.6's
+        looked_up, given = getattr(asked, name), getattr(key, name)
+        if looked_up[: len(given)] == given:
+            release(dataclasses.replace(key, **{name: looked_up}), instance_id)
 
     def _stores(self, store: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
         commit = stock.__name__ == "commit_store"
