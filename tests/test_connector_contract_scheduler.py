@@ -415,3 +415,42 @@ def test_locks_are_given_back_when_lmcache_is_healthy_again(make: Any) -> None:
     engine.step()
     assert sent == [("paused", 0, CHUNK), "paused"]
     engine.to_the_end()
+
+
+@pytest.mark.parametrize("case", ["aborted", "unhealthy", "answered"])
+def test_what_lmcaches_connector_never_asked_for_is_given_back(
+    make: Any, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    """Where we do not blend. LMCache would keep the look-up's job for ever, and its locks for five minutes."""
+    from lmcache.v1.multiprocess.futures import MessagingFuture
+
+    from lmcache_rag.connector import compat_lmcache
+
+    monkeypatch.setattr(compat_lmcache.LaterReleases, "AGAIN_S", 0.5)
+    engine = make()
+    engine.connector._why_not = Unsupported(CannotBlend.ERROR, "a test")
+    adapter = engine.connector.scheduler_adapter
+    client, sent = next(iter(adapter.req_clients.values())), []
+    if case != "answered":
+        client.lookup = lambda *_: MessagingFuture()
+    client.free_lookup_locks = lambda key, *_: sent.append((key.request_id, key.start, key.end))
+    client.end_session = sent.append
+    tokens = list(range(100, 430))
+    engine.add_tokens("r", tokens)
+    engine.step()
+    if case == "aborted":
+        engine.abort("r")
+    elif case == "unhealthy":
+        for event in adapter._health_events.values():
+            event.clear()
+        engine.step()
+        assert engine.scheduler.requests["r"].num_computed_tokens > 0, "it did not wait"
+        for event in adapter._health_events.values():
+            event.set()
+    while engine.scheduler.has_requests():
+        engine.step()
+    engine.to_the_end()
+    told = [("r", 0, len(tokens) // CHUNK * CHUNK), "r"]
+    assert sent == (["r"] if case == "answered" else told + told)
+    assert not engine.connector._releases.waiting
+    assert not engine.connector._asked

@@ -82,6 +82,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         self._worker: Any = None
         self._connector_stats = BlendStats()
         self._freed, self._stores = FreedOnce(), StoresHeldBack()
+        self._asked: set[str] = set()  # requests whose look-up by LMCache's own connector has no result that was used
         self._left: set[str] = set()  # requests that something raised for: vLLM computes them, nothing of them is kept
         self._taken: Any = None  # the workers' metadata that was taken last
         self._held = HeldBlocks(lambda: self._gpu_block_pool)
@@ -296,6 +297,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         if forgets and not self._forgetting.done(request):
             return None, False
         if not forgets and not is_embedded(request) and (side is None or self._why_not):
+            self._asked.add(request.request_id)
             matched: tuple[int | None, bool] = super().get_num_new_matched_tokens(request, num_computed_tokens)
             return matched
         align = self._hit_alignment_tokens
@@ -316,6 +318,10 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         """Plan what was claimed."""
         own: list[int] = list((blocks.get_block_ids() or ([],))[0])
         with self._surviving(request.request_id):
+            if request.request_id in self._asked:
+                hits = self._get_request_tracker(request.request_id).num_lmcache_hit_tokens
+                if hits or num_external_tokens or self.scheduler_adapter.is_healthy:
+                    self._asked.discard(request.request_id)  # else LMCache's connector did not wait for the result
             super().update_state_after_alloc(request, blocks, num_external_tokens)
             if self._side is not None and not self._why_not:
                 tracker = self._get_request_tracker(request.request_id)
@@ -374,6 +380,9 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         later, params = True, None  # vLLM keeps the blocks until the workers say that they read them no more
         with self._surviving(name):
             self._reports.tell()
+            if name in self._asked:
+                self._asked.discard(name)
+                self._releases.unused(name, self.request_trackers[name])
             with contextlib.ExitStack() as stack:
                 if self._side is not None and self._side.listens(name):
                     stack.enter_context(compat_lmcache.session_goes_on(self.scheduler_adapter, name))
@@ -414,7 +423,9 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
 
     def has_pending_push_work(self) -> bool:
         """Whether the engine has to go on without requests: for look-ups that nobody waits for any more."""
-        return bool(super().has_pending_push_work()) or (self._side is not None and self._side.unheard)
+        if self._side is not None and (self._side.unheard or self._releases.waiting):
+            return True
+        return bool(super().has_pending_push_work())
 
     def _count(self, statistics: dict[str, Any]) -> None:
         self._connector_stats.records.append(metrics.record(statistics))

@@ -122,10 +122,12 @@ class LaterReleases:
 
     SECONDS = 300.0  # older locks have ended by themselves
     KEPT = 65_536  # calls
+    AGAIN_S = 1.0
 
     def __init__(self, adapter: Any) -> None:
         self._adapter = adapter
         self._kept: deque[tuple[float, Callable[[], object]]] = deque()
+        self._again: deque[tuple[float, str, Callable[[], object]]] = deque()  # when, whose session, what
         for name in ("free_lookup_locks", "end_session"):
             setattr(adapter, name, partial(self._call, getattr(adapter, name)))
 
@@ -136,8 +138,38 @@ class LaterReleases:
         elif len(self._kept) < self.KEPT:
             self._kept.append((time.monotonic(), partial(call, *args, **named)))
 
+    def unused(self, request_id: str, tracker: Any) -> None:
+        """A request ended, and what LMCache's own connector looked up for it was never asked for.
+
+        The connector forgets the look-up on this side only. The server gives locks back if the look-up has its result.
+        So it is told twice: now, and a moment later, when the request's session has ended; then it does nothing unless
+        the result came meanwhile.
+        """
+        tokens = tracker.get_token_ids()
+        give_back = partial(
+            self._adapter.free_lookup_locks,
+            tokens,
+            0,
+            len(tokens) // chunk_tokens(self._adapter) * chunk_tokens(self._adapter),
+            request_id,
+            tracker.cache_salt,
+            tracker.request_configs,
+        )
+        give_back()
+        if len(self._again) < self.KEPT:
+            self._again.append((time.monotonic() + self.AGAIN_S, request_id, give_back))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether an engine without requests should go on, to say something that is due in a moment."""
+        return bool(self._again) and bool(self._adapter.is_healthy)
+
     def send(self) -> None:
-        """Make the calls that were kept, if the server is healthy; in every step."""
+        """Make the calls that are due, and those that were kept, if the server is healthy; in every step."""
+        while self._again and self._again[0][0] < time.monotonic():
+            _, request_id, give_back = self._again.popleft()
+            give_back()
+            self._adapter.end_session(request_id)
         while self._kept and self._adapter.is_healthy:
             since, call = self._kept.popleft()
             if since > time.monotonic() - self.SECONDS:
