@@ -153,6 +153,21 @@ def test_a_limit_is_kept_to(engine: Engine) -> None:
     assert [(meta.op.start, meta.op.end) for meta in run(engine)] == [(0, 128)]
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"lmcache.max_offload_tokens": "x"},
+        {"lmcache_rag.ratio": []},
+        {"stream": True, "do_remote_prefill": True, "cached_token_stats": 1},
+    ],
+    ids=["a limit of another type", "a ratio of another type", "keys of another role"],
+)
+def test_parameters_that_are_wrong_reach_neither_lmcache_nor_vllm(engine: Engine, params: dict[str, Any]) -> None:
+    request = engine.add_tokens("wrong", drawn("wrong", 300), params)
+    assert request.kv_transfer_params == {protocol.MAX_OFFLOAD_TOKENS: 0}
+    run(engine)
+
+
 def test_a_request_that_never_ran_may_ask_for_token_statistics(engine: Engine) -> None:
     """As vLLM submits it where a prompt is refused: it is ended before anything asks for it."""
     params = {"do_remote_prefill": True, "cached_token_stats": 1}
