@@ -61,7 +61,7 @@ def ids(key: Any) -> list[int]:
 def bare() -> Any:
     """Our connector without LMCache's and vLLM's parts, which each test puts in as far as it needs them."""
     one: Any = object.__new__(connector.CacheBlendConnector)
-    one._left, one._taken, one._side, one._self_check = set(), None, None, None
+    one._left, one._asked, one._taken, one._side, one._self_check = set(), set(), None, None, None
     one._forgetting = SimpleNamespace(asks=lambda request_id: False)
     return one
 
