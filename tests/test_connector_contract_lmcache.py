@@ -63,6 +63,7 @@ def bare() -> Any:
     one: Any = object.__new__(connector.CacheBlendConnector)
     one._left, one._asked, one._taken, one._side, one._self_check = set(), set(), None, None, None
     one._forgetting = SimpleNamespace(asks=lambda request_id: False)
+    one._releases = SimpleNamespace(waiting=False, send=lambda: None)
     return one
 
 
