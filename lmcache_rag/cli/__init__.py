@@ -11,7 +11,7 @@
     logs      the library's log on stderr
     streaming an answer while it comes
     render, answers, bars, status_view    what it looks like
-    ingest, ask, chat, maintain, configure    the verbs
+    ingest, ask, chat, demo, maintain, configure    the verbs
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from lmcache_rag.cli.bench_exact import exact
 from lmcache_rag.cli.bench_soak import soak
 from lmcache_rag.cli.chat import chat
 from lmcache_rag.cli.configure import settings
+from lmcache_rag.cli.demo import demo
 from lmcache_rag.cli.doctor import doctor
 from lmcache_rag.cli.failures import EXIT_STATUS
 from lmcache_rag.cli.ingest import ingest
@@ -52,8 +53,8 @@ def _program(
     """
 
 
-for _function in (ingest, ask, chat):
-    app.command(rich_help_panel="Use", no_args_is_help=_function is not chat)(_function)
+for _function in (ingest, ask, chat, demo):
+    app.command(rich_help_panel="Use", no_args_is_help=_function in (ingest, ask))(_function)
 for _function in (
     maintain.status,
     maintain.warm,

@@ -197,6 +197,23 @@ class ReuseStats:
         return {**asdict(self), "blended": self.blended}
 
 
+@dataclass(frozen=True, slots=True)
+class ChunkReuse:
+    """What was done with one chunk of a prompt; the four counts add up to its tokens.
+
+    Attributes:
+        prefix_tokens: Taken from an exact prefix hit.
+        reused_tokens: Taken from cached KV as they are; with those selected, where `recomputed_tokens` is None.
+        recomputed_tokens: In cached KV, selected and computed again; None where the engine does not say for each chunk.
+        computed_tokens: Never cached.
+    """
+
+    prefix_tokens: int = 0
+    reused_tokens: int = 0
+    recomputed_tokens: int | None = 0
+    computed_tokens: int = 0
+
+
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
 
 
@@ -218,6 +235,7 @@ class Completion:
         stats: What was reused.
         warnings: What the user should know.
         missed: Which of the prompt's chunks were looked for, could have been kept, and were not there.
+        chunks: For each of the prompt's chunks, what was done with it; empty where the engine does not say.
     """
 
     text: str
@@ -226,6 +244,7 @@ class Completion:
     stats: ReuseStats
     warnings: tuple[str, ...] = ()
     missed: tuple[int, ...] = ()
+    chunks: tuple[ChunkReuse, ...] = ()
 
 
 StreamEvent: TypeAlias = TextDelta | Completion

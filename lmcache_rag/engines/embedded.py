@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lmcache_rag import lazy_fill
 from lmcache_rag.engines.base import (
     BlendOptions,
+    ChunkReuse,
     Completion,
     EngineInfo,
     IngestPrompt,
@@ -243,10 +244,12 @@ class EmbeddedEngine(AsyncTwins):
         for piece in decode(self._model, ids, prepare, sampling, self._lock, result):
             yield TextDelta(piece)
         absent = counts.pop("absent", ())
+        computed = tuple(ChunkReuse(computed_tokens=span.end - span.start) for span in prompt.chunks)
+        chunks = counts.pop("chunks", computed)
         stats = ReuseStats(len(prompt), ttft_ms=(result.first_token - begin) * 1e3, **counts)
         missed = f"The KV of {stats.chunks_missed} chunk(s) was missing; they were computed."
         warnings = (missed,) if blend.enabled and stats.chunks_missed else ()
-        yield Completion(result.text, tuple(result.ids), result.finish_reason, stats, warnings, absent)
+        yield Completion(result.text, tuple(result.ids), result.finish_reason, stats, warnings, absent, chunks)
 
     def close(self) -> None:
         """Drop the KV in memory; the files stay. Safe to call twice."""

@@ -6,16 +6,18 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.blend.policies import get_policy
+from lmcache_rag.engines.base import ChunkReuse
 from lmcache_rag.engines.chunk_kv import require_blendable
 from lmcache_rag.errors import ContextLengthError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lmcache_rag.engines.base import BlendOptions, EngineInfo, QueryPrompt
+    from lmcache_rag.engines.base import BlendOptions, ChunkSpan, EngineInfo, QueryPrompt
     from lmcache_rag.engines.chunk_kv import ChunkCache
     from lmcache_rag.engines.hf_model import HFModel
     from lmcache_rag.engines.kv_buffer import KVBuffer
+    from lmcache_rag.engines.prefill import Prefilled
 
 
 def check_request(info: EngineInfo, prompt: QueryPrompt, blend: BlendOptions) -> None:
@@ -83,6 +85,7 @@ def _blend(
         "chunks_hit": len(hits),
         "chunks_missed": len(prompt.chunks) - len(hits),
         "absent": tuple(index for index, span in enumerate(prompt.chunks) if span not in found),
+        "chunks": tuple(_reuse(span, span in found, done) for span in prompt.chunks),
         "lookup_ms": lookup_ms,
         "load_ms": done.load_ms + done.shift_ms,
         "blend_ms": done.select_ms + done.redo_ms,
@@ -95,3 +98,13 @@ def _blend(
         "selected layers": done.redo_ms,
     }
     return stats, spent
+
+
+def _reuse(span: ChunkSpan, found: bool, done: Prefilled) -> ChunkReuse:
+    tokens = span.end - span.start
+    if not found:
+        return ChunkReuse(computed_tokens=tokens)
+    if span.end <= done.exact_tokens:
+        return ChunkReuse(prefix_tokens=tokens)
+    again = sum(span.start <= position < span.end for position in done.selected)
+    return ChunkReuse(reused_tokens=tokens - again, recomputed_tokens=again)

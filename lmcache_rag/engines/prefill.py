@@ -43,7 +43,8 @@ class Prefilled:
     """What was done. The cache holds `length` tokens; everything from there on is still to be computed.
 
     Times in milliseconds: `load_ms` copies KV to its place, `shift_ms` turns keys (in part while they are copied),
-    `select_ms` is the policy with its pass, `redo_ms` computes the selected tokens and the gaps.
+    `select_ms` is the policy with its pass, `redo_ms` computes the selected tokens and the gaps. `selected` are the
+    positions of the recomputed tokens.
     """
 
     length: int
@@ -54,6 +55,7 @@ class Prefilled:
     shift_ms: float = 0.0
     select_ms: float = 0.0
     redo_ms: float = 0.0
+    selected: tuple[int, ...] = ()
 
 
 def blended_prefill(
@@ -118,7 +120,9 @@ def blended_prefill(
         model.forward(ids[redo][None], redo, cache, RedoPass(redo))
     cache.set_length(end)
     kept, redone = len(layout.cached) - len(chosen), len(chosen)
-    return Prefilled(end, exact, kept, redone, load_ms, shift_ms, select_ms, _ms_since(begin))
+    redo_ms = _ms_since(begin)
+    selected = tuple(chosen.tolist())
+    return Prefilled(end, exact, kept, redone, load_ms, shift_ms, select_ms, redo_ms, selected)
 
 
 def _place(cache: KVBuffer, kv: ChunkKV, start: int, cos: Tensor | None = None, sin: Tensor | None = None) -> float:

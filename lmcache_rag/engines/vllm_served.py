@@ -85,6 +85,19 @@ def served_model(servers: Servers, wanted: str | None) -> ServedModel:
     )
 
 
+def served_names(servers: Servers) -> list[str]:
+    """Names of the models that the first server serves, adapters left out.
+
+    Raises:
+        EngineUnavailableError: It cannot be reached.
+        EngineError: It is no vLLM.
+    """
+    url = servers.urls[0]
+    with speaking(url, servers.timeout):
+        cards = list(servers.client(url).models.list())
+    return list(dict.fromkeys(card.id for card in cards if getattr(card, "parent", None) is None))
+
+
 def check_tokenizer(servers: Servers, model: str, tokenizer: Any) -> None:
     """See that the servers tokenize as we do, where they have an endpoint for that.
 

@@ -10,6 +10,7 @@ from typing import Any
 from lmcache_rag import protocol
 from lmcache_rag.engines.base import (
     BlendOptions,
+    ChunkReuse,
     ChunkSpan,
     Completion,
     FinishReason,
@@ -177,7 +178,8 @@ def completion(
     if not streamed and len(ids) > 1:
         warnings.append("The answer came in one piece: its time to the first token is that of the whole answer.")
     stats = ReuseStats(len(prompt), ttft_ms=gathered.ttft_ms, **counts)
-    return Completion(gathered.text, ids, gathered.finish_reason, stats, tuple(warnings), missing)
+    reuse = () if told is None and blending else chunk_reuse(prompt, stats, (told or {}).get("spans"))
+    return Completion(gathered.text, ids, gathered.finish_reason, stats, tuple(warnings), missing, reuse)
 
 
 def _counts(told: Mapping[str, Any], length: int) -> dict[str, Any] | None:
@@ -188,6 +190,30 @@ def _counts(told: Mapping[str, Any], length: int) -> dict[str, Any] | None:
     if sum(part for part in parts.values() if part is not None) != length:
         return None
     return {**parts, **{name: float(told.get(name) or 0.0) for name in protocol.TIMES}}
+
+
+def chunk_reuse(prompt: QueryPrompt, stats: ReuseStats, spans: Any) -> tuple[ChunkReuse, ...]:
+    """What was done with each chunk; empty where it does not follow from what the server said.
+
+    A server says where it placed KV, and how many of those tokens it recomputed in all, but not where these are.
+
+    Args:
+        prompt: What was asked.
+        stats: The counts.
+        spans: The placed parts of the prompt as [start, end] pairs; None: the server did not say.
+    """
+    cached = stats.reused_tokens + stats.recomputed_tokens
+    if cached and spans is None:
+        return ()
+    exact = stats.prefix_tokens
+    placed = [(max(int(start), exact), int(end)) for start, end in spans or ()]
+    reuse = []
+    for chunk in prompt.chunks:
+        prefix = max(0, min(chunk.end, exact) - chunk.start)
+        found = sum(max(0, min(chunk.end, end) - max(chunk.start, start)) for start, end in placed)
+        rest = chunk.end - chunk.start - prefix - found
+        reuse.append(ChunkReuse(prefix, found, None if found and stats.recomputed_tokens else 0, rest))
+    return tuple(reuse)
 
 
 def kept_tokens(span: ChunkSpan, kv_block: int) -> int:

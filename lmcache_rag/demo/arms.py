@@ -1,0 +1,253 @@
+"""One way to answer: an engine, and whether it blends. Each request goes to the library's own engine."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, TypeVar
+
+from lmcache_rag.demo.record import ArmName, Problem, Turn
+from lmcache_rag.engines.base import BlendOptions, Completion, Sampling, StreamEvent, TextDelta
+from lmcache_rag.fitting import fit
+
+if TYPE_CHECKING:
+    from lmcache_rag.engines.base import Engine, QueryPrompt
+    from lmcache_rag.fitting import Fitted
+    from lmcache_rag.prompt import PromptBuilder
+    from lmcache_rag.prompt import Turn as HistoryTurn
+    from lmcache_rag.store import Hit
+
+T = TypeVar("T")
+_BUILDERS = 16  # prompt builders of one arm that are kept
+
+
+@dataclass(frozen=True, slots=True)
+class Wording:
+    """The words before the passages; None: the library's own."""
+
+    system: str | None = None
+    instruction: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What an arm is asked.
+
+    Attributes:
+        question: The question.
+        hits: The passages, in their order.
+        history: Earlier turns that are sent along.
+        sampling: How tokens are chosen.
+        blend: How KV is reused.
+        wording: The words before the passages.
+        tenant: KV of different tenants is never shared; a server gets a cache salt for it.
+        ask: Number of the question in its session.
+        alone: Whether nothing else of the session is computed meanwhile.
+    """
+
+    question: str
+    hits: tuple[Hit, ...]
+    history: tuple[HistoryTurn, ...] = ()
+    sampling: Sampling = field(default_factory=Sampling)
+    blend: BlendOptions = field(default_factory=BlendOptions)
+    wording: Wording = Wording()
+    tenant: str = ""
+    ask: int = 0
+    alone: bool = True
+
+
+class Arm:
+    """Answers requests by one engine.
+
+    Args:
+        name: Which arm.
+        open_engine: Opens the engine, or gives the one that is open; called again after it failed.
+        blends: Whether it blends; otherwise it computes every prompt in full.
+    """
+
+    def __init__(self, name: ArmName, open_engine: Callable[[], Engine], *, blends: bool) -> None:
+        self.name, self.blends = name, blends
+        self._open = open_engine
+        self._engine: Engine | None = None
+        self._lock = threading.Lock()
+        self._builders: OrderedDict[tuple[Wording, str], PromptBuilder] = OrderedDict()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine; opened by the first call, which may take a while.
+
+        Raises:
+            LMCacheRAGError: It cannot be opened.
+        """
+        with self._lock:
+            if self._engine is None:
+                self._engine = self._open()
+            return self._engine
+
+    @property
+    def opened(self) -> Engine | None:
+        """The engine, if it is open."""
+        return self._engine
+
+    @property
+    def why_not(self) -> str:
+        """Why the engine does not blend, where it is known that it does not; else ""."""
+        known = self._engine
+        return "" if known is None or known.info.can_blend else known.info.why_not
+
+    def prompts(self, wording: Wording, tenant: str = "") -> PromptBuilder:
+        """What makes the prompts for these words and this tenant."""
+        from lmcache_rag.prompt import PromptBuilder, PromptFormat
+
+        key = (wording, tenant)
+        engine = self.engine
+        with self._lock:
+            if found := self._builders.get(key):
+                self._builders.move_to_end(key)
+                return found
+        given = {"system": wording.system, "instruction": wording.instruction}
+        words = PromptFormat(**{name: text for name, text in given.items() if text is not None})  # type: ignore[arg-type]
+        made = PromptBuilder(engine.tokenizer, engine.info, format=words, tenant=tenant)
+        with self._lock:
+            self._builders[key] = made
+            while len(self._builders) > _BUILDERS:
+                self._builders.popitem(last=False)
+        return made
+
+    def prompt(self, request: Request) -> tuple[QueryPrompt, Fitted]:
+        """The prompt of a request, and which of its passages fit.
+
+        Raises:
+            ContextLengthError: Not even the question fits.
+            LMCacheRAGError: The engine cannot be opened.
+        """
+        prompts = self.prompts(request.wording, request.tenant)
+        fitted = fit(
+            prompts,
+            request.question,
+            request.hits,
+            limit=self.engine.info.context_length,
+            history=request.history,
+            max_tokens=request.sampling.max_tokens,
+        )
+        return prompts.query([hit.text for hit in fitted.kept], request.question, request.history), fitted
+
+    def tokens(self, request: Request) -> tuple[int, int]:
+        """Tokens of the whole prompt, whether it fits or not, and of the model's context."""
+        prompts = self.prompts(request.wording, request.tenant)
+        prompt = prompts.query([hit.text for hit in request.hits], request.question, request.history)
+        return len(prompt), self.engine.info.context_length
+
+    async def answer(
+        self,
+        request: Request,
+        on_text: Callable[[str], None] = lambda text: None,
+        on_sent: Callable[[], None] = lambda: None,
+    ) -> Turn:
+        """Answer a request. An error is part of the turn; cancelling stops the engine and gives a stopped turn.
+
+        Args:
+            request: What is asked.
+            on_text: Called in the event loop with each piece of the answer.
+            on_sent: Called when the request is sent.
+        """
+        blend = replace(request.blend, enabled=self.blends and request.blend.enabled)
+        turn = Turn(
+            request.ask, self.name, "", request.question, request.hits, (), "", request.sampling, blend, request.alone
+        )
+        pieces: list[str] = []
+        begin = time.perf_counter()
+        try:
+            prompt, fitted = await asyncio.to_thread(self.prompt, request)
+            info = self.engine.info
+            if blend.enabled and not info.can_blend and info.falls_back:
+                blend = replace(blend, enabled=False)
+            turn = replace(turn, model=info.model, passages=fitted.kept, dropped=fitted.dropped, blend=blend)
+            on_sent()
+            begin = time.perf_counter()
+            async with aclosing(stream(self.engine, prompt, request.sampling, blend)) as events:
+                async for event in events:
+                    if isinstance(event, TextDelta):
+                        if turn.first_text_ms is None:
+                            turn = replace(turn, first_text_ms=_ms_since(begin))
+                        pieces.append(event.text)
+                        on_text(event.text)
+                    else:
+                        turn = replace(turn, completion=_with_dropped(event, turn))
+        except asyncio.CancelledError:
+            turn = replace(turn, stopped=True)
+        except Exception as problem:
+            turn = replace(turn, problem=Problem.of(problem))
+        return replace(turn, text="".join(pieces), total_ms=_ms_since(begin))
+
+
+async def stream(
+    engine: Engine, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions
+) -> AsyncGenerator[StreamEvent, None]:
+    """The engine's stream in an event loop. Leaving early ends the request: a server's at once, whatever it is doing.
+
+    An engine in this process is left within one token, or at the end of its prefill.
+    """
+    if engine.info.engine == "embedded":
+        events: AsyncIterator[StreamEvent] = iterate(engine.stream(prompt, sampling, blend))
+    else:
+        events = engine.astream(prompt, sampling, blend)
+    try:
+        async for event in events:
+            yield event
+    finally:
+        if close := getattr(events, "aclose", None):
+            await close()
+
+
+async def iterate(iterator: Iterator[T]) -> AsyncIterator[T]:
+    """Drive a blocking iterator in a thread of its own, which closes it. Leaving early does not wait for the thread."""
+    loop = asyncio.get_running_loop()
+    items: asyncio.Queue[tuple[str, T | BaseException | None]] = asyncio.Queue()
+    stop = threading.Event()
+
+    def put(kind: str, item: T | BaseException | None = None) -> None:
+        with suppress(RuntimeError):  # the loop may be closed by now
+            loop.call_soon_threadsafe(items.put_nowait, (kind, item))
+
+    def work() -> None:
+        try:
+            for item in iterator:
+                if stop.is_set():
+                    break
+                put("item", item)
+        except BaseException as problem:  # handed over
+            put("error", problem)
+        finally:
+            if close := getattr(iterator, "close", None):
+                close()
+            put("end")
+
+    threading.Thread(target=work, name="lmcache-rag-demo", daemon=True).start()
+    try:
+        while True:
+            kind, item = await items.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise item  # type: ignore[misc]
+            yield item  # type: ignore[misc]
+    finally:
+        stop.set()
+
+
+def _with_dropped(done: Completion, turn: Turn) -> Completion:
+    if not turn.dropped:
+        return done
+    total = len(turn.passages) + len(turn.dropped)
+    note = f"{len(turn.dropped)} of {total} passages did not fit the context and were left out."
+    return replace(done, warnings=(*done.warnings, note))
+
+
+def _ms_since(begin: float) -> float:
+    return (time.perf_counter() - begin) * 1e3

@@ -1,0 +1,57 @@
+"""The bar over a prompt: what was done with each part of it, in the prompt's order."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+
+if TYPE_CHECKING:
+    from lmcache_rag.demo.record import Turn
+
+Kind: TypeAlias = Literal["prefix", "reused", "recomputed", "computed"]
+KINDS: tuple[Kind, ...] = ("prefix", "reused", "recomputed", "computed")
+WORDS: dict[Kind, str] = {
+    "prefix": "exact prefix",
+    "reused": "reused",
+    "recomputed": "recomputed",
+    "computed": "computed",
+}
+
+
+class Segment(NamedTuple):
+    """Some tokens of a prompt with which the same was done; `passage` counts from 0, None is what is around them."""
+
+    kind: Kind
+    tokens: int
+    passage: int | None
+
+
+def totals(turn: Turn) -> dict[Kind, int]:
+    """The counts over the whole prompt; empty where the engine gave none."""
+    if turn.completion is None:
+        return {}
+    stats = turn.completion.stats
+    return {
+        "prefix": stats.prefix_tokens,
+        "reused": stats.reused_tokens,
+        "recomputed": stats.recomputed_tokens,
+        "computed": stats.computed_tokens,
+    }
+
+
+def segments(turn: Turn) -> list[Segment]:
+    """The bar's segments. Inside a passage they stand by kind: recomputed tokens are spread over it."""
+    sums = totals(turn)
+    chunks = turn.completion.chunks if turn.completion else ()
+    if not sums or not chunks:
+        return [Segment(kind, count, None) for kind, count in sums.items() if count]
+    inner: list[Segment] = []
+    for index, chunk in enumerate(chunks):
+        counts = (chunk.prefix_tokens, chunk.reused_tokens, chunk.recomputed_tokens or 0, chunk.computed_tokens)
+        inner += [Segment(kind, count, index) for kind, count in zip(KINDS, counts, strict=True) if count]
+
+    def rest(kind: Kind) -> int:
+        return sums[kind] - sum(segment.tokens for segment in inner if segment.kind == kind)
+
+    before = [Segment("prefix", rest("prefix"), None)] if rest("prefix") > 0 else []
+    after = [Segment("computed", rest("computed"), None)] if rest("computed") > 0 else []
+    return [*before, *inner, *after]

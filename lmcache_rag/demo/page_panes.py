@@ -1,0 +1,218 @@
+"""Both panes: timer, time to the first token, bar, counts, answer with differing words, notes, errors, history."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from nicegui import ui
+
+from lmcache_rag.demo import bars, differences
+from lmcache_rag.demo.page_parts import error, heading, label, ms, put
+from lmcache_rag.demo.record import ARMS, ArmName, Turn, source_name, speedup_words
+
+if TYPE_CHECKING:
+    from lmcache_rag.demo.session import Pane, Session
+
+TITLES: dict[ArmName, str] = {"blended": "With blended KV", "baseline": "Without: full prefill"}
+STATES = {
+    "idle": "Ready.",
+    "waiting": "Waits for the other pane.",
+    "sent": "Waiting for the first token …",
+    "writing": "Answering …",
+    "done": "",
+    "stopped": "Stopped.",
+    "failed": "Failed.",
+}
+
+
+class Panes:
+    """Shows both panes of a session."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        with ui.element("div").classes("d-card").props("aria-live=polite"):
+            self._speedup = label("", classes="d-good", test_id="speedup")
+            self._why = label("", classes="d-soft", test_id="order-note")
+        with ui.element("div").classes("d-panes"):
+            self._views = {name: _PaneView(session, name) for name in ARMS}
+
+    def update(self) -> None:
+        """Show what is new."""
+        factor = self.session.speedup
+        put(self._speedup, f"{speedup_words(factor)}" if factor else "")
+        self._speedup.set_visibility(bool(factor))
+        put(self._why, self._order())
+        for view in self._views.values():
+            view.update()
+
+    def tick(self) -> None:
+        """Move the timers on."""
+        for view in self._views.values():
+            view.tick()
+
+    def _order(self) -> str:
+        session = self.session
+        blended = session.panes["blended"].turn
+        shared = session.hub.start.phase == "ready" and session.stack.one_engine
+        if session.controls.at_once:
+            words = "Both panes are asked at the same time"
+            return (
+                f"{words}; they share one engine, so each time holds the other's work, and no factor is given."
+                if shared
+                else f"{words}; their times are not compared."
+            )
+        words = "The panes are asked in turn: blended KV first, then the full prefill."
+        if blended and blended.completion and not blended.completion.stats.blended:
+            return f"{words} The blended answer reused no KV, so there is no factor."
+        return words
+
+
+class _PaneView:
+    def __init__(self, session: Session, name: ArmName) -> None:
+        self.session, self.name = session, name
+        self._shown: object = None
+        self._history_shown = -1
+        with ui.element("section").classes("d-card").props(f'data-testid={name}-pane aria-label="{TITLES[name]}"'):
+            with ui.element("div").classes("d-row"):
+                heading(TITLES[name])
+                self._state = label("", classes="d-soft", test_id=f"{name}-state")
+            with ui.element("div").classes("d-row"):
+                self._timer = label("–", classes="d-big", test_id=f"{name}-timer")
+                self._ttft = label("", classes="d-soft d-number", test_id=f"{name}-ttft")
+            self._facts = ui.element("div").classes("d-list")
+            self._answer = (
+                ui.element("div")
+                .classes("d-answer d-scroll")
+                .props(f'data-testid={name}-answer dir=auto tabindex=0 role=region aria-label="Answer, {TITLES[name]}"')
+            )
+            self._notes = ui.element("div").classes("d-list")
+            with ui.expansion("Earlier answers").props(f"data-testid={name}-history dense") as self._history:
+                self._turns = ui.element("div").classes("d-list d-scroll").props("tabindex=0")
+            with self._answer:
+                self._text = label("", classes="d-piece")
+
+    @property
+    def pane(self) -> Pane:
+        return self.session.panes[self.name]
+
+    def tick(self) -> None:
+        """The live timer, and text as it comes."""
+        pane = self.pane
+        if pane.state == "sent":
+            put(self._timer, f"{time.perf_counter() - pane.sent:.1f} s")
+        if pane.state == "writing":
+            put(self._text, pane.text)
+
+    def update(self) -> None:
+        pane = self.pane
+        other = self.session.panes["baseline" if self.name == "blended" else "blended"].turn
+        key = (pane.state, pane.turn, other, len(pane.turns))
+        if key == self._shown:
+            return
+        self._shown = key
+        put(self._state, STATES[pane.state])
+        turn = pane.turn
+        if pane.state in ("idle", "waiting"):
+            put(self._timer, "–")
+            put(self._ttft, "")
+        elif pane.state == "writing":
+            put(self._timer, f"{(time.perf_counter() - pane.sent) * 1e3:,.0f} ms")
+        elif turn is not None:
+            put(self._timer, ms(turn.ttft_ms))
+            put(self._ttft, f"to the first token; {turn.total_ms / 1e3:.1f} s to the end" if turn.ttft_ms else "")
+        self._show_facts(turn)
+        self._show_answer(turn, other)
+        self._show_notes(turn)
+        if len(pane.turns) != self._history_shown:
+            self._history_shown = len(pane.turns)
+            self._show_history(pane.turns)
+
+    def _show_facts(self, turn: Turn | None) -> None:
+        self._facts.clear()
+        if turn is None or turn.completion is None:
+            return
+        sums, name = bars.totals(turn), self.name
+        with self._facts:
+            words = ", ".join(f"{count:,} {bars.WORDS[kind]}" for kind, count in sums.items())
+            bar = ui.element("div").classes("d-bar").props(f"data-testid={name}-bar role=img")
+            bar.props["aria-label"] = f"Tokens of the prompt: {words}"
+            with bar:
+                last: int | None = None
+                for segment in bars.segments(turn):
+                    piece = ui.element("div").classes(f"k-{segment.kind}").style(f"flex: {segment.tokens} 1 0")
+                    piece.props(f"data-kind={segment.kind} data-tokens={segment.tokens}")
+                    where = "around the passages" if segment.passage is None else f"passage {segment.passage + 1}"
+                    with piece:
+                        ui.tooltip(f"{segment.tokens:,} tokens {bars.WORDS[segment.kind]}, {where}")
+                    if segment.passage is not None and segment.passage != last:
+                        piece.classes("d-start")
+                    last = segment.passage
+            with ui.element("div").classes("d-legend"):
+                for kind, count in sums.items():
+                    with ui.element("div"):
+                        ui.element("div").classes(f"d-swatch k-{kind}")
+                        label(f"{count:,}", classes="d-number", test_id=f"{name}-{kind}")
+                        label(bars.WORDS[kind])
+                with ui.element("div"):
+                    label("of")
+                    label(f"{turn.completion.stats.prompt_tokens:,}", classes="d-number", test_id=f"{name}-prompt")
+                    label("tokens")
+            if turn.completion.chunks:
+                with ui.expansion("Tokens by passage").props(f"dense data-testid={name}-by-passage"):
+                    self._show_table(turn)
+
+    def _show_table(self, turn: Turn) -> None:
+        with ui.element("div").classes("d-table").props("tabindex=0 role=region aria-label='Tokens by passage'"):
+            for head in ("Passage", "prefix", "reused", "recomputed", "computed"):
+                label(head, classes="d-soft" if head == "Passage" else "d-soft d-n")
+            assert turn.completion is not None  # noqa: S101 - the caller looked
+            for index, (hit, chunk) in enumerate(zip(turn.passages, turn.completion.chunks, strict=False), start=1):
+                label(f"{index} {source_name(hit)}")
+                for kind in bars.KINDS:
+                    count = getattr(chunk, f"{kind}_tokens")
+                    words = "not said" if count is None else f"{count:,}"
+                    label(words, classes="d-n", test_id=f"{self.name}-passage-{index}-{kind}")
+
+    def _show_answer(self, turn: Turn | None, other: Turn | None) -> None:
+        self._answer.clear()
+        with self._answer:
+            both = turn is not None and other is not None and turn.ask == other.ask
+            if not both or turn is None or other is None or not (turn.text and other.text):
+                self._text = label(self.pane.text, classes="d-piece")
+                return
+            mine, _ = differences.compare(turn.text, other.text)
+            for piece in mine:
+                made = label(piece.text, classes="d-piece d-differs" if piece.differs else "d-piece")
+                if piece.differs:
+                    made.props("data-differs=true")
+
+    def _show_notes(self, turn: Turn | None) -> None:
+        self._notes.clear()
+        with self._notes:
+            if turn is None:
+                return
+            if turn.problem:
+                error(turn.problem, test_id=f"{self.name}-error")
+            notes = list(turn.warnings)
+            arm = self.session.stack.blended
+            if self.name == "blended" and turn.problem is None and arm.why_not:
+                notes.append(f"This pane is not blended: {arm.why_not}. Start the server with `lmcache-rag serve`.")
+            if turn.completion and turn.completion.finish_reason == "length":
+                notes.append("The answer was cut at its longest; more tokens can be allowed in the settings.")
+            for note in notes:
+                label(note, classes="d-note", test_id=f"{self.name}-note")
+
+    def _show_history(self, turns: list[Turn]) -> None:
+        self._turns.clear()
+        self._history.set_visibility(bool(turns))
+        with self._turns:
+            for turn in reversed(turns):
+                with ui.element("div").classes("d-turn").props(f"data-testid={self.name}-turn"):
+                    label(turn.question, classes="text-weight-bold")
+                    label(
+                        f"first token {ms(turn.ttft_ms)}" + (", stopped" if turn.stopped else ""),
+                        classes="d-soft",
+                        test_id=f"{self.name}-turn-ttft",
+                    )
+                    label(turn.problem.message if turn.problem else turn.text)

@@ -1,0 +1,233 @@
+"""The page's web server: one page, a session for each browser, a password where one is needed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import socket
+import sys
+import tempfile
+import time
+import webbrowser
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmcache_rag.demo.password import is_loopback, matches
+from lmcache_rag.demo.session import Session
+from lmcache_rag.errors import ConfigError, OptionalDependencyError
+
+if TYPE_CHECKING:
+    from lmcache_rag.demo.hub import Hub
+
+log = logging.getLogger("lmcache_rag")
+
+TITLE = "lmcache-rag demo"
+_KEEP_S = 6 * 3600.0  # a session without an open page
+_MOST_SESSIONS = 200
+_WRONG_S = 1.0  # wait after a wrong password
+_GRACE_S = 3
+
+
+def require_nicegui() -> None:
+    """See that the page's framework is there.
+
+    Raises:
+        OptionalDependencyError: It is not.
+    """
+    # NiceGUI reads these when it is imported. Nothing of the page is kept on disk, and nothing in the current folder.
+    os.environ.setdefault("NICEGUI_STORAGE_PATH", str(Path(tempfile.gettempdir()) / f"lmcache-rag-demo-{os.getuid()}"))
+    try:
+        import nicegui  # noqa: F401
+    except ModuleNotFoundError as problem:
+        raise OptionalDependencyError("nicegui", "demo") from problem
+
+
+class Sessions:
+    """The sessions by the id in each browser's signed cookie.
+
+    Args:
+        hub: What they share.
+        password: What a browser must give first; "" for none.
+    """
+
+    def __init__(self, hub: Hub, password: str) -> None:
+        self._hub, self._password = hub, password
+        self._sessions: dict[str, Session] = {}
+        self._let_in: set[str] = set()
+        self._gate: asyncio.Lock | None = None
+
+    def get(self, cookie: str) -> Session:
+        """The session of a browser, made at its first visit."""
+        self._drop_old()
+        if cookie not in self._sessions:
+            # The cookie is a secret; the session's name goes to servers and into exports.
+            self._sessions[cookie] = Session(secrets.token_hex(8), self._hub)
+        session = self._sessions[cookie]
+        session.seen = time.monotonic()
+        return session
+
+    def allowed(self, cookie: str) -> bool:
+        """Whether a browser may see the page."""
+        return not self._password or cookie in self._let_in
+
+    async def let_in(self, cookie: str, password: str) -> bool:
+        """Take a password; a wrong one costs all who guess a second."""
+        if self._gate is None:
+            self._gate = asyncio.Lock()
+        async with self._gate:
+            if matches(password, self._password):
+                self._let_in.add(cookie)
+                return True
+            await asyncio.sleep(_WRONG_S)
+            return False
+
+    async def close(self) -> None:
+        """Stop what is going on."""
+        for session in self._sessions.values():
+            await session.close()
+
+    def _drop_old(self) -> None:
+        now = time.monotonic()
+        idle = [cookie for cookie, session in self._sessions.items() if not session.listeners and not session.busy]
+        idle.sort(key=lambda cookie: self._sessions[cookie].seen)
+        too_many = len(self._sessions) - _MOST_SESSIONS
+        for number, cookie in enumerate(idle):
+            if number < too_many or now - self._sessions[cookie].seen > _KEEP_S:
+                gone = self._sessions.pop(cookie)
+                task = asyncio.ensure_future(gone.close())
+                task.add_done_callback(lambda done: done.exception())
+
+
+def application(hub: Hub, *, host: str, password: str) -> Any:
+    """The web application; importing NiceGUI comes with it.
+
+    Args:
+        hub: What all sessions share.
+        host: Where it listens.
+        password: What a browser must give first; "" for none.
+    """
+    require_nicegui()
+    from fastapi import FastAPI
+    from nicegui import app as pages
+    from nicegui import ui
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+    sessions = Sessions(hub, password)
+
+    def root() -> None:
+        from lmcache_rag.demo.page import Page
+
+        cookie = str(pages.storage.browser["id"])
+        if sessions.allowed(cookie):
+            Page(sessions.get(cookie), hub)
+        else:
+            _login(lambda given: sessions.let_in(cookie, given))
+
+    outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    ui.run_with(
+        outer,
+        root=root,
+        title=TITLE,
+        dark=None,
+        language="en-US",
+        tailwind=False,
+        reconnect_timeout=30,
+        storage_secret=secrets.token_hex(32),
+        session_middleware_kwargs={"same_site": "strict", "session_cookie": "lmcache_rag_demo"},
+        show_welcome_message=False,
+    )
+    pages.on_shutdown(sessions.close)
+    if is_loopback(host) and not password:
+        # A page elsewhere could give its own name this machine's address, and then read ours.
+        outer.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host])
+    return outer
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there.
+
+    Raises:
+        ConfigError: The port is taken, or the host is none of this machine's.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        sock = socket.socket(family, kind)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(128)
+    except OSError as problem:
+        raise ConfigError(
+            f"The page cannot listen on {host}, port {port}: {problem.strerror or problem}.",
+            remedy="Name another --port or --host; --port 0 takes a free one.",
+        ) from None
+    return sock
+
+
+def serve(hub: Hub, sock: socket.socket, *, host: str, password: str, on_ready: Callable[[], None]) -> None:
+    """Serve the page until a signal ends it; the hub is closed then.
+
+    Args:
+        hub: What all sessions share.
+        sock: Listens.
+        host: Where it listens.
+        password: What a browser must give first; "" for none.
+        on_ready: Called once the page can be opened.
+    """
+    import uvicorn
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            if self.started:
+                on_ready()
+
+    app = application(hub, host=host, password=password)
+    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE_S)
+    hub.begin()
+    try:
+        Server(config).run(sockets=[sock])
+    finally:
+        sock.close()
+        hub.close()
+
+
+def open_browser(url: str) -> bool:
+    """Open the page where there is a screen."""
+    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        return False
+    try:
+        return webbrowser.open(url)
+    except webbrowser.Error:
+        return False
+
+
+def _login(let_in: Callable[[str], Any]) -> None:
+    from nicegui import ui
+
+    from lmcache_rag.demo.page_parts import CSS, button, heading, label, put
+
+    ui.add_css(CSS)
+    ui.dark_mode(value=None)
+
+    async def enter() -> None:
+        if await let_in(str(field.value or "")):
+            ui.navigate.reload()
+        else:
+            put(wrong, "That is not the password.")
+            wrong.set_visibility(True)
+
+    with (
+        ui.element("main").classes("d-main").style("display: block; max-width: 26rem"),
+        ui.element("div").classes("d-card"),
+    ):
+        heading(TITLE, 1)
+        field = ui.input("Password", password=True).props(
+            "outlined dense data-testid=password autocomplete=current-password"
+        )
+        field.on("keydown.enter", enter)
+        wrong = label("", classes="d-error", test_id="login-error").props("role=alert")
+        wrong.set_visibility(False)
+        button("Log in", enter, test_id="login", main=True)

@@ -1,0 +1,476 @@
+"""What one browser sees and does: passages, panes and controls. Runs in the event loop; one action at a time."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import logging
+import random
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+from lmcache_rag import __version__
+from lmcache_rag.demo import record, repeating
+from lmcache_rag.demo.arms import Arm, Request, Wording
+from lmcache_rag.demo.record import ARMS, ArmName, Check, Problem, Turn, Uploaded
+from lmcache_rag.engines.base import BlendOptions, Sampling
+from lmcache_rag.kv import KVKeeper
+from lmcache_rag.prompt import INSTRUCTION, SYSTEM
+from lmcache_rag.prompt import Turn as HistoryTurn
+
+if TYPE_CHECKING:
+    from lmcache_rag.demo.hub import Hub, Stack
+    from lmcache_rag.store import Hit
+
+log = logging.getLogger("lmcache_rag")
+
+PaneState: TypeAlias = Literal["idle", "waiting", "sent", "writing", "done", "stopped", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class Controls:
+    """What the user can set."""
+
+    policy: str = "query"
+    ratio: float = 0.15
+    temperature: float = 0.0
+    max_tokens: int = 128
+    top_k: int = 4
+    system: str = SYSTEM
+    instruction: str = INSTRUCTION
+    at_once: bool = False  # both panes at the same time instead of in turn
+    follow_up: bool = False  # send each pane's earlier turns along
+    retrieve: bool = True  # retrieve for each question; otherwise the passages stay as they are
+    model: str = ""
+
+
+@dataclass
+class Pane:
+    """One arm's side of the page.
+
+    Attributes:
+        state: "waiting": for the other pane; "sent": before the first token; "writing": after it.
+        text: The answer as far as it came.
+        sent: time.perf_counter() of the sending.
+        turn: The latest finished turn.
+        turns: All of them, since the last new conversation.
+    """
+
+    state: PaneState = "idle"
+    text: str = ""
+    sent: float = 0.0
+    turn: Turn | None = None
+    turns: list[Turn] = field(default_factory=list)
+
+    @property
+    def problem(self) -> Problem | None:
+        """Why the latest turn failed."""
+        return self.turn.problem if self.turn and self.state == "failed" else None
+
+    def history(self) -> tuple[HistoryTurn, ...]:
+        """Earlier turns as the prompt takes them: those with an answer."""
+        answered = [turn for turn in self.turns if turn.text.strip()]
+        return tuple(
+            part
+            for turn in answered
+            for part in (HistoryTurn("user", turn.question), HistoryTurn("assistant", turn.text))
+        )
+
+
+class Session:
+    """The state of one browser's demo. All methods are to be called in the event loop.
+
+    Args:
+        session_id: Names it; part of its cache salts.
+        hub: What all sessions share.
+    """
+
+    def __init__(self, session_id: str, hub: Hub) -> None:
+        given = hub.settings
+        self.id, self.hub = session_id, hub
+        self.controls = Controls(
+            policy=given.policy,
+            ratio=given.ratio,
+            temperature=given.temperature,
+            max_tokens=given.max_tokens,
+            top_k=given.top_k,
+            system=SYSTEM if given.system is None else given.system,
+            instruction=INSTRUCTION if given.instruction is None else given.instruction,
+        )
+        self.question = ""
+        self.passages: list[Hit] = []
+        self.panes: dict[ArmName, Pane] = {name: Pane() for name in ARMS}
+        self.turns: list[Turn] = []  # of the whole session, for the export
+        self.checks: list[Check] = []
+        self.repeats: list[repeating.Repeats] = []
+        self.uploads: list[Uploaded] = []
+        self.note = ""  # about the latest action
+        self.problem: Problem | None = None  # of an action that belongs to no pane
+        self.busy = ""  # what is being done
+        self.version = 0  # grows with each change
+        self.listeners: list[Callable[[], None]] = []
+        self.seen = time.monotonic()
+        self._task: asyncio.Task[None] | None = None
+        self._asks = 0
+        self._colds = 0
+        self._is_cold = False
+        self._own_kv: set[tuple[str, str]] = set()  # (fingerprint, key) of KV that only this session uses
+
+    # -- what changes ----------------------------------------------------------------------------------------------
+
+    def changed(self) -> None:
+        """Let the pages show what is new."""
+        self.version += 1
+        for listener in list(self.listeners):
+            listener()
+
+    def set(self, **changes: Any) -> None:
+        """Change controls."""
+        new = replace(self.controls, **changes)
+        if new != self.controls:
+            self.controls = new
+            self.changed()
+
+    # -- passages --------------------------------------------------------------------------------------------------
+
+    def move(self, old: int, new: int) -> None:
+        """Put a passage elsewhere; from then on the passages are hand-picked."""
+        if 0 <= old < len(self.passages) and 0 <= new < len(self.passages) and old != new:
+            self.passages.insert(new, self.passages.pop(old))
+            self._picked()
+
+    def remove(self, index: int) -> None:
+        """Take a passage out."""
+        if 0 <= index < len(self.passages):
+            del self.passages[index]
+            self._picked()
+
+    def add(self, hit: Hit) -> None:
+        """Add a passage at the end, unless it is there."""
+        if all(hit.chunk_id != other.chunk_id for other in self.passages):
+            self.passages.append(hit)
+            self._picked()
+
+    def shuffle(self) -> None:
+        """Put the passages into another order; never the same one."""
+        if len(self.passages) < 2:
+            return
+        before = list(self.passages)
+        while self.passages == before:
+            random.shuffle(self.passages)
+        self._picked()
+
+    async def find(self, text: str, count: int = 8) -> list[Hit]:
+        """Passages for a text, best first.
+
+        Raises:
+            LMCacheRAGError: The text is empty, or the store cannot be searched.
+        """
+        return await asyncio.to_thread(self._find, text, count)
+
+    async def tokens(self) -> tuple[int, int] | None:
+        """Tokens of the next prompt in the blended pane, and of the context; None before there is an engine."""
+        if self.hub.start.phase != "ready":
+            return None
+        request = self._request("blended", self.question or " ", tuple(self.passages))
+        return await asyncio.to_thread(lambda: self.stack.blended.tokens(request))
+
+    def _find(self, text: str, count: int) -> list[Hit]:
+        return self.stack.workspace.rag.retrieve(text, top_k=count)
+
+    def _picked(self) -> None:
+        self.controls = replace(self.controls, retrieve=False)
+        self.changed()
+
+    # -- actions ---------------------------------------------------------------------------------------------------
+
+    def start(self, what: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
+        """Begin an action; None where another one is going on."""
+        if self.busy:
+            work.close()
+            return None
+        self.busy, self.problem, self.note = what, None, ""
+        self._task = asyncio.get_running_loop().create_task(self._guarded(work))
+        self.changed()
+        return self._task
+
+    def stop(self) -> None:
+        """Stop what is going on. The engine stops computing, too."""
+        if self._task is not None and not self._task.done():
+            self._task.cancel()
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except asyncio.CancelledError:
+            self.note = "Stopped."
+        except Exception as problem:
+            log.debug("%s: %s", self.busy, problem, exc_info=True)
+            self.problem = Problem.of(problem)
+        finally:
+            for pane in self.panes.values():
+                if pane.state == "waiting":
+                    pane.state = "stopped"
+            self.busy = ""
+            self.changed()
+
+    def ask(self, question: str) -> asyncio.Task[None] | None:
+        """Ask both arms; the answers come into the panes."""
+        return self.start("ask", self._ask(question.strip()))
+
+    async def _ask(self, question: str) -> None:
+        self.question = question
+        if self.controls.retrieve or not self.passages:
+            self.passages = await self.find(question, self.controls.top_k)
+        self._asks += 1
+        hits, at_once = tuple(self.passages), self.controls.at_once
+        for pane in self.panes.values():
+            pane.state, pane.text, pane.turn = "waiting", "", None
+        self.changed()
+        asked = [self._answer(name, replace(self._request(name, question, hits), alone=not at_once)) for name in ARMS]
+        if at_once:
+            tasks = [asyncio.ensure_future(each) for each in asked]
+            try:
+                done = await asyncio.gather(*tasks)
+            except asyncio.CancelledError:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                raise
+        else:
+            try:
+                done = [await asked[0], await asked[1]]
+            finally:
+                for each in asked:
+                    each.close()
+        await self._keep(done[0])
+
+    async def _answer(self, name: ArmName, request: Request) -> Turn:
+        """Answer in a pane. A stopped answer stays there; the stop goes on to the caller."""
+        pane, arm = self.panes[name], self._arm(name)
+
+        def sent() -> None:
+            pane.sent, pane.state = time.perf_counter(), "sent"
+            self.changed()
+
+        def text(piece: str) -> None:
+            pane.text += piece
+            if pane.state == "sent":
+                pane.state = "writing"
+                self.changed()
+            else:
+                self.version += 1
+
+        turn = await arm.answer(request, text, sent)
+        pane.turn, pane.text = turn, turn.text
+        pane.state = "failed" if turn.problem else "stopped" if turn.stopped else "done"
+        pane.turns.append(turn)
+        self.turns.append(turn)
+        self.changed()
+        if turn.stopped:
+            raise asyncio.CancelledError
+        return turn
+
+    async def _keep(self, turn: Turn) -> None:
+        """Compute and keep the passages' KV that the question missed, after both answers."""
+        if turn.completion and turn.blend.enabled and turn.completion.missed:
+            await self._compute_kv([turn.passages[index] for index in turn.completion.missed])
+
+    async def _compute_kv(self, hits: Sequence[Hit]) -> None:
+        self.note = f"Computing the KV of {len(hits)} passages, for the next question."
+        self.changed()
+        wording, tenant = self.wording, self._tenant("blended")
+        stack = self.stack
+
+        def work() -> int:
+            prompts = stack.blended.prompts(wording, tenant)
+            if prompts.fingerprint == stack.workspace.prompts.fingerprint:
+                KVKeeper(stack.workspace.store, stack.blended.engine, prompts).keep([hit.text for hit in hits])
+                return len(hits)
+            ingest = [prompts.ingest(hit.text) for hit in hits]
+            self._own_kv |= {(prompt.fingerprint, prompt.key) for prompt in ingest}
+            return sum(1 for _ in stack.blended.engine.precompute(ingest))
+
+        done = await asyncio.to_thread(work)
+        self.note = f"The KV of {done} passages is computed now; the next answer can reuse it."
+
+    def check(self) -> asyncio.Task[None] | None:
+        """Compare ratio 1 with a full prefill."""
+        return self.start("check", self._check())
+
+    async def _check(self) -> None:
+        question, hits = await self._current()
+        greedy = replace(self._request("blended", question, hits), history=())
+        greedy = replace(greedy, sampling=replace(greedy.sampling, temperature=0.0, seed=None))
+        turns = []
+        for name in ARMS:
+            blend = BlendOptions(self.controls.policy, 1.0) if name == "blended" else BlendOptions(enabled=False)
+            turn = await self._arm(name).answer(replace(greedy, blend=blend, tenant=self._tenant(name)))
+            if turn.stopped:
+                raise asyncio.CancelledError
+            if turn.problem or turn.completion is None:
+                self.problem = turn.problem
+                return
+            turns.append(turn)
+        ids = [turn.completion.token_ids for turn in turns if turn.completion]
+        differs = record.first_difference(*ids)
+        self.checks.append(Check(question, differs is None, differs, min(map(len, ids)), *turns))
+
+    def repeat(self, times: int) -> asyncio.Task[None] | None:
+        """Ask both arms so many times, the passages in random order."""
+        return self.start("repeat", self._repeat(times))
+
+    async def _repeat(self, times: int) -> None:
+        question, hits = await self._current()
+        requests = {name: replace(self._request(name, question, hits), history=()) for name in ARMS}
+        run = repeating.Repeats(question, times, [hit.chunk_id for hit in hits])
+        self.repeats.append(run)
+        await repeating.repeat(run, {name: self._arm(name) for name in ARMS}, requests, self.changed)
+
+    def cold(self) -> asyncio.Task[None] | None:
+        """Empty this session's caches: fresh cache salts for both panes."""
+        return self.start("cold", self._cold())
+
+    async def _cold(self) -> None:
+        await self._forget_own()
+        self._colds += 1
+        self._is_cold = True
+        self.note = "Cold: nothing is cached for this session. The next answers compute every passage."
+
+    def warm(self) -> asyncio.Task[None] | None:
+        """Have the caches hold what they can of the present prompt: the passages' KV, and the baseline's prefix."""
+        return self.start("warm", self._warm())
+
+    async def _warm(self) -> None:
+        await self._forget_own()
+        self._is_cold = False
+        if not self.passages:
+            self.note = "Warm: the KV that was computed at ingestion is used."
+            return
+        await self._compute_kv(self.passages)
+        words = f"Warm: the KV of the {len(self.passages)} passages is there."
+        baseline = self.stack.baseline
+        engine = await asyncio.to_thread(lambda: baseline.engine)
+        if engine.info.engine == "embedded":
+            self.note = f"{words} This engine keeps no prefix for full prefills."
+        elif self.question:
+            request = self._request("baseline", self.question, tuple(self.passages))
+            turn = await baseline.answer(replace(request, sampling=Sampling(max_tokens=1)))
+            self.problem = turn.problem
+            self.note = f"{words} The baseline has answered this prompt once, so that its prefix cache holds it."
+
+    def upload(self, files: Sequence[tuple[str, bytes]]) -> asyncio.Task[None] | None:
+        """Ingest files, one after the other; `uploads` says what became of each."""
+        return self.start("upload", self._upload(files))
+
+    async def _upload(self, files: Sequence[tuple[str, bytes]]) -> None:
+        rows = [Uploaded(name) for name, _ in files]
+        self.uploads += rows
+        for row, (name, content) in zip(rows, files, strict=True):
+            row.state = "ingesting"
+            self.changed()
+
+            def on_kv(done: int, known: int, row: Uploaded = row) -> None:
+                row.kv = (done, known)
+                self.version += 1
+
+            try:
+                model = self.controls.model
+                row.detail = await asyncio.to_thread(self.hub.upload, model, name, content, on_kv)
+                row.state = "done"
+            except asyncio.CancelledError:
+                row.state, row.detail = "failed", "Stopped."
+                raise
+            except Exception as problem:
+                row.state, row.detail = "failed", str(problem) or type(problem).__name__
+            self.changed()
+
+    def new_conversation(self) -> None:
+        """Empty the panes and their histories; passages and controls stay."""
+        if not self.busy:
+            self.panes = {name: Pane() for name in ARMS}
+            self.note, self.problem = "", None
+            self.changed()
+
+    # -- what is shown ---------------------------------------------------------------------------------------------
+
+    @property
+    def stack(self) -> Stack:
+        """Both arms of the chosen model."""
+        return self.hub.stack(self.controls.model)
+
+    @property
+    def wording(self) -> Wording:
+        """The words before the passages; those of the ingestion where they are the same."""
+        mine = Wording(self.controls.system.strip(), self.controls.instruction.strip())
+        default = self.hub.default_wording
+        said = Wording(
+            SYSTEM if default.system is None else default.system,
+            INSTRUCTION if default.instruction is None else default.instruction,
+        )
+        return default if mine == said else mine
+
+    @property
+    def speedup(self) -> float | None:
+        """How many times faster the blended pane started; None where that cannot be said."""
+        return record.speedup(self.panes["blended"].turn, self.panes["baseline"].turn)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The whole session for JSON."""
+        stack = self.hub.stack(self.controls.model) if self.hub.start.phase == "ready" else None
+        engines = {arm.name: arm.opened for arm in stack.arms} if stack else {}
+        return {
+            "format": record.FORMAT,
+            "lmcache_rag": __version__,
+            "made": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "engines": {name: asdict(engine.info) if engine else None for name, engine in engines.items()},
+            "one_engine": stack.one_engine if stack else None,
+            "controls": asdict(self.controls),
+            "question": self.question,
+            "passages": record.passages_as_list(self.passages),
+            "speedup": self.speedup,
+            "turns": [turn.as_dict() for turn in self.turns],
+            "checks": [check.as_dict() for check in self.checks],
+            "repeats": [run.as_dict() for run in self.repeats],
+            "uploads": [{"name": row.name, "state": row.state, "detail": row.detail} for row in self.uploads],
+        }
+
+    async def close(self) -> None:
+        """Stop, and drop KV that only this session used."""
+        self.stop()
+        if self._task is not None:
+            with suppress(asyncio.CancelledError):
+                await self._task
+        await self._forget_own()
+
+    # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _arm(self, name: ArmName) -> Arm:
+        return self.stack.blended if name == "blended" else self.stack.baseline
+
+    def _tenant(self, name: ArmName) -> str:
+        """The baseline has one cache salt per session, so that no pane helps the other; a cold start fresh ones."""
+        if name == "baseline":
+            return f"demo {self.id} baseline {self._colds}"
+        return f"demo {self.id} cold {self._colds}" if self._is_cold else self.hub.settings.tenant
+
+    def _request(self, name: ArmName, question: str, hits: tuple[Hit, ...]) -> Request:
+        chosen = self.controls
+        sampling = Sampling(chosen.max_tokens, chosen.temperature, seed=0 if chosen.temperature else None)
+        history = self.panes[name].history() if chosen.follow_up else ()
+        blend = BlendOptions(chosen.policy, chosen.ratio)
+        return Request(question, hits, history, sampling, blend, self.wording, self._tenant(name), self._asks)
+
+    async def _current(self) -> tuple[str, tuple[Hit, ...]]:
+        """The question and passages on the page; retrieved where there are none."""
+        if not self.passages:
+            self.passages = await self.find(self.question, self.controls.top_k)
+        return self.question, tuple(self.passages)
+
+    async def _forget_own(self) -> None:
+        own, self._own_kv = self._own_kv, set()
+        if own and self.hub.start.phase == "ready":
+            await asyncio.to_thread(self.stack.blended.engine.forget, own)
