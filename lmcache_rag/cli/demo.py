@@ -78,6 +78,6 @@ def demo(
 
     try:
         serve(Hub(settings, baseline=baseline), sock, host=host, password=password, on_ready=ready)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # how a page ends
         signals.forgive()
-        run.tell("The page is closed.")
+    run.tell("The page is closed.")

@@ -26,7 +26,7 @@ from nicegui import ui
 from lmcache_rag.demo.page_controls import Question, Settings
 from lmcache_rag.demo.page_extras import CheckView, RepeatView, Uploads, export
 from lmcache_rag.demo.page_panes import Panes
-from lmcache_rag.demo.page_parts import CSS, button, error, heading, icon_button, label, put
+from lmcache_rag.demo.page_parts import CSS, PRIMARY, button, error, heading, icon_button, label, put
 from lmcache_rag.demo.page_passages import Passages
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ class Page:
         self._version = -1
         self._start: Start | None = None
         ui.add_css(CSS)
+        ui.colors(primary=PRIMARY)
         self._dark = ui.dark_mode(value=None)
         with ui.element("header").classes("d-head"):
             label("lmcache-rag: the same question, with and without blended KV", classes="d-h1 d-grow", tag="h1")

@@ -15,8 +15,6 @@ from lmcache_rag.errors import LMCacheRAGError
 if TYPE_CHECKING:
     from lmcache_rag.demo.session import Session
 
-_SUGGESTIONS = 4
-
 
 class Question:
     """The question, the tokens of the prompt to come, and the buttons that begin and stop."""
@@ -35,7 +33,7 @@ class Question:
                 self._ask_button = button("Ask both", self._ask, test_id="ask", icon="play_arrow", main=True)
                 self._stop = button("Stop", session.stop, test_id="stop", icon="stop")
             with ui.element("div").classes("d-row"):
-                for number, text in enumerate(samples.questions()[:_SUGGESTIONS], start=1):
+                for number, text in enumerate(samples.questions(), start=1):
                     button(text, self._takes(text), test_id=f"sample-{number}").props("flat").classes("text-left")
             with ui.element("div").classes("d-row"):
                 self._tokens = label("", classes="d-soft d-number", test_id="context-tokens")

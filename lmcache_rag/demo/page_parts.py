@@ -10,6 +10,7 @@ from nicegui import ui
 from lmcache_rag.cli.render import clean
 from lmcache_rag.demo.record import Problem
 
+PRIMARY = "#1d4ed8"
 CSS = """
 :root { --ground: #f6f7f9; --card: #ffffff; --ink: #1b2330; --soft: #55606e; --line: #d5dae1; --accent: #1d4ed8;
   --prefix: #2f6fd0; --reused: #15803d; --recomputed: #d97706; --computed: #8a94a3; --mark: #fde68a; --markink: #3b2f00;
@@ -61,10 +62,13 @@ body { background: var(--ground); color: var(--ink); font-family: system-ui, san
   display: flex;
   flex-direction: column; gap: 4px; min-width: 0; }
 .d-handle { cursor: grab; touch-action: none; color: var(--soft); }
-.d-list { display: flex; flex-direction: column; gap: 6px; min-width: 0; }
+.d-list > * { width: 100%; box-sizing: border-box; }
+.d-list { align-items: stretch !important; display: flex; flex-direction: column; gap: 6px; min-width: 0; }
 .d-turn { border-top: 1px solid var(--line); padding-top: 6px; display: flex; flex-direction: column; gap: 2px; }
 .q-btn { text-transform: none; }
 .q-btn--outline, .q-btn--flat { color: var(--accent) !important; }
+.q-uploader__header .q-btn { color: white !important; }
+.q-uploader__list:empty { display: none; }
 body.body--dark .q-field__label, body.body--dark .q-field__native,
 body.body--dark .q-field__input { color: var(--ink); }
 .q-field__label, .q-field__native::placeholder { color: var(--soft); opacity: 1; }

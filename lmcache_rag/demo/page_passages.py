@@ -90,13 +90,14 @@ class Passages:
 
     def _moves(self, index: int, by: int) -> Callable[[], None]:
         def move() -> None:
+            client = ui.context.client  # the button itself is gone after the move
             moved = self.session.passages[index].chunk_id
             self.session.move(index, index + by)
             at_end = index + by in (0, len(self.session.passages) - 1)
             direction = ("down" if by < 0 else "up") if at_end else ("up" if by < 0 else "down")
             # The list is new: the keyboard goes on where it was.
             place = f"[data-chunk='{moved}'] [data-testid={direction}]"
-            ui.run_javascript(f'setTimeout(() => document.querySelector("{place}")?.focus(), 60)')
+            client.run_javascript(f'setTimeout(() => document.querySelector("{place}")?.focus(), 60)')
 
         return move
 

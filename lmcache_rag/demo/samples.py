@@ -7,6 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 
 PACKAGE = "lmcache_rag.demo.sample_data"
+ENGLISH = 3  # questions from questions.json
+RUSSIAN = "Какая река вытекает из Байкала, и какая в него впадает?"
 
 
 def documents() -> Path:
@@ -17,4 +19,4 @@ def documents() -> Path:
 def questions() -> list[str]:
     """Questions that the sample documents answer."""
     text = files(PACKAGE).joinpath("questions.json").read_text(encoding="utf-8")
-    return [entry["question"] for entry in json.loads(text)]
+    return [*(entry["question"] for entry in json.loads(text)[:ENGLISH]), RUSSIAN]

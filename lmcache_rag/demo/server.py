@@ -152,6 +152,7 @@ def listen(host: str, port: int) -> socket.socket:
     Raises:
         ConfigError: The port is taken, or the host is none of this machine's.
     """
+    sock: socket.socket | None = None
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         sock = socket.socket(family, kind)
@@ -159,6 +160,8 @@ def listen(host: str, port: int) -> socket.socket:
         sock.bind(address)
         sock.listen(128)
     except OSError as problem:
+        if sock is not None:
+            sock.close()
         raise ConfigError(
             f"The page cannot listen on {host}, port {port}: {problem.strerror or problem}.",
             remedy="Name another --port or --host; --port 0 takes a free one.",
@@ -207,9 +210,10 @@ def open_browser(url: str) -> bool:
 def _login(let_in: Callable[[str], Any]) -> None:
     from nicegui import ui
 
-    from lmcache_rag.demo.page_parts import CSS, button, heading, label, put
+    from lmcache_rag.demo.page_parts import CSS, PRIMARY, button, heading, label, put
 
     ui.add_css(CSS)
+    ui.colors(primary=PRIMARY)
     ui.dark_mode(value=None)
 
     async def enter() -> None:

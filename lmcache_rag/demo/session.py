@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lmcache_rag")
 
+MAX_TOKENS = 96  # of an answer, unless it is set: two answers should not take long
 PaneState: TypeAlias = Literal["idle", "waiting", "sent", "writing", "done", "stopped", "failed"]
 
 
@@ -37,7 +38,7 @@ class Controls:
     policy: str = "query"
     ratio: float = 0.15
     temperature: float = 0.0
-    max_tokens: int = 128
+    max_tokens: int = MAX_TOKENS
     top_k: int = 4
     system: str = SYSTEM
     instruction: str = INSTRUCTION
@@ -95,7 +96,7 @@ class Session:
             policy=given.policy,
             ratio=given.ratio,
             temperature=given.temperature,
-            max_tokens=given.max_tokens,
+            max_tokens=given.max_tokens if "max_tokens" in given.model_fields_set else MAX_TOKENS,
             top_k=given.top_k,
             system=SYSTEM if given.system is None else given.system,
             instruction=INSTRUCTION if given.instruction is None else given.instruction,

@@ -1,0 +1,83 @@
+"""What the demo's page stands on without a browser: differences, the password, samples, the web server's answers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from lmcache_rag.demo import differences, samples
+from lmcache_rag.demo.password import VARIABLE, is_loopback, matches, page_password
+from lmcache_rag.demo.server import listen
+from lmcache_rag.errors import ConfigError
+
+LONG = "correct horse battery"
+
+
+def test_differing_words_are_found_and_texts_stay_whole() -> None:
+    first, second = "The  Nile is long.\nVery.", "The Amazon is long. Very wide."
+    left, right = differences.compare(first, second)
+    assert "".join(piece.text for piece in left) == first
+    assert "".join(piece.text for piece in right) == second
+    assert [piece.text.strip() for piece in left if piece.differs] == ["Nile", "Very."]
+    assert [piece.text.strip() for piece in right if piece.differs] == ["Amazon", "Very wide."]
+
+
+def test_equal_texts_have_no_difference() -> None:
+    left, right = differences.compare("The same words.", "The  same\nwords.")
+    assert differences.differing(left) == differences.differing(right) == 0
+
+
+def test_other_machines_need_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert page_password("127.0.0.1", None) == ""
+    for host in ("0.0.0.0", "::", "192.168.0.7", "example.org"):
+        with pytest.raises(ConfigError, match="no password"):
+            page_password(host, None)
+    monkeypatch.setenv(VARIABLE, LONG)
+    assert page_password("0.0.0.0", None) == LONG
+    monkeypatch.setenv(VARIABLE, "short")
+    with pytest.raises(ConfigError, match="shorter"):
+        page_password("127.0.0.1", None)
+
+
+def test_password_file_is_private(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text(LONG + "\n")
+    file.chmod(0o644)
+    with pytest.raises(ConfigError, match="chmod 600"):
+        page_password("0.0.0.0", file)
+    file.chmod(0o600)
+    assert page_password("0.0.0.0", file) == LONG
+    with pytest.raises(ConfigError, match="cannot be read"):
+        page_password("0.0.0.0", tmp_path / "none")
+
+
+def test_password_must_match_as_a_whole() -> None:
+    assert matches(LONG, LONG)
+    assert not matches(LONG[:-1], LONG)
+    assert not matches("пароль", LONG)
+
+
+def test_loopback_is_this_machine_only() -> None:
+    assert all(map(is_loopback, ("127.0.0.1", "localhost", "::1", "127.0.1.1")))
+    assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "127.example.org")))
+
+
+def test_samples_come_with_questions_and_one_is_russian() -> None:
+    files = list(samples.documents().iterdir())
+    assert len(files) > 30
+    assert any("Байкал" in file.read_text() for file in files if file.suffix in (".md", ".txt"))
+    assert len(samples.questions()) > 3
+
+
+def test_a_taken_port_is_named() -> None:
+    with listen("127.0.0.1", 0) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port}"):
+            listen("127.0.0.1", port)
+
+
+def test_no_secret_stands_in_the_environment_by_accident() -> None:
+    assert VARIABLE not in os.environ

@@ -1,0 +1,314 @@
+"""A session of the demo, with the embedded engine: what it asks, measures, keeps and exports."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lmcache_rag.demo import bars, samples
+from lmcache_rag.demo.hub import Hub
+from lmcache_rag.demo.record import speedup_words
+from lmcache_rag.demo.session import Session
+from lmcache_rag.settings import Settings
+
+QUESTION = "Which of the mountains is the highest?"
+WAIT = 120.0
+
+
+@pytest.fixture
+def hub(
+    tiny: Any, embedder: Any, tmp_path: Path, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Hub]:
+    """A hub over a tiny model, with five short sample documents."""
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    for number in range(5):
+        (folder / f"{number}.txt").write_text(" ".join(sentences[3 * number :][:3]))
+    monkeypatch.setattr(samples, "documents", lambda: folder)
+    made = Hub(Settings.load(tmp_path / "store", max_tokens=6, top_k=4), engine=tiny, embedder=embedder)
+    made.open()
+    assert made.start.problem is None
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def session(hub: Hub) -> Session:
+    """A session of it."""
+    return Session("0123456789abcdef", hub)
+
+
+async def done(task: asyncio.Task[None] | None) -> None:
+    """Wait for an action of a session."""
+    assert task is not None
+    await asyncio.wait_for(task, WAIT)
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    """Wait until something holds."""
+    async with asyncio.timeout(WAIT):
+        while not holds():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+def test_start_ingests_samples_once_and_says_how_far(hub: Hub) -> None:
+    assert hub.start.phase == "ready"
+    assert hub.start.documents == (5, 5)
+    done, known = hub.start.chunks
+    assert done == known > 0
+    before = hub.stack().workspace.store.registry.stats().chunks
+    hub.open()
+    assert hub.stack().workspace.store.registry.stats().chunks == before
+
+
+def test_store_with_other_documents_gets_no_samples(
+    hub: Hub, tiny: Any, embedder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "mine.txt"
+    other.write_text("A document of the user's own.")
+    hub.stack().ingestor(lambda step: None).ingest([other])
+    (samples.documents() / "late.txt").write_text("A sample that came later.")
+    hub.open()
+    names = {Path(each.source).name for each in hub.stack().workspace.store.registry.documents()}
+    assert "mine.txt" in names
+    assert "late.txt" not in names
+
+
+async def test_both_arms_answer_with_what_the_engine_counted(session: Session) -> None:
+    await done(session.ask(QUESTION))
+    blended, baseline = (session.panes[name].turn for name in ("blended", "baseline"))
+    assert blended is not None
+    assert baseline is not None
+    assert blended.completion is not None
+    assert baseline.completion is not None
+    assert len(blended.passages) == 4
+    assert blended.passages == baseline.passages
+    assert blended.completion.stats.reused_tokens > 0
+    assert baseline.completion.stats.computed_tokens == baseline.completion.stats.prompt_tokens
+    assert session.panes["blended"].state == session.panes["baseline"].state == "done"
+    expected = baseline.completion.stats.ttft_ms / blended.completion.stats.ttft_ms
+    assert session.speedup == pytest.approx(expected)
+
+
+async def test_counts_by_passage_add_up(session: Session) -> None:
+    await done(session.ask(QUESTION))
+    for pane in session.panes.values():
+        turn = pane.turn
+        assert turn is not None
+        assert turn.completion is not None
+        assert len(turn.completion.chunks) == len(turn.passages)
+        for hit, chunk in zip(turn.passages, turn.completion.chunks, strict=True):
+            parts = (chunk.prefix_tokens, chunk.reused_tokens, chunk.recomputed_tokens or 0, chunk.computed_tokens)
+            assert sum(parts) == len(session.stack.blended.prompts(session.wording).chunk_ids(hit.text))
+        stats = turn.completion.stats
+        assert sum(chunk.reused_tokens for chunk in turn.completion.chunks) == stats.reused_tokens
+        assert sum(chunk.recomputed_tokens or 0 for chunk in turn.completion.chunks) == stats.recomputed_tokens
+        shown = dict.fromkeys(bars.KINDS, 0)
+        for segment in bars.segments(turn):
+            shown[segment.kind] += segment.tokens
+        assert shown == bars.totals(turn)
+
+
+async def test_another_order_is_kept_and_still_reused(session: Session) -> None:
+    await done(session.ask(QUESTION))
+    order = [hit.chunk_id for hit in session.passages]
+    session.move(0, 3)
+    assert [hit.chunk_id for hit in session.passages] == [*order[1:], order[0]]
+    assert not session.controls.retrieve
+    await done(session.ask(QUESTION))
+    turn = session.panes["blended"].turn
+    assert turn is not None
+    assert turn.completion is not None
+    assert [hit.chunk_id for hit in turn.passages] == [*order[1:], order[0]]
+    assert turn.completion.stats.reused_tokens > 0
+    assert turn.completion.stats.chunks_missed == 0
+
+
+async def test_passages_can_be_picked_by_hand(session: Session) -> None:
+    found = await session.find("a river", 5)
+    session.add(found[0])
+    session.add(found[0])
+    session.add(found[1])
+    session.remove(0)
+    assert [hit.chunk_id for hit in session.passages] == [found[1].chunk_id]
+    session.add(found[2])
+    before = list(session.passages)
+    session.shuffle()
+    assert session.passages != before
+    await done(session.ask(QUESTION))
+    turn = session.panes["blended"].turn
+    assert turn is not None
+    assert list(turn.passages) == session.passages
+
+
+async def test_cold_answers_reuse_nothing_and_later_ones_do(session: Session) -> None:
+    await done(session.ask(QUESTION))
+    await done(session.cold())
+    await done(session.ask(QUESTION))
+    cold = session.panes["blended"].turn
+    assert cold is not None
+    assert cold.completion is not None
+    assert cold.completion.stats.reused_tokens == 0
+    assert session.speedup is None
+    await done(session.ask(QUESTION))
+    again = session.panes["blended"].turn
+    assert again is not None
+    assert again.completion is not None
+    assert again.completion.stats.reused_tokens > 0
+    await done(session.warm())
+    assert session.problem is None
+    assert not session._own_kv
+
+
+async def test_other_words_are_computed_once_and_then_reused(session: Session) -> None:
+    session.set(system="You are brief.")
+    for reused in (False, True):
+        await done(session.ask(QUESTION))
+        turn = session.panes["blended"].turn
+        assert turn is not None
+        assert turn.completion is not None
+        assert (turn.completion.stats.reused_tokens > 0) is reused
+
+
+async def test_ratio_one_equals_full_prefill(session: Session) -> None:
+    await done(session.ask(QUESTION))
+    await done(session.check())
+    assert session.problem is None
+    [check] = session.checks
+    assert check.equal
+    assert check.recomputed.completion is not None
+    assert check.recomputed.completion.stats.reused_tokens == 0
+
+
+async def test_repeat_measures_pairs_in_changing_order(session: Session) -> None:
+    await done(session.ask(QUESTION))
+    await done(session.repeat(6))
+    [run] = session.repeats
+    assert len(run.pairs) == 6
+    assert len({pair.order for pair in run.pairs}) > 1
+    assert run.medians is not None
+    assert min(run.medians) > 0
+    assert run.speedup == pytest.approx(run.medians[1] / run.medians[0])
+    assert 0 <= run.differing <= 6
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_stop_ends_the_answer_and_the_engine_goes_on(session: Session, at_once: bool) -> None:
+    session.set(max_tokens=2000, at_once=at_once)
+    task = session.ask(QUESTION)
+    await until(lambda: session.panes["blended"].state == "writing")
+    session.stop()
+    await done(task)
+    turn = session.panes["blended"].turn
+    assert turn is not None
+    assert turn.stopped
+    assert turn.text
+    assert not session.busy
+    session.set(max_tokens=4)
+    await done(session.ask(QUESTION))
+    assert {pane.state for pane in session.panes.values()} == {"done"}
+
+
+async def test_failure_of_one_arm_stays_in_its_pane(session: Session) -> None:
+    def gone() -> Any:
+        from lmcache_rag.errors import EngineUnavailableError
+
+        raise EngineUnavailableError("The server cannot be reached.", remedy="Start it.")
+
+    arm = session.stack.baseline
+    opener, arm._open = arm._open, gone
+    await done(session.ask(QUESTION))
+    assert session.panes["blended"].state == "done"
+    problem = session.panes["baseline"].problem
+    assert problem is not None
+    assert (problem.message, problem.remedy) == ("The server cannot be reached.", "Start it.")
+    assert session.speedup is None
+    arm._open = opener
+    await done(session.ask(QUESTION))
+    assert session.panes["baseline"].state == "done"
+
+
+async def test_history_is_sent_along_only_when_wanted(session: Session) -> None:
+    await done(session.ask(QUESTION))
+    alone = await session.tokens()
+    session.set(follow_up=True)
+    with_history = await session.tokens()
+    assert alone is not None
+    assert with_history is not None
+    assert with_history[0] > alone[0]
+    await done(session.ask("And the lowest?"))
+    assert [len(pane.turns) for pane in session.panes.values()] == [2, 2]
+
+
+async def test_upload_is_ingested_and_a_bad_file_says_why(session: Session) -> None:
+    files = [("fact.txt", b"The lamp of the lighthouse turns every five seconds."), ("bad.pdf", b"%PDF-1.7 nothing")]
+    await done(session.upload(files))
+    good, bad = session.uploads
+    assert good.state == "done"
+    assert bad.state == "failed"
+    assert bad.detail
+    [hit, *_] = await session.find("How often does the lamp of the lighthouse turn?")
+    assert "lighthouse" in hit.text
+    assert hit.documents[0].source.endswith("fact.txt")
+
+
+async def test_upload_cannot_leave_its_folder(session: Session, tmp_path: Path) -> None:
+    await done(session.upload([("../../../escape.txt", b"A text that wants to be elsewhere.")]))
+    assert session.uploads[0].state == "done"
+    [kept] = tmp_path.rglob("*escape.txt")  # noqa: ASYNC240
+    assert kept.is_relative_to(tmp_path / "store" / "uploads")
+
+
+async def test_two_sessions_share_nothing_of_their_own(hub: Hub) -> None:
+    first, second = Session("a" * 16, hub), Session("b" * 16, hub)
+    await asyncio.gather(done(first.ask(QUESTION)), done(second.ask("What is a desert?")))
+    assert first.question != second.question
+    assert len(first.turns) == len(second.turns) == 2
+    tenants = {each._tenant("baseline") for each in (first, second)}
+    assert len(tenants) == 2
+    assert first._tenant("blended") == second._tenant("blended") == ""
+
+
+async def test_export_holds_the_engines_own_numbers(session: Session) -> None:
+    await done(session.ask(QUESTION))
+    await done(session.check())
+    await done(session.repeat(1))
+    document = json.loads(json.dumps(session.as_dict()))
+    assert [turn["arm"] for turn in document["turns"]] == ["blended", "baseline"]
+    turn = session.panes["blended"].turn
+    assert turn is not None
+    assert turn.completion is not None
+    assert document["turns"][0]["stats"] == turn.completion.stats.as_dict()
+    assert document["turns"][0]["ttft_ms"] == turn.completion.stats.ttft_ms
+    assert document["speedup"] == session.speedup
+    assert document["checks"][0]["equal"] is True
+    assert document["repeats"][0]["pairs"]
+
+
+async def test_one_action_at_a_time(session: Session) -> None:
+    task = session.ask(QUESTION)
+    assert session.ask(QUESTION) is None
+    await done(task)
+
+
+async def test_empty_question_is_a_problem_of_the_page(session: Session) -> None:
+    await done(session.ask("  "))
+    assert session.problem is not None
+    assert session.problem.message == "The question is empty."
+
+
+async def test_asked_at_once_no_factor_is_given(session: Session) -> None:
+    session.set(at_once=True)
+    await done(session.ask(QUESTION))
+    assert {pane.state for pane in session.panes.values()} == {"done"}
+    assert session.speedup is None
+
+
+def test_speedup_words_say_slower_too() -> None:
+    assert speedup_words(4.13) == "first token 4.1x faster"
+    assert speedup_words(0.5) == "first token 2.0x slower"
