@@ -35,5 +35,9 @@ def differing(pieces: Sequence[Piece]) -> int:
 
 
 def _add(pieces: list[Piece], words: Sequence[str], differs: bool) -> None:
-    if words:
-        pieces.append(Piece("".join(words), differs))
+    text = "".join(words)
+    space = text[: len(text) - len(text.lstrip())] if differs else ""
+    if space:  # is no part of a word
+        pieces.append(Piece(space, False))
+    if text := text.removeprefix(space):
+        pieces.append(Piece(text, differs))

@@ -65,15 +65,15 @@ class Page:
             icon_button("dark_mode", "Dark or light", self._toggle, test_id="dark")
         with ui.element("div").classes("d-main").style("display: block; padding-bottom: 0") as self._opening:
             self._start_card = ui.element("section").classes("d-card").props('aria-label="Start"')
-        with ui.element("main").classes("d-main"):
-            with ui.element("div").classes("d-col"):
-                passages = Passages(session)
-                settings = Settings(session)
-                uploads = Uploads(session)
-            with ui.element("div").classes("d-col"):
+        with ui.element("div").classes("d-main"):  # inside the main element that Quasar makes
+            with ui.element("div").classes("d-col d-right"):
                 self._question = Question(session)
                 self._panes = Panes(session)
                 check, repeats = CheckView(session), RepeatView(session)
+            with ui.element("div").classes("d-col d-left"):
+                passages = Passages(session)
+                settings = Settings(session)
+                uploads = Uploads(session)
         self._parts: list[_Part] = [self._question, passages, settings, uploads, self._panes, check, repeats]
         self._timer = ui.timer(_TICK_S, self._tick)
         client = ui.context.client

@@ -34,7 +34,9 @@ class Question:
                 self._stop = button("Stop", session.stop, test_id="stop", icon="stop")
             with ui.element("div").classes("d-row"):
                 for number, text in enumerate(samples.questions(), start=1):
-                    button(text, self._takes(text), test_id=f"sample-{number}").props("flat").classes("text-left")
+                    button(text, self._takes(text), test_id=f"sample-{number}").props("flat align=left").classes(
+                        "text-left"
+                    )
             with ui.element("div").classes("d-row"):
                 self._tokens = label("", classes="d-soft d-number", test_id="context-tokens")
                 self._at_once = ui.switch(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lmcache_rag.demo.repeating import Repeats
     from lmcache_rag.demo.session import Session
 
-_COLOURS = {"blended": "#15803d", "baseline": "#8a94a3"}
+_COLOURS = {"blended": "#1f9d55", "baseline": "#7a8696"}
 _MOST_FILES = 20
 
 
@@ -181,12 +181,13 @@ def _options(run: Repeats | None) -> dict[str, object]:
         }
         for name in ARMS
     ]
-    axis = {"nameTextStyle": {"color": "#7a8696"}, "axisLabel": {"color": "#7a8696"}}
+    grey = {"color": "#7a8696"}
+    axis = {"nameTextStyle": grey, "axisLabel": grey, "splitLine": {"lineStyle": {"color": "rgba(128,140,155,.3)"}}}
     return {
         "animation": False,
         "grid": {"left": 60, "right": 12, "top": 34, "bottom": 30},
-        "legend": {"textStyle": {"color": "#7a8696"}},
-        "xAxis": {**axis, "type": "value", "minInterval": 1, "min": 0},
+        "legend": {"textStyle": grey, "top": 0, "right": 12, "bottom": "auto", "left": "auto"},
+        "xAxis": {**axis, "type": "value", "minInterval": 1, "min": 0, "splitLine": {"show": False}},
         "yAxis": {**axis, "type": "value", "name": "first token, ms", "min": 0},
         "series": series,
     }

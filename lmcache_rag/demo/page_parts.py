@@ -28,7 +28,9 @@ body { background: var(--ground); color: var(--ink); font-family: system-ui, san
   grid-template-columns: minmax(280px, 360px) minmax(0, 1fr); align-items: start; }
 .d-col { display: flex; flex-direction: column; gap: 12px; min-width: 0; }
 .d-panes { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 12px; align-items: start; }
-@media (max-width: 900px) { .d-main { grid-template-columns: minmax(0, 1fr); padding: 8px; } }
+.d-right { grid-column: 2; grid-row: 1; } .d-left { grid-column: 1; grid-row: 1; }
+@media (max-width: 900px) { .d-main { grid-template-columns: minmax(0, 1fr); padding: 8px; }
+  .d-right { grid-column: 1; grid-row: 1; } .d-left { grid-column: 1; grid-row: 2; } }
 @media (max-width: 700px) { .d-panes { grid-template-columns: minmax(0, 1fr); } .d-head { padding: 8px; } }
 .d-card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px; display: flex;
   flex-direction: column; gap: 8px; min-width: 0; }
@@ -67,8 +69,6 @@ body { background: var(--ground); color: var(--ink); font-family: system-ui, san
 .d-turn { border-top: 1px solid var(--line); padding-top: 6px; display: flex; flex-direction: column; gap: 2px; }
 .q-btn { text-transform: none; }
 .q-btn--outline, .q-btn--flat { color: var(--accent) !important; }
-.q-uploader__header .q-btn { color: white !important; }
-.q-uploader__list:empty { display: none; }
 body.body--dark .q-field__label, body.body--dark .q-field__native,
 body.body--dark .q-field__input { color: var(--ink); }
 .q-field__label, .q-field__native::placeholder { color: var(--soft); opacity: 1; }
