@@ -12,7 +12,7 @@ Elements that show a figure or take an action have a `data-testid`:
         passage-text
     model, policy, ratio, ratio-value, top-k, max-tokens, temperature, words, system, instruction, cold, warm
     check, check-result; repeat-times, repeat, repeat-progress, -medians, -speedup, -differing, -plot, -error
-    upload, upload-STATE; export, dark; password, login, login-error
+    upload, add-files, upload-STATE; export, dark; password, login, login-error
 
 Once both answers are there, a differing word has `data-differs`, and a bar's part `data-kind` and `data-tokens`.
 """

@@ -122,25 +122,24 @@ class Uploads:
         with ui.element("section").classes("d-card").props('aria-label="Your files"'):
             heading("Your files")
             label("They go into the store of this page, where everyone who can open it finds them.", classes="d-soft")
-            self._upload = (
-                ui.upload(
-                    label="Add files",
-                    multiple=True,
-                    auto_upload=True,
-                    max_files=_MOST_FILES,
-                    max_file_size=MOST_UPLOAD_BYTES,
-                    on_multi_upload=self._take,
-                    on_rejected=self._rejected,
-                )
-                .props("flat bordered data-testid=upload")
-                .classes("full-width")
+            # Its own look has parts without a name; the button opens its file picker.
+            self._upload = ui.upload(
+                multiple=True,
+                auto_upload=True,
+                max_files=_MOST_FILES,
+                max_file_size=MOST_UPLOAD_BYTES,
+                on_multi_upload=self._take,
+                on_rejected=self._rejected,
             )
+            self._upload.props("data-testid=upload").style("display: none")
+            self._add = button("Add files", lambda: None, test_id="add-files", icon="upload")
+            self._add.on("click", js_handler=f"() => getElement({self._upload.id}).pickFiles()")
             self._rows = ui.element("div").classes("d-list")
 
     def update(self) -> None:
         """Show what is new."""
         session = self.session
-        self._upload.set_enabled(session.hub.start.phase == "ready" and not session.busy)
+        self._add.set_enabled(session.hub.start.phase == "ready" and not session.busy)
         key = [(row.name, row.state, row.detail, row.kv) for row in session.uploads]
         if key == self._shown:
             return

@@ -11,6 +11,7 @@ from lmcache_rag.cli.render import clean
 from lmcache_rag.demo.record import Problem
 
 PRIMARY = "#1d4ed8"
+_TURNS = dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)], "\N{REPLACEMENT CHARACTER}")
 CSS = """
 :root { --ground: #f6f7f9; --card: #ffffff; --ink: #1b2330; --soft: #55606e; --line: #d5dae1; --accent: #1d4ed8;
   --prefix: #2f6fd0; --reused: #15803d; --recomputed: #d97706; --computed: #8a94a3; --mark: #fde68a; --markink: #3b2f00;
@@ -76,9 +77,14 @@ body.body--dark .q-field__input { color: var(--ink); }
 """
 
 
+def harmless(text: str) -> str:
+    """Text with control characters, and those that turn the direction of what follows, made visible."""
+    return clean(text).translate(_TURNS)
+
+
 def label(text: str, *, classes: str = "", test_id: str = "", tag: str = "") -> ui.label:
     """A label; text from documents, models and users is made harmless for the eye, too."""
-    made = ui.label(clean(text)).classes(f"d-text {classes}")
+    made = ui.label(harmless(text)).classes(f"d-text {classes}")
     if test_id:
         made.props(f"data-testid={test_id}")
     if tag:
@@ -88,7 +94,7 @@ def label(text: str, *, classes: str = "", test_id: str = "", tag: str = "") -> 
 
 def put(element: ui.label, text: str) -> None:
     """Set a label's text."""
-    element.set_text(clean(text))
+    element.set_text(harmless(text))
 
 
 def heading(text: str, level: int = 2) -> ui.label:

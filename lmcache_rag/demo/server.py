@@ -140,6 +140,7 @@ def application(hub: Hub, *, host: str, password: str) -> Any:
         show_welcome_message=False,
     )
     pages.on_shutdown(sessions.close)
+    pages.config.quasar_config["loadingBar"]["skipHijack"] = True  # a bar that screen readers know no name of
     if is_loopback(host) and not password:
         # A page elsewhere could give its own name this machine's address, and then read ours.
         outer.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host])
@@ -224,7 +225,7 @@ def _login(let_in: Callable[[str], Any]) -> None:
             wrong.set_visibility(True)
 
     with (
-        ui.element("main").classes("d-main").style("display: block; max-width: 26rem"),
+        ui.element("div").classes("d-main").style("display: block; max-width: 26rem"),
         ui.element("div").classes("d-card"),
     ):
         heading(TITLE, 1)
