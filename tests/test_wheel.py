@@ -18,6 +18,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 HOMES = {"lmcache_rag": "lmcache_rag", "integrations": "lmcache_rag/integrations"}
+SAMPLES = ROOT / "examples" / "data"
 FACT = "The lighthouse of Brandaris was rebuilt in 1594 and its lamp turns every five seconds."
 
 pytestmark = [pytest.mark.slow, pytest.mark.full]
@@ -35,7 +36,7 @@ def run(command: list[Any], cwd: Path) -> str:
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that what earlier builds left in the checkout cannot get in."""
     place = tmp_path_factory.mktemp("wheel")
-    for name in ("lmcache_rag", "integrations"):
+    for name in ("lmcache_rag", "integrations", "examples/data"):
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, place / name)
@@ -74,6 +75,11 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
         for name, home in HOMES.items()
         for file in (ROOT / name).rglob("*")
         if file.suffix == ".py" or file.name == "py.typed"
+    }
+    expected |= {
+        f"lmcache_rag/demo/sample_data/{file.relative_to(SAMPLES).as_posix()}"
+        for file in SAMPLES.rglob("*")
+        if file.is_file() and "__pycache__" not in file.parts
     }
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
