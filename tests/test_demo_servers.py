@@ -11,8 +11,8 @@ import pytest
 from openai_kit import FakeVLLM, vllm_serving
 
 from lmcache_rag import protocol
+from lmcache_rag.demo import bars, samples
 from lmcache_rag.demo import hub as hubs
-from lmcache_rag.demo import samples
 from lmcache_rag.demo.hub import Hub
 from lmcache_rag.demo.session import Session
 from lmcache_rag.settings import Settings
@@ -101,6 +101,9 @@ async def test_another_order_loses_the_prefix_and_keeps_the_blend(hub: Hub) -> N
     assert blended.completion.chunks
     cached = blended.completion.stats.reused_tokens + blended.completion.stats.recomputed_tokens
     assert sum(chunk.reused_tokens for chunk in blended.completion.chunks) == cached
+    shown = bars.segments(blended)
+    assert sum(segment.tokens for segment in shown) == blended.completion.stats.prompt_tokens
+    assert sum(segment.tokens for segment in shown if segment.kind == "cached") == cached
 
 
 async def test_two_servers_answer_a_pane_each(server: FakeVLLM, tokenizer: Any, embedder: Any, tmp_path: Path) -> None:
@@ -195,7 +198,7 @@ def test_start_without_a_server_can_be_tried_again(server: FakeVLLM, embedder: A
     hub.close()
 
 
-def test_models_to_pick_from_are_those_served(
+async def test_models_to_pick_from_are_those_served(
     server: FakeVLLM, embedder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = opened(tmp_path, embedder, server.url)
@@ -203,6 +206,13 @@ def test_models_to_pick_from_are_those_served(
     monkeypatch.setattr("lmcache_rag.engines.vllm_served.served_names", lambda servers: [server.model, "another"])
     hub.open()
     assert hub.models == [server.model, "another"]
+    session = Session("a" * 16, hub)
+    await done(session.choose("another"))
+    assert session.problem is not None  # the server has no such model
+    assert session.controls.model == ""
+    await done(session.choose(server.model))
+    assert session.problem is None
+    assert session.controls.model == server.model
     assert hub.stack("").workspace.engine.info.model == server.root
     hub.close()
 

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
 if TYPE_CHECKING:
     from lmcache_rag.demo.record import Turn
 
-Kind: TypeAlias = Literal["prefix", "reused", "recomputed", "computed"]
+Kind: TypeAlias = Literal["prefix", "reused", "recomputed", "computed", "cached"]
 KINDS: tuple[Kind, ...] = ("prefix", "reused", "recomputed", "computed")
 WORDS: dict[Kind, str] = {
     "prefix": "exact prefix",
     "reused": "reused",
     "recomputed": "recomputed",
     "computed": "computed",
+    "cached": "reused, some of them recomputed",  # where a server does not say which
 }
 
 
@@ -46,8 +47,13 @@ def segments(turn: Turn) -> list[Segment]:
         return [Segment(kind, count, None) for kind, count in sums.items() if count]
     inner: list[Segment] = []
     for index, chunk in enumerate(chunks):
-        counts = (chunk.prefix_tokens, chunk.reused_tokens, chunk.recomputed_tokens or 0, chunk.computed_tokens)
-        inner += [Segment(kind, count, index) for kind, count in zip(KINDS, counts, strict=True) if count]
+        counts: dict[Kind, int] = {"prefix": chunk.prefix_tokens}
+        if chunk.recomputed_tokens is None:
+            counts["cached"] = chunk.reused_tokens
+        else:
+            counts |= {"reused": chunk.reused_tokens, "recomputed": chunk.recomputed_tokens}
+        counts["computed"] = chunk.computed_tokens
+        inner += [Segment(kind, count, index) for kind, count in counts.items() if count]
 
     def rest(kind: Kind) -> int:
         return sums[kind] - sum(segment.tokens for segment in inner if segment.kind == kind)

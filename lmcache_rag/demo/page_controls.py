@@ -34,9 +34,7 @@ class Question:
                 self._stop = button("Stop", session.stop, test_id="stop", icon="stop")
             with ui.element("div").classes("d-row"):
                 for number, text in enumerate(samples.questions(), start=1):
-                    button(text, self._takes(text), test_id=f"sample-{number}").props("flat align=left").classes(
-                        "text-left"
-                    )
+                    button(text, self._takes(text), test_id=f"sample-{number}").props("flat").classes("d-sample")
             with ui.element("div").classes("d-row"):
                 self._tokens = label("", classes="d-soft d-number", test_id="context-tokens")
                 self._at_once = ui.switch(
@@ -137,6 +135,7 @@ class Settings:
                 self._warm = button("Warm", session.warm, test_id="warm", icon="local_fire_department")
                 label("Empty or fill the caches of this session.", classes="d-soft d-grow")
         self._models_shown: list[str] = []
+        self._picker: ui.select | None = None
 
     def update(self) -> None:
         """Show what is new."""
@@ -147,13 +146,18 @@ class Settings:
             self._models_shown = list(session.hub.models)
             self._models.clear()
             with self._models:
-                picker = ui.select(
-                    self._models_shown,
-                    value=session.controls.model or self._models_shown[0],
-                    label="Model",
-                    on_change=self._sets("model"),
-                )
-                picker.props("dense outlined data-testid=model")
+                self._picker = ui.select(
+                    self._models_shown, value=self._model(), label="Model", on_change=self._choose
+                ).props("dense outlined data-testid=model")
+        if self._picker is not None and not session.busy and self._picker.value != self._model():
+            self._picker.value = self._model()  # the chosen one could not be opened
+
+    def _model(self) -> str:
+        return self.session.controls.model or self._models_shown[0]
+
+    def _choose(self, event: events.ValueChangeEventArguments[Any]) -> None:
+        if event.value != self._model():
+            self.session.choose(event.value)
 
     def _number(self, title: str, name: str, value: float, least: float, most: float, step: float) -> None:
         whole = isinstance(value, int)

@@ -57,11 +57,9 @@ class Panes:
         shared = session.hub.start.phase == "ready" and session.stack.one_engine
         if session.controls.at_once:
             words = "Both panes are asked at the same time"
-            return (
-                f"{words}; they share one engine, so each time holds the other's work, and no factor is given."
-                if shared
-                else f"{words}; their times are not compared."
-            )
+            if shared:
+                return f"{words}; they share one engine, so each time holds the other's work, and no factor is given."
+            return f"{words}, each by its own server."
         words = "The panes are asked in turn: blended KV first, then the full prefill."
         if blended and blended.completion and not blended.completion.stats.blended:
             return f"{words} The blended answer reused no KV, so there is no factor."
@@ -171,7 +169,7 @@ class _PaneView:
                 label(f"{index} {source_name(hit)}")
                 for kind in bars.KINDS:
                     count = getattr(chunk, f"{kind}_tokens")
-                    words = "not said" if count is None else f"{count:,}"
+                    words = "in those" if count is None else f"{count:,}"
                     label(words, classes="d-n", test_id=f"{self.name}-passage-{index}-{kind}")
 
     def _show_answer(self, turn: Turn | None, other: Turn | None) -> None:

@@ -54,6 +54,7 @@ body { background: var(--ground); color: var(--ink); font-family: system-ui, san
 .d-bar > div { min-width: 2px; height: 100%; }
 .d-start { border-left: 2px solid var(--ink); }
 .k-prefix { background: var(--prefix); } .k-reused { background: var(--reused); }
+.k-cached { background: repeating-linear-gradient(90deg, var(--reused) 0 12px, var(--recomputed) 12px 14px); }
 .k-recomputed { background: var(--recomputed); } .k-computed { background: var(--computed); }
 .d-legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: .88rem; }
 .d-legend > div { display: flex; align-items: center; gap: 5px; }
@@ -68,6 +69,7 @@ body { background: var(--ground); color: var(--ink); font-family: system-ui, san
 .d-list > * { width: 100%; box-sizing: border-box; }
 .d-list { align-items: stretch !important; display: flex; flex-direction: column; gap: 6px; min-width: 0; }
 .d-turn { border-top: 1px solid var(--line); padding-top: 6px; display: flex; flex-direction: column; gap: 2px; }
+.d-sample .q-btn__content { justify-content: flex-start; text-align: left; }
 .q-btn { text-transform: none; }
 .q-btn--outline, .q-btn--flat { color: var(--accent) !important; }
 body.body--dark .q-field__label, body.body--dark .q-field__native,

@@ -17,6 +17,7 @@ from lmcache_rag.demo import record, repeating
 from lmcache_rag.demo.arms import Arm, Request, Wording
 from lmcache_rag.demo.record import ARMS, ArmName, Check, Problem, Turn, Uploaded
 from lmcache_rag.engines.base import BlendOptions, Sampling
+from lmcache_rag.errors import LMCacheRAGError
 from lmcache_rag.kv import KVKeeper
 from lmcache_rag.prompt import INSTRUCTION, SYSTEM
 from lmcache_rag.prompt import Turn as HistoryTurn
@@ -231,7 +232,8 @@ class Session:
         for pane in self.panes.values():
             pane.state, pane.text, pane.turn = "waiting", "", None
         self.changed()
-        asked = [self._answer(name, replace(self._request(name, question, hits), alone=not at_once)) for name in ARMS]
+        alone = not (at_once and self.stack.one_engine)
+        asked = [self._answer(name, replace(self._request(name, question, hits), alone=alone)) for name in ARMS]
         if at_once:
             tasks = [asyncio.ensure_future(each) for each in asked]
             try:
@@ -277,8 +279,12 @@ class Session:
 
     async def _keep(self, turn: Turn) -> None:
         """Compute and keep the passages' KV that the question missed, after both answers."""
-        if turn.completion and turn.blend.enabled and turn.completion.missed:
+        if not (turn.completion and turn.blend.enabled and turn.completion.missed):
+            return
+        try:
             await self._compute_kv([turn.passages[index] for index in turn.completion.missed])
+        except LMCacheRAGError as problem:  # the answers stand
+            self.note = f"The KV of the passages is not kept: {problem}"
 
     async def _compute_kv(self, hits: Sequence[Hit]) -> None:
         self.note = f"Computing the KV of {len(hits)} passages, for the next question."
@@ -388,6 +394,14 @@ class Session:
             except Exception as problem:
                 row.state, row.detail = "failed", str(problem) or type(problem).__name__
             self.changed()
+
+    def choose(self, model: str) -> asyncio.Task[None] | None:
+        """Go over to another model, once it is open."""
+        return self.start("model", self._choose(model))
+
+    async def _choose(self, model: str) -> None:
+        await asyncio.to_thread(self.hub.stack, model)
+        self.set(model=model)
 
     def new_conversation(self) -> None:
         """Empty the panes and their histories; passages and controls stay."""
