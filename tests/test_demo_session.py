@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 
 from lmcache_rag.demo import bars, samples
+from lmcache_rag.demo.arms import join_threads
 from lmcache_rag.demo.hub import Hub
 from lmcache_rag.demo.record import speedup_words
 from lmcache_rag.demo.session import Session
@@ -312,3 +314,39 @@ async def test_asked_at_once_no_factor_is_given(session: Session) -> None:
 def test_speedup_words_say_slower_too() -> None:
     assert speedup_words(4.13) == "first token 4.1x faster"
     assert speedup_words(0.5) == "first token 2.0x slower"
+
+
+def test_close_ends_an_ingestion_at_its_next_passage(
+    tiny: Any, embedder: Any, tmp_path: Path, sentences: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "samples"
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"{number}.txt").write_text(" ".join(sentences[3 * number :][:3]))
+    monkeypatch.setattr(samples, "documents", lambda: folder)
+    hub = Hub(Settings.load(tmp_path / "store"), engine=tiny, embedder=embedder)
+    first = threading.Event()
+    go_on = hub._go_on
+
+    def slowly() -> None:
+        first.set()
+        hub._closing.wait(WAIT)
+        go_on()
+
+    monkeypatch.setattr(hub, "_go_on", slowly)
+    opener = hub.begin()
+    assert first.wait(WAIT)
+    hub.close()
+    assert not opener.is_alive()
+    assert hub.start.phase == "failed"
+    assert hub.start.documents[0] <= 1
+
+
+async def test_engine_threads_are_waited_for_after_a_stop(session: Session) -> None:
+    session.set(max_tokens=2000)
+    task = session.ask(QUESTION)
+    await until(lambda: session.panes["blended"].state == "writing")
+    session.stop()
+    await done(task)
+    await asyncio.to_thread(join_threads, WAIT)
+    assert not any(thread.name == "lmcache-rag-demo" for thread in threading.enumerate())

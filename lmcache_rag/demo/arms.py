@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, suppress
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lmcache_rag.store import Hit
 
 T = TypeVar("T")
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 _BUILDERS = 16  # prompt builders of one arm that are kept
 
 
@@ -205,6 +207,13 @@ async def stream(
             await close()
 
 
+def join_threads(timeout: float) -> None:
+    """Wait for the threads of streams that were left: the process must not end while one of them computes."""
+    end = time.monotonic() + timeout
+    for thread in list(_threads):
+        thread.join(max(0.0, end - time.monotonic()))
+
+
 async def iterate(iterator: Iterator[T]) -> AsyncIterator[T]:
     """Drive a blocking iterator in a thread of its own, which closes it. Leaving early does not wait for the thread."""
     loop = asyncio.get_running_loop()
@@ -228,7 +237,9 @@ async def iterate(iterator: Iterator[T]) -> AsyncIterator[T]:
                 close()
             put("end")
 
-    threading.Thread(target=work, name="lmcache-rag-demo", daemon=True).start()
+    thread = threading.Thread(target=work, name="lmcache-rag-demo", daemon=True)
+    _threads.add(thread)
+    thread.start()
     try:
         while True:
             kind, item = await items.get()

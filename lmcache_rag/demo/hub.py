@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lmcache_rag.demo import samples
-from lmcache_rag.demo.arms import Arm, Wording
+from lmcache_rag.demo.arms import Arm, Wording, join_threads
 from lmcache_rag.demo.record import Problem
-from lmcache_rag.errors import DocumentError, LMCacheRAGError
+from lmcache_rag.errors import DocumentError, EngineError, LMCacheRAGError
 from lmcache_rag.workspace import Workspace
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("lmcache_rag")
 
 Phase: TypeAlias = Literal["new", "opening", "ingesting", "warming", "ready", "failed"]
+CLOSE_S = 60.0  # longest wait for what is being computed
 WARM_CHUNKS = 512  # a store with more is not sent to a server anew at the start; its questions do it
 MOST_UPLOAD_BYTES = 32 * 2**20
 
@@ -96,6 +97,8 @@ class Hub:
         self._stacks: dict[str, Stack] = {}
         self._lock = threading.RLock()
         self._ingesting = threading.Lock()
+        self._opener: threading.Thread | None = None
+        self._closing = threading.Event()
 
     # -- the start ------------------------------------------------------------------------------------------------
 
@@ -103,9 +106,9 @@ class Hub:
         """Open everything in a thread; `start` says how far it is. Called again after a failure, it tries again."""
         with self._lock:
             self.start = Start("opening")
-            thread = threading.Thread(target=self.open, name="lmcache-rag-demo-start", daemon=True)
-            thread.start()
-            return thread
+            self._opener = threading.Thread(target=self.open, name="lmcache-rag-demo-start", daemon=True)
+            self._opener.start()
+            return self._opener
 
     def open(self) -> None:
         """Open the default model's engine and store, and ingest the samples into a store of their own."""
@@ -146,7 +149,11 @@ class Hub:
         return Wording(self.settings.system, self.settings.instruction)
 
     def close(self) -> None:
-        """Close engines and store."""
+        """End what is being ingested at its next passage, then close engines and store."""
+        self._closing.set()
+        if self._opener is not None:
+            self._opener.join(CLOSE_S)
+        join_threads(CLOSE_S)
         with self._lock:
             for stack in self._stacks.values():
                 if not stack.one_engine and (other := stack.baseline.opened):
@@ -201,10 +208,17 @@ class Hub:
         with self._ingesting:
             stack.workspace.maintainer.warm(on_chunk=lambda done, known, _: self._count(done, known))
 
+    def _go_on(self) -> None:
+        """See that nobody has closed the demo; what was ingested stays."""
+        if self._closing.is_set():
+            raise EngineError("The demo was closed.")
+
     def _count(self, done: int, known: int) -> None:
+        self._go_on()
         self.start = replace(self.start, chunks=(done, known))
 
     def _progress(self, step: Progress) -> None:
+        self._go_on()
         place = "documents" if step.step == "document" else "chunks"
         self.start = replace(self.start, **{place: (step.done, step.known)})  # type: ignore[arg-type]
 
@@ -234,6 +248,7 @@ class Hub:
         path.write_bytes(content)
 
         def step(progress: Progress) -> None:
+            self._go_on()
             if progress.step == "kv":
                 on_kv(progress.done, progress.known)
 
