@@ -113,6 +113,9 @@ async def test_two_servers_answer_a_pane_each(server: FakeVLLM, tokenizer: Any, 
         session = Session("a" * 16, hub)
         await done(session.ask(QUESTION))
         assert len(questions(server)) == len(questions(stock)) == 1
+        session.set(at_once=True)
+        await done(session.ask(QUESTION))
+        assert all(turn.alone for turn in session.turns)
         assert {pane.state for pane in session.panes.values()} == {"done"}
         hub.close()
 
@@ -137,6 +140,17 @@ async def test_server_that_is_down_says_so_and_comes_back(hub: Hub, server: Fake
     assert all(pane.problem and pane.problem.remedy for pane in session.panes.values())
     await done(session.ask(QUESTION))
     assert [pane.state for pane in session.panes.values()] == ["done", "done"]
+
+
+async def test_panes_of_one_server_at_once_are_not_compared(hub: Hub, server: FakeVLLM) -> None:
+    session = Session("a" * 16, hub)
+    session.set(at_once=True)
+    server.pause = 0.2
+    await done(session.ask(QUESTION))
+    assert {pane.state for pane in session.panes.values()} == {"done"}
+    assert server.most_active == 2
+    assert not any(turn.alone for turn in session.turns)
+    assert session.speedup is None
 
 
 async def test_lost_lmcache_is_noted_with_the_answer(hub: Hub, server: FakeVLLM) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from lmcache_rag.demo.arms import join_threads
 from lmcache_rag.demo.hub import Hub
 from lmcache_rag.demo.record import speedup_words
 from lmcache_rag.demo.session import Session
+from lmcache_rag.demo.traffic import Traffic
 from lmcache_rag.settings import Settings
 
 QUESTION = "Which of the mountains is the highest?"
@@ -304,11 +306,44 @@ async def test_empty_question_is_a_problem_of_the_page(session: Session) -> None
     assert session.problem.message == "The question is empty."
 
 
-async def test_asked_at_once_no_factor_is_given(session: Session) -> None:
-    session.set(at_once=True)
-    await done(session.ask(QUESTION))
+async def test_one_engine_takes_requests_in_turn_and_times_hold_no_waiting(hub: Hub) -> None:
+    sessions = [Session(name * 16, hub) for name in "abc"]
+    for each in sessions:
+        each.set(at_once=True)
+    begin = time.perf_counter()
+    await asyncio.gather(*(done(each.ask(QUESTION)) for each in sessions))
+    took = (time.perf_counter() - begin) * 1e3
+    turns = [turn for each in sessions for turn in each.turns]
+    assert len(turns) == 6
+    assert all(turn.alone for turn in turns)
+    assert sum(turn.total_ms for turn in turns) <= took
+    assert all(each.speedup for each in sessions)
+
+
+async def test_no_factor_where_something_else_was_computed(session: Session) -> None:
+    with session.stack.blended.traffic.work():  # as an upload of another browser's
+        await done(session.ask(QUESTION))
+        await done(session.repeat(2))
     assert {pane.state for pane in session.panes.values()} == {"done"}
     assert session.speedup is None
+    [run] = session.repeats
+    assert run.disturbed == 2
+    assert run.medians is None
+    await done(session.ask(QUESTION))
+    assert session.speedup is not None
+
+
+async def test_what_begins_after_the_first_token_disturbs_nothing() -> None:
+    traffic = Traffic(exclusive=False)
+    async with traffic.request() as first:
+        first.measured = True
+        async with traffic.request() as second:
+            assert first.alone
+            assert not second.alone
+    async with traffic.request() as third:
+        async with traffic.request():
+            pass
+        assert not third.alone
 
 
 def test_speedup_words_say_slower_too() -> None:

@@ -3,6 +3,7 @@
 The logic needs no NiceGUI; the page only shows it::
 
     samples      the documents and questions that come with the package
+    traffic      who computes on an engine at the same time
     arms         one way to answer: an engine, and whether it blends
     hub          what all sessions share: store, engines, ingestion
     session      what one browser sees and does: passages, panes, controls

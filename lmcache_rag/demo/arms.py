@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from lmcache_rag.demo.record import ArmName, Problem, Turn
+from lmcache_rag.demo.traffic import Traffic
 from lmcache_rag.engines.base import BlendOptions, Completion, Sampling, StreamEvent, TextDelta
 from lmcache_rag.fitting import fit
 
@@ -49,7 +50,6 @@ class Request:
         wording: The words before the passages.
         tenant: KV of different tenants is never shared; a server gets a cache salt for it.
         ask: Number of the question in its session.
-        alone: Whether nothing else of the session is computed meanwhile.
     """
 
     question: str
@@ -60,7 +60,6 @@ class Request:
     wording: Wording = Wording()
     tenant: str = ""
     ask: int = 0
-    alone: bool = True
 
 
 class Arm:
@@ -69,11 +68,12 @@ class Arm:
     Args:
         name: Which arm.
         open_engine: Opens the engine, or gives the one that is open; called again after it failed.
+        traffic: Who else computes on this engine.
         blends: Whether it blends; otherwise it computes every prompt in full.
     """
 
-    def __init__(self, name: ArmName, open_engine: Callable[[], Engine], *, blends: bool) -> None:
-        self.name, self.blends = name, blends
+    def __init__(self, name: ArmName, open_engine: Callable[[], Engine], traffic: Traffic, *, blends: bool) -> None:
+        self.name, self.traffic, self.blends = name, traffic, blends
         self._open = open_engine
         self._engine: Engine | None = None
         self._lock = threading.Lock()
@@ -159,9 +159,7 @@ class Arm:
             on_sent: Called when the request is sent.
         """
         blend = replace(request.blend, enabled=self.blends and request.blend.enabled)
-        turn = Turn(
-            request.ask, self.name, "", request.question, request.hits, (), "", request.sampling, blend, request.alone
-        )
+        turn = Turn(request.ask, self.name, "", request.question, request.hits, (), "", request.sampling, blend)
         pieces: list[str] = []
         begin = time.perf_counter()
         try:
@@ -170,17 +168,19 @@ class Arm:
             if blend.enabled and not info.can_blend and info.falls_back:
                 blend = replace(blend, enabled=False)
             turn = replace(turn, model=info.model, passages=fitted.kept, dropped=fitted.dropped, blend=blend)
-            on_sent()
-            begin = time.perf_counter()
-            async with aclosing(stream(self.engine, prompt, request.sampling, blend)) as events:
-                async for event in events:
-                    if isinstance(event, TextDelta):
-                        if turn.first_text_ms is None:
-                            turn = replace(turn, first_text_ms=_ms_since(begin))
-                        pieces.append(event.text)
-                        on_text(event.text)
-                    else:
-                        turn = replace(turn, completion=_with_dropped(event, turn))
+            async with self.traffic.request() as visit:
+                on_sent()
+                begin = time.perf_counter()
+                async with aclosing(stream(self.engine, prompt, request.sampling, blend)) as events:
+                    async for event in events:
+                        if isinstance(event, TextDelta):
+                            if turn.first_text_ms is None:
+                                visit.measured = True
+                                turn = replace(turn, first_text_ms=_ms_since(begin), alone=visit.alone)
+                            pieces.append(event.text)
+                            on_text(event.text)
+                        else:
+                            turn = replace(turn, completion=_with_dropped(event, turn))
         except asyncio.CancelledError:
             turn = replace(turn, stopped=True)
         except Exception as problem:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from lmcache_rag.demo import samples
 from lmcache_rag.demo.arms import Arm, Wording, join_threads
 from lmcache_rag.demo.record import Problem
+from lmcache_rag.demo.traffic import Traffic
 from lmcache_rag.errors import DocumentError, EngineError, LMCacheRAGError
 from lmcache_rag.workspace import Workspace
 
@@ -121,7 +122,7 @@ class Hub:
                 load()
             if self._wants_samples(stack):
                 self.start = Start("ingesting")
-                with self._ingesting:
+                with self._ingesting, stack.blended.traffic.work():
                     stack.ingestor(self._progress).ingest([samples.documents()])
             if stack.workspace.engine.info.engine != "embedded":
                 self._warm(stack)
@@ -165,20 +166,14 @@ class Hub:
         settings = self.settings.model_copy(update={"model": model}) if model else self.settings
         workspace = Workspace(settings, **self._given)
         engine = workspace.engine
+        # An engine in this process computes one request after the other.
+        traffic = Traffic(exclusive=engine.info.engine == "embedded", settle=partial(join_threads, CLOSE_S))
+        blended = Arm("blended", lambda: engine, traffic, blends=True)
         if self.baseline_urls is None:
-            return Stack(
-                workspace,
-                Arm("blended", lambda: engine, blends=True),
-                Arm("baseline", lambda: engine, blends=False),
-                one_engine=True,
-            )
+            return Stack(workspace, blended, Arm("baseline", lambda: engine, traffic, blends=False), one_engine=True)
         other = partial(_baseline, self.baseline_urls, engine, settings.engine_timeout_s)
-        return Stack(
-            workspace,
-            Arm("blended", lambda: engine, blends=True),
-            Arm("baseline", other, blends=False),
-            one_engine=False,
-        )
+        baseline = Arm("baseline", other, Traffic(exclusive=False), blends=False)
+        return Stack(workspace, blended, baseline, one_engine=False)
 
     def _served(self) -> list[str]:
         """Names of the models to choose from; empty where there is one only."""
@@ -205,7 +200,7 @@ class Hub:
         if stack.workspace.store.registry.stats().chunks > WARM_CHUNKS:
             return
         self.start = replace(self.start, phase="warming")
-        with self._ingesting:
+        with self._ingesting, stack.blended.traffic.work():
             stack.workspace.maintainer.warm(on_chunk=lambda done, known, _: self._count(done, known))
 
     def _go_on(self) -> None:
@@ -252,8 +247,9 @@ class Hub:
             if progress.step == "kv":
                 on_kv(progress.done, progress.known)
 
-        with self._ingesting:
-            report = self.stack(model).ingestor(step).ingest([path])
+        stack = self.stack(model)
+        with self._ingesting, stack.blended.traffic.work():
+            report = stack.ingestor(step).ingest([path])
         if report.failed:
             path.unlink(missing_ok=True)
             raise DocumentError(report.failed[0].reason.replace(str(path), _file_name(name)))

@@ -92,7 +92,8 @@ class RepeatView:
         words = (
             "done" if run.finished and len(run.pairs) == run.wanted else "ended early" if run.finished else "under way"
         )
-        put(self._progress, f"{len(run.pairs)} of {run.wanted}, {words}")
+        left_out = f"; {run.disturbed} left out, since other requests ran then" if run.disturbed else ""
+        put(self._progress, f"{len(run.pairs)} of {run.wanted}, {words}{left_out}")
         medians = run.medians
         put(
             self._medians,

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 TITLES: dict[ArmName, str] = {"blended": "With blended KV", "baseline": "Without: full prefill"}
 STATES = {
     "idle": "Ready.",
-    "waiting": "Waits for the other pane.",
+    "waiting": "Waits for its turn.",
     "sent": "Waiting for the first token …",
     "writing": "Answering …",
     "done": "",
@@ -55,12 +55,15 @@ class Panes:
         session = self.session
         blended = session.panes["blended"].turn
         shared = session.hub.start.phase == "ready" and session.stack.one_engine
-        if session.controls.at_once:
-            words = "Both panes are asked at the same time"
-            if shared:
-                return f"{words}; they share one engine, so each time holds the other's work, and no factor is given."
-            return f"{words}, each by its own server."
         words = "The panes are asked in turn: blended KV first, then the full prefill."
+        if session.controls.at_once:
+            embedded = shared and session.stack.blended.engine.info.engine == "embedded"
+            words = "Both panes are asked at the same time" + (
+                "; the engine in this process answers one after the other." if embedded else "."
+            )
+        turns = [pane.turn for pane in session.panes.values() if pane.turn and pane.turn.completion]
+        if not all(turn.alone for turn in turns):
+            return f"{words} Other requests ran at the same time on the same engine, so no factor is given."
         if blended and blended.completion and not blended.completion.stats.blended:
             return f"{words} The blended answer reused no KV, so there is no factor."
         return words

@@ -48,7 +48,7 @@ class Turn:
         text: The answer, or what came of it.
         sampling: How tokens were chosen.
         blend: How KV was to be reused.
-        alone: Whether no other request of this session was computed at the same time.
+        alone: Whether nothing else was computed on the engine from the sending to the first token.
         first_text_ms: From the sending to the first text; None where none came.
         total_ms: From the sending to the end.
         completion: What the engine gave at the end; None where it did not come to that.
@@ -154,8 +154,8 @@ class Uploaded:
 def speedup(blended: Turn | None, baseline: Turn | None) -> float | None:
     """How many times faster the blended answer started, by what was measured; None where that cannot be said.
 
-    It can be said of two answers to one question with the same passages, of which the first reused KV, and neither of
-    which waited for the other.
+    It can be said of two answers to one question with the same passages, of which the first reused KV, if nothing else
+    was computed before their first tokens.
     """
     if blended is None or baseline is None or blended.ask != baseline.ask:
         return None

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One repetition: both times to the first token in milliseconds, what was reused, whether the answers differ."""
+    """One repetition: both times to the first token in milliseconds, what was reused, whether the answers differ.
+
+    `alone` says whether nothing else was computed before the first tokens.
+    """
 
     order: tuple[int, ...]
     first: ArmName
@@ -27,6 +30,7 @@ class Pair:
     prefix_tokens: int
     baseline_prefix_tokens: int
     differ: bool
+    alone: bool = True
 
 
 @dataclass
@@ -51,13 +55,19 @@ class Repeats:
 
     @property
     def medians(self) -> tuple[float, float] | None:
-        """Median times to the first token, blended and baseline, in milliseconds; None before the first pair."""
-        if not self.pairs:
+        """Median times to the first token, blended and baseline, in milliseconds, of what was computed alone."""
+        alone = [pair for pair in self.pairs if pair.alone]
+        if not alone:
             return None
         return (
-            statistics.median(pair.blended_ms for pair in self.pairs),
-            statistics.median(pair.baseline_ms for pair in self.pairs),
+            statistics.median(pair.blended_ms for pair in alone),
+            statistics.median(pair.baseline_ms for pair in alone),
         )
+
+    @property
+    def disturbed(self) -> int:
+        """How many pairs are no part of the medians, since something else was computed at the same time."""
+        return sum(not pair.alone for pair in self.pairs)
 
     @property
     def speedup(self) -> float | None:
@@ -84,6 +94,7 @@ class Repeats:
             "median_baseline_ms": medians[1] if medians else None,
             "speedup": self.speedup,
             "differing": self.differing,
+            "disturbed": self.disturbed,
             "error": asdict(self.problem) if self.problem else None,
         }
 
@@ -108,7 +119,7 @@ async def repeat(
             random.shuffle(hits)
             names = list(ARMS)
             random.shuffle(names)
-            turns = {}
+            turns, alone = {}, True
             for name in names:
                 turn = await arms[name].answer(replace(requests[name], hits=tuple(hits)))
                 if turn.stopped:
@@ -116,7 +127,7 @@ async def repeat(
                 if turn.problem or turn.completion is None:
                     run.problem = turn.problem
                     return
-                turns[name] = turn.completion
+                turns[name], alone = turn.completion, alone and turn.alone
             blended, baseline = turns["blended"], turns["baseline"]
             run.pairs.append(
                 Pair(
@@ -128,6 +139,7 @@ async def repeat(
                     blended.stats.prefix_tokens,
                     baseline.stats.prefix_tokens,
                     blended.text != baseline.text,
+                    alone,
                 )
             )
             on_change()

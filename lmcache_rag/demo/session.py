@@ -54,7 +54,7 @@ class Pane:
     """One arm's side of the page.
 
     Attributes:
-        state: "waiting": for the other pane; "sent": before the first token; "writing": after it.
+        state: "waiting": for the other pane or other requests; "sent": before the first token; "writing": after it.
         text: The answer as far as it came.
         sent: time.perf_counter() of the sending.
         turn: The latest finished turn.
@@ -232,8 +232,7 @@ class Session:
         for pane in self.panes.values():
             pane.state, pane.text, pane.turn = "waiting", "", None
         self.changed()
-        alone = not (at_once and self.stack.one_engine)
-        asked = [self._answer(name, replace(self._request(name, question, hits), alone=alone)) for name in ARMS]
+        asked = [self._answer(name, self._request(name, question, hits)) for name in ARMS]
         if at_once:
             tasks = [asyncio.ensure_future(each) for each in asked]
             try:
@@ -294,12 +293,13 @@ class Session:
 
         def work() -> int:
             prompts = stack.blended.prompts(wording, tenant)
-            if prompts.fingerprint == stack.workspace.prompts.fingerprint:
-                KVKeeper(stack.workspace.store, stack.blended.engine, prompts).keep([hit.text for hit in hits])
-                return len(hits)
-            ingest = [prompts.ingest(hit.text) for hit in hits]
-            self._own_kv |= {(prompt.fingerprint, prompt.key) for prompt in ingest}
-            return sum(1 for _ in stack.blended.engine.precompute(ingest))
+            with stack.blended.traffic.work():
+                if prompts.fingerprint == stack.workspace.prompts.fingerprint:
+                    KVKeeper(stack.workspace.store, stack.blended.engine, prompts).keep([hit.text for hit in hits])
+                    return len(hits)
+                ingest = [prompts.ingest(hit.text) for hit in hits]
+                self._own_kv |= {(prompt.fingerprint, prompt.key) for prompt in ingest}
+                return sum(1 for _ in stack.blended.engine.precompute(ingest))
 
         done = await asyncio.to_thread(work)
         self.note = f"The KV of {done} passages is computed now; the next answer can reuse it."
