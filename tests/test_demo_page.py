@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 
+import lmcache_rag.demo
 from lmcache_rag.demo import differences, samples
 from lmcache_rag.demo.password import VARIABLE, is_loopback, matches, page_password
 from lmcache_rag.demo.server import listen
@@ -79,5 +79,17 @@ def test_a_taken_port_is_named() -> None:
             listen("127.0.0.1", port)
 
 
-def test_no_secret_stands_in_the_environment_by_accident() -> None:
-    assert VARIABLE not in os.environ
+def test_page_never_renders_html_or_markdown() -> None:
+    folder = Path(lmcache_rag.demo.__file__).parent
+    for file in folder.glob("*.py"):
+        source = file.read_text()
+        for way in ("ui.html", "ui.markdown", "ui.restructured_text", "innerHTML", "v-html", "add_body_html"):
+            assert way not in source, f"{file.name} uses {way}"
+
+
+def test_letters_that_turn_the_direction_are_shown() -> None:
+    pytest.importorskip("nicegui")
+    from lmcache_rag.demo.page_parts import harmless
+
+    assert harmless("a\u202eb\u2066c\x1bd") == "a\ufffdb\ufffdc\u241bd"
+    assert harmless("שלום") == "שלום"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -271,8 +271,3 @@ def _file_name(name: str) -> str:
     """A file name without a path, that can stand in a folder."""
     kept = "".join(letter if letter.isprintable() and letter not in '/\\:*?"<>|' else "_" for letter in name)
     return kept.strip(" .")[-120:] or "upload.txt"
-
-
-def documents_of(store_documents: Sequence[Any]) -> dict[str, str]:
-    """Names of documents by their ids, for a picker."""
-    return {document.doc_id: Path(document.source).name for document in store_documents}
