@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -14,12 +15,21 @@ T = TypeVar("T")
 
 
 async def iterate_in_thread(iterator: Iterator[T]) -> AsyncIterator[T]:
-    """Drive a blocking iterator from an event loop. Leaving early closes it."""
+    """Drive a blocking iterator from an event loop. Leaving early closes it, after the step that is under way."""
     done = object()
+    step: asyncio.Future[object] | None = None
     try:
-        while (item := await asyncio.to_thread(next, iterator, done)) is not done:
+        while True:
+            step = asyncio.ensure_future(asyncio.to_thread(next, iterator, done))
+            # Not cancelled with us: its thread goes on, and a generator that runs cannot be closed.
+            item = await asyncio.shield(step)
+            if item is done:
+                return
             yield item  # type: ignore[misc]
     finally:
+        if step is not None and not step.done():
+            with suppress(Exception):
+                await asyncio.shield(step)
         if close := getattr(iterator, "close", None):
             await asyncio.shield(asyncio.to_thread(close))
 
