@@ -36,7 +36,7 @@ FLAGS = (
 )
 AXE_VERSION = "4.14.1"
 AXE_SHA256 = "e6b0ce02b84d892e2e33e403485e7f3d6c29e2be6df65daf44d89ba564139745"
-LIMIT_S = 300.0  # against hanging
+LIMIT_S = float(os.environ.get("LMCACHE_RAG_DEMO_LIMIT_S", "300"))  # against hanging
 PICTURES = "LMCACHE_RAG_DEMO_PICTURES"  # a folder: the tests write their screenshots there
 
 

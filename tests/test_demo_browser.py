@@ -318,10 +318,10 @@ def test_passages_are_dragged_shuffled_removed_and_added(page: Any) -> None:
 @pytest.mark.full
 def test_differing_words_are_marked(browser: Any, small_store: Path, server: Any, tmp_path: Path) -> None:
     """The second server's model says something else; words that both say are not marked."""
-    import openai_kit
+    from openai_kit import vllm_serving
 
     with (
-        openai_kit.serving() as other,
+        vllm_serving(server.engine.tokenizer) as other,
         served(browser, small_store, tmp_path, "--engine", server.url, "--baseline", other.url) as (page, _),
     ):
         ask(page)
