@@ -39,7 +39,7 @@ DOCUMENTS = {
 HOSTILE = (
     "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> [link](javascript:window.hacked=3) "
     "<iframe src='https://example.com'></iframe> {{ constructor.constructor('window.hacked = 4')() }} </div></section> "
-    + "".join(f"{'>' * depth} {'*' * depth}bomb{'_' * depth}" for depth in range(1, 60, 6))
+    + "".join(f"{'>' * depth} {'*' * depth}bomb{'_' * depth}" for depth in (1, 7, 20))
     + " \u202eThe Brandaris lighthouse reversed\u202c \u2066isolated\u2069 \x1b[31mred\x1b[0m \u200f."
 )
 
@@ -237,9 +237,9 @@ def test_nothing_of_a_document_becomes_html(page: Any) -> None:
     page.get_by_text("Add a passage").click()
     page.get_by_test_id("find").fill("script hacked bomb reversed Brandaris")
     page.get_by_test_id("find").press("Enter")
-    found = page.get_by_test_id("found").filter(has_text="hostile")
+    found = page.get_by_test_id("found").filter(has_text="window.hacked = 1")
     found.get_by_test_id("add").click()
-    card = page.get_by_test_id("passage").filter(has_text="hostile")
+    card = page.locator("[data-testid=passage]").filter(has_text="hostile")
     assert card.get_by_test_id("passage-source").inner_text() == "<b>hostile<b>.txt, part 1"
     card.get_by_text("Text").click()
     text = card.get_by_test_id("passage-text").inner_text()

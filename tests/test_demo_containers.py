@@ -350,7 +350,7 @@ def test_images_of_the_page_install_and_their_page_is_healthy(image: Image, tmp_
         port = str(free.getsockname()[1])
 
     def here(word: str) -> str:
-        return image.here(word.replace("0.0.0.0", "127.0.0.1").replace("8080", port))
+        return image.here(word.replace("0.0.0.0", "127.0.0.1").replace("8090", port))
 
     env = image.env | {name: str(value) for name, value in service["environment"].items()} | {"HF_HUB_OFFLINE": "1"}
     program, *words = map(here, service["command"])
