@@ -151,13 +151,16 @@ def compare(page: Any) -> dict[str, Any]:
         assert ends == f"to the first token; {turn['total_ms'] / 1e3:.1f} s to the end"
         pieces = page.get_by_test_id(f"{arm}-bar").locator("[data-tokens]")
         shown = [(piece.get_attribute("data-kind"), int(piece.get_attribute("data-tokens"))) for piece in pieces.all()]
-        for kind in KINDS:
-            assert sum(count for each, count in shown if each == kind) == stats[f"{kind}_tokens"], (arm, kind)
+        sums = {kind: sum(count for each, count in shown if each == kind) for kind in (*KINDS, "cached")}
+        if sums["cached"]:  # a server says for the whole prompt only which of its cached tokens it recomputed
+            assert sums["cached"] == stats["reused_tokens"] + stats["recomputed_tokens"], arm
+            sums |= {"reused": stats["reused_tokens"], "recomputed": stats["recomputed_tokens"]}
+        assert [sums[kind] for kind in KINDS] == [stats[f"{kind}_tokens"] for kind in KINDS], arm
         for index, chunk in enumerate(turn["chunks"], start=1):
             for kind in KINDS:
                 cell = page.get_by_test_id(f"{arm}-passage-{index}-{kind}").text_content()
                 said = chunk[f"{kind}_tokens"]
-                assert cell == ("not said" if said is None else f"{said:,}"), (arm, index, kind)
+                assert cell == ("in those" if said is None else f"{said:,}"), (arm, index, kind)
         answer = page.get_by_test_id(f"{arm}-answer").inner_text()
         assert " ".join(answer.split()) == " ".join(turn["text"].split())
     if document["speedup"]:
@@ -245,7 +248,9 @@ def test_nothing_of_a_document_becomes_html(page: Any) -> None:
     text = card.get_by_test_id("passage-text").inner_text()
     assert "<script>window.hacked = 1</script>" in text
     assert "bomb" in text
-    assert not re.search("[\u200f\u202a-\u202e\u2066-\u2069\x1b]", text), "marks that turn text round are taken out"
+    assert not re.search("[\u202a-\u202e\u2066-\u2069\x1b]", text), "marks that turn text round do nothing"
+    isolated = "each => getComputedStyle(each).unicodeBidi"  # marks that turn text round end with their text
+    assert card.get_by_test_id("passage-text").evaluate(isolated) == "isolate"
     ask(page, "<img src=x onerror='window.hacked = 5'> Who wrote <b>this</b>?")
     assert "<img src=x" in page.get_by_test_id("baseline-turn").first.text_content()
     assert page.locator("main img, main iframe, main script, main b, main a[href^='javascript']").count() == 0
@@ -335,7 +340,8 @@ def test_differing_words_are_marked(browser: Any, small_store: Path, server: Any
 
 @pytest.mark.full
 def test_equal_answers_have_no_marks_and_the_check_finds_them_equal(page: Any) -> None:
-    page.get_by_test_id("ratio").press("End")
+    for _ in range(17):  # from 0.15 by 0.05
+        page.locator("[data-testid=ratio] [tabindex='0']").press("ArrowRight")
     wait_for(lambda: page.get_by_test_id("ratio-value").inner_text() == "1.00", "ratio 1")
     ask(page)
     document = compare(page)
@@ -398,7 +404,7 @@ def test_good_files_are_ingested_and_bad_ones_have_their_errors(
 ) -> None:
     good = {"name": "pier.md", "mimeType": "text/markdown", "buffer": b"The pier of Nes has nineteen benches of oak."}
     bad = {"name": "broken.pdf", "mimeType": "application/pdf", "buffer": b"%PDF-1.7 nothing of it"}
-    other = {"name": "<i>x</i>.bin", "mimeType": "application/octet-stream", "buffer": bytes(range(256)) * 10}
+    other = {"name": "<i>x<i>.bin", "mimeType": "application/octet-stream", "buffer": bytes(range(256)) * 10}
     shutil.copytree(small_store, tmp_path / "store")
     with (
         kit.demo(tmp_path, "--store", tmp_path / "store", "--max-tokens", "8", "--top-k", "2") as url,
@@ -412,7 +418,7 @@ def test_good_files_are_ingested_and_bad_ones_have_their_errors(
         assert page.get_by_test_id("upload-done").inner_text().startswith("pier.md: Ingested: 1 new passages")
         failed = page.get_by_test_id("upload-failed").all_inner_texts()
         assert any(text.startswith("broken.pdf: ") for text in failed)
-        assert any(text.startswith("<i>x</i>.bin: ") for text in failed)
+        assert any(text.startswith("<i>x<i>.bin: ") for text in failed)
         assert not any(str(tmp_path) in text for text in failed), "no paths of the server"
         ask(page, "How many benches has the pier of Nes?")
         document = compare(page)
@@ -527,8 +533,8 @@ def test_passages_that_do_not_fit_are_named(browser: Any, small_store: Path, ser
             ask(page)
             turn = last_turns(export(page))["blended"]
             assert turn["dropped"] or turn["error"]
-            shown = page.get_by_test_id("blended-note").or_(page.get_by_test_id("blended-error")).first.inner_text()
-            assert "context" in shown
+            shown = page.get_by_test_id("blended-note").or_(page.get_by_test_id("blended-error")).all_inner_texts()
+            assert any("context" in each for each in shown), shown
     finally:
         server.context = usual
 
