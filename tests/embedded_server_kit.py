@@ -342,8 +342,7 @@ def serving(engine: EmbeddedEngine, **options: Any) -> Iterator[EmbeddedVLLM]:
 
 def main(port: int, kv: Path) -> None:
     """Serve SmolLM2 in a process of its own, which can be killed."""
-    with EmbeddedEngine(kv_dir=kv, device="cpu", dtype="float32") as engine:
-        EmbeddedVLLM(engine, port=port).serve_forever()
+    EmbeddedVLLM(EmbeddedEngine(kv_dir=kv, device="cpu", dtype="float32"), port=port).serve_forever()
 
 
 if __name__ == "__main__":
