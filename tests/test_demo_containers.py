@@ -291,8 +291,8 @@ class Image:
     def __init__(self, place: Path) -> None:
         self.place = place
         self.folders = {name: place / name.strip("/") for name in ("/opt/venv", "/cache", "/store", "/logs", "/src")}
-        self.env = {name: os.environ[name] for name in ("PATH", "HOME", "LANG", "TMPDIR") if name in os.environ}
-        self.env |= {name: value for name, value in os.environ.items() if name.startswith(("PIP_", "UV_"))}
+        not_theirs = ("PYTHON", "COV", "VIRTUAL_ENV", "LMCACHE_RAG", "HF_")  # where packages come from stays
+        self.env = {name: value for name, value in os.environ.items() if not name.startswith(not_theirs)}
         for name in ("/cache", "/store", "/logs", "/src"):
             self.folders[name].mkdir(parents=True)
 
