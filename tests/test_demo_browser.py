@@ -697,6 +697,7 @@ def samples(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     said: list[str] = []
     with kit.demo(folder, "--store", folder / "store", "--max-tokens", "48") as url, visit(browser, url) as page:
         until = time.monotonic() + 3600
+        page.get_by_test_id("start-phase").wait_for(state="attached")
         while page.get_by_test_id("start-phase").is_visible():
             assert time.monotonic() < until, said[-1:]
             for name in ("start-phase", "start-progress"):
