@@ -19,7 +19,7 @@ quickstart: $(STAMP)  ## ingest the sample documents and ask questions, with and
 	$(BIN)/python examples/quickstart.py
 
 test: $(STAMP)  ## run the tests; ARGS="-k word" for some of them, JOBS=0 in one process
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not full" $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not full and not browser" $(ARGS)
 
 test-full:  ## run everything that needs no GPU, with real vLLM and LMCache servers; takes hours
 	PYTHON="$(PYTHON)" .ci/full

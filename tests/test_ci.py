@@ -44,7 +44,7 @@ def names(ci: ModuleType, monkeypatch: pytest.MonkeyPatch) -> object:
 
 def test_a_change_asks_for_the_parts_it_touches(ci: ModuleType, names) -> None:
     always = ["install", "lint and types", "quickstart", "test", "environment, LMCache 0.5.6", "servers", "contracts"]
-    always.append("kernels, interpreted")
+    always += ["kernels, interpreted", "browser"]
     assert names("README.md", "lmcache_rag/rag.py") == always
     others = {name for name in names("lmcache_rag/connector/compat_vllm/x.py") if name not in always}
     assert others == {
@@ -85,6 +85,49 @@ def test_all_kernels_run_interpreted_and_the_cheap_in_run(ci: ModuleType, monkey
         (part,) = [part for part in parts if part.name == "kernels, interpreted"]
         assert part.command == ci.check("0.5.6", *selection, "tests/test_kernels.py")
         assert part.env == {"TRITON_INTERPRET": "1"}
+
+
+def test_three_scenarios_of_the_page_run_always_and_all_in_full(
+    ci: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VENV", "build/ci-venv")
+    for parts, selection in ((ci.run_parts(set()), ["-m", "not full"]), (ci.full_parts(), [])):
+        (part,) = [part for part in parts if part.name == "browser"]
+        assert part.command[0] == "build/ci-venv/bin/python"
+        assert "--must-run" in part.command
+        assert part.command[-len(selection) - 1 :] == [*selection, "tests/test_demo_browser.py"]
+        assert part.before is ci.chromium
+    (part,) = [part for part in ci.full_parts() if part.name == "long tests"]
+    assert part.command[-1] == "full and not browser"
+    assert '-m "not full and not browser"' in (ROOT / "Makefile").read_text()
+
+
+def test_chromium_is_installed_where_it_is_missing(
+    ci: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(ci, "CHROMIUM", tmp_path / "chromium")
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(ci.PartError, match="apt-get install chromium"):
+        ci.chromium()
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    apt = tmp_path / "bin" / "apt-get"
+    apt.parent.mkdir()
+    apt.write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls\nexec sh {tmp_path}/does\n')
+    apt.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{apt.parent}:{os.environ['PATH']}")
+    (tmp_path / "does").write_text("echo no such package >&2; exit 100")
+    with pytest.raises(ci.PartError, match=r"Chromium cannot be installed.*no such package"):
+        ci.chromium()
+    (tmp_path / "does").write_text("exit 0")
+    with pytest.raises(ci.PartError, match="there is no"):
+        ci.chromium()
+    (tmp_path / "does").write_text(f"touch {tmp_path}/chromium")
+    ci.chromium()
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[-1].endswith("install -y --no-install-recommends chromium")
+    (tmp_path / "calls").unlink()
+    ci.chromium()
+    assert not (tmp_path / "calls").exists(), "it is there: nothing is installed"
 
 
 def test_interpreted_kernels_need_no_gpu() -> None:
