@@ -5,6 +5,7 @@ See vllm_scheduler_kit for what is real, and test_connector_contract.py.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import random
 import warnings
@@ -454,3 +455,28 @@ def test_what_lmcaches_connector_never_asked_for_is_given_back(
     assert sent == (["r"] if case == "answered" else told + told)
     assert not engine.connector._releases.waiting
     assert not engine.connector._asked
+
+
+def test_a_connection_that_fails_as_locks_are_given_back_ends_nothing(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lmcache_rag.connector import compat_lmcache
+
+    monkeypatch.setattr(compat_lmcache.LaterReleases, "AGAIN_S", 0.0)
+    engine = make()
+    releases, adapter = engine.connector._releases, engine.connector.scheduler_adapter
+    tried: list[Any] = []
+
+    def fails(*given: Any) -> None:
+        tried.append(given)
+        raise ConnectionError("gone")
+
+    client = next(iter(adapter.req_clients.values()))
+    client.free_lookup_locks = client.end_session = fails
+    tracker = SimpleNamespace(get_token_ids=lambda: list(range(CHUNK)), cache_salt="s", request_configs=None)
+    with contextlib.suppress(ConnectionError):
+        releases.unused("r", tracker)
+    releases._again.append((0.0, "r", fails))
+    releases.send()
+    assert len(tried) >= 2
+    assert not releases.waiting

@@ -142,8 +142,8 @@ class LaterReleases:
         """A request ended, and what LMCache's own connector looked up for it was never asked for.
 
         The connector forgets the look-up on this side only. The server gives locks back if the look-up has its result.
-        So it is told twice: now, and a moment later, when the request's session has ended; then it does nothing unless
-        the result came meanwhile.
+        So the calls are made twice: now, and a moment later, when the request's session has ended; then they do nothing
+        unless the result came meanwhile.
         """
         tokens = tracker.get_token_ids()
         give_back = partial(
@@ -168,15 +168,18 @@ class LaterReleases:
         """Make the calls that are due, and those that were kept, if the server is healthy; in every step."""
         while self._again and self._again[0][0] < time.monotonic():
             _, request_id, give_back = self._again.popleft()
-            give_back()
-            self._adapter.end_session(request_id)
+            self._safely(give_back)
+            self._safely(partial(self._adapter.end_session, request_id))
         while self._kept and self._adapter.is_healthy:
             since, call = self._kept.popleft()
             if since > time.monotonic() - self.SECONDS:
-                try:
-                    call()
-                except Exception:  # the connection's
-                    log.debug("A read lock is left to its end by time", exc_info=True)
+                self._safely(call)
+
+    def _safely(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception:  # the connection's; an error here would end vLLM's engine
+            log.debug("A read lock is left to its end by time", exc_info=True)
 
 
 def address(get: Callable[[str, Any], Any], worker: int = 0, workers: int = 1) -> tuple[str, int] | None:
