@@ -147,7 +147,7 @@ async def test_hint_says_what_the_embedded_engine_finds(hub: Hub, session: Sessi
     """What it says is so: a full prefill finds nothing, a blended prompt its first passage, in any order."""
     hint = hub.stack().hint
     assert "Without blending, this engine has no prefix cache: it computes the whole prompt each time." in hint
-    assert "An exact prefix hit there: the words before the passages, and whichever passage stands first." in hint
+    assert "An exact prefix hit there: what all prompts begin with, and whichever passage stands first." in hint
     for _ in range(3):
         await done(session.ask(QUESTION))
         blended, baseline = (session.panes[name].turn for name in ("blended", "baseline"))

@@ -78,7 +78,7 @@ class Stack:
         embedded = self.workspace.engine.info.engine == "embedded"
         words = "Drag them into another order, or use the arrows, and ask again: blended KV is reused in any order."
         if embedded:
-            words += " An exact prefix hit there: the words before the passages, and whichever passage stands first."
+            words += " An exact prefix hit there: what all prompts begin with, and whichever passage stands first."
         if embedded and self.one_engine:
             return f"{words} Without blending, this engine has no prefix cache: it computes the whole prompt each time."
         return f"{words} Without blending, the server's prefix cache finds nothing after the first passage that moved."
