@@ -323,7 +323,8 @@ def test_times_are_those_of_another_clock(
     counts: other programs delay some of them, while a wrong figure is wrong in all.
     """
     clocks = clocks_of(server, monkeypatch)
-    with served(browser, small_store, tmp_path, "--engine", server.url, "--max-tokens", "2") as (page, _):
+    small = ("--max-tokens", "2", "--top-k", "1")  # so that many can be asked
+    with served(browser, small_store, tmp_path, "--engine", server.url, *small) as (page, _):
         more: dict[str, list[float]] = {arm: [] for arm in ARMS}
         until = time.monotonic() + kit.LIMIT_S
         while time.monotonic() < until and not all(min(each, default=20) < 20 for each in more.values()):
@@ -423,15 +424,21 @@ def test_each_of_many_quick_key_presses_counts(page: Any) -> None:
     def shown() -> float:
         return round(float(page.get_by_test_id("ratio").get_attribute("aria-valuenow")), 2)
 
+    page.evaluate(  # a slow connection: what the server says of a key comes after some more of them
+        """() => {
+            const emit = window.socket.emit.bind(window.socket);
+            window.socket.emit = (...all) => setTimeout(() => emit(...all), 120);
+        }"""
+    )
     ratio = export(page)["controls"]["ratio"]
-    for key, presses, pause_ms in (("ArrowRight", 14, 0), ("ArrowLeft", 9, 15), ("ArrowRight", 10, 60)):
+    for key, presses, pause_ms in (("ArrowRight", 14, 0), ("ArrowLeft", 12, 30), ("ArrowRight", 10, 60)):
         thumb.focus()  # the export's button had it
         for _ in range(presses):
             page.keyboard.press(key)
             page.wait_for_timeout(pause_ms)
         ratio = round(ratio + (0.05 if key == "ArrowRight" else -0.05) * presses, 2)
         wait_for(lambda wanted=ratio: export(page)["controls"]["ratio"] == wanted, f"{ratio} in the session", 60)
-        page.wait_for_timeout(300)  # nothing comes after it
+        page.wait_for_timeout(500)  # nothing comes after it
         assert shown() == ratio == export(page)["controls"]["ratio"]
         assert page.get_by_test_id("ratio-value").inner_text() == f"{ratio:.2f}"
     page.reload()
