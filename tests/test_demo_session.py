@@ -278,6 +278,38 @@ async def test_failure_of_one_arm_stays_in_its_pane(session: Session) -> None:
     assert session.panes["baseline"].state == "done"
 
 
+@pytest.mark.parametrize("fails", [False, True])
+async def test_at_once_sends_after_both_prompts_are_made(
+    session: Session, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    session.set(at_once=True)
+    baseline, blended = session.stack.baseline, session.stack.blended
+    events: list[str] = []
+    make, answer = baseline.prompt, blended.answer
+
+    def slow(request: Any) -> Any:
+        time.sleep(0.5)
+        if fails:
+            raise ValueError("no prompt")
+        made = make(request)
+        events.append("baseline's prompt")
+        return made
+
+    async def watched(request: Any, on_text: Any, on_sent: Any, *more: Any) -> Any:
+        def sent() -> None:
+            events.append("blended is sent")
+            on_sent()
+
+        return await answer(request, on_text, sent, *more)
+
+    monkeypatch.setattr(baseline, "prompt", slow)
+    monkeypatch.setattr(blended, "answer", watched)
+    await done(session.ask(QUESTION))
+    assert session.panes["blended"].state == "done"
+    assert session.panes["baseline"].state == ("failed" if fails else "done")
+    assert events == (["blended is sent"] if fails else ["baseline's prompt", "blended is sent"])
+
+
 async def test_history_is_sent_along_only_when_wanted(session: Session) -> None:
     await done(session.ask(QUESTION))
     alone = await session.tokens()

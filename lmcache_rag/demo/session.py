@@ -232,7 +232,8 @@ class Session:
         for pane in self.panes.values():
             pane.state, pane.text, pane.turn = "waiting", "", None
         self.changed()
-        asked = [self._answer(name, self._request(name, question, hits)) for name in ARMS]
+        together = asyncio.Barrier(len(ARMS)) if at_once else None
+        asked = [self._answer(name, self._request(name, question, hits), together) for name in ARMS]
         if at_once:
             tasks = [asyncio.ensure_future(each) for each in asked]
             try:
@@ -250,7 +251,7 @@ class Session:
                     each.close()
         await self._keep(done[0])
 
-    async def _answer(self, name: ArmName, request: Request) -> Turn:
+    async def _answer(self, name: ArmName, request: Request, together: asyncio.Barrier | None) -> Turn:
         """Answer in a pane. A stopped answer stays there; the stop goes on to the caller."""
         pane, arm = self.panes[name], self._arm(name)
 
@@ -266,7 +267,7 @@ class Session:
             else:
                 self.version += 1
 
-        turn = await arm.answer(request, text, sent)
+        turn = await arm.answer(request, text, sent, together)
         pane.turn, pane.text = turn, turn.text
         pane.state = "failed" if turn.problem else "stopped" if turn.stopped else "done"
         pane.turns.append(turn)
