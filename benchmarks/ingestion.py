@@ -30,9 +30,9 @@ import transformers
 import lmcache_rag.ingest
 from lmcache_rag import Workspace
 from lmcache_rag.embedding import SentenceTransformerEmbedder
+from lmcache_rag.engines.chunk_cache import KVStore
 from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.engines.hf_model import HFModel
-from lmcache_rag.engines.kv_store import KVStore
 from lmcache_rag.ingest import Progress
 from lmcache_rag.sources import find_model, revision_of
 

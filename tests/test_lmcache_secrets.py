@@ -18,9 +18,8 @@ import pytest
 from contract_kit import missing
 from vllm_cpu_kit import CHUNK, SURROUNDINGS, Process, answers, free_port, until
 
-from lmcache_rag.api_key import lmcache_key_file
 from lmcache_rag.connector.server_guard import MODULE
-from lmcache_rag.secret_file import ensure_secret
+from lmcache_rag.credentials import ensure_secret, lmcache_key_file
 from lmcache_rag.serving import api
 from lmcache_rag.serving.tiers import second_tier
 from lmcache_rag.serving.variables import for_lmcache

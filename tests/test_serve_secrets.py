@@ -16,10 +16,9 @@ from serve_kit import fake_packages
 from test_serve import PATIENCE_S, TESTS, alive, free_ports
 from typer.testing import CliRunner
 
-from lmcache_rag.api_key import lmcache_headers
 from lmcache_rag.cli.app import app
+from lmcache_rag.credentials import ensure_secret, lmcache_headers, read_secret
 from lmcache_rag.errors import ConfigError
-from lmcache_rag.secret_file import ensure_secret, read_secret
 from lmcache_rag.serving.child import descendants
 from lmcache_rag.serving.commands import ServeOptions, commands
 from lmcache_rag.serving.lmcache_server import arguments

@@ -25,8 +25,7 @@ from lmcache_rag.adapters.register import KVRegister
 from lmcache_rag.cli.app import app
 from lmcache_rag.engines import vllm_tokenizer
 from lmcache_rag.engines.base import BlendOptions, Completion, Engine, Sampling, TextDelta
-from lmcache_rag.engines.vllm_client import server_urls
-from lmcache_rag.engines.vllm_served import vllm_block
+from lmcache_rag.engines.vllm_client import server_urls, vllm_block
 from lmcache_rag.errors import (
     ConfigError,
     ContextLengthError,

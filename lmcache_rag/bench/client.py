@@ -11,8 +11,8 @@ from typing import Any
 
 import httpx
 
+from lmcache_rag.credentials import ingest_key
 from lmcache_rag.errors import EngineError
-from lmcache_rag.ingest_key import ingest_key
 from lmcache_rag.protocol import INGEST_KEY_HEADER, answer_statistics, chunk_tokens, ingests
 
 

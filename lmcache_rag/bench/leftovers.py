@@ -8,7 +8,7 @@ from typing import Any
 
 import httpx
 
-from lmcache_rag.api_key import lmcache_headers
+from lmcache_rag.credentials import lmcache_headers
 
 # What vLLM says on /metrics: requests, and used blocks that no prefix cache explains.
 VLLM = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")

@@ -97,8 +97,8 @@ def speed(
     from lmcache_rag.bench.session import SpeedSession, Wanted
     from lmcache_rag.bench.speed import Arm
     from lmcache_rag.bench.workload import Workload
-    from lmcache_rag.blend.policies import get_policy
     from lmcache_rag.cli.bench_speed_view import check_plot, draw
+    from lmcache_rag.policies import get_policy
 
     for name in policy:
         get_policy(name)  # a server would take its own for one that it does not know

@@ -9,12 +9,11 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from lmcache_rag.api_key import api_key
 from lmcache_rag.cli.failures import PARTLY
 from lmcache_rag.cli.render import clean, plain, show
 from lmcache_rag.cli.run import Run
 from lmcache_rag.cli.verb import verb
-from lmcache_rag.ingest_key import ingest_key
+from lmcache_rag.credentials import api_key, ingest_key
 
 _MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "failed": ("failed", "bold red")}
 

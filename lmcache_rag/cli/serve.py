@@ -15,15 +15,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from lmcache_rag.api_key import LMCACHE_FILES, LMCACHE_NAMES, lmcache_key_file
 from lmcache_rag.cli import signals
 from lmcache_rag.cli.failures import INTERRUPTED, TERMINATED
 from lmcache_rag.cli.render import clean
 from lmcache_rag.cli.run import Run
 from lmcache_rag.cli.verb import verb
+from lmcache_rag.credentials import (
+    LMCACHE_KEY_FILES,
+    LMCACHE_KEY_NAMES,
+    ensure_secret,
+    lmcache_key_file,
+    read_ingest_key,
+)
 from lmcache_rag.errors import ConfigError, EngineError, LMCacheRAGError
-from lmcache_rag.ingest_key import read_ingest_key
-from lmcache_rag.secret_file import ensure_secret
 
 if TYPE_CHECKING:
     from lmcache_rag.serving.commands import Commands, ServeOptions
@@ -271,14 +275,14 @@ def _lmcache_key(run: Run) -> dict[str, str]:
     from lmcache_rag.serving.environment import version
 
     numbers = [int(part) for part in re.findall(r"\d+", version("lmcache"))[:3]]
-    if numbers < [0, 5, 7] or any(os.environ.get(name) for name in (*LMCACHE_NAMES, *LMCACHE_FILES)):
+    if numbers < [0, 5, 7] or any(os.environ.get(name) for name in (*LMCACHE_KEY_NAMES, *LMCACHE_KEY_FILES)):
         return {}
     try:
         ensure_secret(lmcache_key_file())
     except ConfigError as problem:
         run.tell(f"LMCache's HTTP port asks for no key. {problem}", style="yellow")
         return {}
-    return {LMCACHE_FILES[1]: str(lmcache_key_file())}
+    return {LMCACHE_KEY_FILES[1]: str(lmcache_key_file())}
 
 
 def _check_environment(run: Run) -> None:

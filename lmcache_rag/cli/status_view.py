@@ -11,7 +11,7 @@ from lmcache_rag.cli.render import count, duration, facts, place, show, size
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from lmcache_rag.maintain import Status
+    from lmcache_rag.kv_manager import Status
     from lmcache_rag.store import FingerprintStats
 
 

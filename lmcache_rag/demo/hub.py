@@ -179,8 +179,7 @@ class Hub:
         """Names of the models to choose from; empty where there is one only."""
         if self.settings.engine == "embedded" or self.settings.model or self._given["engine"] is not None:
             return []
-        from lmcache_rag.engines.vllm_client import Servers, server_urls
-        from lmcache_rag.engines.vllm_served import served_names
+        from lmcache_rag.engines.vllm_client import Servers, served_names, server_urls
 
         servers = Servers(server_urls(self.settings.engine), timeout=self.settings.engine_timeout_s, attempts=1)
         try:

@@ -8,13 +8,14 @@ import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from lmcache_rag.api_key import api_key
-from lmcache_rag.engines.vllm_errors import may_pass, raise_explained, speaking
-from lmcache_rag.errors import ConfigError
-from lmcache_rag.protocol import INGEST_KEY_HEADER
+from lmcache_rag.credentials import API_KEY_REMEDY, INGEST_KEY_REMEDY, api_key
+from lmcache_rag.errors import ConfigError, ContextLengthError, EngineError, EngineUnavailableError, LMCacheRAGError
+from lmcache_rag.protocol import INGEST_KEY_HEADER, chunk_tokens
 
 if TYPE_CHECKING:
     import openai
@@ -98,7 +99,7 @@ class Servers:
             only: Every try goes to `home`.
 
         Raises:
-            LMCacheRAGError: See lmcache_rag.engines.vllm_errors.explained.
+            LMCacheRAGError: See lmcache_rag.engines.vllm_client.explained.
         """
         import tenacity
 
@@ -232,7 +233,7 @@ class Servers:
         """
         import openai
 
-        from lmcache_rag.ingest_key import ingest_key
+        from lmcache_rag.credentials import ingest_key
 
         with self._lock:
             if ingest and self._ingest_key is None:
@@ -271,3 +272,267 @@ class Servers:
         import ssl
 
         return ssl.create_default_context()  # once: every client would read all certificates again
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+_TOO_LONG = re.compile(r"context length|max_model_len|maximum model length")
+
+
+@contextmanager
+def speaking(url: str, timeout: float) -> Iterator[None]:
+    """Errors of the openai client leave as ours; errors of anything else pass."""
+    try:
+        yield
+    except Exception as problem:
+        raise_explained(problem, url, timeout)
+
+
+def raise_explained(problem: Exception, url: str, timeout: float, *, ingest: bool = False) -> NoReturn:
+    """Raise what a problem is to us, or the problem itself where it is none of the server's."""
+    ours = explained(problem, url, timeout, ingest=ingest)
+    if ours is None:
+        raise problem
+    raise ours from problem
+
+
+def explained(problem: Exception, url: str, timeout: float, *, ingest: bool = False) -> LMCacheRAGError | None:
+    """What a problem is to us; None where it is none of the server's.
+
+    Args:
+        problem: The problem.
+        url: The server.
+        timeout: How long it was waited for, in seconds.
+        ingest: Whether the request was one for which a server may want the ingest key.
+    """
+    import openai
+
+    reason = str(getattr(problem, "message", "") or problem)
+    if isinstance(problem, openai.APITimeoutError) or _is_timeout(problem):
+        return EngineUnavailableError(
+            f"{url} said nothing for {timeout:g} s.",
+            remedy="Look into the server's log, or wait longer: LMCACHE_RAG_ENGINE_TIMEOUT_S.",
+        )
+    if isinstance(problem, openai.APIConnectionError):
+        return EngineUnavailableError(
+            f"{url} cannot be reached ({problem.__cause__ or problem}).",
+            remedy="Start it with lmcache-rag serve MODEL, or name another by --engine.",
+        )
+    if isinstance(problem, openai.AuthenticationError | openai.PermissionDeniedError):
+        if ingest:
+            return EngineError(
+                f"{url} wants another ingest key, or another API key: {reason}",
+                remedy=f"The ingest key: {INGEST_KEY_REMEDY} The API key: {API_KEY_REMEDY}",
+            )
+        return EngineError(f"{url} wants another API key.", remedy=API_KEY_REMEDY)
+    if isinstance(problem, openai.NotFoundError):
+        return EngineError(
+            f"{url} does not know this request: {reason}",
+            remedy="See what it serves now; a vLLM server's URL has the form http://host:8000.",
+        )
+    if isinstance(problem, openai.BadRequestError):
+        if _TOO_LONG.search(reason):
+            return ContextLengthError(reason, remedy="Retrieve fewer chunks or ask a shorter question.")
+        return RefusedError(f"{url} refused the request: {reason}", remedy="See the server's log.")
+    if isinstance(problem, openai.RateLimitError | openai.InternalServerError):
+        return EngineUnavailableError(f"{url} is not able to answer: {reason}", remedy="Try again later.")
+    if isinstance(problem, openai.APIError) or _is_transport(problem):
+        return EngineUnavailableError(f"{url} broke off: {reason}", remedy="See the server's log, and try again.")
+    return None
+
+
+def may_pass(problem: BaseException) -> bool:
+    """Whether another try may help. A server that accepts a request and says nothing is not asked again."""
+    import openai
+
+    if isinstance(problem, NotKeptError):
+        return True
+    if isinstance(problem, openai.APITimeoutError):
+        return type(problem.__cause__).__name__ == "ConnectTimeout"
+    return isinstance(problem, openai.APIConnectionError | openai.RateLimitError | openai.InternalServerError)
+
+
+class RefusedError(EngineError):
+    """The server does not take this request: status 400."""
+
+
+class NotKeptError(EngineError):
+    """The server answered, but says that its KV store was out of reach."""
+
+
+def _is_transport(problem: Exception) -> bool:
+    # A connection that breaks while a stream is read raises the HTTP client's own error, and that client's name changed
+    # from httpx to httpx2 with openai 3.
+    return type(problem).__module__.startswith(("httpx", "httpcore"))
+
+
+def _is_timeout(problem: Exception) -> bool:
+    return _is_transport(problem) and type(problem).__name__.endswith("Timeout")
+
+
+# -- what a server serves ---------------------------------------------------------------------------------------------
+
+STREAMS_TELL = (0, 33)  # first vLLM whose streams carry kv_transfer_params without our plugin
+CHAT_TAKES_IDS = (0, 32)  # first whose chat completions take kv_transfer_params.prompt_token_ids
+_PROBE = "The KV cache of 12,345 tokens: naïve façade, 日本語.\n\n  def f(x): return x"
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """What a server says of its model.
+
+    Attributes:
+        name: By which it is asked for.
+        root: Where the server has it from: a Hugging Face name or a folder over there.
+        context_length: Most tokens of prompt and answer together.
+        streams_tell: Whether its streams carry reuse statistics.
+        streams_may_tell: Whether they do if our plugin is loaded there, as it is where our connector runs.
+        chat_takes_ids: Whether its chat completions take token ids.
+        chunk: Tokens of an LMCache chunk; 0 where the server does not say.
+        block: Tokens of a block of vLLM's own prefix cache; 0 where the server does not say.
+        local: A folder here that was named for it; "" where none was.
+    """
+
+    name: str
+    root: str
+    context_length: int
+    streams_tell: bool
+    streams_may_tell: bool
+    chat_takes_ids: bool
+    chunk: int = 0
+    block: int = 0
+    local: str = ""
+
+
+def served_model(servers: Servers, wanted: str | None) -> ServedModel:
+    """The one model that all the servers serve.
+
+    Args:
+        servers: The servers.
+        wanted: If given, it must be the model's name or root, or a folder here whose name they end with.
+
+    Raises:
+        EngineError: A server serves another model than wanted, or than the first server, or is no vLLM.
+        EngineUnavailableError: It cannot be reached.
+    """
+    first, *others = [_served(servers, url, wanted) for url in servers.urls]
+    for url, other in zip(servers.urls[1:], others, strict=True):
+        if (other.name, other.root) != (first.name, first.root):
+            raise EngineError(
+                f"{url} serves {other.name} ({other.root}), {servers.urls[0]} serves {first.name} ({first.root}).",
+                remedy="Name servers of the same model.",
+            )
+        if other.chunk and first.chunk and other.chunk != first.chunk:
+            raise EngineError(
+                f"{url} keeps KV in chunks of {other.chunk} tokens, {servers.urls[0]} of {first.chunk}.",
+                remedy="Start them with the same --chunk-size.",
+            )
+    every = [first, *others]
+    return replace(
+        first,
+        context_length=min(each.context_length for each in every),
+        streams_tell=all(each.streams_tell for each in every),
+        streams_may_tell=all(each.streams_may_tell for each in every),
+        chat_takes_ids=all(each.chat_takes_ids for each in every),
+        chunk=max(each.chunk for each in every),
+        # Where they differ, the smaller: a chunk that is held may then count as missing, and is sent once more.
+        block=min(each.block for each in every),
+    )
+
+
+def served_names(servers: Servers) -> list[str]:
+    """Names of the models that the first server serves, adapters left out.
+
+    Raises:
+        EngineUnavailableError: It cannot be reached.
+        EngineError: It is no vLLM.
+    """
+    url = servers.urls[0]
+    with speaking(url, servers.timeout):
+        cards = list(servers.client(url).models.list())
+    return list(dict.fromkeys(card.id for card in cards if getattr(card, "parent", None) is None))
+
+
+def check_tokenizer(servers: Servers, model: str, tokenizer: Any) -> None:
+    """See that the servers tokenize as we do, where they have an endpoint for that.
+
+    Raises:
+        EngineError: One does not: prompts would mean something else over there.
+    """
+    body = {"model": model, "prompt": _PROBE, "add_special_tokens": False}
+    for url in servers.urls:
+        answer = _aside(partial(servers.client(url).post, f"{url}/tokenize", body=body, cast_to=object))
+        theirs = answer.get("tokens")
+        if theirs is not None and theirs != list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"]):
+            raise EngineError(
+                f"The tokenizer of {model} on {url} is not the one found here.",
+                remedy="Name the very model that the server runs, by its Hugging Face name or a folder (--model).",
+            )
+
+
+def _served(servers: Servers, url: str, wanted: str | None) -> ServedModel:
+    local = Path(wanted).resolve() if wanted and Path(wanted).is_dir() else None
+    with speaking(url, servers.timeout):
+        cards = list(servers.client(url).models.list())
+    facts = [(card.id, str(getattr(card, "root", None) or card.id), card) for card in cards]
+    if wanted:
+        facts = [fact for fact in facts if _is(wanted, local, fact[:2])]
+    facts.sort(key=lambda fact: getattr(fact[2], "parent", None) is not None)  # adapters come last
+    if not facts:
+        raise EngineError(
+            f"{url} serves {', '.join(card.id for card in cards) or 'nothing'}, not {wanted or 'a model'}.",
+            remedy="Name the server's model by --model, or another server by --engine.",
+        )
+    name, root, card = facts[0]
+    length = getattr(card, "max_model_len", None)
+    if not length:
+        raise EngineError(
+            f"{url} does not say how long its context is.", remedy="Name a vLLM server: lmcache-rag serve MODEL."
+        )
+    version, metrics = _version(servers, url), _metrics(servers, url)
+    chunk = chunk_tokens(metrics)
+    return ServedModel(
+        name,
+        root,
+        int(length),
+        streams_tell=version >= STREAMS_TELL,
+        streams_may_tell=version >= STREAMS_TELL or chunk > 0,
+        chat_takes_ids=version >= CHAT_TAKES_IDS,
+        chunk=chunk,
+        block=vllm_block(metrics),
+        local=str(local or ""),
+    )
+
+
+def _is(wanted: str, local: Path | None, names: Sequence[str]) -> bool:
+    return wanted in names or (local is not None and local.name in [Path(name).name for name in names])
+
+
+def _version(servers: Servers, url: str) -> tuple[int, ...]:
+    answer = _aside(partial(servers.client(url).get, f"{url}/version", cast_to=object))
+    version = re.match(r"(\d+)\.(\d+)", str(answer.get("version", "")))
+    return (int(version[1]), int(version[2])) if version else (0, 0)
+
+
+def _metrics(servers: Servers, url: str) -> str:
+    return str(_ask(partial(servers.client(url).get, f"{url}/metrics", cast_to=str)) or "")
+
+
+def vllm_block(metrics: str) -> int:
+    """Tokens of a block of vLLM's prefix cache, by the text of its /metrics; 0 when it does not say."""
+    found = re.search(r'^vllm:cache_config_info\{(?:[^}]*,)?block_size="(\d+)"', metrics, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def _aside(ask: Callable[[], object]) -> dict[str, Any]:
+    answer = _ask(ask)
+    return answer if isinstance(answer, dict) else {}
+
+
+def _ask(ask: Callable[[], object]) -> object:
+    """Ask for something that a server need not have."""
+    try:
+        return ask()
+    except Exception as problem:  # what it is shows as soon as it matters
+        log.debug("%s: %s", type(problem).__name__, problem)
+        return None

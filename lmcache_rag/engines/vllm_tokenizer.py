@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lmcache_rag.errors import EngineError, SourceError
 
 if TYPE_CHECKING:
-    from lmcache_rag.engines.vllm_served import ServedModel
+    from lmcache_rag.engines.vllm_client import ServedModel
 
 log = logging.getLogger("lmcache_rag")
 

@@ -8,9 +8,8 @@ from typing import Any
 
 import httpx
 
-from lmcache_rag.api_key import LMCACHE_REMEDY, REMEDY, lmcache_headers
+from lmcache_rag.credentials import API_KEY_REMEDY, INGEST_KEY_REMEDY, LMCACHE_KEY_REMEDY, lmcache_headers
 from lmcache_rag.errors import EngineError, EngineUnavailableError
-from lmcache_rag.ingest_key import REMEDY as INGEST_REMEDY
 from lmcache_rag.protocol import INGEST_KEY_HEADER, answer_statistics, ingests
 
 SHORT_S = 3.0
@@ -62,7 +61,7 @@ def get_json(url: str, path: str) -> dict[str, Any] | None:
             headers=lmcache_headers(url),
         )
         if response.status_code in (401, 403):
-            raise EngineError(f"{url}{path} asks for a key.", remedy=LMCACHE_REMEDY)
+            raise EngineError(f"{url}{path} asks for a key.", remedy=LMCACHE_KEY_REMEDY)
         document = response.raise_for_status().json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return None
@@ -183,7 +182,7 @@ class VLLM:
                 f"{self.url} does not answer: {words}.", remedy="Is the server up, and the address right?"
             ) from problem
         if response.status_code == 401 or (ingest and response.status_code == 403):
-            remedy = f"{REMEDY} An ingest key goes elsewhere. {INGEST_REMEDY}" if ingest else REMEDY
+            remedy = f"{API_KEY_REMEDY} An ingest key goes elsewhere. {INGEST_KEY_REMEDY}" if ingest else API_KEY_REMEDY
             raise EngineError(f"{self.url} asks for a key.", remedy=remedy)
         if response.status_code >= 400:
             raise EngineError(

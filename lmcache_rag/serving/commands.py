@@ -12,15 +12,13 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from lmcache_rag.api_key import api_key
 from lmcache_rag.connector.authorization import MIDDLEWARE
 from lmcache_rag.connector.lmcache_server.settings import ServerSettings
 from lmcache_rag.connector.secret import FILE_VARIABLE, VARIABLE
 from lmcache_rag.connector.server_guard import MODULE
+from lmcache_rag.credentials import api_key, read_ingest_key, state_file
 from lmcache_rag.errors import ConfigError
-from lmcache_rag.ingest_key import read_ingest_key
 from lmcache_rag.protocol import DEFAULT_POLICY, DEFAULT_RATIO, LMCACHE_CHUNK, VLLM_BLOCK
-from lmcache_rag.secret_file import state_file
 from lmcache_rag.serving.given import Given
 from lmcache_rag.serving.tiers import OPTION, placeholders, second_tier
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-from lmcache_rag.api_key import LOOPBACK
+from lmcache_rag.credentials import LOOPBACK
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.serving import api, checks, live_checks
 from lmcache_rag.serving.checks import Check
