@@ -13,11 +13,12 @@ from serve_kit import CHUNK, UNDEFINED, FakeServer, fake_packages
 from typer.testing import CliRunner, Result
 
 from lmcache_rag.cli.app import app
+from lmcache_rag.engines.vllm_client import VLLMClient
 from lmcache_rag.errors import EngineError
-from lmcache_rag.serving import api, checks, live_checks
+from lmcache_rag.serving import checks, live_checks
 from lmcache_rag.serving.environment import version
 from lmcache_rag.serving.live_checks import judge
-from lmcache_rag.serving.roundtrip import IDS, Outcome, Prompts, round_trip
+from lmcache_rag.serving.roundtrip import IDS, Answer, Outcome, Prompts, ask, round_trip
 
 CONFIG = {"architectures": ["LlamaForCausalLM"]}
 
@@ -100,8 +101,8 @@ def test_a_short_context_gets_short_prompts() -> None:
 
 
 def trip(mode: str = "") -> tuple[Outcome, list[dict[str, Any]]]:
-    with FakeServer("vllm", mode=mode) as engine, api.VLLM(engine.url) as server:
-        return round_trip(server, server.served(), CHUNK, pause=lambda _: None), engine.requests
+    with FakeServer("vllm", mode=mode) as engine, VLLMClient(engine.url, attempts=1) as server:
+        return round_trip(server, server.first_model(), CHUNK, pause=lambda _: None), engine.requests
 
 
 def test_a_round_trip_ingests_without_blending_then_asks() -> None:
@@ -202,10 +203,10 @@ def test_ratio_1_must_give_the_same_tokens_or_a_tie(mode: str, agrees: bool, sam
 def test_a_tie_needs_the_probabilities_of_both_tokens() -> None:
     from lmcache_rag.serving.roundtrip import _near_tie
 
-    plain = api.Answer((1, 2), ({1: -0.1}, {2: -0.7, 3: -0.8}))
-    assert _near_tie(plain, api.Answer((1, 3)), 1)
-    assert not _near_tie(plain, api.Answer((1, 4)), 1)
-    assert not _near_tie(plain, api.Answer((1, 2)), 2)
+    plain = Answer((1, 2), ({1: -0.1}, {2: -0.7, 3: -0.8}))
+    assert _near_tie(plain, Answer((1, 3)), 1)
+    assert not _near_tie(plain, Answer((1, 4)), 1)
+    assert not _near_tie(plain, Answer((1, 2)), 2)
 
 
 def test_ratio_1_without_any_recomputed_token_proves_nothing() -> None:
@@ -246,7 +247,7 @@ def test_all_is_well(model: str, gpu_machine: Path, monkeypatch: pytest.MonkeyPa
         ("stuck", "", "Hit counters", "0 tokens more on /metrics"),
         ("misfit", "", "Chunk and block", "blocks of 48"),
         ("strange", "", "vLLM", "lists no model"),
-        ("key", "", "Round trip", "asks for a key"),
+        ("key", "", "Round trip", "rejected the ingest key or the API key"),
         ("", "unblended", "Blend engine", "does not blend"),
         ("", "unregistered", "RoPE", "not registered"),
         ("", "ill", "LMCache", "not healthy"),
@@ -296,7 +297,7 @@ def test_servers_that_are_not_there() -> None:
     found = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
     assert result.exit_code == 1
     assert found["vLLM"]["state"] == found["LMCache"]["state"] == "failed"
-    assert "does not answer" in found["vLLM"]["result"]
+    assert "cannot be reached" in found["vLLM"]["result"]
     assert "Round trip" not in found
 
 
@@ -312,10 +313,10 @@ def test_where_lmcache_cannot_be_asked_vllm_says_how_long_its_chunks_are(model: 
 
 
 def test_a_key_is_sent(model: str) -> None:
-    with FakeServer("vllm", mode="key", model=model) as engine, api.VLLM(engine.url, "secret") as server:
-        assert server.complete("tiny", [1, 2], params={}).tokens
-        with api.VLLM(engine.url) as other, pytest.raises(EngineError, match="asks for a key"):
-            other.complete("tiny", [1, 2], params={})
+    with FakeServer("vllm", mode="key", model=model) as engine, VLLMClient(engine.url, api_key="secret") as server:
+        assert ask(server, "tiny", [1, 2], params={}).tokens
+        with VLLMClient(engine.url, attempts=1) as other, pytest.raises(EngineError, match="rejected the API key"):
+            ask(other, "tiny", [1, 2], params={})
 
 
 @pytest.mark.parametrize(
@@ -440,7 +441,7 @@ def test_a_pytorch_that_cannot_be_imported_is_told(
 
 
 def test_a_server_of_another_environment_is_a_warning(model: str) -> None:
-    with FakeServer("vllm", model=model) as engine, api.VLLM(engine.url) as server:
+    with FakeServer("vllm", model=model) as engine, VLLMClient(engine.url, attempts=1) as server:
         for here, state in (("0.25.1", "ok"), ("0.25.1+cpu", "ok"), ("", "ok"), ("0.32.0", "warning")):
             ((check,), _) = live_checks.vllm(server, here)
             assert check.state == state

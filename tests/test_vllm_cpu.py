@@ -22,8 +22,8 @@ from lmcache_rag import VLLMEngine
 from lmcache_rag.bench import leftovers
 from lmcache_rag.connector.metrics import SOURCES
 from lmcache_rag.engines.base import BlendOptions, Sampling
+from lmcache_rag.engines.vllm_client import VLLMClient
 from lmcache_rag.prompt import PromptBuilder
-from lmcache_rag.serving import api
 from lmcache_rag.serving.live_checks import live
 
 pytestmark = [pytest.mark.slow, needs_vllm_cpu]
@@ -77,8 +77,8 @@ def test_who_asks_is_told_why_it_does_not_blend(servers: Servers, caplog: pytest
     assert "blending needs CUDA" in engine.info.why_not
     assert len([record for record in caplog.records if "blending needs CUDA" in record.message]) == 1
     engine.close()
-    with api.VLLM(servers.url) as server:
-        (check,) = live(server, server.served(), {})
+    with VLLMClient(servers.url) as server:
+        (check,) = live(server, server.first_model(), {})
     assert check.state == "failed"
     assert "our connector is loaded, and cannot blend: blending needs CUDA" in check.result
     assert "NVIDIA GPU" in check.remedy

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import itertools
 import json
 import time
@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 
 from lmcache_rag.credentials import ingest_key
+from lmcache_rag.engines.vllm_client import VLLMClient
 from lmcache_rag.errors import EngineError
 from lmcache_rag.protocol import INGEST_KEY_HEADER, answer_statistics, chunk_tokens, ingests
 
@@ -36,17 +37,18 @@ class Timed:
 
 
 class TimedClient:
-    """A server under measurement.
+    """A server under measurement. Requests are read from the wire here, so that nothing else is measured.
 
     Args:
         url: For example http://localhost:8000.
-        api_key: Sent as a bearer token.
+        api_key: Sent as a bearer token; "": from the environment.
         timeout: Seconds.
     """
 
     def __init__(self, url: str, api_key: str = "", timeout: float = 300.0) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._client = VLLMClient(url, timeout=timeout, attempts=1, api_key=api_key)
+        self.url = self._client.url
+        headers = self._client.headers
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
         self._http = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=timeout, limits=limits)
         self.model = ""
@@ -58,17 +60,8 @@ class TimedClient:
         Raises:
             EngineError: There is no such server.
         """
-        try:
-            answer = await self._http.get("/v1/models")
-            answer.raise_for_status()
-            served = answer.json()["data"]
-            self.model = next(each["id"] for each in served if not each.get("parent"))  # adapters have one
-        except (httpx.HTTPError, KeyError, StopIteration, TypeError, ValueError) as problem:
-            raise EngineError(
-                f"No OpenAI server answers at {self.url}: {problem}", remedy="Start one: lmcache-rag serve MODEL."
-            ) from problem
-        with contextlib.suppress(httpx.HTTPError):
-            self.chunk = chunk_tokens((await self._http.get("/metrics")).text)
+        self.model = (await asyncio.to_thread(self._client.first_model)).name
+        self.chunk = chunk_tokens(await asyncio.to_thread(self._client.metrics))
 
     async def ask(self, prompt: list[int], params: dict[str, Any] | None = None, *, tokens: int = 1) -> Timed:
         """Send a prompt of token ids and take the times of its tokens.
@@ -125,4 +118,5 @@ class TimedClient:
 
     async def close(self) -> None:
         """Close the connections."""
+        self._client.close()
         await self._http.aclose()

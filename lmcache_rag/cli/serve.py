@@ -382,15 +382,15 @@ def _free(port: int, flag: str) -> None:
 
 def _ready(run: Run, options: ServeOptions, made: Commands, folder: Path) -> None:
     """Warm up, and say where the server is and what is on."""
-    from lmcache_rag.serving import api
+    from lmcache_rag.engines.vllm_client import VLLMClient
     from lmcache_rag.serving.roundtrip import round_trip
 
     run.tell("Warming the look-up.")
     name, blending = options.model, "off"
     try:
         key = read_ingest_key(options.ingest_key_file) if options.ingest_key_file else ""
-        with api.VLLM(made.url, made.api_key, ingest_key=key, timeout=120, verify=False) as server:
-            served = server.served()
+        with VLLMClient(made.url, attempts=1, api_key=made.api_key, ingest_key=key, verify=False) as server:
+            served = server.first_model()
             name = served.name
             outcome = round_trip(server, served, options.chunk_size, compare=False)
         if outcome.hit and outcome.reused:

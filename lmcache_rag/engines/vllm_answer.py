@@ -1,4 +1,4 @@
-"""What is said to a vLLM server's completions API, and what its answers mean."""
+"""Requests to a vLLM server's completions API, and the parts of its answers as a Completion."""
 
 from __future__ import annotations
 
@@ -81,26 +81,26 @@ class Gathered:
     text: str = ""
     ids: list[int] = field(default_factory=list)
     reason: str | None = None
-    told: dict[str, Any] | None = None
+    stats: dict[str, Any] | None = None
     cached: int | None = None
 
     @property
-    def why_not(self) -> str:
-        """Why the server cannot blend any request, by its own word; empty where it can or does not say."""
-        return str(protocol.cannot_blend(self.told) or "")
+    def unsupported_reason(self) -> str:
+        """Why the server cannot blend any request, as it reports; "" where it can or does not say."""
+        return str(protocol.cannot_blend(self.stats) or "")
 
     def take(self, part: Any) -> str:
         """Take a part of a completion or of a chat completion, its first choice; returns its text."""
-        if (told := protocol.answer_statistics(part)) is not None:
-            self.told = told
+        if (stats := protocol.answer_statistics(part)) is not None:
+            self.stats = stats
         details = getattr(getattr(part, "usage", None), "prompt_tokens_details", None)
         if (cached := getattr(details, "cached_tokens", None)) is not None:
             self.cached = int(cached)
         if not (choices := getattr(part, "choices", None)):
             return ""
         choice = choices[0]
-        said = getattr(choice, "delta", None) or getattr(choice, "message", None)  # a chat's
-        text = (choice.text if said is None else getattr(said, "content", None)) or ""
+        message = getattr(choice, "delta", None) or getattr(choice, "message", None)  # a chat's
+        text = (choice.text if message is None else getattr(message, "content", None)) or ""
         ids = getattr(choice, "token_ids", None) or ()
         if self.first is None and (text or ids):
             self.first = time.perf_counter()
@@ -132,8 +132,8 @@ def already_held(gathered: Gathered, prompt: IngestPrompt, *, kv_block: int, vll
     length = len(prompt.token_ids)
     # One token at least is always computed, and vLLM's own cache then gives whole blocks only.
     keeps = min(length // kv_block * kv_block, (length - 1) // vllm_block * vllm_block)
-    told = gathered.told or {}
-    return keeps > prompt.prefix_tokens and int(told.get("prefix_tokens", gathered.cached or 0)) >= keeps
+    reported = gathered.stats or {}
+    return keeps > prompt.prefix_tokens and int(reported.get("prefix_tokens", gathered.cached or 0)) >= keeps
 
 
 def completion(
@@ -151,17 +151,17 @@ def completion(
     """
     warnings: list[str] = []
     missing: tuple[int, ...] = ()
-    told = gathered.told
-    counts = _counts(told, len(prompt)) if told is not None else None
-    if counts is not None and told is not None:
-        # Where nothing can be blended no chunk is missed, and the reason is told once, not with each answer.
-        found = None if gathered.why_not else chunks_found(prompt, told, kv_block)
+    reported = gathered.stats
+    counts = _counts(reported, len(prompt)) if reported is not None else None
+    if counts is not None and reported is not None:
+        # Where nothing can be blended no chunk is missed, and the reason is logged once, not with each answer.
+        found = None if gathered.unsupported_reason else chunks_found(prompt, reported, kv_block)
         hit, missed = (found.count(True), found.count(False)) if found is not None else (0, 0)
         counts |= {"chunks_hit": hit, "chunks_missed": missed}
-        failure = told.get(protocol.FAILURE)
+        failure = reported.get(protocol.FAILURE)
         if blending and found is not None and not failure:
             missing = tuple(i for i, there in enumerate(found) if not there and kept_tokens(prompt.chunks[i], kv_block))
-        if failure and not gathered.why_not:
+        if failure and not gathered.unsupported_reason:
             warnings.append(f"The server computed the prompt in full: {protocol.fallback_sentence(str(failure))}.")
         elif blending and missed:
             warnings.append(f"The KV of {missed} chunk(s) was missing; they were computed.")
@@ -169,7 +169,7 @@ def completion(
         # cached_tokens holds what was blended beside what is exact, so it is a prefix only where nothing can be blended
         prefix = 0 if blending else min(gathered.cached or 0, len(prompt))
         counts = {"prefix_tokens": prefix, "computed_tokens": len(prompt) - prefix}
-        if told is not None:
+        if reported is not None:
             warnings.append("The server's reuse statistics make no sense, so they are left out.")
         elif blending:
             how = "in a stream (vLLM 0.33 does, and older ones with our plugin)" if streamed else "for this request"
@@ -178,18 +178,18 @@ def completion(
     if not streamed and len(ids) > 1:
         warnings.append("The answer came in one piece: its time to the first token is that of the whole answer.")
     stats = ReuseStats(len(prompt), ttft_ms=gathered.ttft_ms, **counts)
-    reuse = () if told is None and blending else chunk_reuse(prompt, stats, (told or {}).get("spans"))
+    reuse = () if reported is None and blending else chunk_reuse(prompt, stats, (reported or {}).get("spans"))
     return Completion(gathered.text, ids, gathered.finish_reason, stats, tuple(warnings), missing, reuse)
 
 
-def _counts(told: Mapping[str, Any], length: int) -> dict[str, Any] | None:
-    """The token counts and times that the server told; None unless the counts are whole and add up."""
-    parts = {name: told.get(name) for name in protocol.COUNTS}
+def _counts(reported: Mapping[str, Any], length: int) -> dict[str, Any] | None:
+    """The token counts and times that the server reported; None unless the counts are whole and add up."""
+    parts = {name: reported.get(name) for name in protocol.COUNTS}
     if not all(isinstance(part, int) and part >= 0 for part in parts.values()):
         return None
     if sum(part for part in parts.values() if part is not None) != length:
         return None
-    return {**parts, **{name: float(told.get(name) or 0.0) for name in protocol.TIMES}}
+    return {**parts, **{name: float(reported.get(name) or 0.0) for name in protocol.TIMES}}
 
 
 def chunk_reuse(prompt: QueryPrompt, stats: ReuseStats, spans: Any) -> tuple[ChunkReuse, ...]:
@@ -221,7 +221,7 @@ def kept_tokens(span: ChunkSpan, kv_block: int) -> int:
     return (span.end - span.start) // kv_block * kv_block
 
 
-def chunks_found(prompt: QueryPrompt, told: Mapping[str, Any], kv_block: int) -> list[bool] | None:
+def chunks_found(prompt: QueryPrompt, reported: Mapping[str, Any], kv_block: int) -> list[bool] | None:
     """For each chunk, whether its KV was found; None where it does not follow from what the server said.
 
     `spans`, the placed parts of the prompt as [start, end] pairs, says it; a server sends them when it is asked to.
@@ -229,14 +229,14 @@ def chunks_found(prompt: QueryPrompt, told: Mapping[str, Any], kv_block: int) ->
     is never kept and so never found.
     """
     keep = [kept_tokens(span, kv_block) for span in prompt.chunks]
-    exact = int(told["prefix_tokens"])
-    if (spans := told.get("spans")) is not None:
+    exact = int(reported["prefix_tokens"])
+    if (spans := reported.get("spans")) is not None:
         places = [(0, exact), *((int(start), int(end)) for start, end in spans)]
         return [
             tokens > 0 and sum(max(0, min(span.end, end) - max(span.start, start)) for start, end in places) > 0
             for span, tokens in zip(prompt.chunks, keep, strict=True)
         ]
-    covered = max(0, exact - prompt.prefix_tokens) + int(told["reused_tokens"]) + int(told["recomputed_tokens"])
+    covered = max(0, exact - prompt.prefix_tokens) + int(reported["reused_tokens"]) + int(reported["recomputed_tokens"])
     if covered == 0:
         return [False] * len(keep)
     return [tokens > 0 for tokens in keep] if covered >= sum(keep) else None

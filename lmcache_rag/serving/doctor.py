@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 from lmcache_rag.credentials import LOOPBACK
+from lmcache_rag.engines.vllm_client import VLLMClient
 from lmcache_rag.errors import ConfigError
-from lmcache_rag.serving import api, checks, live_checks
+from lmcache_rag.serving import checks, live_checks
 from lmcache_rag.serving.checks import Check
 from lmcache_rag.serving.environment import version
 
@@ -46,7 +47,7 @@ def examine(
             yield checks.model(model)
         yield Check("vLLM", "skipped", "no URL was given", "lmcache-rag doctor http://127.0.0.1:8000")
         return
-    with api.VLLM(url, api_key, ingest_key=ingest_key) as server:
+    with VLLMClient(url, attempts=1, api_key=api_key, ingest_key=ingest_key) as server:
         known, served = live_checks.vllm(server, version("vllm") if here else "")
         yield from known
         if model or served:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from lmcache_rag import protocol
+from lmcache_rag.engines.vllm_client import ModelCard, VLLMClient, vllm_block
 from lmcache_rag.errors import LMCacheRAGError
 from lmcache_rag.protocol import LMCACHE_CHUNK, CannotBlend, SelfCheck, chunk_tokens, hit_tokens
 from lmcache_rag.serving import api
@@ -110,7 +110,7 @@ def ranks(status: dict[str, Any]) -> list[Check]:
     return checks
 
 
-def vllm(server: api.VLLM, here: str = "") -> tuple[list[Check], api.Served | None]:
+def vllm(server: VLLMClient, here: str = "") -> tuple[list[Check], ModelCard | None]:
     """The vLLM server: (checks, what it serves).
 
     Args:
@@ -118,7 +118,7 @@ def vllm(server: api.VLLM, here: str = "") -> tuple[list[Check], api.Served | No
         here: Version of vLLM in this environment, "" where it does not matter.
     """
     try:
-        served = server.served()
+        served = server.first_model()
     except LMCacheRAGError as problem:
         return [Check("vLLM", "failed", problem.message, problem.remedy)], None
     version = server.version()
@@ -131,26 +131,25 @@ def vllm(server: api.VLLM, here: str = "") -> tuple[list[Check], api.Served | No
     return [Check("vLLM", "ok", words)], served
 
 
-def chunk_size(server: api.VLLM, status: dict[str, Any]) -> int:
+def chunk_size(server: VLLMClient, status: dict[str, Any]) -> int:
     """Tokens of an LMCache chunk, by LMCache's own word or by that of vLLM with our connector; 0: neither says."""
     own = status.get("chunk_size")
     return own if isinstance(own, int) and own > 0 else chunk_tokens(server.metrics())
 
 
-def sizes(server: api.VLLM, status: dict[str, Any]) -> Check:
+def sizes(server: VLLMClient, status: dict[str, Any]) -> Check:
     """LMCache's chunk against vLLM's block."""
     chunk = chunk_size(server, status)
-    found = re.search(r'cache_config_info\{[^}]*\bblock_size="(\d+)"', server.metrics())
-    if not chunk or found is None:
+    block = vllm_block(server.metrics())
+    if not chunk or not block:
         return Check("Chunk and block", "skipped", "the servers do not say")
-    block = int(found[1])
     words = f"chunks of {chunk} tokens, blocks of {block}"
-    if block and chunk % block == 0:
+    if chunk % block == 0:
         return Check("Chunk and block", "ok", words)
     return Check("Chunk and block", "failed", words, "The chunk size must be a multiple of the block size.")
 
 
-def live(server: api.VLLM, served: api.Served, status: dict[str, Any]) -> list[Check]:
+def live(server: VLLMClient, served: ModelCard, status: dict[str, Any]) -> list[Check]:
     """The round trip."""
     before = hit_tokens(server.metrics())
     try:
@@ -161,7 +160,7 @@ def live(server: api.VLLM, served: api.Served, status: dict[str, Any]) -> list[C
     return [*checks, counters(server, before)] if outcome.hit else checks
 
 
-def counters(server: api.VLLM, before: int | None) -> Check:
+def counters(server: VLLMClient, before: int | None) -> Check:
     """Whether the hits of a round trip show on /metrics, where they come a moment behind the answer."""
     if before is None:
         return Check("Hit counters", "skipped", "the server has none; vLLM's --disable-log-stats turns them off")

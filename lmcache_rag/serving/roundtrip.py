@@ -5,17 +5,28 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from lmcache_rag.engines.vllm_client import ModelCard, VLLMClient
 from lmcache_rag.errors import EngineError
-from lmcache_rag.protocol import CAN_BLEND, INGEST, MAX_OFFLOAD_TOKENS, NEAR_TIE, NO_BLEND, POLICY, RATIO
-from lmcache_rag.serving.api import VLLM, Answer, Served
+from lmcache_rag.protocol import (
+    CAN_BLEND,
+    INGEST,
+    MAX_OFFLOAD_TOKENS,
+    NEAR_TIE,
+    NO_BLEND,
+    POLICY,
+    RATIO,
+    answer_statistics,
+    ingests,
+)
 
 IDS = range(300, 15000)  # ids of plain text in the usual vocabularies; none of them special
 CHUNKS = 3
 BLOCKS = (4, 3, 2)  # LMCache chunks in each of ours
 ANSWER = 16
+TOP = 5  # log-probabilities asked for with each token
 ATTEMPTS, PAUSE_S = 5, 1.0  # LMCache indexes what it stored a moment later
 
 
@@ -49,6 +60,56 @@ class Prompts:
         for chunk in reversed(self.chunks):
             prompt += [*_ids(dice, 3), *chunk]
         return [*prompt, *_ids(dice, 40)]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A completion.
+
+    Attributes:
+        tokens: Ids of the answer.
+        top: For each of them the most likely ids and their log-probabilities.
+        statistics: What our connector did; None without it.
+    """
+
+    tokens: tuple[int, ...]
+    top: tuple[dict[int, float], ...] = ()
+    statistics: dict[str, Any] | None = field(default=None)
+
+
+def ask(server: VLLMClient, model: str, prompt: list[int], *, params: dict[str, Any], max_tokens: int = 1) -> Answer:
+    """Greedy completion of a prompt of token ids, with these kv_transfer_params.
+
+    Raises:
+        EngineError: The server refused it, or does not answer as vLLM does.
+    """
+    request = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "logprobs": TOP,
+        "extra_body": {
+            "ignore_eos": True,
+            "return_token_ids": True,
+            "return_tokens_as_token_ids": True,
+            "kv_transfer_params": params,
+        },
+    }
+    response = server.complete(request, ingest=ingests(params))
+    try:
+        choice = response.choices[0]
+        top = getattr(choice.logprobs, "top_logprobs", None) or ()
+        return Answer(
+            tuple(choice.token_ids),
+            tuple({int(name.rpartition(":")[2]): value for name, value in row.items()} for row in top if row),
+            answer_statistics(response),
+        )
+    except (AttributeError, IndexError, TypeError, ValueError) as problem:
+        raise EngineError(
+            f"The server does not answer as vLLM does: {type(problem).__name__}: {problem}.",
+            remedy="vLLM 0.25.1 or newer is needed.",
+        ) from problem
 
 
 @dataclass(frozen=True)
@@ -89,8 +150,8 @@ def found_again(statistics: dict[str, Any] | None) -> int:
 
 
 def round_trip(
-    server: VLLM,
-    served: Served,
+    server: VLLMClient,
+    served: ModelCard,
     chunk_size: int,
     *,
     compare: bool = True,
@@ -108,11 +169,11 @@ def round_trip(
     Raises:
         EngineError: The server refused a request, or answers in a way that is not vLLM's.
     """
-    prompts = Prompts.draw(chunk_size, served.most_tokens)
+    prompts = Prompts.draw(chunk_size, served.context_length)
     # What is asked is not to be stored: an attempt that finds nothing must not help the next one.
     keep_out = {MAX_OFFLOAD_TOKENS: chunk_size}
     for prompt in prompts.ingest():
-        server.complete(served.name, prompt, params={**NO_BLEND, INGEST: True})
+        ask(server, served.name, prompt, params={**NO_BLEND, INGEST: True})
     found: dict[str, Any] | None = None
     query: list[int] = []
     attempt = 0
@@ -120,7 +181,7 @@ def round_trip(
         pause(PAUSE_S if attempt else PAUSE_S / 4)
         attempt += 1
         query = prompts.query()
-        found = server.complete(served.name, query, params=keep_out).statistics
+        found = ask(server, served.name, query, params=keep_out).statistics
         if found is None or found.get(CAN_BLEND) is False:
             break
     if not compare or not found_again(found):
@@ -128,8 +189,8 @@ def round_trip(
     # Blended first: after a run without reuse vLLM itself would hold the whole prompt.
     query = prompts.query()
     every = {POLICY: "query", RATIO: 1.0}
-    blended = server.complete(served.name, query, most=ANSWER, params=every | keep_out)
-    plain = server.complete(served.name, query, most=ANSWER, params={**NO_BLEND, **keep_out})
+    blended = ask(server, served.name, query, max_tokens=ANSWER, params=every | keep_out)
+    plain = ask(server, served.name, query, max_tokens=ANSWER, params={**NO_BLEND, **keep_out})
     if not blended.tokens or not plain.tokens:
         raise EngineError("The server answered without tokens.", remedy="Its log may say more.")
     same = _agree(blended.tokens, plain.tokens)
