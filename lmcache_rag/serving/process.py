@@ -1,10 +1,11 @@
-"""A guard around one server: whatever happens to the program that started it, nothing of the server is left.
+"""One server as a process behind a guard, its output in a file.
 
-Runs as ``python -m lmcache_rag.serving.child PARENT GRACE COMMAND...`` between that program and the server. A signal
-is passed on to the server; a second one, or GRACE seconds, kill it. The parent's death counts as SIGTERM. When the
-server has ended, all that it started is ended too: orphans come to this process, since it is their subreaper.
+Whatever happens to the program that started the server, nothing of the server is left. The guard is this module, run as
+``python -m lmcache_rag.serving.process PARENT GRACE COMMAND...`` between that program and the server. A signal is
+passed on to the server; a second one, or GRACE seconds, kill it. The parent's death counts as SIGTERM. When the server
+has ended, all that it started is ended too: orphans come to the guard, since it is their subreaper.
 
-Exit status: that of the server, 128 + n when signal n ended it.
+The guard's exit status is that of the server, 128 + n when signal n ended it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,91 @@ import signal
 import subprocess
 import sys
 import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 POLL_S = 0.05
 _SET_DEATH_SIGNAL, _SET_SUBREAPER = 1, 36  # linux/prctl.h
-REST_S = 5.0  # for what the server leaves behind, between SIGTERM and SIGKILL
+REST_S = 5.0  # for processes that outlive the server, between SIGTERM and SIGKILL
+
+
+@dataclass
+class Server:
+    """A server that can be started again.
+
+    Attributes:
+        name: Its name in messages.
+        command: What to run.
+        healthy: Whether it answers now; must not raise, and return within a few seconds.
+        log: File that its output is appended to.
+        grace: How long it may take to end before it is killed, in seconds.
+        environment: Variables on top of the inherited ones.
+        inherited: Variables of ours that it gets; None: all.
+    """
+
+    name: str
+    command: Sequence[str]
+    healthy: Callable[[], bool]
+    log: Path
+    grace: float
+    environment: Mapping[str, str] = field(default_factory=dict)
+    inherited: Mapping[str, str] | None = None
+    _process: subprocess.Popen[bytes] | None = None
+    _begin: int = 0  # where in the log its present run begins
+
+    def start(self) -> None:
+        """Start it. Call this from the main thread: on Linux a server ends with the thread that started it."""
+        inherited = os.environ if self.inherited is None else self.inherited
+        guard = [sys.executable, "-m", "lmcache_rag.serving.process", str(os.getpid()), str(self.grace)]
+        with self.log.open("ab") as out:
+            self._begin = out.tell()
+            self._process = subprocess.Popen(
+                [*guard, *self.command],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**inherited, "PYTHONUNBUFFERED": "1", **self.environment},
+                start_new_session=True,
+            )
+
+    def ended(self) -> int | None:
+        """Exit status, 128 + n when signal n ended it; None while it runs or was never started."""
+        status = self._process.poll() if self._process else None
+        return status if status is None or status >= 0 else 128 - status
+
+    @property
+    def runs(self) -> bool:
+        """Whether it was started and has not ended."""
+        return self._process is not None and self.ended() is None
+
+    def send(self, number: int = signal.SIGTERM) -> None:
+        """Send it a signal. At the second one its guard kills it and all its children."""
+        if self._process is not None and self.runs:
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """Kill it and all its children."""
+        self.send(signal.SIGTERM)
+        self.send(signal.SIGHUP)  # another one: two of a kind may arrive as one
+
+    def wait(self) -> None:
+        """Wait for its end; send() or kill() must come first."""
+        if self._process is not None:
+            self._process.wait()
+
+    def last_lines(self, count: int = 20) -> list[str]:
+        """The last lines that its present run wrote."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(self._begin)
+                return [line.decode(errors="replace").rstrip() for line in deque(file, count)]
+        except OSError:
+            return []
+
+
+# The guard
 
 
 def main(arguments: list[str]) -> int:
@@ -67,16 +148,16 @@ def _until_it_ends(pid: int, parent: int, grace: float, came: list[int]) -> tupl
 
 
 def _end_the_rest(group: int, patience: float) -> None:
-    """What the server left behind: asked to end, and killed after so many seconds."""
-    asked: set[int] = set()
+    """End processes that outlived the server: SIGTERM, and SIGKILL after so many seconds."""
+    terminated: set[int] = set()
     deadline = time.monotonic() + patience
     while rest := _rest(group):
         for pid in rest:
             if time.monotonic() > deadline:
                 _kill(pid, signal.SIGKILL)
-            elif pid not in asked:
+            elif pid not in terminated:
                 _kill(pid, signal.SIGTERM)
-                asked.add(pid)
+                terminated.add(pid)
         _reap()
         time.sleep(POLL_S)
 
