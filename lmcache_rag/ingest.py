@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lmcache_rag.documents import Document, find_files, load_document
 from lmcache_rag.errors import ConfigError, DocumentError
-from lmcache_rag.kv import KVKeeper, KVTotals
+from lmcache_rag.kv_manager import KVKeeper, KVTotals
 
 if TYPE_CHECKING:
     from lmcache_rag.documents import Chunk, Splitter

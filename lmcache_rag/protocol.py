@@ -16,7 +16,7 @@ from enum import StrEnum
 from itertools import islice
 from typing import Any, Final
 
-from lmcache_rag.blend.policies import POLICIES
+from lmcache_rag.policies import POLICIES
 
 # -- request keys, in kv_transfer_params ------------------------------------------------------------------------------
 

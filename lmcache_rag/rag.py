@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from lmcache_rag.answering import Answering
-from lmcache_rag.engines.base import BlendOptions, Completion, ReuseStats, Sampling, TextDelta
-from lmcache_rag.engines.twins import iterate_in_thread
-from lmcache_rag.errors import ConfigError, LMCacheRAGError, PromptError
-from lmcache_rag.fitting import fit
+from lmcache_rag._utils import iterate_in_thread
+from lmcache_rag.engines.base import (
+    BlendOptions,
+    Completion,
+    ReuseStats,
+    Sampling,
+    StreamEvent,
+    TextDelta,
+)
+from lmcache_rag.errors import ConfigError, ContextLengthError, LMCacheRAGError, PromptError, StoreLockedError
+from lmcache_rag.kv_manager import KVKeeper
+from lmcache_rag.lazy_fill import LazyFillMode, fill_of
 
 if TYPE_CHECKING:
     from lmcache_rag.embedding import Embedder
-    from lmcache_rag.engines.base import Engine
+    from lmcache_rag.engines.base import Engine, QueryPrompt
     from lmcache_rag.prompt import PromptBuilder, Turn
     from lmcache_rag.store import Hit, Store
+
+log = logging.getLogger("lmcache_rag")
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,3 +271,183 @@ def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
         if a != b:
             return index
     return None if len(first) == len(second) else min(len(first), len(second))
+
+
+# -- the engine's answer ----------------------------------------------------------------------------------------------
+
+
+class Answering:
+    """Lets an engine answer, says once where it does not blend, and keeps the KV that a question missed.
+
+    Args:
+        store: Where the chunks are registered.
+        engine: Computes the answers.
+        prompts: Makes the prompts.
+        keep_missing: Compute and keep the KV of registered chunks that had none, once the question is answered.
+        lazy_fill: Ingest chunks without KV in the background instead, whether they are registered or not: at which use.
+            None: not in the background.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        engine: Engine,
+        prompts: PromptBuilder,
+        *,
+        keep_missing: bool = True,
+        lazy_fill: LazyFillMode | None = None,
+    ) -> None:
+        self._store, self._engine = store, engine
+        self.keep_missing = keep_missing and lazy_fill is None
+        self.lazy_fill = lazy_fill
+        self._kv = KVKeeper(store, engine, prompts)
+        self._told = False
+        self._tell = threading.Lock()
+
+    def stream(
+        self,
+        texts: Sequence[str],
+        prompt: QueryPrompt,
+        sampling: Sampling,
+        blend: BlendOptions,
+        notes: Sequence[str] = (),
+        registered: Sequence[bool] = (),
+    ) -> Iterator[StreamEvent]:
+        """Answer piece by piece; missing KV is computed and kept after the Completion, or in the background.
+
+        Args:
+            texts: The chunks in the prompt.
+            prompt: The prompt.
+            sampling: How tokens are chosen.
+            blend: How KV is reused.
+            notes: Warnings for the Completion.
+            registered: For each text, whether it stands in the store; for lazy fill.
+        """
+        blend = self.allowed(blend)
+        self.begin()
+        for event in self._engine.stream(prompt, sampling, blend):
+            if isinstance(event, Completion):
+                event = self.filled(texts, registered, prompt, event, blend)
+                yield replace(event, warnings=(*event.warnings, *notes)) if notes else event
+                self.keep(texts, event, blend)
+            else:
+                yield event
+
+    def allowed(self, blend: BlendOptions) -> BlendOptions:
+        """For an engine that falls back where it cannot blend: says so once, and asks it for a full prefill."""
+        info = self._engine.info
+        if blend.enabled and not info.can_blend and info.falls_back:
+            with self._tell:
+                if not self._told and not info.said_why:
+                    self._told = True
+                    log.warning("%s does not blend: %s. Answers come from full prefills.", info.model, info.why_not)
+            return replace(blend, enabled=False)
+        return blend
+
+    def begin(self) -> None:
+        """A question begins: what is ingested in the background waits for it."""
+        if self.lazy_fill not in (None, "never"):
+            fill_of(self._engine).question()
+
+    def filled(
+        self,
+        texts: Sequence[str],
+        registered: Sequence[bool],
+        prompt: QueryPrompt,
+        done: Completion,
+        blend: BlendOptions,
+    ) -> Completion:
+        """Have chunks ingested in the background whose KV an answer missed; the answer says so. Never waits.
+
+        A registered chunk was declared as one to keep, so it is ingested at its first use. An embedded engine keeps KV
+        of registered chunks only: nothing would ever delete the files of others.
+        """
+        if self.lazy_fill in (None, "never") or not (blend.enabled and done.missed):
+            return done
+        fill, queued = fill_of(self._engine), 0
+        for index in done.missed:
+            known = index < len(registered) and registered[index]
+            if known or self._engine.info.engine != "embedded":
+                queued += fill.offer(
+                    prompt.chunks[index].key,
+                    partial(self._kv.fill, texts[index]),
+                    uses=1 if known or self.lazy_fill == "first" else 2,
+                    owner=self._store,
+                )
+        if not queued:
+            return done
+        return replace(done, warnings=(*done.warnings, f"{queued} passage(s) without KV are ingested now."))
+
+    def keep(self, texts: Sequence[str], done: Completion, blend: BlendOptions) -> None:
+        """Keep the KV that a question missed; not worth failing an answer for."""
+        if not (self.keep_missing and blend.enabled and done.stats.chunks_missed):
+            return
+        try:
+            self._kv.keep(texts)
+        except StoreLockedError:
+            log.debug("another writer is at work; the missing KV stays for the next question")
+        except LMCacheRAGError as problem:
+            log.warning("The KV that was missing is not kept: %s", problem)
+
+
+# -- chunks that fit the context --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """Chunks by whether they fit: `kept` in their order, `dropped` lowest score first."""
+
+    kept: tuple[Hit, ...]
+    dropped: tuple[Hit, ...]
+
+
+def fit(
+    prompts: PromptBuilder,
+    question: str,
+    hits: Sequence[Hit],
+    *,
+    limit: int,
+    history: Sequence[Turn] = (),
+    max_tokens: int = 0,
+) -> Fitted:
+    """Choose the chunks that fit the context beside question and answer; the lowest scores are dropped first.
+
+    Args:
+        prompts: Makes the prompt.
+        question: The question.
+        hits: The chunks.
+        limit: The model's context, in tokens.
+        history: Earlier turns of the conversation.
+        max_tokens: Most tokens of the answer.
+
+    Raises:
+        ContextLengthError: Not even the question fits.
+    """
+    bare = len(prompts.query([], question, history))
+    if bare >= limit:
+        raise ContextLengthError(
+            f"The question{' and the conversation' if history else ''} take {bare} tokens, the model's context "
+            f"holds {limit}.",
+            remedy="Ask a shorter question." if not history else "Ask a shorter question or start a new chat.",
+        )
+    # An answer wants room too, but never so much that no passage is left.
+    room = limit - bare - min(max_tokens, (limit - bare) // 2)
+    separator = max(len(prompts.encode(prompts.format.separator)), 1) + 2
+    sizes = [len(prompts.chunk_ids(hit.text)) + separator for hit in hits]
+    total = sum(sizes)
+    dropped: list[int] = []
+    for index in sorted(range(len(hits)), key=lambda i: hits[i].score):
+        if total <= room:
+            break
+        dropped.append(index)
+        total -= sizes[index]
+    if dropped:
+        log.warning(
+            "%d of %d chunks do not fit the context of %d tokens and were dropped, lowest score first. "
+            "Lower --top-k or --max-tokens, or use a model with a longer context.",
+            len(dropped),
+            len(hits),
+            limit,
+        )
+    gone = set(dropped)
+    return Fitted(tuple(h for i, h in enumerate(hits) if i not in gone), tuple(hits[i] for i in dropped))

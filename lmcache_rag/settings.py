@@ -67,7 +67,7 @@ class Settings(BaseSettings):
     @field_validator("policy")
     @classmethod
     def _known(cls, name: str) -> str:
-        from lmcache_rag.blend.policies import get_policy  # not needed to show the command line's help
+        from lmcache_rag.policies import get_policy  # not needed to show the command line's help
 
         try:
             return get_policy(name).name

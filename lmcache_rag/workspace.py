@@ -8,8 +8,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag import lazy_fill
+from lmcache_rag._utils import without_garbage_collection
 from lmcache_rag.engines.base import BlendOptions, Sampling
-from lmcache_rag.imports import without_garbage_collection
 from lmcache_rag.settings import Settings
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lmcache_rag.embedding import Embedder
     from lmcache_rag.engines.base import Engine
     from lmcache_rag.ingest import Ingestor
-    from lmcache_rag.maintain import Maintainer
+    from lmcache_rag.kv_manager import Maintainer
     from lmcache_rag.prompt import PromptBuilder
     from lmcache_rag.rag import RAG
     from lmcache_rag.store import Store
@@ -51,11 +51,14 @@ class Workspace:
     def open(cls, store: str | Path | None = None, *, create: bool = True, **settings: Any) -> Workspace:
         """Open with settings from arguments, then environment, then the store's settings.toml, then defaults.
 
-        `engine` is a setting like the others ("embedded", or URLs of vLLM servers), or an engine that exists already.
+        `engine` is a setting like the others ("embedded", or URLs of vLLM servers), or an engine that exists already;
+        `embedder` is a name, or an embedder that exists already.
         """
-        engine, embedder = None, settings.pop("embedder_object", None)
+        engine, embedder = None, None
         if not isinstance(settings.get("engine"), str | list | tuple):
             engine = settings.pop("engine", None)
+        if not isinstance(settings.get("embedder"), str):
+            embedder = settings.pop("embedder", None)
         return cls(Settings.load(store, **settings), create=create, engine=engine, embedder=embedder)
 
     @cached_property
@@ -71,14 +74,14 @@ class Workspace:
         if self._engine is not None:
             return self._engine
         if self.settings.engine != "embedded":
+            from lmcache_rag.credentials import ingest_key_for
             from lmcache_rag.engines.vllm import VLLMEngine
-            from lmcache_rag.ingest_key import key_of
 
             return VLLMEngine(
                 self.settings.engine,
                 self.settings.model,
                 timeout=self.settings.engine_timeout_s,
-                ingest_key=key_of(self.settings),
+                ingest_key=ingest_key_for(self.settings),
             )
         with without_garbage_collection():
             from lmcache_rag.engines.embedded import EmbeddedEngine
@@ -156,7 +159,7 @@ class Workspace:
     @cached_property
     def maintainer(self) -> Maintainer:
         """Looks after the store."""
-        from lmcache_rag.maintain import Maintainer
+        from lmcache_rag.kv_manager import Maintainer
 
         return Maintainer(self.store, self.engine, self.prompts, lock_timeout=self.settings.lock_timeout_s)
 

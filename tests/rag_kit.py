@@ -15,7 +15,7 @@ from lmcache_rag.engines.base import Sampling
 from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.ingest import Ingestor
-from lmcache_rag.maintain import Maintainer
+from lmcache_rag.kv_manager import Maintainer
 from lmcache_rag.prompt import PromptBuilder
 from lmcache_rag.rag import RAG
 from lmcache_rag.store import Store

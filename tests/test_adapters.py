@@ -94,7 +94,7 @@ def test_spaces_keep_their_ids_apart(workspace, corpus):
 
 
 def test_a_failed_computation_raises_and_the_next_addition_repairs_it(register, workspace, corpus, monkeypatch):
-    from lmcache_rag.engines.kv_store import KVStore
+    from lmcache_rag.engines.chunk_cache import KVStore
 
     texts = dict(zip("abc", corpus, strict=False))
     real, calls = KVStore.put, []

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lmcache_rag.bert_encoder import BertEncoder
-from lmcache_rag.embedding import SentenceTransformerEmbedder, unit_length
+from lmcache_rag.embedding import BertEncoder, SentenceTransformerEmbedder, unit_length
 
 TEXTS = ["", "hi", "A river. " * 400, "Žluťoučký kůň 🙂", "  wide  ", "[CLS] text [SEP] [MASK]"]
 TEXTS += [f"Number {number} of many. " * (1 + number % 9) for number in range(20)]

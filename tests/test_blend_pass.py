@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from models import tiny_model
 from paged_kit import PagedModel, drained
 
-from lmcache_rag.blend.policies import get_policy
-from lmcache_rag.blend.rope import shift_keys, shift_tables
 from lmcache_rag.connector.blend_pass import BlendPass
 from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.engines.base import ChunkSpan, QueryPrompt
+from lmcache_rag.engines.hf_blend import blended_prefill, shift_keys, shift_tables
 from lmcache_rag.engines.hf_model import HFModel
-from lmcache_rag.engines.prefill import ChunkKV, blended_prefill
+from lmcache_rag.engines.kv_files import ChunkKV
+from lmcache_rag.policies import get_policy
 
 PREFIX = 32
 

@@ -296,8 +296,8 @@ def test_a_capture_that_fails_is_told_and_done_without(
         def capture(self, work: Callable[[], None]) -> None:
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    from lmcache_rag.blend.policies import QueryPolicy
     from lmcache_rag.connector import model as model_module
+    from lmcache_rag.policies import QueryPolicy
 
     monkeypatch.setattr(model_module, "CudaGraph", Refuses)
     model = VLLMModel(config(), None)
@@ -318,8 +318,8 @@ def test_a_capture_that_fails_is_told_and_done_without(
 
 @pytest.mark.parametrize("others", [True, False])
 def test_ranks_record_together_and_all_replay_or_none(monkeypatch: pytest.MonkeyPatch, others: bool) -> None:
-    from lmcache_rag.blend.policies import QueryPolicy
     from lmcache_rag.connector import model as model_module
+    from lmcache_rag.policies import QueryPolicy
 
     given: list[Any] = []
 

@@ -221,7 +221,7 @@ async def test_models_to_pick_from_are_those_served(
 ) -> None:
     hub = opened(tmp_path, embedder, server.url)
     assert hub.models == []  # one model and an adapter
-    monkeypatch.setattr("lmcache_rag.engines.vllm_served.served_names", lambda servers: [server.model, "another"])
+    monkeypatch.setattr("lmcache_rag.engines.vllm_client.VLLMClient.served_names", lambda _: [server.model, "another"])
     hub.open()
     assert hub.models == [server.model, "another"]
     session = Session("a" * 16, hub)

@@ -10,8 +10,8 @@ import pytest
 from models import tiny_model
 
 from lmcache_rag.engines.base import BlendOptions, Completion, Sampling, TextDelta
-from lmcache_rag.engines.decode import StopCutter
 from lmcache_rag.engines.embedded import EmbeddedEngine
+from lmcache_rag.engines.hf_generate import StopCutter
 from lmcache_rag.engines.hf_model import HFModel, why_not_blendable
 from lmcache_rag.errors import ConfigError, ContextLengthError, PrecomputeError
 from lmcache_rag.prompt import PromptBuilder

@@ -8,11 +8,11 @@ import pytest
 import torch
 from models import CASES, SCALINGS, tiny_model
 
-from lmcache_rag.blend.policies import get_policy
-from lmcache_rag.blend.rope import shift_keys, shift_tables
 from lmcache_rag.engines.base import BlendOptions
 from lmcache_rag.engines.embedded import EmbeddedEngine
+from lmcache_rag.engines.hf_blend import shift_keys, shift_tables
 from lmcache_rag.engines.hf_model import HFModel
+from lmcache_rag.policies import get_policy
 from lmcache_rag.prompt import PromptBuilder
 
 

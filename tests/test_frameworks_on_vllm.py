@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from vllm_cpu_kit import CHUNK, Servers, needs_vllm_cpu, until
 
-from lmcache_rag.answering import Answering
-from lmcache_rag.engines import vllm_wire
+from lmcache_rag.engines import vllm_answer
 from lmcache_rag.lazy_fill import FillCounts
+from lmcache_rag.rag import Answering
 
 pytestmark = [
     pytest.mark.slow,
@@ -104,12 +104,12 @@ def test_llama_index_s_own_client(
 @pytest.fixture
 def all_missed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers as of a server that blends and misses each passage: this one cannot blend, so it misses none."""
-    real = vllm_wire.completion
+    real = vllm_answer.completion
 
     def completion(gathered: Any, prompt: Any, **facts: Any) -> Any:
         return dataclasses.replace(real(gathered, prompt, **facts), missed=tuple(range(len(prompt.chunks))))
 
-    monkeypatch.setattr(vllm_wire, "completion", completion)
+    monkeypatch.setattr(vllm_answer, "completion", completion)
     monkeypatch.setattr(Answering, "allowed", lambda answering, blend: blend)
 
 

@@ -11,8 +11,8 @@ import pytest
 
 from lmcache_rag.connector.authorization import MIDDLEWARE, SIGNATURE, IngestKey, IngestKeyMiddleware
 from lmcache_rag.connector.request_validation import RequestValidation
+from lmcache_rag.credentials import ingest_key, read_ingest_key
 from lmcache_rag.errors import ConfigError
-from lmcache_rag.ingest_key import ingest_key, read_ingest_key
 from lmcache_rag.protocol import FORGET, INGEST, PREFIX, RATIO
 from lmcache_rag.serving.commands import ServeOptions, commands
 

@@ -17,10 +17,11 @@ from typing import Any
 
 import pytest
 from kill_kit import CHUNK_TOKENS, MOMENTS, Attempt, Nursery, kv_checksums
+from store_kit import kv_keys, problems
 
 from lmcache_rag.ingest import IngestReport
-from lmcache_rag.sources import tokenizer_digest
 from lmcache_rag.store import Store
+from lmcache_rag.weights import tokenizer_digest
 from lmcache_rag.workspace import Workspace
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +58,7 @@ def state(store: Path, embedder: Any) -> State:
     names = frozenset(path.name for path in store.iterdir())
     with Store.open(store, read_only=True) as opened:
         registry, index = opened.registry, opened.index
-        assert registry.check() == []
+        assert problems(registry) == []
         assert registry.trash() == []
         chunks = list(registry.chunks())
         stats = registry.stats()
@@ -107,11 +108,11 @@ def wreck(store: Path, scratch: Path) -> Wreck:
         return Wreck({}, set(), 0, files)
     with Store.open(scratch) as opened:
         registry = opened.registry
-        assert registry.check() == []
+        assert problems(registry) == []
         chunks = list(registry.chunks())
         assert opened.index.ids() == {chunk.chunk_id for chunk in chunks}
         fingerprints = [part.fingerprint for part in registry.stats().kv]
-        keys = {key for fingerprint in fingerprints for key in registry.kv_keys(fingerprint)}
+        keys = {key for fingerprint in fingerprints for key in kv_keys(registry, fingerprint)}
         assert {f"{key}.safetensors" for key in keys} <= set(files), "KV that is recorded exists"
         documents = {record.doc_id: record.content_hash for record in registry.documents()}
         return Wreck(documents, {chunk.text_hash for chunk in chunks}, len(keys), files)
@@ -362,7 +363,7 @@ def test_the_real_model_killed_through_the_command_line_ends_with_the_same_kv(
     def ingested(folder: Path) -> IngestReport:
         # The same model, as the command line names it.
         engine = make_engine(folder / "kv", name=smollm2_path.name, tokenizer_hash=tokenizer_digest(smollm2_path))
-        with Workspace.open(folder, engine=engine, embedder_object=embedder, chunk_tokens=CHUNK_TOKENS) as workspace:
+        with Workspace.open(folder, engine=engine, embedder=embedder, chunk_tokens=CHUNK_TOKENS) as workspace:
             return workspace.ingestor.ingest([docs])
 
     with one_thread():

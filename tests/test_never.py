@@ -24,10 +24,10 @@ import torch
 from models import tiny_model
 from rag_kit import Parts, kv_file
 
+from lmcache_rag._utils import AsyncFromStream
 from lmcache_rag.engines.base import BlendOptions, Engine, ReuseStats, Sampling
 from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.engines.hf_model import HFModel
-from lmcache_rag.engines.twins import AsyncTwins
 from lmcache_rag.errors import UnsupportedModelError
 from lmcache_rag.prompt import PromptBuilder, PromptFormat
 from lmcache_rag.rag import RAG
@@ -365,7 +365,7 @@ def test_a_question_does_not_wait_for_another_writer(parts, documents):
 # -- 5. Silence ---------------------------------------------------------------------------------------------------
 
 
-class PlainServer(AsyncTwins):
+class PlainServer(AsyncFromStream):
     """An engine without blending, as a server without our connector is: the real one, used without its KV."""
 
     def __init__(self, engine):

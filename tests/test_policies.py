@@ -10,12 +10,12 @@ from models import tiny_model
 from paged_kit import PagedModel, drained
 from test_blend_pass import Case
 
-from lmcache_rag.blend.policies import HKVDPolicy, Layout, QueryPolicy, get_policy, how_many, pool_inside_chunks, select
 from lmcache_rag.connector import blend_pass
 from lmcache_rag.connector.paged import PagedSequence
-from lmcache_rag.engines import prefill
+from lmcache_rag.engines import hf_blend
+from lmcache_rag.engines.hf_blend import ModelPasses
 from lmcache_rag.engines.hf_model import HFModel
-from lmcache_rag.engines.passes import ModelPasses
+from lmcache_rag.policies import HKVDPolicy, Layout, QueryPolicy, get_policy, how_many, pool_inside_chunks, select
 
 SPANS = [(10, 20), (25, 29)]  # 10 and 4 tokens
 ATTENTION = [*(0.1, 0.0, 0.0, 0.9, 0.0, 0.0, 0.0, 0.2, 0.0, 0.3), *(0.8, 0.0, 0.0, 0.4)]
@@ -130,7 +130,7 @@ def differing(
 def embedded(model: HFModel, case: Case, policy: str, share: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ids = torch.tensor(case.ids)
     cache = model.buffer(len(ids))
-    prefill.blended_prefill(model, case.prompt, ids, cache, case.kv[0], case.hits, get_policy(policy), share)
+    hf_blend.blended_prefill(model, case.prompt, ids, cache, case.kv[0], case.hits, get_policy(policy), share)
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
 
@@ -209,7 +209,7 @@ def test_query_is_nearer_to_a_full_prefill_than_other_tokens(
     exact = distributions(BlendOptions(enabled=False))
 
     def distance(policy: Any) -> float:
-        monkeypatch.setattr(prefill, "select", lambda p, *rest: select(policy or p, *rest))
+        monkeypatch.setattr(hf_blend, "select", lambda p, *rest: select(policy or p, *rest))
         near = distributions(BlendOptions("query", 0.15))
         return sum(float((one.exp() * (one - other)).sum()) for one, other in zip(exact, near, strict=True))
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache_rag import protocol
-from lmcache_rag.blend.policies import POLICIES
+from lmcache_rag.policies import POLICIES
 from lmcache_rag.protocol import read_params
 
 

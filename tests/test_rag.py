@@ -58,7 +58,7 @@ def test_without_kv_the_first_question_computes_and_keeps_it(parts, documents):
 
 
 def test_warm_and_verify_never_take_all_texts_at_once(parts, documents, monkeypatch):
-    monkeypatch.setattr("lmcache_rag.maintain._BATCH", 4)
+    monkeypatch.setattr("lmcache_rag.kv_manager._BATCH", 4)
     parts.ingestor.ingest(documents, kv=False)
     total = parts.maintainer.status().store.chunks
     assert total > 8

@@ -17,9 +17,9 @@ from models import tiny_model
 from rank_kit import RANKS, SCENARIOS
 from test_worker_side import PREFIX, World
 
-from lmcache_rag.blend.policies import get_policy, select
 from lmcache_rag.connector.work import SMALLEST
 from lmcache_rag.engines.hf_model import HFModel
+from lmcache_rag.policies import get_policy, select
 
 Outcome = dict[str, Any]
 
@@ -82,7 +82,7 @@ def test_two_ranks_choose_and_compute_what_one_does(ranks: list[Outcome], hf: HF
 @pytest.mark.parametrize("policy", ["query", "hkvd"])
 def test_alone_each_rank_would_choose_others(ranks: list[Outcome], hf: HFModel, policy: str) -> None:
     """So the sum over ranks is what makes them agree, and these tests would show its absence."""
-    from lmcache_rag.blend.policies import Layout
+    from lmcache_rag.policies import Layout
 
     layout = Layout.of(World(hf).case.spans, "cpu")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from lmcache_rag.connector.secret import draw_secret, find_secret
+from lmcache_rag.credentials import ensure_secret, read_secret, state_file
 from lmcache_rag.errors import ConfigError
-from lmcache_rag.secret_file import ensure_secret, read_secret, state_file
 
 
 def test_a_secret_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> None:
@@ -32,7 +32,7 @@ def test_a_secret_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> No
 
 def test_starts_at_once_agree_on_one_secret(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from lmcache_rag.secret_file import ensure_secret; "
+        "import sys; from pathlib import Path; from lmcache_rag.credentials import ensure_secret; "
         f"sys.stdin.read(1); print(ensure_secret(Path({str(tmp_path / 'secret')!r})))"
     )
     started = [

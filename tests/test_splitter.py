@@ -211,7 +211,7 @@ def test_a_long_text_does_not_make_the_tokenizer_warn_of_its_length(
 ) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    from lmcache_rag.tokens import PartTokenizer
+    from lmcache_rag.prompt import PartTokenizer
 
     short = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, eos_token="<|end|>")
     transformers = logging.getLogger("transformers")

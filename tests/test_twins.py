@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lmcache_rag.engines.twins import iterate_in_thread
+from lmcache_rag._utils import iterate_in_thread
 
 
 class Source:

@@ -19,12 +19,12 @@ import pytest
 from vllm_cpu_kit import BLOCK, CHUNK, Servers, needs_vllm_cpu, until
 
 from lmcache_rag import VLLMEngine
-from lmcache_rag.bench import leftovers
+from lmcache_rag.bench.soak import settled
 from lmcache_rag.connector.metrics import SOURCES
 from lmcache_rag.engines.base import BlendOptions, Sampling
+from lmcache_rag.engines.vllm_client import VLLMClient
 from lmcache_rag.prompt import PromptBuilder
-from lmcache_rag.serving import api
-from lmcache_rag.serving.live_checks import live
+from lmcache_rag.serving.doctor import round_trip_checks
 
 pytestmark = [pytest.mark.slow, needs_vllm_cpu]
 
@@ -77,8 +77,8 @@ def test_who_asks_is_told_why_it_does_not_blend(servers: Servers, caplog: pytest
     assert "blending needs CUDA" in engine.info.why_not
     assert len([record for record in caplog.records if "blending needs CUDA" in record.message]) == 1
     engine.close()
-    with api.VLLM(servers.url) as server:
-        (check,) = live(server, server.served(), {})
+    with VLLMClient(servers.url) as server:
+        (check,) = round_trip_checks(server, server.first_model(), {})
     assert check.state == "failed"
     assert "our connector is loaded, and cannot blend: blending needs CUDA" in check.result
     assert "NVIDIA GPU" in check.remedy
@@ -229,7 +229,7 @@ def test_doctor_says_what_works_without_cuda_and_what_does_not(servers: Servers)
 def what_is_left(servers: Servers) -> dict[str, float | None]:
     async def read() -> dict[str, float | None]:
         async with httpx.AsyncClient(base_url=servers.url) as http:
-            return await leftovers.settled(http, f"http://127.0.0.1:{servers.http}", seconds=0)
+            return await settled(http, f"http://127.0.0.1:{servers.http}", seconds=0)
 
     return asyncio.run(read())
 

@@ -25,8 +25,7 @@ from lmcache_rag.adapters.register import KVRegister
 from lmcache_rag.cli.app import app
 from lmcache_rag.engines import vllm_tokenizer
 from lmcache_rag.engines.base import BlendOptions, Completion, Engine, Sampling, TextDelta
-from lmcache_rag.engines.vllm_client import server_urls
-from lmcache_rag.engines.vllm_served import vllm_block
+from lmcache_rag.engines.vllm_client import server_urls, vllm_block
 from lmcache_rag.errors import (
     ConfigError,
     ContextLengthError,
@@ -591,12 +590,12 @@ def test_with_two_servers_one_may_die(server, smollm2_tokenizer, chunks, connect
 def test_a_server_that_hangs_ends_at_the_deadline(server, connect, chunks, builder) -> None:
     engine = connect(server.url, timeout=1)
     server.hang = 4  # an answer would come then
-    with pytest.raises(EngineUnavailableError, match=r"said nothing for 1 s.*LMCACHE_RAG_ENGINE_TIMEOUT_S"):
+    with pytest.raises(EngineUnavailableError, match=r"sent nothing for 1 s.*LMCACHE_RAG_ENGINE_TIMEOUT_S"):
         engine.generate(builder.query(["a"], "What?"), SHORT, OFF)
-    with pytest.raises(PrecomputeError, match="said nothing"):
+    with pytest.raises(PrecomputeError, match="sent nothing"):
         list(engine.precompute([builder.ingest(chunks[0])]))
     server.hang, server.pause = 0, 4
-    with pytest.raises(EngineUnavailableError, match="said nothing"):
+    with pytest.raises(EngineUnavailableError, match="sent nothing"):
         list(engine.stream(builder.query(["a"], "What?"), SHORT, OFF))
 
 
@@ -767,7 +766,7 @@ def test_a_server_that_says_nothing_still_times_out(smollm2_tokenizer, connect, 
         server.hang = 20.0
         for server.chunk in (64, 0):
             engine = connect(server.url, timeout=0.2)
-            with pytest.raises(EngineUnavailableError, match=r"said nothing for 0\.2 s"):
+            with pytest.raises(EngineUnavailableError, match=r"sent nothing for 0\.2 s"):
                 engine.generate(builder.query([], "What?"), Sampling(max_tokens=1), OFF)
 
 
@@ -929,7 +928,7 @@ def test_the_ingest_key_goes_with_ingestion_and_forgetting_only(connect, builder
 def test_a_wrong_ingest_key_is_named(connect, builder, server, chunks, given) -> None:
     server.ingest_key = KEY
     engine = connect(server.url, ingest_key=given, patience=1)
-    with pytest.raises(PrecomputeError, match="wants another ingest key") as raised:
+    with pytest.raises(PrecomputeError, match="rejected the ingest key") as raised:
         list(engine.precompute([builder.ingest(chunks[0])]))
     assert "LMCACHE_RAG_INGEST_KEY" in raised.value.remedy
     assert not given or given not in str(raised.value)

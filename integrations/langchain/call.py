@@ -12,7 +12,7 @@ from lmcache_rag.engines.base import BlendOptions, Completion
 
 if TYPE_CHECKING:
     from lmcache_rag.adapters.blender import Blender, Prompted
-    from lmcache_rag.engines.vllm_wire import Gathered
+    from lmcache_rag.engines.vllm_answer import Gathered
 
 KEY = "lmcache_rag"  # under which statistics stand in metadata and events
 

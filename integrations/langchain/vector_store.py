@@ -18,7 +18,7 @@ from lmcache_rag.adapters.register import KVRegister
 from lmcache_rag.adapters.resolve import as_workspace
 from lmcache_rag.embedding import SentenceTransformerEmbedder
 from lmcache_rag.errors import ConfigError, LMCacheRAGError
-from lmcache_rag.kv import KVTotals
+from lmcache_rag.kv_manager import KVTotals
 from lmcache_rag.settings import Settings
 from lmcache_rag.workspace import Workspace
 

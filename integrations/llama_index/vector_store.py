@@ -20,7 +20,7 @@ from llama_index.core.vector_stores.types import (
 from lmcache_rag.adapters.register import KVRegister
 from lmcache_rag.adapters.resolve import as_workspace
 from lmcache_rag.errors import ConfigError, LMCacheRAGError, PrecomputeError
-from lmcache_rag.kv import KVTotals
+from lmcache_rag.kv_manager import KVTotals
 
 from .faiss_store import FaissVectorStore, group_of
 from .in_turn import InTurn, in_thread

@@ -7,13 +7,19 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lmcache_rag.answering import Answering
-from lmcache_rag.engines import vllm_wire as wire
-from lmcache_rag.engines.base import BlendOptions, Completion, QueryPrompt, ReuseStats, Sampling, StreamEvent
-from lmcache_rag.engines.twins import iterate_in_thread
+from lmcache_rag._utils import iterate_in_thread
+from lmcache_rag.engines import vllm_answer as wire
+from lmcache_rag.engines.base import (
+    BlendOptions,
+    Completion,
+    QueryPrompt,
+    ReuseStats,
+    Sampling,
+    StreamEvent,
+)
 from lmcache_rag.errors import EngineError, PromptError
-from lmcache_rag.fitting import fit
 from lmcache_rag.lazy_fill import FillCounts, cancel, fill_of, mode_of
+from lmcache_rag.rag import Answering, fit
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine

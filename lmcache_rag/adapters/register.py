@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lmcache_rag.errors import DocumentError
-from lmcache_rag.kv import ForgetReport, KVKeeper, KVTotals
+from lmcache_rag.kv_manager import ForgetReport, KVKeeper, KVTotals
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine

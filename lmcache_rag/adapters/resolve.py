@@ -61,9 +61,9 @@ def as_workspace(source: Any, *, store: str | Path | None = None, model: str | N
 
 
 def _served(url: str, key: Any, model: str | None, store: str) -> Workspace:
+    from lmcache_rag.credentials import ingest_key_for
     from lmcache_rag.engines.vllm import VLLMEngine
     from lmcache_rag.engines.vllm_client import server_urls
-    from lmcache_rag.ingest_key import key_of
 
     secret: Callable[[], str] | None = getattr(key, "get_secret_value", None)
     word = secret() if secret else key
@@ -72,7 +72,7 @@ def _served(url: str, key: Any, model: str | None, store: str) -> Workspace:
         if name in _by_server and not _still_serves(_by_server[name]):
             _by_server.pop(name).engine.close()
         if name not in _by_server:
-            engine = VLLMEngine(name[0], model, api_key=name[1], ingest_key=key_of(Settings.load(store)))
+            engine = VLLMEngine(name[0], model, api_key=name[1], ingest_key=ingest_key_for(Settings.load(store)))
             _by_server[name] = Workspace.open(store, engine=engine)
         return _by_server[name]
 

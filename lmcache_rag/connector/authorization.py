@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
-from lmcache_rag.ingest_key import read_ingest_key
+from lmcache_rag.credentials import read_ingest_key
 from lmcache_rag.protocol import FORGET, INGEST, INGEST_KEY_HEADER, MOST_TOKENS, PREFIX
 
 MIDDLEWARE: Final = "lmcache_rag.connector.authorization.IngestKeyMiddleware"  # for vLLM's --middleware
@@ -86,7 +86,7 @@ class IngestKey:
         """The key in a file; None for no path.
 
         Raises:
-            ConfigError: See lmcache_rag.ingest_key.read_ingest_key.
+            ConfigError: See lmcache_rag.credentials.read_ingest_key.
         """
         return cls(read_ingest_key(path)) if path else None
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from lmcache_rag.blend.policies import Layout, Policy, how_many, select
 from lmcache_rag.connector.in_layers import Check, Redo, StopForward, Watch
 from lmcache_rag.connector.paged_attention import PagedAttention
 from lmcache_rag.connector.pinned import on_device
+from lmcache_rag.policies import Layout, Policy, how_many, select
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -92,7 +92,7 @@ class BlendOutcome:
 
 
 class _Passes:
-    """What a policy may ask; see lmcache_rag.blend.policies.Passes."""
+    """What a policy may ask; see lmcache_rag.policies.Passes."""
 
     def __init__(
         self, blend: BlendPass, ids: Tensor, layout: Layout, gaps: Tensor, start: int, end: int, suffix: Tensor

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from lmcache_rag.blend.policies import get_policy
 from lmcache_rag.errors import ConfigError
+from lmcache_rag.policies import get_policy
 from lmcache_rag.protocol import DEFAULT_POLICY, DEFAULT_RATIO
 
 STORES = ("ingest", "all")

@@ -15,8 +15,8 @@ import secrets
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
+from lmcache_rag.credentials import LEAST_CHARACTERS, ensure_secret
 from lmcache_rag.errors import ConfigError
-from lmcache_rag.secret_file import LEAST_CHARACTERS, ensure_secret
 
 VARIABLE, FILE_VARIABLE = "LMCACHE_RAG_SECRET", "LMCACHE_RAG_SECRET_FILE"
 

@@ -13,10 +13,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from lmcache_rag.blend.policies import QueryPolicy
 from lmcache_rag.connector.blend_pass import BlendPass, Model, Steps, T
 from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.connector.plan import Match
+from lmcache_rag.policies import QueryPolicy
 
 if TYPE_CHECKING:
     from torch import Tensor

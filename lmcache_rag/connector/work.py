@@ -6,8 +6,8 @@ import functools
 import math
 from typing import TYPE_CHECKING
 
-from lmcache_rag.blend.policies import get_policy
 from lmcache_rag.connector.pinned import Number
+from lmcache_rag.policies import get_policy
 from lmcache_rag.protocol import Fallback
 
 if TYPE_CHECKING:

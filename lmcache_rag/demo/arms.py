@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, TypeVar
 from lmcache_rag.demo.record import ArmName, Problem, Turn
 from lmcache_rag.demo.traffic import Traffic
 from lmcache_rag.engines.base import BlendOptions, Completion, Sampling, StreamEvent, TextDelta
-from lmcache_rag.fitting import fit
+from lmcache_rag.rag import fit
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine, QueryPrompt
-    from lmcache_rag.fitting import Fitted
     from lmcache_rag.prompt import PromptBuilder
     from lmcache_rag.prompt import Turn as HistoryTurn
+    from lmcache_rag.rag import Fitted
     from lmcache_rag.store import Hit
 
 T = TypeVar("T")

@@ -190,14 +190,10 @@ class Hub:
         """Names of the models to choose from; empty where there is one only."""
         if self.settings.engine == "embedded" or self.settings.model or self._given["engine"] is not None:
             return []
-        from lmcache_rag.engines.vllm_client import Servers, server_urls
-        from lmcache_rag.engines.vllm_served import served_names
+        from lmcache_rag.engines.vllm_client import VLLMClient
 
-        servers = Servers(server_urls(self.settings.engine), timeout=self.settings.engine_timeout_s, attempts=1)
-        try:
-            names = served_names(servers)
-        finally:
-            servers.close()
+        with VLLMClient(self.settings.engine, timeout=self.settings.engine_timeout_s, attempts=1) as client:
+            names = client.served_names()
         return names if len(names) > 1 else []
 
     def _wants_samples(self, stack: Stack) -> bool:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from nicegui import events, ui
 
-from lmcache_rag.blend.policies import POLICIES
 from lmcache_rag.demo import samples
 from lmcache_rag.demo.page_parts import button, error, heading, label, put
 from lmcache_rag.errors import LMCacheRAGError
+from lmcache_rag.policies import POLICIES
 
 if TYPE_CHECKING:
     from lmcache_rag.demo.session import Session

@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from lmcache_rag.api_key import LOOPBACK
+from lmcache_rag.credentials import LOOPBACK
 from lmcache_rag.errors import ConfigError
 
 VARIABLE = "LMCACHE_RAG_DEMO_PASSWORD"

@@ -18,7 +18,7 @@ from lmcache_rag.demo.arms import Arm, Request, Wording
 from lmcache_rag.demo.record import ARMS, ArmName, Check, Problem, Turn, Uploaded
 from lmcache_rag.engines.base import BlendOptions, Sampling
 from lmcache_rag.errors import LMCacheRAGError
-from lmcache_rag.kv import KVKeeper
+from lmcache_rag.kv_manager import KVKeeper
 from lmcache_rag.prompt import INSTRUCTION, SYSTEM
 from lmcache_rag.prompt import Turn as HistoryTurn
 

@@ -138,7 +138,7 @@ class BlendOptions:
     """How one request reuses KV.
 
     Attributes:
-        policy: Name of a recompute policy, see lmcache_rag.blend.policies.
+        policy: Name of a recompute policy, see lmcache_rag.policies.
         ratio: Share of the cached tokens to recompute, in [0, 1].
         enabled: False computes the whole prompt (a full prefill).
     """

@@ -5,17 +5,18 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lmcache_rag.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
-    from lmcache_rag.engines.attention_hook import ForwardPass
-    from lmcache_rag.engines.kv_buffer import KVBuffer
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2 and Qwen2.5", "qwen3": "Qwen3"}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -109,9 +110,7 @@ class HFModel:
                 except (OSError, ValueError) as problem:
                     raise _no_model(getattr(self.config, "_name_or_path", "there"), problem) from problem
                 if not self.why_not:
-                    from lmcache_rag.engines import attention_hook
-
-                    model.set_attn_implementation(attention_hook.register())
+                    model.set_attn_implementation(register())
                 self._loaded = model.to(self.device).eval()
             return self._loaded
 
@@ -133,8 +132,6 @@ class HFModel:
     def buffer(self, capacity: int, *, batch: int = 1) -> KVBuffer:
         """An empty KV cache of that many tokens."""
         import torch
-
-        from lmcache_rag.engines.kv_buffer import KVBuffer
 
         like = torch.empty(0, dtype=self.dtype, device=self.device)
         return KVBuffer(self.layers, self.kv_heads, self.head_size, capacity, like=like, batch=batch)
@@ -184,3 +181,238 @@ def _no_model(path: Path | str, problem: Exception) -> EngineError:
         f"No model could be loaded from {path}: {problem}",
         remedy="Name a folder with config.json, *.safetensors and a tokenizer.",
     )
+
+
+# -- the KV cache of one request --------------------------------------------------------------------------------------
+
+
+class _Layer(DynamicLayer):  # type: ignore[misc]
+    """One layer in memory of a fixed capacity; appending copies nothing but the new tokens."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        super().__init__()
+        self.dtype, self.device = keys.dtype, keys.device
+        self.is_initialized = True
+        self.all_keys, self.all_values = keys, values
+        self.places: torch.Tensor | None = None
+        self.set_length(0)
+
+    def set_length(self, length: int) -> None:
+        """Let the first `length` tokens be the ones that exist."""
+        self.keys, self.values = self.all_keys[:, :, :length], self.all_values[:, :, :length]
+
+    def get_seq_length(self) -> int:
+        """Tokens that exist."""
+        return int(self.keys.shape[2])
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append; or, while a pass says places, write there and return everything up to the capacity."""
+        if self.places is not None:
+            self.all_keys.index_copy_(2, self.places, key_states)
+            self.all_values.index_copy_(2, self.places, value_states)
+            return self.all_keys, self.all_values
+        start = self.get_seq_length()
+        end = start + key_states.shape[2]
+        self.all_keys[:, :, start:end] = key_states
+        self.all_values[:, :, start:end] = value_states
+        self.set_length(end)
+        return self.keys, self.values
+
+
+class KVBuffer(DynamicCache):  # type: ignore[misc]
+    """KV of one sequence, `capacity` tokens long.
+
+    Args:
+        layers: Number of layers.
+        kv_heads: Key and value heads.
+        size: Size of a head.
+        capacity: Most tokens.
+        like: A tensor whose dtype and device are used.
+        batch: Sequences.
+    """
+
+    def __init__(
+        self, layers: int, kv_heads: int, size: int, capacity: int, *, like: torch.Tensor, batch: int = 1
+    ) -> None:
+        super().__init__()
+        memory = like.new_empty((2, layers, batch, kv_heads, capacity, size))
+        self.layers = [_Layer(memory[0, i], memory[1, i]) for i in range(layers)]
+        self.layer_class_to_replicate = None
+
+    def set_length(self, length: int) -> None:
+        """Let the first `length` tokens be the ones that exist."""
+        for layer in self.layers:
+            layer.set_length(length)
+
+    def clear(self, places: torch.Tensor, start: int, end: int) -> None:
+        """Zero these places and [start, end): a mask hides what is not there yet, but NaN would pass through it."""
+        for layer in self.layers:
+            for memory in (layer.all_keys, layer.all_values):
+                memory.index_fill_(2, places, 0)
+                memory[:, :, start:end] = 0
+
+    def set_places(self, places: torch.Tensor | None) -> None:
+        """Make the next forward pass write its KV to these places, int64 [m]; None: append again."""
+        for layer in self.layers:
+            layer.places = places
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+#
+# The model's own forward runs unchanged; only the attention itself is ours. A pass that needs more than plain causal
+# attention hands a `ForwardPass` to the model's forward as ``blend_pass=``, and it arrives here.
+
+NAME = "lmcache_rag"
+
+
+class ForwardPass(Protocol):
+    """Attention of one forward pass."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """[1, heads, m, size], twice [1, kv heads, n, size] -> [1, heads, m, size]."""
+        ...
+
+
+@lru_cache(maxsize=8)
+def _tail(rows: int, keys: int, device: str) -> PositionAttention:
+    """Plain causal attention of the last `rows` of `keys` tokens; the same in every layer of a pass."""
+    import torch
+
+    return PositionAttention(torch.arange(keys - rows, keys, device=device))
+
+
+def attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    blend_pass: ForwardPass | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The function that transformers calls in each layer. No padding masks: this library never pads on the left."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    rows, keys = query.shape[2], key.shape[2]
+    if blend_pass is not None:
+        out = blend_pass.attend(module.layer_idx, query, key, value, scale)
+    elif rows in (1, keys):
+        gqa = query.shape[1] != key.shape[1]
+        out = scaled_dot_product_attention(query, key, value, is_causal=rows > 1, scale=scale, enable_gqa=gqa)
+    else:
+        out = _tail(rows, keys, str(query.device))(query, key, value, scale)
+    return out.transpose(1, 2).contiguous(), None
+
+
+def register() -> str:
+    """Make the function known to transformers; returns its name. Without a mask function no mask is ever built."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
+    return NAME
+
+
+# -- attention by position --------------------------------------------------------------------------------------------
+#
+# The mask must follow positions. The causal masks of the usual kernels follow places in the batch (top-left or
+# bottom-right aligned), with which a scattered query would see later tokens.
+
+_MASK_ELEMENTS = 1 << 26  # masks up to this size in all are kept from layer to layer, larger ones are made anew
+
+
+class PositionAttention:
+    """Attention of queries at given positions over keys 0..n-1, planned once and used in every layer.
+
+    Queries are taken in blocks, each with the keys up to its last position only: so the work is that of a causal
+    prefill of the same rows, not of the whole rectangle.
+
+    Args:
+        positions: int64 [m], ascending, on the queries' device.
+        rows: Queries per block. Few waste the kernel, many compute keys that most of the block may not see.
+        hidden: Positions of keys that nobody may see (their KV does not exist yet), int64, or None.
+    """
+
+    def __init__(self, positions: Tensor, *, rows: int = 0, hidden: Tensor | None = None) -> None:
+        self._positions = positions
+        self._hidden = hidden
+        self._ends = positions.tolist()
+        consecutive = len(positions) > 1 and self._ends[-1] - self._ends[0] == len(positions) - 1
+        rows = rows or (256 if consecutive else 64)
+        starts = range(0, len(self._ends), rows)
+        self._blocks = [(start, min(start + rows, len(self._ends))) for start in starts]
+        keep = sum((end - start) * self._keys(end) for start, end in self._blocks) <= _MASK_ELEMENTS
+        self._kept = {block: self._mask(*block) for block in self._blocks} if keep else {}
+
+    def _keys(self, end: int) -> int:
+        return int(self._ends[end - 1]) + 1
+
+    def _mask(self, start: int, end: int) -> Tensor:
+        """Additive mask of one block, float32 [rows, keys]: 0 where the key is seen, -inf elsewhere."""
+        import torch
+
+        columns = torch.arange(self._keys(end), device=self._positions.device)
+        unseen = columns[None] > self._positions[start:end, None]
+        if self._hidden is not None:
+            unseen[:, self._hidden[self._hidden < len(columns)]] = True
+        return torch.zeros(unseen.shape, device=unseen.device).masked_fill_(unseen, float("-inf"))
+
+    def masks(self) -> list[tuple[int, int, int, Tensor]]:
+        """(first row, last row + 1, number of keys, mask) of each block."""
+        return [(s, e, self._keys(e), self._kept[s, e] if self._kept else self._mask(s, e)) for s, e in self._blocks]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """Query [1, heads, m, size], key and value [1, kv heads, n, size] -> [1, heads, m, size]."""
+        import torch
+        from torch.nn.functional import scaled_dot_product_attention
+
+        out = torch.empty_like(query)
+        group = query.shape[1] // key.shape[1]
+        if group > 1 and query.is_cuda:  # no fast CUDA kernel takes grouped heads and a mask together
+            key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+            group = 1
+        for start, end in self._blocks:
+            keys = self._keys(end)
+            mask = self._kept[start, end] if self._kept else self._mask(start, end)
+            out[:, :, start:end] = scaled_dot_product_attention(
+                query[:, :, start:end],
+                key[:, :, :keys],
+                value[:, :, :keys],
+                attn_mask=mask.to(query.dtype),
+                scale=scale,
+                enable_gqa=group > 1,
+            )
+        return out
+
+
+def attention_with_mass(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, reduce: str
+) -> tuple[Tensor, Tensor]:
+    """Attention that also says how much each key was looked at.
+
+    Args:
+        query: [1, heads, m, size].
+        key: [1, kv heads, n, size].
+        value: [1, kv heads, n, size].
+        mask: Additive, float32 [m, n].
+        scale: Factor of the scores.
+        reduce: "sum" or "max" over heads and rows.
+
+    Returns:
+        The attention's output [1, heads, m, size], and float32 [n]: the softmax probability that each key got.
+    """
+    import torch
+
+    _, heads, rows, size = query.shape
+    kv_heads, keys = key.shape[1], key.shape[2]
+    # The heads of a group become rows of one product: keys are read once, and never repeated in memory.
+    grouped = (query[0] * scale).reshape(kv_heads, -1, size)
+    scores = torch.bmm(grouped, key[0].transpose(1, 2)).float().view(kv_heads, heads // kv_heads, rows, keys)
+    weights = scores.add_(mask).softmax(-1)
+    mass = weights.sum((0, 1, 2)) if reduce == "sum" else weights.amax((0, 1, 2))
+    out = torch.bmm(weights.view(kv_heads, -1, keys).to(value.dtype), value[0])
+    return out.view(1, heads, rows, size), mass

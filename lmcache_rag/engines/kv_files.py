@@ -11,18 +11,37 @@ import threading
 import time
 import uuid
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.errors import PrecomputeError, StoreCorruptError, StoreError
 
 if TYPE_CHECKING:
-    from lmcache_rag.engines.prefill import ChunkKV
+    from torch import Tensor
 
 log = logging.getLogger("lmcache_rag")
 
 _SUFFIX = ".safetensors"
 _STALE_S = 3600.0  # a temporary file older than this was left by a process that died
+
+
+@dataclass(frozen=True)
+class ChunkKV:
+    """KV of one chunk, computed after the prefix: keys and values [layers, kv heads, tokens, size]."""
+
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def tokens(self) -> int:
+        """Length of the chunk."""
+        return int(self.keys.shape[2])
+
+    @property
+    def nbytes(self) -> int:
+        """Size in memory."""
+        return int(self.keys.nbytes + self.values.nbytes)
 
 
 class KVFiles:
@@ -83,8 +102,6 @@ class KVFiles:
             StoreError: It cannot be read, at least not now.
         """
         from safetensors import SafetensorError, safe_open
-
-        from lmcache_rag.engines.prefill import ChunkKV
 
         path = self.path(fingerprint, key)
         if not _readable(path):

@@ -1,16 +1,19 @@
-"""The engine that asks a vLLM server which runs our connector. It knows the server's API only, never imports vLLM."""
+"""The engine that sends its prompts to vLLM servers which run our connector. It never imports vLLM."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 from lmcache_rag import lazy_fill, protocol
-from lmcache_rag.engines import vllm_wire as wire
+from lmcache_rag.engines import vllm_answer
 from lmcache_rag.engines.base import (
     BlendOptions,
     Completion,
@@ -25,15 +28,17 @@ from lmcache_rag.engines.base import (
     TextDelta,
     VerifyResult,
 )
-from lmcache_rag.engines.vllm_client import Servers, server_urls
-from lmcache_rag.engines.vllm_ingest import ChunkSender
-from lmcache_rag.engines.vllm_served import check_tokenizer, served_model
+from lmcache_rag.engines.vllm_client import KVNotStoredError, RefusedError, VLLMClient
 from lmcache_rag.engines.vllm_tokenizer import tokenizer_of
-from lmcache_rag.errors import ContextLengthError, EngineError, EngineUnavailableError
+from lmcache_rag.errors import ContextLengthError, EngineError, EngineUnavailableError, LMCacheRAGError, PrecomputeError
 
 log = logging.getLogger("lmcache_rag")
 
-KV_BLOCK = 64  # tokens of an LMCache chunk where a server does not say: what `lmcache-rag serve` starts it with
+T = TypeVar("T")
+
+_ONE = Sampling(max_tokens=1)
+_EXACT = vllm_answer.blend_params(BlendOptions(enabled=False))  # approximate KV must never become a chunk's KV
+
 NO_CONNECTOR = "the server runs without lmcache-rag's connector, or the connector cannot blend there"
 
 
@@ -85,44 +90,42 @@ class VLLMEngine:
         api_key: str | None = None,
         ingest_key: str | None = None,
     ) -> None:
-        self._servers = Servers(
-            server_urls(urls),
+        self._client = VLLMClient(
+            urls,
             timeout=timeout,
             attempts=attempts,
             backoff=backoff,
             api_key=api_key,
             ingest_key=ingest_key,
         )
-        self._lock = threading.Lock()
-        self._blends: bool | None = None  # not known yet
-        self._why_not = NO_CONNECTOR
         try:
-            served = served_model(self._servers, model)
+            served = self._client.served_model(model)
             self._tokenizer, digest, kv_bytes = tokenizer_of(served, tokenizer)
-            check_tokenizer(self._servers, served.name, self._tokenizer)
+            self._client.check_tokenizer(served.name, self._tokenizer)
         except BaseException:
             self.close()
             raise
         self._model = served.name
-        # Streams carry statistics: it is known that they do; it may be that they do.
-        self._streams_tell, self._streams_may_tell = served.streams_tell, served.streams_may_tell
+        self._streams_have_stats = served.streams_have_stats  # surely
+        self._streams_may_have_stats = served.streams_may_have_stats
         self.chat_takes_ids = served.chat_takes_ids
         self._info = EngineInfo(
             engine="vllm",
             model=served.root,
-            revision="unknown",  # no server tells; the connector's keys hold it, see connector.namespace.identity
+            revision="unknown",  # no server reports it; the connector's keys hold it
             dtype="unknown",
             tokenizer=digest,
-            kv_block=kv_block or served.chunk or KV_BLOCK,
+            kv_block=kv_block or served.chunk or protocol.LMCACHE_CHUNK,
             context_length=served.context_length,
             kv_bytes_per_token=kv_bytes,
         )
-        self._chunks = ChunkSender(
-            self._servers,
-            self._info,
-            self._body,
-            partial(self._learn, sure=True),
-            served.block or protocol.VLLM_BLOCK,
+        self._requests = RequestBuilder(self._model, self._info)
+        self._support = BlendSupport(self._model)
+        self._chunks = ChunkPrecomputer(
+            self._client,
+            self._requests,
+            self._support,
+            vllm_block=served.block or protocol.VLLM_BLOCK,
             concurrency=concurrency,
             patience=patience,
         )
@@ -130,8 +133,8 @@ class VLLMEngine:
     @property
     def info(self) -> EngineInfo:
         """What this engine serves, by what is known of the server."""
-        if self._blends is False:
-            return replace(self._info, can_blend=False, why_not=self._why_not, said_why=True)
+        if self._support.can_blend is False:
+            return replace(self._info, can_blend=False, why_not=self._support.reason, said_why=True)
         return self._info
 
     @property
@@ -195,7 +198,7 @@ class VLLMEngine:
 
     def usage(self) -> KVUsage:
         """Nothing that can be known from here but the servers' names."""
-        return KVUsage(details={"servers": list(self._servers.urls), "known": len(self._chunks.known)})
+        return KVUsage(details={"servers": list(self._client.urls), "known": len(self._chunks.known)})
 
     # -- queries --------------------------------------------------------------------------------------------------
 
@@ -211,9 +214,9 @@ class VLLMEngine:
             EngineError: The server refused.
         """
         request = self.request(prompt, sampling, blend)
-        if not self._streams_may_tell:
-            gathered = wire.Gathered()
-            gathered.take(self._servers.complete(request))
+        if not self._streams_may_have_stats:
+            gathered = vllm_answer.Gathered()
+            gathered.take(self._client.complete(request))
             return self.finished(gathered, prompt, blend, streamed=False, stops=bool(sampling.stop))
         *_, done = self._stream(request, prompt, sampling, blend)
         return done  # type: ignore[return-value] # a stream ends with a Completion
@@ -225,8 +228,8 @@ class VLLMEngine:
     def _stream(
         self, request: dict[str, Any], prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions
     ) -> Iterator[StreamEvent]:
-        gathered = wire.Gathered()
-        with self._servers.streaming(request) as parts:
+        gathered = vllm_answer.Gathered()
+        with self._client.streaming(request) as parts:
             for part in parts:
                 if text := gathered.take(part):
                     yield TextDelta(text)
@@ -235,11 +238,11 @@ class VLLMEngine:
     async def agenerate(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Completion:
         """Async twin of generate."""
         request = self.request(prompt, sampling, blend)
-        gathered = wire.Gathered()
-        if not self._streams_may_tell:
-            gathered.take(await self._servers.acomplete(request))
+        gathered = vllm_answer.Gathered()
+        if not self._streams_may_have_stats:
+            gathered.take(await self._client.acomplete(request))
             return self.finished(gathered, prompt, blend, streamed=False, stops=bool(sampling.stop))
-        async with self._servers.astreaming(request) as parts:
+        async with self._client.astreaming(request) as parts:
             async for part in parts:
                 gathered.take(part)
         return self.finished(gathered, prompt, blend, streamed=True, stops=bool(sampling.stop))
@@ -247,8 +250,8 @@ class VLLMEngine:
     async def astream(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> AsyncIterator[StreamEvent]:
         """Async twin of stream."""
         request = self.request(prompt, sampling, blend)
-        gathered = wire.Gathered()
-        async with self._servers.astreaming(request) as parts:
+        gathered = vllm_answer.Gathered()
+        async with self._client.astreaming(request) as parts:
             async for part in parts:
                 if text := gathered.take(part):
                     yield TextDelta(text)
@@ -263,7 +266,7 @@ class VLLMEngine:
             ContextLengthError: The prompt is longer than the context.
             ConfigError: There is no such policy.
         """
-        from lmcache_rag.blend.policies import get_policy
+        from lmcache_rag.policies import get_policy
 
         if blend.enabled:
             get_policy(blend.policy)
@@ -272,7 +275,7 @@ class VLLMEngine:
                 f"The prompt has {len(prompt)} tokens, the context holds {self._info.context_length} with the answer.",
                 remedy="Retrieve fewer chunks or ask a shorter question.",
             )
-        return self._body(prompt, sampling, wire.blend_params(blend, prompt))
+        return self._requests.build(prompt, sampling, vllm_answer.blend_params(blend, prompt))
 
     def check(self) -> None:
         """See that the servers are there and still serve this model.
@@ -281,7 +284,7 @@ class VLLMEngine:
             EngineUnavailableError: One cannot be reached.
             EngineError: It serves another model now.
         """
-        served = served_model(self._servers, self._model)
+        served = self._client.served_model(self._model)
         if served.root != self._info.model:
             raise EngineError(
                 f"{self.urls[0]} serves {served.root} now, not {self._info.model}.", remedy="Open the engine anew."
@@ -290,12 +293,12 @@ class VLLMEngine:
     @property
     def urls(self) -> tuple[str, ...]:
         """The servers."""
-        return self._servers.urls
+        return self._client.urls
 
     @property
     def headers(self) -> dict[str, str]:
         """What a plain HTTP client must send to be let in."""
-        return self._servers.headers
+        return self._client.headers
 
     def complete(self, request: dict[str, Any]) -> Any:
         """Send a request, made by request() and changed at will; the server's own response.
@@ -304,11 +307,11 @@ class VLLMEngine:
             EngineUnavailableError: No server can be reached, or it said nothing for too long.
             EngineError: The server refused.
         """
-        return self._servers.complete(request)
+        return self._client.complete(request)
 
     def finished(
         self,
-        gathered: wire.Gathered,
+        gathered: vllm_answer.Gathered,
         prompt: QueryPrompt,
         blend: BlendOptions,
         *,
@@ -331,23 +334,25 @@ class VLLMEngine:
             raise EngineUnavailableError(
                 "The server broke off in the middle of an answer.", remedy="See the server's log, and ask again."
             )
-        if streamed and gathered.told is not None and len(self._servers.urls) == 1:
-            self._streams_tell = self._streams_may_tell = True  # by our plugin, where the version alone would not
-        elif streamed and gathered.told is None and not (stops or self._streams_tell):
-            self._streams_may_tell = False  # the plugin is not there
+        if streamed and gathered.stats is not None and len(self._client.urls) == 1:
+            self._streams_have_stats = self._streams_may_have_stats = (
+                True  # by our plugin, where the version alone would not
+            )
+        elif streamed and gathered.stats is None and not (stops or self._streams_have_stats):
+            self._streams_may_have_stats = False  # the plugin is not there
         # A stop string is found in vLLM's front end, which aborts the request: its statistics never come.
-        self._learn(gathered, sure=not stops and (self._streams_tell or not streamed))
+        self._support.observe(gathered, conclusive=not stops and (self._streams_have_stats or not streamed))
         ids = tuple(gathered.ids) or tuple(self._tokenizer.encode(gathered.text, add_special_tokens=False))
-        done = wire.completion(
+        done = vllm_answer.completion(
             gathered,
             prompt,
             kv_block=self._info.kv_block,
-            blending=blend.enabled and self._blends is not False,
+            blending=blend.enabled and self._support.can_blend is not False,
             streamed=streamed,
             ids=ids,
         )
         # Where the server could not look, nobody knows what it still has.
-        unsure = blend.enabled and done.stats.chunks_missed and (gathered.told or {}).get(protocol.FAILURE)
+        unsure = blend.enabled and done.stats.chunks_missed and (gathered.stats or {}).get(protocol.FAILURE)
         for index in range(len(prompt.chunks)) if unsure else done.missed:
             self._chunks.known.discard(prompt.chunks[index].key)
         return done
@@ -355,30 +360,243 @@ class VLLMEngine:
     def close(self) -> None:
         """Close the connections. Safe to call twice."""
         lazy_fill.cancel(self)
-        self._servers.close()
+        self._client.close()
 
-    # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _body(self, prompt: QueryPrompt | IngestPrompt, sampling: Sampling, params: dict[str, Any]) -> dict[str, Any]:
-        """A request that keeps what belongs to a tenant to itself.
+# -- requests, and what their answers show ----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RequestBuilder:
+    """Builds arguments of completions.create.
+
+    Args:
+        model: Name by which the servers know the model.
+        info: What they serve.
+    """
+
+    model: str
+    info: EngineInfo
+
+    def build(self, prompt: QueryPrompt | IngestPrompt, sampling: Sampling, params: dict[str, Any]) -> dict[str, Any]:
+        """A request whose KV is shared within its tenant only.
 
         Without a tenant there is no salt. With one it is the fingerprint, which holds the tenant.
         """
-        plain = self._info.fingerprint(prompt.token_ids[: prompt.prefix_tokens])
-        return wire.request(
-            self._model,
+        plain = self.info.fingerprint(prompt.token_ids[: prompt.prefix_tokens])
+        return vllm_answer.request(
+            self.model,
             prompt.token_ids,
             sampling,
             params | {protocol.PREFIX: prompt.prefix_tokens},
-            room=self._info.context_length - len(prompt.token_ids),
+            room=self.info.context_length - len(prompt.token_ids),
             salt="" if prompt.fingerprint == plain else prompt.fingerprint,
         )
 
-    def _learn(self, gathered: wire.Gathered, *, sure: bool) -> None:
-        """Whether the server blends. No statistics where they would have come mean that nobody there makes them."""
+
+class BlendSupport:
+    """Whether the servers blend, learned from their answers. Safe to use from several threads.
+
+    Args:
+        model: Name of the model, for the log.
+
+    Attributes:
+        can_blend: None until an answer shows it.
+        reason: Why not, where it is False.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._model = model
+        self._lock = threading.Lock()
+        self.can_blend: bool | None = None
+        self.reason = NO_CONNECTOR
+
+    def observe(self, gathered: vllm_answer.Gathered, *, conclusive: bool) -> None:
+        """Learn from an answer.
+
+        Args:
+            gathered: What came.
+            conclusive: Whether missing statistics mean that the server makes none.
+        """
         with self._lock:
-            if gathered.told is not None and not gathered.why_not:
-                self._blends = True
-            elif (sure or gathered.why_not) and self._blends is not False:
-                self._blends, self._why_not = False, gathered.why_not or NO_CONNECTOR
-                log.warning("%s is not blended: %s. It answers as it does to any client.", self._model, self._why_not)
+            if gathered.stats is not None and not gathered.unsupported_reason:
+                self.can_blend = True
+            elif (conclusive or gathered.unsupported_reason) and self.can_blend is not False:
+                self.can_blend, self.reason = False, gathered.unsupported_reason or NO_CONNECTOR
+                log.warning("%s is not blended: %s. It answers as it does to any client.", self._model, self.reason)
+
+
+class KeySet:
+    """Keys of KV that a server had when it was last asked. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._keys: set[bytes] = set()  # 32 bytes each rather than 64 letters: there may be millions
+
+    def __contains__(self, key: str) -> bool:
+        return bytes.fromhex(key) in self._keys
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def add(self, key: str) -> None:
+        """Record that this key's KV is there."""
+        self._keys.add(bytes.fromhex(key))
+
+    def discard(self, key: str) -> None:
+        """Record that it is not there, or not known."""
+        self._keys.discard(bytes.fromhex(key))
+
+
+# -- precomputation ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ChunkPrecomputer:
+    """Sends each prefix ⧺ chunk once and records what the servers then hold. Safe to use from several threads.
+
+    Args:
+        client: Of the servers.
+        requests: Builds the requests.
+        support: Is shown each answer.
+        vllm_block: Tokens of a block of vLLM's own prefix cache.
+        concurrency: Chunks sent at once.
+        patience: How often each is sent at most.
+        known: Keys of the chunks whose KV the servers had when they were last asked.
+    """
+
+    client: VLLMClient
+    requests: RequestBuilder
+    support: BlendSupport
+    vllm_block: int
+    concurrency: int
+    patience: int
+    known: KeySet = field(default_factory=KeySet)
+
+    def precompute(
+        self, prompts: Iterable[IngestPrompt], *, stop: threading.Event | None = None
+    ) -> Iterator[PrecomputeResult]:
+        """See VLLMEngine.precompute. More prompts are taken than were answered: as many as are sent at once."""
+        for prompt, future in self._at_once(prompts, self._send, stop or threading.Event()):
+            try:
+                held = future.result()
+            except LMCacheRAGError as problem:
+                raise PrecomputeError(
+                    f"A chunk's KV could not be computed: {problem.message}",
+                    remedy=f"{problem.remedy} Run the command again; it goes on from here.".strip(),
+                ) from problem
+            self.known.add(prompt.key)
+            tokens = len(prompt.chunk_ids)
+            yield PrecomputeResult(
+                prompt.key, tokens, tokens * self.requests.info.kv_bytes_per_token, computed=not held
+            )
+
+    def forget(self, prompts: Iterable[IngestPrompt]) -> Iterator[ForgetResult]:
+        """See VLLMEngine.forget_chunks."""
+        for prompt, future in self._at_once(prompts, self._forget, threading.Event()):
+            why = future.result()
+            self.known.discard(prompt.key)
+            yield ForgetResult(prompt.key, not why, why)
+
+    def verify(self, prompt: IngestPrompt) -> VerifyResult:
+        """See VLLMEngine.verify."""
+        request = self._request(prompt, {protocol.MAX_OFFLOAD_TOKENS: 0})
+        held = self._held(prompt, self.client.complete(request, home=_home(prompt)))
+        return VerifyResult(prompt.key, "ok" if held else "missing")
+
+    def _at_once(
+        self, prompts: Iterable[IngestPrompt], work: Callable[[IngestPrompt, threading.Event], T], stop: threading.Event
+    ) -> Iterator[tuple[IngestPrompt, Future[T]]]:
+        """Do something with each prompt, several at a time; in the order of the prompts."""
+        source = iter(prompts)
+        running: deque[tuple[IngestPrompt, Future[T]]] = deque()
+        try:
+            while True:
+                for prompt in islice(source, self.concurrency - len(running)):
+                    running.append((prompt, _in_thread(partial(work, prompt, stop))))
+                if not running:
+                    return
+                yield running.popleft()
+        finally:
+            stop.set()  # those in flight end by themselves; they are not waited for
+
+    def _forget(self, prompt: IngestPrompt, stop: threading.Event) -> str:
+        """Have a chunk's KV deleted on every server, each of which may hold a copy; returns why not, "" if it was."""
+        request = self._request(prompt, {protocol.FORGET: True, protocol.MAX_OFFLOAD_TOKENS: 0})
+        for home in range(len(self.client.urls)):
+            try:
+                response = self.client.complete(
+                    request, home=home, attempts=self.patience, stop=stop, check=_forgotten, ingest=True, only=True
+                )
+            except RefusedError as problem:
+                return problem.message
+            if protocol.FORGOTTEN not in (protocol.answer_statistics(response) or {}):
+                return f"{self.client.urls[home]} runs without a connector of lmcache-rag that can do it"
+        return ""
+
+    def _send(self, prompt: IngestPrompt, stop: threading.Event) -> bool:
+        """Have a chunk's KV computed; returns whether it was there already."""
+        response = self.client.complete(
+            self._request(prompt, {protocol.INGEST: True}),
+            home=_home(prompt),
+            attempts=self.patience,
+            stop=stop,
+            check=_kept,
+            ingest=True,
+        )
+        return self._held(prompt, response)
+
+    def _request(self, prompt: IngestPrompt, params: dict[str, Any] | None = None) -> dict[str, Any]:
+        length = self.requests.info.context_length
+        if len(prompt.token_ids) >= length:
+            raise ContextLengthError(
+                f"A chunk of {len(prompt.chunk_ids)} tokens does not fit the context of {length}.",
+                remedy="Split into smaller chunks (--chunk-tokens).",
+            )
+        return self.requests.build(prompt, _ONE, _EXACT | (params or {}))
+
+    def _held(self, prompt: IngestPrompt, response: Any) -> bool:
+        gathered = vllm_answer.Gathered()
+        gathered.take(response)
+        self.support.observe(gathered, conclusive=True)
+        return vllm_answer.already_held(
+            gathered, prompt, kv_block=self.requests.info.kv_block, vllm_block=self.vllm_block
+        )
+
+
+def _home(prompt: IngestPrompt) -> int:
+    """Which of several servers computes and keeps a chunk."""
+    return int(prompt.key[:8], 16)
+
+
+def _kept(response: Any) -> None:
+    """The server computes the prompt also when its KV store is out of reach; then nothing is kept."""
+    gathered = vllm_answer.Gathered()
+    gathered.take(response)
+    failure = (gathered.stats or {}).get("failure")
+    if failure and not gathered.unsupported_reason:  # a server that cannot blend keeps exact prefixes
+        raise KVNotStoredError(
+            f"the server could not reach its KV store ({failure})", remedy="Look after the LMCache server."
+        )
+
+
+def _forgotten(response: Any) -> None:
+    """A server that could not reach its KV store says so; another try may help."""
+    if (protocol.answer_statistics(response) or {}).get(protocol.FORGOTTEN) is False:
+        raise KVNotStoredError(
+            "the server could not delete a chunk's KV: its KV store did not answer",
+            remedy="Look after the LMCache server, and run the command again.",
+        )
+
+
+def _in_thread(work: Callable[[], T]) -> Future[T]:
+    """Run something in a daemon thread, which the end of the process does not wait for: a server may hang."""
+    future: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as problem:  # raised by the future's result()
+            future.set_exception(problem)
+
+    threading.Thread(target=run, name="lmcache-rag-precompute", daemon=True).start()
+    return future

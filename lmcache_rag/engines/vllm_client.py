@@ -1,79 +1,189 @@
-"""Connections to one or several vLLM servers that serve the same model: openai clients, retries, errors."""
+"""The client of vLLM servers: requests with retries, sync and async, what the servers serve, and their errors.
+
+Engine, doctor, benchmarks and demo use it. It knows vLLM's HTTP API only, and never imports vLLM.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import itertools
+import json
 import logging
+import random
 import re
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from lmcache_rag.api_key import api_key
-from lmcache_rag.engines.vllm_errors import may_pass, raise_explained, speaking
-from lmcache_rag.errors import ConfigError
-from lmcache_rag.protocol import INGEST_KEY_HEADER
+from lmcache_rag.credentials import API_KEY_REMEDY, INGEST_KEY_REMEDY, api_key
+from lmcache_rag.errors import ConfigError, ContextLengthError, EngineError, EngineUnavailableError, LMCacheRAGError
+from lmcache_rag.protocol import INGEST_KEY_HEADER, chunk_tokens
 
 if TYPE_CHECKING:
     import openai
 
 log = logging.getLogger("lmcache_rag")
 
+STREAMS_WITH_STATS = (0, 33)  # first vLLM whose streams carry kv_transfer_params without our plugin
+CHAT_TAKES_IDS = (0, 32)  # first whose chat completions take kv_transfer_params.prompt_token_ids
 CONNECT_SECONDS = 5.0
+LONGEST_WAIT_S = 20.0  # between two attempts
 # An answer in one piece is waited for as long as a server may take that gives so many tokens in each timeout: one a
 # second, with the usual 120 s. A stream is waited for from part to part.
 TOKENS_IN_TIMEOUT = 120
+_STREAM = {"stream": True, "stream_options": {"include_usage": True}}
+_PROBE = "The KV cache of 12,345 tokens: naïve façade, 日本語.\n\n  def f(x): return x"
+_TOO_LONG = re.compile(r"context length|max_model_len|maximum model length")
 
 
-def server_urls(given: str | Sequence[str]) -> tuple[str, ...]:
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """One entry of a server's list of models.
+
+    Attributes:
+        name: Its name in requests.
+        root: Hugging Face name or folder from which the server loaded it.
+        context_length: Longest prompt and answer together, in tokens; 0 where the server does not say.
+        adapter: Whether it is an adapter of another model.
+    """
+
+    name: str
+    root: str
+    context_length: int = 0
+    adapter: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The model that all the servers serve.
+
+    Attributes:
+        name: Its name in requests.
+        root: Hugging Face name or folder from which the server loaded it.
+        context_length: Longest prompt and answer together, in tokens.
+        streams_have_stats: Whether its streams carry reuse statistics.
+        streams_may_have_stats: Whether they do if our plugin is loaded there, as it is where our connector runs.
+        chat_takes_ids: Whether its chat completions take token ids.
+        chunk: Tokens of an LMCache chunk; 0 where the server does not say.
+        block: Tokens of a block of vLLM's own prefix cache; 0 where the server does not say.
+        local: Folder on this machine that the user named for it; "" where there is none.
+    """
+
+    name: str
+    root: str
+    context_length: int
+    streams_have_stats: bool
+    streams_may_have_stats: bool
+    chat_takes_ids: bool
+    chunk: int = 0
+    block: int = 0
+    local: str = ""
+
+
+def server_urls(urls: str | Sequence[str]) -> tuple[str, ...]:
     """URLs of servers without trailing slash and /v1, from a list or a text with commas.
 
     Raises:
         ConfigError: There is none, or one is no http URL.
     """
-    texts = [given] if isinstance(given, str) else list(given)
-    urls = [part.strip().rstrip("/").removesuffix("/v1") for text in texts for part in text.split(",") if part.strip()]
-    for url in urls or [""]:
+    texts = [urls] if isinstance(urls, str) else list(urls)
+    parts = [part.strip().rstrip("/").removesuffix("/v1") for text in texts for part in text.split(",") if part.strip()]
+    for url in parts or [""]:
         if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
             raise ConfigError(
                 f"{url!r} is no URL of a server.",
                 remedy="Write for example http://localhost:8000; several with commas between them.",
             )
-    return tuple(dict.fromkeys(urls))
+    return tuple(dict.fromkeys(parts))
 
 
-class Servers:
-    """Talks to the servers. Safe to use from several threads and event loops.
+@dataclass(frozen=True, slots=True)
+class _Send:
+    """A step of a request: send it to this server."""
+
+    url: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Wait:
+    """A step of a request: wait before the next attempt."""
+
+    seconds: float
+
+
+class VLLMClient:
+    """Client of one or several vLLM servers that serve the same model. Use it as a context manager.
+
+    Safe to use from several threads and event loops. Sync and async requests take the same course, see `_course`.
 
     Args:
-        urls: The servers.
-        timeout: Longest silence in seconds. An answer that is not streamed has more, by its length.
-        attempts: How often a request is tried at most.
-        backoff: Longest first wait between two tries, in seconds; it doubles from try to try.
-        api_key: None: from the environment.
+        urls: The servers, for example "http://localhost:8000"; a text with commas, or a list.
+        timeout: Longest silence of a server, in seconds. An answer that is not streamed has more, by its length.
+        attempts: How often a request is sent at most.
+        backoff: Longest first wait between two attempts, in seconds; it doubles from attempt to attempt.
+        api_key: None or "": from the environment.
         ingest_key: Sent with the requests that ingest and forget, and with no others; None: from the environment.
+        verify: Whether to check the servers' certificates.
+
+    Raises:
+        ConfigError: A URL is none.
     """
 
     def __init__(
         self,
-        urls: Sequence[str],
+        urls: str | Sequence[str],
         *,
-        timeout: float,
+        timeout: float = 120.0,
         attempts: int = 4,
         backoff: float = 0.25,
         api_key: str | None = None,
         ingest_key: str | None = None,
+        verify: bool = True,
     ) -> None:
-        self.urls = tuple(urls)
-        self.timeout, self._attempts, self._backoff = timeout, attempts, backoff
-        self._api_key, self._ingest_key = api_key, ingest_key
         self._clients: dict[tuple[str, bool], openai.OpenAI] = {}
         self._lock = threading.Lock()
+        self.urls = server_urls(urls)
+        self.timeout, self._attempts, self._backoff = timeout, attempts, backoff
+        self._api_key, self._ingest_key, self._verify = api_key, ingest_key, verify
         self._turn = itertools.count()
 
-    # -- requests -------------------------------------------------------------------------------------------------
+    @property
+    def url(self) -> str:
+        """The first server."""
+        return self.urls[0]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The API key as a header, if there is one."""
+        key = self._api_key or api_key()
+        return {"Authorization": f"Bearer {key}"} if key else {}
+
+    def __enter__(self) -> VLLMClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections. Safe to call twice."""
+        with self._lock:
+            clients, self._clients = list(self._clients.values()), {}
+        for client in clients:
+            client.close()
+
+    def __del__(self) -> None:
+        with suppress(Exception):  # not closed by its owner, perhaps at the interpreter's end
+            self.close()
+
+    # -- completions ------------------------------------------------------------------------------------------------
 
     def complete(
         self,
@@ -86,66 +196,138 @@ class Servers:
         ingest: bool = False,
         only: bool = False,
     ) -> Any:
-        """One completion in one piece.
+        """One completion in one piece, as the openai client returns it.
 
         Args:
             request: Arguments of completions.create.
-            home: Index of the server to ask first; None: they take turns. A try after a failure goes to the next.
-            attempts: Other than the usual number of tries.
-            stop: Ends the waiting between tries.
-            check: Called with the response; what it raises may lead to another try.
+            home: Index of the server to ask first; None: they take turns. An attempt after a failure goes to the next.
+            attempts: Other than the client's number of attempts.
+            stop: Ends the waiting between attempts, and the attempts.
+            check: Called with the response; what it raises may lead to another attempt.
             ingest: Whether the request ingests or forgets, for which a server may want the ingest key.
-            only: Every try goes to `home`.
+            only: Send every attempt to `home`.
 
         Raises:
-            LMCacheRAGError: See lmcache_rag.engines.vllm_errors.explained.
+            LMCacheRAGError: See `translated`.
         """
-        import tenacity
-
-        rules: dict[str, Any] = {}
-        if attempts is not None:
-            rules["stop"] = tenacity.stop_after_attempt(attempts)
-        if stop is not None:
-            rules["stop"] = tenacity.stop_any(rules.get("stop", self._ends), tenacity.stop_when_event_set(stop))
-            rules["sleep"] = tenacity.sleep_using_event(stop)
-        return self._tried(request, home, rules, check, ingest=ingest, only=only)
+        course = self._course(request, home, attempts or self._attempts, stop, check, ingest=ingest, only=only)
+        return self._run(course, request, ingest=ingest, sleep=stop.wait if stop is not None else time.sleep)
 
     @contextmanager
     def streaming(self, request: dict[str, Any]) -> Iterator[Iterator[Any]]:
         """The chunks of a streamed completion. Leaving closes the connection, and so stops the computation."""
-        with speaking("The server", self.timeout):
-            stream = self._tried(request | {"stream": True, "stream_options": {"include_usage": True}})
+        with translate_errors("The server", self.timeout):
+            stream = self.complete(request | _STREAM)
             try:
                 yield iter(stream)
             finally:
                 stream.close()
 
     async def acomplete(self, request: dict[str, Any]) -> Any:
-        """Async twin of complete."""
-        async with self._asked(request) as response:
+        """Async version of complete."""
+        async with self._asend(request) as response:
             return response
 
     @asynccontextmanager
     async def astreaming(self, request: dict[str, Any]) -> AsyncIterator[AsyncIterator[Any]]:
-        """Async twin of streaming."""
-        async with self._asked(request | {"stream": True, "stream_options": {"include_usage": True}}) as stream:
+        """Async version of streaming."""
+        with translate_errors("The server", self.timeout):
+            async with self._asend(request | _STREAM) as stream:
+                try:
+                    yield aiter(stream)
+                finally:
+                    await stream.close()
+
+    def _course(
+        self,
+        request: dict[str, Any],
+        home: int | None,
+        attempts: int,
+        stop: threading.Event | None,
+        check: Callable[[Any], None] | None,
+        *,
+        ingest: bool,
+        only: bool,
+    ) -> Generator[_Send | _Wait, Any, Any]:
+        """The course of a request, for sync and async callers: which server is asked, when again, what errors mean.
+
+        Does no I/O itself. Yields each step; is sent a response, or thrown the error of a step; returns the response.
+        """
+        urls, seconds = self._order(home, only=only), self._seconds(request)
+        for attempt in itertools.count(1):
+            url = next(urls)
             try:
-                yield aiter(stream)
-            finally:
-                await stream.close()
+                response = yield _Send(url)
+                if check is not None:
+                    check(response)
+                return response
+            except Exception as problem:
+                if attempt >= attempts or (stop is not None and stop.is_set()) or not is_retryable(problem):
+                    raise_translated(problem, url, seconds, ingest=ingest)
+                log.debug("%s: another attempt follows: %s", url, problem)
+            longest = min(LONGEST_WAIT_S, self._backoff * 2 ** (attempt - 1))
+            yield _Wait(random.uniform(0, longest))  # noqa: S311 - no secret: clients shall not come all at once
+        raise AssertionError("the attempts end with a response or an error")
 
-    def close(self) -> None:
-        """Close all connections. Safe to call twice."""
-        with self._lock:
-            clients, self._clients = list(self._clients.values()), {}
-        for client in clients:
-            client.close()
+    def _run(
+        self,
+        course: Generator[_Send | _Wait, Any, Any],
+        request: dict[str, Any],
+        *,
+        ingest: bool,
+        sleep: Callable[[float], object],
+    ) -> Any:
+        limits = self._limits_of(self._seconds(request))
 
-    def __del__(self) -> None:
-        with suppress(Exception):  # one that nobody closed, perhaps at the interpreter's end
-            self.close()
+        def take(step: _Send | _Wait) -> Any:
+            if isinstance(step, _Wait):
+                return sleep(step.seconds)
+            return self._client(step.url, ingest=ingest).completions.create(**request, timeout=limits)
 
-    # -- inside ---------------------------------------------------------------------------------------------------
+        step = next(course)
+        while True:
+            try:
+                outcome = take(step)
+            except Exception as problem:
+                step = course.throw(problem)
+                continue
+            try:
+                step = course.send(outcome)
+            except StopIteration as ended:
+                return ended.value
+
+    async def _arun(
+        self, course: Generator[_Send | _Wait, Any, Any], take: Callable[[_Send | _Wait], Awaitable[Any]]
+    ) -> Any:
+        step = next(course)
+        while True:
+            try:
+                outcome = await take(step)
+            except Exception as problem:
+                step = course.throw(problem)
+                continue
+            try:
+                step = course.send(outcome)
+            except StopIteration as ended:
+                return ended.value
+
+    @asynccontextmanager
+    async def _asend(self, request: dict[str, Any]) -> AsyncIterator[Any]:
+        """The response. A connection pool belongs to one event loop, so each call has an HTTP client of its own."""
+        import openai
+
+        limits = self._limits_of(self._seconds(request))
+        async with openai.DefaultAsyncHttpxClient(verify=self._tls, timeout=self._limits) as http:
+
+            async def take(step: _Send | _Wait) -> Any:
+                if isinstance(step, _Wait):
+                    return await asyncio.sleep(step.seconds)
+                client = openai.AsyncOpenAI(base_url=f"{step.url}/v1", http_client=http, **self._options)
+                return await client.completions.create(**request, timeout=limits)
+
+            yield await self._arun(
+                self._course(request, None, self._attempts, None, None, ingest=False, only=False), take
+            )
 
     def _order(self, home: int | None, *, only: bool = False) -> Iterator[str]:
         if only and home is not None:
@@ -153,86 +335,154 @@ class Servers:
         start = next(self._turn) if home is None else home
         return itertools.islice(itertools.cycle(self.urls), start % len(self.urls), None)
 
-    def _tried(
-        self,
-        request: dict[str, Any],
-        home: int | None = None,
-        rules: dict[str, Any] | None = None,
-        check: Callable[[Any], None] | None = None,
-        *,
-        ingest: bool = False,
-        only: bool = False,
-    ) -> Any:
-        import tenacity
-
-        urls, url, seconds = self._order(home, only=only), "", self._seconds(request)
-        limits = self._limits_of(seconds)
-
-        def once() -> Any:
-            nonlocal url
-            url = next(urls)
-            response = self.client(url, ingest=ingest).completions.create(**request, timeout=limits)
-            if check is not None:
-                check(response)
-            return response
-
-        try:
-            return tenacity.Retrying(**self._rules() | (rules or {}))(once)
-        except Exception as problem:
-            raise_explained(problem, url, seconds, ingest=ingest)
-
-    @asynccontextmanager
-    async def _asked(self, request: dict[str, Any]) -> AsyncIterator[Any]:
-        """A connection pool belongs to one event loop, so each call has a client of its own."""
-        import openai
-        import tenacity
-
-        urls, url, seconds = self._order(None), "", self._seconds(request)
-        limits = self._limits_of(seconds)
-        http = openai.DefaultAsyncHttpxClient(verify=self._tls, timeout=self._limits)
-        async with http:
-
-            async def once() -> Any:
-                nonlocal url
-                url = next(urls)
-                client = openai.AsyncOpenAI(base_url=f"{url}/v1", http_client=http, **self._options)
-                return await client.completions.create(**request, timeout=limits)
-
-            try:
-                yield await tenacity.AsyncRetrying(**self._rules())(once)
-            except Exception as problem:
-                raise_explained(problem, url, seconds)
-
     def _seconds(self, request: dict[str, Any]) -> float:
         """Longest silence that a request is waited for."""
         tokens = 1 if request.get("stream") else int(request.get("max_tokens") or 1)
         return self.timeout * (1 + (tokens - 1) / TOKENS_IN_TIMEOUT)
 
-    def _rules(self) -> dict[str, Any]:
-        import tenacity
+    # -- what the servers serve -------------------------------------------------------------------------------------
 
-        return {
-            "stop": self._ends,
-            "wait": tenacity.wait_random_exponential(multiplier=self._backoff, max=20),
-            "retry": tenacity.retry_if_exception(may_pass),
-            "reraise": True,
-            "before_sleep": lambda state: log.debug("another try: %s", state.outcome and state.outcome.exception()),
-        }
+    def models(self, url: str = "") -> tuple[ModelCard, ...]:
+        """All models of a server, the first one by default, adapters included; see /v1/models.
 
-    @cached_property
-    def _ends(self) -> Any:
-        import tenacity
+        Raises:
+            EngineUnavailableError: It cannot be reached.
+            EngineError: It is no OpenAI server.
+        """
+        url = url or self.url
+        with translate_errors(url, self.timeout):
+            text = self._client(url).get(f"{url}/v1/models", cast_to=str)
+        try:
+            return tuple(
+                ModelCard(
+                    str(card["id"]),
+                    str(card.get("root") or card["id"]),
+                    int(card.get("max_model_len") or 0),
+                    card.get("parent") is not None,
+                )
+                for card in json.loads(text).get("data") or ()
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as problem:
+            raise EngineError(
+                f"{url}/v1/models does not answer as vLLM does: {type(problem).__name__}: {problem}.",
+                remedy="Is it vLLM's OpenAI server?",
+            ) from problem
 
-        return tenacity.stop_after_attempt(self._attempts)
+    def first_model(self) -> ModelCard:
+        """The model of the first server, adapters left out. Errors as for models, and EngineError without a model."""
+        for card in sorted(self.models(), key=lambda card: card.adapter):
+            return card
+        raise EngineError(f"{self.url} lists no model.", remedy="Is it vLLM's OpenAI server?")
 
-    def client(self, url: str, *, ingest: bool = False) -> openai.OpenAI:
+    def served_names(self) -> list[str]:
+        """Names of the models that the first server serves, adapters left out. Errors as for models."""
+        return list(dict.fromkeys(card.name for card in self.models() if not card.adapter))
+
+    def served_model(self, wanted: str | None) -> ServedModel:
+        """The one model that all the servers serve.
+
+        Args:
+            wanted: If given, it must be the model's name or root, or a folder here whose name they end with.
+
+        Raises:
+            EngineError: A server serves another model than wanted, or than the first server, or is no vLLM.
+            EngineUnavailableError: It cannot be reached.
+        """
+        first, *others = [self._served(url, wanted) for url in self.urls]
+        for url, other in zip(self.urls[1:], others, strict=True):
+            if (other.name, other.root) != (first.name, first.root):
+                raise EngineError(
+                    f"{url} serves {other.name} ({other.root}), {self.url} serves {first.name} ({first.root}).",
+                    remedy="Name servers of the same model.",
+                )
+            if other.chunk and first.chunk and other.chunk != first.chunk:
+                raise EngineError(
+                    f"{url} keeps KV in chunks of {other.chunk} tokens, {self.url} of {first.chunk}.",
+                    remedy="Start them with the same --chunk-size.",
+                )
+        every = [first, *others]
+        return replace(
+            first,
+            context_length=min(each.context_length for each in every),
+            streams_have_stats=all(each.streams_have_stats for each in every),
+            streams_may_have_stats=all(each.streams_may_have_stats for each in every),
+            chat_takes_ids=all(each.chat_takes_ids for each in every),
+            chunk=max(each.chunk for each in every),
+            # Where they differ, the smaller: a chunk that is held may then count as missing, and is sent once more.
+            block=min(each.block for each in every),
+        )
+
+    def _served(self, url: str, wanted: str | None) -> ServedModel:
+        local = Path(wanted).resolve() if wanted and Path(wanted).is_dir() else None
+        cards = self.models(url)
+        matching = [card for card in cards if not wanted or _matches(wanted, local, (card.name, card.root))]
+        matching.sort(key=lambda card: card.adapter)
+        if not matching:
+            raise EngineError(
+                f"{url} serves {', '.join(card.name for card in cards) or 'nothing'}, not {wanted or 'a model'}.",
+                remedy="Name the server's model by --model, or another server by --engine.",
+            )
+        card = matching[0]
+        if not card.context_length:
+            raise EngineError(
+                f"{url} does not say how long its context is.", remedy="Name a vLLM server: lmcache-rag serve MODEL."
+            )
+        number = re.match(r"(\d+)\.(\d+)", self.version(url))
+        version, metrics = (int(number[1]), int(number[2])) if number else (0, 0), self.metrics(url)
+        chunk = chunk_tokens(metrics)
+        return ServedModel(
+            card.name,
+            card.root,
+            card.context_length,
+            streams_have_stats=version >= STREAMS_WITH_STATS,
+            streams_may_have_stats=version >= STREAMS_WITH_STATS or chunk > 0,
+            chat_takes_ids=version >= CHAT_TAKES_IDS,
+            chunk=chunk,
+            block=vllm_block(metrics),
+            local=str(local or ""),
+        )
+
+    def check_tokenizer(self, model: str, tokenizer: Any) -> None:
+        """Check that the servers tokenize as this tokenizer does, where they have an endpoint for that.
+
+        Raises:
+            EngineError: One does not: prompts would mean something else over there.
+        """
+        body = {"model": model, "prompt": _PROBE, "add_special_tokens": False}
+        expected = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
+        for url in self.urls:
+            answer = _optional_json(partial(self._client(url).post, f"{url}/tokenize", body=body, cast_to=str))
+            if answer.get("tokens") not in (None, expected):
+                raise EngineError(
+                    f"The tokenizer of {model} on {url} is not the one found here.",
+                    remedy="Name the very model that the server runs, by its Hugging Face name or a folder (--model).",
+                )
+
+    def version(self, url: str = "") -> str:
+        """VLLM's version on a server, the first one by default; "" where it does not say."""
+        url = url or self.url
+        answer = _optional_json(partial(self._client(url).get, f"{url}/version", cast_to=str))
+        return str(answer.get("version", ""))
+
+    def metrics(self, url: str = "") -> str:
+        """The Prometheus page of a server, the first one by default; "" where there is none."""
+        url = url or self.url
+        return _optional(partial(self._client(url).get, f"{url}/metrics", cast_to=str)) or ""
+
+    def healthy(self) -> bool:
+        """Whether the first server answers /health."""
+        return _optional(partial(self._client(self.url).get, f"{self.url}/health", cast_to=str)) is not None
+
+    # -- openai's clients -------------------------------------------------------------------------------------------
+
+    def _client(self, url: str, *, ingest: bool = False) -> openai.OpenAI:
         """The openai client of one server; with `ingest`, the one that sends the ingest key.
 
         The key is a header of the HTTP client, which logs none; openai's own client logs its requests' headers.
         """
         import openai
 
-        from lmcache_rag.ingest_key import ingest_key
+        from lmcache_rag.credentials import ingest_key
 
         with self._lock:
             if ingest and self._ingest_key is None:
@@ -245,12 +495,6 @@ class Servers:
                 http = openai.DefaultHttpxClient(verify=self._tls, timeout=self._limits, **options)
                 self._clients[name] = openai.OpenAI(base_url=f"{url}/v1", http_client=http, **self._options)
             return self._clients[name]
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """The API key as a header, if there is one."""
-        key = self._api_key or api_key()
-        return {"Authorization": f"Bearer {key}"} if key else {}
 
     @cached_property
     def _options(self) -> dict[str, Any]:
@@ -270,4 +514,127 @@ class Servers:
     def _tls(self) -> Any:
         import ssl
 
-        return ssl.create_default_context()  # once: every client would read all certificates again
+        # Once: every client would read all certificates again.
+        return ssl.create_default_context() if self._verify else False
+
+
+def vllm_block(metrics: str) -> int:
+    """Tokens of a block of vLLM's prefix cache, by the text of its /metrics; 0 when it does not say."""
+    found = re.search(r'^vllm:cache_config_info\{(?:[^}]*,)?block_size="(\d+)"', metrics, re.MULTILINE)
+    return int(found[1]) if found else 0
+
+
+def _matches(wanted: str, local: Path | None, names: Sequence[str]) -> bool:
+    return wanted in names or (local is not None and local.name in [Path(name).name for name in names])
+
+
+def _optional(ask: Callable[[], str]) -> str | None:
+    """Ask for a page that a server need not have; None where it fails."""
+    try:
+        return ask()
+    except Exception as problem:  # what it is shows as soon as it matters
+        log.debug("%s: %s", type(problem).__name__, problem)
+        return None
+
+
+def _optional_json(ask: Callable[[], str]) -> dict[str, Any]:
+    """The same for a JSON object; empty where it fails."""
+    try:
+        answer = json.loads(_optional(ask) or "null")
+    except ValueError:
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
+class RefusedError(EngineError):
+    """The server does not take this request: status 400."""
+
+
+class KVNotStoredError(EngineError):
+    """The server answered, but reports that its KV store was out of reach."""
+
+
+@contextmanager
+def translate_errors(url: str, timeout: float) -> Iterator[None]:
+    """Translate the openai client's errors to ours; others pass."""
+    try:
+        yield
+    except Exception as problem:
+        raise_translated(problem, url, timeout)
+
+
+def raise_translated(problem: Exception, url: str, timeout: float, *, ingest: bool = False) -> NoReturn:
+    """Raise our error for a problem, or the problem itself where the server did not cause it."""
+    ours = translated(problem, url, timeout, ingest=ingest)
+    if ours is None:
+        raise problem
+    raise ours from problem
+
+
+def translated(problem: Exception, url: str, timeout: float, *, ingest: bool = False) -> LMCacheRAGError | None:
+    """Our error for a problem of the openai client; None where the server did not cause it.
+
+    Args:
+        problem: The problem.
+        url: The server.
+        timeout: How long it was waited for, in seconds.
+        ingest: Whether the request was one for which a server may want the ingest key.
+    """
+    import openai
+
+    reason = str(getattr(problem, "message", "") or problem)
+    if isinstance(problem, openai.APITimeoutError) or _is_timeout(problem):
+        return EngineUnavailableError(
+            f"{url} sent nothing for {timeout:g} s.",
+            remedy="Look into the server's log, or wait longer: LMCACHE_RAG_ENGINE_TIMEOUT_S.",
+        )
+    if isinstance(problem, openai.APIConnectionError):
+        return EngineUnavailableError(
+            f"{url} cannot be reached ({problem.__cause__ or problem}).",
+            remedy="Start it with lmcache-rag serve MODEL, or name another by --engine.",
+        )
+    if isinstance(problem, openai.AuthenticationError | openai.PermissionDeniedError):
+        if ingest:
+            return EngineError(
+                f"{url} rejected the ingest key or the API key: {reason}",
+                remedy=f"The ingest key: {INGEST_KEY_REMEDY} The API key: {API_KEY_REMEDY}",
+            )
+        return EngineError(f"{url} rejected the API key.", remedy=API_KEY_REMEDY)
+    if isinstance(problem, openai.NotFoundError):
+        return EngineError(
+            f"{url} does not know this request: {reason}",
+            remedy="See what it serves now; a vLLM server's URL has the form http://host:8000.",
+        )
+    if isinstance(problem, openai.BadRequestError):
+        if _TOO_LONG.search(reason):
+            return ContextLengthError(reason, remedy="Retrieve fewer chunks or ask a shorter question.")
+        return RefusedError(f"{url} refused the request: {reason}", remedy="See the server's log.")
+    if isinstance(problem, openai.RateLimitError | openai.InternalServerError):
+        return EngineUnavailableError(f"{url} is not able to answer: {reason}", remedy="Try again later.")
+    if isinstance(problem, openai.APIError) or _is_transport(problem):
+        return EngineUnavailableError(f"{url} broke off: {reason}", remedy="See the server's log, and try again.")
+    return None
+
+
+def is_retryable(problem: BaseException) -> bool:
+    """Whether another attempt may help. A server that accepts a request and sends nothing is not asked again."""
+    import openai
+
+    if isinstance(problem, KVNotStoredError):
+        return True
+    if isinstance(problem, openai.APITimeoutError):
+        return type(problem.__cause__).__name__ == "ConnectTimeout"
+    return isinstance(problem, openai.APIConnectionError | openai.RateLimitError | openai.InternalServerError)
+
+
+def _is_transport(problem: Exception) -> bool:
+    # A connection that breaks while a stream is read raises the HTTP client's own error, and that client's name changed
+    # from httpx to httpx2 with openai 3.
+    return type(problem).__module__.startswith(("httpx", "httpcore"))
+
+
+def _is_timeout(problem: Exception) -> bool:
+    return _is_transport(problem) and type(problem).__name__.endswith("Timeout")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lmcache_rag.errors import EngineError, SourceError
 
 if TYPE_CHECKING:
-    from lmcache_rag.engines.vllm_served import ServedModel
+    from lmcache_rag.engines.vllm_client import ServedModel
 
 log = logging.getLogger("lmcache_rag")
 
@@ -30,7 +30,7 @@ def tokenizer_of(served: ServedModel, given: Any = None) -> tuple[Any, str, int]
         SourceError: No source has it.
         EngineError: It cannot be read.
     """
-    from lmcache_rag.sources import tokenizer_digest
+    from lmcache_rag.weights import tokenizer_digest
 
     if given is not None and not isinstance(given, str | Path):
         facts = f"{given.backend_tokenizer.to_str()}{given.chat_template}"
@@ -108,9 +108,9 @@ def _attempt(name: str, look: Callable[[str], Path | str], tried: list[str]) -> 
 
 
 def _missing(folder: Path) -> str:
-    from lmcache_rag.sources.base import TOKENIZER_FILES
+    from lmcache_rag.weights.find import VOCABULARY_FILES
 
-    return "" if any((folder / name).is_file() for name in TOKENIZER_FILES) else "there is no tokenizer.json"
+    return "" if any((folder / name).is_file() for name in VOCABULARY_FILES) else "there is no tokenizer.json"
 
 
 def _folder(name: str) -> Path | str:
@@ -127,30 +127,29 @@ def _cached(name: str) -> Path | str:
 
 
 def _prepared(name: str) -> Path | str:
-    from lmcache_rag.sources import packages
-    from lmcache_rag.sources.prepared import is_whole
+    from lmcache_rag.weights import packages
 
     package = packages.package_for(name, "model")
-    return package.target if package and is_whole(package.target) else ""
+    return package.target if package and packages.is_whole(package.target) else ""
 
 
 def _downloaded(name: str) -> Path | str:
     from huggingface_hub import constants
 
-    from lmcache_rag.sources import hub
+    from lmcache_rag.weights.find import probe_error
 
     if not _is_hub_name(name):
         return ""
     if constants.is_offline_mode():
         return "Hugging Face hub: switched off by HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE"
-    if reason := hub.silence(constants.ENDPOINT, f"{name}/resolve/main/config.json"):
+    if reason := probe_error(constants.ENDPOINT, f"{name}/resolve/main/config.json"):
         return f"Hugging Face hub: {reason}"
     return _snapshot(name, local=False)
 
 
 def _packaged(name: str) -> Path | str:
     """The default model comes as a package too; that one is made whole, weights included."""
-    from lmcache_rag.sources import find_model, packages
+    from lmcache_rag.weights import find_model, packages
 
     if packages.package_for(name, "model") is None:
         return ""

