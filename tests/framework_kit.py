@@ -7,9 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from lmcache_rag.integrations import resolve
 from models import tiny_model
 
-from lmcache_rag.adapters import resolve
 from lmcache_rag.engines import vllm_tokenizer
 from lmcache_rag.engines.vllm_tokenizer import open_tokenizer
 from lmcache_rag.sources import find_model

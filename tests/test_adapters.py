@@ -8,14 +8,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lmcache_rag.integrations import resolve
+from lmcache_rag.integrations.blender import Blender, counts
+from lmcache_rag.integrations.kv_registry import KVRegister
+from lmcache_rag.integrations.resolve import as_workspace
 from models import tiny_model
 from openai_kit import FakeVLLM, vllm_serving
 
 from lmcache_rag import Workspace
-from lmcache_rag.adapters import resolve
-from lmcache_rag.adapters.blender import Blender, counts
-from lmcache_rag.adapters.register import KVRegister
-from lmcache_rag.adapters.resolve import as_workspace
 from lmcache_rag.engines.base import BlendOptions, Completion, Sampling
 from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.engines.hf_model import HFModel

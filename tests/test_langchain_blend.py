@@ -19,8 +19,8 @@ from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_kit import FAKE, Seen, client, server, workspace
 from langchain_openai import ChatOpenAI, OpenAI
 from lmcache_rag.integrations.langchain import ChunkedPromptValue, LMCacheVectorStore, blend
+from lmcache_rag.integrations.resolve import as_workspace
 
-from lmcache_rag.adapters.resolve import as_workspace
 from lmcache_rag.engines.base import BlendOptions, QueryPrompt
 from lmcache_rag.errors import ConfigError, PromptError
 from lmcache_rag.prompt import PromptBuilder, PromptFormat
@@ -361,7 +361,7 @@ def test_wrong_input_says_what_to_do(given: Any, message: str) -> None:
 
 
 def test_the_prompt_value_has_text_messages_ids_and_parts(case: Case, texts: list[str]) -> None:
-    from lmcache_rag.integrations.langchain.prompt_value import prompt_value
+    from lmcache_rag.integrations.langchain.prompts import prompt_value
 
     blender = case.blend.blender
     prompted = blender.prompted(texts[:3], QUESTION)

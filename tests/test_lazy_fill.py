@@ -15,12 +15,12 @@ from typing import Any
 import pytest
 from embedded_server_kit import EmbeddedVLLM, serving
 from framework_kit import fresh, light_tokenizer, passages, tiny_llama
+from lmcache_rag.integrations.blender import Blender
+from lmcache_rag.integrations.kv_registry import KVRegister
+from lmcache_rag.integrations.resolve import as_workspace
 from openai_kit import vllm_serving
 
 from lmcache_rag import Workspace, lazy_fill
-from lmcache_rag.adapters.blender import Blender
-from lmcache_rag.adapters.register import KVRegister
-from lmcache_rag.adapters.resolve import as_workspace
 from lmcache_rag.engines.base import BlendOptions, Completion, PrecomputeResult, Sampling, kv_key
 from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.engines.hf_model import HFModel
@@ -272,7 +272,7 @@ def running(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def _workspaces() -> list[Workspace]:
-    from lmcache_rag.adapters import resolve
+    from lmcache_rag.integrations import resolve
 
     return list(resolve._by_server.values())
 

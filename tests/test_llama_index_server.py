@@ -18,8 +18,8 @@ from lmcache_rag.integrations.llama_index import (
     as_blend_chat_engine,
     as_blend_query_engine,
 )
+from lmcache_rag.integrations.resolve import as_workspace
 
-from lmcache_rag.adapters.resolve import as_workspace
 from lmcache_rag.engines.base import BlendOptions
 from lmcache_rag.errors import ConfigError, EngineError, EngineUnavailableError, PrecomputeError
 

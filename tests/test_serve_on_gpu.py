@@ -274,8 +274,9 @@ def test_a_chunk_that_is_to_be_forgotten_is_gone_from_memory_and_tier(served: Se
 def test_passages_never_ingested_are_blended_after_their_second_use(
     served: Served, smollm2_path: Path, tmp_path: Path, sentences: list[str]
 ) -> None:
+    from lmcache_rag.integrations.blender import Blender
+
     from lmcache_rag import VLLMEngine, Workspace
-    from lmcache_rag.adapters.blender import Blender
 
     engine = VLLMEngine(str(served._client.base_url).rstrip("/"), tokenizer=smollm2_path)
     texts = [" ".join(sentences[start::7][:12]) for start in range(3)]

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lmcache_rag.integrations.kv_registry import KVRegister
 from openai_kit import BLOCK, MODEL, TEXT, FakeVLLM, vllm_serving
 from typer.testing import CliRunner
 
 from lmcache_rag import VLLMEngine, Workspace
-from lmcache_rag.adapters.register import KVRegister
 from lmcache_rag.cli.app import app
 from lmcache_rag.engines import vllm_tokenizer
 from lmcache_rag.engines.base import BlendOptions, Completion, Engine, Sampling, TextDelta

@@ -15,18 +15,18 @@ from langchain_core.callbacks import adispatch_custom_event, dispatch_custom_eve
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
 from langchain_core.runnables.config import merge_configs, patch_config
 
-from lmcache_rag.adapters.blender import Blender, Prompted
-from lmcache_rag.adapters.resolve import as_workspace
 from lmcache_rag.engines.base import BlendOptions
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.lazy_fill import mode_of
 
+from ..blender import Blender, Prompted
+from ..resolve import as_workspace
 from .call import KEY, Call
+from .chat_model import EngineModel
 from .chat_text import chat_body
-from .engine_model import EngineModel
 from .inputs import asked_of
-from .openai_models import for_call, kind_of
-from .prompt_value import ChunkedPromptValue, prompt_value
+from .openai import for_call, kind_of
+from .prompts import ChunkedPromptValue, prompt_value
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lmcache_rag.adapters.blender import counts
 from lmcache_rag.engines.base import BlendOptions, Completion
 
+from ..blender import counts
+
 if TYPE_CHECKING:
-    from lmcache_rag.adapters.blender import Blender, Prompted
     from lmcache_rag.engines.vllm_wire import Gathered
+
+    from ..blender import Blender, Prompted
 
 KEY = "lmcache_rag"  # under which statistics stand in metadata and events
 

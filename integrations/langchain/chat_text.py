@@ -7,7 +7,7 @@ from typing import Any
 from lmcache_rag.protocol import CHUNKS, PREFIX, SPANS
 
 from .call import Call
-from .prompt_value import ChunkedPromptValue
+from .prompts import ChunkedPromptValue
 
 _PLACES = (CHUNKS, PREFIX, SPANS)
 _ROLES = {"system": "system", "human": "user", "ai": "assistant"}

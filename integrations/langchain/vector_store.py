@@ -14,14 +14,14 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import VectorStore
 
-from lmcache_rag.adapters.register import KVRegister
-from lmcache_rag.adapters.resolve import as_workspace
 from lmcache_rag.embedding import SentenceTransformerEmbedder
 from lmcache_rag.errors import ConfigError, LMCacheRAGError
 from lmcache_rag.kv import KVTotals
 from lmcache_rag.settings import Settings
 from lmcache_rag.workspace import Workspace
 
+from ..kv_registry import KVRegister
+from ..resolve import as_workspace
 from .delegation import asked, asked_async
 from .embeddings import EmbedderEmbeddings
 from .faiss_store import FaissStore

@@ -20,11 +20,11 @@ except ModuleNotFoundError as problem:  # pragma: no cover - only without the fr
 
 from .chat_engine import BlendChatEngine, as_blend_chat_engine
 from .embeddings import EmbedderEmbedding
+from .engines import BlendQueryEngine, as_blend_query_engine
 from .events import BlendEvent
 from .faiss_store import FaissVectorStore
 from .llm import EngineLLM
 from .node_text import node_text
-from .query_engine import BlendQueryEngine, as_blend_query_engine
 from .retriever import LMCacheRetriever
 from .synthesizer import BlendSynthesizer
 from .vector_store import LMCacheVectorStore

@@ -17,9 +17,9 @@ from lmcache_rag.engines.base import BlendOptions, Sampling
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.workspace import Workspace
 
-from .query_engine import retriever_of
+from .engines import retriever_of
+from .prompts import with_system
 from .synthesizer import BlendSynthesizer
-from .templates import with_system
 
 _MEMORY_SHARE = 2  # the conversation gets one part of the context in so many; passages and answer need the rest
 

@@ -7,8 +7,9 @@ from typing import Any
 from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined] # it is documented
 from llama_index.core.instrumentation.events import BaseEvent
 
-from lmcache_rag.adapters.blender import Prompted, counts
 from lmcache_rag.engines.base import Completion
+
+from ..blender import Prompted, counts
 
 dispatcher = get_dispatcher(__name__)
 

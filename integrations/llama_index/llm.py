@@ -24,13 +24,13 @@ from llama_index.core.callbacks import CallbackManager
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM
 
-from lmcache_rag.adapters.blender import Blender, Prompted
-from lmcache_rag.adapters.resolve import as_workspace
 from lmcache_rag.engines.base import BlendOptions, Completion, Sampling, StreamEvent, TextDelta
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.prompt import PromptBuilder, PromptFormat
 from lmcache_rag.workspace import Workspace
 
+from ..blender import Blender, Prompted
+from ..resolve import as_workspace
 from .history import conversation
 
 # No words of ours: the conversation alone, in the model's own chat template.
@@ -61,7 +61,7 @@ class EngineLLM(LLM):
 
     @classmethod
     def of(cls, source: Any) -> EngineLLM:
-        """Over whatever lmcache_rag.adapters.resolve.as_workspace takes; for Settings.llm, say."""
+        """Over whatever lmcache_rag.integrations.resolve.as_workspace takes; for Settings.llm, say."""
         return source if isinstance(source, EngineLLM) else cls(Blender(workspace_of(source)))
 
     @property

@@ -19,18 +19,18 @@ from llama_index.core.schema import NodeWithScore, QueryType
 from llama_index.core.settings import Settings
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
-from lmcache_rag.adapters.blender import Blender, Prompted
 from lmcache_rag.engines.base import BlendOptions, Completion, Sampling, TextDelta
 from lmcache_rag.prompt import Turn
 from lmcache_rag.workspace import Workspace
 
+from ..blender import Blender, Prompted
 from .answers import AnswerStream, AnswerText, AsyncAnswerStream, Facts
-from .clients import BlendClient
 from .events import tell
 from .history import conversation
 from .llm import EngineLLM, workspace_of
 from .noticing import Noticer
-from .templates import format_of, template_of, with_words
+from .openai_like import BlendClient
+from .prompts import format_of, template_of, with_words
 
 log = logging.getLogger("lmcache_rag")
 

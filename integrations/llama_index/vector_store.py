@@ -17,11 +17,11 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryResult,
 )
 
-from lmcache_rag.adapters.register import KVRegister
-from lmcache_rag.adapters.resolve import as_workspace
 from lmcache_rag.errors import ConfigError, LMCacheRAGError, PrecomputeError
 from lmcache_rag.kv import KVTotals
 
+from ..kv_registry import KVRegister
+from ..resolve import as_workspace
 from .faiss_store import FaissVectorStore, group_of
 from .in_turn import InTurn, in_thread
 from .llm import workspace_of
@@ -42,7 +42,7 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         inner: The store; None: our own, FAISS and SQLite in the workspace's folder.
         source: A Workspace, an engine, the URL of a vLLM server, or the LLM object that names one.
         space: Name of this store, where several share a workspace.
-        store: Folder of the registry, see lmcache_rag.adapters.resolve.as_workspace.
+        store: Folder of the registry, see lmcache_rag.integrations.resolve.as_workspace.
 
     Raises:
         ConfigError: The source names no engine.

@@ -10,8 +10,9 @@ from langchain_core.prompt_values import PromptValue
 from typing_extensions import TypedDict
 
 if TYPE_CHECKING:
-    from lmcache_rag.adapters.blender import Prompted
     from lmcache_rag.prompt import PromptBuilder, Turn
+
+    from ..blender import Prompted
 
 
 class Segment(TypedDict):
@@ -41,7 +42,7 @@ class ChunkedPromptValue(PromptValue):
     @classmethod
     def get_lc_namespace(cls) -> list[str]:
         """Where LangChain finds the class."""
-        return ["lmcache_rag", "integrations", "langchain", "prompt_value"]
+        return ["lmcache_rag", "integrations", "langchain", "prompts"]
 
     @classmethod
     def is_lc_serializable(cls) -> bool:

@@ -11,11 +11,11 @@ from typing import Any
 from llama_index.core.base.llms.types import ChatMessage, ChatResponse, CompletionResponse
 from llama_index.core.llms.llm import LLM
 
-from lmcache_rag.adapters.blender import Blender, Prompted
 from lmcache_rag.engines.base import BlendOptions, Completion, StreamEvent, TextDelta
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.protocol import CHUNKS, PREFIX, SPANS
 
+from ..blender import Blender, Prompted
 from .llm import EngineLLM
 from .watching import Watched
 
