@@ -189,7 +189,7 @@ def test_a_store_that_cannot_tell_is_an_error_before_anything_is_gone(workspace,
 
     store = LMCacheVectorStore(Mute(workspace.store.path / "mute"), workspace)
     store.add([node(corpus[0], "d", name="1", number=1)])
-    with pytest.raises(ConfigError, match="cannot tell which nodes"):
+    with pytest.raises(ConfigError, match="cannot list its nodes"):
         store.delete_nodes(filters=only("number", 1))
     assert store.kv.ids() == store.inner.ids() == {"1"}
 

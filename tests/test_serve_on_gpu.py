@@ -283,10 +283,10 @@ def test_passages_never_ingested_are_blended_after_their_second_use(
     with Workspace.open(tmp_path / "store", engine=engine, max_tokens=4) as workspace:
         blender = Blender(workspace)
         for missed in (3, 3):
-            assert blender.answer(blender.prompted(texts, "What?")).stats.chunks_missed == missed
+            assert blender.answer(blender.build_prompt(texts, "What?")).stats.chunks_missed == missed
             texts = texts[::-1]
             assert blender.drain(120)
         counts = blender.fill_counts
         assert counts.ingested + counts.held == 3, "what began a question is in vLLM's own cache already"
-        assert until(lambda: blender.answer(blender.prompted(texts, "What?")).stats.chunks_missed == 0)
+        assert until(lambda: blender.answer(blender.build_prompt(texts, "What?")).stats.chunks_missed == 0)
     engine.close()
