@@ -6,7 +6,9 @@ import asyncio
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +22,7 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryResult,
 )
 
-from lmcache_rag.errors import ConfigError, LMCacheRAGError, PrecomputeError
+from lmcache_rag.errors import ConfigError, LMCacheRAGError, PrecomputeError, StoreLockedError
 from lmcache_rag.kv import KVTotals
 
 from ..kv_registry import KVRegistry, as_workspace
@@ -31,37 +33,102 @@ from .prompts import node_text
 log = logging.getLogger("lmcache_rag")
 
 _POLL_S = 0.01  # of a waiting event loop
+_CHECK_S = 0.25  # of a waiting thread, for a deadlock
 _PATIENCE_S = 60.0  # that a thread waits where there may be a deadlock
 
 
-class SyncAsyncLock:
-    """A lock for `with` and `async with`. An event loop that waits for it goes on with its other tasks.
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    """Who holds a SyncAsyncLock: a thread, or a task of an event loop."""
 
-    A thread goes on without it after a while: whoever holds it may be waiting for just this thread.
+    thread: int
+    loop: asyncio.AbstractEventLoop | None = None
+    task: asyncio.Task[Any] | None = None
+
+
+class SyncAsyncLock:
+    """A lock for `with` and `async with`: changes from threads and event loops take turns.
+
+    A waiting event loop runs its other tasks. A waiting thread is refused where the holder may need it to go on:
+
+    - at once, if the holder is this thread, or a task of the event loop that runs in this thread;
+    - after _PATIENCE_S, if the holder is a task, or an event loop runs in this thread.
+
+    Otherwise it waits without limit. Nothing ever goes on without the lock.
+
+    Raises:
+        StoreLockedError: The wait is refused.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._mine = threading.local()
+        self._holder: _Holder | None = None  # written by the holder only
 
     def __enter__(self) -> None:
-        self._mine.held = self._lock.acquire(timeout=_PATIENCE_S)
+        holder, since, pause = None, time.monotonic(), 0.0
+        while not self._lock.acquire(timeout=pause):
+            if holder is not self._holder:  # another one: count anew
+                holder, since = self._holder, time.monotonic()
+            _refuse_deadlock(holder, time.monotonic() - since)
+            pause = _CHECK_S
+        self._holder = _Holder(threading.get_ident())
 
     def __exit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._mine.held:
-            self._lock.release()
+        self._release()
 
     async def __aenter__(self) -> None:
-        # Waiting in a thread would take the lock for nobody when this task is cancelled meanwhile.
-        while not self._lock.acquire(blocking=False):  # noqa: ASYNC110 - threads hold it too
+        me = _Holder(threading.get_ident(), asyncio.get_running_loop(), asyncio.current_task())
+        # Not in a thread: if this task were cancelled meanwhile, the thread would take the lock and never release it.
+        while not self._lock.acquire(blocking=False):
+            if (holder := self._holder) is not None and _contains(holder, me):
+                raise _nested()
             await asyncio.sleep(_POLL_S)
+        self._holder = me
 
     async def __aexit__(
         self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        self._holder = None
         self._lock.release()
+
+
+def _contains(holder: _Holder, me: _Holder) -> bool:
+    """Return whether the holder waits for this call: it is this task, or a sync change further up in this thread."""
+    return holder.task is me.task if holder.task is not None else holder.thread == me.thread
+
+
+def _nested() -> StoreLockedError:
+    return StoreLockedError(
+        "A change of this vector store was called from inside another change of the same store.",
+        remedy="Call the wrapped store (`inner`) there.",
+    )
+
+
+def _refuse_deadlock(holder: _Holder | None, waited: float) -> None:
+    """Raise if the holder may be waiting for this thread."""
+    if holder is None:
+        return
+    try:
+        loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+    except RuntimeError:
+        loop = None
+    if holder.loop is None and holder.thread == threading.get_ident():
+        raise _nested()
+    if loop is not None and holder.loop is loop:
+        raise StoreLockedError(
+            "An async change of this vector store is under way in this event loop, which this call would block.",
+            remedy="Await async_add(), adelete(), adelete_nodes() or aclear() instead.",
+        )
+    if waited >= _PATIENCE_S and (loop is not None or holder.loop is not None):
+        raise StoreLockedError(
+            f"Another change has held this vector store for {waited:.0f} s, and may be waiting for this thread.",
+            remedy="Repeat the call after it has ended, or await the async methods, which block no thread.",
+        )
 
 
 class LMCacheVectorStore(BasePydanticVectorStore):
@@ -70,7 +137,8 @@ class LMCacheVectorStore(BasePydanticVectorStore):
     KV is computed before a node can be found, and dropped after the node is removed. An addition that fails, because
     the engine is down for example, changes neither side; repeat it. In an IngestionPipeline, the vector store is where
     KV is computed: a transformation would be skipped if the pipeline's cache has its result. With `num_workers`, other
-    processes split and embed; the KV is computed in the process that called run().
+    processes split and embed; the KV is computed in the process that called run(). Changes take turns; one that would
+    wait for itself raises StoreLockedError.
 
     Args:
         inner: The wrapped store; None: our own, FAISS and SQLite in the workspace's folder.
