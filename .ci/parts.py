@@ -51,7 +51,6 @@ TOUCHED = (
     ("tests/test_connector_contract*", ("contracts, vLLM " + OLDEST_VLLM, "contracts, vLLM " + NEWEST_VLLM)),
     ("tests/test_connector_contract*", ("contracts, LMCache " + LMCACHE_NEXT,)),
     ("integrations/*", ("frameworks",)),
-    ("lmcache_rag/adapters/*", ("frameworks",)),
     ("tests/test_frameworks_on_vllm.py", ("frameworks",)),
     ("pyproject.toml", ("*",)),
     (".ci/*", ("*",)),

@@ -19,7 +19,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from lmcache_rag.engines.base import ChunkSpan, EngineInfo, IngestPrompt, QueryPrompt, kv_key
 from lmcache_rag.errors import PromptError
@@ -32,11 +32,14 @@ _CONTEXT, _TURN = "QXCONTEXTXQ", "QXTURN{}XQ"
 _CACHED_CHUNKS = 8192
 
 
+Role: TypeAlias = Literal["user", "assistant"]
+
+
 @dataclass(frozen=True, slots=True)
 class Turn:
     """One earlier turn of a conversation."""
 
-    role: Literal["user", "assistant"]
+    role: Role
     content: str
 
 
@@ -120,7 +123,7 @@ class PromptBuilder:
         Earlier turns stand after the chunks, in order, the new question last: so the chunks stay reusable.
         """
         turns = [turn.content for turn in history] + [question]
-        roles = [turn.role for turn in history] + ["user"]
+        roles: list[Role] = [turn.role for turn in history] + ["user"]
         if roles[0] != "user" or any(a == b for a, b in itertools.pairwise(roles)):
             raise PromptError(
                 f"The history's roles are {roles[:-1]}.",
@@ -156,6 +159,18 @@ class PromptBuilder:
         ids += self.suffix_ids(question, history)
         return QueryPrompt(tuple(ids), len(self.prefix_ids), tuple(spans), suffix_start, self.fingerprint)
 
+    def messages(self, chunks: Sequence[str], question: str, history: Sequence[Turn] = ()) -> list[dict[str, str]]:
+        """The prompt as chat messages, chunks in the first user message; the filler of the prefix is in it too.
+
+        For callbacks, traces and servers that render the chat template themselves. The token ids of `query` decide.
+        """
+        passages = "".join(
+            text if rank == 1 else self.format.separator.replace("{rank}", str(rank)) + text
+            for rank, text in enumerate(chunks, start=1)
+        )
+        turns = [*history, Turn("user", question)]
+        return self._messages(turns, passages, fold=self._fold_system, filler=self.format.filler * self._fillers)
+
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _separator(self, rank: int) -> list[int]:
@@ -181,37 +196,39 @@ class PromptBuilder:
         filler = self._parts.text(self.format.filler)
         if len(filler) != 1:
             raise PromptError(f"The filler {self.format.filler!r} is {len(filler)} tokens.", remedy="Use one token.")
-        short = -(len(start) + len(end)) % self.info.kv_block
-        return (*start, *(filler * short), *end)
+        self._fillers = -(len(start) + len(end)) % self.info.kv_block
+        return (*start, *(filler * self._fillers), *end)
 
-    def _render(self, roles: Sequence[str], *, fold: bool) -> str:
+    def _messages(self, turns: Sequence[Turn], passages: str, *, fold: bool, filler: str = "") -> list[dict[str, str]]:
         form = self.format
         messages = []
-        opening = f"{form.instruction}{form.context_head}{_CONTEXT}"
+        opening = f"{form.instruction}{filler}{form.context_head}{passages}"
         if form.system and fold:
             opening = f"{form.system}\n\n{opening}"
         elif form.system:
             messages.append({"role": "system", "content": form.system})
-        for index, role in enumerate(roles):
-            content = _TURN.format(index)
-            if role == "user":
-                content = (
-                    form.question.replace("{question}", content)
-                    if index
-                    else opening + form.question.replace("{question}", content)
-                )
-            messages.append({"role": role, "content": content.lstrip() if index else content})
+        for index, turn in enumerate(turns):
+            content = turn.content
+            if turn.role == "user":
+                frame = form.question.lstrip() if index else form.question
+                content = ("" if index else opening) + frame.replace("{question}", content)
+            messages.append({"role": turn.role, "content": content})
+        return messages
+
+    def _render(self, roles: Sequence[Role], *, fold: bool) -> str:
+        turns = [Turn(role, _TURN.format(index)) for index, role in enumerate(roles)]
+        messages = self._messages(turns, _CONTEXT, fold=fold)
         if not getattr(self._hf, "chat_template", None):
             names = {"user": "\n\n", "assistant": "\nAnswer: ", "system": ""}
             text = "".join(names[m["role"]] + m["content"] for m in messages)
             return text.lstrip() + "\nAnswer:"
         return str(
             self._hf.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **dict(form.template_options)
+                messages, tokenize=False, add_generation_prompt=True, **dict(self.format.template_options)
             )
         )
 
-    def _split(self, roles: Sequence[str]) -> tuple[str, str]:
+    def _split(self, roles: Sequence[Role]) -> tuple[str, str]:
         """The rendered template before and after the chunks; the turns' stand-ins are in the second part."""
         return _cut(self._render(roles, fold=self._fold_system), _CONTEXT)
 
@@ -220,10 +237,8 @@ class PromptBuilder:
         problems = []
         for fold in (False, True):
             try:
-                heads = {
-                    _cut(self._render(roles, fold=fold), _CONTEXT)[0]
-                    for roles in (["user"], ["user", "assistant", "user"])
-                }
+                conversations: tuple[list[Role], ...] = (["user"], ["user", "assistant", "user"])
+                heads = {_cut(self._render(roles, fold=fold), _CONTEXT)[0] for roles in conversations}
             except Exception as problem:  # templates raise whatever they like
                 problems.append(str(problem))
                 continue

@@ -8,14 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lmcache_rag.integrations import kv_registry
+from lmcache_rag.integrations.blender import Blender, counts
+from lmcache_rag.integrations.kv_registry import KVRegistry, as_workspace
 from models import tiny_model
 from openai_kit import FakeVLLM, vllm_serving
 
 from lmcache_rag import Workspace
-from lmcache_rag.adapters import resolve
-from lmcache_rag.adapters.blender import Blender, counts
-from lmcache_rag.adapters.register import KVRegister
-from lmcache_rag.adapters.resolve import as_workspace
 from lmcache_rag.engines.base import BlendOptions, Completion, Sampling
 from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.engines.hf_model import HFModel
@@ -39,13 +38,13 @@ def workspace(tmp_path: Path, tokenizer: Any) -> Iterator[Workspace]:
 def no_connections_left() -> Iterator[None]:
     """Workspaces of servers live as long as the process: here, as long as the test."""
     yield
-    while resolve._by_server:
-        resolve._by_server.popitem()[1].engine.close()
+    while kv_registry._by_server:
+        kv_registry._by_server.popitem()[1].engine.close()
 
 
 @pytest.fixture
-def register(workspace: Workspace) -> KVRegister:
-    return KVRegister.of(workspace)
+def register(workspace: Workspace) -> KVRegistry:
+    return KVRegistry.of(workspace)
 
 
 @pytest.fixture
@@ -85,7 +84,7 @@ def test_an_id_given_again_replaces_its_text_and_equal_texts_compute_nothing(reg
 
 
 def test_spaces_keep_their_ids_apart(workspace, corpus):
-    one, two = KVRegister.of(workspace, space="one"), KVRegister.of(workspace, space="two")
+    one, two = KVRegistry.of(workspace, space="one"), KVRegistry.of(workspace, space="two")
     one.add({"x": corpus[0]})
     assert two.add({"x": corpus[0], "y": corpus[1]}).computed == 1
     assert one.clear() == 1
@@ -146,10 +145,10 @@ def test_registered_texts_are_blended_in_any_order(register, workspace, corpus):
     register.add({str(i): text for i, text in enumerate(corpus)})
     blender = Blender(workspace, blend=BlendOptions("query", 0.2))
     for order in (corpus, corpus[::-1], corpus[2:4]):
-        done = blender.answer(blender.prompted(order, "What is it?"))
+        done = blender.answer(blender.build_prompt(order, "What is it?"))
         assert (done.stats.chunks_hit, done.stats.chunks_missed) == (len(order), 0)
         assert done.stats.reused_tokens > 0
-    off = blender.answer(blender.prompted(corpus, "What is it?"), blend=BlendOptions(enabled=False))
+    off = blender.answer(blender.build_prompt(corpus, "What is it?"), blend=BlendOptions(enabled=False))
     assert off.stats.reused_tokens == 0
     assert counts(off.stats)["blended"] is False
 
@@ -158,7 +157,7 @@ def test_a_text_that_nobody_registered_is_noticed_and_computed(register, workspa
     register.add({"a": corpus[0]})
     blender = Blender(workspace)
     changed = corpus[1] + " And more."
-    prompted = blender.prompted([corpus[0], changed], "What is it?")
+    prompted = blender.build_prompt([corpus[0], changed], "What is it?")
     assert prompted.registered == (True, False)
     done = blender.answer(prompted)
     assert (done.stats.chunks_hit, done.stats.chunks_missed) == (1, 1)
@@ -169,7 +168,7 @@ def test_kv_that_is_gone_is_kept_again_after_the_answer(register, workspace, cor
     register.add({"a": corpus[0], "b": corpus[1]})
     workspace.engine.forget([(workspace.prompts.fingerprint, workspace.prompts.chunk_key(corpus[1]))])
     blender = Blender(workspace)
-    prompted = blender.prompted(corpus[:2], "What is it?")
+    prompted = blender.build_prompt(corpus[:2], "What is it?")
     assert blender.answer(prompted).stats.chunks_missed == 1
     assert blender.drain(60)
     assert blender.answer(prompted).stats.chunks_missed == 0
@@ -179,31 +178,31 @@ def test_what_does_not_fit_is_dropped_by_score_or_from_the_end(workspace, corpus
     blender = Blender(workspace)
     limit = workspace.engine.info.context_length
     many = [corpus[i % len(corpus)] + f" Number {i}." for i in range(limit // 20)]
-    by_place = blender.prompted(many, "What?")
+    by_place = blender.build_prompt(many, "What?")
     assert by_place.kept == tuple(range(len(by_place.kept)))
     assert len(by_place.kept) + len(by_place.dropped) == len(many)
     assert len(by_place.prompt) < limit
-    scored = blender.prompted(many, "What?", scores=[float(i) for i in range(len(many))])
+    scored = blender.build_prompt(many, "What?", scores=[float(i) for i in range(len(many))])
     assert scored.kept[-1] == len(many) - 1
     assert scored.dropped[0] == 0
     assert "did not fit" in blender.answer(scored, sampling=FOUR).warnings[-1]
-    some = blender.prompted(many, "What?", scores=[None, *[float(i) for i in range(1, len(many))]])
+    some = blender.build_prompt(many, "What?", scores=[None, *[float(i) for i in range(1, len(many))]])
     assert some.kept == by_place.kept
 
 
 def test_empty_texts_and_questions(workspace, corpus):
     blender = Blender(workspace)
-    assert blender.prompted(["", corpus[0], ""], "What?").kept == (1,)
-    assert blender.prompted([], "What?").texts == ()
+    assert blender.build_prompt(["", corpus[0], ""], "What?").kept == (1,)
+    assert blender.build_prompt([], "What?").texts == ()
     with pytest.raises(PromptError, match="question is empty"):
-        blender.prompted(corpus, "  ")
+        blender.build_prompt(corpus, "  ")
 
 
 def test_history_stands_behind_the_chunks(workspace, corpus):
     blender = Blender(workspace)
     turns = [Turn("user", "Who?"), Turn("assistant", "He.")]
-    with_history = blender.prompted(corpus, "When?", history=turns).prompt
-    without = blender.prompted(corpus, "When?").prompt
+    with_history = blender.build_prompt(corpus, "When?", history=turns).prompt
+    without = blender.build_prompt(corpus, "When?").prompt
     assert with_history.chunks == without.chunks
     assert len(with_history) > len(without)
 
@@ -211,7 +210,7 @@ def test_history_stands_behind_the_chunks(workspace, corpus):
 async def test_async_answers_equal_sync_ones(register, workspace, corpus):
     register.add({"a": corpus[0]})
     blender = Blender(workspace)
-    prompted = blender.prompted([corpus[0]], "What is it?")
+    prompted = blender.build_prompt([corpus[0]], "What is it?")
     assert (await blender.aanswer(prompted)).text == blender.answer(prompted).text
     pieces = [event async for event in blender.astream(prompted)]
     assert isinstance(pieces[-1], Completion)
@@ -224,9 +223,9 @@ def test_another_openai_client_sends_our_prompt_and_reads_our_statistics(server,
     import openai
 
     workspace = as_workspace(server.url, store=tmp_path / "s")
-    KVRegister.of(workspace).add({str(i): text for i, text in enumerate(corpus)})
+    KVRegistry.of(workspace).add({str(i): text for i, text in enumerate(corpus)})
     blender = Blender(workspace)
-    prompted = blender.prompted(corpus, "What is it?")
+    prompted = blender.build_prompt(corpus, "What is it?")
     body = blender.request(prompted)
     assert body["prompt"] == list(prompted.prompt.token_ids)
     assert body["kv_transfer_params"]["lmcache_rag.chunks"] == [[c.start, c.end] for c in prompted.prompt.chunks]
@@ -243,7 +242,7 @@ def test_another_openai_client_sends_our_prompt_and_reads_our_statistics(server,
 def test_chat_takes_token_ids_where_the_server_does(tmp_path, tokenizer, corpus):
     with vllm_serving(tokenizer, version="0.33.0") as new, vllm_serving(tokenizer, version="0.25.1") as old:
         blender = Blender(as_workspace(new.url, store=tmp_path / "s"))
-        prompted = blender.prompted(corpus, "What is it?")
+        prompted = blender.build_prompt(corpus, "What is it?")
         params = blender.request_chat(prompted)["kv_transfer_params"]
         assert params["prompt_token_ids"] == list(prompted.prompt.token_ids)
         assert params["lmcache_rag.blend"] == "on"
@@ -255,7 +254,7 @@ def test_chat_takes_token_ids_where_the_server_does(tmp_path, tokenizer, corpus)
 def test_only_a_server_takes_requests(workspace, corpus):
     blender = Blender(workspace)
     with pytest.raises(EngineError, match="not a vLLM server"):
-        blender.request(blender.prompted(corpus, "What?"))
+        blender.request(blender.build_prompt(corpus, "What?"))
 
 
 # -- what a user has in hand ------------------------------------------------------------------------------------------
@@ -309,11 +308,11 @@ def test_a_server_that_does_not_blend_is_said_once_by_the_engine_alone(tmp_path,
         stock.connector = False
         blender = Blender(as_workspace(stock.url, store=tmp_path / "s"))
         for _ in range(3):
-            assert blender.answer(blender.prompted(corpus, "What?"), sampling=FOUR).text
+            assert blender.answer(blender.build_prompt(corpus, "What?"), sampling=FOUR).text
     assert len([record for record in caplog.records if "blend" in record.message]) == 1
 
 
 @pytest.mark.parametrize("source", [object(), SimpleNamespace(openai_api_base="https://api.openai.com/v1")])
 def test_what_names_no_server_is_refused(source):
-    with pytest.raises(ConfigError, match="names no vLLM server"):
+    with pytest.raises(ConfigError, match="has no vLLM server URL"):
         as_workspace(source)

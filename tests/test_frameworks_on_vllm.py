@@ -43,10 +43,10 @@ def facts(servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def wanted(servers: Servers, source: Any, texts: list[str]) -> str:
     """The answer of the same token ids from a client that knows nothing of us."""
-    from lmcache_rag.adapters.blender import Blender
-    from lmcache_rag.adapters.resolve import as_workspace
+    from lmcache_rag.integrations.blender import Blender
+    from lmcache_rag.integrations.kv_registry import as_workspace
 
-    ids = list(Blender(as_workspace(source)).prompted(texts, QUESTION).prompt.token_ids)
+    ids = list(Blender(as_workspace(source)).build_prompt(texts, QUESTION).prompt.token_ids)
     body = {"model": "smollm2", "prompt": ids, "max_tokens": 8, "temperature": 0}
     return str(servers.client.post("/v1/completions", json=body).json()["choices"][0]["text"])
 

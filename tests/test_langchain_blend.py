@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 from embedded_server_kit import EmbeddedVLLM
 from framework_kit import fresh, light_tokenizer, passages
 from langchain_core.documents import Document
+from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
@@ -18,9 +22,9 @@ from langchain_core.tracers.base import BaseTracer
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_kit import FAKE, Seen, client, server, workspace
 from langchain_openai import ChatOpenAI, OpenAI
+from lmcache_rag.integrations.kv_registry import as_workspace
 from lmcache_rag.integrations.langchain import ChunkedPromptValue, LMCacheVectorStore, blend
 
-from lmcache_rag.adapters.resolve import as_workspace
 from lmcache_rag.engines.base import BlendOptions, QueryPrompt
 from lmcache_rag.errors import ConfigError, PromptError
 from lmcache_rag.prompt import PromptBuilder, PromptFormat
@@ -361,10 +365,10 @@ def test_wrong_input_says_what_to_do(given: Any, message: str) -> None:
 
 
 def test_the_prompt_value_has_text_messages_ids_and_parts(case: Case, texts: list[str]) -> None:
-    from lmcache_rag.integrations.langchain.prompt_value import prompt_value
+    from lmcache_rag.integrations.langchain.prompts import prompt_value
 
     blender = case.blend.blender
-    prompted = blender.prompted(texts[:3], QUESTION)
+    prompted = blender.build_prompt(texts[:3], QUESTION)
     value = prompt_value(blender.prompts, blender.engine.tokenizer, prompted)
     assert isinstance(value, ChunkedPromptValue)
     assert value.token_ids == list(prompted.prompt.token_ids)
@@ -381,6 +385,14 @@ def test_the_prompt_value_has_text_messages_ids_and_parts(case: Case, texts: lis
     assert all(text in human.text for text in (*texts[:3], QUESTION))
 
 
+def test_a_prompt_value_is_found_by_its_namespace_and_pickles() -> None:
+    part: Any = {"kind": "prefix", "start": 0, "end": 1, "key": ""}
+    value = ChunkedPromptValue(text="a", messages=[HumanMessage("a")], token_ids=[1], segments=[part])
+    for *module, name in (ChunkedPromptValue.lc_id(), json.loads(dumps(value))["id"]):
+        assert getattr(importlib.import_module(".".join(module)), name) is ChunkedPromptValue
+    assert pickle.loads(pickle.dumps(value)) == value
+
+
 def test_the_same_source_is_one_workspace_for_store_and_chain(running: EmbeddedVLLM) -> None:
     llm = client(OpenAI, running)
     assert as_workspace(llm) is as_workspace(client(ChatOpenAI, running, max_tokens=9))
@@ -388,10 +400,10 @@ def test_the_same_source_is_one_workspace_for_store_and_chain(running: EmbeddedV
 
 def test_scores_decide_what_is_dropped(case: Case, texts: list[str]) -> None:
     documents = [Document(text, metadata={"relevance_score": i}) for i, text in enumerate(texts)]
-    from lmcache_rag.integrations.langchain.inputs import asked_of
+    from lmcache_rag.integrations.langchain.prompts import parse_input
 
-    assert asked_of({"documents": documents, "question": "q"}).scores == (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
-    assert asked_of({"documents": [*documents, "x"], "question": "q"}).scores is None
+    assert parse_input({"documents": documents, "question": "q"}).scores == (0.0, 1.0, 2.0, 3.0, 4.0, 5.0)
+    assert parse_input({"documents": [*documents, "x"], "question": "q"}).scores is None
 
 
 async def test_the_step_fits_into_larger_chains(case: Case) -> None:

@@ -305,7 +305,7 @@ def test_our_faiss_says_what_it_cannot_keep(tmp_path: Path) -> None:
         vectors.add_documents([Document("a"), Document("b")], ids=["1"])
     with pytest.raises(StoreError, match="embedd"):
         FaissStore(DeterministicFakeEmbedding(size=5), vectors.store).similarity_search("x")
-    with pytest.raises(ConfigError, match="does not know what answers"):
+    with pytest.raises(ConfigError, match="needs `source`"):
         LMCacheVectorStore(vectors)
     vectors.close()
 

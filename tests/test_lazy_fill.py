@@ -15,12 +15,11 @@ from typing import Any
 import pytest
 from embedded_server_kit import EmbeddedVLLM, serving
 from framework_kit import fresh, light_tokenizer, passages, tiny_llama
+from lmcache_rag.integrations.blender import Blender
+from lmcache_rag.integrations.kv_registry import KVRegistry, as_workspace
 from openai_kit import vllm_serving
 
 from lmcache_rag import Workspace, lazy_fill
-from lmcache_rag.adapters.blender import Blender
-from lmcache_rag.adapters.register import KVRegister
-from lmcache_rag.adapters.resolve import as_workspace
 from lmcache_rag.engines.base import BlendOptions, Completion, PrecomputeResult, Sampling, kv_key
 from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.engines.hf_model import HFModel
@@ -272,9 +271,9 @@ def running(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def _workspaces() -> list[Workspace]:
-    from lmcache_rag.adapters import resolve
+    from lmcache_rag.integrations import kv_registry
 
-    return list(resolve._by_server.values())
+    return list(kv_registry._by_server.values())
 
 
 def ingested(running: EmbeddedVLLM) -> int:
@@ -293,7 +292,7 @@ def test_passages_never_ingested_are_hit_after_their_use(
     blender = Blender(as_workspace(running.url), lazy_fill=mode)
     found = []
     for number in range(3):
-        done = blender.answer(blender.prompted(texts[number:] + texts[:number], "What is it?"))
+        done = blender.answer(blender.build_prompt(texts[number:] + texts[:number], "What is it?"))
         found.append(done.stats.chunks_missed)
         assert blender.drain(LONG)
     assert found == misses
@@ -303,9 +302,9 @@ def test_passages_never_ingested_are_hit_after_their_use(
 
 def test_only_what_was_missing_is_ingested(running: EmbeddedVLLM, texts: list[str]) -> None:
     workspace = as_workspace(running.url)
-    KVRegister.of(workspace).add({"a": texts[0]})
+    KVRegistry.of(workspace).add({"a": texts[0]})
     blender = Blender(workspace, lazy_fill="first")
-    done = blender.answer(blender.prompted(texts[:2], "What is it?"))
+    done = blender.answer(blender.build_prompt(texts[:2], "What is it?"))
     assert (done.missed, done.warnings[-1]) == ((1,), "1 passage(s) without KV are ingested now.")
     assert blender.drain(LONG)
     assert ingested(running) == 2
@@ -317,14 +316,14 @@ def test_registered_passages_are_ingested_at_their_first_use(
 ) -> None:
     caplog.set_level(logging.INFO, "lmcache_rag")
     workspace = as_workspace(running.url)
-    register = KVRegister.of(workspace)
+    register = KVRegistry.of(workspace)
     register.add({"a": texts[0]})
     fingerprint = running.fingerprint({})
     running.engine.forget([(fingerprint, kv_key(fingerprint, workspace.prompts.chunk_ids(texts[0])))])
     blender = Blender(workspace)
-    assert blender.answer(blender.prompted(texts[:1], "What?")).stats.chunks_missed == 1
+    assert blender.answer(blender.build_prompt(texts[:1], "What?")).stats.chunks_missed == 1
     assert blender.drain(LONG)
-    assert blender.answer(blender.prompted(texts[:1], "What?")).stats.chunks_missed == 0
+    assert blender.answer(blender.build_prompt(texts[:1], "What?")).stats.chunks_missed == 0
     assert "Lazy fill ingested 1 passage(s)" in caplog.text
 
 
@@ -339,7 +338,7 @@ def test_an_answer_does_not_wait_for_ingestion(tokenizer: Any, texts: list[str],
             return real(number, body)
 
         server.told = told  # type: ignore[method-assign]
-        prompted = blender.prompted(texts[:2], "What?")
+        prompted = blender.build_prompt(texts[:2], "What?")
         done = blender.answer(prompted, sampling=Sampling(max_tokens=4))
         assert done.missed == (0, 1)
         assert blender.fill_counts.ingested == 0, "the answer is there and the ingestion is not"
@@ -353,7 +352,7 @@ def test_a_server_that_loses_its_store_is_not_filled(tokenizer: Any, texts: list
     with vllm_serving(tokenizer) as server:
         server.failure = "no server"
         blender = Blender(as_workspace(server.url, store=tmp_path / "s"), lazy_fill="first")
-        done = blender.answer(blender.prompted(texts, "What?"), sampling=Sampling(max_tokens=4))
+        done = blender.answer(blender.build_prompt(texts, "What?"), sampling=Sampling(max_tokens=4))
         assert (done.missed, done.stats.chunks_missed) == ((), 3)
         assert blender.drain(LONG)
         assert len(server.seen) == 1
@@ -364,7 +363,7 @@ def test_closing_ends_retries_without_waiting_for_them(tokenizer: Any, texts: li
     with vllm_serving(tokenizer) as server:
         workspace = as_workspace(server.url, store=tmp_path / "s")
         blender = Blender(workspace, lazy_fill="first")
-        blender.answer(blender.prompted(texts[:1], "What?", max_tokens=4), sampling=Sampling(max_tokens=4))
+        blender.answer(blender.build_prompt(texts[:1], "What?", max_tokens=4), sampling=Sampling(max_tokens=4))
         assert blender.drain(LONG)
         server.fail = [500] * 1000
         prompt = workspace.prompts.ingest(texts[1])
@@ -380,16 +379,16 @@ def test_closing_ends_retries_without_waiting_for_them(tokenizer: Any, texts: li
 
 async def test_the_async_ways_are_the_same(running: EmbeddedVLLM, texts: list[str]) -> None:
     blender = Blender(as_workspace(running.url), lazy_fill="first")
-    events = [event async for event in blender.astream(blender.prompted(texts, "What?"))]
+    events = [event async for event in blender.astream(blender.build_prompt(texts, "What?"))]
     assert isinstance(events[-1], Completion)
     assert await blender.adrain()
-    assert (await blender.aanswer(blender.prompted(texts, "What?"))).stats.chunks_missed == 0
+    assert (await blender.aanswer(blender.build_prompt(texts, "What?"))).stats.chunks_missed == 0
     await blender.aclose()
 
 
 def test_a_full_prefill_fills_nothing(running: EmbeddedVLLM, texts: list[str]) -> None:
     blender = Blender(as_workspace(running.url), lazy_fill="first", blend=BlendOptions(enabled=False))
-    blender.answer(blender.prompted(texts, "What?"))
+    blender.answer(blender.build_prompt(texts, "What?"))
     assert blender.drain(LONG)
     assert ingested(running) == 0
 
@@ -400,7 +399,7 @@ def test_an_embedded_engine_keeps_registered_passages_only(tokenizer: Any, texts
     )
     with Workspace.open(tmp_path / "s", engine=engine, max_tokens=4) as workspace:
         blender = Blender(workspace, lazy_fill="first")
-        blender.answer(blender.prompted(texts, "What?"))
+        blender.answer(blender.build_prompt(texts, "What?"))
         assert blender.drain(LONG)
         assert all(engine.missing([workspace.prompts.ingest(text) for text in texts]))
 

@@ -138,9 +138,9 @@ def test_the_builtin_modes_are_refused(workspace, index):
     for mode in (ResponseMode.COMPACT, ResponseMode.REFINE, ResponseMode.SIMPLE_SUMMARIZE):
         with pytest.raises(ConfigError, match="blended answers have one mode"):
             as_blend_query_engine(index, workspace, response_mode=mode)
-    with pytest.raises(ConfigError, match="chat mode context only"):
+    with pytest.raises(ConfigError, match="chat_mode='context' only"):
         as_blend_chat_engine(index, workspace, chat_mode="react")
-    with pytest.raises(ConfigError, match="names no vLLM server"):
+    with pytest.raises(ConfigError, match="has no vLLM server URL"):
         as_blend_query_engine(index, MockLLM())
 
 
@@ -173,8 +173,8 @@ def test_special_tokens_in_documents_and_questions_are_text(workspace):
     ask = as_blend_query_engine(index, workspace)
     response = ask.query("What? <|im_end|>")
     assert (stats(response)["chunks_hit"], stats(response)["chunks_missed"]) == (1, 0)
-    ids = ask._response_synthesizer.blender.prompted([text], "What? <|im_end|>").prompt.token_ids
-    plain = ask._response_synthesizer.blender.prompted(["Hello."], "What?").prompt.token_ids
+    ids = ask._response_synthesizer.blender.build_prompt([text], "What? <|im_end|>").prompt.token_ids
+    plain = ask._response_synthesizer.blender.build_prompt(["Hello."], "What?").prompt.token_ids
     end = workspace.engine.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert ids.count(end) == plain.count(end)
 
@@ -199,7 +199,7 @@ def test_the_lowest_score_is_dropped_first(workspace, sentences):
     nodes = [NodeWithScore(node=node(f"{i} {long}"), score=score) for i, score in enumerate((0.1, 0.9, 0.5))]
     synthesizer = BlendSynthesizer(workspace)
     many = [NodeWithScore(node=n.node, score=n.score) for n in nodes for _ in range(2)]
-    prompted, _, _ = synthesizer._asked("What?", [node_text(n.node) for n in many], {"scores": [n.score for n in many]})
+    prompted, _, _ = synthesizer._parse("What?", [node_text(n.node) for n in many], {"scores": [n.score for n in many]})
     assert prompted.dropped
     assert set(prompted.dropped) <= {0, 1}
 
@@ -227,9 +227,9 @@ def test_words_behind_the_passages_change_freely(workspace, index, caplog):
     ask.update_prompts({"response_synthesizer:text_qa_template": changed})
     response = ask.query("What?")
     assert (stats(response)["chunks_hit"], stats(response)["chunks_missed"]) == (2, 0)
-    assert "other words" not in caplog.text
+    assert "another text before" not in caplog.text
     blender = ask._response_synthesizer.blender
-    assert "Answer as a pirate:" in workspace.engine.tokenizer.decode(blender.prompted(["x"], "y").prompt.token_ids)
+    assert "Answer as a pirate:" in workspace.engine.tokenizer.decode(blender.build_prompt(["x"], "y").prompt.token_ids)
 
 
 def test_words_before_the_passages_cost_their_kv_once(workspace, index, caplog):
@@ -237,9 +237,9 @@ def test_words_before_the_passages_cost_their_kv_once(workspace, index, caplog):
         [("system", "You are a pirate."), ("user", "Read this:\n---\n{context_str}\n---\nNow: {query_str}")]
     )
     ask = as_blend_query_engine(index, workspace, text_qa_template=own)
-    assert caplog.text.count("other words before the passages") == 1
+    assert caplog.text.count("another text before the passages") == 1
     blender = ask._response_synthesizer.blender
-    text = workspace.engine.tokenizer.decode(blender.prompted(["PASSAGE"], "WHAT").prompt.token_ids)
+    text = workspace.engine.tokenizer.decode(blender.build_prompt(["PASSAGE"], "WHAT").prompt.token_ids)
     assert "You are a pirate." in text
     assert "Read this:" in text
     assert "PASSAGE\n---\nNow: WHAT" in text
@@ -268,7 +268,7 @@ def test_llama_indexs_own_template_can_be_used(workspace, index):
 
     ask = as_blend_query_engine(index, workspace, text_qa_template=DEFAULT_TEXT_QA_PROMPT_SEL)
     blender = ask._response_synthesizer.blender
-    text = workspace.engine.tokenizer.decode(blender.prompted(["PASSAGE"], "WHAT").prompt.token_ids)
+    text = workspace.engine.tokenizer.decode(blender.build_prompt(["PASSAGE"], "WHAT").prompt.token_ids)
     assert "Context information is below." in text
     assert "Query: WHAT" in text
     mapped = PromptTemplate("{ctx}\nQ: {q}", template_var_mappings={"context_str": "ctx", "query_str": "q"})
@@ -370,7 +370,7 @@ def test_a_chat_takes_a_system_prompt_and_an_old_conversation(workspace, index, 
     assert "You are a pirate." in prompt
     assert "never answered\n\nWhat?" in prompt
     assert "cut off" not in prompt
-    assert caplog.text.count("other words before the passages") == 1
+    assert caplog.text.count("another text before the passages") == 1
 
 
 def test_history_can_be_given_to_one_answer(workspace, index):
@@ -419,7 +419,7 @@ async def test_the_retriever_goes_over_an_index_or_a_retriever(workspace, index)
     assert [n.node_id for n in LMCacheRetriever(plain, similarity_top_k=1).retrieve("What?")] == wanted[:1]
     with pytest.raises(ConfigError, match="only an index"):
         LMCacheRetriever(plain, filters=None)
-    with pytest.raises(ConfigError, match="retrieves nothing"):
+    with pytest.raises(ConfigError, match=r"has no retrieve\(\)"):
         LMCacheRetriever(3)
     with pytest.raises(ConfigError, match="at least 1"):
         LMCacheRetriever(plain, similarity_top_k=0)

@@ -11,6 +11,7 @@ import pytest
 from embedded_server_kit import serving
 from framework_kit import fresh, light_tokenizer, passages
 from llama_index_kit import client, events, index_over, node, tiny_engine
+from lmcache_rag.integrations.kv_registry import as_workspace
 from lmcache_rag.integrations.llama_index import (
     BlendSynthesizer,
     EngineLLM,
@@ -19,7 +20,6 @@ from lmcache_rag.integrations.llama_index import (
     as_blend_query_engine,
 )
 
-from lmcache_rag.adapters.resolve import as_workspace
 from lmcache_rag.engines.base import BlendOptions
 from lmcache_rag.errors import ConfigError, EngineError, EngineUnavailableError, PrecomputeError
 
@@ -52,7 +52,7 @@ def wanted_ids(llm, engine, response):
     blender = engine._response_synthesizer.blender
     from lmcache_rag.integrations.llama_index import node_text
 
-    return list(blender.prompted([node_text(n.node) for n in response.source_nodes], "What?").prompt.token_ids)
+    return list(blender.build_prompt([node_text(n.node) for n in response.source_nodes], "What?").prompt.token_ids)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import itertools
 import pickle
 import threading
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import chromadb
@@ -28,9 +29,14 @@ from llama_index.core.vector_stores import (
 from llama_index.core.vector_stores.types import VectorStoreQueryMode
 from llama_index.vector_stores.chroma import ChromaVectorStore
 from llama_index_kit import EMBED, index_over, kv_keys, node, tiny_engine, tiny_workspace, wanted_keys
-from lmcache_rag.integrations.llama_index import FaissVectorStore, LMCacheVectorStore, as_blend_query_engine
+from lmcache_rag.integrations.llama_index import (
+    FaissVectorStore,
+    LMCacheVectorStore,
+    as_blend_query_engine,
+    vector_store,
+)
 
-from lmcache_rag.errors import ConfigError, DocumentError, PrecomputeError, StoreError
+from lmcache_rag.errors import ConfigError, DocumentError, PrecomputeError, StoreError, StoreLockedError
 
 
 def chroma():
@@ -189,7 +195,7 @@ def test_a_store_that_cannot_tell_is_an_error_before_anything_is_gone(workspace,
 
     store = LMCacheVectorStore(Mute(workspace.store.path / "mute"), workspace)
     store.add([node(corpus[0], "d", name="1", number=1)])
-    with pytest.raises(ConfigError, match="cannot tell which nodes"):
+    with pytest.raises(ConfigError, match="cannot list its nodes"):
         store.delete_nodes(filters=only("number", 1))
     assert store.kv.ids() == store.inner.ids() == {"1"}
 
@@ -359,6 +365,85 @@ async def test_changes_from_threads_and_tasks_stay_in_step(ours, workspace, tmp_
     for number in range(3):
         await ours.adelete(f"d{number}")
     assert same(ours, workspace, tmp_path) == set()
+
+
+@pytest.fixture
+def held_addition(ours, workspace, monkeypatch):
+    """Makes an addition's KV computation wait until `go` is set."""
+    started, go, real = threading.Event(), threading.Event(), workspace.engine.precompute
+
+    def slow(prompts):
+        started.set()
+        assert go.wait(20)
+        yield from real(prompts)
+
+    monkeypatch.setattr(workspace.engine, "precompute", slow)
+    yield started, go
+    go.set()
+
+
+async def test_a_sync_change_that_would_block_its_loop_fails(ours, workspace, tmp_path, corpus, held_addition):
+    started, go = held_addition
+    task = asyncio.create_task(ours.async_add([node(corpus[0], name="0")]))
+    await asyncio.to_thread(started.wait, 20)
+    for change in (lambda: ours.add([node(corpus[1], name="1")]), lambda: ours.delete("0"), ours.clear, ours.prune):
+        with pytest.raises(StoreLockedError, match=r"would block\. Await async_add"):
+            change()
+    go.set()
+    await task
+    assert same(ours, workspace, tmp_path) == {"0"}
+    ours.add([node(corpus[1], name="1")])
+    assert same(ours, workspace, tmp_path) == {"0", "1"}
+
+
+async def test_a_thread_fails_after_a_while_behind_a_task(
+    ours, workspace, tmp_path, corpus, held_addition, monkeypatch
+):
+    monkeypatch.setattr(vector_store, "_PATIENCE_S", 0.3)
+    started, go = held_addition
+    task = asyncio.create_task(ours.async_add([node(corpus[0], name="0")]))
+    await asyncio.to_thread(started.wait, 20)
+    with pytest.raises(StoreLockedError, match="await the async methods"):
+        await asyncio.to_thread(ours.add, [node(corpus[1], name="1")])
+    assert ours.kv.ids() <= {"0"}
+    later = asyncio.create_task(ours.async_add([node(corpus[2], name="2")]))  # this one waits
+    await asyncio.sleep(0.5)
+    assert not later.done()
+    go.set()
+    await asyncio.gather(task, later)
+    assert same(ours, workspace, tmp_path) == {"0", "2"}
+
+
+def test_a_thread_waits_for_another_thread(ours, workspace, tmp_path, corpus, held_addition, monkeypatch):
+    monkeypatch.setattr(vector_store, "_PATIENCE_S", 0.1)
+    started, go = held_addition
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(ours.add, [node(corpus[0], name="0")])
+        assert started.wait(20)
+        second = pool.submit(ours.add, [node(corpus[1], name="1")])
+        with pytest.raises(TimeoutError):
+            second.result(0.8)
+        assert ours.inner.ids() == set()
+        go.set()
+        assert (first.result(), second.result()) == (["0"], ["1"])
+    assert same(ours, workspace, tmp_path) == {"0", "1"}
+
+
+async def test_a_change_inside_a_change_fails(ours, workspace, tmp_path, corpus, monkeypatch):
+    nodes = [node(corpus[0], name="0")]
+    with monkeypatch.context() as patch:
+        patch.setattr(FaissVectorStore, "add", lambda self, given, **_: ours.add(given))
+        with pytest.raises(StoreLockedError, match="inside another change"):
+            await asyncio.to_thread(ours.add, nodes)
+        patch.setattr(FaissVectorStore, "add", lambda self, given, **_: asyncio.run(ours.async_add(given)))
+        with pytest.raises(StoreLockedError, match="inside another change"):
+            await asyncio.to_thread(ours.add, nodes)
+        patch.setattr(FaissVectorStore, "async_add", lambda self, given, **_: ours.async_add(given))
+        with pytest.raises(StoreLockedError, match="inside another change"):
+            await ours.async_add(nodes)
+    assert same(ours, workspace, tmp_path) == set()
+    ours.add(nodes)
+    assert same(ours, workspace, tmp_path) == {"0"}
 
 
 def test_two_stores_of_one_workspace_keep_apart(workspace, tmp_path, corpus):

@@ -274,18 +274,19 @@ def test_a_chunk_that_is_to_be_forgotten_is_gone_from_memory_and_tier(served: Se
 def test_passages_never_ingested_are_blended_after_their_second_use(
     served: Served, smollm2_path: Path, tmp_path: Path, sentences: list[str]
 ) -> None:
+    from lmcache_rag.integrations.blender import Blender
+
     from lmcache_rag import VLLMEngine, Workspace
-    from lmcache_rag.adapters.blender import Blender
 
     engine = VLLMEngine(str(served._client.base_url).rstrip("/"), tokenizer=smollm2_path)
     texts = [" ".join(sentences[start::7][:12]) for start in range(3)]
     with Workspace.open(tmp_path / "store", engine=engine, max_tokens=4) as workspace:
         blender = Blender(workspace)
         for missed in (3, 3):
-            assert blender.answer(blender.prompted(texts, "What?")).stats.chunks_missed == missed
+            assert blender.answer(blender.build_prompt(texts, "What?")).stats.chunks_missed == missed
             texts = texts[::-1]
             assert blender.drain(120)
         counts = blender.fill_counts
         assert counts.ingested + counts.held == 3, "what began a question is in vLLM's own cache already"
-        assert until(lambda: blender.answer(blender.prompted(texts, "What?")).stats.chunks_missed == 0)
+        assert until(lambda: blender.answer(blender.build_prompt(texts, "What?")).stats.chunks_missed == 0)
     engine.close()

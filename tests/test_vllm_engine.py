@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lmcache_rag.integrations.kv_registry import KVRegistry
 from openai_kit import BLOCK, MODEL, TEXT, FakeVLLM, vllm_serving
 from typer.testing import CliRunner
 
 from lmcache_rag import VLLMEngine, Workspace
-from lmcache_rag.adapters.register import KVRegister
 from lmcache_rag.cli.app import app
 from lmcache_rag.engines import vllm_tokenizer
 from lmcache_rag.engines.base import BlendOptions, Completion, Engine, Sampling, TextDelta
@@ -893,7 +893,7 @@ def test_the_forget_verb_spares_what_other_documents_need(call, server, chunks, 
 def test_documents_stay_while_a_server_cannot_be_reached(server, connect, chunks, tmp_path) -> None:
     engine = connect(server.url, attempts=1, patience=1)
     with Workspace.open(tmp_path / "s", engine=engine) as workspace:
-        register = KVRegister.of(workspace)
+        register = KVRegistry.of(workspace)
         register.add({"a": chunks[0], "b": chunks[1]})
         server.cannot_forget = 1
         with pytest.raises(EngineError, match="KV store did not answer"):

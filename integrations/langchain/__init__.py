@@ -7,7 +7,7 @@ from lmcache_rag.errors import OptionalDependencyError
 try:
     from .blend import Blend, blend
     from .faiss_store import FaissStore
-    from .prompt_value import ChunkedPromptValue
+    from .prompts import ChunkedPromptValue
     from .retriever import LMCacheRetriever
     from .vector_store import LMCacheVectorStore
 except ModuleNotFoundError as problem:  # pragma: no cover - only without the framework

@@ -1,4 +1,4 @@
-"""The step of a chain that answers from blended KV: documents and a question in, the model's answer out."""
+"""The step of a chain that answers from blended KV: documents and a question go in, the model's answer comes out."""
 
 from __future__ import annotations
 
@@ -15,38 +15,35 @@ from langchain_core.callbacks import adispatch_custom_event, dispatch_custom_eve
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
 from langchain_core.runnables.config import merge_configs, patch_config
 
-from lmcache_rag.adapters.blender import Blender, Prompted
-from lmcache_rag.adapters.resolve import as_workspace
 from lmcache_rag.engines.base import BlendOptions
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.lazy_fill import mode_of
 
-from .call import KEY, Call
-from .chat_text import chat_body
-from .engine_model import EngineModel
-from .inputs import asked_of
-from .openai_models import for_call, kind_of
-from .prompt_value import ChunkedPromptValue, prompt_value
+from ..blender import Blender, BlendPrompt
+from ..kv_registry import as_workspace
+from .chat_model import EngineModel
+from .openai import KEY, BlendCall, api_of, bind_request, chat_body
+from .prompts import ChunkedPromptValue, parse_input, prompt_value
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 
 log = logging.getLogger("lmcache_rag")
 
-# A run that begins without metadata cannot be given any later, when the statistics are there.
-_MARK: RunnableConfig = {"metadata": {KEY: "blend"}}
-_OURS = frozenset(BlendOptions.__dataclass_fields__)
-_NOT_OURS = {"tools": "tools", "functions": "tools", "response_format": "structured output"}
-_OTHER_IDS = (
-    "This vLLM's chat completions take no token ids (0.32 and later do), and its chat template gives others than the "
-    "passages were ingested with: prompts are computed in full. Use a newer vLLM, or langchain_openai's OpenAI, which "
-    "asks the completions API."
+# Tracers ignore metadata that is added to a run later, unless the run began with some.
+_RUN_METADATA: RunnableConfig = {"metadata": {KEY: "blend"}}
+_BLEND_OPTIONS = frozenset(BlendOptions.__dataclass_fields__)
+_UNSUPPORTED = {"tools": "tools", "functions": "tools", "response_format": "structured output"}
+_NOT_BLENDED = (
+    "This vLLM's chat completions take no token ids (0.32 and later do), and its chat template gives other ids than "
+    "the passages were ingested with: prompts are computed in full. Use a newer vLLM, or langchain_openai's OpenAI, "
+    "which uses the completions API."
 )
 
 
 @dataclass(frozen=True)
 class _Prepared:
-    call: Call
+    call: BlendCall
     value: ChunkedPromptValue
     model: Runnable[Any, Any]
     kwargs: dict[str, Any]
@@ -74,7 +71,7 @@ class Blend(Runnable[dict[str, Any], Any]):
         self._source, self._options, self._folder = source, blend, store
         self._lazy_fill = lazy_fill and mode_of(lazy_fill)
         self._lock = threading.RLock()
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
     @cached_property
     def _blender(self) -> Blender:
@@ -83,20 +80,22 @@ class Blend(Runnable[dict[str, Any], Any]):
 
     @property
     def blender(self) -> Blender:
-        """Makes the prompts; connects to the engine when it is first needed."""
+        """The builder of the prompts; connects to the engine at first use."""
         with self._lock:
             return self._blender
 
-    # -- LangChain's interface --------------------------------------------------------------------------------------
+    # -- LangChain's interface ------------------------------------------------------------------------------------
 
     def invoke(self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        """The whole answer: an AIMessage, or a text from a completions model."""
-        return self._call_with_config(self._invoke, input, merge_configs(_MARK, config), run_type="chain", **kwargs)
+        """Return the whole answer: an AIMessage, or a text from a completions model."""
+        return self._call_with_config(
+            self._invoke, input, merge_configs(_RUN_METADATA, config), run_type="chain", **kwargs
+        )
 
     async def ainvoke(self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any) -> Any:
-        """Async twin of invoke."""
+        """Async version of invoke."""
         return await self._acall_with_config(
-            self._ainvoke, input, merge_configs(_MARK, config), run_type="chain", **kwargs
+            self._ainvoke, input, merge_configs(_RUN_METADATA, config), run_type="chain", **kwargs
         )
 
     def stream(self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any) -> Iterator[Any]:
@@ -106,7 +105,7 @@ class Blend(Runnable[dict[str, Any], Any]):
     async def astream(
         self, input: dict[str, Any], config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[Any]:
-        """Async twin of stream."""
+        """Async version of stream."""
 
         async def once() -> AsyncIterator[dict[str, Any]]:
             yield input
@@ -117,147 +116,149 @@ class Blend(Runnable[dict[str, Any], Any]):
     def transform(
         self, input: Iterator[dict[str, Any]], config: RunnableConfig | None = None, **kwargs: Any
     ) -> Iterator[Any]:
-        """Answer once the whole input is there."""
-        config = merge_configs(_MARK, config)
+        """Answer after the whole input has come."""
+        config = merge_configs(_RUN_METADATA, config)
         yield from self._transform_stream_with_config(input, self._transform, config, run_type="chain", **kwargs)
 
     async def atransform(
         self, input: AsyncIterator[dict[str, Any]], config: RunnableConfig | None = None, **kwargs: Any
     ) -> AsyncIterator[Any]:
-        """Async twin of transform."""
-        config = merge_configs(_MARK, config)
-        made = self._atransform_stream_with_config(input, self._atransform, config, run_type="chain", **kwargs)
-        async for piece in made:
+        """Async version of transform."""
+        config = merge_configs(_RUN_METADATA, config)
+        pieces = self._atransform_stream_with_config(input, self._atransform, config, run_type="chain", **kwargs)
+        async for piece in pieces:
             yield piece
 
-    # -- the work -----------------------------------------------------------------------------------------------------
+    # -- the work -------------------------------------------------------------------------------------------------
 
     def _invoke(
-        self, given: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig, **kwargs: Any
+        self, value: Any, run_manager: CallbackManagerForChainRun, config: RunnableConfig, **kwargs: Any
     ) -> Any:
-        ready, inner = self._prepare(given, config, kwargs), self._inner(config, run_manager)
+        ready, inner = self._prepare(value, config, kwargs), self._inner(config, run_manager)
         output = ready.model.invoke(ready.value, inner, **ready.kwargs)
-        self._tell(ready, inner, run_manager)
+        self._report(ready, inner, run_manager)
         return output
 
     async def _ainvoke(
-        self, given: Any, run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig, **kwargs: Any
+        self, value: Any, run_manager: AsyncCallbackManagerForChainRun, config: RunnableConfig, **kwargs: Any
     ) -> Any:
-        ready, inner = await self._aprepare(given, config, kwargs), self._inner(config, run_manager)
+        ready, inner = await self._aprepare(value, config, kwargs), self._inner(config, run_manager)
         output = await ready.model.ainvoke(ready.value, inner, **ready.kwargs)
-        await self._atell(ready, inner, run_manager)
+        await self._areport(ready, inner, run_manager)
         return output
 
     def _transform(
         self,
-        given: Iterator[Any],
+        parts: Iterator[Any],
         run_manager: CallbackManagerForChainRun,
         config: RunnableConfig,
         **kwargs: Any,
     ) -> Iterator[Any]:
         whole: Any = None
-        for part in given:
+        for part in parts:
             whole = _sum(whole, part)
         ready, inner = self._prepare(whole, config, kwargs), self._inner(config, run_manager)
         yield from ready.model.stream(ready.value, inner, **ready.kwargs)
-        self._tell(ready, inner, run_manager)
+        self._report(ready, inner, run_manager)
 
     async def _atransform(
         self,
-        given: AsyncIterator[Any],
+        parts: AsyncIterator[Any],
         run_manager: AsyncCallbackManagerForChainRun,
         config: RunnableConfig,
         **kwargs: Any,
     ) -> AsyncIterator[Any]:
         whole: Any = None
-        async for part in given:
+        async for part in parts:
             whole = _sum(whole, part)
         ready, inner = await self._aprepare(whole, config, kwargs), self._inner(config, run_manager)
         async for piece in ready.model.astream(ready.value, inner, **ready.kwargs):
             yield piece
-        await self._atell(ready, inner, run_manager)
+        await self._areport(ready, inner, run_manager)
 
-    def _prepare(self, given: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> _Prepared:
-        asked, blender = asked_of(given), self.blender
+    def _prepare(self, value: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> _Prepared:
+        parsed, blender = parse_input(value), self.blender
         options, kwargs = self._split({**self._bound, **kwargs}, config, blender)
-        kind = kind_of(self._source)
-        own = kwargs.get("max_tokens", getattr(self._source, "max_tokens", None) if kind else None)
-        most = own if isinstance(own, int) and own > 0 else None  # -1: as many as there is room for
-        prompted = blender.prompted(
-            asked.texts, asked.question, history=asked.history, scores=asked.scores, max_tokens=most
+        api = api_of(self._source)
+        own = kwargs.get("max_tokens", getattr(self._source, "max_tokens", None) if api else None)
+        limit = own if isinstance(own, int) and own > 0 else None  # -1: up to the context's end
+        prompt = blender.build_prompt(
+            parsed.texts, parsed.question, history=parsed.history, scores=parsed.scores, max_tokens=limit
         )
-        self._look(prompted)
-        value = prompt_value(blender.prompts, blender.engine.tokenizer, prompted, asked.history)
-        call = Call(blender, prompted, options)
-        if kind is None:
-            return _Prepared(call, value, EngineModel(call=call), kwargs)
-        for name, what in _NOT_OURS.items():
+        self._warn_unregistered(prompt)
+        shown = prompt_value(blender.prompts, blender.engine.tokenizer, prompt, parsed.history)
+        call = BlendCall(blender, prompt, options)
+        if api is None:
+            return _Prepared(call, shown, EngineModel(call=call), kwargs)
+        for name, what in _UNSUPPORTED.items():
             if kwargs.get(name):
                 raise ConfigError(
                     f"The model is bound to {what}, which a blended prompt cannot carry.",
                     remedy=f"Give blend() the model without {what}, and use {what} in a step of its own.",
                 )
-        if kind == "completions":
-            call.body = blender.request(prompted, blend=options)
+        if api == "completions":
+            call.body = blender.request(prompt, blend=options)
         else:
-            call.body, same = chat_body(call, value)
+            call.body, same = chat_body(call, shown)
             if not same and self._first("chat"):
-                log.warning(_OTHER_IDS)
-        room = max(1, blender.engine.info.context_length - len(prompted.prompt))
+                log.warning(_NOT_BLENDED)
+        left = max(1, blender.engine.info.context_length - len(prompt.prompt))
         if own is not None:
             kwargs.pop("max_tokens", None)
-        model = for_call(self._source, call, max_tokens=None if own is None else min(most or room, room))
-        return _Prepared(call, value, model, kwargs)
+        model = bind_request(self._source, call, max_tokens=None if own is None else min(limit or left, left))
+        return _Prepared(call, shown, model, kwargs)
 
-    async def _aprepare(self, given: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> _Prepared:
-        return await asyncio.to_thread(self._prepare, given, config, kwargs)  # may connect, and tokenizes
+    async def _aprepare(self, value: Any, config: RunnableConfig, kwargs: dict[str, Any]) -> _Prepared:
+        return await asyncio.to_thread(self._prepare, value, config, kwargs)  # may connect, and tokenizes
 
     def _split(
         self, kwargs: dict[str, Any], config: RunnableConfig, blender: Blender
     ) -> tuple[BlendOptions, dict[str, Any]]:
-        """How this call reuses KV, and what goes on to the model."""
-        wanted = {name: kwargs.pop(name) for name in _OURS & kwargs.keys()}
-        said = (config.get("configurable") or {}).get(KEY) or {}
-        if not isinstance(said, Mapping) or set(said) - _OURS:
-            raise ConfigError(f"configurable[{KEY!r}] is {said!r}.", remedy=f"It takes {', '.join(sorted(_OURS))}.")
-        return replace(blender.blend, **{**said, **wanted}), kwargs
+        """Return how this call reuses KV, and the keywords that the model gets."""
+        wanted = {name: kwargs.pop(name) for name in _BLEND_OPTIONS & kwargs.keys()}
+        options = (config.get("configurable") or {}).get(KEY) or {}
+        if not isinstance(options, Mapping) or set(options) - _BLEND_OPTIONS:
+            raise ConfigError(
+                f"configurable[{KEY!r}] is {options!r}.", remedy=f"It takes {', '.join(sorted(_BLEND_OPTIONS))}."
+            )
+        return replace(blender.blend, **{**options, **wanted}), kwargs
 
     def _inner(
         self, config: RunnableConfig, run_manager: CallbackManagerForChainRun | AsyncCallbackManagerForChainRun
     ) -> RunnableConfig:
         return patch_config(merge_configs(self._config, config), callbacks=run_manager.get_child())
 
-    def _look(self, prompted: Prompted) -> None:
-        """Notice texts that something changed after retrieval; say so once."""
-        foreign = [text for text, known in zip(prompted.texts, prompted.registered, strict=True) if not known]
-        if foreign and self._first("foreign"):
+    def _warn_unregistered(self, prompt: BlendPrompt) -> None:
+        """Warn once of texts that something changed after retrieval."""
+        unregistered = [text for text, known in zip(prompt.texts, prompt.registered, strict=True) if not known]
+        if unregistered and self._first("unregistered"):
             log.warning(
-                "%d of %d passages are not registered, so their KV is not computed before they are asked for. %s A "
+                "%d of %d passages are not registered, so they have no KV before the first question about them. %s A "
                 "step after the retriever changed their text, or they never went through LMCacheVectorStore. The first "
                 "begins %r.",
-                len(foreign),
-                len(prompted.texts),
-                self.blender.what_follows,
-                foreign[0][:60],
+                len(unregistered),
+                len(prompt.texts),
+                self.blender.unregistered_note,
+                unregistered[0][:60],
             )
 
-    def _first(self, what: str) -> bool:
-        """Whether this is said for the first time."""
+    def _first(self, message: str) -> bool:
+        """Return whether this message has not been logged before."""
         with self._lock:
-            new = what not in self._told
-            self._told.add(what)
+            new = message not in self._logged
+            self._logged.add(message)
         return new
 
-    def _tell(self, ready: _Prepared, config: RunnableConfig, run_manager: CallbackManagerForChainRun) -> None:
+    def _report(self, ready: _Prepared, config: RunnableConfig, run_manager: CallbackManagerForChainRun) -> None:
         if ready.call.done is not None:
-            run_manager.metadata.update(ready.call.told)  # which a tracer holds until the run ends
+            run_manager.metadata.update(ready.call.run_metadata)  # a tracer keeps this dict until the run ends
             dispatch_custom_event(KEY, ready.call.metadata[KEY], config=config)
 
-    async def _atell(
+    async def _areport(
         self, ready: _Prepared, config: RunnableConfig, run_manager: AsyncCallbackManagerForChainRun
     ) -> None:
         if ready.call.done is not None:
-            run_manager.metadata.update(ready.call.told)
+            run_manager.metadata.update(ready.call.run_metadata)
             await adispatch_custom_event(KEY, ready.call.metadata[KEY], config=config)
 
 
@@ -270,11 +271,11 @@ def blend(
 ) -> Blend:
     """A Runnable that answers from the KV of documents, through the program's own model.
 
-    It takes ``{"documents": [...], "question": "..."}`` and perhaps ``"history"``, and gives what the model gives: an
-    AIMessage, or a text from a completions model. invoke, stream, batch, their async twins and astream_events work as
-    anywhere; the prompt is made here, in place of the chain's prompt template.
+    It takes ``{"documents": [...], "question": "..."}`` and perhaps ``"history"``, and returns what the model returns:
+    an AIMessage, or a text from a completions model. invoke, stream, batch, their async versions and astream_events
+    work as for any Runnable; the prompt is built here, and replaces the chain's prompt template.
 
-    Statistics of reuse stand in ``response_metadata["lmcache_rag"]`` (chat), in the generation's info, and come as
+    Reuse statistics are in ``response_metadata["lmcache_rag"]`` (chat) and in the generation's info, and are sent as
     the custom event "lmcache_rag".
 
     Per call: ``config={"configurable": {"lmcache_rag": {"enabled": False}}}`` computes the prompt in full; `policy` and
@@ -283,13 +284,13 @@ def blend(
     Args:
         llm: A langchain_openai OpenAI or ChatOpenAI (also bound to keywords), a vLLM server's URL, an engine, or a
             Workspace.
-        options: How KV is reused; None: as the settings say.
-        store: Folder of the registry; None: as the settings say.
+        options: How KV is reused; None: from the settings.
+        store: Folder of the registry; None: from the settings.
         lazy_fill: At which use a passage without KV is ingested, in the background after the answer: "first",
-            "second" or "never"; None: as the settings say (LMCACHE_RAG_LAZY_FILL, or "second").
+            "second" or "never"; None: from the settings (LMCACHE_RAG_LAZY_FILL, or "second").
 
     Raises:
-        ConfigError: There is no such lazy_fill; at the first question, where the model cannot be used.
+        ConfigError: lazy_fill is none of these; at the first question: the model cannot be used.
     """
     return Blend(llm, blend=options, store=store, lazy_fill=lazy_fill, name="LMCacheBlend")
 

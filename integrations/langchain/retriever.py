@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class LMCacheRetriever(BaseRetriever):
-    """Gives chunks as they stand, best first: a Document that comes out is the one that the source gave.
+    """Returns unchanged chunks, best first: each Document is the one that the source returned.
 
     Give one of `rag`, `retriever` and `vectorstore`. Keywords of a call (``filter``, ``score_threshold``, …) pass
     through to a retriever or vector store.
@@ -30,7 +30,7 @@ class LMCacheRetriever(BaseRetriever):
         rag: Our own store.
         retriever: Any retriever.
         vectorstore: Any vector store, searched by `search_type` with `search_kwargs`.
-        k: How many chunks; None: as many as the source gives. ``invoke(question, k=3)`` overrides it.
+        k: How many chunks; None: as many as the source returns. ``invoke(question, k=3)`` overrides it.
         search_type: "similarity", "similarity_score_threshold" or "mmr".
         search_kwargs: For the search, for example ``{"filter": {"year": 2024}}``.
     """
@@ -47,14 +47,14 @@ class LMCacheRetriever(BaseRetriever):
         if sum(source is not None for source in (self.rag, self.retriever, self.vectorstore)) != 1:
             raise ConfigError("A retriever has one source.", remedy="Give rag=…, retriever=… or vectorstore=….")
         if self.vectorstore is not None:
-            self._searching(self.vectorstore)  # which checks the type of search
+            self._searching(self.vectorstore)  # checks the search type
         return self
 
-    # **kwargs is declared, or LangChain would drop the keywords of a call.
+    # **kwargs must be declared: without it LangChain drops the keywords of a call.
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None, **kwargs: Any
     ) -> list[Document]:
-        k = self._wanted(k)
+        k = self._checked(k)
         if self.rag is not None:
             return [_document(hit) for hit in self.rag.retrieve(query, top_k=k)]
         source, kwargs = self._source(k, kwargs)
@@ -63,7 +63,7 @@ class LMCacheRetriever(BaseRetriever):
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None, **kwargs: Any
     ) -> list[Document]:
-        k = self._wanted(k)
+        k = self._checked(k)
         if self.rag is not None:
             return [_document(hit) for hit in await self.rag.aretrieve(query, top_k=k)]
         source, kwargs = self._source(k, kwargs)
@@ -84,17 +84,17 @@ class LMCacheRetriever(BaseRetriever):
             params["ls_embedding_model"] = self.rag.embedder.name
         return params
 
-    def _wanted(self, k: int | None) -> int | None:
+    def _checked(self, k: int | None) -> int | None:
         k = self.k if k is None else k
         if k is not None and k < 1:
             raise ConfigError(f"k must be at least 1; got {k}.")
         return k
 
     def _source(self, k: int | None, kwargs: dict[str, Any]) -> tuple[Runnable[str, list[Document]], dict[str, Any]]:
-        """Whom to ask, and with which keywords."""
+        """Return the retriever to call, and its keywords."""
         source = self._searching(self.vectorstore) if self.vectorstore is not None else self.retriever
-        assert source is not None  # noqa: S101 - the validator's promise
-        if k is not None and isinstance(source, BaseRetriever):  # any other Runnable need not know it
+        assert source is not None  # noqa: S101 - the validator has checked it
+        if k is not None and isinstance(source, BaseRetriever):  # other Runnables may not take it
             kwargs = {**kwargs, "k": k}
         return source, kwargs
 
@@ -105,7 +105,7 @@ class LMCacheRetriever(BaseRetriever):
 
 
 def _drops_keywords(source: Runnable[str, list[Document]]) -> bool:
-    """Whether a retriever has no async of its own: LangChain's stand-in for it refuses keywords."""
+    """Return whether a retriever has no async method of its own: LangChain's default one rejects keywords."""
     return (
         isinstance(source, BaseRetriever)
         and source._expects_other_args
@@ -114,7 +114,7 @@ def _drops_keywords(source: Runnable[str, list[Document]]) -> bool:
 
 
 def _document(hit: Hit) -> Document:
-    """The chunk's text unchanged, so that its KV is found; where it stands is metadata."""
+    """Convert a hit. The text stays unchanged, so that its KV is found; the source goes into the metadata."""
     first = hit.documents[0] if hit.documents else None
     metadata = {**(first.metadata if first else {}), "source": first.source if first else "", "score": hit.score}
     return Document(id=str(hit.chunk_id), page_content=hit.text, metadata=metadata)

@@ -1,11 +1,11 @@
-"""Any vector store, with the KV of its documents computed when they come and dropped when they go."""
+"""Any vector store, with the KV of its documents: computed when they are added, dropped when they are deleted."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,41 +14,56 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import VectorStore
 
-from lmcache_rag.adapters.register import KVRegister
-from lmcache_rag.adapters.resolve import as_workspace
 from lmcache_rag.embedding import SentenceTransformerEmbedder
 from lmcache_rag.errors import ConfigError, LMCacheRAGError
 from lmcache_rag.kv_manager import KVTotals
 from lmcache_rag.settings import Settings
 from lmcache_rag.workspace import Workspace
 
-from .delegation import asked, asked_async
-from .embeddings import EmbedderEmbeddings
-from .faiss_store import FaissStore
-from .listing import name_of, texts_of
+from ..kv_registry import KVRegistry, as_workspace
+from .faiss_store import EmbedderEmbeddings, FaissStore
 
 log = logging.getLogger("lmcache_rag")
 
 
-class LMCacheVectorStore(VectorStore):
-    """Hands everything on to a vector store, and registers what is added, so that its KV is computed once.
+def _forwarded(name: str) -> Any:
+    """Return a method that calls the method of the same name on `inner`, arguments and result unchanged."""
 
-    A document is one chunk, as it stands: its KV serves every question that retrieves it. Equal texts share one KV;
-    metadata may change without computing anything. Questions never touch the engine, so retrieval goes on while it is
-    down. Additions and deletions go to the vector store first: if KV then cannot be computed, the call raises, and
-    doing it again (or `warm()`) repairs it. Methods of the vector store that are not LangChain's (`get`, …) are there
-    too; those that change it past this class are made good by `warm()`.
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.inner, name)(*args, **kwargs)
+
+    method.__name__, method.__doc__ = name, f"{name} of the vector store."
+    return method
+
+
+def _aforwarded(name: str) -> Any:
+    """Return the same for an async method."""
+
+    async def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return await getattr(self.inner, name)(*args, **kwargs)
+
+    method.__name__, method.__doc__ = name, f"{name} of the vector store."
+    return method
+
+
+class LMCacheVectorStore(VectorStore):
+    """Forwards everything to a vector store, and registers what is added, so that its KV is computed once.
+
+    A document is one chunk: its KV serves every question that retrieves it. Equal texts share one KV; changed metadata
+    computes nothing. Searches never use the engine, so that retrieval works while it is down. Additions and deletions
+    go to the vector store first: if KV then cannot be computed, the call raises; repeat it or call `warm()`. Methods of
+    the vector store that are not LangChain's (`get`, …) work too. Call `warm()` after changing `inner` directly.
 
     Args:
         inner: The vector store. None: FaissStore, ours.
-        source: What answers: the program's own langchain_openai object, a vLLM server's URL, an engine or a Workspace.
-        embedding: Embeddings for our own store; None: as the settings say. A given vector store has its own.
-        store: Folder of the registry, and of our own vector store; None: as the settings say.
+        source: The program's own langchain_openai object, a vLLM server's URL, an engine or a Workspace.
+        embedding: Embeddings for our own store; None: from the settings. An `inner` has its own.
+        store: Folder of the registry, and of our own vector store; None: from the settings.
         space: Name of this vector store, where several share a workspace. None: its kind and collection.
-        adopt: Register what the vector store holds already. An engine that is down costs a warning then.
+        adopt: Register what the vector store already holds. If the engine is down, this only logs a warning.
 
     Raises:
-        ConfigError: There is no source.
+        ConfigError: `source` is missing.
     """
 
     def __init__(
@@ -63,23 +78,23 @@ class LMCacheVectorStore(VectorStore):
     ) -> None:
         if source is None:
             raise ConfigError(
-                "LMCacheVectorStore does not know what answers.",
+                "LMCacheVectorStore needs `source`: an LLM object, URL, engine or Workspace.",
                 remedy="Give the program's LLM object, a server's URL, an engine or a Workspace as second argument.",
             )
         self._source, self._folder = source, store
         self._lock = threading.RLock()
         self.inner: VectorStore = inner if inner is not None else self._own(embedding, space or "")
-        self.space = name_of(self.inner) if space is None else space
+        self.space = _name_of(self.inner) if space is None else space
         if adopt:
             self._adopt()
 
     @cached_property
-    def _register(self) -> KVRegister:
-        return KVRegister.of(as_workspace(self._source, store=self._folder), space=self.space)
+    def _register(self) -> KVRegistry:
+        return KVRegistry.of(as_workspace(self._source, store=self._folder), space=self.space)
 
     @property
-    def register(self) -> KVRegister:
-        """Which texts are registered; connects to the engine when it is first needed."""
+    def register(self) -> KVRegistry:
+        """The registered texts; connects to the engine at first use."""
         with self._lock:
             return self._register
 
@@ -93,38 +108,38 @@ class LMCacheVectorStore(VectorStore):
             raise AttributeError(name)
         return getattr(self.inner, name)
 
-    # -- additions ----------------------------------------------------------------------------------------------
+    # -- additions ------------------------------------------------------------------------------------------------
 
     def add_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
-        """Add documents, each in place of what stood under its id, and compute KV; returns their ids.
+        """Add documents, replacing those with the same ids, and compute KV; returns the ids.
 
         Args:
             documents: The documents.
-            kwargs: `ids`, `batch_size` and whatever the vector store knows.
+            kwargs: `ids`, `batch_size` and other options of the vector store.
 
         Raises:
-            PrecomputeError: KV could not be computed. The documents are there; do it again.
+            PrecomputeError: KV could not be computed. The documents were added; repeat the call.
         """
         ids = self.inner.add_documents(documents, **kwargs)
         self._registered(documents, ids, self.register.add)
         return ids
 
     async def aadd_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
-        """Async twin of add_documents."""
+        """Async version of add_documents."""
         ids = await self.inner.aadd_documents(documents, **kwargs)
         await asyncio.to_thread(lambda: self._registered(documents, ids, self.register.add))
         return ids
 
     def update_documents(self, ids: list[str], documents: list[Document]) -> None:
-        """Where the vector store has this method (Chroma): put documents in place of others."""
+        """Replace documents, if the vector store has this method (Chroma)."""
         self.inner.update_documents(ids, documents)  # type: ignore[attr-defined]
         self._registered(documents, ids, self.register.add)
 
     def update_document(self, document_id: str, document: Document) -> None:
-        """The same for one document."""
+        """Replace one document, if the vector store has `update_documents`."""
         self.update_documents([document_id], [document])
 
-    # -- deletions ----------------------------------------------------------------------------------------------
+    # -- deletions ------------------------------------------------------------------------------------------------
 
     def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool | None:
         """Remove documents, and KV that no other document needs; None removes all."""
@@ -134,54 +149,54 @@ class LMCacheVectorStore(VectorStore):
         return done
 
     async def adelete(self, ids: list[str] | None = None, **kwargs: Any) -> bool | None:
-        """Async twin of delete."""
+        """Async version of delete."""
         wanted = await asyncio.to_thread(self._all_ids) if ids is None else list(ids)
         done = await self.inner.adelete(wanted, **kwargs) if wanted else True
         await asyncio.to_thread(lambda: self.register.remove(wanted))
         return done
 
     def delete_collection(self) -> None:
-        """Where the vector store has this method (Chroma): remove it with everything in it."""
+        """Remove the collection, if the vector store has this method (Chroma)."""
         self.inner.delete_collection()  # type: ignore[attr-defined]
         self.register.clear()
 
     def reset_collection(self) -> None:
-        """Where the vector store has this method (Chroma): empty it."""
+        """Empty the collection, if the vector store has this method (Chroma)."""
         self.inner.reset_collection()  # type: ignore[attr-defined]
         self.register.clear()
 
-    # -- questions: the vector store's own ------------------------------------------------------------------------
+    # -- search: the vector store's own ---------------------------------------------------------------------------
 
-    similarity_search = asked("similarity_search")
-    similarity_search_with_score = asked("similarity_search_with_score")
-    similarity_search_with_relevance_scores = asked("similarity_search_with_relevance_scores")
-    similarity_search_by_vector = asked("similarity_search_by_vector")
-    max_marginal_relevance_search = asked("max_marginal_relevance_search")
-    max_marginal_relevance_search_by_vector = asked("max_marginal_relevance_search_by_vector")
-    search = asked("search")
-    get_by_ids = asked("get_by_ids")
-    asimilarity_search = asked_async("asimilarity_search")
-    asimilarity_search_with_score = asked_async("asimilarity_search_with_score")
-    asimilarity_search_with_relevance_scores = asked_async("asimilarity_search_with_relevance_scores")
-    asimilarity_search_by_vector = asked_async("asimilarity_search_by_vector")
-    amax_marginal_relevance_search = asked_async("amax_marginal_relevance_search")
-    amax_marginal_relevance_search_by_vector = asked_async("amax_marginal_relevance_search_by_vector")
-    asearch = asked_async("asearch")
-    aget_by_ids = asked_async("aget_by_ids")
+    similarity_search = _forwarded("similarity_search")
+    similarity_search_with_score = _forwarded("similarity_search_with_score")
+    similarity_search_with_relevance_scores = _forwarded("similarity_search_with_relevance_scores")
+    similarity_search_by_vector = _forwarded("similarity_search_by_vector")
+    max_marginal_relevance_search = _forwarded("max_marginal_relevance_search")
+    max_marginal_relevance_search_by_vector = _forwarded("max_marginal_relevance_search_by_vector")
+    search = _forwarded("search")
+    get_by_ids = _forwarded("get_by_ids")
+    asimilarity_search = _aforwarded("asimilarity_search")
+    asimilarity_search_with_score = _aforwarded("asimilarity_search_with_score")
+    asimilarity_search_with_relevance_scores = _aforwarded("asimilarity_search_with_relevance_scores")
+    asimilarity_search_by_vector = _aforwarded("asimilarity_search_by_vector")
+    amax_marginal_relevance_search = _aforwarded("amax_marginal_relevance_search")
+    amax_marginal_relevance_search_by_vector = _aforwarded("amax_marginal_relevance_search_by_vector")
+    asearch = _aforwarded("asearch")
+    aget_by_ids = _aforwarded("aget_by_ids")
 
-    # -- KV -----------------------------------------------------------------------------------------------------------
+    # -- KV -------------------------------------------------------------------------------------------------------
 
     def warm(self) -> KVTotals:
-        """Bring KV back that the engine has lost, and the registry in step with the vector store.
+        """Compute KV that the engine has lost, and update the registry from the vector store.
 
         A record manager (langchain_core.indexing) outlives the KV: it skips documents whose KV is gone. Call this after
-        a server's restart, or after the vector store was changed past this class. A vector store that cannot list what
-        it holds is not compared with the registry.
+        a restart of the server, or after changing the inner store directly. The registry is not updated if the vector
+        store cannot list what it holds.
 
         Raises:
             PrecomputeError: KV could not be computed; call it again to go on.
         """
-        register, live = self.register, texts_of(self.inner)
+        register, live = self.register, _texts_of(self.inner)
         totals = KVTotals()
         if live is not None:
             known = register.texts()
@@ -190,10 +205,10 @@ class LMCacheVectorStore(VectorStore):
         return totals + register.warm()
 
     async def awarm(self) -> KVTotals:
-        """Async twin of warm, in a thread."""
+        """Async version of warm, in a thread."""
         return await asyncio.to_thread(self.warm)
 
-    # -- made, saved, loaded ------------------------------------------------------------------------------------------
+    # -- create, save, load ---------------------------------------------------------------------------------------
 
     @classmethod
     def from_texts(
@@ -207,21 +222,21 @@ class LMCacheVectorStore(VectorStore):
         inner: VectorStore | None = None,
         **kwargs: Any,
     ) -> LMCacheVectorStore:
-        """A vector store with these texts: over `inner`, or our own. `source` and the rest as for the class."""
-        made = cls(inner, source, embedding=embedding, **kwargs)
-        made.add_texts(texts, metadatas, ids=ids)
-        return made
+        """Make a vector store with these texts, over `inner` or our own. `source` and the rest as for the class."""
+        store = cls(inner, source, embedding=embedding, **kwargs)
+        store.add_texts(texts, metadatas, ids=ids)
+        return store
 
     def save_local(self, folder: str | Path, **kwargs: Any) -> None:
-        """Save the vector store, where it can be saved. KV and registry are on disk already."""
+        """Save the vector store, if it can be saved. KV and registry are always on disk."""
         self.inner.save_local(folder, **kwargs)  # type: ignore[attr-defined]
 
     @classmethod
     def load_local(cls, folder: str | Path, embeddings: Embeddings, source: Any, **kwargs: Any) -> LMCacheVectorStore:
-        """Open a folder that our own vector store was saved to; what is not registered yet is registered."""
+        """Open a folder that our own vector store was saved to; register what is not registered yet."""
         return cls(FaissStore.load_local(folder, embeddings), source, **kwargs)
 
-    # -- inside -----------------------------------------------------------------------------------------------------
+    # -- inside ---------------------------------------------------------------------------------------------------
 
     def _registered(
         self, documents: Sequence[Document], ids: Sequence[str], register: Callable[[dict[str, str]], KVTotals]
@@ -234,7 +249,7 @@ class LMCacheVectorStore(VectorStore):
         register({key: doc.page_content for key, doc in zip(ids, documents, strict=True)})
 
     def _all_ids(self) -> list[str]:
-        live = texts_of(self.inner)
+        live = _texts_of(self.inner)
         return sorted(self.register.ids() | set(live or ()))
 
     def _own(self, embedding: Embeddings | None, space: str) -> FaissStore:
@@ -246,13 +261,43 @@ class LMCacheVectorStore(VectorStore):
         return FaissStore(embedding, settings.store / "vectors" / (space or "default"))
 
     def _adopt(self) -> None:
-        live = texts_of(self.inner)
+        live = _texts_of(self.inner)
         if not live:
             return
         try:
             known = self.register.texts()
             if new := {key: text for key, text in live.items() if known.get(key) != text}:
-                log.info("%d documents of %s are new here; their KV is computed.", len(new), self.space)
+                log.info("%d documents of %s are not registered yet; computing their KV.", len(new), self.space)
                 self.register.add(new)
         except LMCacheRAGError as problem:
-            log.warning("What %s holds is not registered yet; call warm() later. %s", self.space, problem)
+            log.warning("Could not register the documents of %s; call warm() later. %s", self.space, problem)
+
+
+# -- what other vector stores hold: LangChain's interface has no method for it ----------------------------------------
+
+
+def _texts_of(inner: VectorStore) -> dict[str, str] | None:
+    """Return all texts of a vector store by id, or None if it cannot list them.
+
+    Supports our own store, Chroma (`get`), the in-memory store (`store`) and LangChain's FAISS (`docstore`).
+    """
+    if isinstance(inner, FaissStore):
+        return inner.texts()
+    other: Any = inner
+    if callable(get := getattr(other, "get", None)) and hasattr(other, "reset_collection"):
+        found = get(include=["documents"])
+        return dict(zip(found["ids"], found["documents"], strict=True))
+    if isinstance(rows := getattr(other, "store", None), Mapping):
+        return {str(key): row["text"] for key, row in list(rows.items())}
+    if isinstance(rows := getattr(getattr(other, "docstore", None), "_dict", None), Mapping):
+        return {str(key): document.page_content for key, document in list(rows.items())}
+    return None
+
+
+def _name_of(inner: VectorStore) -> str:
+    """Return a name that is unique in a workspace and the same after a restart: the class and its collection."""
+    for attribute in ("_collection_name", "collection_name", "index_name", "_index_name", "table_name"):
+        value = getattr(inner, attribute, None)
+        if isinstance(value, str) and value:
+            return f"{type(inner).__name__}:{value}"
+    return type(inner).__name__

@@ -14,19 +14,21 @@ from __future__ import annotations
 from lmcache_rag.errors import OptionalDependencyError
 
 try:
-    import llama_index.core  # noqa: F401 - so that a fault in our own modules is not taken for its absence
+    import llama_index.core  # noqa: F401 - first: an error in our own modules is not a missing package
 except ModuleNotFoundError as problem:  # pragma: no cover - only without the framework
     raise OptionalDependencyError("llama-index-core", "llama-index") from problem
 
-from .chat_engine import BlendChatEngine, as_blend_chat_engine
-from .embeddings import EmbedderEmbedding
-from .events import BlendEvent
-from .faiss_store import FaissVectorStore
+from .engines import (
+    BlendChatEngine,
+    BlendQueryEngine,
+    LMCacheRetriever,
+    as_blend_chat_engine,
+    as_blend_query_engine,
+)
+from .faiss_store import EmbedderEmbedding, FaissVectorStore
 from .llm import EngineLLM
-from .node_text import node_text
-from .query_engine import BlendQueryEngine, as_blend_query_engine
-from .retriever import LMCacheRetriever
-from .synthesizer import BlendSynthesizer
+from .prompts import node_text
+from .synthesizer import BlendEvent, BlendSynthesizer
 from .vector_store import LMCacheVectorStore
 
 __all__ = [

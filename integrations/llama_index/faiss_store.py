@@ -1,35 +1,42 @@
-"""Our FAISS index and SQLite database as a LlamaIndex vector store of its own."""
+"""A LlamaIndex vector store over this library's own FAISS index and database, with metadata filters."""
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote
 
 import numpy as np
 from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.embeddings import BaseEmbedding
 from llama_index.core.indices.query.embedding_utils import get_top_k_embeddings_learner, get_top_k_mmr_embeddings
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores.types import (
     BasePydanticVectorStore,
+    FilterCondition,
+    MetadataFilter,
     MetadataFilters,
     VectorStoreQuery,
     VectorStoreQueryMode,
     VectorStoreQueryResult,
 )
-from llama_index.core.vector_stores.utils import metadata_dict_to_node, node_to_metadata_dict
+from llama_index.core.vector_stores.utils import build_metadata_filter_fn, metadata_dict_to_node, node_to_metadata_dict
 
+from lmcache_rag.embedding import Embedder
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.store import DocumentRef, Hit, NewChunk, NewDocument, Store
 
-from .filters import fulfils
-from .in_turn import in_thread
-
 if TYPE_CHECKING:
     from lmcache_rag.workspace import Workspace
+
+T = TypeVar("T")
 
 _MODES = (
     VectorStoreQueryMode.DEFAULT,
@@ -37,22 +44,62 @@ _MODES = (
     VectorStoreQueryMode.SVM,
     VectorStoreQueryMode.LOGISTIC_REGRESSION,
 )
-_EMBEDDER = "llama-index"  # the vectors come with the nodes; which model made them is the index's affair
-_MMR_PREFETCH = 4  # times as many candidates as wanted, as LlamaIndex's other stores have it
+_EMBEDDER = "llama-index"  # the vectors come with the nodes; the index knows the model
+_MMR_PREFETCH = 4  # times as many candidates as wanted, as in LlamaIndex's other stores
+# Not asyncio's own threads: all of them may be waiting for the lock, in a user's asyncio.to_thread(store.add, ...).
+_threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="lmcache-rag")
 
 
 def group_of(node: BaseNode) -> str:
-    """The document that a node is a part of; a node that has none stands for itself."""
+    """Return the id of the node's document, or the node's own id if it has none."""
     return str(node.ref_doc_id or node.node_id)
 
 
-class FaissVectorStore(BasePydanticVectorStore):
-    """Keeps nodes and their vectors in a folder, and finds them by cosine similarity. Everything is kept at once.
-
-    Each node is a document of the store; what FAISS holds is its vector, so nodes with equal vectors share one.
+class EmbedderEmbedding(BaseEmbedding):
+    """This library's embedder as LlamaIndex's embed model, for programs that have none of their own.
 
     Args:
-        folder: The folder; made if it is missing.
+        embedder: A workspace's embedder.
+        options: LlamaIndex's own, for example embed_batch_size.
+    """
+
+    _embedder: Embedder = PrivateAttr()
+
+    def __init__(self, embedder: Embedder, **options: Any) -> None:
+        super().__init__(**{"model_name": embedder.name, **options})
+        self._embedder = embedder
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Class name."""
+        return "LMCacheEmbedderEmbedding"
+
+    def _get_query_embedding(self, query: str) -> list[float]:
+        return [float(x) for x in self._embedder.embed_query(query)]
+
+    async def _aget_query_embedding(self, query: str) -> list[float]:
+        return await asyncio.to_thread(self._get_query_embedding, query)
+
+    def _get_text_embedding(self, text: str) -> list[float]:
+        return self._get_text_embeddings([text])[0]
+
+    def _get_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        return [[float(x) for x in row] for row in self._embedder.embed_documents(texts)]
+
+    async def _aget_text_embedding(self, text: str) -> list[float]:
+        return await asyncio.to_thread(self._get_text_embedding, text)
+
+    async def _aget_text_embeddings(self, texts: list[str]) -> list[list[float]]:
+        return await asyncio.to_thread(self._get_text_embeddings, texts)
+
+
+class FaissVectorStore(BasePydanticVectorStore):
+    """Keeps nodes and their vectors in a folder, and finds them by cosine similarity. Changes are on disk at once.
+
+    Each node is a document of the store. FAISS holds its vector; nodes with equal vectors share one.
+
+    Args:
+        folder: The folder, created if it is missing.
     """
 
     stores_text: bool = True
@@ -65,7 +112,7 @@ class FaissVectorStore(BasePydanticVectorStore):
 
     @classmethod
     def of(cls, workspace: Workspace, *, space: str = "") -> FaissVectorStore:
-        """The one of a workspace, inside its store's folder. `space` tells several apart."""
+        """Open the vector store of a workspace, inside its store's folder. `space` distinguishes several."""
         return cls(Path(workspace.store.path) / "llama-index" / (quote(space, safe="") or "default"))
 
     @classmethod
@@ -75,13 +122,13 @@ class FaissVectorStore(BasePydanticVectorStore):
 
     @property
     def client(self) -> Store:
-        """The store behind it."""
+        """The underlying store."""
         return self._store
 
-    # -- changes ------------------------------------------------------------------------------------------------
+    # -- changes --------------------------------------------------------------------------------------------------
 
     def add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
-        """Keep nodes, each in place of what stood under its id.
+        """Add nodes, replacing those with the same ids.
 
         Raises:
             ValueError: A node has no embedding.
@@ -93,7 +140,7 @@ class FaissVectorStore(BasePydanticVectorStore):
         return [node.node_id for node in nodes]
 
     async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
-        """Async twin of add, in a thread."""
+        """Async version of add, in a thread."""
         return await in_thread(self.add, nodes)
 
     def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
@@ -101,20 +148,20 @@ class FaissVectorStore(BasePydanticVectorStore):
         self._remove(self._store.registry.doc_ids(source=ref_doc_id))
 
     async def adelete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
-        """Async twin of delete, in a thread."""
+        """Async version of delete, in a thread."""
         await in_thread(self.delete, ref_doc_id)
 
     def delete_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
     ) -> None:
-        """Remove nodes by id, by filter, or those that fulfil both; without either, nothing."""
+        """Remove nodes by id, by filter, or by both; without either, nothing."""
         if node_ids is not None or filters is not None:
             self._remove([node.node_id for node in self.get_nodes(node_ids, filters)])
 
     async def adelete_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
     ) -> None:
-        """Async twin of delete_nodes, in a thread."""
+        """Async version of delete_nodes, in a thread."""
         await in_thread(self.delete_nodes, node_ids, filters)
 
     def clear(self) -> None:
@@ -122,11 +169,11 @@ class FaissVectorStore(BasePydanticVectorStore):
         self._remove(self._store.registry.doc_ids())
 
     async def aclear(self) -> None:
-        """Async twin of clear, in a thread."""
+        """Async version of clear, in a thread."""
         await in_thread(self.clear)
 
     def persist(self, persist_path: str, fs: Any = None) -> None:
-        """Everything is kept already, in `folder`; this saves the index, which makes the next start faster."""
+        """Save the index, which makes the next start faster; the nodes are on disk in `folder` already."""
         with self._store.writing():
             pass
 
@@ -134,32 +181,32 @@ class FaissVectorStore(BasePydanticVectorStore):
         """Release the files. Safe to call twice."""
         self._store.close()
 
-    # -- questions ----------------------------------------------------------------------------------------------
+    # -- search ---------------------------------------------------------------------------------------------------
 
     def ids(self) -> set[str]:
-        """The ids of all nodes."""
+        """Return the ids of all nodes."""
         return set(self._store.registry.doc_ids())
 
     def get_nodes(self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None) -> list[BaseNode]:
-        """Nodes by id (in the order given, unknown ids left out), by filter, or by both; without either, all."""
+        """Return nodes by id (in this order, unknown ids left out), by filter, or by both; without either, all."""
         records = self._store.registry.documents(node_ids)
-        return [_node(record.metadata) for record in records if fulfils(record.metadata, filters)]
+        return [_node(record.metadata) for record in records if matches_filters(record.metadata, filters)]
 
     async def aget_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
     ) -> list[BaseNode]:
-        """Async twin of get_nodes, in a thread."""
+        """Async version of get_nodes, in a thread."""
         return await in_thread(self.get_nodes, node_ids, filters)
 
     def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
-        """The nodes nearest to an embedding, best first.
+        """Return the nodes nearest to an embedding, best first.
 
         Args:
             query: Modes: default, mmr (with mmr_threshold), svm, logistic_regression.
             kwargs: mmr_threshold, mmr_prefetch_factor.
 
         Raises:
-            ConfigError: Another mode, or no embedding.
+            ConfigError: The mode is none of these, or the query has no embedding.
         """
         if query.mode not in _MODES:
             raise ConfigError(
@@ -178,16 +225,16 @@ class FaissVectorStore(BasePydanticVectorStore):
         else:
             every = self._nearest(query.query_embedding, max(1, len(self.ids())), allowed)
             found = self._ranked(every, get_top_k_embeddings_learner, query, query_mode=query.mode)
-        nodes = [_node(place.metadata) for _, place, _ in found]
+        nodes = [_node(ref.metadata) for _, ref, _ in found]
         return VectorStoreQueryResult(
             nodes=nodes, similarities=[score for _, _, score in found], ids=[node.node_id for node in nodes]
         )
 
     async def aquery(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
-        """Async twin of query, in a thread."""
+        """Async version of query, in a thread."""
         return await in_thread(self.query, query, **kwargs)
 
-    # -- inside -------------------------------------------------------------------------------------------------
+    # -- inside ---------------------------------------------------------------------------------------------------
 
     def _remove(self, ids: Iterable[str]) -> None:
         with self._store.writing():
@@ -196,14 +243,14 @@ class FaissVectorStore(BasePydanticVectorStore):
     def _nearest(
         self, vector: Sequence[float], k: int, allowed: Callable[[DocumentRef], bool] | None
     ) -> list[tuple[int, DocumentRef, float]]:
-        """(vector's id, node, score) of the k best nodes."""
+        """Return (vector id, node, score) of the k best nodes."""
 
         def where(hit: Hit) -> bool:
             return allowed is None or any(map(allowed, hit.documents))
 
         hits = self._store.index.search(vector, k, where=None if allowed is None else where)
-        places = [(hit.chunk_id, place, hit.score) for hit in hits for place in hit.documents]
-        return [(key, place, score) for key, place, score in places if allowed is None or allowed(place)][:k]
+        refs = [(hit.chunk_id, ref, hit.score) for hit in hits for ref in hit.documents]
+        return [(key, ref, score) for key, ref, score in refs if allowed is None or allowed(ref)][:k]
 
     def _ranked(
         self,
@@ -212,35 +259,35 @@ class FaissVectorStore(BasePydanticVectorStore):
         query: VectorStoreQuery,
         **options: Any,
     ) -> list[tuple[int, DocumentRef, float]]:
-        """Let one of LlamaIndex's own functions choose among the nodes found."""
+        """Rank the nodes found by one of LlamaIndex's own functions."""
         if not found:
             return []
         vectors = self._store.index.vectors([key for key, _, _ in found])
-        scores, places = rank(
+        scores, indices = rank(
             query.query_embedding,
             [row.tolist() for row in vectors],
             similarity_top_k=query.similarity_top_k,
             embedding_ids=list(range(len(found))),
             **options,
         )
-        return [(found[at][0], found[at][1], float(score)) for score, at in zip(scores, places, strict=True)]
+        return [(found[i][0], found[i][1], float(score)) for score, i in zip(scores, indices, strict=True)]
 
 
 def _allowed(query: VectorStoreQuery) -> Callable[[DocumentRef], bool] | None:
-    """Whether a node may be found. Empty lists of ids mean that nothing is asked of the ids."""
+    """Return a function that says whether a node may be found; None: all may. Empty lists of ids allow all ids."""
     nodes, documents, filters = set(query.node_ids or ()), set(query.doc_ids or ()), query.filters
     if not nodes and not documents and (filters is None or not filters.filters):
         return None
-    return lambda place: (
-        (not nodes or place.doc_id in nodes)
-        and (not documents or place.source in documents)
-        and fulfils(place.metadata, filters)
+    return lambda ref: (
+        (not nodes or ref.doc_id in nodes)
+        and (not documents or ref.source in documents)
+        and matches_filters(ref.metadata, filters)
     )
 
 
 def _document(node: BaseNode) -> NewDocument:
     vector = np.asarray(node.get_embedding(), dtype=np.float32)
-    name = hashlib.sha256(vector.tobytes()).hexdigest()  # the text of the "chunk": the node's own is in its metadata
+    name = hashlib.sha256(vector.tobytes()).hexdigest()  # the text of the "chunk"; the node's text is in its metadata
     metadata = node_to_metadata_dict(node, flat_metadata=False)
     chunk = NewChunk(name, 0, 0, vector)
     return NewDocument(node.node_id, node.hash, "", group_of(node), [chunk], metadata)
@@ -248,3 +295,46 @@ def _document(node: BaseNode) -> NewDocument:
 
 def _node(metadata: dict[str, Any]) -> BaseNode:
     return metadata_dict_to_node(metadata)
+
+
+# -- metadata filters -------------------------------------------------------------------------------------------------
+
+
+def matches_filters(metadata: Mapping[str, Any], filters: MetadataFilters | None) -> bool:
+    """Return whether a node's metadata matches filters, nested ones too; without filters, True.
+
+    A single filter means the same as in LlamaIndex's in-memory store. A value that cannot be compared does not match.
+    """
+    if filters is None or not filters.filters:
+        return True
+    matches = (_matches(metadata, part) for part in filters.filters)
+    if filters.condition == FilterCondition.OR:
+        return any(matches)
+    if filters.condition == FilterCondition.NOT:
+        return not any(matches)
+    return all(matches)
+
+
+def _matches(metadata: Mapping[str, Any], part: MetadataFilter | MetadataFilters) -> bool:
+    if isinstance(part, MetadataFilters):
+        return matches_filters(metadata, part)
+    try:
+        return build_metadata_filter_fn(lambda _: metadata, MetadataFilters(filters=[part]))("")
+    except TypeError:  # a text and a number, for example
+        return False
+
+
+# -- threads ----------------------------------------------------------------------------------------------------------
+
+
+async def in_thread(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Run a function in a thread. A cancelled task first waits for the thread, which cannot be stopped."""
+    call = partial(contextvars.copy_context().run, function, *args, **kwargs)
+    future = asyncio.get_running_loop().run_in_executor(_threads, call)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait([future])
+        if not future.cancelled():
+            future.exception()  # retrieved, so that asyncio does not log it; the cancellation is raised
+        raise

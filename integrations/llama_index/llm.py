@@ -1,4 +1,4 @@
-"""An engine as a LlamaIndex LLM, for programs that have no server, and for the parts that ask without passages."""
+"""An engine as a LlamaIndex LLM, and LlamaIndex's chat messages as turns of a prompt."""
 
 from __future__ import annotations
 
@@ -24,26 +24,25 @@ from llama_index.core.callbacks import CallbackManager
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM
 
-from lmcache_rag.adapters.blender import Blender, Prompted
-from lmcache_rag.adapters.resolve import as_workspace
 from lmcache_rag.engines.base import BlendOptions, Completion, Sampling, StreamEvent, TextDelta
-from lmcache_rag.errors import ConfigError
-from lmcache_rag.prompt import PromptBuilder, PromptFormat
+from lmcache_rag.errors import ConfigError, PromptError
+from lmcache_rag.prompt import PromptBuilder, PromptFormat, Turn
 from lmcache_rag.workspace import Workspace
 
-from .history import conversation
+from ..blender import Blender, BlendPrompt, join_turns
+from ..kv_registry import as_workspace
 
-# No words of ours: the conversation alone, in the model's own chat template.
+# No text of ours: the conversation alone, in the model's own chat template.
 _PLAIN: dict[str, Any] = {"instruction": "", "context_head": "\n", "question": "{question}"}
 _SAMPLING = ("max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed")
 
 
 class EngineLLM(LLM):
-    """Answers through an engine of ours. A plain prompt is one user's message, computed in full.
+    """Answers through an engine, for programs without a server. A plain prompt is one user message, computed in full.
 
     Args:
-        blender: Over the engine.
-        callback_manager: Hears of each call.
+        blender: Has the engine.
+        callback_manager: Receives the events of each call.
     """
 
     _blender: Blender = PrivateAttr()
@@ -52,21 +51,21 @@ class EngineLLM(LLM):
     def __init__(self, blender: Blender, *, callback_manager: CallbackManager | None = None) -> None:
         super().__init__(callback_manager=callback_manager or CallbackManager([]))
         self._blender = blender
-        info = replace(blender.engine.info, kv_block=1)  # so nothing is filled up to whole blocks
+        info = replace(blender.engine.info, kv_block=1)  # so that nothing is padded to whole blocks
         tokenizer, tenant = blender.engine.tokenizer, blender.prompts.tenant
-        # Making one takes time, and a program has few system texts.
+        # A builder takes time to make, and a program has few system texts.
         self._prompts = lru_cache(maxsize=8)(
             lambda system: PromptBuilder(tokenizer, info, format=PromptFormat(system=system, **_PLAIN), tenant=tenant)
         )
 
     @classmethod
     def of(cls, source: Any) -> EngineLLM:
-        """Over whatever lmcache_rag.adapters.resolve.as_workspace takes; for Settings.llm, say."""
+        """Make one of anything that as_workspace takes, for example for Settings.llm."""
         return source if isinstance(source, EngineLLM) else cls(Blender(workspace_of(source)))
 
     @property
     def blender(self) -> Blender:
-        """What answers."""
+        """The Blender that answers."""
         return self._blender
 
     @classmethod
@@ -76,7 +75,7 @@ class EngineLLM(LLM):
 
     @property
     def metadata(self) -> LLMMetadata:
-        """Facts of the model."""
+        """Properties of the model."""
         info = self._blender.engine.info
         return LLMMetadata(
             context_window=info.context_length,
@@ -85,93 +84,93 @@ class EngineLLM(LLM):
             model_name=info.model,
         )
 
-    # -- text ---------------------------------------------------------------------------------------------------
+    # -- text -----------------------------------------------------------------------------------------------------
 
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """Answer. `prompted` and `blend` answer a prompt with passages; then `prompt` only shows it to callbacks."""
-        made, options = self._asked([ChatMessage(content=prompt)], kwargs)
-        return _response(self._blender.answer(made, **options))
+        """Answer a text; with `blend_prompt` (and `blend`), that prompt: `prompt` then only goes to callbacks."""
+        request, options = self._parse([ChatMessage(content=prompt)], kwargs)
+        return _response(self._blender.answer(request, **options))
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """Answer piece by piece; see complete."""
-        made, options = self._asked([ChatMessage(content=prompt)], kwargs)
-        return _responses(self._blender.stream(made, **options))
+        request, options = self._parse([ChatMessage(content=prompt)], kwargs)
+        return _responses(self._blender.stream(request, **options))
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """Async twin of complete."""
-        made, options = self._asked([ChatMessage(content=prompt)], kwargs)
-        return _response(await self._blender.aanswer(made, **options))
+        """Async version of complete."""
+        request, options = self._parse([ChatMessage(content=prompt)], kwargs)
+        return _response(await self._blender.aanswer(request, **options))
 
     @llm_completion_callback()
     async def astream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseAsyncGen:
-        """Async twin of stream_complete."""
-        made, options = self._asked([ChatMessage(content=prompt)], kwargs)
-        return _aresponses(self._blender.astream(made, **options))
+        """Async version of stream_complete."""
+        request, options = self._parse([ChatMessage(content=prompt)], kwargs)
+        return _aresponses(self._blender.astream(request, **options))
 
-    # -- messages -----------------------------------------------------------------------------------------------
+    # -- messages -------------------------------------------------------------------------------------------------
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation that ends with a user's message."""
-        made, options = self._asked(messages, kwargs)
-        return _as_chat(_response(self._blender.answer(made, **options)))
+        request, options = self._parse(messages, kwargs)
+        return _as_chat(_response(self._blender.answer(request, **options)))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer piece by piece; see chat."""
-        made, options = self._asked(messages, kwargs)
+        request, options = self._parse(messages, kwargs)
 
         def pieces() -> ChatResponseGen:
-            for part in _responses(self._blender.stream(made, **options)):
+            for part in _responses(self._blender.stream(request, **options)):
                 yield _as_chat(part)
 
         return pieces()
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """Async twin of chat."""
-        made, options = self._asked(messages, kwargs)
-        return _as_chat(_response(await self._blender.aanswer(made, **options)))
+        """Async version of chat."""
+        request, options = self._parse(messages, kwargs)
+        return _as_chat(_response(await self._blender.aanswer(request, **options)))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        """Async twin of stream_chat."""
-        made, options = self._asked(messages, kwargs)
+        """Async version of stream_chat."""
+        request, options = self._parse(messages, kwargs)
 
         async def pieces() -> ChatResponseAsyncGen:
-            async for part in _aresponses(self._blender.astream(made, **options)):
+            async for part in _aresponses(self._blender.astream(request, **options)):
                 yield _as_chat(part)
 
         return pieces()
 
-    # -- inside -------------------------------------------------------------------------------------------------
+    # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _asked(self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]) -> tuple[Prompted, dict[str, Any]]:
-        """(prompt, options of the Blender)."""
-        given = dict(kwargs)
-        made: Prompted | None = given.pop("prompted", None)
-        blend: BlendOptions | None = given.pop("blend", None)
-        if unknown := given.keys() - set(_SAMPLING):
+    def _parse(self, messages: Sequence[ChatMessage], kwargs: dict[str, Any]) -> tuple[BlendPrompt, dict[str, Any]]:
+        """Return (prompt, options for the Blender)."""
+        options = dict(kwargs)
+        blend_prompt: BlendPrompt | None = options.pop("blend_prompt", None)
+        blend: BlendOptions | None = options.pop("blend", None)
+        if unknown := options.keys() - set(_SAMPLING):
             raise ConfigError(
                 f"The engine does not know {', '.join(sorted(unknown))}.", remedy=f"It takes {', '.join(_SAMPLING)}."
             )
-        if isinstance(stop := given.get("stop"), str | list):
-            given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-        sampling: Sampling = replace(self._blender.sampling, **given)
-        return made or self._plain(messages), {"sampling": sampling, "blend": blend}
+        if isinstance(stop := options.get("stop"), str | list):
+            options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        sampling: Sampling = replace(self._blender.sampling, **options)
+        return blend_prompt or self._plain(messages), {"sampling": sampling, "blend": blend}
 
-    def _plain(self, messages: Sequence[ChatMessage]) -> Prompted:
-        """The conversation as it stands."""
+    def _plain(self, messages: Sequence[ChatMessage]) -> BlendPrompt:
+        """Build the prompt of a conversation without passages."""
         system = "\n\n".join(str(m.content) for m in messages if m.role == MessageRole.SYSTEM and m.content)
         history, question = conversation([m for m in messages if m.role != MessageRole.SYSTEM])
-        return Prompted(self._prompts(system).query([], question, history), question, (), (), ())
+        return BlendPrompt(self._prompts(system).query([], question, history), question, (), (), ())
 
 
 def workspace_of(source: Any) -> Workspace:
-    """The workspace of anything that names one; see as_workspace. Of an EngineLLM, its own."""
+    """Return the workspace of anything that as_workspace takes, or of an EngineLLM."""
     return source.blender.workspace if isinstance(source, EngineLLM) else as_workspace(source)
 
 
@@ -180,7 +179,7 @@ def _response(done: Completion) -> CompletionResponse:
 
 
 def _responses(events: Iterator[StreamEvent]) -> CompletionResponseGen:
-    """What LlamaIndex calls a stream of completions; the last one carries our Completion as `raw`."""
+    """Convert events to LlamaIndex's stream of responses; the last one has our Completion as `raw`."""
     text = ""
     for event in events:
         if isinstance(event, TextDelta):
@@ -204,3 +203,39 @@ async def _aresponses(events: AsyncIterator[StreamEvent]) -> CompletionResponseA
 def _as_chat(part: CompletionResponse) -> ChatResponse:
     message = ChatMessage(role=MessageRole.ASSISTANT, content=part.text)
     return ChatResponse(message=message, delta=part.delta, raw=part.raw)
+
+
+# -- conversations ----------------------------------------------------------------------------------------------------
+
+
+def _turns(messages: Sequence[ChatMessage | Turn]) -> list[Turn]:
+    """Convert messages to turns that begin with a user's and alternate, as chat templates want them.
+
+    Messages of other roles (system, tool) and empty ones are left out, and so is an answer at the head: a memory that
+    was cut can begin with one.
+    """
+    turns: list[Turn] = []
+    for message in messages:
+        content = str(message.content or "")
+        role = message.role.value if isinstance(message, ChatMessage) else message.role
+        if role in ("user", "assistant") and content.strip() and (turns or role == "user"):
+            turns.append(Turn("user" if role == "user" else "assistant", content))
+    return join_turns(turns)
+
+
+def conversation(messages: Sequence[ChatMessage | Turn], question: str = "") -> tuple[list[Turn], str]:
+    """Return (earlier turns, the question at the end). An unanswered question becomes a part of the next one.
+
+    Args:
+        messages: The conversation.
+        question: The new question; empty: the last message is the question.
+
+    Raises:
+        PromptError: The conversation does not end with a user's message.
+    """
+    if question and not question.strip():
+        raise PromptError("The question is empty.", remedy="Ask something.")
+    turns = _turns([*messages, Turn("user", question)])
+    if not turns or turns[-1].role != "user":
+        raise PromptError("The conversation does not end with a user's message.", remedy="Ask something.")
+    return turns[:-1], turns[-1].content

@@ -1,4 +1,4 @@
-"""The response synthesizer: passages and question in, a blended answer out, in one request."""
+"""The response synthesizer: passages and a question go in, a blended answer comes out, in one request."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.base.response.schema import RESPONSE_TYPE
 from llama_index.core.callbacks import CallbackManager
+from llama_index.core.instrumentation import get_dispatcher  # type: ignore[attr-defined] # it is documented
+from llama_index.core.instrumentation.events import BaseEvent
 from llama_index.core.llms.llm import LLM
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.prompts.mixin import PromptDictType
@@ -19,48 +21,142 @@ from llama_index.core.schema import NodeWithScore, QueryType
 from llama_index.core.settings import Settings
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
-from lmcache_rag.adapters.blender import Blender, Prompted
 from lmcache_rag.engines.base import BlendOptions, Completion, Sampling, TextDelta
 from lmcache_rag.prompt import Turn
 from lmcache_rag.workspace import Workspace
 
-from .answers import AnswerStream, AnswerText, AsyncAnswerStream, Facts
-from .clients import BlendClient
-from .events import tell
-from .history import conversation
-from .llm import EngineLLM, workspace_of
-from .noticing import Noticer
-from .templates import format_of, template_of, with_words
+from ..blender import Blender, BlendPrompt, counts
+from .llm import EngineLLM, conversation, workspace_of
+from .openai_like import BlendClient
+from .prompts import ChangedPassageWarner, format_of, template_of, with_format
 
 log = logging.getLogger("lmcache_rag")
+dispatcher = get_dispatcher(__name__)
+
+
+class BlendEvent(BaseEvent):
+    """A finished answer and what was reused for it.
+
+    Attributes:
+        stats: The reuse statistics as plain numbers; see lmcache_rag.engines.base.ReuseStats.
+        warnings: Warnings for the user.
+        passages: How many passages the prompt had.
+        changed: How many of the passages were changed after retrieval; they were computed in full.
+        dropped: How many did not fit the context.
+        finish_reason: Why the answer ended: stop, length or cancelled.
+    """
+
+    stats: dict[str, Any]
+    warnings: list[str]
+    passages: int
+    changed: int
+    dropped: int
+    finish_reason: str
+
+    @classmethod
+    def class_name(cls) -> str:
+        """Class name."""
+        return "LMCacheBlendEvent"
+
+
+def emit_blend_event(prompt: BlendPrompt, done: Completion, changed: int) -> dict[str, Any]:
+    """Send a BlendEvent; return its fields for the response's metadata."""
+    fields: dict[str, Any] = {
+        "stats": counts(done.stats),
+        "warnings": list(done.warnings),
+        "passages": len(prompt.texts),
+        "changed": changed,
+        "dropped": len(prompt.dropped),
+        "finish_reason": done.finish_reason,
+    }
+    dispatcher.event(BlendEvent(**fields))
+    return fields
+
+
+class ReuseMetadata(dict[str, Any]):
+    """The fields of the BlendEvent; empty until a stream has ended."""
+
+
+class AnswerText(str):
+    """An answer with its reuse metadata."""
+
+    reuse: ReuseMetadata
+
+    @classmethod
+    def of(cls, text: str, reuse: ReuseMetadata) -> AnswerText:
+        """Make one."""
+        answer = cls(text)
+        answer.reuse = reuse
+        return answer
+
+    def __str__(self) -> str:
+        return str.__str__(self)
+
+
+class AnswerStream(Generator[str, None, None]):
+    """The pieces of an answer, with its reuse metadata."""
+
+    def __init__(self, pieces: Generator[str, None, None], reuse: ReuseMetadata) -> None:
+        self._pieces, self.reuse = pieces, reuse
+
+    def send(self, value: None) -> str:
+        """Return the next piece."""
+        return self._pieces.send(value)
+
+    def throw(self, *problem: Any) -> str:
+        """Raise an error in the generator of the pieces."""
+        return self._pieces.throw(*problem)
+
+    def close(self) -> None:
+        """Stop the computation."""
+        self._pieces.close()
+
+
+class AsyncAnswerStream(AsyncGenerator[str, None]):
+    """The pieces of an answer, with its reuse metadata."""
+
+    def __init__(self, pieces: AsyncGenerator[str, None], reuse: ReuseMetadata) -> None:
+        self._pieces, self.reuse = pieces, reuse
+
+    async def asend(self, value: None) -> str:
+        """Return the next piece."""
+        return await self._pieces.asend(value)
+
+    async def athrow(self, *problem: Any) -> str:
+        """Raise an error in the generator of the pieces."""
+        return await self._pieces.athrow(*problem)
+
+    async def aclose(self) -> None:
+        """Stop the computation."""
+        await self._pieces.aclose()
 
 
 class BlendSynthesizer(BaseSynthesizer):
-    """Answers from the passages' KV. All passages stand in one prompt, each as it was ingested.
+    """Answers from the passages' KV. One prompt has all passages, each as it was ingested.
 
-    LlamaIndex's own modes cannot be used for that: `compact` packs passages anew, `refine` and `tree_summarize` ask
-    about each piece in a prompt of its own, `simple_summarize` prints a list. Passages that do not fit the model's
-    context are dropped here, those with the lowest score first, with a warning; the response names all that were found.
+    LlamaIndex's own modes cannot do that: `compact` repacks passages, `refine` and `tree_summarize` send a prompt for
+    each piece, `simple_summarize` prints a list. Passages that do not fit the model's context are dropped, those with
+    the lowest score first, with a warning; the response lists all that were found.
 
-    `response.metadata["lmcache_rag"]` and a BlendEvent tell what was reused; in a stream, when it has ended.
+    `response.metadata["lmcache_rag"]` and a BlendEvent report what was reused; for a stream, after its end.
 
     Args:
         llm: The LLM object that answers (OpenAILike with a vLLM server), or a Workspace, an engine or a URL; None:
             Settings.llm.
-        workspace: Where the KV is registered; None: the one that belongs to `llm`.
-        blend: How KV is reused; None: as the workspace's settings say. BlendOptions(enabled=False) reuses none.
-        sampling: How tokens are chosen where no LLM object says it.
-        text_qa_template: Words around passages and question; see update_prompts().
-        history: Earlier turns; they stand behind the passages.
-        streaming: Give answers as streams.
-        callback_manager: Hears of each answer.
-        empty_response: The answer where nothing was found.
-        noticer: Shared by what works together.
+        workspace: Where the KV is registered; None: the workspace of `llm`.
+        blend: How KV is reused; None: from the workspace's settings. BlendOptions(enabled=False) reuses none.
+        sampling: How tokens are chosen, if `llm` is not an LLM object.
+        text_qa_template: The text around passages and question; see update_prompts().
+        history: Earlier turns; they follow the passages.
+        streaming: Return answers as streams.
+        callback_manager: Receives the events of each answer.
+        empty_response: The answer if nothing was found.
+        noticer: Warns of changed passages; may be shared by several synthesizers.
         lazy_fill: At which use a passage without KV is ingested, in the background after the answer: "first",
-            "second" or "never"; None: as the settings say (LMCACHE_RAG_LAZY_FILL, or "second").
+            "second" or "never"; None: from the settings (LMCACHE_RAG_LAZY_FILL, or "second").
 
     Raises:
-        ConfigError: The LLM or the template cannot be used, or there is no such lazy_fill.
+        ConfigError: The LLM or the template cannot be used, or lazy_fill is none of these.
         EngineUnavailableError, EngineError: The server cannot be reached, or serves another model.
     """
 
@@ -76,20 +172,20 @@ class BlendSynthesizer(BaseSynthesizer):
         streaming: bool = False,
         callback_manager: CallbackManager | None = None,
         empty_response: str | None = None,
-        noticer: Noticer | None = None,
+        noticer: ChangedPassageWarner | None = None,
         lazy_fill: str | None = None,
     ) -> None:
         source = Settings.llm if llm is None else llm
         self._workspace = workspace or workspace_of(source)
         self._options = {"blend": blend, "sampling": sampling, "lazy_fill": lazy_fill}
         blender = Blender(self._workspace, **self._options)  # type: ignore[arg-type]
-        self._base = blender.prompts.format
+        self._base_format = blender.prompts.format
         engine_llm = not isinstance(source, LLM) or isinstance(source, EngineLLM)
         self._client = BlendClient(EngineLLM(blender) if engine_llm else source, blender)
         if engine_llm:
             self._client.llm.callback_manager = callback_manager or Settings.callback_manager
         self._history: tuple[ChatMessage | Turn, ...] = tuple(history)
-        self._noticer = noticer or Noticer()
+        self._warner = noticer or ChangedPassageWarner()
         super().__init__(
             llm=self._client.llm,
             callback_manager=callback_manager,
@@ -101,48 +197,48 @@ class BlendSynthesizer(BaseSynthesizer):
 
     @property
     def blender(self) -> Blender:
-        """What makes the prompts."""
+        """The builder of the prompts."""
         return self._client.blender
 
     @property
     def llm(self) -> LLM:
-        """Who answers."""
+        """The LLM that answers."""
         return self._client.llm
 
     def after(self, history: Sequence[ChatMessage | Turn], *, streaming: bool) -> BlendSynthesizer:
-        """The same for the next turn of a conversation."""
+        """Return a copy for the next turn of a conversation."""
         other = copy.copy(self)
         other._history, other._streaming = tuple(history), streaming
         return other
 
     @property
-    def noticer(self) -> Noticer:
-        """What notices changed passages."""
-        return self._noticer
+    def noticer(self) -> ChangedPassageWarner:
+        """Warns of changed passages."""
+        return self._warner
 
-    # -- prompts ------------------------------------------------------------------------------------------------
+    # -- prompts --------------------------------------------------------------------------------------------------
 
     def _get_prompts(self) -> PromptDictType:
         return {"text_qa_template": template_of(self.blender.prompts.format)}
 
     def _update_prompts(self, prompts: PromptDictType) -> None:
-        """Take other words. Those behind {context_str} can change freely; KV was computed behind those before it."""
+        """Use another template. The text after {context_str} can change freely, that before it is part of the KV."""
         if (template := prompts.get("text_qa_template")) is None:
             return
-        words = format_of(template, self._base, self._client.llm)
-        blender = Blender(with_words(self._workspace, words), **self._options)  # type: ignore[arg-type]
+        format = format_of(template, self._base_format, self._client.llm)
+        blender = Blender(with_format(self._workspace, format), **self._options)  # type: ignore[arg-type]
         if blender.prompts.fingerprint != self._workspace.prompts.fingerprint:
             log.warning(
-                "The prompt has other words before the passages than their KV was computed behind: each passage is "
-                "computed once more, when it is first asked for. Set system and instruction in the workspace's "
-                "settings, so that ingestion uses the same words."
+                "The prompt has another text before the passages than their KV was computed with: each passage is "
+                "computed again at its first use. Set system and instruction in the workspace's settings, so that "
+                "ingestion uses the same text."
             )
         llm = self._client.llm
         if isinstance(llm, EngineLLM):
             llm = self._llm = EngineLLM(blender, callback_manager=llm.callback_manager)
         self._client = BlendClient(llm, blender)
 
-    # -- answers ------------------------------------------------------------------------------------------------
+    # -- answers --------------------------------------------------------------------------------------------------
 
     def synthesize(
         self,
@@ -156,8 +252,8 @@ class BlendSynthesizer(BaseSynthesizer):
         Args:
             query: The question.
             nodes: The passages.
-            additional_source_nodes: Named as sources too.
-            response_kwargs: `blend` and `history` for this answer; everything else goes to the LLM.
+            additional_source_nodes: Listed as sources too.
+            response_kwargs: `blend` and `history` for this answer; all others go to the LLM.
         """
         response_kwargs.setdefault("scores", [node.score for node in nodes])
         return super().synthesize(query, nodes, additional_source_nodes, **response_kwargs)
@@ -169,70 +265,70 @@ class BlendSynthesizer(BaseSynthesizer):
         additional_source_nodes: Sequence[NodeWithScore] | None = None,
         **response_kwargs: Any,
     ) -> RESPONSE_TYPE:
-        """Async twin of synthesize."""
+        """Async version of synthesize."""
         response_kwargs.setdefault("scores", [node.score for node in nodes])
         return await super().asynthesize(query, nodes, additional_source_nodes, **response_kwargs)
 
     def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
-        """The answer to a question from texts, or a generator of its pieces."""
-        asked = self._asked(query_str, text_chunks, response_kwargs)
+        """Return the answer to a question from texts, or a generator of its pieces."""
+        request = self._parse(query_str, text_chunks, response_kwargs)
         if self._streaming:
-            return AnswerStream(self._stream(*asked, facts := Facts()), facts)
-        prompted, changed, options = asked
-        done = self._client.answer(prompted, **options)
-        return AnswerText.of(done.text or self._empty_response, Facts(tell(prompted, done, changed)))
+            return AnswerStream(self._stream(*request, reuse := ReuseMetadata()), reuse)
+        prompt, changed, options = request
+        done = self._client.answer(prompt, **options)
+        return AnswerText.of(done.text or self._empty_response, ReuseMetadata(emit_blend_event(prompt, done, changed)))
 
     async def aget_response(
         self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
     ) -> RESPONSE_TEXT_TYPE:
-        """Async twin of get_response."""
-        asked = await asyncio.to_thread(self._asked, query_str, text_chunks, response_kwargs)
+        """Async version of get_response."""
+        request = await asyncio.to_thread(self._parse, query_str, text_chunks, response_kwargs)
         if self._streaming:
-            return AsyncAnswerStream(self._astream(*asked, facts := Facts()), facts)
-        prompted, changed, options = asked
-        done = await self._client.aanswer(prompted, **options)
-        return AnswerText.of(done.text or self._empty_response, Facts(tell(prompted, done, changed)))
+            return AsyncAnswerStream(self._astream(*request, reuse := ReuseMetadata()), reuse)
+        prompt, changed, options = request
+        done = await self._client.aanswer(prompt, **options)
+        return AnswerText.of(done.text or self._empty_response, ReuseMetadata(emit_blend_event(prompt, done, changed)))
 
-    # -- inside -------------------------------------------------------------------------------------------------
+    # -- inside ---------------------------------------------------------------------------------------------------
 
     def _stream(
-        self, prompted: Prompted, changed: int, options: dict[str, Any], facts: Facts
+        self, prompt: BlendPrompt, changed: int, options: dict[str, Any], reuse: ReuseMetadata
     ) -> Generator[str, None, None]:
-        for event in self._client.stream(prompted, **options):
+        for event in self._client.stream(prompt, **options):
             if isinstance(event, TextDelta):
                 yield event.text
             elif isinstance(event, Completion):
-                facts |= tell(prompted, event, changed)
+                reuse |= emit_blend_event(prompt, event, changed)
 
     async def _astream(
-        self, prompted: Prompted, changed: int, options: dict[str, Any], facts: Facts
+        self, prompt: BlendPrompt, changed: int, options: dict[str, Any], reuse: ReuseMetadata
     ) -> AsyncGenerator[str, None]:
-        async for event in self._client.astream(prompted, **options):
+        async for event in self._client.astream(prompt, **options):
             if isinstance(event, TextDelta):
                 yield event.text
             elif isinstance(event, Completion):
-                facts |= tell(prompted, event, changed)
+                reuse |= emit_blend_event(prompt, event, changed)
 
-    def _asked(
+    def _parse(
         self, question: str, texts: Sequence[str], kwargs: dict[str, Any]
-    ) -> tuple[Prompted, int, dict[str, Any]]:
-        """(the prompt, how many of its passages have another text than was ingested, options of the client)."""
+    ) -> tuple[BlendPrompt, int, dict[str, Any]]:
+        """Return (prompt, how many of its passages are not registered as they are, options for the client)."""
         options = dict(kwargs)
         scores = options.pop("scores", None)
         history, question = conversation(options.pop("history", self._history), question)
-        wanted = options.get("max_tokens") or self._client.max_tokens
-        prompted = self.blender.prompted(texts, question, history=history, scores=scores, max_tokens=wanted)
-        changed = [text for text, kept in zip(prompted.texts, prompted.registered, strict=True) if not kept]
+        limit = options.get("max_tokens") or self._client.max_tokens
+        prompt = self.blender.build_prompt(texts, question, history=history, scores=scores, max_tokens=limit)
+        changed = [text for text, known in zip(prompt.texts, prompt.registered, strict=True) if not known]
         if changed:
-            self._noticer.warn(changed, len(prompted.texts), self.blender.what_follows)
-        return prompted, len(changed), options
+            self._warner.warn(changed, len(prompt.texts), self.blender.unregistered_note)
+        return prompt, len(changed), options
 
     def _prepare_response_output(
         self, response_str: RESPONSE_TEXT_TYPE | None, source_nodes: list[NodeWithScore]
     ) -> RESPONSE_TYPE:
-        facts = getattr(response_str, "facts", None)
+        reuse = getattr(response_str, "reuse", None)
         text = str(response_str) if isinstance(response_str, AnswerText) else response_str
         response = super()._prepare_response_output(text, source_nodes)
-        if facts is not None:
-            response.metadata = {**(response.metadata or {}), "lmcache_rag": facts}
+        if reuse is not None:
+            response.metadata = {**(response.metadata or {}), "lmcache_rag": reuse}
         return response

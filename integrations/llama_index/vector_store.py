@@ -1,10 +1,15 @@
-"""Any LlamaIndex vector store, with the KV of what stands in it."""
+"""Any LlamaIndex vector store, with the KV of its nodes."""
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
+import threading
+import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
 from llama_index.core.bridge.pydantic import PrivateAttr
@@ -17,44 +22,141 @@ from llama_index.core.vector_stores.types import (
     VectorStoreQueryResult,
 )
 
-from lmcache_rag.adapters.register import KVRegister
-from lmcache_rag.adapters.resolve import as_workspace
-from lmcache_rag.errors import ConfigError, LMCacheRAGError, PrecomputeError
+from lmcache_rag.errors import ConfigError, LMCacheRAGError, PrecomputeError, StoreLockedError
 from lmcache_rag.kv_manager import KVTotals
 
-from .faiss_store import FaissVectorStore, group_of
-from .in_turn import InTurn, in_thread
+from ..kv_registry import KVRegistry, as_workspace
+from .faiss_store import FaissVectorStore, group_of, in_thread
 from .llm import workspace_of
-from .node_text import node_text
+from .prompts import node_text
 
 log = logging.getLogger("lmcache_rag")
 
+_POLL_S = 0.01  # of a waiting event loop
+_CHECK_S = 0.25  # of a waiting thread, for a deadlock
+_PATIENCE_S = 60.0  # that a thread waits where there may be a deadlock
 
-class LMCacheVectorStore(BasePydanticVectorStore):
-    """Does what the store inside does, and keeps the KV of its nodes: what is in the store has KV, nothing else.
 
-    KV is computed before a node can be found, and dropped after it is gone. An addition that fails (because the engine
-    is down, say) leaves both sides as they were; do it again. In an IngestionPipeline it is the part that decides about
-    KV: a transformation would be skipped where the pipeline's cache has its result. With `num_workers`, other processes
-    split and embed; the KV is computed in the process that called run().
+@dataclass(frozen=True, slots=True)
+class _Holder:
+    """Who holds a SyncAsyncLock: a thread, or a task of an event loop."""
 
-    Args:
-        inner: The store; None: our own, FAISS and SQLite in the workspace's folder.
-        source: A Workspace, an engine, the URL of a vLLM server, or the LLM object that names one.
-        space: Name of this store, where several share a workspace.
-        store: Folder of the registry, see lmcache_rag.adapters.resolve.as_workspace.
+    thread: int
+    loop: asyncio.AbstractEventLoop | None = None
+    task: asyncio.Task[Any] | None = None
+
+
+class SyncAsyncLock:
+    """A lock for `with` and `async with`: changes from threads and event loops take turns.
+
+    A waiting event loop runs its other tasks. A waiting thread is refused where the holder may need it to go on:
+
+    - at once, if the holder is this thread, or a task of the event loop that runs in this thread;
+    - after _PATIENCE_S, if the holder is a task, or an event loop runs in this thread.
+
+    Otherwise it waits without limit. Nothing ever goes on without the lock.
 
     Raises:
-        ConfigError: The source names no engine.
+        StoreLockedError: The wait is refused.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holder: _Holder | None = None  # written by the holder only
+
+    def __enter__(self) -> None:
+        holder, since, pause = None, time.monotonic(), 0.0
+        while not self._lock.acquire(timeout=pause):
+            if holder is not self._holder:  # another one: count anew
+                holder, since = self._holder, time.monotonic()
+            _refuse_deadlock(holder, time.monotonic() - since)
+            pause = _CHECK_S
+        self._holder = _Holder(threading.get_ident())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release()
+
+    async def __aenter__(self) -> None:
+        me = _Holder(threading.get_ident(), asyncio.get_running_loop(), asyncio.current_task())
+        # Not in a thread: if this task were cancelled meanwhile, the thread would take the lock and never release it.
+        while not self._lock.acquire(blocking=False):
+            if (holder := self._holder) is not None and _contains(holder, me):
+                raise _nested()
+            await asyncio.sleep(_POLL_S)
+        self._holder = me
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, problem: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        self._holder = None
+        self._lock.release()
+
+
+def _contains(holder: _Holder, me: _Holder) -> bool:
+    """Return whether the holder waits for this call: it is this task, or a sync change further up in this thread."""
+    return holder.task is me.task if holder.task is not None else holder.thread == me.thread
+
+
+def _nested() -> StoreLockedError:
+    return StoreLockedError(
+        "A change of this vector store was called from inside another change of the same store.",
+        remedy="Call the wrapped store (`inner`) there.",
+    )
+
+
+def _refuse_deadlock(holder: _Holder | None, waited: float) -> None:
+    """Raise if the holder may be waiting for this thread."""
+    if holder is None:
+        return
+    try:
+        loop: asyncio.AbstractEventLoop | None = asyncio.get_running_loop()
+    except RuntimeError:
+        loop = None
+    if holder.loop is None and holder.thread == threading.get_ident():
+        raise _nested()
+    if loop is not None and holder.loop is loop:
+        raise StoreLockedError(
+            "An async change of this vector store is under way in this event loop, which this call would block.",
+            remedy="Await async_add(), adelete(), adelete_nodes() or aclear() instead.",
+        )
+    if waited >= _PATIENCE_S and (loop is not None or holder.loop is not None):
+        raise StoreLockedError(
+            f"Another change has held this vector store for {waited:.0f} s, and may be waiting for this thread.",
+            remedy="Repeat the call after it has ended, or await the async methods, which block no thread.",
+        )
+
+
+class LMCacheVectorStore(BasePydanticVectorStore):
+    """Wraps a vector store and keeps the KV of its nodes: the nodes in the store have KV, no others.
+
+    KV is computed before a node can be found, and dropped after the node is removed. An addition that fails, because
+    the engine is down for example, changes neither side; repeat it. In an IngestionPipeline, the vector store is where
+    KV is computed: a transformation would be skipped if the pipeline's cache has its result. With `num_workers`, other
+    processes split and embed; the KV is computed in the process that called run(). Changes take turns; one that would
+    wait for itself raises StoreLockedError.
+
+    Args:
+        inner: The wrapped store; None: our own, FAISS and SQLite in the workspace's folder.
+        source: A Workspace, an engine, the URL of a vLLM server, or an LLM object that has one.
+        space: Name of this store, where several share a workspace.
+        store: Folder of the registry, see lmcache_rag.integrations.kv_registry.as_workspace.
+
+    Raises:
+        ConfigError: The source has no engine.
         EngineUnavailableError: The server cannot be reached.
-        EngineError: It serves another model than the LLM object says.
+        EngineError: It serves another model than that of the LLM object.
     """
 
     stores_text: bool = True
     space: str = ""
     _inner: BasePydanticVectorStore = PrivateAttr()
-    _register: KVRegister = PrivateAttr()
-    _in_turn: InTurn = PrivateAttr(default_factory=InTurn)
+    _register: KVRegistry = PrivateAttr()
+    _lock: SyncAsyncLock = PrivateAttr(default_factory=SyncAsyncLock)
 
     def __init__(
         self,
@@ -65,7 +167,7 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         store: str | os.PathLike[str] | None = None,
     ) -> None:
         workspace = workspace_of(source) if store is None else as_workspace(source, store=os.fspath(store))
-        register = KVRegister.of(workspace, space=space)
+        register = KVRegistry.of(workspace, space=space)
         inner = FaissVectorStore.of(workspace, space=space) if inner is None else inner
         facts: dict[str, Any] = {"stores_text": inner.stores_text, "is_embedding_query": inner.is_embedding_query}
         super().__init__(**facts, space=space)  # type: ignore[call-arg]
@@ -78,30 +180,30 @@ class LMCacheVectorStore(BasePydanticVectorStore):
 
     @property
     def inner(self) -> BasePydanticVectorStore:
-        """The store inside."""
+        """The wrapped store."""
         return self._inner
 
     @property
     def client(self) -> Any:
-        """The client of the store inside."""
+        """The client of the wrapped store."""
         return self._inner.client
 
     @property
-    def kv(self) -> KVRegister:
-        """What is known of the KV: which ids, which texts."""
+    def kv(self) -> KVRegistry:
+        """The registry of the nodes' ids and texts."""
         return self._register
 
-    # -- additions ----------------------------------------------------------------------------------------------
+    # -- additions ------------------------------------------------------------------------------------------------
 
     def add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
-        """Compute the nodes' KV, then add them, each in place of what stood under its id.
+        """Compute the nodes' KV, then add them, replacing those with the same ids.
 
         Raises:
             PrecomputeError: KV could not be computed. Nothing was added.
             DocumentError: A node's text is not valid Unicode.
         """
         texts, groups = _texts(nodes), self._groups(nodes)
-        with self._in_turn:
+        with self._lock:
             before = self._register.entries(texts)
             try:
                 self._register.add(texts, groups=groups)
@@ -111,9 +213,9 @@ class LMCacheVectorStore(BasePydanticVectorStore):
                 raise
 
     async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
-        """Async twin of add."""
+        """Async version of add."""
         texts, groups = _texts(nodes), self._groups(nodes)
-        async with self._in_turn:
+        async with self._lock:
             before = self._register.entries(texts)
             try:
                 await in_thread(self._register.add, texts, groups=groups)
@@ -122,105 +224,105 @@ class LMCacheVectorStore(BasePydanticVectorStore):
                 await in_thread(self._restore, texts, before)
                 raise
 
-    # -- removals -----------------------------------------------------------------------------------------------
+    # -- removals -------------------------------------------------------------------------------------------------
 
     def delete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         """Remove the nodes of a document, then their KV."""
-        with self._in_turn:
+        with self._lock:
             self._inner.delete(ref_doc_id, **delete_kwargs)
             self._register.remove(self._register.ids(ref_doc_id))
 
     async def adelete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
-        """Async twin of delete."""
-        async with self._in_turn:
+        """Async version of delete."""
+        async with self._lock:
             await self._inner.adelete(ref_doc_id, **delete_kwargs)
             await in_thread(self._register.remove, self._register.ids(ref_doc_id))
 
     def delete_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
     ) -> None:
-        """Remove nodes by id and filters, as the store inside understands them, then their KV.
+        """Remove nodes by id and filters, as the wrapped store supports them, then their KV.
 
         Raises:
-            ConfigError: Filters were given, and the store inside cannot tell which nodes fulfil them.
+            ConfigError: Filters were given, and the wrapped store cannot list the nodes that match them.
         """
         gone = node_ids if filters is None else None
-        with self._in_turn:
+        with self._lock:
             before = self._held(node_ids, filters) if gone is None else set()
-            asked = self._asked(node_ids, filters, before)
-            if asked != ([], None):
-                self._inner.delete_nodes(*asked, **delete_kwargs)
+            arguments = self._delete_arguments(node_ids, filters, before)
+            if arguments != ([], None):
+                self._inner.delete_nodes(*arguments, **delete_kwargs)
             self._register.remove(self._gone(before) if gone is None else gone)
 
     async def adelete_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
     ) -> None:
-        """Async twin of delete_nodes."""
+        """Async version of delete_nodes."""
         gone = node_ids if filters is None else None
-        async with self._in_turn:
+        async with self._lock:
             before = self._held(node_ids, filters) if gone is None else set()
-            asked = self._asked(node_ids, filters, before)
-            if asked != ([], None):
-                await self._inner.adelete_nodes(*asked, **delete_kwargs)
+            arguments = self._delete_arguments(node_ids, filters, before)
+            if arguments != ([], None):
+                await self._inner.adelete_nodes(*arguments, **delete_kwargs)
             await in_thread(self._register.remove, self._gone(before) if gone is None else gone)
 
     def clear(self) -> None:
         """Remove all nodes, then the KV of this space."""
-        with self._in_turn:
+        with self._lock:
             self._inner.clear()
             self._register.clear()
 
     async def aclear(self) -> None:
-        """Async twin of clear."""
-        async with self._in_turn:
+        """Async version of clear."""
+        async with self._lock:
             await self._inner.aclear()
             await in_thread(self._register.remove, self._register.ids())
 
-    # -- questions ----------------------------------------------------------------------------------------------
+    # -- search ------------------------------------------------------------------------------------------------
 
     def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
-        """As the store inside."""
+        """Call the wrapped store."""
         return self._inner.query(query, **kwargs)
 
     async def aquery(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
-        """As the store inside."""
+        """Call the wrapped store."""
         return await self._inner.aquery(query, **kwargs)
 
     def get_nodes(self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None) -> list[BaseNode]:
-        """As the store inside."""
+        """Call the wrapped store."""
         return self._inner.get_nodes(node_ids, filters)
 
     async def aget_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None
     ) -> list[BaseNode]:
-        """As the store inside."""
+        """Call the wrapped store."""
         return await self._inner.aget_nodes(node_ids, filters)
 
     def persist(self, persist_path: str, fs: Any = None) -> None:
-        """As the store inside. The registry and the KV are always on disk already, in the workspace's folder."""
+        """Call the wrapped store. Registry and KV are always on disk, in the workspace's folder."""
         self._inner.persist(persist_path, fs)
 
-    # -- KV -----------------------------------------------------------------------------------------------------
+    # -- KV -------------------------------------------------------------------------------------------------------
 
     def adopt(self, nodes: Iterable[BaseNode] | None = None) -> KVTotals:
-        """Compute the KV of nodes that were in the store inside before it was wrapped.
+        """Compute the KV of nodes that were in the wrapped store before it was wrapped.
 
         Args:
-            nodes: The nodes; None: all that the store inside holds. Those that it does not hold are left out, so that
-                a whole docstore will do: `adopt(index.docstore.docs.values())`.
+            nodes: The nodes; None: all of the wrapped store. Those that it does not hold are left out, so that a whole
+                docstore can be given: `adopt(index.docstore.docs.values())`.
 
         Raises:
-            ConfigError: The store inside cannot tell its nodes; give them.
+            ConfigError: The wrapped store cannot list its nodes; give them.
             PrecomputeError: KV could not be computed; call it again to go on.
         """
         if nodes is None and not self._inner.stores_text:
             raise ConfigError(
                 f"{self._inner.class_name()} holds no texts.", remedy="Write adopt(index.docstore.docs.values())."
             )
-        with self._in_turn:
+        with self._lock:
             held = self._held(None, None)
-            given = self._inner.get_nodes() if nodes is None else nodes
-            found = [node for node in given if node.node_id in held]
+            all_nodes = self._inner.get_nodes() if nodes is None else nodes
+            found = [node for node in all_nodes if node.node_id in held]
             return self._register.add(_texts(found), groups=self._groups(found))
 
     def warm(self) -> KVTotals:
@@ -228,65 +330,65 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         return self._register.warm()
 
     async def awarm(self) -> KVTotals:
-        """Async twin of warm."""
+        """Async version of warm."""
         return await in_thread(self._register.warm)
 
     def prune(self) -> int:
-        """Drop the KV of nodes that the store inside does not hold any more; returns how many.
+        """Drop the KV of nodes that the wrapped store no longer holds; returns how many.
 
-        Needed after the store inside was changed behind our back: loaded from an older file, or started empty.
+        Needed after the wrapped store was changed directly: loaded from an older file, or started empty.
         """
-        with self._in_turn:
+        with self._lock:
             return self._register.remove(self._register.ids() - self._held(None, None))
 
-    # -- inside -------------------------------------------------------------------------------------------------
+    # -- inside ---------------------------------------------------------------------------------------------------
 
     def _groups(self, nodes: Sequence[BaseNode]) -> dict[str, str]:
-        """The document of each node. "None" is what LlamaIndex's stores write where a node has none."""
+        """Return the document of each node. LlamaIndex's stores write "None" for a node without one."""
         if isinstance(self._inner, FaissVectorStore):
             return {node.node_id: group_of(node) for node in nodes}
         return {node.node_id: node.ref_doc_id or "None" for node in nodes}
 
     def _restore(self, texts: dict[str, str], before: dict[str, tuple[str, str]]) -> None:
-        """After a failed addition: what was registered before, and nothing else of this addition."""
+        """Undo a failed addition: register the earlier texts again, and remove the others."""
         try:
             try:
-                if before:  # first, while their KV is not dropped yet
+                if before:  # first, before their KV is dropped
                     old = {key: text for key, (text, _) in before.items()}
                     self._register.add(old, groups={key: group for key, (_, group) in before.items()})
             finally:
                 self._register.remove(texts.keys() - before.keys())
         except PrecomputeError:
-            log.debug("the old texts are registered again; their KV, where it is gone, comes with warm()")
+            log.debug("the old texts are registered again; warm() computes their KV where it is missing")
         except LMCacheRAGError as problem:
-            log.warning("The addition failed, and so did taking it back: %s Add the nodes again.", problem)
+            log.warning("The addition failed, and so did undoing it: %s Add the nodes again.", problem)
 
     def _held(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> set[str]:
-        """Ids of nodes inside, or of those that fulfil the conditions where the store inside can tell."""
+        """Return the ids of the wrapped store's nodes, or of those that match, if it can list them."""
         if isinstance(self._inner, FaissVectorStore) and filters is None and node_ids is None:
             return self._inner.ids()
-        if isinstance(self._inner, SimpleVectorStore):  # it can delete by filters, but not tell
+        if isinstance(self._inner, SimpleVectorStore):  # it can delete by filters, but not list
             return set(self._inner.data.embedding_dict)
         try:
             return {node.node_id for node in self._inner.get_nodes(node_ids, filters)}
         except NotImplementedError as problem:
             raise ConfigError(
-                f"{self._inner.class_name()} cannot tell which nodes it holds.", remedy="Name the nodes by their ids."
+                f"{self._inner.class_name()} cannot list its nodes.", remedy="Give the ids of the nodes."
             ) from problem
 
-    def _asked(
+    def _delete_arguments(
         self, node_ids: list[str] | None, filters: MetadataFilters | None, found: set[str]
     ) -> tuple[list[str] | None, MetadataFilters | None]:
-        """What the store inside is asked to delete: by id where it told which nodes are meant.
+        """Return the arguments of the wrapped store's delete_nodes: ids where it could list them.
 
-        Some stores that can find by filters cannot delete by them alone (Chroma's).
+        Some stores can find by filters, but not delete by filters alone (Chroma's).
         """
         if filters is None or isinstance(self._inner, SimpleVectorStore):
             return node_ids, filters
         return sorted(found), None
 
     def _gone(self, before: set[str]) -> set[str]:
-        """Those of the nodes that the store inside does not hold any more."""
+        """Return those of the nodes that the wrapped store no longer holds."""
         if isinstance(self._inner, SimpleVectorStore):
             return before - set(self._inner.data.embedding_dict)
         return before
@@ -294,7 +396,7 @@ class LMCacheVectorStore(BasePydanticVectorStore):
     def __getstate__(self) -> dict[Any, Any]:
         raise ConfigError(
             "An LMCacheVectorStore stays in its process: it holds the engine and the store.",
-            remedy="Make one in each process. An IngestionPipeline with num_workers does not need this: its workers "
+            remedy="Create one in each process. An IngestionPipeline with num_workers does not need this: its workers "
             "only split and embed.",
         )
 

@@ -1,10 +1,13 @@
-"""Blended prompts for a framework: answered by the engine, or sent by the user's own OpenAI client."""
+"""Blended prompts for a framework: a BlendPrompt goes in, a Completion comes out.
+
+The engine answers it, or the user's own OpenAI client sends it and the Blender reads what comes back.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag._utils import iterate_in_thread
@@ -19,27 +22,28 @@ from lmcache_rag.engines.base import (
 )
 from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.lazy_fill import FillCounts, cancel, fill_of, mode_of
+from lmcache_rag.prompt import Turn
 from lmcache_rag.rag import Answering, fit
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine
     from lmcache_rag.engines.vllm import VLLMEngine
-    from lmcache_rag.prompt import PromptBuilder, Turn
+    from lmcache_rag.prompt import PromptBuilder
     from lmcache_rag.workspace import Workspace
 
 
 @dataclass(frozen=True, slots=True)
-class Prompted:
-    """A prompt and what it was made of.
+class BlendPrompt:
+    """A prompt and its parts.
 
     Attributes:
-        prompt: Token ids, with the places of the chunks.
+        prompt: Token ids, with the spans of the chunks.
         question: The question.
-        texts: The chunks in it, in their order.
-        kept: Which of the given texts these are.
-        dropped: Which did not fit the context.
-        registered: For each of the texts, whether it stands in the registry as it is here. If not, something changed it
-            after retrieval, or it was never ingested.
+        texts: The chunks in it, in prompt order.
+        kept: Indices of these chunks in the list that build_prompt was given.
+        dropped: Indices of the chunks that did not fit the context.
+        registered: For each of `texts`, whether the registry has it unchanged. If not, something changed it after
+            retrieval, or it was never ingested.
     """
 
     prompt: QueryPrompt
@@ -51,25 +55,25 @@ class Prompted:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know."""
+        """Warnings for the answer."""
         if not self.dropped:
             return ()
-        given = len(self.kept) + len(self.dropped)
-        return (f"{len(self.dropped)} of {given} chunks did not fit the context and were dropped.",)
+        total = len(self.kept) + len(self.dropped)
+        return (f"{len(self.dropped)} of {total} chunks did not fit the context and were dropped.",)
 
 
 class Blender:
-    """Makes blended prompts over a workspace, and reads what came back. Safe to use from several threads.
+    """Builds blended prompts over a workspace and reads the answers. Safe to use from several threads.
 
     Args:
         workspace: Store, engine and prompts.
-        blend: How KV is reused; None: as the workspace's settings say.
-        sampling: How tokens are chosen where the engine answers itself; None: as the settings say.
+        blend: How KV is reused; None: from the workspace's settings.
+        sampling: How tokens are chosen where the engine itself answers; None: from the settings.
         lazy_fill: At which use a passage without KV is ingested in the background: "first", "second" or "never"; None:
-            as the settings say.
+            from the settings.
 
     Raises:
-        ConfigError: There is no such lazy_fill.
+        ConfigError: lazy_fill is none of these.
     """
 
     def __init__(
@@ -89,9 +93,9 @@ class Blender:
         self.lazy_fill = mode_of(lazy_fill or settings.lazy_fill)
         self._answering = Answering(workspace.store, self.engine, self.prompts, lazy_fill=self.lazy_fill)
 
-    # -- the prompt ---------------------------------------------------------------------------------------------
+    # -- the prompt -----------------------------------------------------------------------------------------------
 
-    def prompted(
+    def build_prompt(
         self,
         texts: Sequence[str],
         question: str,
@@ -99,28 +103,29 @@ class Blender:
         history: Sequence[Turn] = (),
         scores: Sequence[float | None] | None = None,
         max_tokens: int | None = None,
-    ) -> Prompted:
-        """The prompt for these chunks in this order. What does not fit the context is dropped, lowest score first.
+    ) -> BlendPrompt:
+        """Build the prompt for these chunks in this order; drop what does not fit the context, lowest score first.
 
         Args:
-            texts: The chunks. One without tokens is left out.
+            texts: The chunks. A chunk without tokens is left out.
             question: The question.
-            history: Earlier turns; they stand behind the chunks, which so stay reusable.
-            scores: One for each text, larger is better. Without scores, later texts count as worse.
-            max_tokens: Most tokens of the answer.
+            history: Earlier turns. They follow the chunks, so that the chunks stay reusable.
+            scores: One for each text, larger is better. Without scores, later texts rank lower.
+            max_tokens: Limit of the answer.
 
         Raises:
-            PromptError: The question is empty, or the history out of order.
+            PromptError: The question is empty, or the history is out of order.
             ContextLengthError: The question alone is longer than the context.
         """
         from lmcache_rag.store import Hit
 
         if not question.strip():
             raise PromptError("The question is empty.", remedy="Ask something.")
-        given = list(scores) if scores is not None else [None] * len(texts)
-        ranked = [-float(i) if score is None else float(score) for i, score in enumerate(given)]
-        if scores is not None and any(score is None for score in given):
-            ranked = [-float(i) for i in range(len(texts))]  # some only: they cannot be compared
+        ranked = [-float(i) for i in range(len(texts))]
+        if scores is not None:
+            numbers = [float(score) for score in scores if score is not None]
+            if len(numbers) == len(scores):  # scores of only some texts cannot be compared
+                ranked = numbers
         hits = [Hit(i, text, score, 0, ()) for i, (text, score) in enumerate(zip(texts, ranked, strict=True))]
         fitted = fit(
             self.prompts,
@@ -131,7 +136,7 @@ class Blender:
             max_tokens=self.sampling.max_tokens if max_tokens is None else max_tokens,
         )
         kept = tuple(hit.text for hit in fitted.kept)
-        return Prompted(
+        return BlendPrompt(
             self.prompts.query(kept, question, history),
             question,
             kept,
@@ -146,10 +151,10 @@ class Blender:
         known = self.workspace.store.registry.stored_texts(texts)
         return [text_hash(text) in known for text in texts]
 
-    # -- answered by the engine ---------------------------------------------------------------------------------
+    # -- answered by the engine -----------------------------------------------------------------------------------
 
     def stream(
-        self, prompted: Prompted, *, sampling: Sampling | None = None, blend: BlendOptions | None = None
+        self, prompt: BlendPrompt, *, sampling: Sampling | None = None, blend: BlendOptions | None = None
     ) -> Iterator[StreamEvent]:
         """TextDelta events, then one Completion. Closing the iterator stops the computation.
 
@@ -157,65 +162,63 @@ class Blender:
             LMCacheRAGError: See the engine's errors.
         """
         sampling, blend = sampling or self.sampling, blend or self.blend
-        return self._answering.stream(
-            prompted.texts, prompted.prompt, sampling, blend, prompted.notes, prompted.registered
-        )
+        return self._answering.stream(prompt.texts, prompt.prompt, sampling, blend, prompt.notes, prompt.registered)
 
     def answer(
-        self, prompted: Prompted, *, sampling: Sampling | None = None, blend: BlendOptions | None = None
+        self, prompt: BlendPrompt, *, sampling: Sampling | None = None, blend: BlendOptions | None = None
     ) -> Completion:
-        """The whole answer. Errors as for stream."""
-        for event in self.stream(prompted, sampling=sampling, blend=blend):
+        """Return the whole answer. Errors as for stream."""
+        for event in self.stream(prompt, sampling=sampling, blend=blend):
             last = event
         assert isinstance(last, Completion)  # noqa: S101 - what Engine.stream promises
         return last
 
     async def astream(
-        self, prompted: Prompted, *, sampling: Sampling | None = None, blend: BlendOptions | None = None
+        self, prompt: BlendPrompt, *, sampling: Sampling | None = None, blend: BlendOptions | None = None
     ) -> AsyncIterator[StreamEvent]:
-        """Async twin of stream."""
-        async for event in iterate_in_thread(self.stream(prompted, sampling=sampling, blend=blend)):
+        """Async version of stream."""
+        async for event in iterate_in_thread(self.stream(prompt, sampling=sampling, blend=blend)):
             yield event
 
     async def aanswer(
-        self, prompted: Prompted, *, sampling: Sampling | None = None, blend: BlendOptions | None = None
+        self, prompt: BlendPrompt, *, sampling: Sampling | None = None, blend: BlendOptions | None = None
     ) -> Completion:
-        """Async twin of answer. Cancelling it stops the computation."""
-        async for event in self.astream(prompted, sampling=sampling, blend=blend):
+        """Async version of answer. Cancelling it stops the computation."""
+        async for event in self.astream(prompt, sampling=sampling, blend=blend):
             last = event
         assert isinstance(last, Completion)  # noqa: S101
         return last
 
-    # -- sent by another client ---------------------------------------------------------------------------------
+    # -- sent by another client -----------------------------------------------------------------------------------
 
-    def request(self, prompted: Prompted, *, blend: BlendOptions | None = None) -> dict[str, Any]:
-        """What another OpenAI client adds to the body of its completions request.
+    def request(self, prompt: BlendPrompt, *, blend: BlendOptions | None = None) -> dict[str, Any]:
+        """Return what another OpenAI client adds to the body of its completions request.
 
         Returns:
             prompt (token ids), kv_transfer_params, return_token_ids, and cache_salt for a tenant.
 
         Raises:
-            EngineError: The workspace's engine is no server.
+            EngineError: The workspace's engine is not a server.
             ContextLengthError: The prompt is longer than the server's context.
         """
         self._answering.begin()
-        made = self._vllm().request(prompted.prompt, self.sampling, self._answering.allowed(blend or self.blend))
-        extra = made["extra_body"]
+        params = self._vllm().request(prompt.prompt, self.sampling, self._answering.allowed(blend or self.blend))
+        extra = params["extra_body"]
         names = ("kv_transfer_params", "return_token_ids", "cache_salt")
-        return {"prompt": made["prompt"], **{name: extra[name] for name in names if name in extra}}
+        return {"prompt": params["prompt"], **{name: extra[name] for name in names if name in extra}}
 
     @property
     def chat_takes_ids(self) -> bool:
         """Whether the server's chat completions take token ids (vLLM 0.32 and later)."""
         return self._vllm().chat_takes_ids
 
-    def request_chat(self, prompted: Prompted, *, blend: BlendOptions | None = None) -> dict[str, Any]:
-        """The same for chat completions: the token ids take the place of what the messages would become.
+    def request_chat(self, prompt: BlendPrompt, *, blend: BlendOptions | None = None) -> dict[str, Any]:
+        """The same for chat completions: the server takes the token ids instead of rendering the messages.
 
         Raises:
-            EngineError: The workspace's engine is no server, or one whose chat completions take no token ids.
+            EngineError: The workspace's engine is not a server, or its chat completions take no token ids.
         """
-        body = self.request(prompted, blend=blend)
+        body = self.request(prompt, blend=blend)
         if not self.chat_takes_ids:
             raise EngineError(
                 "The chat completions of this vLLM take no token ids, so the passages' KV would not be found.",
@@ -226,56 +229,65 @@ class Blender:
         return body | {"kv_transfer_params": {**body["kv_transfer_params"], "prompt_token_ids": ids}}
 
     def gather(self) -> wire.Gathered:
-        """Takes the raw parts of the answer that another client got; the clock starts now."""
+        """Start to collect the raw parts of the answer that another client gets; TTFT counts from now."""
         return wire.Gathered()
 
     def finished(
         self,
         gathered: wire.Gathered,
-        prompted: Prompted,
+        prompt: BlendPrompt,
         *,
         streamed: bool,
         blend: BlendOptions | None = None,
         stops: bool = False,
     ) -> Completion:
-        """The answer with the statistics that the server told. What it did not say is not made up.
+        """Return the answer with the server's statistics; what the server did not report stays unknown.
 
-        Passages whose KV was missing are ingested in the background, as `lazy_fill` says. With `stops`, stop strings
-        were given: then missing statistics do not mean that the server makes none.
+        Chunks whose KV was missing are ingested in the background, as set by `lazy_fill`.
+
+        Args:
+            gathered: The raw parts.
+            prompt: The prompt.
+            streamed: Whether the answer came as a stream.
+            blend: How KV was reused; None: the Blender's.
+            stops: Whether the request had stop strings: missing statistics then do not mean that the server has none.
+
+        Raises:
+            EngineUnavailableError: The server closed the connection before the answer's end.
         """
         blend = self._answering.allowed(blend or self.blend)
-        done = self._vllm().finished(gathered, prompted.prompt, blend, streamed=streamed, stops=stops)
-        done = self._answering.filled(prompted.texts, prompted.registered, prompted.prompt, done, blend)
-        return _with_notes(done, prompted.notes)
+        done = self._vllm().finished(gathered, prompt.prompt, blend, streamed=streamed, stops=stops)
+        done = self._answering.filled(prompt.texts, prompt.registered, prompt.prompt, done, blend)
+        return _with_notes(done, prompt.notes)
 
-    # -- the background -----------------------------------------------------------------------------------------
+    # -- the background -------------------------------------------------------------------------------------------
 
     @property
-    def what_follows(self) -> str:
-        """A sentence for warnings: what happens to passages that are not registered."""
+    def unregistered_note(self) -> str:
+        """What happens to passages that are not registered, as a sentence for warnings."""
         if self.lazy_fill == "never" or self.engine.info.engine == "embedded":
             return "They are computed for every question."
         return f"They are ingested in the background at their {self.lazy_fill} use (lazy_fill)."
 
     @property
     def fill_counts(self) -> FillCounts:
-        """What was ingested in the background so far, for this engine."""
+        """What was ingested in the background until now, for this engine."""
         return fill_of(self.engine).counts
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Wait until no passage is being ingested in the background; False when the time is over before."""
+        """Wait until no passage is being ingested in the background; returns False after `timeout` seconds."""
         return fill_of(self.engine).drain(timeout)
 
     async def adrain(self) -> bool:
-        """Async twin of drain."""
+        """Async version of drain."""
         return await asyncio.to_thread(self.drain)
 
     def close(self) -> None:
-        """Ingest nothing more in the background for this workspace. It stays open, and so can be asked again."""
+        """Stop the background ingestion of this workspace. The workspace stays open and can answer again."""
         cancel(self.engine, self.workspace.store)
 
     async def aclose(self) -> None:
-        """Async twin of close."""
+        """Async version of close."""
         await asyncio.to_thread(self.close)
 
     def _vllm(self) -> VLLMEngine:
@@ -290,11 +302,19 @@ class Blender:
 
 
 def counts(stats: ReuseStats) -> dict[str, Any]:
-    """The reuse statistics as plain numbers, as callbacks and metadata carry them."""
+    """Return the reuse statistics as plain numbers, for callbacks and metadata."""
     return {name: round(value, 3) if isinstance(value, float) else value for name, value in stats.as_dict().items()}
 
 
-def _with_notes(done: Completion, notes: tuple[str, ...]) -> Completion:
-    from dataclasses import replace
+def join_turns(turns: Iterable[Turn]) -> list[Turn]:
+    """Join neighbouring turns of one role by an empty line: chat templates want the roles to alternate."""
+    joined: list[Turn] = []
+    for turn in turns:
+        if joined and joined[-1].role == turn.role:
+            turn = Turn(turn.role, f"{joined.pop().content}\n\n{turn.content}")
+        joined.append(turn)
+    return joined
 
+
+def _with_notes(done: Completion, notes: tuple[str, ...]) -> Completion:
     return replace(done, warnings=(*done.warnings, *notes)) if notes else done

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field
 from lmcache_rag.engines.base import Completion, Sampling, StreamEvent
 from lmcache_rag.errors import ConfigError
 
-from .call import Call
+from .openai import BlendCall
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -25,11 +25,11 @@ _SAMPLING = frozenset(Sampling.__dataclass_fields__) - {"stop"}
 
 
 class EngineModel(BaseChatModel):
-    """Answers the one prompt that it was made for; the messages that it is called with are for traces only."""
+    """Answers the one prompt that it was made for; the messages in its calls are for traces only."""
 
     if TYPE_CHECKING:
-        call: Call
-    else:  # pydantic need not know what is in it
+        call: BlendCall
+    else:  # pydantic does not look into it
         call: Any = Field(exclude=True)
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -63,7 +63,7 @@ class EngineModel(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         call = self.call
-        done = call.blender.answer(call.prompted, sampling=self._sampling(stop, kwargs), blend=call.blend)
+        done = call.blender.answer(call.prompt, sampling=self._sampling(stop, kwargs), blend=call.blend)
         return self._result(done)
 
     async def _agenerate(
@@ -74,7 +74,7 @@ class EngineModel(BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         call = self.call
-        done = await call.blender.aanswer(call.prompted, sampling=self._sampling(stop, kwargs), blend=call.blend)
+        done = await call.blender.aanswer(call.prompt, sampling=self._sampling(stop, kwargs), blend=call.blend)
         return self._result(done)
 
     def _stream(
@@ -85,7 +85,7 @@ class EngineModel(BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         call = self.call
-        for event in call.blender.stream(call.prompted, sampling=self._sampling(stop, kwargs), blend=call.blend):
+        for event in call.blender.stream(call.prompt, sampling=self._sampling(stop, kwargs), blend=call.blend):
             yield self._chunk(event)
 
     async def _astream(
@@ -96,19 +96,19 @@ class EngineModel(BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         call = self.call
-        events = call.blender.astream(call.prompted, sampling=self._sampling(stop, kwargs), blend=call.blend)
+        events = call.blender.astream(call.prompt, sampling=self._sampling(stop, kwargs), blend=call.blend)
         async for event in events:
             yield self._chunk(event)
 
     def _sampling(self, stop: list[str] | None, kwargs: dict[str, Any]) -> Sampling:
-        given = {name: value for name, value in kwargs.items() if value is not None and name != "stream"}
-        if unknown := set(given) - _SAMPLING:
+        options = {name: value for name, value in kwargs.items() if value is not None and name != "stream"}
+        if unknown := set(options) - _SAMPLING:
             raise ConfigError(
                 f"The engine knows no {sorted(unknown)[0]!r}.", remedy=f"It knows stop, {', '.join(sorted(_SAMPLING))}."
             )
         if stop:
-            given["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-        return replace(self.call.blender.sampling, **given)
+            options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+        return replace(self.call.blender.sampling, **options)
 
     def _result(self, done: Completion) -> ChatResult:
         message = AIMessage(done.text, response_metadata=self._metadata(done), usage_metadata=_usage(done))

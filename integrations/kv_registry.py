@@ -1,0 +1,269 @@
+"""KV for the texts of a framework's vector store, and the workspace that store, retriever and answers share."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmcache_rag.engines.base import Engine
+from lmcache_rag.errors import ConfigError, DocumentError, EngineError, EngineUnavailableError
+from lmcache_rag.kv_manager import ForgetReport, KVKeeper, KVTotals
+from lmcache_rag.settings import Settings
+from lmcache_rag.workspace import Workspace
+
+if TYPE_CHECKING:
+    from lmcache_rag.prompt import PromptBuilder
+    from lmcache_rag.store import NewDocument, Store, StoredChunk
+
+log = logging.getLogger("lmcache_rag")
+
+_BATCH = 256  # texts between two commits
+
+
+class KVRegistry:
+    """Records which texts another store holds, by its ids, and keeps their KV. Safe to use from several threads.
+
+    Each text is one chunk, as the other store has it. Equal texts share one chunk and one KV, which is dropped with the
+    last id. Texts are committed before their KV is computed: repeat an addition that failed half-way, or call warm().
+
+    Args:
+        store: Our own store, which holds the registry.
+        engine: Computes and stores KV.
+        prompts: Builds the prompts, and so the keys of KV.
+        space: Name of the other store, where several share ours.
+        lock_timeout: Seconds to wait for another process that is writing.
+    """
+
+    def __init__(
+        self, store: Store, engine: Engine, prompts: PromptBuilder, *, space: str = "", lock_timeout: float = 30.0
+    ) -> None:
+        self.store, self.engine, self.prompts = store, engine, prompts
+        self.space = space
+        self.lock_timeout = lock_timeout
+        self._manager = KVKeeper(store, engine, prompts)
+        self._head = f"{space}\x1f"  # before each id; no framework's ids begin with this
+
+    @classmethod
+    def of(cls, workspace: Workspace, *, space: str = "") -> KVRegistry:
+        """Make one over the parts of a workspace."""
+        return cls(
+            workspace.store,
+            workspace.engine,
+            workspace.prompts,
+            space=space,
+            lock_timeout=workspace.settings.lock_timeout_s,
+        )
+
+    # -- changes --------------------------------------------------------------------------------------------------
+
+    def add(self, texts: Mapping[str, str], *, groups: Mapping[str, str] | None = None) -> KVTotals:
+        """Register texts under their ids, replacing earlier ones, and compute the KV that is missing.
+
+        A text without tokens, or longer than the context, is registered without KV.
+
+        Args:
+            texts: Text by id.
+            groups: Group by id, for example the document that a text is part of; see ids().
+
+        Raises:
+            DocumentError: A text is not valid Unicode.
+            StoreError: The store cannot be written.
+            PrecomputeError: KV could not be computed. The texts are registered; add them again, or call warm().
+        """
+        items, groups = list(texts.items()), groups or {}
+        totals = KVTotals()
+        with self.store.writing(timeout=self.lock_timeout):
+            for start in range(0, len(items), _BATCH):
+                batch = items[start : start + _BATCH]
+                self.store.registry.put_documents(
+                    [self._document(key, text, groups.get(key, self.space)) for key, text in batch], embedder=None
+                )
+            for start in range(0, len(items), _BATCH):
+                ids = [self._head + key for key, _ in items[start : start + _BATCH]]
+                todo = self.store.registry.chunks_without_kv(self.prompts.fingerprint, doc_ids=ids)
+                totals += self._manager.compute(self._computable(todo))
+            # Last: where KV could not be computed, the caller may want to restore the earlier texts.
+            self._manager.empty_trash()
+        return totals
+
+    async def aadd(self, texts: Mapping[str, str], *, groups: Mapping[str, str] | None = None) -> KVTotals:
+        """Async version of add, in a thread."""
+        return await asyncio.to_thread(self.add, dict(texts), groups=groups)
+
+    def remove(self, ids: Iterable[str]) -> int:
+        """Remove ids, and KV that no other id needs. Ignores unknown ids. Returns how many were known."""
+        keys = [self._head + key for key in ids]
+        if not keys:
+            return 0
+        with self.store.writing(timeout=self.lock_timeout):
+            removed = self.store.registry.remove_documents(keys)
+            self._manager.empty_trash()
+        return removed.documents
+
+    async def aremove(self, ids: Iterable[str]) -> int:
+        """Async version of remove, in a thread."""
+        return await asyncio.to_thread(self.remove, list(ids))
+
+    def forget(self, ids: Iterable[str]) -> ForgetReport:
+        """Remove ids, and delete KV that no other id needs on the server too; see Maintainer.forget."""
+        with self.store.writing(timeout=self.lock_timeout):
+            return self._manager.forget([self._head + key for key in ids])
+
+    async def aforget(self, ids: Iterable[str]) -> ForgetReport:
+        """Async version of forget, in a thread."""
+        return await asyncio.to_thread(self.forget, list(ids))
+
+    def clear(self) -> int:
+        """Remove all ids of this space. Returns how many there were."""
+        return self.remove(self.ids())
+
+    def warm(self) -> KVTotals:
+        """Compute the KV of every registered text for which the engine has none.
+
+        Raises:
+            PrecomputeError: KV could not be computed; call it again to go on.
+        """
+        with self.store.writing(timeout=self.lock_timeout):
+            chunks = self._computable(list(self.store.registry.stored_texts(self.texts().values()).values()))
+            absent = self.engine.missing([self.prompts.ingest(chunk.text) for chunk in chunks])
+            return self._manager.compute([chunk for chunk, gone in zip(chunks, absent, strict=True) if gone])
+
+    async def awarm(self) -> KVTotals:
+        """Async version of warm, in a thread."""
+        return await asyncio.to_thread(self.warm)
+
+    # -- lookups --------------------------------------------------------------------------------------------------
+
+    def ids(self, group: str | None = None) -> set[str]:
+        """Return all ids of this space, or those of one group."""
+        return {key[len(self._head) :] for key in self.store.registry.doc_ids(self._head, source=group)}
+
+    def texts(self) -> dict[str, str]:
+        """Return this space's texts by id."""
+        return {
+            key: "".join(chunk.text for chunk in self.store.registry.document_chunks(self._head + key))
+            for key in self.ids()
+        }
+
+    def entries(self, ids: Iterable[str]) -> dict[str, tuple[str, str]]:
+        """Return (text, group) by id, for those of the ids that are known."""
+        size = len(self._head)
+        return {
+            record.doc_id[size:]: (
+                "".join(chunk.text for chunk in self.store.registry.document_chunks(record.doc_id)),
+                record.source,
+            )
+            for record in self.store.registry.documents([self._head + key for key in ids])
+        }
+
+    # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _document(self, key: str, text: str, group: str) -> NewDocument:
+        from lmcache_rag.store import NewChunk, NewDocument, text_hash
+
+        try:
+            name = text_hash(text)
+        except UnicodeEncodeError as problem:
+            raise DocumentError(
+                f"The text of {key!r} is not valid Unicode: {problem}.", remedy="Decode it with errors='replace'."
+            ) from problem
+        chunk = NewChunk(text, len(self.prompts.chunk_ids(text)), 0)
+        return NewDocument(self._head + key, name, "", group, [chunk])
+
+    def _computable(self, chunks: Sequence[StoredChunk]) -> list[StoredChunk]:
+        limit = self.engine.info.context_length - len(self.prompts.prefix_ids)
+        sizes = [len(self.prompts.chunk_ids(chunk.text)) for chunk in chunks]
+        if long := sum(size >= limit for size in sizes):
+            log.warning("%d text(s) are longer than the model's context: they have no KV. Split them smaller.", long)
+        return [chunk for chunk, size in zip(chunks, sizes, strict=True) if 0 < size < limit]
+
+
+# -- the workspace of what a user has ---------------------------------------------------------------------------------
+
+_lock = threading.Lock()
+_by_server: dict[tuple[str, str | None, str | None, str], Workspace] = {}
+# A workspace keeps its engine alive, so that an id identifies one engine as long as its entry is here.
+_by_engine: weakref.WeakValueDictionary[tuple[int, str], Workspace] = weakref.WeakValueDictionary()
+
+# Where the frameworks' OpenAI clients keep their server, key and model.
+_URLS = ("openai_api_base", "api_base", "base_url")
+_KEYS = ("openai_api_key", "api_key")
+_MODELS = ("model_name", "model")
+
+
+def as_workspace(source: Any, *, store: str | Path | None = None, model: str | None = None) -> Workspace:
+    """Return the workspace that vector store, retriever and answers share; the same source gives the same one.
+
+    All of them then build the same prompts, so that a question finds the KV that was computed at ingestion.
+
+    Args:
+        source: A Workspace; an engine; the URL of a vLLM server; or an LLM object that has one (langchain_openai's
+            OpenAI and ChatOpenAI, LlamaIndex's OpenAILike). Its API key goes to the server that it names, nowhere else.
+        store: Folder of the registry; None: from the settings (LMCACHE_RAG_STORE, or lmcache-rag-store).
+        model: Name or folder of the model, if its tokenizer cannot be found by the server's name of it.
+
+    Raises:
+        ConfigError: The source is something else, or an LLM object without the URL of a vLLM server.
+        EngineUnavailableError: The server cannot be reached.
+        EngineError: It serves another model.
+    """
+    if isinstance(source, Workspace):
+        return source
+    folder = str(Settings.load(store).store.resolve())
+    if isinstance(source, str):
+        return _for_server(source, None, model, folder)
+    if isinstance(source, Engine):
+        with _lock:
+            workspace = _by_engine.get((id(source), folder))
+            if workspace is None:
+                workspace = _by_engine[id(source), folder] = Workspace.open(folder, engine=source)
+            return workspace
+    url = _attribute(source, _URLS)
+    if url is None or "api.openai.com" in str(url):
+        raise ConfigError(
+            f"{type(source).__name__} has no vLLM server URL.",
+            remedy="Give a langchain_openai or OpenAILike object with its URL, a URL, an engine or a Workspace.",
+        )
+    return _for_server(str(url), _attribute(source, _KEYS), model or _attribute(source, _MODELS), folder)
+
+
+def _for_server(url: str, key: Any, model: str | None, store: str) -> Workspace:
+    from lmcache_rag.credentials import ingest_key_for
+    from lmcache_rag.engines.vllm import VLLMEngine
+    from lmcache_rag.engines.vllm_client import server_urls
+
+    secret: Callable[[], str] | None = getattr(key, "get_secret_value", None)
+    api_key = secret() if secret else key
+    name = (",".join(server_urls(url)), api_key if isinstance(api_key, str) else None, model, store)
+    with _lock:
+        if name in _by_server and not _is_current(_by_server[name]):
+            _by_server.pop(name).engine.close()
+        if name not in _by_server:
+            engine = VLLMEngine(name[0], model, api_key=name[1], ingest_key=ingest_key_for(Settings.load(store)))
+            _by_server[name] = Workspace.open(store, engine=engine)
+        return _by_server[name]
+
+
+def _is_current(workspace: Workspace) -> bool:
+    """Return whether the server was not restarted with another model. A server that is down may come back as it was."""
+    engine: Any = workspace.engine
+    try:
+        engine.check()
+    except EngineUnavailableError:
+        return True
+    except EngineError:
+        return False
+    return True
+
+
+def _attribute(source: Any, names: tuple[str, ...]) -> Any:
+    for name in names:
+        value = getattr(source, name, None)
+        if value:
+            return value
+    return None
