@@ -18,10 +18,10 @@ from typing import Any
 from api_kit import ApiHandler
 
 from lmcache_rag import protocol
-from lmcache_rag.connector.options import ConnectorOptions
-from lmcache_rag.connector.plan import BlendPlan, BlendResult, Match
+from lmcache_rag.connector.config import ConnectorOptions
+from lmcache_rag.connector.metadata import BlendPlan, BlendResult, Match
 from lmcache_rag.connector.request_state import RequestState, statistics, unblended
-from lmcache_rag.connector.scheduler_side import SchedulerSide
+from lmcache_rag.connector.scheduler import SchedulerSide
 from lmcache_rag.protocol import CannotBlend, Unsupported
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

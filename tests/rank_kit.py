@@ -20,7 +20,7 @@ from models import tiny_model
 from test_worker_side import BLOCK, Model, World
 
 from lmcache_rag.connector import blend_pass, compat_vllm
-from lmcache_rag.connector.pace import Allowance
+from lmcache_rag.connector.admission import Allowance
 from lmcache_rag.engines.hf_model import HFModel
 
 RANKS = 2

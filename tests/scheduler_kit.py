@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from lmcache_rag.connector.options import ConnectorOptions
-from lmcache_rag.connector.plan import Match
-from lmcache_rag.connector.scheduler_side import SchedulerSide
+from lmcache_rag.connector.config import ConnectorOptions
+from lmcache_rag.connector.metadata import Match
+from lmcache_rag.connector.scheduler import SchedulerSide
 
 CHUNK = 16
 

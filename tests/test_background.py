@@ -11,9 +11,9 @@ from models import tiny_model
 from test_worker_side import BLOCK, PREFIX, World
 
 from lmcache_rag.connector import jobs, metrics
+from lmcache_rag.connector.admission import Allowance
 from lmcache_rag.connector.jobs import Throttle
-from lmcache_rag.connector.pace import Allowance
-from lmcache_rag.connector.plan import BlendResult
+from lmcache_rag.connector.metadata import BlendResult
 from lmcache_rag.connector.worker_side import NULL_BLOCK
 from lmcache_rag.engines.hf_model import HFModel
 

@@ -36,7 +36,7 @@ with warnings.catch_warnings():
 
     from lmcache_rag.architectures import ARCHITECTURES
     from lmcache_rag.connector import compat_vllm, connector, plugin
-    from lmcache_rag.connector.plan import Match
+    from lmcache_rag.connector.metadata import Match
     from lmcache_rag.connector.told import BlendResults, Readiness
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]

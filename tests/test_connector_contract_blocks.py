@@ -26,7 +26,7 @@ with warnings.catch_warnings():
     from vllm.v1.request import Request
 
     from lmcache_rag.connector import compat_vllm
-    from lmcache_rag.connector.hot import HotChunks
+    from lmcache_rag.connector.gpu_chunks import HotChunks
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

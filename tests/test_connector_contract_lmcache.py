@@ -41,11 +41,11 @@ with warnings.catch_warnings():
     from vllm.v1.outputs import KVConnectorOutput
 
     from lmcache_rag.connector import compat_lmcache, connector
+    from lmcache_rag.connector.cache_salt import renumbered
     from lmcache_rag.connector.compat_lmcache import loads
     from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
     from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
-    from lmcache_rag.connector.namespace import renumbered
-    from lmcache_rag.connector.plan import BlendPlan
+    from lmcache_rag.connector.metadata import BlendPlan
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

@@ -35,7 +35,7 @@ with warnings.catch_warnings():
 
     from lmcache_rag import protocol
     from lmcache_rag.connector import connector, metrics
-    from lmcache_rag.connector.options import ConnectorOptions
+    from lmcache_rag.connector.config import ConnectorOptions
     from lmcache_rag.connector.stats import BlendPromMetrics, BlendStats
     from lmcache_rag.protocol import CannotBlend, Unsupported
 

@@ -29,7 +29,7 @@ with warnings.catch_warnings():
 
     from lmcache_rag import protocol
     from lmcache_rag.connector.compat_lmcache import BlendLookup, is_absent
-    from lmcache_rag.connector.plan import Match
+    from lmcache_rag.connector.metadata import Match
 
     OFF = protocol.Unsupported(protocol.CannotBlend.ERROR, "a test")
 

@@ -30,7 +30,7 @@ with warnings.catch_warnings():
     from vllm_scheduler_kit import BLOCKS, Engine, lmcache_server
 
     from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
-    from lmcache_rag.connector.plan import BlendPlan, Match
+    from lmcache_rag.connector.metadata import BlendPlan, Match
     from lmcache_rag.connector.told import BlendResults
     from lmcache_rag.protocol import CannotBlend, Unsupported
 

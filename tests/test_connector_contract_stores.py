@@ -33,7 +33,7 @@ with warnings.catch_warnings():
     from lmcache_rag.connector.compat_lmcache import server, stores
     from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
     from lmcache_rag.connector.frees import StoresHeldBack
-    from lmcache_rag.connector.plan import BlendResult
+    from lmcache_rag.connector.metadata import BlendResult
     from lmcache_rag.connector.told import BlendResults
     from lmcache_rag.protocol import UNTIL
 

@@ -13,14 +13,14 @@ import torch
 from models import tiny_model
 from paged_kit import PagedModel
 
+from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.connector.filed import FiledBlocks
-from lmcache_rag.connector.hot import HotChunks
+from lmcache_rag.connector.gpu_chunks import HotChunks
 from lmcache_rag.connector.hot_copy import HotCopy
 from lmcache_rag.connector.hot_side import HotSide, without_overlap
-from lmcache_rag.connector.options import ConnectorOptions
+from lmcache_rag.connector.metadata import BlendResult, Match
 from lmcache_rag.connector.paged import PagedSequence
-from lmcache_rag.connector.plan import BlendResult, Match
-from lmcache_rag.connector.scheduler_side import SchedulerSide
+from lmcache_rag.connector.scheduler import SchedulerSide
 from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.protocol import named_spans
 

@@ -13,7 +13,7 @@ from scheduler_kit import Once
 
 from lmcache_rag import protocol
 from lmcache_rag.connector import metrics
-from lmcache_rag.connector.plan import BlendResult
+from lmcache_rag.connector.metadata import BlendResult
 from lmcache_rag.connector.request_state import RequestState, statistics
 
 

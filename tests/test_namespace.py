@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lmcache_rag.connector.namespace import Namespaces, renumbered
+from lmcache_rag.connector.cache_salt import Namespaces, renumbered
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.protocol import INGEST, PREFIX
 
@@ -122,7 +122,7 @@ def test_a_prefix_that_cannot_be_is_taken_for_none(wrong: Any) -> None:
 def test_the_prefix_that_was_not_used_for_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch, use: str) -> None:
     for limit, lengths in (("_NAMES", (2, 2, 2)), ("_LENGTHS", (2, 3, 4)), ("_TENANTS", (2, 2, 2))):
         with monkeypatch.context() as patch:
-            patch.setattr(f"lmcache_rag.connector.namespace.{limit}", 2)
+            patch.setattr(f"lmcache_rag.connector.cache_salt.{limit}", 2)
             spaces = Namespaces("model", CHUNK)
             tenants = ["a", "b", "c"] if limit == "_TENANTS" else [""] * 3
             prefixes = [ids(n, length * CHUNK) for n, length in enumerate(lengths)]
@@ -136,7 +136,7 @@ def test_the_prefix_that_was_not_used_for_longest_is_forgotten(monkeypatch: pyte
 
 
 def test_of_all_prefixes_one_of_the_tenant_with_most_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmcache_rag.connector.namespace._ALL_NAMES", 4)
+    monkeypatch.setattr("lmcache_rag.connector.cache_salt._ALL_NAMES", 4)
     spaces, prefixes = Namespaces("model", CHUNK), [ids(n, 2 * CHUNK) for n in range(5)]
     tenants = ["few", "many", "many", "many", "new"]
     named = [spaces.of(p, tenant, ingest(2 * CHUNK)) for p, tenant in zip(prefixes, tenants, strict=True)]
@@ -156,7 +156,7 @@ def test_a_prompt_is_hashed_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch
         update = digest.update
         return SimpleNamespace(update=lambda data: (hashed.append(len(data)), update(data)), copy=digest.copy)
 
-    monkeypatch.setattr("lmcache_rag.connector.namespace.hmac.new", counting)
+    monkeypatch.setattr("lmcache_rag.connector.cache_salt.hmac.new", counting)
     spaces.of(prompt, "", None)
     assert sum(hashed) <= 4 * (32 + 1) * CHUNK
 

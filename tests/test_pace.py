@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_rag.connector.pace import Pace
+from lmcache_rag.connector.admission import Pace
 
 
 def test_an_idle_engine_blends_within_the_step_and_only_one() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lmcache_rag.connector import compat_vllm, prepare
-from lmcache_rag.connector.options import ConnectorOptions
+from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.protocol import CannotBlend, Unsupported
 
 CONFIG = SimpleNamespace(

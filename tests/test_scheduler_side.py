@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from scheduler_kit import CHUNK, Once, Pool, Request, chunk_hashes
 
-from lmcache_rag.connector import scheduler_side
+from lmcache_rag.connector import scheduler
 from lmcache_rag.connector.abandoned import ABANDONED_SECONDS
-from lmcache_rag.connector.hot import HotChunks
+from lmcache_rag.connector.gpu_chunks import HotChunks
 from lmcache_rag.connector.hot_side import HotSide
-from lmcache_rag.connector.plan import BlendResult
-from lmcache_rag.connector.scheduler_side import IN_FLIGHT
+from lmcache_rag.connector.metadata import BlendResult
+from lmcache_rag.connector.scheduler import IN_FLIGHT
 
 
 def known(once: Once, tokens: list[int], hashes: list[str], prefix: int) -> None:
@@ -90,7 +90,7 @@ def test_an_answer_on_the_way_to_a_request_that_is_gone_leaves_no_locks(polls: i
 def test_an_engine_does_not_go_on_for_ever_for_an_answer_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     once = Once()
     now = [1000.0]
-    monkeypatch.setattr(scheduler_side, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(scheduler, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     once.server.answers = False
     request = once.request()
     assert once.side.matched(request, 0) is None
@@ -245,7 +245,7 @@ def test_who_waited_while_a_load_failed_does_not_wait_for_a_second_deadline(
 ) -> None:
     once = Once()
     now = [1000.0]
-    monkeypatch.setattr(scheduler_side, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(scheduler, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     first, second = once.request("a"), once.request("b")
     more = once.side.matched(first, 0)
     assert more
@@ -312,7 +312,7 @@ def test_an_answer_to_an_earlier_question_ends_no_outage(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     once, now = Once(), [1000.0]
-    monkeypatch.setattr(scheduler_side, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(scheduler, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def not_answered(name: str) -> None:
         request = once.request(name, polls=1 << 30)
@@ -449,7 +449,7 @@ def test_a_queue_has_no_more_than_so_many_look_ups_in_flight() -> None:
 
 
 def test_a_step_begins_few_look_ups_of_long_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(scheduler_side, "STEP_TOKENS", 250)
+    monkeypatch.setattr(scheduler, "STEP_TOKENS", 250)
     once = Once()
     queue = long_queue(once, 9, polls=1 << 30)
     for request in queue:
@@ -509,7 +509,7 @@ def test_a_queue_does_not_wait_for_a_silent_server_one_deadline_after_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     once, now = Once(), [1000.0]
-    monkeypatch.setattr(scheduler_side, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(scheduler, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     once.side.plans({"runs": 1})
     queue = long_queue(once, 100, polls=1 << 30)
     assert asked_for(once, queue) == []
@@ -523,7 +523,7 @@ def test_a_queue_does_not_wait_for_a_silent_server_one_deadline_after_another(
 
 def test_an_idle_step_waits_once_for_all_look_ups(monkeypatch: pytest.MonkeyPatch) -> None:
     once, now, waits = Once(), [1000.0], []
-    monkeypatch.setattr(scheduler_side, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(scheduler, "time", SimpleNamespace(perf_counter=lambda: now[0]))
 
     def poll(self: Any, seconds: float) -> bool:
         waits.append(seconds)

@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from scheduler_kit import CHUNK, Lookup, Pool, Request, Server, chunk_hashes, hash_block
 
-from lmcache_rag.connector import scheduler_side
+from lmcache_rag.connector import scheduler
 from lmcache_rag.connector.abandoned import ABANDONED_SECONDS
-from lmcache_rag.connector.hot import HotChunks
+from lmcache_rag.connector.config import ConnectorOptions
+from lmcache_rag.connector.gpu_chunks import HotChunks
 from lmcache_rag.connector.hot_side import HotSide
-from lmcache_rag.connector.options import ConnectorOptions
-from lmcache_rag.connector.plan import BlendResult, Claim, Match, claim
-from lmcache_rag.connector.scheduler_side import SchedulerSide
+from lmcache_rag.connector.metadata import BlendResult, Claim, Match, claim
+from lmcache_rag.connector.scheduler import SchedulerSide
 
 BLOCK = 8
 OPTIONS = ConnectorOptions(least_tokens=16, step_tokens=40, idle_tokens=60, tail_tokens=20, lookup_deadline=5.0)
@@ -40,7 +40,7 @@ class Schedules(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 1000.0
-        self.clock = mock.patch.object(scheduler_side, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        self.clock = mock.patch.object(scheduler, "time", SimpleNamespace(perf_counter=lambda: self.now))
         self.clock.start()
         self.server = Server()
         self.pool = Pool()

@@ -14,9 +14,9 @@ from paged_kit import PagedModel, drained
 from test_blend_pass import PREFIX, Case
 
 from lmcache_rag.connector import blend_pass, metrics, work
-from lmcache_rag.connector.pace import Allowance
+from lmcache_rag.connector.admission import Allowance
+from lmcache_rag.connector.metadata import BlendPlan, Match
 from lmcache_rag.connector.paged import PagedSequence
-from lmcache_rag.connector.plan import BlendPlan, Match
 from lmcache_rag.connector.worker_side import WorkerSide
 from lmcache_rag.engines.hf_model import HFModel
 

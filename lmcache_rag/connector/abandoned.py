@@ -7,7 +7,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from lmcache_rag.connector.plan import Match
+from lmcache_rag.connector.metadata import Match
 
 log = logging.getLogger("lmcache_rag")
 

@@ -18,19 +18,19 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from lmcache_rag.connector import compat_lmcache, compat_vllm, metrics, renumbering
 from lmcache_rag.connector.abandoned import Lookup
 from lmcache_rag.connector.authorization import IngestKey
+from lmcache_rag.connector.cache_salt import Namespaces
+from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.connector.filed import FiledBlocks
 from lmcache_rag.connector.forgetting import Forgetting
 from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
-from lmcache_rag.connector.hot import HotChunks
+from lmcache_rag.connector.gpu_chunks import HotChunks
 from lmcache_rag.connector.hot_side import HotSide
 from lmcache_rag.connector.identity import Adapters, identity
 from lmcache_rag.connector.late import HeldBlocks
-from lmcache_rag.connector.namespace import Namespaces
-from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.prepare import prepared
 from lmcache_rag.connector.request_state import is_embedded, unblended
 from lmcache_rag.connector.request_validation import RequestValidation
-from lmcache_rag.connector.scheduler_side import SchedulerSide
+from lmcache_rag.connector.scheduler import SchedulerSide
 from lmcache_rag.connector.secret import find_secret
 from lmcache_rag.connector.stats import BlendPromMetrics, BlendStats
 from lmcache_rag.connector.told import BlendResults, Readiness

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lmcache_rag.connector.abandoned import Lookup
-from lmcache_rag.connector.hot import HotChunks
+from lmcache_rag.connector.gpu_chunks import HotChunks
 from lmcache_rag.connector.request_state import is_embedded
 from lmcache_rag.protocol import FORGET, named_prefix
 

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from operator import sub
 from typing import TYPE_CHECKING, Any
 
+from lmcache_rag.connector.metadata import Match
 from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.connector.pinned import on_device
-from lmcache_rag.connector.plan import Match
 
 if TYPE_CHECKING:
     from torch import Tensor

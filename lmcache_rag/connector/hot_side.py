@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lmcache_rag.connector.hot import HotChunks, Place
-from lmcache_rag.connector.plan import Match
+from lmcache_rag.connector.gpu_chunks import HotChunks, Place
+from lmcache_rag.connector.metadata import Match
 from lmcache_rag.protocol import named_prefix, named_spans
 
 _ATTEMPTS = 2

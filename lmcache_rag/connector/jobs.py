@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.connector.blend_pass import BlendOutcome, BlendPass, Steps
+from lmcache_rag.connector.metadata import BlendPlan
 from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.connector.pinned import Number
-from lmcache_rag.connector.plan import BlendPlan
 
 if TYPE_CHECKING:
     from torch import Tensor

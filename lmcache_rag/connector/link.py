@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from lmcache_rag.connector.plan import BlendPlan, Match
+    from lmcache_rag.connector.metadata import BlendPlan, Match
 
 
 class Link(Protocol):

@@ -20,7 +20,7 @@ BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 
 
 
 def record(statistics: Mapping[str, Any]) -> dict[str, Any]:
-    """What is counted of a request's reuse statistics (lmcache_rag.connector.scheduler_side.statistics)."""
+    """What is counted of a request's reuse statistics (lmcache_rag.connector.scheduler.statistics)."""
     failure = str(statistics["failure"])
     blended = bool(statistics["blended"])
     found: dict[str, Any] = {source: int(statistics[f"{source}_tokens"]) for source in SOURCES}

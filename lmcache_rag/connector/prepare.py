@@ -17,8 +17,8 @@ from lmcache_rag.connector.worker_side import WorkerSide
 from lmcache_rag.protocol import CannotBlend, SelfCheck, Unsupported
 
 if TYPE_CHECKING:
+    from lmcache_rag.connector.config import ConnectorOptions
     from lmcache_rag.connector.hot_copy import HotCopy
-    from lmcache_rag.connector.options import ConnectorOptions
 
     Parts = tuple[VLLMModel, compat_lmcache.WorkerLink, HotCopy | None]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lmcache_rag.connector.abandoned import Lookup
-from lmcache_rag.connector.plan import BlendResult, Claim, spans_of
+from lmcache_rag.connector.metadata import BlendResult, Claim, spans_of
 from lmcache_rag.protocol import CAN_BLEND, FAILURE, REASON, Unsupported
 
 

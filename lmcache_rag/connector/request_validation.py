@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lmcache_rag.connector.authorization import SIGNATURE, IngestKey, Refusal, needs_key
-from lmcache_rag.connector.options import ConnectorOptions
+from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.protocol import accepted, complaints, joined
 
 _INVALID = 400

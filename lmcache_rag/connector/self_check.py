@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Protocol
 
 from lmcache_rag.blend.policies import QueryPolicy
 from lmcache_rag.connector.blend_pass import BlendPass, Model, Steps, T
+from lmcache_rag.connector.metadata import Match
 from lmcache_rag.connector.paged import PagedSequence
-from lmcache_rag.connector.plan import Match
 
 if TYPE_CHECKING:
     from torch import Tensor

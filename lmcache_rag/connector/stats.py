@@ -11,7 +11,7 @@ from typing import Any
 from lmcache.integration.vllm.lmcache_mp_metrics import LMCacheMPConnectorStats, LMCacheMPPromMetrics
 
 from lmcache_rag.connector import metrics
-from lmcache_rag.connector.options import ConnectorOptions
+from lmcache_rag.connector.config import ConnectorOptions
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorWorkerMetadata
 
-from lmcache_rag.connector.plan import BlendResult
+from lmcache_rag.connector.metadata import BlendResult
 from lmcache_rag.protocol import SelfCheck, Unsupported
 
 

@@ -6,13 +6,13 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
+from lmcache_rag.connector.admission import Allowance
 from lmcache_rag.connector.blend_pass import BlendPass
 from lmcache_rag.connector.jobs import LEAST, Clock, Job, Throttle
 from lmcache_rag.connector.late import Late, LateLoads
-from lmcache_rag.connector.pace import Allowance
+from lmcache_rag.connector.metadata import BlendPlan, BlendResult
 from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.connector.pinned import on_device
-from lmcache_rag.connector.plan import BlendPlan, BlendResult
 from lmcache_rag.connector.work import Work
 from lmcache_rag.protocol import SERVER_FAULTS, Fallback, fallback_sentence
 

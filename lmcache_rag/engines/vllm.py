@@ -110,7 +110,7 @@ class VLLMEngine:
         self._info = EngineInfo(
             engine="vllm",
             model=served.root,
-            revision="unknown",  # no server tells; the connector's keys hold it, see connector.namespace.identity
+            revision="unknown",  # no server tells; the connector's keys hold it, see connector.identity
             dtype="unknown",
             tokenizer=digest,
             kv_block=kv_block or served.chunk or KV_BLOCK,

@@ -9,7 +9,7 @@ from typing import Any
 
 from lmcache_rag.connector.compat_lmcache.server import handshake, has_ended, is_absent, said, same_chunks
 from lmcache_rag.connector.compat_lmcache.tokens import to_lmcache
-from lmcache_rag.connector.plan import BlendPlan, Match
+from lmcache_rag.connector.metadata import BlendPlan, Match
 from lmcache_rag.protocol import UNTIL, CannotBlend, Unsupported
 
 log = logging.getLogger("lmcache_rag")

@@ -10,7 +10,7 @@ from typing import Any
 
 from lmcache_rag.connector.compat_lmcache.server import said
 from lmcache_rag.connector.compat_lmcache.tokens import to_lmcache, without_tokens
-from lmcache_rag.connector.plan import Match
+from lmcache_rag.connector.metadata import Match
 
 log = logging.getLogger("lmcache_rag")
 

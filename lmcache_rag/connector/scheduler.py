@@ -13,11 +13,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lmcache_rag.connector.abandoned import Abandoned, Lookup
+from lmcache_rag.connector.admission import Allowance, Pace
+from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.connector.filed import FiledBlocks
 from lmcache_rag.connector.hot_side import HotSide, without_overlap
-from lmcache_rag.connector.options import ConnectorOptions
-from lmcache_rag.connector.pace import Allowance, Pace
-from lmcache_rag.connector.plan import BlendPlan, BlendResult, Claim, Match, claim
+from lmcache_rag.connector.metadata import BlendPlan, BlendResult, Claim, Match, claim
 from lmcache_rag.connector.request_state import RequestState, may_hit, statistics
 from lmcache_rag.protocol import LOADS, Fallback, ingests, joined, read_params, shown
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from lmcache_rag.connector import filed as filed_blocks
 from lmcache_rag.connector.filed import FiledBlocks
-from lmcache_rag.connector.plan import Match
+from lmcache_rag.connector.metadata import Match
 
 _match: Callable[[tuple[Any, ...]], Match] = partial(tuple.__new__, Match)
 
