@@ -36,8 +36,7 @@ with warnings.catch_warnings():
 
     from lmcache_rag.architectures import ARCHITECTURES
     from lmcache_rag.connector import compat_vllm, connector, plugin
-    from lmcache_rag.connector.metadata import Match
-    from lmcache_rag.connector.told import BlendResults, Readiness
+    from lmcache_rag.connector.metadata import BlendHandshakeMetadata, BlendWorkerMetadata, Match
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 VLLM = vllm_folder()
@@ -464,14 +463,14 @@ def test_a_worker_that_cannot_get_ready_serves_as_lmcaches_own(
     ours.register_kv_caches({"layer": 1})
     assert registered == [{"layer": 1}]
     assert ours._worker is None
-    assert ours.get_handshake_metadata().why_not.detail.startswith("getting ready failed: AttributeError: 'Odd'")
+    assert ours.get_handshake_metadata().unsupported.detail.startswith("getting ready failed: AttributeError: 'Odd'")
     said = [record for record in caplog.records if "KV is not blended: getting ready failed" in record.getMessage()]
     assert [record.levelname for record in said] == ["WARNING"]
 
 
 def test_results_reach_the_scheduler_and_plans_the_workers() -> None:
-    assert issubclass(BlendResults, base.KVConnectorWorkerMetadata)
-    assert issubclass(Readiness, base.KVConnectorHandshakeMetadata)
+    assert issubclass(BlendWorkerMetadata, base.KVConnectorWorkerMetadata)
+    assert issubclass(BlendHandshakeMetadata, base.KVConnectorHandshakeMetadata)
     meta = lmcache_mp_metadata.LMCacheMPConnectorMetadata()
     native = custom_types.CBMatchResult(1, 2, 3, 4, b"h")
     meta.blend_plans = [Match(3, 4, 1, 2, native)]

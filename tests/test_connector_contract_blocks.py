@@ -26,7 +26,7 @@ with warnings.catch_warnings():
     from vllm.v1.request import Request
 
     from lmcache_rag.connector import compat_vllm
-    from lmcache_rag.connector.gpu_chunks import HotChunks
+    from lmcache_rag.connector.gpu_chunks import ResidentChunks
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -117,7 +117,7 @@ def test_hiding_twice_and_without_prefix_caching(manager: KVCacheManager, hasher
 
 def test_ingested_chunks_are_found_in_vllms_own_blocks_and_kept(manager: KVCacheManager, hasher: Any) -> None:
     prefix, first, second = list(range(32)), list(range(100, 148)), list(range(200, 240))
-    hot = HotChunks(compat_vllm.CachedBlocks(manager.block_pool), BLOCK)
+    hot = ResidentChunks(compat_vllm.CachedBlocks(manager.block_pool), BLOCK)
     held = {}
     for name, chunk in (("first", first), ("second", second)):
         ingestion = request(name, prefix + chunk, hasher)
@@ -127,7 +127,7 @@ def test_ingested_chunks_are_found_in_vllms_own_blocks_and_kept(manager: KVCache
         manager.free(ingestion)
 
     query = request("query", prefix + second + first + [1, 2, 3], hasher)
-    places = hot.places(array("q", query.prompt_token_ids), query.block_hashes, [(32, 72), (72, 120)])
+    places = hot.locate(array("q", query.prompt_token_ids), query.block_hashes, [(32, 72), (72, 120)])
     found = hot.find(places)
     assert [(m.start, m.end, m.old_start, m.block) for m in found] == [
         (32, 48, 32, held["second"][2]),

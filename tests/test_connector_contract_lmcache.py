@@ -9,6 +9,7 @@ import ast
 import inspect
 import textwrap
 import threading
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,11 +42,15 @@ with warnings.catch_warnings():
     from vllm.v1.outputs import KVConnectorOutput
 
     from lmcache_rag.connector import compat_lmcache, connector
-    from lmcache_rag.connector.cache_salt import renumbered
+    from lmcache_rag.connector.cache_salt import CacheSalts, renumbered
     from lmcache_rag.connector.compat_lmcache import loads
     from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
-    from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
+    from lmcache_rag.connector.config import ConnectorOptions
+    from lmcache_rag.connector.frees import StoresHeldBack
+    from lmcache_rag.connector.gpu_chunks import PrefixCache
+    from lmcache_rag.connector.lookup import SchedulerClient
     from lmcache_rag.connector.metadata import BlendPlan
+    from lmcache_rag.connector.scheduler import BlendScheduler
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -61,10 +66,13 @@ def ids(key: Any) -> list[int]:
 def bare() -> Any:
     """Our connector without LMCache's and vLLM's parts, which each test puts in as far as it needs them."""
     one: Any = object.__new__(connector.CacheBlendConnector)
-    one._left, one._asked, one._taken, one._side, one._self_check = set(), set(), None, None, None
-    one._forgetting = SimpleNamespace(asks=lambda request_id: False)
-    one._releases = SimpleNamespace(waiting=False, send=lambda: None)
+    one._scheduler = BlendScheduler(ConnectorOptions(), CHUNK, SimpleNamespace(), PrefixCache(BLOCK))
+    one._scheduler.unsupported = None
     return one
+
+
+def client(adapter: Any, trackers: dict[str, Any]) -> SchedulerClient:
+    return SchedulerClient(adapter, trackers, CacheSalts("model", CHUNK), ConnectorOptions())
 
 
 def test_lmcaches_connector_has_what_we_read() -> None:
@@ -157,10 +165,11 @@ def test_the_session_of_a_look_up_on_its_way_is_not_ended_with_its_request() -> 
     ended: list[str] = []
     stock = lmcache_mp_connector.LMCacheMPConnector
     one: Any = bare()
-    one.request_trackers, one.lazy_offload, one._can_store, one._why_not = {}, False, True, None
-    one._freed = FreedOnce()
+    one.request_trackers, one.lazy_offload, one._can_store = {}, False, True
 
     class Adapter(adapters.LMCacheMPSchedulerAdapter):
+        is_healthy = True
+
         def __init__(self) -> None:
             """No server."""
 
@@ -171,9 +180,12 @@ def test_the_session_of_a_look_up_on_its_way_is_not_ended_with_its_request() -> 
             ended.append(request_id)
 
     one.scheduler_adapter = Adapter()
-    one._side = SimpleNamespace(finished=lambda request: {}, listens=lambda name: name == "waits", unheard=True)
+    one._client = client(one.scheduler_adapter, one.request_trackers)
+    side = one._scheduler
+    side.finish = lambda request: {}
+    waits = SimpleNamespace(request_id="waits", poll=lambda seconds: False)
+    side._aborted.add(waits, time.perf_counter(), 0.0)
     one._role = base.KVConnectorRole.SCHEDULER
-    one._reports = SimpleNamespace(tell=lambda: None)
     for name in ("waits", "other"):
         later, params = one.request_finished(request(name, [1], None), [])
         assert (later, params) == (True, {"lmcache_rag": {}})
@@ -181,7 +193,7 @@ def test_the_session_of_a_look_up_on_its_way_is_not_ended_with_its_request() -> 
     one.scheduler_adapter.end_session("waits")
     assert ended == ["other", "waits"], "what holds the look-up can end it"
     assert one.has_pending_push_work(), "an engine without requests goes on for it"
-    one._side.unheard = False
+    side._aborted._lookups.clear()
     assert not one.has_pending_push_work()
     assert "self.scheduler_adapter.end_session(" in inspect.getsource(stock.request_finished)
     assert "self.connector.has_pending_push_work()" in inspect.getsource(Scheduler.has_requests)
@@ -195,6 +207,8 @@ def test_lmcache_is_told_of_blocks_behind_the_load_and_before_the_session_ends()
     told: list[Any] = []
 
     class Adapter:
+        is_healthy, free_lookup_locks = True, None
+
         def report_block_allocations(self, records: list[Any]) -> None:
             told.append(records)
 
@@ -205,18 +219,17 @@ def test_lmcache_is_told_of_blocks_behind_the_load_and_before_the_session_ends()
             told.append(request_id)
 
     one: Any = bare()
-    one._why_not, one._freed, one.lazy_offload = None, FreedOnce(), False
-    one.request_trackers, one._side, one.scheduler_adapter = {}, None, Adapter()
+    one.request_trackers, one.lazy_offload, one.scheduler_adapter = {}, False, Adapter()
     one._can_store = True
     one._role = base.KVConnectorRole.SCHEDULER
-    one._reports = compat_lmcache.LaterReports(one.scheduler_adapter)
+    one._client = client(one.scheduler_adapter, one.request_trackers)
     one.scheduler_adapter.report_block_allocations(["first step"])
     assert told == []
     one.scheduler_adapter.report_block_allocations(["second step"])
     assert told == [["first step"]]
     one.request_finished(request("r", [1], None), [])
     assert told == [["first step"], ["second step"], "r"]
-    one._reports.tell()
+    one._client._reports.tell()
     assert len(told) == 3
 
 
@@ -231,9 +244,9 @@ def test_a_request_is_freed_once_whatever_lmcache_says_of_it() -> None:
     assert "self.get_finished(" in inspect.getsource(stock.get_transfer_results)
 
     one: Any = bare()
-    one._freed, one._stores = FreedOnce(), StoresHeldBack()
+    one._stores = StoresHeldBack()
     one._enable_kv_events = one.lazy_offload = False
-    one._freed.ends("a")
+    one._scheduler.remove("a", delayed=True)
     output = KVConnectorOutput(finished_recving={"a"}, finished_sending={"a", "b"})
     one.update_connector_output(output)
     assert (output.finished_recving, output.finished_sending) == ({"a"}, {"b"})

@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 from contract_kit import CHUNK, missing
 
-from lmcache_rag.connector.renumbering import Renumbering
+from lmcache_rag.connector.cache_salt import Renumbering
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),

@@ -32,9 +32,11 @@ with warnings.catch_warnings():
     from lmcache_rag.connector import compat_lmcache, connector
     from lmcache_rag.connector.compat_lmcache import server, stores
     from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
+    from lmcache_rag.connector.config import ConnectorOptions
     from lmcache_rag.connector.frees import StoresHeldBack
-    from lmcache_rag.connector.metadata import BlendResult
-    from lmcache_rag.connector.told import BlendResults
+    from lmcache_rag.connector.gpu_chunks import PrefixCache
+    from lmcache_rag.connector.metadata import BlendResult, BlendWorkerMetadata
+    from lmcache_rag.connector.scheduler import BlendScheduler
     from lmcache_rag.protocol import UNTIL
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -404,7 +406,11 @@ def test_lmcaches_receipts_of_every_rank_arrive() -> None:
         return lmcache_mp_metadata.LMCacheMPWorkerMetadata({name: 1}, set())
 
     result = BlendResult("r", 0, 0, 0, 0, 0.0, 0.0)
-    ranks = [BlendResults([result], lmcache=receipt("a")), BlendResults([result]), BlendResults(lmcache=receipt("a"))]
+    ranks = [
+        BlendWorkerMetadata([result], lmcache=receipt("a")),
+        BlendWorkerMetadata([result]),
+        BlendWorkerMetadata(lmcache=receipt("a")),
+    ]
     whole: Any = ranks[0]
     for rank in ranks[1:]:
         whole = whole.aggregate(rank)
@@ -413,8 +419,8 @@ def test_lmcaches_receipts_of_every_rank_arrive() -> None:
 
     heard: list[Any] = []
     one: Any = object.__new__(connector.CacheBlendConnector)
-    one._enable_kv_events, one.lazy_offload, one._freed = False, True, SimpleNamespace(stored=lambda *given: set())
-    one._side = one._taken = None
+    one._enable_kv_events, one.lazy_offload = False, True
+    one._scheduler = BlendScheduler(ConnectorOptions(), CHUNK, SimpleNamespace(), PrefixCache(16))
     one._lazy_offload_manager = SimpleNamespace(
         on_store_results=lambda failed, done: heard.append(done) or SimpleNamespace(sessions_to_end=())
     )

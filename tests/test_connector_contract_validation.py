@@ -40,9 +40,8 @@ with warnings.catch_warnings():
     from vllm.v1.request import Request as EngineRequest
 
     from lmcache_rag.connector import authorization, compat_vllm
-    from lmcache_rag.connector.authorization import SIGNATURE, IngestKey, IngestKeyMiddleware
+    from lmcache_rag.connector.authorization import SIGNATURE, IngestKey, IngestKeyMiddleware, RequestValidation
     from lmcache_rag.connector.compat_vllm import request_validation
-    from lmcache_rag.connector.request_validation import RequestValidation
     from lmcache_rag.protocol import CHUNKS, INGEST, MAX_OFFLOAD_TOKENS, NO_BLEND, PREFIX, RATIO
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]

@@ -1,223 +1,402 @@
-"""Scheduler side: looks up what of a prompt is cached, claims it, and hands plans to the workers.
+"""Scheduler side: looks up what of a prompt is cached, claims it, admits the blend and sends plans to the workers.
 
-Knows vLLM's requests by few attributes only and LMCache not at all, so that it can be tested without either.
+Knows vLLM's requests by few attributes only, and LMCache by LookupClient, so that it can be tested without either.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+import traceback
 from array import array
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
-from lmcache_rag.connector.abandoned import Abandoned, Lookup
-from lmcache_rag.connector.admission import Allowance, Pace
+from lmcache_rag.connector import compat_vllm, metrics
+from lmcache_rag.connector.admission import Admission, Allowance, BlendBudget
+from lmcache_rag.connector.authorization import IngestKey
 from lmcache_rag.connector.config import ConnectorOptions
-from lmcache_rag.connector.filed import FiledBlocks
-from lmcache_rag.connector.hot_side import HotSide, without_overlap
-from lmcache_rag.connector.metadata import BlendPlan, BlendResult, Claim, Match, claim
-from lmcache_rag.connector.request_state import RequestState, may_hit, statistics
-from lmcache_rag.protocol import LOADS, Fallback, ingests, joined, read_params, shown
+from lmcache_rag.connector.forgetting import Forgetting
+from lmcache_rag.connector.frees import FreedOnce
+from lmcache_rag.connector.gpu_chunks import GpuChunks, PrefixCache, ResidentChunks, UncomputedBlocks, without_overlap
+from lmcache_rag.connector.late import HeldBlocks
+from lmcache_rag.connector.lookup import AbortedLookups, LookupClient, LookupWindow
+from lmcache_rag.connector.metadata import (
+    NOT_READY,
+    BlendHandshakeMetadata,
+    BlendPlan,
+    BlendResult,
+    BlendWorkerMetadata,
+    Claim,
+    Match,
+    claim,
+)
+from lmcache_rag.connector.request_state import Lookup, RequestState, can_hit, has_embeddings
+from lmcache_rag.protocol import (
+    FORGOTTEN,
+    LOADS,
+    MAX_OFFLOAD_TOKENS,
+    SELF_CHECK,
+    SPANS,
+    CannotBlend,
+    Fallback,
+    SelfCheck,
+    Unsupported,
+    accepted,
+    complaints,
+    ingests,
+    joined,
+    read_params,
+    shown,
+)
 
 log = logging.getLogger("lmcache_rag")
 
-IN_FLIGHT = 32  # look-ups at once: LMCache has them in one worker's queue, and locks what they find
-STEP_TOKENS = 16_384  # of the prompts whose look-ups begin in one step: 16,000 tokens take 6 ms of its time
 
-
-@dataclass
-class SchedulerSide:
-    """Decides what to claim.
+class BlendScheduler:
+    """Takes each request from its look-up to its claim, its admission, its plan and its statistics.
 
     Args:
         options: Settings.
         chunk: Tokens of an LMCache chunk.
-        look_up: Starts a look-up for a request; None when LMCache cannot be reached.
-        hide: Makes a request's blocks from a token on unreachable for other requests.
-        hot: What vLLM itself still holds; None without prefix caching.
-        filed: What vLLM's prefix cache says is there and is not yet; None without prefix caching.
-        count: Told of the reuse statistics of each request that ran, when it ends.
+        client: Starts look-ups at LMCache.
+        prefix_cache: Hides requests' KV from vLLM's prefix cache.
+        ingest_key: What ingesting and forgetting need; None: nothing.
+        alignment: LMCache's connector counts vLLM's own hits in multiples of so many tokens.
     """
 
-    options: ConnectorOptions
-    chunk: int
-    look_up: Callable[[Any], Lookup | None]
-    hide: Callable[[Any, int], None]
-    hot: HotSide | None = None
-    filed: FiledBlocks | None = None
-    count: Callable[[dict[str, Any]], None] | None = None
-    _states: dict[str, RequestState] = field(default_factory=dict)
-    _plans: list[BlendPlan] = field(default_factory=list)
-    _abandoned: Abandoned = field(default_factory=Abandoned)
-    _silent: float | None = None  # since when LMCache has not answered what it was asked, as far as was warned of
-    _holders: dict[str, RequestState] = field(default_factory=dict)  # looked up, and no blocks allocated yet
-    _step: int = 0
-    _begun: int = 0  # tokens of the prompts whose look-ups began in this step
-    _refused: bool = False  # a request of the queue has to wait until its look-up may begin
-    _queued: bool = False  # likewise in the step before
-    _patience: float = 0.0  # seconds that this step may still wait for look-ups
+    def __init__(
+        self,
+        options: ConnectorOptions,
+        chunk: int,
+        client: LookupClient,
+        prefix_cache: PrefixCache,
+        *,
+        ingest_key: IngestKey | None = None,
+        alignment: int = 1,
+    ) -> None:
+        self.options, self.client = options, client
+        self.budget = BlendBudget(options.step_tokens, options.idle_tokens, options.overlap)
+        self.gpu_chunks: GpuChunks | None = None  # None without prefix caching
+        self.uncomputed: UncomputedBlocks | None = None  # likewise
+        self.fenced: HeldBlocks | None = None  # until vLLM's block pool is known
+        self.unsupported: Unsupported | None = NOT_READY
+        self.self_check: SelfCheck | None = None
+        self._chunk, self._alignment, self._prefix_cache, self._ingest_key = chunk, alignment, prefix_cache, ingest_key
+        self._aborted = AbortedLookups()
+        self._window = LookupWindow(self._aborted, options.lookup_deadline)
+        self.forgetting = Forgetting(client, prefix_cache, self._aborted, options.lookup_deadline)
+        self._states: dict[str, RequestState] = {}
+        self._failed: set[str] = set()  # requests that something raised for: vLLM computes them, none of it is kept
+        self._plans: list[BlendPlan] = []
+        self._silent_since: float | None = None  # since when LMCache has not answered; None: it answers
+        self._patience = options.poll  # seconds that this step may still wait for look-ups
+        self._taken: Any = None  # the workers' metadata that was taken last
+        self._freed = FreedOnce()
+        self._records: list[dict[str, Any]] = []
 
-    def __post_init__(self) -> None:
-        self.pace = Pace(self.options.step_tokens, self.options.idle_tokens, self.options.overlap)
-        self._patience = self.options.poll
+    # -- start --------------------------------------------------------------------------------------------------------
 
-    def arrived(self, request: Any) -> None:
-        """A request is new: look it up while it waits, unless those before it wait for their look-ups to begin."""
+    def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
+        """Use vLLM's own blocks."""
+        self._prefix_cache.block_size = (
+            getattr(gpu_block_pool, "hash_block_size", None) or self._prefix_cache.block_size
+        )
+        self.fenced = HeldBlocks(lambda: gpu_block_pool)
+        if not getattr(gpu_block_pool, "enable_caching", False):
+            return
+        pool, block = compat_vllm.CachedBlocks(gpu_block_pool), self._prefix_cache.block_size
+        self.forgetting.pool = pool
+        self.uncomputed = UncomputedBlocks(pool, block)
+        compat_vllm.watch_filed_blocks(gpu_block_pool, self.uncomputed.add)
+        if self.options.hot:
+            most = len(pool.blocks) * block
+            resident = ResidentChunks(pool, block, uncomputed=self.uncomputed, max_tokens=most)
+            self.gpu_chunks, self.forgetting.resident = GpuChunks(resident), resident
+
+    def set_handshake_metadata(self, metadata: Mapping[int, Any]) -> None:
+        """Take what the workers report at start."""
+        reports = [item for item in metadata.values() if isinstance(item, BlendHandshakeMetadata)]
+        nothing = Unsupported(CannotBlend.NO_WORKER, "no worker of vLLM reported whether it can blend")
+        reasons = [item.unsupported for item in reports if item.unsupported is not None]
+        self.unsupported = reasons[0] if reasons else None if reports else nothing
+        self.self_check = max((item.self_check for item in reports if item.self_check), default=None)  # "skipped"
+
+    def can_blend(self) -> bool:
+        """Whether the workers blend."""
+        return self.unsupported is None
+
+    # -- requests that an error is raised for -------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def contain_errors(self, request_id: str) -> Iterator[None]:
+        """Whatever is raised in here: the engine and its other requests go on, and this one is computed in full."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(request_id, error)
+
+    def fail(self, request_id: str, error: Exception) -> None:
+        """Neither blend nor store this request any more."""
+        if request_id not in self._failed:
+            self._failed.add(request_id)
+            where = "".join(traceback.format_tb(error.__traceback__))  # without the message: a client may have made it
+            log.error(
+                "request %s is computed in full, and its KV is not stored: %s %s\n%s",
+                shown(request_id),
+                type(error).__name__,
+                shown(str(error)),
+                where,
+            )
+        self.client.stop_storing(request_id)
+        try:
+            self.drop(request_id)
+        except Exception:
+            log.exception("request %s: what it held could not be released", shown(request_id))
+
+    def has_failed(self, request_id: str) -> bool:
+        """Whether an error was raised for this request."""
+        return request_id in self._failed
+
+    def drop(self, request_id: str) -> None:
+        """Do not blend a request, and release what it holds here, but for what a worker has its plan for."""
+        state = self._states.get(request_id)
+        if state is None:
+            state = RequestState(self.options.policy, self.options.ratio, blend=False)
+            self._states[request_id] = state
+        if any(plan.request_id == request_id for plan in self._plans):
+            return
+        if self.gpu_chunks:
+            self.gpu_chunks.unpin(request_id)
+            self.gpu_chunks.on_finished(request_id)
+        state.closed, state.failure = True, Fallback.REQUEST_ERROR
+        if not state.planned:
+            state.claim = None
+            self.budget.withdraw(request_id)
+            self._give_up(request_id, state, Fallback.REQUEST_ERROR)
+        elif state.claim is not None:  # no worker has a plan, which would release the locks of what it loads
+            state.claim = None
+            self._withdraw(state)
+        else:
+            self._release(state)
+
+    # -- a new request ------------------------------------------------------------------------------------------------
+
+    def on_new_request(self, request: Any) -> bool:
+        """Check a new request's parameters: what is kept can be read by us, by LMCache and by vLLM's scheduler.
+
+        Returns:
+            Whether it can be looked up at once.
+        """
+        name = request.request_id
+        params, request.kv_transfer_params = request.kv_transfer_params, None
+        with self.contain_errors(name):
+            prompt = request.prompt_token_ids or ()
+            if self._ingest_key is not None:
+                params = self._ingest_key.permitted(params, request.prompt_token_ids)
+            if wrong := complaints(params, len(prompt)):  # the API server refuses what is; this came another way
+                log.warning("request %s is neither blended nor stored: %s", shown(name), joined(wrong))
+                request.kv_transfer_params = {MAX_OFFLOAD_TOKENS: 0}
+                self._exclude(request, Fallback.REQUEST_ERROR)
+                return False
+            request.kv_transfer_params = accepted(params, len(prompt), self._prefix_cache.block_size) or None
+            if self.forgetting.on_new_request(request):
+                self._exclude(request)
+                return False
+            return self.can_blend() and not getattr(request, "resumable", False)
+        return False
+
+    def start_early(self, request: Any) -> None:
+        """Look a new request up while it waits, unless those before it wait for their look-ups to start."""
+        if request.request_id in self._failed:
+            return
+        with self.contain_errors(request.request_id):
+            state = self._register(request)
+            if not state.closed and self._window.may_start_early(request, time.perf_counter()):
+                self._start(request, state)
+
+    def _exclude(self, request: Any, failure: str = "") -> None:
+        """Neither look up nor blend this request; the statistics say what it computed, and why."""
         state = self._register(request)
-        if not state.over and not self._queued and not self._refused and self._may_begin(request):
-            self._begin(request, state)
+        state.closed, state.failure = True, failure
 
-    def matched(self, request: Any, local: int) -> int | None:
-        """How many tokens behind the `local` first ones are there; None: ask again in the next step."""
+    def _register(self, request: Any) -> RequestState:
+        params, wrong = read_params(
+            request.kv_transfer_params, self.options.policy, self.options.ratio, self.options.blend
+        )
+        if wrong:
+            log.warning("request %s: %s; the default is used", shown(request.request_id), joined(wrong))
+        state = RequestState(params.policy, params.ratio, params.blend, closed=not can_hit(request, self._chunk))
+        state.spans, state.ingest, state.step = [] if params.spans else None, params.ingest, self._window.step
+        self._states[request.request_id] = state
+        return state
+
+    # -- look-up, claim, admission ------------------------------------------------------------------------------------
+
+    def uses_stock_connector(self, request: Any) -> bool:
+        """Whether LMCache's own connector looks this request up: where the workers cannot blend."""
+        name = request.request_id
+        excluded = self.forgetting.has(name) or name in self._failed or has_embeddings(request)
+        return self.unsupported is not None and not excluded
+
+    def get_num_new_matched_tokens(self, request: Any, local: int, tracker: Any) -> tuple[int | None, bool]:
+        """Claim the exact prefix, and after it everything up to the last cached chunk.
+
+        Args:
+            request: vLLM's request.
+            local: Tokens that vLLM holds itself.
+            tracker: LMCache's tracker of the request.
+
+        Returns:
+            (tokens after the local ones, or None to ask again in the next step; whether they come in the background).
+        """
+        name = request.request_id
+        if name in self._failed:
+            return 0, False
+        forgets = self.forgetting.has(name)
+        if forgets and not self.forgetting.poll(request):
+            return None, False
+        tracker.num_vllm_hit_tokens = local // self._alignment * self._alignment
+        if self.unsupported is not None and not forgets:
+            return 0, False
+        more = self.match(request, local)
+        if more is None:
+            return None, False
+        tracker.num_stored_tokens = max(tracker.num_stored_tokens, self.stored(request))
+        limit = self.store_limit(name)
+        if limit is not None:
+            asked = tracker.max_offload_tokens
+            tracker.max_offload_tokens = limit if asked is None else min(asked, limit)
+        return more, self.in_background(name) and more > 0
+
+    def match(self, request: Any, local: int) -> int | None:
+        """How many tokens after the `local` first ones are claimed; None: ask again in the next step."""
         state = self._states.get(request.request_id) or self._register(request)
         if state.planned:
             # Planned and asked again means preempted: the request goes on from vLLM's own blocks and is not blended
-            # again. LMCache's share was loaded and its locks are gone; the statistics tell of the first run.
+            # again. LMCache's share was loaded and its locks are gone; the statistics are those of the first run.
             return 0
-        state.local, state.step = local, self._step
-        if not state.over and not state.begun and not self._admitted(request, state):
-            return None if not state.over else 0
-        if state.over:
-            return 0
-        if not self._found(request, state):
-            return None if not state.over else 0
-        prefix, matches = (state.lookup.result if state.lookup else None) or (0, ())
-        if self.pace.full and (state.hot_only or prefix > local or (matches and state.blend)):
-            return None  # its turn is yet to come; what is found now may be gone by then
-        hot = self.hot.find(request) if self.hot and state.blend else []
-        if state.hot_only and not (self.hot and self.hot.enough(request, hot)):
-            state.hot_only, state.claim, state.begun = False, None, False  # evicted while the request waited
-            if not self._admitted(request, state) or state.over or not self._found(request, state):
-                return None if not state.over else 0
-            prefix, matches = (state.lookup.result if state.lookup else None) or (0, ())
+        state.local, state.step = local, self._window.step
+        if not self._looked_up(request, state):
+            return None if not state.closed else 0
+        prefix, matches = state.found
+        if self.budget.full and (state.resident_only or prefix > local or (matches and state.blend)):
+            return None  # it cannot be admitted yet; what is found now may be gone by then
+        resident = self.gpu_chunks.find(request) if self.gpu_chunks and state.blend else []
+        if state.resident_only and not (self.gpu_chunks and self.gpu_chunks.is_enough(request, resident)):
+            state.resident_only, state.claim, state.started = False, None, False  # evicted while the request waited
+            if not self._looked_up(request, state):
+                return None if not state.closed else 0
         prompt = len(request.prompt_token_ids or ())
-        wanted = self._wanted(state, prompt, local, hot)
+        wanted = self._find_claim(state, prompt, local, resident)
         if wanted.end <= local:
             state.claim = wanted
             return 0
-        if self.filed and self.filed.hold(request.block_hashes, local):
-            return None  # what it shares with another request is computed in this step, behind the blend
+        if self.uncomputed and self.uncomputed.pending(request.block_hashes, local):
+            return None  # what it shares with another request is computed in this step, after the blend
         tokens = wanted.computed(state.policy, state.ratio)
-        way = self.pace.way(tokens)
-        if way == "later":
+        how = self.budget.admit(tokens)
+        if how is Admission.DEFER:
             return None
-        state.background = way == "beside"
+        state.background = how is Admission.ASYNC
         if state.background and wanted.matches:
             # The request waits without blocks for more than is claimed, so all but the last token is.
             wanted = claim(prompt, local, wanted.exact, wanted.matches, least=0, tail=prompt)
         state.claim = wanted
-        self.pace.claim(request.request_id, way, tokens)
+        self.budget.claim(request.request_id, how, tokens)
         if wanted.matches:
-            self._mark(request, state, wanted.matches[0].start)
-            if self.hot:
-                self.hot.claim(request.request_id, wanted.matches)
+            self._hide(request, state, wanted.matches[0].start)
+            if self.gpu_chunks:
+                self.gpu_chunks.claim(request.request_id, wanted.matches)
         return wanted.end - local
 
-    # -- when look-ups begin ------------------------------------------------------------------------------------------
-
-    def _admitted(self, request: Any, state: RequestState) -> bool:
-        """Whether a request that vLLM asks for was looked up just now, or needs no look-up any more."""
-        now = time.perf_counter()
-        state.awaited = state.awaited or now
-        if not self._refused and self._may_begin(request, queued=True):
-            state.awaited = 0.0
-            self._begin(request, state)
-            return True
-        self._refused = True  # nor may those behind it: the queue's order is kept
-        if self._silent is not None and now - state.awaited > self.options.lookup_deadline:
-            state.over, state.failure = True, Fallback.LOOKUP_DEADLINE
-        return False
-
-    def _may_begin(self, request: Any, *, queued: bool = False) -> bool:
-        """Whether a look-up may begin: few are in flight, and a step is not held up by the work that they are."""
-        tokens = len(request.prompt_token_ids or ())
-        if (self._begun and self._begun + tokens > STEP_TOKENS) or self._abandoned.has(request.request_id):
-            return False
-        if not self._room and not (queued and self._take_place()):
-            return False
-        self._begun += tokens
-        return True
-
-    @property
-    def _room(self) -> bool:
-        """Whether fewer look-ups are in flight than may be. Those that a dead server never answers do not count."""
-        since = time.perf_counter() - self.options.lookup_deadline
-        return len(self._holders) + self._abandoned.since(since) < IN_FLIGHT
-
-    def _take_place(self) -> bool:
-        """Abandon a look-up whose request cannot run yet: vLLM did not ask for it in the whole step before.
-
-        It may wait for its grammar, or for a LoRA adapter, and would keep others from being looked up.
-        """
-        name, state = min(self._holders.items(), key=lambda item: item[1].step, default=("", None))
-        if state is None or state.step >= self._step - 1:
-            return False
-        del self._holders[name]
-        lookup, state.lookup, state.begun, state.awaited = state.lookup, None, False, 0.0
-        if lookup is not None:
-            self.abandon(lookup, wait=False)
-        return self._room
-
-    def _wanted(self, state: RequestState, prompt: int, local: int, hot: list[Match]) -> Claim:
-        prefix, matches = (state.lookup.result if state.lookup else None) or (0, ())
-        found = without_overlap(matches, hot, prompt) if state.blend else ()
+    def _find_claim(self, state: RequestState, prompt: int, local: int, resident: list[Match]) -> Claim:
+        prefix, matches = state.found
+        found = without_overlap(matches, resident, prompt) if state.blend else ()
         least = self.options.least_tokens
         wanted = claim(prompt, local, prefix, found, least=least, tail=self.options.tail_tokens)
         if not wanted.matches and wanted.end - local < least:
-            return Claim(local, (), local)  # computed with the rest of the prompt, sooner than it is loaded
+            return Claim(local, (), local)  # computing it with the rest of the prompt is faster than loading it
         return wanted
+
+    def _hide(self, request: Any, state: RequestState, first: int) -> None:
+        """From `first` on this request's KV is approximate: no other request may get it."""
+        if state.approximate_from is None or first < state.approximate_from:
+            self._prefix_cache.hide(request, first)
+            state.approximate_from = first
 
     def in_background(self, request_id: str) -> bool:
         """Whether what was claimed is loaded while the request waits."""
         state = self._states.get(request_id)
         return state is not None and state.background
 
-    def _register(self, request: Any) -> RequestState:
-        params, complaints = read_params(
-            request.kv_transfer_params, self.options.policy, self.options.ratio, self.options.blend
-        )
-        if complaints:
-            log.warning("request %s: %s; the default is used", shown(request.request_id), joined(complaints))
-        state = RequestState(params.policy, params.ratio, params.blend, over=not may_hit(request, self.chunk))
-        state.spans, state.ingest, state.step = [] if params.spans else None, params.ingest, self._step
-        self._states[request.request_id] = state
-        return state
+    def store_limit(self, request_id: str) -> int | None:
+        """LMCache may store this request's KV up to that token; None: all of it."""
+        state = self._states.get(request_id)
+        return state.approximate_from if state else None
 
-    def _begin(self, request: Any, state: RequestState) -> None:
-        state.begun = True
+    def stored(self, request: Any) -> int:
+        """Tokens that LMCache holds of this prompt from its beginning on: they need not be stored again.
+
+        But for a chunk at ingestion (lmcache_rag.protocol.INGEST): LMCache enters into its index of chunks only what is
+        stored, not what it loads from a second tier, where an earlier server may have put it.
+        """
+        state = self._states.get(request.request_id)
+        if ingests(request.kv_transfer_params):
+            return 0
+        return state.prefix if state else 0
+
+    # -- when look-ups start, and how long they are waited for --------------------------------------------------------
+
+    def _looked_up(self, request: Any, state: RequestState) -> bool:
+        """Whether it is known what is cached of a request; else it waits for that, or nothing is claimed any more."""
+        if not state.started and not state.closed:
+            self._start_in_turn(request, state)
+        return state.started and not state.closed and self._has_result(request, state)
+
+    def _start_in_turn(self, request: Any, state: RequestState) -> None:
+        """Look a request of the queue up, if it may start now."""
+        now = time.perf_counter()
+        state.waiting_since = state.waiting_since or now
+        if self._window.may_start(request, now):
+            state.waiting_since = 0.0
+            self._start(request, state)
+        elif self._silent_since is not None and now - state.waiting_since > self.options.lookup_deadline:
+            state.closed, state.failure = True, Fallback.LOOKUP_DEADLINE
+
+    def _start(self, request: Any, state: RequestState) -> None:
+        state.started = True
         if not state.tokens:
             state.tokens = array("q", request.prompt_token_ids)
-            if self.hot and state.blend:
-                self.hot.begin(request, state.tokens)
-                state.hot_only = self.hot.promising(request)
-        if not state.hot_only:
-            self._ask(request, state)
-
-    def _ask(self, request: Any, state: RequestState) -> None:
-        state.asked = time.perf_counter()
-        state.lookup = self.look_up(request)
+            if self.gpu_chunks and state.blend:
+                self.gpu_chunks.on_new_request(request, state.tokens)
+                state.resident_only = self.gpu_chunks.seems_enough(request)
+        if state.resident_only:
+            return
+        state.asked_at = time.perf_counter()
+        state.lookup = self.client.look_up(request)
         if state.lookup is None:
-            state.over, state.failure = True, Fallback.NO_SERVER
+            state.closed, state.failure = True, Fallback.NO_SERVER
             self._warn("LMCache does not answer")
         else:
-            self._holders[request.request_id] = state
+            self._window.add(request.request_id, state)
 
-    def _found(self, request: Any, state: RequestState) -> bool:
+    def _has_result(self, request: Any, state: RequestState) -> bool:
         lookup = state.lookup
         if lookup is None:
             return True
-        state.awaited = state.awaited or time.perf_counter()
+        state.waiting_since = state.waiting_since or time.perf_counter()
         ready = self._poll(lookup.poll)
         now = time.perf_counter()
-        state.lookup_ms = (now - state.asked) * 1e3
+        state.lookup_ms = (now - state.asked_at) * 1e3
         if ready:
             state.prefix = lookup.result[0] if lookup.result else 0
-            if self._silent is not None and state.asked > self._silent:
-                self._silent = None
+            if self._silent_since is not None and state.asked_at > self._silent_since:
+                self._silent_since = None
             return True
-        if now - state.awaited > self.options.lookup_deadline:
+        if now - state.waiting_since > self.options.lookup_deadline:
             self._warn(f"LMCache did not answer for {self.options.lookup_deadline:g} s")
             self._give_up(request.request_id, state, Fallback.LOOKUP_DEADLINE)
         return False
@@ -225,72 +404,96 @@ class SchedulerSide:
     def _poll(self, poll: Callable[[float], Any]) -> Any:
         """Ask for a result; an idle engine waits a little for it, for all look-ups of a step together."""
         began = time.perf_counter()
-        found = poll(self._patience if self.pace.idle else 0.0)
+        found = poll(self._patience if self.budget.idle else 0.0)
         self._patience = max(0.0, self._patience - (time.perf_counter() - began))
         return found
 
-    def _warn(self, words: str) -> None:
-        if self._silent is None:  # once, until it answers something that it is asked from now on
-            log.warning("%s: prompts are computed in full until it does", words)
-        self._silent = time.perf_counter()
+    def _warn(self, message: str) -> None:
+        if self._silent_since is None:  # once, until it answers something that it is asked from now on
+            log.warning("%s: prompts are computed in full until it does", message)
+        self._silent_since = time.perf_counter()
 
     def _give_up(self, request_id: str, state: RequestState, reason: Fallback) -> None:
-        self._holders.pop(request_id, None)
-        lookup, state.lookup, state.over, state.failure = state.lookup, None, True, reason
+        self._window.remove(request_id)
+        lookup, state.lookup, state.closed, state.failure = state.lookup, None, True, reason
         if lookup is not None:
-            self.abandon(lookup)
+            self._abort(lookup)
 
-    def _mark(self, request: Any, state: RequestState, first: int) -> None:
-        """From `first` on this request's KV is approximate: nobody else may get it."""
-        if state.approximate_from is None or first < state.approximate_from:
-            self.hide(request, first)
-            state.approximate_from = first
+    def _abort(self, lookup: Lookup) -> None:
+        now = time.perf_counter()
+        self._poll(lambda seconds: self._aborted.add(lookup, now, seconds))
 
-    def store_limit(self, request_id: str) -> int | None:
-        """LMCache may store this request's KV up to that token; None: all of it."""
-        state = self._states.get(request_id)
-        return state.approximate_from if state else None
+    def keeps_session(self, request_id: str) -> bool:
+        """Whether an aborted look-up of this request is still in flight, and its session must not be ended before.
 
-    def claimed(self, request_id: str) -> int:
-        """Tokens from the prompt's beginning on that vLLM counts as computed by what was claimed of it."""
-        state = self._states.get(request_id)
-        return state.claim.end if state and state.claim else 0
-
-    def stored(self, request: Any) -> int:
-        """Tokens that LMCache holds of this prompt from its beginning on: they need not be stored again.
-
-        But for a chunk at ingestion (lmcache_rag.protocol.INGEST): LMCache enters into its index
-        of chunks what is stored only, not what it loads from a second tier, where an earlier server may have put it.
+        The server may have taken its locks already, while its answer is on the way. It notes them in the session: were
+        that ended now, they could not be released any more.
         """
-        state = self._states.get(request.request_id)
-        if ingests(request.kv_transfer_params):
-            return 0
-        return state.prefix if state else 0
+        return self._aborted.has(request_id)
 
-    def allocated(
+    @property
+    def has_recent_aborts(self) -> bool:
+        """Whether look-ups were aborted a moment ago: an engine without requests should go on for them.
+
+        Not for long: a server that was restarted never answers them.
+        """
+        return self._aborted.since(time.perf_counter() - self.options.lookup_deadline) > 0
+
+    # -- plans --------------------------------------------------------------------------------------------------------
+
+    def update_state_after_alloc(self, request: Any, block_ids: list[int], external: int, tracker: Any) -> None:
+        """Plan what was claimed.
+
+        Args:
+            request: vLLM's request.
+            block_ids: Its blocks.
+            external: Tokens that were claimed, and that vLLM allocated blocks for.
+            tracker: LMCache's tracker of the request.
+        """
+        if self.unsupported is not None:
+            return
+        if external > 0:  # what is claimed is not scheduled, and is to be stored like what is
+            state = self._states.get(request.request_id)
+            tracker.num_lmcache_hit_tokens = state.claim.end if state and state.claim else 0
+        self.on_allocated(request, block_ids, external, tracker.request_configs, salt=tracker.cache_salt)
+
+    def on_allocated(
         self, request: Any, block_ids: list[int], external: int, configs: dict[str, Any] | None, *, salt: str = ""
     ) -> None:
-        """Blocks were allocated for a claim of `external` tokens: plan it, and give back what is not needed."""
+        """Blocks were allocated for a claim of `external` tokens: plan it, and release what is not needed."""
         state = self._states.get(request.request_id)
         if state is None or state.planned:
             return
         state.planned = True
-        self._holders.pop(request.request_id, None)
+        self._window.remove(request.request_id)
         claimed = state.claim if external > 0 else None
         if state.lookup is not None and state.lookup.result is not None:
             prefix = state.prefix
-            load_from = state.local // self.chunk * self.chunk if claimed and prefix > state.local else prefix
-            state.locked, state.loads = (0, load_from), (load_from, prefix)
+            load_from = state.local // self._chunk * self._chunk if claimed and prefix > state.local else prefix
+            state.unused, state.loads = (0, load_from), (load_from, prefix)
         if claimed is None:
-            if self.hot:
-                self.hot.done(request.request_id)
+            if self.gpu_chunks:
+                self.gpu_chunks.unpin(request.request_id)
         else:
-            if self.hot:
-                self.hot.keep(request.request_id)
+            if self.gpu_chunks:
+                self.gpu_chunks.on_allocated(request.request_id)
             self._plan(request.request_id, state, claimed, block_ids, configs, salt)
         self._release(state)
         if claimed is None:
-            state.handed_over()
+            state.on_plan_sent()
+
+    def compute_if_failed(self, request: Any, block_ids: list[int], external: int) -> None:
+        """Plan to compute what vLLM counts as computed, and allocated blocks for, though it could not be planned."""
+        name = request.request_id
+        if external <= 0 or name not in self._failed or self.unsupported is not None:
+            return
+        if any(plan.request_id == name for plan in self._plans):
+            return
+        state = self._states[name]
+        state.planned, state.tokens = True, array("q", request.prompt_token_ids)
+        if state.background:
+            self.budget.claim(name, Admission.ASYNC, external)
+        self._plan(name, state, Claim(state.local, (), state.local + external), block_ids, None, "")
 
     def _plan(
         self,
@@ -301,7 +504,7 @@ class SchedulerSide:
         configs: dict[str, Any] | None,
         salt: str,
     ) -> None:
-        self.pace.begun(request_id)
+        self.budget.on_allocated(request_id)
         self._plans.append(
             BlendPlan(
                 request_id,
@@ -321,62 +524,19 @@ class SchedulerSide:
         )
 
     def _release(self, state: RequestState) -> None:
-        """Give back locks of exact prefix chunks that no worker is going to load."""
-        if state.lookup is not None and state.locked[1]:
-            state.lookup.release_prefix(*state.locked)
-        state.locked = (0, 0)
+        """Release locks of exact prefix chunks that no worker is going to load."""
+        if state.lookup is not None and state.unused[1]:
+            state.lookup.release_prefix(*state.unused)
+        state.unused = (0, 0)
 
     def _withdraw(self, state: RequestState) -> None:
         """No worker is going to load what was planned."""
-        first, end = 0 if state.locked[1] else state.loads[0], state.loads[1]
-        state.locked, state.loads = (first, end), (end, end)
+        first, end = 0 if state.unused[1] else state.loads[0], state.loads[1]
+        state.unused, state.loads = (first, end), (end, end)
         self._release(state)
 
-    def leave_out(self, request: Any, failure: str = "") -> None:
-        """Neither look up nor blend this request; the statistics say what it computed, and why."""
-        state = self._register(request)
-        state.over, state.failure = True, failure
-
-    def drop(self, request_id: str) -> None:
-        """Something raised: the request is not blended, and holds nothing here but what a worker has its plan for."""
-        state = self._states.get(request_id)
-        if state is None:
-            state = RequestState(self.options.policy, self.options.ratio, blend=False)
-            self._states[request_id] = state
-        if any(plan.request_id == request_id for plan in self._plans):
-            return
-        if self.hot:
-            self.hot.done(request_id)
-            self.hot.forget(request_id)
-        state.over, state.failure = True, Fallback.REQUEST_ERROR
-        if not state.planned:
-            state.claim = None
-            self.pace.give_back(request_id)
-            self._give_up(request_id, state, Fallback.REQUEST_ERROR)
-        elif state.claim is not None:  # no worker has a plan, which would give back the locks of what it loads
-            state.claim = None
-            self._withdraw(state)
-        else:
-            self._release(state)
-
-    def ended(self, request_id: str) -> None:
-        """A request that was dropped has ended; what `finished` could not do, since something raised, is done."""
-        self.drop(request_id)
-        self._states.pop(request_id, None)
-
-    def compute(self, request: Any, block_ids: list[int], external: int) -> None:
-        """Plan to compute what vLLM counts as computed, and allocated blocks for, though it could not be planned."""
-        name = request.request_id
-        if any(plan.request_id == name for plan in self._plans):
-            return
-        state = self._states[name]
-        state.planned, state.tokens = True, array("q", request.prompt_token_ids)
-        if state.background:
-            self.pace.claim(name, "beside", external)
-        self._plan(name, state, Claim(state.local, (), state.local + external), block_ids, None, "")
-
-    def plans(self, scheduled: Mapping[str, int] | None = None) -> tuple[list[BlendPlan], Allowance]:
-        """What this step's workers have to do, and how much of what they have begun; the next step begins.
+    def build_plans(self, scheduled: Mapping[str, int] | None = None) -> tuple[list[BlendPlan], Allowance]:
+        """The plans of this step, and how much its workers may blend in the background; the next step begins.
 
         Args:
             scheduled: The requests that vLLM runs in this step, and how many tokens of each.
@@ -385,94 +545,149 @@ class SchedulerSide:
         scheduled = scheduled or {}
         if len(plans) == 1 and dict(scheduled) == {plans[0].request_id: 1}:
             plans = [replace(plan, alone=plan.end + 1 == len(plan.token_ids)) for plan in plans]
-        allowance = self.pace.step(scheduled)
+        allowance = self.budget.on_step(scheduled)
         for plan in plans:
             if state := self._states.get(plan.request_id):
-                state.handed_over()
-        self._step += 1
-        self._begun, self._queued, self._refused, self._patience = 0, self._refused, False, self.options.poll
-        if self.hot:
-            self.hot.step_ends()
-        if self.filed:
-            self.filed.step_ends()
-        self._abandoned.hear(time.perf_counter())
+                state.on_plan_sent()
+        self._window.on_step()
+        self._patience = self.options.poll
+        if self.gpu_chunks:
+            self.gpu_chunks.on_step()
+        if self.uncomputed:
+            self.uncomputed.on_step()
+        self._aborted.poll(time.perf_counter())
         return plans, allowance
 
-    def abandon(self, lookup: Lookup, *, wait: bool = True) -> None:
-        """See to a look-up that is not waited for any more."""
-        now = time.perf_counter()
-        if wait:
-            self._poll(lambda seconds: self._abandoned.add(lookup, now, seconds))
-        else:
-            self._abandoned.add(lookup, now, 0.0)
+    # -- what workers report ------------------------------------------------------------------------------------------
 
-    def listens(self, request_id: str) -> bool:
-        """Whether a look-up of this request is still to be heard to its end, and its session not to be ended before.
+    def take_worker_metadata(self, meta: Any) -> None:
+        """Take what the workers did in a step. vLLM may bring the same metadata twice: it is taken once."""
+        if meta is self._taken:
+            return
+        self._taken = meta
+        if not isinstance(meta, BlendWorkerMetadata):
+            return
+        for result in meta.results:
+            if result.failure:
+                self.client.on_failed_blend(result.request_id)
+        self.on_results(meta.results)
+        if self.fenced is not None:
+            for request_id, blocks in meta.timed_out:
+                self.fenced.add(request_id, blocks)
+            for request_id in meta.ended:
+                self.fenced.over(request_id)
 
-        The server may have taken its locks already, while its answer is on the way. It notes them in the session: were
-        that ended now, they could not be given back any more.
-        """
-        return self._abandoned.has(request_id)
-
-    @property
-    def unheard(self) -> bool:
-        """Whether look-ups were abandoned a moment ago: an engine without requests should go on for them.
-
-        Not for long: a server that was restarted never answers them.
-        """
-        return self._abandoned.since(time.perf_counter() - self.options.lookup_deadline) > 0
-
-    def take(self, results: list[BlendResult]) -> None:
-        """What the workers did."""
+    def on_results(self, results: list[BlendResult]) -> None:
+        """Plans were carried out."""
         for result in results:
-            self.pace.done(result.request_id)
-            if self.hot:
-                self.hot.done(result.request_id)
+            self.budget.on_blended(result.request_id)
+            if self.gpu_chunks:
+                self.gpu_chunks.unpin(result.request_id)
             if state := self._states.get(result.request_id):
                 state.result = result
             if result.failure in LOADS:
-                # The server did not answer for a whole deadline, in which vLLM may have stood still: what it was asked
-                # then has waited as long, though nobody could listen.
+                # The server did not answer for a whole deadline, in which vLLM may have stood still: look-ups that were
+                # sent then have waited as long, though nothing could poll them.
                 for state in self._states.values():
-                    state.awaited = state.asked
+                    state.waiting_since = state.asked_at
 
-    def finished(self, request: Any) -> dict[str, Any] | None:
+    def finished_sending(self, connector_output: Any) -> set[str]:
+        """Requests whose blocks vLLM may free, as their stores are done. See lmcache_rag.connector.frees."""
+        loaded, stored = connector_output.finished_recving or (), connector_output.finished_sending or ()
+        return self._freed.stored(loaded, stored)
+
+    # -- the end of a request -----------------------------------------------------------------------------------------
+
+    def request_finished(self, request: Any, tracker: Any) -> dict[str, Any] | None:
+        """Its reuse statistics for the answer; None when there is nothing to report.
+
+        Args:
+            request: vLLM's request.
+            tracker: LMCache's tracker of the request, if there is one.
+        """
+        with self.contain_errors(request.request_id):
+            return self._finish(request, tracker)
+        return None
+
+    def _finish(self, request: Any, tracker: Any) -> dict[str, Any] | None:
+        statistics = self.finish(request)
+        if self.unsupported is not None:
+            statistics = self.count_unblended(request, tracker)
+        elif statistics is not None and self.self_check is not None:
+            statistics[SELF_CHECK] = str(self.self_check)
+        if self.forgetting.has(request.request_id):
+            forgotten = self.forgetting.on_finished(request.request_id)
+            statistics = {**statistics, FORGOTTEN: forgotten} if statistics is not None else None
+        return statistics
+
+    def finish(self, request: Any) -> dict[str, Any] | None:
         """A request ended, in whatever way: its reuse statistics, or None when nothing was looked up."""
-        self.pace.ended(request.request_id)
+        self.budget.on_finished(request.request_id)
         state = self._states.get(request.request_id)
         if state is None:
             return None
-        self._holders.pop(request.request_id, None)
-        self.pace.give_back(request.request_id)
-        # vLLM waits for the worker's word of what is loaded in the background: that is not taken back.
+        self._window.remove(request.request_id)
+        self.budget.withdraw(request.request_id)
+        # vLLM waits until a worker reports what is loaded in the background: that is not taken back.
         plans = [plan for plan in self._plans if plan.request_id != request.request_id or plan.background]
         withdrawn = len(plans) < len(self._plans)
         self._plans = plans
-        if self.hot:
+        if self.gpu_chunks:
             if not state.planned or withdrawn:
-                self.hot.done(request.request_id)
-            self.hot.forget(request.request_id)
+                self.gpu_chunks.unpin(request.request_id)
+            self.gpu_chunks.on_finished(request.request_id)
         lookup = state.lookup
         if lookup is not None and (not state.planned or lookup.result is None):
-            self.abandon(lookup)
+            self._abort(lookup)
         elif lookup is not None:
             if withdrawn:
                 self._withdraw(state)
             self._release(state)
         del self._states[request.request_id]
-        found = statistics(len(request.prompt_token_ids or ()), state)
-        if self.count and state.planned:
-            self.count(found)
-        if self.hot and state.ingest and state.approximate_from is None:
-            self.hot.ingested(request)
-        return found
+        statistics = state.statistics(len(request.prompt_token_ids or ()))
+        if state.planned:
+            self._records.append(metrics.record(statistics))
+        if self.gpu_chunks and state.ingest and state.approximate_from is None:
+            self.gpu_chunks.on_ingested(request)
+        return statistics
+
+    def count_unblended(self, request: Any, tracker: Any) -> dict[str, Any] | None:
+        """The statistics of a request where the workers cannot blend; None where it never ran."""
+        if self.unsupported is None or tracker is None or not tracker.num_scheduled_tokens:
+            return None
+        prompt = len(request.prompt_token_ids or ())
+        cached = max(tracker.num_vllm_hit_tokens, tracker.num_lmcache_hit_tokens)
+        self._records.append(metrics.unblended_record(prompt, cached))
+        spans = (request.kv_transfer_params or {}).get(SPANS) is True
+        policy, ratio = self.options.policy, self.options.ratio
+        return metrics.unblended_statistics(prompt, cached, policy, ratio, self.unsupported, spans=spans)
+
+    def remove(self, request_id: str, *, delayed: bool) -> None:
+        """LMCache's connector has ended a request, too.
+
+        Args:
+            request_id: The request.
+            delayed: Whether vLLM keeps its blocks until the workers report that they do not read them any more.
+        """
+        if request_id in self._failed:
+            self._failed.discard(request_id)
+            with contextlib.suppress(Exception):
+                self.drop(request_id)  # what `finish` could not do, since something raised
+                self._states.pop(request_id, None)
+        if delayed:
+            self._freed.ends(request_id)
+
+    def take_records(self) -> list[dict[str, Any]]:
+        """Records of the requests that ended since the last call, see metrics.record."""
+        records, self._records = self._records, []
+        return records
 
     @property
     def requests(self) -> int:
-        """Requests that are being looked after."""
+        """Requests that the scheduler side keeps a state of."""
         return len(self._states)
 
     @property
-    def abandoned(self) -> int:
-        """Look-ups that nobody waits for and that have not been heard to their end yet."""
-        return len(self._abandoned)
+    def aborted_lookups(self) -> int:
+        """Aborted look-ups that are still in flight."""
+        return len(self._aborted)

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
+from lmcache_rag.connector.cache_salt import renumbering
 from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
-from lmcache_rag.connector.renumbering import renumbering
 
 log = logging.getLogger("lmcache_rag")
 
@@ -37,7 +37,7 @@ def keep_out(tracker: Any) -> None:
 
 
 def renumber_tokens(adapter: Any) -> None:
-    """Have an adapter of LMCache's name tokens by other numbers, see lmcache_rag.connector.renumbering."""
+    """Have an adapter of LMCache's name tokens by other numbers, see lmcache_rag.connector.cache_salt."""
     create = adapter._create_key
 
     def create_key(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lmcache_rag.connector.renumbering import as_numbers
+from lmcache_rag.connector.cache_salt import as_numbers
 
 # Of LMCache's keys: the second name is 0.5.6's.
 _FIELDS = ("token_bytes", "token_ids")
