@@ -16,7 +16,7 @@ ABANDONED_SECONDS = 300.0
 
 
 class Lookup(Protocol):
-    """A look-up under way; see lmcache_rag.connector.compat_lmcache.BlendLookup."""
+    """A look-up under way; see lmcache_rag.connector.lmcache_client.BlendLookup."""
 
     request_id: str
     result: tuple[int, tuple[Match, ...]] | None

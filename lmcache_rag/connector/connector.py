@@ -15,7 +15,7 @@ from typing import Any
 from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
-from lmcache_rag.connector import compat_lmcache, compat_vllm, metrics, renumbering
+from lmcache_rag.connector import lmcache_client, lmcache_transfers, metrics, renumbering, vllm_internals, vllm_patches
 from lmcache_rag.connector.abandoned import Lookup
 from lmcache_rag.connector.authorization import IngestKey
 from lmcache_rag.connector.filed import FiledBlocks
@@ -57,8 +57,8 @@ from lmcache_rag.protocol import (
 
 log = logging.getLogger("lmcache_rag")
 
-compat_vllm.begin_texts_quickly()  # each API server imports this module, and only where the connector is in use
-compat_vllm.validate_requests(RequestValidation.of)
+vllm_patches.begin_texts_quickly()  # each API server imports this module, and only where the connector is in use
+vllm_patches.validate_requests(RequestValidation.of)
 
 
 class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
@@ -70,12 +70,12 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         if not secret:  # nothing is blended then, see plugin.py
             log.warning("There is no secret: LMCache gets tokens by numbers that anybody can compute")
         renumbering.use_secret(secret)
-        with compat_lmcache.may_be_absent(self._options.chunk_size) as absent:
+        with lmcache_client.may_be_absent(self._options.chunk_size) as absent:
             super().__init__(vllm_config, role, kv_cache_config)
         adapter = self.scheduler_adapter if role == KVConnectorRole.SCHEDULER else self.worker_adapter
         if absent:
             log.warning("LMCache does not answer: prompts are computed in full until it does")
-            compat_lmcache.is_absent(adapter)
+            lmcache_client.is_absent(adapter)
         self._why_not: Unsupported | None = Unsupported(CannotBlend.NOT_READY, "vLLM's workers have not reported yet")
         self._self_check: SelfCheck | None = None
         self._side: SchedulerSide | None = None
@@ -89,28 +89,28 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         if role == KVConnectorRole.WORKER:
             parallel = adapter.parallel_strategy
             get = vllm_config.kv_transfer_config.get_from_extra_config
-            address = compat_lmcache.address(get, parallel.vllm_worker_id, parallel.vllm_world_size)
-            registration = compat_lmcache.Registration(adapter)
-            self._in_flight = compat_lmcache.Stores(
-                adapter, lambda: compat_lmcache.has_ended(address), registration.renew
+            address = lmcache_client.address(get, parallel.vllm_worker_id, parallel.vllm_world_size)
+            registration = lmcache_client.Registration(adapter)
+            self._in_flight = lmcache_transfers.Stores(
+                adapter, lambda: lmcache_client.has_ended(address), registration.renew
             )
-            compat_lmcache.bound(adapter)
+            lmcache_client.bound(adapter)
         else:
             for client in adapter.req_clients.values():
-                compat_lmcache.bound_client(client)
+                lmcache_client.bound_client(client)
         if not self._enable_kv_events:  # whoever reads LMCache's events wants to read the prompts' own tokens
-            compat_lmcache.renumber_tokens(adapter)
+            lmcache_client.renumber_tokens(adapter)
         if role == KVConnectorRole.SCHEDULER:
-            compat_vllm.deliver_worker_meta_first()
-            self._reports = compat_lmcache.LaterReports(self.scheduler_adapter)
-            self._releases = compat_lmcache.LaterReleases(self.scheduler_adapter)
-            chunk = compat_lmcache.chunk_tokens(self.scheduler_adapter)
+            vllm_patches.deliver_worker_meta_first()
+            self._reports = lmcache_client.LaterReports(self.scheduler_adapter)
+            self._releases = lmcache_client.LaterReleases(self.scheduler_adapter)
+            chunk = lmcache_client.chunk_tokens(self.scheduler_adapter)
             self._ingest_key = IngestKey.read(self._options.ingest_key_file)
             self._namespaces = Namespaces(
                 identity(vllm_config, chunk), chunk, prefix_tokens=self._options.prefix_tokens, key=secret
             )
             self._adapters = Adapters()
-            compat_lmcache.watch(self.scheduler_adapter, lambda: self._why_not is None)
+            lmcache_client.watch(self.scheduler_adapter, lambda: self._why_not is None)
             if self._options.chunk_size not in (0, chunk):
                 log.warning(
                     "lmcache_rag.chunk_size is %d and LMCache's is %d: clients pad their prompts for the wrong one",
@@ -132,12 +132,12 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Register the caches with LMCache, then see whether this worker can blend."""
-        with compat_lmcache.registering(self.worker_adapter, may_fail=self._options.chunk_size > 0) as failed:
+        with lmcache_client.registering(self.worker_adapter, may_fail=self._options.chunk_size > 0) as failed:
             super().register_kv_caches(kv_caches)
         absent = bool(failed)
         found = prepared(self._vllm_config, self.worker_adapter, self._options, absent=absent)
         self._worker, self._why_not, self._self_check = found
-        compat_lmcache.ensure_heartbeat(self.worker_adapter)
+        lmcache_client.ensure_heartbeat(self.worker_adapter)
         if self._why_not is not None:
             log.warning("KV is not blended: %s. Exact prefixes are reused, everything else is computed.", self._why_not)
         else:
@@ -165,7 +165,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             tracker = super()._get_or_create_request_tracker(request)
         except Exception as problem:
             self._leave(request.request_id, problem)
-            tracker = self.request_trackers[request.request_id] = compat_lmcache.plain_tracker(request)
+            tracker = self.request_trackers[request.request_id] = lmcache_client.plain_tracker(request)
         if tracker is not before:
             tracker.request_configs, tracker.max_offload_tokens = None, 0
             with self._surviving(request.request_id):
@@ -176,7 +176,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
                     adapter=self._adapters.of(getattr(request, "lora_request", None)),
                 )
                 if is_embedded(request):
-                    compat_lmcache.keep_out(tracker)
+                    lmcache_client.keep_out(tracker)
                 else:
                     tracker.request_configs, tracker.max_offload_tokens = self._settings(request)
         return tracker
@@ -233,7 +233,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         if not self.scheduler_adapter.is_healthy:
             return None
         tracker = self._get_or_create_request_tracker(request)
-        return compat_lmcache.BlendLookup(
+        return lmcache_client.BlendLookup(
             self.scheduler_adapter,
             request.request_id,
             list(request.prompt_token_ids),
@@ -242,7 +242,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         )
 
     def _hide(self, request: Any, first_token: int) -> None:
-        compat_vllm.hide_from_prefix_cache(request, first_token, self._hash_block())
+        vllm_internals.hide_from_prefix_cache(request, first_token, self._hash_block())
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         """Scheduler: vLLM's own blocks, for hot chunks."""
@@ -250,10 +250,10 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         block = self._hash_block()
         if self._side is None or not getattr(gpu_block_pool, "enable_caching", False):
             return
-        pool = compat_vllm.CachedBlocks(gpu_block_pool)
+        pool = vllm_internals.CachedBlocks(gpu_block_pool)
         self._side.filed = FiledBlocks(pool, block)
         self._forgetting.pool = pool
-        compat_vllm.watch_filed_blocks(gpu_block_pool, self._side.filed.add)
+        vllm_patches.watch_filed_blocks(gpu_block_pool, self._side.filed.add)
         if self._options.hot:
             chunks = HotChunks(pool, block, filed=self._side.filed, remembered=len(pool.blocks) * block)
             self._side.hot, self._forgetting.chunks = HotSide(chunks), chunks
@@ -340,12 +340,12 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         """LMCache's metadata of this step, with our plans."""
-        loads = compat_lmcache.to_be_loaded(self.request_trackers.values()) if self._why_not else []
+        loads = lmcache_client.to_be_loaded(self.request_trackers.values()) if self._why_not else []
         try:
             meta = super().build_connector_meta(scheduler_output)
         except Exception:
             log.exception("LMCache's metadata of a step could not be made: KV of its requests is not stored")
-            meta = compat_lmcache.empty_step(loads)
+            meta = lmcache_client.empty_step(loads)
             for request_id in scheduler_output.num_scheduled_tokens:
                 if tracker := self.request_trackers.get(request_id):  # which blocks it has may not have been noted
                     tracker.max_offload_tokens = 0
@@ -355,7 +355,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         return meta
 
     def take_worker_meta(self, meta: Any) -> None:
-        """What the workers did, before vLLM finishes requests; see compat_vllm.deliver_worker_meta_first.
+        """What the workers did, before vLLM finishes requests; see vllm_patches.deliver_worker_meta_first.
 
         Taken once: `update_connector_output` brings the same again. Inside another connector it is the only one to.
         """
@@ -385,7 +385,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
                 self._releases.unused(name, self.request_trackers[name])
             with contextlib.ExitStack() as stack:
                 if self._side is not None and self._side.listens(name):
-                    stack.enter_context(compat_lmcache.session_goes_on(self.scheduler_adapter, name))
+                    stack.enter_context(lmcache_client.session_goes_on(self.scheduler_adapter, name))
                 later, params = super().request_finished(request, block_ids)
         self.request_trackers.pop(name, None)  # gone, unless something raised
         if name in self._left:
@@ -455,7 +455,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
     # -- worker ---------------------------------------------------------------------------------------------------
 
     def begin_step(self, meta: Any) -> None:
-        """What must be done within this step, before vLLM prepares it; see compat_vllm.begin_before_the_step."""
+        """What must be done within this step, before vLLM prepares it; see vllm_patches.begin_before_the_step."""
         plans = getattr(meta, "blend_plans", None)
         # LMCache may have to read blocks first that were taken from a preempted request.
         if self._worker is not None and plans and not getattr(meta, "need_flush_before_forward", False):
@@ -475,7 +475,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
     def _offer_hidden_state(self) -> None:
         hidden = self._worker.take_hidden()
         if hidden is not None:  # None would take back what was offered earlier in the step
-            compat_vllm.offer_hidden_state(hidden)
+            vllm_patches.offer_hidden_state(hidden)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """What LMCache's transfers are done with; see lmcache_rag.connector.frees."""
@@ -485,7 +485,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             self._worker.cancel(finished_req_ids)
             self._worker.finish()
             loaded, receiving = set(loaded or ()) | self._worker.take_received(), self._worker.receiving
-        in_use = compat_lmcache.loading(self.worker_adapter) | receiving | self._in_flight.look()
+        in_use = lmcache_client.loading(self.worker_adapter) | receiving | self._in_flight.look()
         return self._stores.report(stored or (), in_use), loaded
 
     def get_block_ids_with_load_errors(self) -> set[int]:

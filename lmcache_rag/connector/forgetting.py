@@ -21,7 +21,7 @@ AT_ONCE = 32  # of LMCache's server, which removes in the worker that also looks
 
 
 class Pool(Protocol):
-    """What is used of vLLM's blocks; see compat_vllm.CachedBlocks."""
+    """What is used of vLLM's blocks; see vllm_internals.CachedBlocks."""
 
     def remove(self, hashes: Iterable[Any]) -> int:
         """Take every block with one of these hashes out of the prefix cache."""

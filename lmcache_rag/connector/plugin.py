@@ -14,13 +14,13 @@ def register() -> None:
     _speak_as_vllm_does()
     draw_secret()
     try:
-        from lmcache_rag.connector.compat_vllm import remember_workers
+        from lmcache_rag.connector.vllm_patches import remember_workers
 
         remember_workers()
     except Exception as problem:
         log.warning("KV is not going to be blended: the lmcache_rag plugin failed: %s", problem)
     try:
-        from lmcache_rag.connector.compat_vllm import tell_in_streams
+        from lmcache_rag.connector.vllm_patches import tell_in_streams
 
         tell_in_streams()
     except Exception as problem:
