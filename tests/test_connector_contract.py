@@ -83,9 +83,9 @@ def test_what_workers_measured_comes_before_requests_are_finished(monkeypatch: p
 
     told: list[Any] = []
     monkeypatch.setattr(Scheduler, "update_from_output", lambda self, given, result: told.append("finished"))
-    vllm_patches.deliver_worker_meta_first()
+    vllm_patches.patch_update_from_output()
     once = Scheduler.update_from_output
-    vllm_patches.deliver_worker_meta_first()
+    vllm_patches.patch_update_from_output()
     assert Scheduler.update_from_output is once
     scheduler = object.__new__(Scheduler)
     scheduler.connector = SimpleNamespace(take_worker_meta=told.append)
@@ -110,9 +110,9 @@ def test_the_connector_may_begin_before_vllm_prepares_the_step(
     )
     said: list[Any] = []
     monkeypatch.setattr(Worker, "execute_model", lambda self, scheduler_output: said.append("step"))
-    vllm_patches.begin_before_the_step()
+    vllm_patches.patch_execute_model()
     once = Worker.execute_model
-    vllm_patches.begin_before_the_step()
+    vllm_patches.patch_execute_model()
     assert Worker.execute_model is once
     worker = object.__new__(Worker)
     step = SimpleNamespace(kv_connector_metadata="meta", **writes)
@@ -131,11 +131,11 @@ def test_what_is_offered_to_a_step_ends_with_it(monkeypatch: pytest.MonkeyPatch)
             raise RuntimeError
 
     monkeypatch.setattr(Worker, "execute_model", step)
-    vllm_patches.begin_before_the_step()
+    vllm_patches.patch_execute_model()
     for fails in (False, True):
         with contextlib.suppress(RuntimeError):
             object.__new__(Worker).execute_model(SimpleNamespace(fails=fails))
-        assert vllm_patches._offered == []
+        assert vllm_patches._hidden_states == []
 
 
 def test_the_connector_offers_what_a_blend_computed_and_takes_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,13 +147,13 @@ def test_the_connector_offers_what_a_blend_computed_and_takes_nothing_back(monke
     meta = SimpleNamespace(blend_plans=[SimpleNamespace(background=False)], blend_allowance=None)
     monkeypatch.setattr(connector.LMCacheMPConnector, "start_load_kv", lambda self, context, **more: None)
     monkeypatch.setattr(connector.CacheBlendConnector, "_get_connector_metadata", lambda self: meta)
-    monkeypatch.setattr(vllm_patches, "_offered", [])
+    monkeypatch.setattr(vllm_patches, "_hidden_states", [])
     ours.begin_step(meta)
-    assert vllm_patches._offered[0].tolist() == [[1.0] * 4]
+    assert vllm_patches._hidden_states[0].tolist() == [[1.0] * 4]
     ours.start_load_kv(None)
-    assert vllm_patches._offered[0].tolist() == [[1.0] * 4], "it was offered before vLLM prepared the step"
+    assert vllm_patches._hidden_states[0].tolist() == [[1.0] * 4], "it was offered before vLLM prepared the step"
     ours.start_load_kv(None)
-    assert vllm_patches._offered[0].tolist() == [[0.0] * 4]
+    assert vllm_patches._hidden_states[0].tolist() == [[0.0] * 4]
 
 
 def test_a_graph_is_not_replayed_for_a_token_that_a_blend_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,9 +174,9 @@ def test_a_graph_is_not_replayed_for_a_token_that_a_blend_computed(monkeypatch: 
         return "replayed"
 
     monkeypatch.setattr(manager_type, "run_fullgraph", run)
-    vllm_patches.take_hidden_states()
+    vllm_patches.patch_run_fullgraph()
     once = manager_type.run_fullgraph
-    vllm_patches.take_hidden_states()
+    vllm_patches.patch_run_fullgraph()
     assert manager_type.run_fullgraph is once
     manager = object.__new__(manager_type)
     manager.hidden_states, manager.use_aux_hidden_state_outputs = torch.zeros(8, 4), False

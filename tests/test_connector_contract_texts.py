@@ -26,7 +26,7 @@ with warnings.catch_warnings():
     from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 
     from lmcache_rag.connector import vllm_patches
-    from lmcache_rag.connector.vllm_patches import begin_texts_quickly
+    from lmcache_rag.connector.vllm_patches import patch_detokenizer_start
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 STOCK = getattr(FastIncrementalDetokenizer.__init__, "__wrapped__", FastIncrementalDetokenizer.__init__)
@@ -42,7 +42,7 @@ TEXTS = [
 @pytest.fixture(autouse=True)
 def wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FastIncrementalDetokenizer, "__init__", STOCK)
-    begin_texts_quickly()
+    patch_detokenizer_start()
     assert FastIncrementalDetokenizer.__init__ is not STOCK
 
 
@@ -128,12 +128,12 @@ def test_the_request_itself_keeps_its_prompt() -> None:
 
 def test_it_is_wrapped_once_and_not_where_no_texts_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     once = FastIncrementalDetokenizer.__init__
-    begin_texts_quickly()
+    patch_detokenizer_start()
     assert FastIncrementalDetokenizer.__init__ is once
     monkeypatch.setattr(FastIncrementalDetokenizer, "__init__", STOCK)
     monkeypatch.delitem(sys.modules, vllm_patches.API_SERVER, raising=False)
     monkeypatch.delitem(sys.modules, detokenizer.__name__)
-    begin_texts_quickly()
+    patch_detokenizer_start()
     assert FastIncrementalDetokenizer.__init__ is STOCK
 
 

@@ -33,8 +33,8 @@ class World:
         worker = SimpleNamespace(model_runner=runner)
         monkeypatch.setattr(vllm_patches, "worker", lambda: worker)
         monkeypatch.setattr(vllm_internals, "true_on_all_ranks", lambda fine: self.does("vote") or (fine and others))
-        monkeypatch.setattr(vllm_patches, "begin_before_the_step", lambda: self.does("wrap"))
-        monkeypatch.setattr(vllm_patches, "take_hidden_states", lambda: None)
+        monkeypatch.setattr(vllm_patches, "patch_execute_model", lambda: self.does("wrap"))
+        monkeypatch.setattr(vllm_patches, "patch_run_fullgraph", lambda: None)
         monkeypatch.setattr(prepare.lmcache_transfers, "WorkerLink", lambda adapter, deadline, address, absent: self)
         monkeypatch.setattr(prepare, "VLLMModel", lambda config, runner: self)
         monkeypatch.setattr(prepare, "rotary_of", lambda model: SimpleNamespace(

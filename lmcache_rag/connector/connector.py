@@ -57,8 +57,8 @@ from lmcache_rag.protocol import (
 
 log = logging.getLogger("lmcache_rag")
 
-vllm_patches.begin_texts_quickly()  # each API server imports this module, and only where the connector is in use
-vllm_patches.validate_requests(RequestValidation.of)
+vllm_patches.patch_detokenizer_start()  # each API server imports this module, and only where the connector is in use
+vllm_patches.patch_request_validation(RequestValidation.of)
 
 
 class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
@@ -101,7 +101,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         if not self._enable_kv_events:  # whoever reads LMCache's events wants to read the prompts' own tokens
             lmcache_client.renumber_tokens(adapter)
         if role == KVConnectorRole.SCHEDULER:
-            vllm_patches.deliver_worker_meta_first()
+            vllm_patches.patch_update_from_output()
             self._reports = lmcache_client.LaterReports(self.scheduler_adapter)
             self._releases = lmcache_client.LaterReleases(self.scheduler_adapter)
             chunk = lmcache_client.chunk_tokens(self.scheduler_adapter)
@@ -253,7 +253,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         pool = vllm_internals.CachedBlocks(gpu_block_pool)
         self._side.filed = FiledBlocks(pool, block)
         self._forgetting.pool = pool
-        vllm_patches.watch_filed_blocks(gpu_block_pool, self._side.filed.add)
+        vllm_patches.patch_cache_full_blocks(gpu_block_pool, self._side.filed.add)
         if self._options.hot:
             chunks = HotChunks(pool, block, filed=self._side.filed, remembered=len(pool.blocks) * block)
             self._side.hot, self._forgetting.chunks = HotSide(chunks), chunks
@@ -355,7 +355,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         return meta
 
     def take_worker_meta(self, meta: Any) -> None:
-        """What the workers did, before vLLM finishes requests; see vllm_patches.deliver_worker_meta_first.
+        """What the workers did, before vLLM finishes requests; see vllm_patches.patch_update_from_output.
 
         Taken once: `update_connector_output` brings the same again. Inside another connector it is the only one to.
         """
@@ -455,7 +455,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
     # -- worker ---------------------------------------------------------------------------------------------------
 
     def begin_step(self, meta: Any) -> None:
-        """What must be done within this step, before vLLM prepares it; see vllm_patches.begin_before_the_step."""
+        """What must be done within this step, before vLLM prepares it; see vllm_patches.patch_execute_model."""
         plans = getattr(meta, "blend_plans", None)
         # LMCache may have to read blocks first that were taken from a preempted request.
         if self._worker is not None and plans and not getattr(meta, "need_flush_before_forward", False):

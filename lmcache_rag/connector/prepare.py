@@ -112,8 +112,8 @@ def _side(vllm_config: Any, parts: Parts, options: ConnectorOptions) -> WorkerSi
             raise _Cannot(reason)
     else:
         log.warning("Blends are not compared with a full prefill: lmcache_rag.self_check is off")
-    vllm_patches.begin_before_the_step()
-    vllm_patches.take_hidden_states()
+    vllm_patches.patch_execute_model()
+    vllm_patches.patch_run_fullgraph()
     return WorkerSide(blendable, link, may_report=takes_reports(vllm_config), hot=hot, piece=options.step_tokens)
 
 
