@@ -77,7 +77,7 @@ def watch(rank: int, ranks: int, folder: Path) -> None:
     """Write down what this rank says, and let its loads fail when asked: nothing real makes one rank alone fail."""
     import logging
 
-    from lmcache_rag.connector.compat_lmcache import WorkerLink
+    from lmcache_rag.connector.lmcache_transfers import WorkerLink
 
     log = logging.getLogger("lmcache_rag")
     handler = logging.FileHandler(folder / f"rank{rank}.log")

@@ -19,7 +19,7 @@ import torch
 from models import tiny_model
 from test_worker_side import BLOCK, Model, World
 
-from lmcache_rag.connector import blend_pass, compat_vllm
+from lmcache_rag.connector import blend_pass, vllm_internals
 from lmcache_rag.connector.admission import Allowance
 from lmcache_rag.engines.hf_model import HFModel
 
@@ -93,11 +93,11 @@ class RankModel(Model):
 
     def sum_over_ranks(self, scores: torch.Tensor) -> torch.Tensor:
         self.own_scores = scores.clone()
-        summed: torch.Tensor = compat_vllm.tensor_parallel_sum(scores)
+        summed: torch.Tensor = vllm_internals.tensor_parallel_sum(scores)
         return summed
 
     def all_ranks(self, fine: bool) -> bool:
-        return compat_vllm.true_on_all_ranks(fine)
+        return vllm_internals.true_on_all_ranks(fine)
 
 
 class Rank(World):

@@ -46,11 +46,11 @@ def test_a_change_asks_for_the_parts_it_touches(ci: ModuleType, names) -> None:
     always = ["install", "lint and types", "quickstart", "test", "environment, LMCache 0.5.6", "servers", "contracts"]
     always += ["kernels, interpreted", "browser"]
     assert names("README.md", "lmcache_rag/rag.py") == always
-    others = {name for name in names("lmcache_rag/connector/compat_vllm/x.py") if name not in always}
+    others = {name for name in names("lmcache_rag/connector/vllm_patches.py") if name not in always}
     assert others == {
         f"{kind}, vLLM {version}" for kind in ("sources", "contracts") for version in ("0.25.1", "0.33.0")
     }
-    more = names("lmcache_rag/connector/compat_lmcache/x.py")
+    more = names("lmcache_rag/connector/lmcache_client.py")
     assert {"environment, LMCache 0.5.7rc2", "contracts, LMCache 0.5.7rc2"} <= set(more)
     everything = [part.name for part in ci.run_parts(ci.touched(None))]
     assert names(".ci/parts.py") == names("pyproject.toml") == everything

@@ -41,7 +41,7 @@ with warnings.catch_warnings():
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.worker.utils import AttentionGroup
 
-    from lmcache_rag.connector import compat_vllm, model
+    from lmcache_rag.connector import model, vllm_internals
     from lmcache_rag.connector.in_layers import Redo
     from lmcache_rag.connector.paged import PagedSequence, keys_and_values
     from lmcache_rag.connector.paged_attention import PagedAttention
@@ -72,7 +72,7 @@ class Pair:
         )
         with set_current_vllm_config(self.config):
             self.model = get_model(vllm_config=self.config)
-            self.layers = compat_vllm.attention_layers(self.config)
+            self.layers = vllm_internals.attention_layers(self.config)
             names, heads = list(self.layers), next(iter(self.layers.values())).num_kv_heads
             spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=heads, head_size=SIZE, dtype=torch.float32)
             builder = CPUAttentionMetadataBuilder(spec, names, self.config, torch.device("cpu"))
@@ -98,7 +98,7 @@ class Pair:
         with torch.inference_mode(), set_current_vllm_config(self.config):
             for positions in torch.arange(LENGTH).split(70):
                 blocks, slots = self.sequence.blocks, self.sequence.slots(positions)
-                found = compat_vllm.run_prefill(
+                found = vllm_internals.run_prefill(
                     self.config, self.runner, self.ids[positions].int(), positions, blocks, slots
                 )
                 states.append(found.clone())

@@ -41,13 +41,12 @@ with warnings.catch_warnings():
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.outputs import KVConnectorOutput
 
-    from lmcache_rag.connector import compat_lmcache, connector
+    from lmcache_rag.connector import connector, lmcache_client, lmcache_transfers
     from lmcache_rag.connector.cache_salt import CacheSalts, renumbered
-    from lmcache_rag.connector.compat_lmcache import loads
-    from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
     from lmcache_rag.connector.config import ConnectorOptions
     from lmcache_rag.connector.frees import StoresHeldBack
     from lmcache_rag.connector.gpu_chunks import PrefixCache
+    from lmcache_rag.connector.lmcache_client import from_lmcache, to_lmcache
     from lmcache_rag.connector.lookup import SchedulerClient
     from lmcache_rag.connector.metadata import BlendPlan
     from lmcache_rag.connector.scheduler import BlendScheduler
@@ -316,7 +315,7 @@ def test_exact_prefixes_are_asked_for_in_whole_chunks() -> None:
 def test_a_prefix_is_named_by_the_tokens_up_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """When it is loaded, and when it is not. Whoever asks for a load then lets LMCache's thread send it."""
     sent: list[Any] = []
-    monkeypatch.setattr(loads.time, "sleep", lambda seconds: sent.append("GIL"))
+    monkeypatch.setattr(lmcache_transfers.time, "sleep", lambda seconds: sent.append("GIL"))
 
     def create(tokens: Any, start: int, end: int, *more: Any) -> Any:
         return list(from_lmcache(tokens)), start, end
@@ -329,9 +328,9 @@ def test_a_prefix_is_named_by_the_tokens_up_to_its_end(monkeypatch: pytest.Monke
         _create_key=create, transfer_ctx=transfer, kv_caches={}, lmcache_tokens_per_chunk=64, blocks_in_chunk=4
     )
     plan = BlendPlan("r", tuple(range(500)), 80, 191, (), 400, tuple(range(25)), "query", 0.15)
-    compat_lmcache.WorkerLink(worker, 1.0).submit_exact(plan)
+    lmcache_transfers.WorkerLink(worker, 1.0).submit_exact(plan)
     assert sent == [(list(range(192)), 64, 192, 16), "GIL"]
-    compat_lmcache.WorkerLink(worker, 1.0).give_back(plan)
+    lmcache_transfers.WorkerLink(worker, 1.0).give_back(plan)
     assert sent[2:] == sent[:2]
     del sent[2:]
 
@@ -343,7 +342,7 @@ def test_a_prefix_is_named_by_the_tokens_up_to_its_end(monkeypatch: pytest.Monke
         tp_size=1,
         free_lookup_locks=lambda *given: sent.append(given),
     )
-    look_up = compat_lmcache.BlendLookup(scheduler, "r", list(range(500)), "salt", None)
+    look_up = lmcache_client.BlendLookup(scheduler, "r", list(range(500)), "salt", None)
     look_up.release_prefix(0, 128)
     assert sent[2:] == [(to_lmcache(range(128)), 0, 128, "r", "salt", None)]
 
@@ -373,7 +372,7 @@ def test_every_key_of_an_adapter_names_tokens_by_the_numbers_of_its_namespace(ad
     one = object.__new__(adapter)
     one.parallel_strategy = SimpleNamespace(num_kv_readers=1, kv_world_size=1, kv_worker_id=0)
     one.model_name = "m"
-    compat_lmcache.renumber_tokens(one)
+    lmcache_client.renumber_tokens(one)
     keys = [
         one._create_key(to_lmcache([1, 2, 3]), 0, 3, "r", "a"),
         one._create_key(
@@ -441,7 +440,7 @@ def test_a_lookup_sends_the_prompt_once() -> None:
 
     client = Client()
     adapter = SimpleNamespace(_create_key=create, req_clients={"url": client}, tp_size=1)
-    asked = compat_lmcache.BlendLookup(adapter, "r", list(range(300)), "tenant", None)
+    asked = lmcache_client.BlendLookup(adapter, "r", list(range(300)), "tenant", None)
     assert asked.poll(1.0)
     assert asked.result is not None
     assert asked.result[0] == 64
@@ -478,7 +477,7 @@ class Backend:
 @pytest.fixture
 def link(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("torch.cuda.current_stream", lambda: "stream")
-    return compat_lmcache.WorkerLink(SimpleNamespace(), 0.05)
+    return lmcache_transfers.WorkerLink(SimpleNamespace(), 0.05)
 
 
 def asked(backend: Backend) -> tuple[Any, Any]:
@@ -563,7 +562,7 @@ def test_an_error_at_start_is_a_reason(monkeypatch: pytest.MonkeyPatch, problem:
     )
     again = adapter._reregister_kv_caches_callback
     monkeypatch.setattr("lmcache.v1.platform.kv_wrap.wrap_one_kv_cache", lambda tensor: tensor)
-    link = compat_lmcache.WorkerLink(adapter, 0.01)
+    link = lmcache_transfers.WorkerLink(adapter, 0.01)
     assert handshake in link.why_not().detail
     assert "did not take the rotary table" in link.register_rope(torch.zeros(2, 2), 2, True)
     assert adapter._reregister_kv_caches_callback is again
@@ -581,7 +580,7 @@ def test_a_server_that_hangs_at_start_is_asked_when_it_answers(monkeypatch: pyte
 
         return ask
 
-    monkeypatch.setattr("lmcache_rag.connector.compat_lmcache.server._ASK_S", 0.01)
+    monkeypatch.setattr("lmcache_rag.connector.lmcache_client._ASK_S", 0.01)
     monkeypatch.setattr("lmcache.v1.platform.kv_wrap.wrap_one_kv_cache", lambda tensor: tensor)
     client = SimpleNamespace(
         cb_protocol_handshake=asked("handshake", (1, True)),
@@ -600,7 +599,7 @@ def test_a_server_that_hangs_at_start_is_asked_when_it_answers(monkeypatch: pyte
         is_healthy=True,
         _reregister_kv_caches_callback=lambda: True,
     )
-    link = compat_lmcache.WorkerLink(adapter, 0.01)
+    link = lmcache_transfers.WorkerLink(adapter, 0.01)
     assert link.why_not() is None
     assert not healthy.is_set()
     assert link.register_rope(torch.zeros(2, 2), 2, True) == ""
@@ -608,7 +607,7 @@ def test_a_server_that_hangs_at_start_is_asked_when_it_answers(monkeypatch: pyte
     for more, healed in (("size", True), ("handshake", False), ("table", True)):
         answers.append(more)
         if more == "size":  # it answers, and not the handshake: no blend server, but one for exact prefixes
-            other = compat_lmcache.WorkerLink(adapter, 0.01, absent=True)
+            other = lmcache_transfers.WorkerLink(adapter, 0.01, absent=True)
             adapter._reregister_kv_caches_callback = lambda: True
             assert other.register_rope(torch.zeros(2, 2), 2, True) == ""
             assert adapter._reregister_kv_caches_callback() is healed
@@ -642,7 +641,7 @@ def test_a_server_that_comes_back_gets_the_table_again_or_stays_away(monkeypatch
         _reregister_kv_caches_callback=lambda: True,
     )
     monkeypatch.setattr("lmcache.v1.platform.kv_wrap.wrap_one_kv_cache", lambda tensor: tensor)
-    link = compat_lmcache.WorkerLink(adapter, 0.01)
+    link = lmcache_transfers.WorkerLink(adapter, 0.01)
     assert link.register_rope(torch.zeros(2, 2), 2, True) == ""
     back = adapter._reregister_kv_caches_callback
     assert [back(), back()] == [False, True]

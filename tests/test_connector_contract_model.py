@@ -45,7 +45,7 @@ with warnings.catch_warnings():
     from vllm.v1.worker.utils import AttentionGroup
 
     from lmcache_rag.architectures import ARCHITECTURES, MODEL_CLASSES
-    from lmcache_rag.connector import compat_vllm, model
+    from lmcache_rag.connector import model, vllm_internals
     from lmcache_rag.connector.paged import PagedSequence, keys_and_values
     from lmcache_rag.connector.self_check import examined
     from lmcache_rag.protocol import CannotBlend
@@ -88,7 +88,7 @@ class World:
                 self.model = kind(vllm_config=self.config)
         finally:
             torch.set_default_dtype(before)
-        self.layers = list(compat_vllm.attention_layers(self.config).values())
+        self.layers = list(vllm_internals.attention_layers(self.config).values())
         for layer in self.layers:
             layer.kv_cache = torch.zeros(4, 2, BLOCK, layer.num_kv_heads, layer.head_size)
 
@@ -304,8 +304,10 @@ def test_vllms_own_model_passes_the_self_check(
 def test_a_model_whose_passes_are_wrong_fails_the_self_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a fused kernel leaves out the keys of a pass that has no slot mapping."""
     world = Loaded(tmp_path, monkeypatch)
-    write = compat_vllm.write_kv
-    monkeypatch.setattr(compat_vllm, "write_kv", lambda layer, key, value, slots: write(layer, key * 0, value, slots))
+    write = vllm_internals.write_kv
+    monkeypatch.setattr(
+        vllm_internals, "write_kv", lambda layer, key, value, slots: write(layer, key * 0, value, slots)
+    )
     assert {finding.name for finding in world.check() if not finding.holds} >= {"logits of a blend"}
 
 
@@ -314,8 +316,8 @@ def test_a_rotary_table_that_is_not_the_models_fails_the_self_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = Loaded(tmp_path, monkeypatch)
-    right = compat_vllm.exact_rotary_table
-    monkeypatch.setattr(compat_vllm, "exact_rotary_table", lambda rotary: right(rotary).roll(1, 0))
+    right = vllm_internals.exact_rotary_table
+    monkeypatch.setattr(vllm_internals, "exact_rotary_table", lambda rotary: right(rotary).roll(1, 0))
     assert [finding.name for finding in world.check() if not finding.holds] == ["KV moved by the exact rotary table"]
 
 

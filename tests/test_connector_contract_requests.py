@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     from vllm_scheduler_kit import Engine, without_server
 
     from lmcache_rag import protocol
-    from lmcache_rag.connector.compat_lmcache import BlendLookup, is_absent
+    from lmcache_rag.connector.lmcache_client import BlendLookup, is_absent
     from lmcache_rag.connector.metadata import Match
 
     OFF = protocol.Unsupported(protocol.CannotBlend.ERROR, "a test")

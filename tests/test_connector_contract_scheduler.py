@@ -29,7 +29,7 @@ with warnings.catch_warnings():
     from vllm.v1.request import Request
     from vllm_scheduler_kit import BLOCKS, Engine, lmcache_server
 
-    from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
+    from lmcache_rag.connector.lmcache_client import from_lmcache, to_lmcache
     from lmcache_rag.connector.metadata import BlendPlan, BlendWorkerMetadata, Match
     from lmcache_rag.protocol import CannotBlend, Unsupported
 
@@ -424,9 +424,9 @@ def test_what_lmcaches_connector_never_asked_for_is_given_back(
     """Where we do not blend. LMCache would keep the look-up's job for ever, and its locks for five minutes."""
     from lmcache.v1.multiprocess.futures import MessagingFuture
 
-    from lmcache_rag.connector import compat_lmcache
+    from lmcache_rag.connector import lmcache_client
 
-    monkeypatch.setattr(compat_lmcache.LaterReleases, "AGAIN_S", 0.5)
+    monkeypatch.setattr(lmcache_client.LaterReleases, "AGAIN_S", 0.5)
     engine = make()
     engine.connector._scheduler.unsupported = Unsupported(CannotBlend.ERROR, "a test")
     adapter = engine.connector.scheduler_adapter
@@ -459,9 +459,9 @@ def test_what_lmcaches_connector_never_asked_for_is_given_back(
 def test_a_connection_that_fails_as_locks_are_given_back_ends_nothing(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lmcache_rag.connector import compat_lmcache
+    from lmcache_rag.connector import lmcache_client
 
-    monkeypatch.setattr(compat_lmcache.LaterReleases, "AGAIN_S", 0.0)
+    monkeypatch.setattr(lmcache_client.LaterReleases, "AGAIN_S", 0.0)
     engine = make()
     releases, adapter = engine.connector._client._releases, engine.connector.scheduler_adapter
     tried: list[Any] = []

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lmcache_rag.connector import compat_vllm, prepare
+from lmcache_rag.connector import prepare, vllm_internals, vllm_patches
 from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.protocol import CannotBlend, Unsupported
 
@@ -31,11 +31,11 @@ class World:
         self.wrong: Unsupported | None = None
         runner = SimpleNamespace(get_model=lambda: self.does("model"))
         worker = SimpleNamespace(model_runner=runner)
-        monkeypatch.setattr(compat_vllm, "worker", lambda: worker)
-        monkeypatch.setattr(compat_vllm, "true_on_all_ranks", lambda fine: self.does("vote") or (fine and others))
-        monkeypatch.setattr(compat_vllm, "begin_before_the_step", lambda: self.does("wrap"))
-        monkeypatch.setattr(compat_vllm, "take_hidden_states", lambda: None)
-        monkeypatch.setattr(prepare.compat_lmcache, "WorkerLink", lambda adapter, deadline, address, absent: self)
+        monkeypatch.setattr(vllm_patches, "worker", lambda: worker)
+        monkeypatch.setattr(vllm_internals, "true_on_all_ranks", lambda fine: self.does("vote") or (fine and others))
+        monkeypatch.setattr(vllm_patches, "patch_execute_model", lambda: self.does("wrap"))
+        monkeypatch.setattr(vllm_patches, "patch_run_fullgraph", lambda: None)
+        monkeypatch.setattr(prepare.lmcache_transfers, "WorkerLink", lambda adapter, deadline, address, absent: self)
         monkeypatch.setattr(prepare, "VLLMModel", lambda config, runner: self)
         monkeypatch.setattr(prepare, "rotary_of", lambda model: SimpleNamespace(
             cos_sin_cache=None, head_size=16, is_neox_style=True
@@ -137,7 +137,7 @@ def test_where_another_rank_cannot_none_goes_on(monkeypatch: pytest.MonkeyPatch)
 
 def test_without_the_plugin_there_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     World(monkeypatch)
-    monkeypatch.setattr(compat_vllm, "worker", lambda: None)
+    monkeypatch.setattr(vllm_patches, "worker", lambda: None)
     side, why_not, _ = prepare.prepared(CONFIG, ADAPTER, ConnectorOptions())
     assert side is None
     assert why_not is not None

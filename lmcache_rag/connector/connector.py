@@ -16,7 +16,7 @@ from typing import Any
 from lmcache.integration.vllm.lmcache_mp_connector import LMCacheMPConnector
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
-from lmcache_rag.connector import cache_salt, compat_lmcache, compat_vllm
+from lmcache_rag.connector import cache_salt, lmcache_client, lmcache_transfers, vllm_patches
 from lmcache_rag.connector.authorization import IngestKey, RequestValidation
 from lmcache_rag.connector.cache_salt import CacheSalts
 from lmcache_rag.connector.config import ConnectorOptions
@@ -33,8 +33,8 @@ from lmcache_rag.protocol import ANSWER
 
 log = logging.getLogger("lmcache_rag")
 
-compat_vllm.begin_texts_quickly()  # each API server imports this module, and only where the connector is in use
-compat_vllm.validate_requests(RequestValidation.of)
+vllm_patches.patch_detokenizer_start()  # each API server imports this module, and only where the connector is in use
+vllm_patches.patch_request_validation(RequestValidation.of)
 
 
 class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
@@ -46,14 +46,14 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         if not secret:  # nothing is blended then, see plugin.py
             log.warning("There is no secret: LMCache gets token ids by a mapping that anybody can compute")
         cache_salt.use_secret(secret)
-        with compat_lmcache.may_be_absent(self._options.chunk_size) as absent:
+        with lmcache_client.may_be_absent(self._options.chunk_size) as absent:
             super().__init__(vllm_config, role, kv_cache_config)
         adapter = self.scheduler_adapter if role == KVConnectorRole.SCHEDULER else self.worker_adapter
         if absent:
             log.warning("LMCache does not answer: prompts are computed in full until it does")
-            compat_lmcache.is_absent(adapter)
+            lmcache_client.is_absent(adapter)
         if not self._enable_kv_events:  # who reads LMCache's events expects the prompts' own tokens
-            compat_lmcache.renumber_tokens(adapter)
+            lmcache_client.renumber_tokens(adapter)
         self._connector_stats = BlendStats()
         if role == KVConnectorRole.SCHEDULER:
             self._init_scheduler(vllm_config, secret)
@@ -63,9 +63,9 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
     def _init_scheduler(self, vllm_config: Any, secret: bytes) -> None:
         adapter, options = self.scheduler_adapter, self._options
         for client in adapter.req_clients.values():
-            compat_lmcache.bound_client(client)
-        compat_vllm.deliver_worker_meta_first()
-        chunk = compat_lmcache.chunk_tokens(adapter)
+            lmcache_client.bound_client(client)
+        vllm_patches.patch_update_from_output()
+        chunk = lmcache_client.chunk_tokens(adapter)
         if options.chunk_size not in (0, chunk):
             log.warning(
                 "lmcache_rag.chunk_size is %d and LMCache's is %d: clients pad their prompts for the wrong one",
@@ -82,15 +82,17 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             ingest_key=IngestKey.read(options.ingest_key_file),
             alignment=self._hit_alignment_tokens,
         )
-        compat_lmcache.watch(adapter, self._scheduler.can_blend)
+        lmcache_client.watch(adapter, self._scheduler.can_blend)
 
     def _init_worker(self, vllm_config: Any) -> None:
         adapter = self.worker_adapter
         parallel, get = adapter.parallel_strategy, vllm_config.kv_transfer_config.get_from_extra_config
-        address = compat_lmcache.address(get, parallel.vllm_worker_id, parallel.vllm_world_size)
-        registration = compat_lmcache.Registration(adapter)
-        self._in_flight = compat_lmcache.Stores(adapter, partial(compat_lmcache.has_ended, address), registration.renew)
-        compat_lmcache.bound(adapter)
+        address = lmcache_client.address(get, parallel.vllm_worker_id, parallel.vllm_world_size)
+        registration = lmcache_client.Registration(adapter)
+        self._in_flight = lmcache_transfers.Stores(
+            adapter, partial(lmcache_client.has_ended, address), registration.renew
+        )
+        lmcache_client.bound(adapter)
         self._stores = StoresHeldBack()
         self._handshake = BlendHandshakeMetadata(NOT_READY)
         self._worker: Any = None
@@ -99,11 +101,11 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Worker: register the caches with LMCache, then find out whether this worker can blend."""
-        with compat_lmcache.registering(self.worker_adapter, may_fail=self._options.chunk_size > 0) as failed:
+        with lmcache_client.registering(self.worker_adapter, may_fail=self._options.chunk_size > 0) as failed:
             super().register_kv_caches(kv_caches)
         found = prepared(self._vllm_config, self.worker_adapter, self._options, absent=bool(failed))
         self._worker, self._handshake = found.side, BlendHandshakeMetadata(found.why_not, found.self_check)
-        compat_lmcache.ensure_heartbeat(self.worker_adapter)
+        lmcache_client.ensure_heartbeat(self.worker_adapter)
         if found.why_not is not None:
             log.warning("KV is not blended: %s. Exact prefixes are reused, everything else is computed.", found.why_not)
         else:
@@ -183,7 +185,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         return meta
 
     def take_worker_meta(self, meta: Any) -> None:
-        """Take what the workers did, before vLLM finishes requests; see compat_vllm.deliver_worker_meta_first.
+        """Take what the workers did, before vLLM finishes requests; see vllm_patches.patch_update_from_output.
 
         Inside another connector, `update_connector_output` alone calls this.
         """
@@ -244,7 +246,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
     # -- worker -------------------------------------------------------------------------------------------------------
 
     def begin_step(self, meta: Any) -> None:
-        """Blend what belongs to this step, before vLLM prepares it; see compat_vllm.begin_before_the_step."""
+        """Blend what belongs to this step, before vLLM prepares it; see vllm_patches.patch_execute_model."""
         plans = getattr(meta, "blend_plans", None)
         # LMCache may have to read blocks first that were taken from a preempted request.
         if self._worker is not None and plans and not getattr(meta, "need_flush_before_forward", False):
@@ -264,7 +266,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
     def _offer_hidden_state(self) -> None:
         hidden = self._worker.take_hidden()
         if hidden is not None:  # None would take back what was offered earlier in the step
-            compat_vllm.offer_hidden_state(hidden)
+            vllm_patches.offer_hidden_state(hidden)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         """Requests whose stores, and whose loads, are done; see lmcache_rag.connector.frees."""
@@ -274,7 +276,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             self._worker.cancel(finished_req_ids)
             self._worker.finish()
             loaded, receiving = set(loaded or ()) | self._worker.take_received(), self._worker.receiving
-        in_use = compat_lmcache.loading(self.worker_adapter) | receiving | self._in_flight.look()
+        in_use = lmcache_client.loading(self.worker_adapter) | receiving | self._in_flight.look()
         return self._stores.report(stored or (), in_use), loaded
 
     def get_block_ids_with_load_errors(self) -> set[int]:

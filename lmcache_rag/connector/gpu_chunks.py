@@ -16,7 +16,7 @@ from functools import partial
 from itertools import repeat
 from typing import Any, NamedTuple, Protocol
 
-from lmcache_rag.connector import compat_vllm
+from lmcache_rag.connector import vllm_internals
 from lmcache_rag.connector.metadata import Match
 from lmcache_rag.protocol import named_prefix, named_spans
 
@@ -25,7 +25,7 @@ _match: Callable[[tuple[Any, ...]], Match] = partial(tuple.__new__, Match)
 
 
 class BlockPool(Protocol):
-    """What is used of vLLM's BlockPool; see compat_vllm.CachedBlocks."""
+    """What is used of vLLM's BlockPool; see vllm_internals.CachedBlocks."""
 
     def key(self, block_hash: Any) -> Any:
         """The key under which a block with that hash is cached."""
@@ -65,7 +65,7 @@ class PrefixCache:
 
     def hide(self, request: Any, first_token: int) -> None:
         """Make a request's blocks from `first_token` on unreachable for other requests."""
-        compat_vllm.hide_from_prefix_cache(request, first_token, self.block_size)
+        vllm_internals.hide_from_prefix_cache(request, first_token, self.block_size)
 
 
 class UncomputedBlocks:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Link(Protocol):
-    """How KV is loaded; see lmcache_rag.connector.compat_lmcache.WorkerLink."""
+    """How KV is loaded; see lmcache_rag.connector.lmcache_transfers.WorkerLink."""
 
     @property
     def is_healthy(self) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lmcache_rag.connector import compat_lmcache
+from lmcache_rag.connector import lmcache_client
 from lmcache_rag.connector.cache_salt import CacheSalts
 from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.connector.identity import Adapters
@@ -161,7 +161,7 @@ class SchedulerClient:
     """The scheduler's half of LMCache's connector: its adapter, and what it records of each request (its trackers).
 
     Patches the adapter: block reports are sent after a step's loads, and read locks that cannot be released now are
-    released later, see compat_lmcache.LaterReports and LaterReleases.
+    released later, see lmcache_client.LaterReports and LaterReleases.
 
     Args:
         adapter: LMCache's scheduler adapter.
@@ -173,15 +173,15 @@ class SchedulerClient:
     def __init__(self, adapter: Any, trackers: dict[str, Any], salts: CacheSalts, options: ConnectorOptions) -> None:
         self._adapter, self._trackers, self._options = adapter, trackers, options
         self._salts, self._lora_adapters = salts, Adapters()
-        self._reports = compat_lmcache.LaterReports(adapter)
-        self._releases = compat_lmcache.LaterReleases(adapter)
+        self._reports = lmcache_client.LaterReports(adapter)
+        self._releases = lmcache_client.LaterReleases(adapter)
         self._unused: set[str] = set()  # requests whose look-up by LMCache's own connector has no result that was used
 
     # -- a request's tracker ------------------------------------------------------------------------------------------
 
     def plain_tracker(self, request: Any) -> Any:
         """A tracker for a request for which LMCache's own could not be made."""
-        tracker = self._trackers[request.request_id] = compat_lmcache.plain_tracker(request)
+        tracker = self._trackers[request.request_id] = lmcache_client.plain_tracker(request)
         return tracker
 
     def configure(self, tracker: Any, request: Any, *, store: bool) -> None:
@@ -197,7 +197,7 @@ class SchedulerClient:
         adapter = self._lora_adapters.of(getattr(request, "lora_request", None))
         tracker.cache_salt = self._salts.of(prompt, request.cache_salt or "", params, adapter=adapter)
         if has_embeddings(request):
-            compat_lmcache.keep_out(tracker)
+            lmcache_client.keep_out(tracker)
             return
         configs = {MAX_OFFLOAD_TOKENS: params[MAX_OFFLOAD_TOKENS]} if MAX_OFFLOAD_TOKENS in params else {}
         forgets = params.get(FORGET) is True
@@ -226,7 +226,7 @@ class SchedulerClient:
         if not self._adapter.is_healthy:
             return None
         tracker = self._trackers[request.request_id]
-        return compat_lmcache.BlendLookup(
+        return lmcache_client.BlendLookup(
             self._adapter,
             request.request_id,
             list(request.prompt_token_ids),
@@ -249,13 +249,13 @@ class SchedulerClient:
 
     def waiting_loads(self) -> list[Any]:
         """Trackers of requests whose loads by LMCache's own connector are submitted in this step."""
-        return compat_lmcache.to_be_loaded(self._trackers.values())
+        return lmcache_client.to_be_loaded(self._trackers.values())
 
     def empty_step(self, scheduled: Iterable[str], loads: Iterable[Any]) -> Any:
         """Metadata for a step for which LMCache's connector could make none; `loads` are submitted in the next one."""
         for request_id in scheduled:
             self.stop_storing(request_id)  # which blocks it has may not have been noted
-        return compat_lmcache.empty_step(loads)
+        return lmcache_client.empty_step(loads)
 
     def send_releases(self) -> None:
         """Release the read locks that could not be released before; in every step."""
@@ -280,5 +280,5 @@ class SchedulerClient:
             self._releases.unused(request_id, self._trackers[request_id])
         with contextlib.ExitStack() as stack:
             if keep_session:
-                stack.enter_context(compat_lmcache.session_goes_on(self._adapter, request_id))
+                stack.enter_context(lmcache_client.session_goes_on(self._adapter, request_id))
             yield

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.architectures import MODEL_CLASSES
 from lmcache_rag.blend.policies import QueryPolicy
-from lmcache_rag.connector import compat_vllm
+from lmcache_rag.connector import vllm_internals, vllm_patches
 from lmcache_rag.connector.captured import ROWS, CapturedWatch, CudaGraph
 from lmcache_rag.connector.in_layers import Nothing
 from lmcache_rag.connector.memory import PassMemory, measured
@@ -51,7 +51,7 @@ def why_not(vllm_config: Any, model: Any) -> Unsupported | None:
     if getattr(vllm_config.compilation_config.pass_config, "fuse_attn_quant", False):
         detail = "attention that is fused with a quantisation of its output is not supported"
         return Unsupported(CannotBlend.ATTENTION, detail)
-    layers = compat_vllm.attention_layers(vllm_config)
+    layers = vllm_internals.attention_layers(vllm_config)
     for key, layer in layers.items():
         if detail := _why_not_layer(key, layer):
             return Unsupported(CannotBlend.ATTENTION, detail)
@@ -75,7 +75,7 @@ def _why_not_machine(vllm_config: Any) -> Unsupported | None:
     if getattr(vllm_config.model_config, "enable_sleep_mode", False):
         detail = "sleep mode takes away GPU memory that a blend needs, and LMCache has mapped"
         return Unsupported(CannotBlend.SLEEP_MODE, detail)
-    if compat_vllm.in_multi_connector():
+    if vllm_internals.in_multi_connector():
         detail = "beside other connectors (MultiConnector) KV that is approximate would be stored as exact"
         return Unsupported(CannotBlend.MULTI_CONNECTOR, detail)
     return None
@@ -178,7 +178,7 @@ class VLLMModel:
 
     def __init__(self, vllm_config: Any, runner: Any) -> None:
         self._config, self._runner = vllm_config, runner
-        layers = compat_vllm.attention_layers(vllm_config)
+        layers = vllm_internals.attention_layers(vllm_config)
         self._names = list(layers)
         self._index = {name: index for index, name in enumerate(layers)}
         self._layers = list(layers.values())
@@ -186,7 +186,7 @@ class VLLMModel:
         self.captured: CapturedWatch | None = None
         self._memory: PassMemory | None = None
         for implementation in {type(layer.impl) for layer in self._layers}:
-            compat_vllm.patch_attention(implementation)
+            vllm_patches.patch_attention(implementation)
 
     @property
     def layers(self) -> int:
@@ -237,11 +237,11 @@ class VLLMModel:
             index = self._index[layer.layer_name]
             keys, values = self._caches[index]
             attention.before_write(index, key, value, keys, values)
-            compat_vllm.write_kv(layer, key, value, slots)
+            vllm_internals.write_kv(layer, key, value, slots)
             attention.attend(index, query, keys, values, layer.impl.scale, out[:rows].view(query.shape))
 
-        metadata = compat_vllm.OwnMetadata(each)
-        states: Tensor = compat_vllm.run_pass(
+        metadata = vllm_internals.OwnMetadata(each)
+        states: Tensor = vllm_internals.run_pass(
             self._config, self._runner, self._names, metadata, ids.to(torch.int32), positions, as_graphs=as_graphs
         )
         return states
@@ -250,7 +250,7 @@ class VLLMModel:
         """Run vLLM's own pass over consecutive positions of a prompt, which writes their KV; returns hidden states."""
         import torch
 
-        states: Tensor = compat_vllm.run_prefill(
+        states: Tensor = vllm_internals.run_prefill(
             self._config, self._runner, ids.to(torch.int32), positions, sequence.blocks, sequence.slots(positions)
         )
         return states
@@ -267,7 +267,7 @@ class VLLMModel:
         rotary = rotary_of(self._runner.get_model())
         tables = {
             "by LMCache's rotary table": rotary.cos_sin_cache,
-            "by the exact rotary table": compat_vllm.exact_rotary_table(rotary),
+            "by the exact rotary table": vllm_internals.exact_rotary_table(rotary),
         }
         neox = bool(rotary.is_neox_style)
         return {
@@ -279,27 +279,27 @@ class VLLMModel:
         from lmcache_rag.connector.hot_copy import HotCopy
 
         rotary = rotary_of(self._runner.get_model())
-        table = compat_vllm.exact_rotary_table(rotary).to(self.device)
+        table = vllm_internals.exact_rotary_table(rotary).to(self.device)
         return HotCopy(self._caches, table, neox=bool(rotary.is_neox_style))
 
     @property
     def ranks(self) -> int:
         """Number of tensor-parallel ranks."""
-        return compat_vllm.tensor_parallel_ranks()
+        return vllm_internals.tensor_parallel_ranks()
 
     @property
     def rank(self) -> int:
         """Which of them this is."""
-        return compat_vllm.tensor_parallel_rank()
+        return vllm_internals.tensor_parallel_rank()
 
     def sum_over_ranks(self, scores: Tensor) -> Tensor:
         """Sum over the tensor-parallel ranks."""
-        result: Tensor = compat_vllm.tensor_parallel_sum(scores)
+        result: Tensor = vllm_internals.tensor_parallel_sum(scores)
         return result
 
     def all_ranks(self, fine: bool) -> bool:
         """Whether this is true on every tensor-parallel rank: all take the same decision."""
-        return compat_vllm.true_on_all_ranks(fine)
+        return vllm_internals.true_on_all_ranks(fine)
 
     def has_memory(self, tokens: int, length: int) -> bool:
         """Whether this rank has memory for passes of so many tokens in a sequence of that length, and keeps it.
@@ -330,7 +330,7 @@ class VLLMModel:
             log.info("The query pass is not captured as a CUDA graph: %s", reason)
             return None
         ranks = self._config.parallel_config.tensor_parallel_size
-        surroundings = functools.partial(compat_vllm.recording, self.device) if ranks > 1 else None
+        surroundings = functools.partial(vllm_internals.recording, self.device) if ranks > 1 else None
         watch: CapturedWatch | None = None
         try:
             watch = CapturedWatch(

@@ -14,15 +14,15 @@ def register() -> None:
     _use_vllm_log_handlers()
     draw_secret()
     try:
-        from lmcache_rag.connector.compat_vllm import remember_workers
+        from lmcache_rag.connector.vllm_patches import patch_load_model
 
-        remember_workers()
+        patch_load_model()
     except Exception as problem:
         log.warning("KV will not be blended: the lmcache_rag plugin failed: %s", problem)
     try:
-        from lmcache_rag.connector.compat_vllm import tell_in_streams
+        from lmcache_rag.connector.vllm_patches import patch_stream_kv_params
 
-        tell_in_streams()
+        patch_stream_kv_params()
     except Exception as problem:
         log.warning("Streams will not carry reuse statistics: %s", problem)
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from lmcache_rag.connector import compat_lmcache, compat_vllm, passed
+from lmcache_rag.connector import lmcache_client, lmcache_transfers, passed, vllm_internals, vllm_patches
 from lmcache_rag.connector.model import VLLMModel, rotary_of, takes_reports, why_not
 from lmcache_rag.connector.self_check import CheckedModel, examined
 from lmcache_rag.connector.worker_side import WorkerSide
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from lmcache_rag.connector.config import ConnectorOptions
     from lmcache_rag.connector.hot_copy import HotCopy
 
-    Parts = tuple[VLLMModel, compat_lmcache.WorkerLink, HotCopy | None]
+    Parts = tuple[VLLMModel, lmcache_transfers.WorkerLink, HotCopy | None]
 
 log = logging.getLogger("lmcache_rag")
 
@@ -58,13 +58,13 @@ def prepared(vllm_config: Any, adapter: Any, options: ConnectorOptions, *, absen
         options: The connector's.
         absent: Whether LMCache's server does not answer yet: it is asked, and told, when it does.
     """
-    worker = compat_vllm.worker()
+    worker = vllm_patches.worker()
     if worker is None:
         detail = "the lmcache_rag plugin is not loaded in this process (VLLM_PLUGINS leaves it out?)"
         return Prepared(None, Unsupported(CannotBlend.NO_PLUGIN, detail))
     parts, reason = _tried(lambda: _parts(vllm_config, worker.model_runner, adapter, options, absent))
     # What comes next is done by all ranks together: who did without would keep the others waiting.
-    if not compat_vllm.true_on_all_ranks(parts is not None) or parts is None:
+    if not vllm_internals.true_on_all_ranks(parts is not None) or parts is None:
         return Prepared(None, reason or Unsupported(CannotBlend.OTHER_RANK, "another rank cannot blend"))
     side, reason = _tried(lambda: _side(vllm_config, parts, options))
     if side is None:
@@ -88,8 +88,8 @@ def _parts(vllm_config: Any, runner: Any, adapter: Any, options: ConnectorOption
     model = runner.get_model()
     get = vllm_config.kv_transfer_config.get_from_extra_config
     parallel = adapter.parallel_strategy
-    address = compat_lmcache.address(get, parallel.vllm_worker_id, parallel.vllm_world_size)
-    link = compat_lmcache.WorkerLink(adapter, options.deadline, address, absent=absent)
+    address = lmcache_client.address(get, parallel.vllm_worker_id, parallel.vllm_world_size)
+    link = lmcache_transfers.WorkerLink(adapter, options.deadline, address, absent=absent)
     if reason := link.why_not() or why_not(vllm_config, model):
         raise _Cannot(reason)
     rotary = rotary_of(model)
@@ -108,12 +108,12 @@ def _side(vllm_config: Any, parts: Parts, options: ConnectorOptions) -> WorkerSi
     blendable, link, hot = parts
     blendable.capture()
     if options.self_check:
-        if reason := self_checked(vllm_config, blendable, compat_vllm.true_on_all_ranks):
+        if reason := self_checked(vllm_config, blendable, vllm_internals.true_on_all_ranks):
             raise _Cannot(reason)
     else:
         log.warning("Blends are not compared with a full prefill: lmcache_rag.self_check is off")
-    compat_vllm.begin_before_the_step()
-    compat_vllm.take_hidden_states()
+    vllm_patches.patch_execute_model()
+    vllm_patches.patch_run_fullgraph()
     return WorkerSide(blendable, link, may_report=takes_reports(vllm_config), hot=hot, piece=options.step_tokens)
 
 

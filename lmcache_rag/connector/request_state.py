@@ -11,7 +11,7 @@ from lmcache_rag.connector.metadata import BlendResult, Claim, Match, spans_of
 
 
 class Lookup(Protocol):
-    """A look-up in flight; see lmcache_rag.connector.compat_lmcache.BlendLookup."""
+    """A look-up in flight; see lmcache_rag.connector.lmcache_client.BlendLookup."""
 
     request_id: str
     result: tuple[int, tuple[Match, ...]] | None

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from lmcache_rag.connector import compat_vllm, metrics
+from lmcache_rag.connector import metrics, vllm_internals, vllm_patches
 from lmcache_rag.connector.admission import Admission, Allowance, BlendBudget
 from lmcache_rag.connector.authorization import IngestKey
 from lmcache_rag.connector.config import ConnectorOptions
@@ -107,10 +107,10 @@ class BlendScheduler:
         self.fenced = HeldBlocks(lambda: gpu_block_pool)
         if not getattr(gpu_block_pool, "enable_caching", False):
             return
-        pool, block = compat_vllm.CachedBlocks(gpu_block_pool), self._prefix_cache.block_size
+        pool, block = vllm_internals.CachedBlocks(gpu_block_pool), self._prefix_cache.block_size
         self.forgetting.pool = pool
         self.uncomputed = UncomputedBlocks(pool, block)
-        compat_vllm.watch_filed_blocks(gpu_block_pool, self.uncomputed.add)
+        vllm_patches.patch_cache_full_blocks(gpu_block_pool, self.uncomputed.add)
         if self.options.hot:
             most = len(pool.blocks) * block
             resident = ResidentChunks(pool, block, uncomputed=self.uncomputed, max_tokens=most)
