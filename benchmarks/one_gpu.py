@@ -38,7 +38,7 @@ def weigh(rank: int, full: Path | None) -> None:
 
     import torch
 
-    from lmcache_rag.connector.jobs import Job
+    from lmcache_rag.connector.job import Job
     from lmcache_rag.connector.work import SMALL, Work
 
     held: list[Any] = []

@@ -10,11 +10,11 @@ import torch
 from models import tiny_model
 from test_worker_side import BLOCK, PREFIX, World
 
-from lmcache_rag.connector import jobs, metrics
-from lmcache_rag.connector.jobs import Throttle
+from lmcache_rag.connector import job, metrics
+from lmcache_rag.connector.job import Throttle
 from lmcache_rag.connector.pace import Allowance
 from lmcache_rag.connector.plan import BlendResult
-from lmcache_rag.connector.worker_side import NULL_BLOCK
+from lmcache_rag.connector.worker import NULL_BLOCK
 from lmcache_rag.engines.hf_model import HFModel
 
 BUSY, IDLE = Allowance(20), Allowance(200, idle=True)
@@ -192,7 +192,7 @@ def test_a_request_that_ends_is_not_worked_for_and_its_blocks_are_kept_until_its
 
 
 def test_damaged_kv_of_a_request_that_ended_is_not_repaired(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs.Clock, "is_over", False)
+    monkeypatch.setattr(job.Clock, "is_over", False)
     world = Background(hf, "damaged key")
     world.step(Allowance(1000), begins=True)
     assert world.worker.receiving == {"r"}, "all of its work is queued, and nothing was looked at"
@@ -230,7 +230,7 @@ def test_the_last_token_looks_though_it_has_no_block(hf: HFModel) -> None:
 def test_no_step_waits_for_the_gpu_to_be_done_unless_it_has_nothing_else_to_do(
     hf: HFModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs.Clock, "is_over", False)
+    monkeypatch.setattr(job.Clock, "is_over", False)
     world = Background(hf)
     world.step(Allowance(1000), begins=True)
     world.step(BUSY)
@@ -240,7 +240,7 @@ def test_no_step_waits_for_the_gpu_to_be_done_unless_it_has_nothing_else_to_do(
 
     world = Background(hf)
     world.step(Allowance(1000), begins=True)
-    monkeypatch.setattr(jobs.Clock, "is_over", True)
+    monkeypatch.setattr(job.Clock, "is_over", True)
     world.step(BUSY)
     assert world.worker.take_received() == {"r"}
 

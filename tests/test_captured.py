@@ -12,10 +12,10 @@ import pytest
 import torch
 from paged_kit import drained
 
-from lmcache_rag.connector import captured as captured_module
+from lmcache_rag.connector import cuda_graph as captured_module
 from lmcache_rag.connector.blend_pass import BlendPass
-from lmcache_rag.connector.captured import ROWS, CapturedWatch
-from lmcache_rag.connector.model import VLLMModel, why_not_captured
+from lmcache_rag.connector.cuda_graph import ROWS, CapturedWatch
+from lmcache_rag.connector.model_runner import VLLMModel, why_not_captured
 from lmcache_rag.connector.paged import PagedSequence
 
 BLOCK, BLOCKS, LONGEST = 16, 64, 700
@@ -297,7 +297,7 @@ def test_a_capture_that_fails_is_told_and_done_without(
             raise RuntimeError("operation not permitted when stream is capturing")
 
     from lmcache_rag.blend.policies import QueryPolicy
-    from lmcache_rag.connector import model as model_module
+    from lmcache_rag.connector import model_runner as model_module
 
     monkeypatch.setattr(model_module, "CudaGraph", Refuses)
     model = VLLMModel(config(), None)
@@ -319,7 +319,7 @@ def test_a_capture_that_fails_is_told_and_done_without(
 @pytest.mark.parametrize("others", [True, False])
 def test_ranks_record_together_and_all_replay_or_none(monkeypatch: pytest.MonkeyPatch, others: bool) -> None:
     from lmcache_rag.blend.policies import QueryPolicy
-    from lmcache_rag.connector import model as model_module
+    from lmcache_rag.connector import model_runner as model_module
 
     given: list[Any] = []
 

@@ -271,7 +271,7 @@ def test_vllm_waits_for_what_is_blended_in_the_background() -> None:
 def test_the_null_block_is_nobodys() -> None:
     from vllm.v1.core.block_pool import BlockPool
 
-    from lmcache_rag.connector.worker_side import NULL_BLOCK
+    from lmcache_rag.connector.worker import NULL_BLOCK
 
     pool = BlockPool(4, False, 16)
     assert (pool.null_block.block_id, pool.null_block.is_null) == (NULL_BLOCK, True)

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from lmcache_rag.connector.attention import PagedAttention
 from lmcache_rag.connector.paged import PagedSequence, keys_and_values
-from lmcache_rag.connector.paged_attention import PagedAttention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"

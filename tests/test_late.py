@@ -12,7 +12,7 @@ from scheduler_kit import Block
 
 from lmcache_rag.connector import compat_lmcache
 from lmcache_rag.connector.compat_lmcache import loads as loads_of_worker
-from lmcache_rag.connector.late import HeldBlocks, Late, LateLoads
+from lmcache_rag.connector.transfers import HeldBlocks, Late, LateLoads
 
 
 class Link:

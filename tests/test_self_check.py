@@ -15,9 +15,9 @@ from models import tiny_model
 from paged_kit import PagedModel
 
 from lmcache_rag.connector import passed, prepare, self_check
+from lmcache_rag.connector.attention import PagedAttention
 from lmcache_rag.connector.hot_copy import HotCopy
 from lmcache_rag.connector.paged import PagedSequence
-from lmcache_rag.connector.paged_attention import PagedAttention
 from lmcache_rag.connector.self_check import Finding, Prompt, examined
 from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.protocol import CannotBlend

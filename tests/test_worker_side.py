@@ -17,7 +17,7 @@ from lmcache_rag.connector import blend_pass, metrics, work
 from lmcache_rag.connector.pace import Allowance
 from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.connector.plan import BlendPlan, Match
-from lmcache_rag.connector.worker_side import WorkerSide
+from lmcache_rag.connector.worker import WorkerSide
 from lmcache_rag.engines.hf_model import HFModel
 
 BLOCK = 16

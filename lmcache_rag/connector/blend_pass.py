@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from lmcache_rag.blend.policies import Layout, Policy, how_many, select
+from lmcache_rag.connector.attention import PagedAttention
 from lmcache_rag.connector.in_layers import Check, Redo, StopForward, Watch
-from lmcache_rag.connector.paged_attention import PagedAttention
 from lmcache_rag.connector.pinned import on_device
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lmcache_rag.connector.captured import CapturedWatch
+    from lmcache_rag.connector.cuda_graph import CapturedWatch
     from lmcache_rag.connector.in_layers import Attention
     from lmcache_rag.connector.paged import PagedSequence
 

@@ -24,7 +24,6 @@ from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
 from lmcache_rag.connector.hot import HotChunks
 from lmcache_rag.connector.hot_side import HotSide
 from lmcache_rag.connector.identity import Adapters, identity
-from lmcache_rag.connector.late import HeldBlocks
 from lmcache_rag.connector.namespace import Namespaces
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.connector.prepare import prepared
@@ -34,6 +33,7 @@ from lmcache_rag.connector.scheduler_side import SchedulerSide
 from lmcache_rag.connector.secret import find_secret
 from lmcache_rag.connector.stats import BlendPromMetrics, BlendStats
 from lmcache_rag.connector.told import BlendResults, Readiness
+from lmcache_rag.connector.transfers import HeldBlocks
 from lmcache_rag.protocol import (
     ANSWER,
     FORGET,

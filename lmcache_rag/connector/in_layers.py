@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lmcache_rag.connector.paged_attention import FixedAttention, PagedAttention
+    from lmcache_rag.connector.attention import FixedAttention, PagedAttention
 
 
 class StopForward(Exception):  # noqa: N818 - not an error: ends a forward pass early

@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from lmcache_rag.connector import compat_lmcache, compat_vllm, passed
-from lmcache_rag.connector.model import VLLMModel, rotary_of, takes_reports, why_not
+from lmcache_rag.connector.model_runner import VLLMModel, rotary_of, takes_reports, why_not
 from lmcache_rag.connector.self_check import CheckedModel, examined
-from lmcache_rag.connector.worker_side import WorkerSide
+from lmcache_rag.connector.worker import WorkerSide
 from lmcache_rag.protocol import CannotBlend, SelfCheck, Unsupported
 
 if TYPE_CHECKING:

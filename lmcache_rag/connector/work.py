@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lmcache_rag.connector.blend_pass import Steps
-    from lmcache_rag.connector.jobs import Job
-    from lmcache_rag.connector.model import VLLMModel
+    from lmcache_rag.connector.job import Job
+    from lmcache_rag.connector.model_runner import VLLMModel
 
 SMALL, SMALLEST = 512, 16  # tokens of a pass where memory ran out before, and where there is none at all
 

@@ -7,12 +7,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.connector.blend_pass import BlendPass
-from lmcache_rag.connector.jobs import LEAST, Clock, Job, Throttle
-from lmcache_rag.connector.late import Late, LateLoads
+from lmcache_rag.connector.job import LEAST, Clock, Job, Throttle
 from lmcache_rag.connector.pace import Allowance
 from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.connector.pinned import on_device
 from lmcache_rag.connector.plan import BlendPlan, BlendResult
+from lmcache_rag.connector.transfers import Late, LateLoads
 from lmcache_rag.connector.work import Work
 from lmcache_rag.protocol import SERVER_FAULTS, Fallback, fallback_sentence
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from lmcache_rag.connector.hot_copy import HotCopy
     from lmcache_rag.connector.link import Link
-    from lmcache_rag.connector.model import VLLMModel
+    from lmcache_rag.connector.model_runner import VLLMModel
 
 log = logging.getLogger("lmcache_rag")
 
@@ -41,7 +41,7 @@ class WorkerSide:
         model: The model in this worker.
         link: How KV is loaded.
         may_report: Whether vLLM computes blocks again that are reported, and drops what came of the step; see
-            lmcache_rag.connector.model.takes_reports.
+            lmcache_rag.connector.model_runner.takes_reports.
         hot: Copies what vLLM itself still holds.
         piece: Most tokens in one forward pass of a plan in the background.
     """

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lmcache_rag.architectures import MODEL_CLASSES
 from lmcache_rag.blend.policies import QueryPolicy
 from lmcache_rag.connector import compat_vllm
-from lmcache_rag.connector.captured import ROWS, CapturedWatch, CudaGraph
+from lmcache_rag.connector.cuda_graph import ROWS, CapturedWatch, CudaGraph
 from lmcache_rag.connector.in_layers import Nothing
 from lmcache_rag.connector.memory import PassMemory, measured
 from lmcache_rag.connector.paged import keys_and_values

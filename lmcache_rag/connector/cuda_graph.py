@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lmcache_rag.connector.attention import FixedAttention
 from lmcache_rag.connector.in_layers import Watch
-from lmcache_rag.connector.paged_attention import FixedAttention
 
 if TYPE_CHECKING:
     from torch import Tensor
