@@ -38,8 +38,7 @@ def weigh(rank: int, full: Path | None) -> None:
 
     import torch
 
-    from lmcache_rag.connector.job import Job
-    from lmcache_rag.connector.work import SMALL, Work
+    from lmcache_rag.connector.job import SMALL, Job, Work
 
     held: list[Any] = []
     asked: dict[str, int] = {}

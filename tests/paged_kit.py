@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lmcache_rag.connector.paged import PagedSequence, keys_and_values
+from lmcache_rag.connector.attention import PagedSequence, keys_and_values
 
 
 def drained(steps: Any) -> Any:

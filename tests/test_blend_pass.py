@@ -14,8 +14,8 @@ from paged_kit import PagedModel, drained
 
 from lmcache_rag.blend.policies import get_policy
 from lmcache_rag.blend.rope import shift_keys, shift_tables
+from lmcache_rag.connector.attention import PagedSequence
 from lmcache_rag.connector.blend_pass import BlendPass
-from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.engines.base import ChunkSpan, QueryPrompt
 from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.engines.prefill import ChunkKV, blended_prefill

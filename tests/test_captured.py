@@ -13,10 +13,10 @@ import torch
 from paged_kit import drained
 
 from lmcache_rag.connector import cuda_graph as captured_module
+from lmcache_rag.connector.attention import PagedSequence
 from lmcache_rag.connector.blend_pass import BlendPass
 from lmcache_rag.connector.cuda_graph import ROWS, CapturedWatch
 from lmcache_rag.connector.model_runner import VLLMModel, why_not_captured
-from lmcache_rag.connector.paged import PagedSequence
 
 BLOCK, BLOCKS, LONGEST = 16, 64, 700
 HEADS, KV_HEADS, SIZE, LAYERS, WIDTH = 8, 2, 64, 4, 96

@@ -42,9 +42,7 @@ with warnings.catch_warnings():
     from vllm.v1.worker.utils import AttentionGroup
 
     from lmcache_rag.connector import compat_vllm, model_runner
-    from lmcache_rag.connector.attention import PagedAttention
-    from lmcache_rag.connector.in_layers import Redo
-    from lmcache_rag.connector.paged import PagedSequence, keys_and_values
+    from lmcache_rag.connector.attention import PagedAttention, PagedSequence, Redo, keys_and_values
 
 pytestmark = [pytest.mark.own_version, pytest.mark.filterwarnings("ignore")]
 BLOCK, BLOCKS, SIZE, LENGTH = 32, 16, 32, 150  # the CPU's kernels take no smaller blocks and heads

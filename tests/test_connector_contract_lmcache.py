@@ -43,9 +43,9 @@ with warnings.catch_warnings():
     from lmcache_rag.connector import compat_lmcache, connector
     from lmcache_rag.connector.compat_lmcache import loads
     from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
-    from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
     from lmcache_rag.connector.namespace import renumbered
     from lmcache_rag.connector.plan import BlendPlan
+    from lmcache_rag.connector.transfers import FreedOnce, StoresHeldBack
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

@@ -46,7 +46,7 @@ with warnings.catch_warnings():
 
     from lmcache_rag.architectures import ARCHITECTURES, MODEL_CLASSES
     from lmcache_rag.connector import compat_vllm, model_runner
-    from lmcache_rag.connector.paged import PagedSequence, keys_and_values
+    from lmcache_rag.connector.attention import PagedSequence, keys_and_values
     from lmcache_rag.connector.self_check import examined
     from lmcache_rag.protocol import CannotBlend
 

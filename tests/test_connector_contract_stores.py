@@ -32,9 +32,9 @@ with warnings.catch_warnings():
     from lmcache_rag.connector import compat_lmcache, connector
     from lmcache_rag.connector.compat_lmcache import server, stores
     from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
-    from lmcache_rag.connector.frees import StoresHeldBack
     from lmcache_rag.connector.plan import BlendResult
     from lmcache_rag.connector.told import BlendResults
+    from lmcache_rag.connector.transfers import StoresHeldBack
     from lmcache_rag.protocol import UNTIL
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
+from lmcache_rag.connector.transfers import FreedOnce, StoresHeldBack
 
 
 def test_a_worker_says_nothing_of_stores_while_it_loads() -> None:

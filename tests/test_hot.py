@@ -13,12 +13,12 @@ import torch
 from models import tiny_model
 from paged_kit import PagedModel
 
+from lmcache_rag.connector.attention import PagedSequence
 from lmcache_rag.connector.filed import FiledBlocks
 from lmcache_rag.connector.hot import HotChunks
-from lmcache_rag.connector.hot_copy import HotCopy
 from lmcache_rag.connector.hot_side import HotSide, without_overlap
+from lmcache_rag.connector.model_runner import HotCopy
 from lmcache_rag.connector.options import ConnectorOptions
-from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.connector.plan import BlendResult, Match
 from lmcache_rag.connector.scheduler_side import SchedulerSide
 from lmcache_rag.engines.hf_model import HFModel

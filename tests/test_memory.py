@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lmcache_rag.connector import memory
-from lmcache_rag.connector.memory import MARGIN, PassMemory, measured
+from lmcache_rag.connector import model_runner
+from lmcache_rag.connector.model_runner import MARGIN, PassMemory, measured
 
 HEADS, KV_HEADS, SIZE, SPLITS = 8, 2, 64, 32
 CACHE = (torch.zeros(4, 16, KV_HEADS, SIZE, dtype=torch.bfloat16),) * 2
@@ -71,4 +71,4 @@ def test_there_is_room_or_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.room(100, 100)
     assert not found.room(1000, 100)
     assert asked == [found.need(100, 100), found.need(1000, 100)] == [1500, 12750]
-    assert memory.MARGIN == 1.25
+    assert model_runner.MARGIN == 1.25

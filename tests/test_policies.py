@@ -12,7 +12,7 @@ from test_blend_pass import Case
 
 from lmcache_rag.blend.policies import HKVDPolicy, Layout, QueryPolicy, get_policy, how_many, pool_inside_chunks, select
 from lmcache_rag.connector import blend_pass
-from lmcache_rag.connector.paged import PagedSequence
+from lmcache_rag.connector.attention import PagedSequence
 from lmcache_rag.engines import prefill
 from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.engines.passes import ModelPasses

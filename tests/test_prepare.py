@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lmcache_rag.connector import compat_vllm, prepare
+from lmcache_rag.connector import compat_vllm
+from lmcache_rag.connector import worker as worker_module
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.protocol import CannotBlend, Unsupported
 
@@ -35,13 +36,13 @@ class World:
         monkeypatch.setattr(compat_vllm, "true_on_all_ranks", lambda fine: self.does("vote") or (fine and others))
         monkeypatch.setattr(compat_vllm, "begin_before_the_step", lambda: self.does("wrap"))
         monkeypatch.setattr(compat_vllm, "take_hidden_states", lambda: None)
-        monkeypatch.setattr(prepare.compat_lmcache, "WorkerLink", lambda adapter, deadline, address, absent: self)
-        monkeypatch.setattr(prepare, "VLLMModel", lambda config, runner: self)
-        monkeypatch.setattr(prepare, "rotary_of", lambda model: SimpleNamespace(
+        monkeypatch.setattr(worker_module.compat_lmcache, "WorkerLink", lambda adapter, deadline, address, absent: self)
+        monkeypatch.setattr(worker_module, "VLLMModel", lambda config, runner: self)
+        monkeypatch.setattr(worker_module, "rotary_of", lambda model: SimpleNamespace(
             cos_sin_cache=None, head_size=16, is_neox_style=True
         ))  # fmt: skip
-        monkeypatch.setattr(prepare, "self_checked", lambda *given: self.does("check") or self.wrong)
-        monkeypatch.setattr(prepare, "why_not", lambda config, model: self.reason)
+        monkeypatch.setattr(worker_module, "self_checked", lambda *given: self.does("check") or self.wrong)
+        monkeypatch.setattr(worker_module, "why_not", lambda config, model: self.reason)
 
     def does(self, what: str) -> None:
         self.done.append(what)
@@ -64,8 +65,8 @@ class World:
     def hot_copy(self) -> Any:
         return SimpleNamespace(warm_up=lambda: self.does("hot"))
 
-    def prepared(self, **options: Any) -> prepare.Prepared:
-        return prepare.prepared(CONFIG, ADAPTER, ConnectorOptions(**options))
+    def prepared(self, **options: Any) -> worker_module.Prepared:
+        return worker_module.prepared(CONFIG, ADAPTER, ConnectorOptions(**options))
 
 
 ALL = ["model", "table", "warm up", "hot", "vote", "capture", "check", "wrap"]
@@ -138,7 +139,7 @@ def test_where_another_rank_cannot_none_goes_on(monkeypatch: pytest.MonkeyPatch)
 def test_without_the_plugin_there_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     World(monkeypatch)
     monkeypatch.setattr(compat_vllm, "worker", lambda: None)
-    side, why_not, _ = prepare.prepared(CONFIG, ADAPTER, ConnectorOptions())
+    side, why_not, _ = worker_module.prepared(CONFIG, ADAPTER, ConnectorOptions())
     assert side is None
     assert why_not is not None
     assert why_not.code == CannotBlend.NO_PLUGIN
@@ -159,6 +160,6 @@ def test_damage_is_reported_only_where_vllm_takes_it_back(
         scheduler_config=SimpleNamespace(async_scheduling=asynchronous),
     )
     World(monkeypatch)
-    side, _, _ = prepare.prepared(config, ADAPTER, ConnectorOptions())
+    side, _, _ = worker_module.prepared(config, ADAPTER, ConnectorOptions())
     assert side is not None
     assert side._may_report == takes

@@ -14,10 +14,9 @@ import torch
 from models import tiny_model
 from paged_kit import PagedModel
 
-from lmcache_rag.connector import passed, prepare, self_check
-from lmcache_rag.connector.attention import PagedAttention
-from lmcache_rag.connector.hot_copy import HotCopy
-from lmcache_rag.connector.paged import PagedSequence
+from lmcache_rag.connector import passed, self_check
+from lmcache_rag.connector.attention import PagedAttention, PagedSequence
+from lmcache_rag.connector.model_runner import HotCopy
 from lmcache_rag.connector.self_check import Finding, Prompt, examined
 from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.protocol import CannotBlend
@@ -249,7 +248,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start(model: Any, votes: Callable[[bool], bool] = bool) -> Any:
-    return prepare.self_checked(CONFIG, model, votes)
+    return self_check.self_checked(CONFIG, model, votes)
 
 
 def test_it_runs_once_for_a_model_and_build(model: HFModel, cache: Path, caplog: pytest.LogCaptureFixture) -> None:

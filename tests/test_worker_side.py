@@ -13,9 +13,9 @@ from models import tiny_model
 from paged_kit import PagedModel, drained
 from test_blend_pass import PREFIX, Case
 
-from lmcache_rag.connector import blend_pass, metrics, work
+from lmcache_rag.connector import blend_pass, job, metrics
+from lmcache_rag.connector.attention import PagedSequence
 from lmcache_rag.connector.pace import Allowance
-from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.connector.plan import BlendPlan, Match
 from lmcache_rag.connector.worker import WorkerSide
 from lmcache_rag.engines.hf_model import HFModel
@@ -238,14 +238,14 @@ def test_soundness_is_looked_up_before_recomputation_is_queued(
 ) -> None:
     """Whoever waits for it need not wait for what takes most of the time."""
     world, done = World(hf, policy=policy), []
-    forward, number = world.model.forward, work.Number
+    forward, number = world.model.forward, job.Number
 
     def noted(ids: Any, *given: Any) -> torch.Tensor:
         done.append(len(ids))
         return forward(ids, *given)
 
     monkeypatch.setattr(world.model, "forward", noted)
-    monkeypatch.setattr(work, "Number", lambda value: done.append("look") or number(value))
+    monkeypatch.setattr(job, "Number", lambda value: done.append("look") or number(value))
     assert not world.run().failure
     selection = {"query": 1, "hkvd": 1, "none": 0}[policy]
     assert done.index("look") == selection < len(done) - 1
@@ -360,7 +360,7 @@ def test_the_last_token_needs_a_block(hf: HFModel) -> None:
 
 
 class Later:
-    """A number that is not back from the GPU yet; as lmcache_rag.connector.pinned.Number."""
+    """A number that is not back from the GPU yet; as lmcache_rag.connector.attention.Number."""
 
     reads = 0
 
@@ -375,7 +375,7 @@ class Later:
 def test_where_nothing_is_taken_back_the_host_waits_once_vllm_has_prepared_its_step(
     hf: HFModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "Number", Later)
+    monkeypatch.setattr(job, "Number", Later)
     monkeypatch.setattr(Later, "reads", 0)
     world = alone(World(hf, may_report=False))
     world.worker.run_now([world.plan])
@@ -431,7 +431,7 @@ def forgetful(world: World, monkeypatch: pytest.MonkeyPatch, most: int) -> list[
 def test_where_memory_runs_out_again_the_pieces_become_smaller(
     hf: HFModel, monkeypatch: pytest.MonkeyPatch, fault: str, may_report: bool
 ) -> None:
-    monkeypatch.setattr(work, "SMALL", 80)
+    monkeypatch.setattr(job, "SMALL", 80)
     world = alone(World(hf, fault, "none", may_report=may_report))
     sizes = forgetful(world, monkeypatch, 20)
     assert world.run().failure == ("load failed" if fault else "out of memory")

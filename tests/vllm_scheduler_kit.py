@@ -27,9 +27,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm_cpu_kit import Process, answers, free_port
 
-from lmcache_rag.connector.frees import StoresHeldBack
 from lmcache_rag.connector.plan import BlendPlan, BlendResult, Match
 from lmcache_rag.connector.told import BlendResults, Readiness
+from lmcache_rag.connector.transfers import StoresHeldBack
 from lmcache_rag.protocol import SelfCheck
 
 BLOCKS = 90

@@ -1,14 +1,159 @@
-"""Attention over a paged KV cache that follows positions: Triton on a GPU, plain torch operations elsewhere."""
+"""Attention of our own passes through the model: over a paged KV cache, by position."""
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lmcache_rag.connector.paged import PagedSequence
+
+@dataclass(frozen=True)
+class PagedSequence:
+    """Where the tokens of one sequence lie in a paged KV cache.
+
+    Attributes:
+        blocks: Ids of the sequence's blocks in order, int32 [blocks], on the cache's device.
+        block: Tokens in a block.
+    """
+
+    blocks: Tensor
+    block: int
+
+    @classmethod
+    def of(cls, blocks: Sequence[int], block: int, device: str) -> PagedSequence:
+        """A sequence whose blocks are given as numbers."""
+        import torch
+
+        return cls(on_device(blocks, torch.int32, device), block)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the blocks have room for."""
+        return len(self.blocks) * self.block
+
+    def slots(self, positions: Tensor) -> Tensor:
+        """Place of each position in the flattened cache, int64 [m]: block id * block + offset."""
+        return self.blocks[positions // self.block].long() * self.block + positions % self.block
+
+    def gather(self, cache: Tensor, length: int) -> Tensor:
+        """The first `length` keys or values, contiguous: [blocks, block, heads, size] -> [length, heads, size]."""
+        count = -(-length // self.block)
+        return cache[self.blocks[:count].long()].flatten(0, 1)[:length]
+
+
+def keys_and_values(cache: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of a vLLM KV cache as [blocks, block, kv heads, size], whatever the version's layout.
+
+    vLLM 0.25 keeps [blocks, 2, block, kv heads, size] in logical order for FlashAttention, FlashInfer and Triton, and
+    vLLM 0.32 and later [blocks, kv heads, block, 2 * size]; the order in memory is in the strides.
+
+    Raises:
+        ValueError: The cache has another shape.
+    """
+    if cache.dim() == 5 and cache.shape[1] == 2:
+        keys, values = cache.unbind(1)
+        return keys, values
+    if cache.dim() == 4 and cache.shape[3] % 2 == 0:
+        both, size = cache.transpose(1, 2), cache.shape[3] // 2
+        return both[..., :size], both[..., size:]
+    raise ValueError(f"a KV cache of shape {tuple(cache.shape)} is not known")
+
+
+class StopForward(Exception):  # noqa: N818 - not an error: ends a forward pass early
+    """Raised inside a layer once all that was wanted is known."""
+
+
+class Attention(Protocol):
+    """What a forward pass does in each layer."""
+
+    def before_write(self, layer: int, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Called before the layer's fresh KV [m, kv heads, size] is written over what the cache holds."""
+        ...
+
+    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
+        """Query and out [m, heads, size]; keys and values [blocks, block, kv heads, size]."""
+        ...
+
+
+class Nothing:
+    """No attention at all: what else a pass takes is wanted."""
+
+    def before_write(self, layer: int, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Nothing."""
+
+    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
+        """Nothing is seen."""
+        out.zero_()
+
+
+class Redo(Nothing):
+    """Attention by position over everything that is there."""
+
+    def __init__(self, attention: PagedAttention) -> None:
+        self._attention = attention
+
+    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
+        """Attention by position."""
+        self._attention.attend(query, keys, values, scale, out)
+
+
+class Watch(Nothing):
+    """The suffix's rows; from a layer on, adds up what they look at.
+
+    Args:
+        attention: Of the rows.
+        mass: Where it is added up, float32 [kv heads, n].
+        first_layer: The first layer that counts.
+        reduce: "sum" or "max" over rows, heads and layers.
+        last_layer: Where the pass ends, since its output is not needed; None: every layer runs to its end.
+    """
+
+    def __init__(
+        self,
+        attention: PagedAttention | FixedAttention,
+        mass: Tensor,
+        first_layer: int,
+        reduce: str,
+        *,
+        last_layer: int | None = None,
+    ) -> None:
+        self._attention, self._mass, self._reduce = attention, mass, reduce
+        self._first, self._last = first_layer, last_layer
+
+    def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
+        """Attention; the upper layers' probabilities are added up."""
+        lse = self._attention.attend(query, keys, values, scale, out)
+        if layer >= self._first:
+            self._attention.add_mass(query, keys, scale, lse, self._mass, reduce=self._reduce)
+        if layer == self._last:
+            raise StopForward
+
+
+class Check(Redo):
+    """All tokens through the first layers; notes how far the check layer's fresh KV is from the cached one."""
+
+    def __init__(self, attention: PagedAttention, slots: Tensor, layer: int) -> None:
+        super().__init__(attention)
+        self._slots, self._layer = slots, layer
+        self.deviation: Tensor | None = None
+
+    def before_write(self, layer: int, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
+        """At the check layer: compare, and write nothing."""
+        if layer < self._layer:
+            return
+        block = keys.shape[1]
+        at, within = self._slots // block, self._slots % block
+        total = None
+        for fresh, cached in ((key, keys), (value, values)):
+            distance = (fresh.float() - cached[at, within].float()).square().sum((1, 2))
+            total = distance if total is None else total + distance
+        self.deviation = total
+        raise StopForward
+
 
 _SPLIT_ROWS = 128  # fewer queries than this leave a GPU idle unless the keys are split
 _SPLIT_KEYS = 512
@@ -169,8 +314,6 @@ class FixedAttention:
 
     def _own(self) -> tuple[PagedAttention, int]:
         """The same for this sequence alone, and its rows. Waits for the device, so not on a GPU."""
-        from lmcache_rag.connector.paged import PagedSequence
-
         rows, end = int((self.positions >= 0).sum()), int(self.end)
         own = PagedAttention(PagedSequence(self.blocks, self.block), self.positions[:rows], end)
         own.visible = self.visible[:end]
@@ -178,3 +321,43 @@ class FixedAttention:
 
 
 _LOG2_E = 1.4426950408889634
+
+
+def on_device(values: Sequence[int] | Tensor, dtype: Any, device: Any) -> Tensor:
+    """Whole numbers, or a tensor in the host's memory, as a tensor on the device."""
+    import torch
+
+    if isinstance(values, torch.Tensor):
+        host = values
+    else:  # by way of an array: torch.tensor takes three times as long, a millisecond for a prompt's tokens
+        numbers = values if isinstance(values, array) and values else array("q", values or (0,))
+        host = torch.frombuffer(numbers, dtype=torch.int64)
+    host = host[: len(values)].to(dtype)
+    if torch.device(device).type == "cuda":
+        host = host.pin_memory()
+    return host.to(device, dtype, non_blocking=True)
+
+
+class Number:
+    """A number that comes back from the device.
+
+    Args:
+        value: A tensor with one element.
+    """
+
+    def __init__(self, value: Tensor) -> None:
+        import torch
+
+        self._event: Any = None
+        self._host = value
+        if value.is_cuda:
+            self._host = torch.empty((), dtype=value.dtype, pin_memory=True)
+            self._host.copy_(value, non_blocking=True)
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def read(self) -> float:
+        """The number. Waits for what came before it on the stream, and for nothing behind it."""
+        if self._event is not None:
+            self._event.synchronize()
+        return float(self._host)

@@ -1,7 +1,7 @@
 """The blend of one request on a paged KV cache: select tokens, compute them and the gaps anew.
 
 Chunk KV was placed in the sequence's blocks, keys turned. A forward pass is the model's own, over some positions of the
-prompt; lmcache_rag.connector.in_layers is what it does in each layer.
+prompt; lmcache_rag.connector.attention is what it does in each layer.
 """
 
 from __future__ import annotations
@@ -13,16 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from lmcache_rag.blend.policies import Layout, Policy, how_many, select
-from lmcache_rag.connector.attention import PagedAttention
-from lmcache_rag.connector.in_layers import Check, Redo, StopForward, Watch
-from lmcache_rag.connector.pinned import on_device
+from lmcache_rag.connector.attention import Check, PagedAttention, Redo, StopForward, Watch, on_device
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lmcache_rag.connector.attention import Attention, PagedSequence
     from lmcache_rag.connector.cuda_graph import CapturedWatch
-    from lmcache_rag.connector.in_layers import Attention
-    from lmcache_rag.connector.paged import PagedSequence
 
 T = TypeVar("T")
 # Work with rests; what is yielded is how many tokens it took. 0: there is no room for the next pass (BlendPass.room).

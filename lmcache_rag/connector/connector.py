@@ -20,20 +20,19 @@ from lmcache_rag.connector.abandoned import Lookup
 from lmcache_rag.connector.authorization import IngestKey
 from lmcache_rag.connector.filed import FiledBlocks
 from lmcache_rag.connector.forgetting import Forgetting
-from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
 from lmcache_rag.connector.hot import HotChunks
 from lmcache_rag.connector.hot_side import HotSide
 from lmcache_rag.connector.identity import Adapters, identity
 from lmcache_rag.connector.namespace import Namespaces
 from lmcache_rag.connector.options import ConnectorOptions
-from lmcache_rag.connector.prepare import prepared
 from lmcache_rag.connector.request_state import is_embedded, unblended
 from lmcache_rag.connector.request_validation import RequestValidation
 from lmcache_rag.connector.scheduler_side import SchedulerSide
 from lmcache_rag.connector.secret import find_secret
 from lmcache_rag.connector.stats import BlendPromMetrics, BlendStats
 from lmcache_rag.connector.told import BlendResults, Readiness
-from lmcache_rag.connector.transfers import HeldBlocks
+from lmcache_rag.connector.transfers import FreedOnce, HeldBlocks, StoresHeldBack
+from lmcache_rag.connector.worker import prepared
 from lmcache_rag.protocol import (
     ANSWER,
     FORGET,
@@ -412,7 +411,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         return statistics
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """Scheduler: what the workers are done with; see lmcache_rag.connector.frees."""
+        """Scheduler: what the workers are done with; see lmcache_rag.connector.transfers."""
         meta = connector_output.kv_connector_worker_meta
         self.take_worker_meta(meta)
         if isinstance(meta, BlendResults):  # the rest is for LMCache's connector
@@ -478,7 +477,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             compat_vllm.offer_hidden_state(hidden)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """What LMCache's transfers are done with; see lmcache_rag.connector.frees."""
+        """What LMCache's transfers are done with; see lmcache_rag.connector.transfers."""
         stored, loaded = super().get_finished(finished_req_ids)
         receiving: set[str] = set()
         if self._worker is not None:

@@ -11,14 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lmcache_rag.connector.attention import FixedAttention
-from lmcache_rag.connector.in_layers import Watch
+from lmcache_rag.connector.attention import FixedAttention, Watch
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lmcache_rag.connector.in_layers import Attention
-    from lmcache_rag.connector.paged import PagedSequence
+    from lmcache_rag.connector.attention import Attention, PagedSequence
 
     Forward = Callable[[Tensor, Tensor, Tensor, Attention], object]
 

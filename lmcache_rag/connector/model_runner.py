@@ -1,26 +1,27 @@
-"""A model inside a vLLM worker: what of it can be blended, and its forward pass over chosen positions."""
+"""A model inside a vLLM worker."""
 
 from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import sub
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.architectures import MODEL_CLASSES
 from lmcache_rag.blend.policies import QueryPolicy
 from lmcache_rag.connector import compat_vllm
+from lmcache_rag.connector.attention import Nothing, PagedSequence, keys_and_values, on_device
 from lmcache_rag.connector.cuda_graph import ROWS, CapturedWatch, CudaGraph
-from lmcache_rag.connector.in_layers import Nothing
-from lmcache_rag.connector.memory import PassMemory, measured
-from lmcache_rag.connector.paged import keys_and_values
+from lmcache_rag.connector.plan import Match
 from lmcache_rag.protocol import CannotBlend, Unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lmcache_rag.connector.hot_copy import HotCopy
-    from lmcache_rag.connector.in_layers import Attention
-    from lmcache_rag.connector.paged import PagedSequence
+    from lmcache_rag.connector.attention import Attention
+
 
 log = logging.getLogger("lmcache_rag")
 
@@ -262,8 +263,6 @@ class VLLMModel:
 
     def moves(self, longest: int) -> dict[str, HotCopy]:
         """What moves chunk KV over distances up to that: by the table that LMCache gets, and by that of hot chunks."""
-        from lmcache_rag.connector.hot_copy import HotCopy
-
         rotary = rotary_of(self._runner.get_model())
         tables = {
             "by LMCache's rotary table": rotary.cos_sin_cache,
@@ -276,8 +275,6 @@ class VLLMModel:
 
     def hot_copy(self) -> HotCopy:
         """What moves KV inside this model's cache."""
-        from lmcache_rag.connector.hot_copy import HotCopy
-
         rotary = rotary_of(self._runner.get_model())
         table = compat_vllm.exact_rotary_table(rotary).to(self.device)
         return HotCopy(self._caches, table, neox=bool(rotary.is_neox_style))
@@ -351,3 +348,144 @@ class VLLMModel:
         if ranks > 1 and not self.all_ranks(watch is not None):
             return None  # a graph's pass is padded: ranks that add up their parts must all replay it, or none
         return watch
+
+
+MARGIN = 1.25  # what is asked for is one piece, and is handed out in many
+_FEW, _MANY = 512, 2048  # two sizes of passes: what one takes more for each token, any takes
+_SCORES = 24  # bytes for a token of the prompt: the selection's int64 and float32 vectors, some at the same time
+_DISTANCES = 5  # float32 copies of fresh and cached keys and values that a check layer compares
+
+
+@dataclass(frozen=True)
+class PassMemory:
+    """What a pass of a blend takes on this rank.
+
+    Attributes:
+        fixed: Bytes for any pass.
+        token: Bytes for each of its tokens.
+        behind: Bytes for each token of the sequence that it looks at.
+        device: Where.
+    """
+
+    fixed: float
+    token: float
+    behind: float
+    device: Any
+
+    def need(self, tokens: int, length: int) -> int:
+        """Bytes for passes of so many tokens in a sequence of that length."""
+        return int(MARGIN * (self.fixed + tokens * self.token + length * self.behind))
+
+    def room(self, tokens: int, length: int) -> bool:
+        """Whether this rank has that much; it has it from now on."""
+        import torch
+
+        try:
+            torch.empty(self.need(tokens, length), dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+
+def measured(
+    run: Callable[[Tensor, Tensor, Tensor], object], most: int, *, heads: int, cache: tuple[Tensor, Tensor], splits: int
+) -> PassMemory:
+    """What passes take, from one of few tokens and one of many. Tensor-parallel ranks do so together.
+
+    Args:
+        run: Runs all layers over ids and positions, int64 [m], and slots, int64 [m], of which none is written.
+        most: Most tokens of a pass.
+        heads: Query heads of this rank.
+        cache: Keys and values of a layer.
+        splits: Most parts into which the attention of few tokens divides the keys.
+    """
+    keys = cache[0]
+    kv_heads, size = int(keys.shape[2]), int(keys.shape[3])
+    few, many = min(_FEW, most), min(_MANY, most)
+    small, large = _peak(run, few, keys.device), _peak(run, many, keys.device)
+    token = (large - small) / (many - few) if many > few else small / few
+    return PassMemory(
+        fixed=max(small - few * token, 0.0) + splits * 128 * heads * (size + 1) * 4,
+        token=token + _DISTANCES * kv_heads * size * 4,
+        behind=2 * kv_heads * size * keys.element_size() + 4 * kv_heads + _SCORES * 8,
+        device=keys.device,
+    )
+
+
+def _peak(run: Callable[[Tensor, Tensor, Tensor], object], tokens: int, device: Any) -> int:
+    """Bytes that a pass of so many tokens takes at its worst, beside what was there."""
+    import torch
+
+    ids = torch.zeros(tokens, dtype=torch.int64, device=device)
+    slots = torch.full_like(ids, -1)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with torch.inference_mode():
+        run(ids, ids, slots)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+class HotCopy:
+    """Moves tokens from other sequences' blocks to a request's own.
+
+    Args:
+        caches: Keys and values of each layer, each [blocks, block, kv heads, size].
+        table: Cosines, then sines, of each position: float32 [positions, size]; a magnitude (YaRN) is taken out.
+        neox: Whether halves rather than neighbours of a head are turned together.
+    """
+
+    def __init__(self, caches: Sequence[tuple[Tensor, Tensor]], table: Tensor, *, neox: bool) -> None:
+        import torch
+
+        self._caches, self._neox = list(caches), neox
+        half = table.shape[1] // 2
+        norm = (table[:1, :half].float() ** 2 + table[:1, half:].float() ** 2).sqrt()
+        self._table = (table.float() / torch.cat([norm, norm], 1)).contiguous()
+        addresses = [pair[part].data_ptr() for part in (0, 1) for pair in self._caches]
+        self._pointers = torch.tensor(addresses, dtype=torch.int64, device=self._table.device)
+
+    @property
+    def reach(self) -> int:
+        """Keys cannot be moved further than this."""
+        return int(self._table.shape[0]) - 1
+
+    def warm_up(self) -> None:
+        """Compile the kernel before the first request: vLLM's null block, which nobody reads, is copied to itself."""
+        block = self._caches[0][0].shape[1]
+        self.run([Match(0, block, 0, block, block=0)], PagedSequence.of((0,), block, str(self._table.device)))
+
+    def run(self, matches: Sequence[Match], sequence: PagedSequence) -> None:
+        """Copy hot matches to their places. Work is queued on the current stream."""
+        import torch
+
+        device = self._table.device
+        block = sequence.block
+        new_starts, _, old_starts, _, _, old_blocks = zip(*matches, strict=True)
+        columns = [*old_blocks, *new_starts, *map(sub, new_starts, old_starts)]
+        blocks, starts, deltas = on_device(columns, torch.int64, device).view(3, -1)
+        within = torch.arange(block, device=device)
+        source = (blocks[:, None] * block + within).flatten()
+        target = sequence.slots((starts[:, None] + within).flatten())
+        delta = deltas.repeat_interleave(block)
+        if device.type == "cuda":
+            from lmcache_rag.connector import kernels
+
+            keys, values = self._caches[0]
+            kernels.move(self._pointers, keys, values, source, target, delta, self._table, neox=self._neox)
+        else:
+            self._plain(source, target, delta, block)
+
+    def _plain(self, source: Tensor, target: Tensor, delta: Tensor, block: int) -> None:
+        import torch
+
+        half = self._table.shape[1] // 2
+        rows = self._table[delta.abs()]
+        cos = rows[:, None, :half]
+        sin = rows[:, None, half:] * delta.sign()[:, None, None]
+        for keys, values in self._caches:
+            moved: Any = keys[source // block, source % block].float()
+            x, y = (moved[..., :half], moved[..., half:]) if self._neox else (moved[..., ::2], moved[..., 1::2])
+            turned = (x * cos - y * sin, y * cos + x * sin)
+            moved = torch.cat(turned, -1) if self._neox else torch.stack(turned, -1).flatten(-2)
+            keys[target // block, target % block] = moved.to(keys.dtype)
+            values[target // block, target % block] = values[source // block, source % block]

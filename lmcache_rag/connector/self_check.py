@@ -8,18 +8,24 @@ Asked for by LMCache issue 4666: a model or a build on which blending is wrong m
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lmcache_rag.blend.policies import QueryPolicy
+from lmcache_rag.connector import passed
+from lmcache_rag.connector.attention import PagedSequence
 from lmcache_rag.connector.blend_pass import BlendPass, Model, Steps, T
-from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.connector.plan import Match
+from lmcache_rag.protocol import CannotBlend, Unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger("lmcache_rag")
 
 MARGIN = 4.0  # times what two chunkings of a full prefill differ
 # Differences that are allowed where the chunkings differ by less, as a share of the values: a blend's kernels are not
@@ -59,7 +65,7 @@ class CheckedModel(Model, Protocol):
 
 
 class Move(Protocol):
-    """See lmcache_rag.connector.hot_copy.HotCopy."""
+    """See lmcache_rag.connector.model_runner.HotCopy."""
 
     def run(self, matches: Sequence[Match], sequence: PagedSequence) -> None:
         """Copy blocks to their places in a sequence, keys turned to their new positions."""
@@ -119,6 +125,43 @@ class Prompt:
         ids = tuple(dice.randrange(min(_WORDS[0], vocabulary // 2), min(_WORDS[1], vocabulary)) for _ in range(length))
         starts = [unit + _GAP + number * (unit + _GAP) for number in range(chunks)]
         return cls(ids, unit, tuple((start, start + unit) for start in starts))
+
+
+def self_checked(vllm_config: Any, model: CheckedModel, on_all_ranks: Callable[[bool], bool]) -> Unsupported | None:
+    """Why a blend must not be trusted on this model and build; None where it equals a full prefill.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        model: Ready to blend.
+        on_all_ranks: Whether something is true on all tensor-parallel ranks; each has to ask.
+    """
+    name = passed.name_of(vllm_config)
+    if on_all_ranks(passed.is_known(name)):
+        log.info("Self-check: passed at an earlier start of this model and build")
+        return None
+    begun, reason = time.perf_counter(), None
+    try:
+        config = vllm_config.model_config
+        findings = examined(model, vocabulary=int(config.get_vocab_size()), longest=int(config.max_model_len))
+        wrong = [finding for finding in findings if not finding.holds]
+    except Exception as problem:
+        log.exception("The self-check could not run")
+        detail = f"the self-check at start could not run: {type(problem).__name__}: {problem}"
+        reason = Unsupported(CannotBlend.SELF_CHECK_ERROR, detail)
+    else:
+        for finding in findings:
+            log.debug("Self-check: %s", finding)
+        if wrong:
+            detail = f"the self-check at start failed: {'; '.join(map(str, wrong))}"
+            reason = Unsupported(CannotBlend.SELF_CHECK, detail)
+    if not on_all_ranks(reason is None) and reason is None:
+        reason = Unsupported(CannotBlend.OTHER_RANK, "the self-check at start failed on another rank")
+    if reason is not None:
+        log.error("BLENDING IS OFF: %s. Prompts are computed in full.", reason)
+        return reason
+    log.info("Self-check: passed, a blend equals a full prefill (%.1f s)", time.perf_counter() - begun)
+    passed.remember(name)
+    return None
 
 
 def examined(model: CheckedModel, *, vocabulary: int, longest: int) -> list[Finding]:

@@ -1,19 +1,57 @@
-"""Loads whose answer did not come in time: until it is known that nothing is written any more, their blocks are kept.
-
-A worker that waits no longer computes the tokens itself. The server may still carry the load out, into blocks that by
-then belong to somebody else.
-"""
+"""KV transfers."""
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from lmcache_rag.connector.link import Link
+    from lmcache_rag.connector.plan import BlendPlan, Match
+
+
+class Link(Protocol):
+    """How KV is loaded; see lmcache_rag.connector.compat_lmcache.WorkerLink."""
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether the server answers."""
+        ...
+
+    def submit_exact(self, plan: BlendPlan) -> Any:
+        """Ask for the exact prefix behind what vLLM holds, plan.local to plan.exact."""
+        ...
+
+    def submit_matches(self, plan: BlendPlan, matches: Sequence[Match]) -> Any:
+        """Ask for chunk KV at its new positions: some of the plan's matches."""
+        ...
+
+    def give_back(self, plan: BlendPlan) -> None:
+        """The exact prefix is not going to be asked for: the server need not keep it in memory for this plan."""
+        ...
+
+    @property
+    def deadline(self) -> float:
+        """Longest wait for an answer, in seconds."""
+        ...
+
+    def lost(self, since: float) -> bool:
+        """Whether what was asked then, by time.monotonic(), and is not answered yet, is surely not going to be done."""
+        ...
+
+    def answered(self, future: Any, seconds: float) -> bool:
+        """Whether the server has answered, waiting for it at most that long."""
+        ...
+
+    def there(self, future: Any) -> bool:
+        """Whether the KV is there, or is not going to be."""
+        ...
+
+    def arrived(self, future: Any, seconds: float) -> bool:
+        """Whether it came, waiting at most that long."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -123,3 +161,41 @@ class HeldBlocks:
 
     def __len__(self) -> int:
         return len(self._held)
+
+
+@dataclass
+class StoresHeldBack:
+    """Worker: which requests' stores may be reported as done."""
+
+    _held: set[str] = field(default_factory=set)
+
+    def report(self, stored: Collection[str], in_use: Collection[str]) -> set[str]:
+        """What of `stored`, and of what was held back before, may be reported while blocks of `in_use` are in use."""
+        everyone = self._held | set(stored)
+        self._held = everyone & set(in_use)
+        return everyone - self._held
+
+
+@dataclass
+class FreedOnce:
+    """Scheduler: which requests vLLM has freed already."""
+
+    _ended: set[str] = field(default_factory=set)  # vLLM waits for a word of them
+    _freed: set[str] = field(default_factory=set)  # had it, and there is another one to come
+
+    def ends(self, request_id: str) -> None:
+        """A request ended, and vLLM keeps its blocks until it hears that they are free."""
+        self._ended.add(request_id)
+
+    def stored(self, loaded: Collection[str], stored: Collection[str]) -> set[str]:
+        """What of `stored` vLLM may hear, when it hears `loaded` first."""
+        freed = self._ended & set(loaded)
+        self._freed |= freed
+        self._ended -= freed
+        known = set(stored) & self._freed
+        self._freed -= known
+        self._ended -= set(stored)
+        return set(stored) - known
+
+    def __len__(self) -> int:
+        return len(self._ended) + len(self._freed)
