@@ -42,7 +42,7 @@ with warnings.catch_warnings():
     from vllm.v1.worker.utils import AttentionGroup
 
     from lmcache_rag.connector import compat_vllm, model_runner
-    from lmcache_rag.connector.attention import PagedAttention, PagedSequence, Redo, keys_and_values
+    from lmcache_rag.connector.attention import PagedAttention, PagedSequence, RecomputeAttention, keys_and_values
 
 pytestmark = [pytest.mark.own_version, pytest.mark.filterwarnings("ignore")]
 BLOCK, BLOCKS, SIZE, LENGTH = 32, 16, 32, 150  # the CPU's kernels take no smaller blocks and heads
@@ -112,7 +112,7 @@ class Pair:
 
     def forward(self, blendable: model_runner.VLLMModel, positions: torch.Tensor, end: int) -> torch.Tensor:
         """Logits of these positions by a pass of ours."""
-        attention = Redo(PagedAttention(self.sequence, positions.int(), end))
+        attention = RecomputeAttention(PagedAttention(self.sequence, positions.int(), end))
         slots = self.sequence.slots(positions)
         with torch.inference_mode(), set_current_vllm_config(self.config):
             found = blendable.logits(blendable.forward(self.ids[positions], positions, slots, attention))
@@ -175,5 +175,5 @@ def test_a_pass_over_chosen_positions_mends_their_kv(pair: Pair) -> None:
 def test_vllms_cpu_kernels_keep_keys_in_an_order_of_their_own(pair: Pair) -> None:
     """Why nothing is blended on a CPU: they transpose the keys of each block, and our attention reads a plain cache."""
     pair.prefill()
-    assert "CPUAttentionBackendImpl is not supported" in str(model_runner.why_not(pair.config, pair.model))
+    assert "CPUAttentionBackendImpl is not supported" in str(model_runner.unsupported_reason(pair.config, pair.model))
     assert not torch.allclose(pair.stored(0), pair.kv[0], **NEAR), "then blends could run on a CPU"

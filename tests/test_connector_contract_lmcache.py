@@ -45,7 +45,7 @@ with warnings.catch_warnings():
     from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
     from lmcache_rag.connector.namespace import renumbered
     from lmcache_rag.connector.plan import BlendPlan
-    from lmcache_rag.connector.transfers import FreedOnce, StoresHeldBack
+    from lmcache_rag.connector.transfers import FinishedGate, FinishedOnce
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -158,7 +158,7 @@ def test_the_session_of_a_look_up_on_its_way_is_not_ended_with_its_request() -> 
     stock = lmcache_mp_connector.LMCacheMPConnector
     one: Any = bare()
     one.request_trackers, one.lazy_offload, one._can_store, one._why_not = {}, False, True, None
-    one._freed = FreedOnce()
+    one._freed = FinishedOnce()
 
     class Adapter(adapters.LMCacheMPSchedulerAdapter):
         def __init__(self) -> None:
@@ -205,7 +205,7 @@ def test_lmcache_is_told_of_blocks_behind_the_load_and_before_the_session_ends()
             told.append(request_id)
 
     one: Any = bare()
-    one._why_not, one._freed, one.lazy_offload = None, FreedOnce(), False
+    one._why_not, one._freed, one.lazy_offload = None, FinishedOnce(), False
     one.request_trackers, one._side, one.scheduler_adapter = {}, None, Adapter()
     one._can_store = True
     one._role = base.KVConnectorRole.SCHEDULER
@@ -231,7 +231,7 @@ def test_a_request_is_freed_once_whatever_lmcache_says_of_it() -> None:
     assert "self.get_finished(" in inspect.getsource(stock.get_transfer_results)
 
     one: Any = bare()
-    one._freed, one._stores = FreedOnce(), StoresHeldBack()
+    one._freed, one._stores = FinishedOnce(), FinishedGate()
     one._enable_kv_events = one.lazy_offload = False
     one._freed.ends("a")
     output = KVConnectorOutput(finished_recving={"a"}, finished_sending={"a", "b"})
@@ -271,7 +271,7 @@ def test_vllm_waits_for_what_is_blended_in_the_background() -> None:
 def test_the_null_block_is_nobodys() -> None:
     from vllm.v1.core.block_pool import BlockPool
 
-    from lmcache_rag.connector.worker import NULL_BLOCK
+    from lmcache_rag.connector.job import NULL_BLOCK
 
     pool = BlockPool(4, False, 16)
     assert (pool.null_block.block_id, pool.null_block.is_null) == (NULL_BLOCK, True)

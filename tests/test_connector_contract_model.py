@@ -47,7 +47,7 @@ with warnings.catch_warnings():
     from lmcache_rag.architectures import ARCHITECTURES, MODEL_CLASSES
     from lmcache_rag.connector import compat_vllm, model_runner
     from lmcache_rag.connector.attention import PagedSequence, keys_and_values
-    from lmcache_rag.connector.self_check import examined
+    from lmcache_rag.connector.self_check import compare_with_prefill
     from lmcache_rag.protocol import CannotBlend
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -94,11 +94,11 @@ class World:
 
     @property
     def why_not(self) -> str:
-        return str(model_runner.why_not(self.config, self.model) or "")
+        return str(model_runner.unsupported_reason(self.config, self.model) or "")
 
     @property
     def code(self) -> str:
-        found = model_runner.why_not(self.config, self.model)
+        found = model_runner.unsupported_reason(self.config, self.model)
         return "" if found is None else str(found.code)
 
 
@@ -280,7 +280,7 @@ class Loaded(World):
 
     def check(self) -> list[Any]:
         with set_current_vllm_config(self.config):
-            return examined(self.blendable, vocabulary=49152, longest=512)
+            return compare_with_prefill(self.blendable, vocabulary=49152, longest=512)
 
 
 @pytest.mark.own_version
@@ -351,8 +351,12 @@ def test_vllm_schedules_asynchronously_unless_told_otherwise_and_says_so_by_the_
             async_scheduling=told,
         )
         assert (
-            model_runner.takes_reports(SimpleNamespace(kv_transfer_config=transfer, scheduler_config=scheduler))
+            model_runner.recomputes_reported_blocks(
+                SimpleNamespace(kv_transfer_config=transfer, scheduler_config=scheduler)
+            )
             == takes
         )
     transfer.kv_load_failure_policy = "fail"
-    assert not model_runner.takes_reports(SimpleNamespace(kv_transfer_config=transfer, scheduler_config=scheduler))
+    assert not model_runner.recomputes_reported_blocks(
+        SimpleNamespace(kv_transfer_config=transfer, scheduler_config=scheduler)
+    )

@@ -199,7 +199,7 @@ def test_blocks_that_may_still_be_written_to_are_given_to_nobody(make: Any) -> N
     while engine.scheduler.has_requests():
         engine.step()
     pool = engine.scheduler.kv_cache_manager.block_pool
-    (held,) = engine.connector._held._held.values()
+    (held,) = engine.connector._held._fenced.values()
     assert len(held) == -(-700 // BLOCK)
     assert pool.get_num_free_blocks() == BLOCKS - 1 - len(held)
     taken = pool.get_new_blocks(pool.get_num_free_blocks())

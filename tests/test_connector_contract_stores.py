@@ -34,7 +34,7 @@ with warnings.catch_warnings():
     from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
     from lmcache_rag.connector.plan import BlendResult
     from lmcache_rag.connector.told import BlendResults
-    from lmcache_rag.connector.transfers import StoresHeldBack
+    from lmcache_rag.connector.transfers import FinishedGate
     from lmcache_rag.protocol import UNTIL
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -84,7 +84,7 @@ class Worker:
         self.adapter.transfer_ctx._mq_timeout = LONG
         self.connector: Any = object.__new__(connector.CacheBlendConnector)
         self.connector.worker_adapter, self.connector._worker = self.adapter, None
-        self.connector._stores, self.connector._can_store = StoresHeldBack(), True
+        self.connector._stores, self.connector._can_store = FinishedGate(), True
         self.connector.lazy_offload = self.connector._enable_kv_events = False
         self.connector._report_request_errors = False
         self.connector._kv_events_hook_called = True

@@ -241,7 +241,7 @@ def test_damage_shows_with_lengths_from_device_memory(place: int) -> None:
 @pytest.mark.parametrize("packed", [True, False])
 def test_keys_are_moved_whatever_the_size_of_a_head(size: int, neox: bool, packed: bool) -> None:
     from lmcache_rag.connector import kernels
-    from lmcache_rag.connector.model_runner import HotCopy
+    from lmcache_rag.connector.model_runner import GpuCopy
 
     torch.manual_seed(size)
     shape = (6, KV_HEADS, 16, 2 * size) if packed else (6, 2, 16, KV_HEADS, size)
@@ -249,8 +249,8 @@ def test_keys_are_moved_whatever_the_size_of_a_head(size: int, neox: bool, packe
     angles = torch.arange(200)[:, None] / 10.0 ** torch.linspace(0, 3, size // 2)
     table = torch.cat([angles.cos(), angles.sin()], 1).to(DEVICE)
 
-    def copy(cache: torch.Tensor) -> HotCopy:
-        return HotCopy([keys_and_values(cache)], table, neox=neox)
+    def copy(cache: torch.Tensor) -> GpuCopy:
+        return GpuCopy([keys_and_values(cache)], table, neox=neox)
 
     # A block's tokens to the middle of two others, forwards and backwards; the rest is left as it was.
     source = torch.arange(16, 32, device=DEVICE)

@@ -41,8 +41,8 @@ class World:
         monkeypatch.setattr(worker_module, "rotary_of", lambda model: SimpleNamespace(
             cos_sin_cache=None, head_size=16, is_neox_style=True
         ))  # fmt: skip
-        monkeypatch.setattr(worker_module, "self_checked", lambda *given: self.does("check") or self.wrong)
-        monkeypatch.setattr(worker_module, "why_not", lambda config, model: self.reason)
+        monkeypatch.setattr(worker_module, "run_self_check", lambda *given: self.does("check") or self.wrong)
+        monkeypatch.setattr(worker_module, "unsupported_reason", lambda config, model: self.reason)
 
     def does(self, what: str) -> None:
         self.done.append(what)
@@ -62,11 +62,11 @@ class World:
     def capture(self) -> None:
         self.does("capture")
 
-    def hot_copy(self) -> Any:
+    def gpu_copy(self) -> Any:
         return SimpleNamespace(warm_up=lambda: self.does("hot"))
 
-    def prepared(self, **options: Any) -> worker_module.Prepared:
-        return worker_module.prepared(CONFIG, ADAPTER, ConnectorOptions(**options))
+    def prepared(self, **options: Any) -> worker_module.WorkerStart:
+        return worker_module.start_worker(CONFIG, ADAPTER, ConnectorOptions(**options))
 
 
 ALL = ["model", "table", "warm up", "hot", "vote", "capture", "check", "wrap"]
@@ -113,7 +113,7 @@ def test_what_goes_wrong_is_told_and_does_not_end_vllm(
     world = World(monkeypatch, fails)
     side, why_not, self_check = world.prepared()
     assert (side, self_check) == (None, None)
-    detail = "getting ready failed: ValueError: arange's range must be a power of 2"
+    detail = "blend initialisation failed: ValueError: arange's range must be a power of 2"
     assert why_not == Unsupported(CannotBlend.ERROR, detail)
     (record,) = caplog.records
     assert record.exc_info is not None
@@ -139,7 +139,7 @@ def test_where_another_rank_cannot_none_goes_on(monkeypatch: pytest.MonkeyPatch)
 def test_without_the_plugin_there_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     World(monkeypatch)
     monkeypatch.setattr(compat_vllm, "worker", lambda: None)
-    side, why_not, _ = worker_module.prepared(CONFIG, ADAPTER, ConnectorOptions())
+    side, why_not, _ = worker_module.start_worker(CONFIG, ADAPTER, ConnectorOptions())
     assert side is None
     assert why_not is not None
     assert why_not.code == CannotBlend.NO_PLUGIN
@@ -160,6 +160,6 @@ def test_damage_is_reported_only_where_vllm_takes_it_back(
         scheduler_config=SimpleNamespace(async_scheduling=asynchronous),
     )
     World(monkeypatch)
-    side, _, _ = worker_module.prepared(config, ADAPTER, ConnectorOptions())
+    side, _, _ = worker_module.start_worker(config, ADAPTER, ConnectorOptions())
     assert side is not None
     assert side._may_report == takes

@@ -29,7 +29,7 @@ from vllm_cpu_kit import Process, answers, free_port
 
 from lmcache_rag.connector.plan import BlendPlan, BlendResult, Match
 from lmcache_rag.connector.told import BlendResults, Readiness
-from lmcache_rag.connector.transfers import StoresHeldBack
+from lmcache_rag.connector.transfers import FinishedGate
 from lmcache_rag.protocol import SelfCheck
 
 BLOCKS = 90
@@ -97,7 +97,7 @@ class Worker:
     def __init__(self, lookups: dict[str, Lookup]) -> None:
         self._lookups = lookups
         self.background: list[list[Any]] = []
-        self.stores = StoresHeldBack()
+        self.stores = FinishedGate()
         self.done: Counter[str] = Counter()
 
     def step(self, plans: list[BlendPlan], finished: set[str], slow: int) -> KVConnectorOutput:

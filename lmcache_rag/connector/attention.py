@@ -1,4 +1,8 @@
-"""Attention of our own passes through the model: over a paged KV cache, by position."""
+"""Attention in the forward passes of a blend: over one sequence of a paged KV cache, masked by position.
+
+A pass of a blend runs the model's own layers; in each layer an `Attention` replaces the backend's attention. It runs as
+Triton kernels on a GPU, and as plain torch operations elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -25,18 +29,18 @@ class PagedSequence:
 
     @classmethod
     def of(cls, blocks: Sequence[int], block: int, device: str) -> PagedSequence:
-        """A sequence whose blocks are given as numbers."""
+        """A sequence from a list of block ids."""
         import torch
 
-        return cls(on_device(blocks, torch.int32, device), block)
+        return cls(to_device_async(blocks, torch.int32, device), block)
 
     @property
     def capacity(self) -> int:
-        """Tokens that the blocks have room for."""
+        """Number of tokens that fit into the blocks."""
         return len(self.blocks) * self.block
 
     def slots(self, positions: Tensor) -> Tensor:
-        """Place of each position in the flattened cache, int64 [m]: block id * block + offset."""
+        """Slot of each position in the flattened cache, int64 [m]: block id * block size + offset."""
         return self.blocks[positions // self.block].long() * self.block + positions % self.block
 
     def gather(self, cache: Tensor, length: int) -> Tensor:
@@ -46,10 +50,10 @@ class PagedSequence:
 
 
 def keys_and_values(cache: Tensor) -> tuple[Tensor, Tensor]:
-    """Views of a vLLM KV cache as [blocks, block, kv heads, size], whatever the version's layout.
+    """Views of a vLLM KV cache as [blocks, block, kv heads, size], independent of the vLLM version's layout.
 
     vLLM 0.25 keeps [blocks, 2, block, kv heads, size] in logical order for FlashAttention, FlashInfer and Triton, and
-    vLLM 0.32 and later [blocks, kv heads, block, 2 * size]; the order in memory is in the strides.
+    vLLM 0.32 and later [blocks, kv heads, block, 2 * size]; the strides give the order in memory.
 
     Raises:
         ValueError: The cache has another shape.
@@ -60,56 +64,56 @@ def keys_and_values(cache: Tensor) -> tuple[Tensor, Tensor]:
     if cache.dim() == 4 and cache.shape[3] % 2 == 0:
         both, size = cache.transpose(1, 2), cache.shape[3] // 2
         return both[..., :size], both[..., size:]
-    raise ValueError(f"a KV cache of shape {tuple(cache.shape)} is not known")
+    raise ValueError(f"unknown KV cache shape {tuple(cache.shape)}")
 
 
 class StopForward(Exception):  # noqa: N818 - not an error: ends a forward pass early
-    """Raised inside a layer once all that was wanted is known."""
+    """Raised inside a layer when the pass has computed all that is needed."""
 
 
 class Attention(Protocol):
-    """What a forward pass does in each layer."""
+    """Replaces the backend's attention in each layer of a pass."""
 
     def before_write(self, layer: int, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
         """Called before the layer's fresh KV [m, kv heads, size] is written over what the cache holds."""
         ...
 
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
-        """Query and out [m, heads, size]; keys and values [blocks, block, kv heads, size]."""
+        """Write attention to `out`; query and out [m, heads, size], keys and values [blocks, block, kv heads, size]."""
         ...
 
 
-class Nothing:
-    """No attention at all: what else a pass takes is wanted."""
+class NoAttention:
+    """Skips attention, to measure the memory of the rest of a pass."""
 
     def before_write(self, layer: int, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
-        """Nothing is seen."""
+        """Write zeros."""
         out.zero_()
 
 
-class Redo(Nothing):
-    """Attention by position over everything that is there."""
+class RecomputeAttention(NoAttention):
+    """Recomputes tokens: each attends to every position up to its own."""
 
     def __init__(self, attention: PagedAttention) -> None:
         self._attention = attention
 
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
-        """Attention by position."""
+        """Attend, masked by position."""
         self._attention.attend(query, keys, values, scale, out)
 
 
-class Watch(Nothing):
-    """The suffix's rows; from a layer on, adds up what they look at.
+class ObserveAttention(NoAttention):
+    """Runs the suffix's rows, and from one layer on accumulates the attention that each key gets.
 
     Args:
-        attention: Of the rows.
-        mass: Where it is added up, float32 [kv heads, n].
-        first_layer: The first layer that counts.
+        attention: Attention of the rows.
+        mass: Accumulated softmax probabilities, float32 [kv heads, n].
+        first_layer: First layer that counts.
         reduce: "sum" or "max" over rows, heads and layers.
-        last_layer: Where the pass ends, since its output is not needed; None: every layer runs to its end.
+        last_layer: Layer at which the pass stops, since its output is not needed; None: run all layers in full.
     """
 
     def __init__(
@@ -125,7 +129,7 @@ class Watch(Nothing):
         self._first, self._last = first_layer, last_layer
 
     def attend(self, layer: int, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> None:
-        """Attention; the upper layers' probabilities are added up."""
+        """Attend; accumulate the probabilities of the upper layers."""
         lse = self._attention.attend(query, keys, values, scale, out)
         if layer >= self._first:
             self._attention.add_mass(query, keys, scale, lse, self._mass, reduce=self._reduce)
@@ -133,8 +137,8 @@ class Watch(Nothing):
             raise StopForward
 
 
-class Check(Redo):
-    """All tokens through the first layers; notes how far the check layer's fresh KV is from the cached one."""
+class DeviationCheck(RecomputeAttention):
+    """Runs all tokens through the first layers; measures how far the check layer's fresh KV is from the cached KV."""
 
     def __init__(self, attention: PagedAttention, slots: Tensor, layer: int) -> None:
         super().__init__(attention)
@@ -142,7 +146,7 @@ class Check(Redo):
         self.deviation: Tensor | None = None
 
     def before_write(self, layer: int, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
-        """At the check layer: compare, and write nothing."""
+        """Compare at the check layer, and stop before anything is written there."""
         if layer < self._layer:
             return
         block = keys.shape[1]
@@ -157,17 +161,18 @@ class Check(Redo):
 
 _SPLIT_ROWS = 128  # fewer queries than this leave a GPU idle unless the keys are split
 _SPLIT_KEYS = 512
+_LOG2_E = 1.4426950408889634
 
 
 @dataclass
 class PagedAttention:
-    """Attention of queries at given positions over the keys before them, planned once and used in every layer.
+    """Attention of queries at given positions over the keys up to them; built once per pass, used in every layer.
 
     Args:
-        sequence: Where the keys lie.
-        positions: int32 [m], ascending.
+        sequence: The sequence whose keys are attended to.
+        positions: Positions of the queries, int32 [m], ascending.
         end: Largest position + 1.
-        hidden: Positions before the end that nobody may see, as their KV does not exist yet; int64, or None.
+        hidden: Positions before the end that are masked since their KV does not exist yet, int64; or None.
     """
 
     sequence: PagedSequence
@@ -188,10 +193,10 @@ class PagedAttention:
 
         Args:
             query: [m, heads, size].
-            keys: [blocks, block, kv heads, size], any strides but the last.
+            keys: [blocks, block, kv heads, size], contiguous in the last dimension.
             values: Likewise.
             scale: Factor of the scores.
-            out: [m, heads, size], is written.
+            out: Output, [m, heads, size].
 
         Returns:
             Base-2 logarithm of each softmax normaliser, float32 [m, heads].
@@ -199,7 +204,7 @@ class PagedAttention:
         if query.is_cuda:
             from lmcache_rag.connector import kernels
 
-            splits = 1 if len(query) > _SPLIT_ROWS else max(1, min(kernels.MOST_SPLITS, self.end // _SPLIT_KEYS))
+            splits = 1 if len(query) > _SPLIT_ROWS else max(1, min(kernels.MAX_SPLITS, self.end // _SPLIT_KEYS))
             return kernels.attend(
                 query,
                 keys,
@@ -217,7 +222,7 @@ class PagedAttention:
     def add_mass(
         self, query: Tensor, keys: Tensor, scale: float, lse: Tensor, mass: Tensor, *, reduce: str = "sum"
     ) -> None:
-        """Add to `mass` the softmax probability that each key got, float32 [kv heads, n]; or take the maximum."""
+        """Add the softmax probability of each key to `mass`, float32 [kv heads, n]; or take the maximum."""
         import torch
 
         visible = self.visible
@@ -241,7 +246,7 @@ class PagedAttention:
         import torch
 
         group = query.shape[1] // keys.shape[2]
-        end = int(self.positions[-1]) + 1  # what lies behind may not exist yet, and NaN * 0 is NaN
+        end = int(self.positions[-1]) + 1  # later KV may not exist yet, and NaN * 0 is NaN
         own = self.sequence.gather(values, end)
         if self.visible is not None:
             own = own.masked_fill(self.visible[:end, None, None] == 0, 0)
@@ -266,14 +271,15 @@ class PagedAttention:
 
 @dataclass(frozen=True)
 class FixedAttention:
-    """As PagedAttention, over tensors whose shapes and addresses stay: one CUDA graph serves every sequence.
+    """As PagedAttention, over tensors of fixed shape and address, so that one CUDA graph serves every sequence.
 
     Attributes:
-        blocks: The sequence's blocks, int32, with room for the longest sequence.
+        blocks: The sequence's blocks, int32, sized for the longest sequence.
         block: Tokens in a block.
-        positions: int32 [rows], at most 64; rows to spare stand behind the others at -1 and see nothing.
+        positions: Positions of the queries, int32 [rows], at most 64; padding rows come last, at -1, and attend to
+            nothing.
         end: Largest position + 1, int32 [1].
-        visible: Whether a position may be seen, uint8, with room for the longest sequence.
+        visible: Whether a position may be attended to, uint8, sized for the longest sequence.
     """
 
     blocks: Tensor
@@ -283,7 +289,7 @@ class FixedAttention:
     visible: Tensor
 
     def attend(self, query: Tensor, keys: Tensor, values: Tensor, scale: float, out: Tensor) -> Tensor:
-        """See PagedAttention. Rows to spare get something finite, as long as the values are."""
+        """See PagedAttention. Padding rows get finite output, as long as the values are finite."""
         if query.is_cuda:
             from lmcache_rag.connector import kernels
 
@@ -300,7 +306,7 @@ class FixedAttention:
     def add_mass(
         self, query: Tensor, keys: Tensor, scale: float, lse: Tensor, mass: Tensor, *, reduce: str = "sum"
     ) -> None:
-        """See PagedAttention. Of `mass`, only what stands before the end is touched; rows to spare add nothing."""
+        """See PagedAttention. Only positions of `mass` before the end are written; padding rows add nothing."""
         if query.is_cuda:
             from lmcache_rag.connector import kernels
 
@@ -313,23 +319,24 @@ class FixedAttention:
             own.add_mass(query[:rows], keys, scale, lse[:rows], mass[:, : own.end], reduce=reduce)
 
     def _own(self) -> tuple[PagedAttention, int]:
-        """The same for this sequence alone, and its rows. Waits for the device, so not on a GPU."""
+        """The same attention without padding, and its number of rows. Synchronises, so it is not used on a GPU."""
         rows, end = int((self.positions >= 0).sum()), int(self.end)
         own = PagedAttention(PagedSequence(self.blocks, self.block), self.positions[:rows], end)
         own.visible = self.visible[:end]
         return own, rows
 
 
-_LOG2_E = 1.4426950408889634
+def to_device_async(values: Sequence[int] | Tensor, dtype: Any, device: Any) -> Tensor:
+    """Copy integers, or a tensor in host memory, to the device without waiting for the GPU.
 
-
-def on_device(values: Sequence[int] | Tensor, dtype: Any, device: Any) -> Tensor:
-    """Whole numbers, or a tensor in the host's memory, as a tensor on the device."""
+    The copy is made from pinned memory. From other memory CUDA copies only when all earlier work on the stream is done:
+    the host would wait for the load of a request's KV before it could queue the work that follows.
+    """
     import torch
 
     if isinstance(values, torch.Tensor):
         host = values
-    else:  # by way of an array: torch.tensor takes three times as long, a millisecond for a prompt's tokens
+    else:  # through an array: torch.tensor takes three times as long, a millisecond for a prompt's tokens
         numbers = values if isinstance(values, array) and values else array("q", values or (0,))
         host = torch.frombuffer(numbers, dtype=torch.int64)
     host = host[: len(values)].to(dtype)
@@ -338,8 +345,8 @@ def on_device(values: Sequence[int] | Tensor, dtype: Any, device: Any) -> Tensor
     return host.to(device, dtype, non_blocking=True)
 
 
-class Number:
-    """A number that comes back from the device.
+class AsyncScalar:
+    """A number that is copied from the device to the host asynchronously.
 
     Args:
         value: A tensor with one element.
@@ -357,7 +364,7 @@ class Number:
             self._event.record()
 
     def read(self) -> float:
-        """The number. Waits for what came before it on the stream, and for nothing behind it."""
+        """Return the number. Waits for the work queued before it on the stream, not for later work."""
         if self._event is not None:
             self._event.synchronize()
         return float(self._host)

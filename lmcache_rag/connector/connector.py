@@ -31,8 +31,8 @@ from lmcache_rag.connector.scheduler_side import SchedulerSide
 from lmcache_rag.connector.secret import find_secret
 from lmcache_rag.connector.stats import BlendPromMetrics, BlendStats
 from lmcache_rag.connector.told import BlendResults, Readiness
-from lmcache_rag.connector.transfers import FreedOnce, HeldBlocks, StoresHeldBack
-from lmcache_rag.connector.worker import prepared
+from lmcache_rag.connector.transfers import FencedBlocks, FinishedGate, FinishedOnce
+from lmcache_rag.connector.worker import start_worker
 from lmcache_rag.protocol import (
     ANSWER,
     FORGET,
@@ -80,11 +80,11 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         self._side: SchedulerSide | None = None
         self._worker: Any = None
         self._connector_stats = BlendStats()
-        self._freed, self._stores = FreedOnce(), StoresHeldBack()
+        self._freed, self._stores = FinishedOnce(), FinishedGate()
         self._asked: set[str] = set()  # requests whose look-up by LMCache's own connector has no result that was used
         self._left: set[str] = set()  # requests that something raised for: vLLM computes them, nothing of them is kept
         self._taken: Any = None  # the workers' metadata that was taken last
-        self._held = HeldBlocks(lambda: self._gpu_block_pool)
+        self._held = FencedBlocks()
         if role == KVConnectorRole.WORKER:
             parallel = adapter.parallel_strategy
             get = vllm_config.kv_transfer_config.get_from_extra_config
@@ -134,7 +134,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         with compat_lmcache.registering(self.worker_adapter, may_fail=self._options.chunk_size > 0) as failed:
             super().register_kv_caches(kv_caches)
         absent = bool(failed)
-        found = prepared(self._vllm_config, self.worker_adapter, self._options, absent=absent)
+        found = start_worker(self._vllm_config, self.worker_adapter, self._options, absent=absent)
         self._worker, self._why_not, self._self_check = found
         compat_lmcache.ensure_heartbeat(self.worker_adapter)
         if self._why_not is not None:
@@ -246,6 +246,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         """Scheduler: vLLM's own blocks, for hot chunks."""
         super().bind_gpu_block_pool(gpu_block_pool)
+        self._held.pool = gpu_block_pool
         block = self._hash_block()
         if self._side is None or not getattr(gpu_block_pool, "enable_caching", False):
             return
@@ -369,7 +370,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             for request_id, blocks in meta.late:
                 self._held.add(request_id, blocks)
             for request_id in meta.over:
-                self._held.over(request_id)
+                self._held.release(request_id)
 
     def request_finished(self, request: Any, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         """Hand the reuse statistics to the response."""
@@ -499,6 +500,6 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         self._in_flight.hold_receipts()
         meta = BlendResults(lmcache=super().build_connector_worker_meta())
         if self._worker is not None:
-            meta.results, (late, meta.over) = self._worker.take_results(), self._worker.take_late()
+            meta.results, (late, meta.over) = self._worker.take_results(), self._worker.take_timed_out()
             meta.late = list(late.items())
         return meta if meta.results or meta.late or meta.over or meta.lmcache else None

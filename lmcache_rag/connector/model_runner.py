@@ -1,4 +1,4 @@
-"""A model inside a vLLM worker."""
+"""The model in a vLLM worker: whether it is supported, its forward passes, their memory, copies inside its KV cache."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from lmcache_rag.architectures import MODEL_CLASSES
 from lmcache_rag.blend.policies import QueryPolicy
 from lmcache_rag.connector import compat_vllm
-from lmcache_rag.connector.attention import Nothing, PagedSequence, keys_and_values, on_device
-from lmcache_rag.connector.cuda_graph import ROWS, CapturedWatch, CudaGraph
+from lmcache_rag.connector.attention import NoAttention, PagedSequence, keys_and_values, to_device_async
+from lmcache_rag.connector.cuda_graph import ROWS, CapturedQueryPass, CudaGraph
 from lmcache_rag.connector.plan import Match
 from lmcache_rag.protocol import CannotBlend, Unsupported
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("lmcache_rag")
 
 BACKENDS = ("FlashAttentionImpl", "FlashInferImpl", "TritonAttentionImpl")
-# An angle is a matter of the position alone, and a table holds it for each: moving a key is turning it.
+# Their angles depend on the position alone and are in a table: a key is moved by rotating it.
 ROTARIES = (
     "RotaryEmbedding",
     "LinearScalingRotaryEmbedding",
@@ -38,10 +38,13 @@ ROTARIES = (
 )
 
 
-def why_not(vllm_config: Any, model: Any) -> Unsupported | None:
-    """Why this model cannot be blended in vLLM; None when it can. Its KV caches are made."""
+# -- support checks ---------------------------------------------------------------------------------------------------
+
+
+def unsupported_reason(vllm_config: Any, model: Any) -> Unsupported | None:
+    """Why this model cannot be blended in vLLM; None if it can. Its KV caches must exist."""
     name = type(model).__name__
-    if reason := _why_not_machine(vllm_config) or _why_not_parallel(vllm_config.parallel_config):
+    if reason := _unsupported_machine(vllm_config) or _unsupported_parallelism(vllm_config.parallel_config):
         return reason
     if name not in MODEL_CLASSES:
         return Unsupported(CannotBlend.MODEL, f"{name} is not supported (supported: {', '.join(MODEL_CLASSES)})")
@@ -54,9 +57,9 @@ def why_not(vllm_config: Any, model: Any) -> Unsupported | None:
         return Unsupported(CannotBlend.ATTENTION, detail)
     layers = compat_vllm.attention_layers(vllm_config)
     for key, layer in layers.items():
-        if detail := _why_not_layer(key, layer):
+        if detail := _unsupported_attention(key, layer):
             return Unsupported(CannotBlend.ATTENTION, detail)
-        if detail := _why_not_cache(layer, vllm_config.cache_config.block_size):
+        if detail := _unsupported_cache(layer, vllm_config.cache_config.block_size):
             return Unsupported(CannotBlend.KV_CACHE, detail)
     if len(layers) != vllm_config.model_config.hf_text_config.num_hidden_layers:
         return Unsupported(CannotBlend.MODEL, "the model has other layers with KV than its decoder's")
@@ -64,17 +67,17 @@ def why_not(vllm_config: Any, model: Any) -> Unsupported | None:
     if any((x.kv_cache.shape, x.kv_cache.stride()) != (first.shape, first.stride()) for x in layers.values()):
         return Unsupported(CannotBlend.KV_CACHE, "layers whose KV caches differ are not supported")
     rotaries = [layer.self_attn.rotary_emb for layer in model.model.layers]
-    details = (_why_not_rotary(rotary, rotaries[0], first) for rotary in rotaries)
+    details = (_unsupported_rotary(rotary, rotaries[0], first) for rotary in rotaries)
     return next((Unsupported(CannotBlend.ROTARY, detail) for detail in details if detail), None)
 
 
-def _why_not_machine(vllm_config: Any) -> Unsupported | None:
+def _unsupported_machine(vllm_config: Any) -> Unsupported | None:
     import torch
 
     if torch.version.hip is not None:
         return Unsupported(CannotBlend.ROCM, "AMD GPUs (ROCm) are not supported")
     if getattr(vllm_config.model_config, "enable_sleep_mode", False):
-        detail = "sleep mode takes away GPU memory that a blend needs, and LMCache has mapped"
+        detail = "sleep mode releases GPU memory that a blend needs and LMCache has mapped"
         return Unsupported(CannotBlend.SLEEP_MODE, detail)
     if compat_vllm.in_multi_connector():
         detail = "beside other connectors (MultiConnector) KV that is approximate would be stored as exact"
@@ -82,7 +85,7 @@ def _why_not_machine(vllm_config: Any) -> Unsupported | None:
     return None
 
 
-def _why_not_parallel(parallel: Any) -> Unsupported | None:
+def _unsupported_parallelism(parallel: Any) -> Unsupported | None:
     detail = ""
     if parallel.pipeline_parallel_size > 1:
         detail = "pipeline parallelism is not supported"
@@ -95,7 +98,7 @@ def _why_not_parallel(parallel: Any) -> Unsupported | None:
     return Unsupported(CannotBlend.PARALLELISM, detail) if detail else None
 
 
-def _why_not_layer(name: str, layer: Any) -> str:
+def _unsupported_attention(name: str, layer: Any) -> str:
     impl = getattr(layer, "impl", None)
     if impl is None:
         return f"{name} is no attention layer"
@@ -114,7 +117,7 @@ def _why_not_layer(name: str, layer: Any) -> str:
     return ""
 
 
-def _why_not_cache(layer: Any, block: int) -> str:
+def _unsupported_cache(layer: Any, block: int) -> str:
     if layer.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
         return f"a KV cache of type {layer.kv_cache_dtype} is not supported"
     try:
@@ -128,7 +131,7 @@ def _why_not_cache(layer: Any, block: int) -> str:
     return ""
 
 
-def _why_not_rotary(rotary: Any, first: Any, cache: Any) -> str:
+def _unsupported_rotary(rotary: Any, first: Any, cache: Any) -> str:
     import torch
 
     name, size = type(rotary).__name__, keys_and_values(cache)[0].shape[3]
@@ -140,25 +143,25 @@ def _why_not_rotary(rotary: Any, first: Any, cache: Any) -> str:
     return "" if rotary is first or same else "layers with rotary embeddings of their own are not supported"
 
 
-def takes_reports(vllm_config: Any) -> bool:
-    """Whether vLLM takes back what came of blocks that are reported behind the forward pass, and computes them again.
+def recomputes_reported_blocks(vllm_config: Any) -> bool:
+    """Whether vLLM discards the output of blocks reported after the forward pass, and recomputes them.
 
-    Scheduling asynchronously, as it does unless told otherwise, vLLM has scheduled the request's next step by then. It
-    drops the token of the step that reports, and keeps that of the next one, which was computed on the same blocks.
+    With asynchronous scheduling, its default, vLLM has scheduled the request's next step by then. It discards the token
+    of the step that reports, but keeps that of the next one, which was computed on the same blocks.
     """
     policy = getattr(vllm_config.kv_transfer_config, "kv_load_failure_policy", "fail")
     return policy == "recompute" and vllm_config.scheduler_config.async_scheduling is False
 
 
-def why_not_captured(vllm_config: Any) -> str:
-    """Why a pass through this model cannot be one CUDA graph; empty when it can."""
+def capture_unsupported_reason(vllm_config: Any) -> str:
+    """Why a pass through this model cannot be captured as a CUDA graph; empty if it can."""
     if vllm_config.model_config.enforce_eager:
         return "vLLM runs eagerly"
     if getattr(vllm_config.model_config, "enable_sleep_mode", False):
-        return "sleep mode"  # takes away what was allocated at start
+        return "sleep mode"  # releases what was allocated at start
     prefetch = getattr(getattr(vllm_config, "offload_config", None), "prefetch", None)
     if getattr(prefetch, "offload_group_size", 0):
-        return "weights are copied in during the pass"
+        return "weights are copied to the GPU during the pass"
     if vllm_config.scheduler_config.max_num_batched_tokens < ROWS:
         return "max_num_batched_tokens is too small"
     return ""
@@ -169,12 +172,15 @@ def rotary_of(model: Any) -> Any:
     return model.model.layers[0].self_attn.rotary_emb
 
 
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
 class VLLMModel:
-    """See lmcache_rag.connector.blend_pass.Model.
+    """The model of a vLLM worker; see lmcache_rag.connector.blend_pass.Model.
 
     Args:
         vllm_config: vLLM's configuration.
-        runner: The model runner, its model loaded and its KV caches made.
+        runner: vLLM's model runner; its model is loaded and its KV caches exist.
     """
 
     def __init__(self, vllm_config: Any, runner: Any) -> None:
@@ -184,7 +190,7 @@ class VLLMModel:
         self._index = {name: index for index, name in enumerate(layers)}
         self._layers = list(layers.values())
         self._caches = [keys_and_values(layer.kv_cache) for layer in self._layers]
-        self.captured: CapturedWatch | None = None
+        self.captured: CapturedQueryPass | None = None
         self._memory: PassMemory | None = None
         for implementation in {type(layer.impl) for layer in self._layers}:
             compat_vllm.patch_attention(implementation)
@@ -200,8 +206,8 @@ class VLLMModel:
         return int(self._caches[0][0].shape[2])
 
     @property
-    def most_tokens(self) -> int:
-        """Memory was profiled and code compiled for so many tokens."""
+    def max_tokens(self) -> int:
+        """Most tokens of one pass: vLLM profiled memory and compiled for that many."""
         return int(self._config.scheduler_config.max_num_batched_tokens)
 
     @property
@@ -216,7 +222,7 @@ class VLLMModel:
 
     @property
     def device(self) -> Any:
-        """Where the cache lies."""
+        """Device of the cache."""
         return self._caches[0][0].device
 
     def cache(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -224,7 +230,7 @@ class VLLMModel:
         return self._caches[layer]
 
     def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: Attention) -> Tensor:
-        """Run the model's own layers over these tokens, with our attention."""
+        """Run the model's own layers over these tokens, with the given attention."""
         return self._pass(ids, positions, slots, attention, as_graphs=True)
 
     def _pass(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: Attention, *, as_graphs: bool) -> Tensor:
@@ -232,8 +238,8 @@ class VLLMModel:
 
         rows = len(slots)
 
-        def each(layer: Any, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
-            # A CUDA graph has rows to spare: what is in them is nobody's.
+        def in_layer(layer: Any, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+            # vLLM pads the rows of a CUDA graph: the padding is ignored.
             query, key, value = query[:rows], key[:rows], value[:rows]
             index = self._index[layer.layer_name]
             keys, values = self._caches[index]
@@ -241,7 +247,7 @@ class VLLMModel:
             compat_vllm.write_kv(layer, key, value, slots)
             attention.attend(index, query, keys, values, layer.impl.scale, out[:rows].view(query.shape))
 
-        metadata = compat_vllm.OwnMetadata(each)
+        metadata = compat_vllm.OwnMetadata(in_layer)
         states: Tensor = compat_vllm.run_pass(
             self._config, self._runner, self._names, metadata, ids.to(torch.int32), positions, as_graphs=as_graphs
         )
@@ -257,12 +263,12 @@ class VLLMModel:
         return states
 
     def logits(self, hidden: Tensor) -> Tensor | None:
-        """The logits of hidden states; None on a rank that is not given them."""
+        """The logits of hidden states; None on a rank that does not get them."""
         found: Tensor | None = self._runner.get_model().compute_logits(hidden)
         return found
 
-    def moves(self, longest: int) -> dict[str, HotCopy]:
-        """What moves chunk KV over distances up to that: by the table that LMCache gets, and by that of hot chunks."""
+    def copies(self, longest: int) -> dict[str, GpuCopy]:
+        """Copies over distances up to that, by name: with LMCache's rotary table, and with that of resident chunks."""
         rotary = rotary_of(self._runner.get_model())
         tables = {
             "by LMCache's rotary table": rotary.cos_sin_cache,
@@ -270,14 +276,14 @@ class VLLMModel:
         }
         neox = bool(rotary.is_neox_style)
         return {
-            name: HotCopy(self._caches, table[:longest].to(self.device), neox=neox) for name, table in tables.items()
+            name: GpuCopy(self._caches, table[:longest].to(self.device), neox=neox) for name, table in tables.items()
         }
 
-    def hot_copy(self) -> HotCopy:
-        """What moves KV inside this model's cache."""
+    def gpu_copy(self) -> GpuCopy:
+        """Copies KV inside this model's cache."""
         rotary = rotary_of(self._runner.get_model())
         table = compat_vllm.exact_rotary_table(rotary).to(self.device)
-        return HotCopy(self._caches, table, neox=bool(rotary.is_neox_style))
+        return GpuCopy(self._caches, table, neox=bool(rotary.is_neox_style))
 
     @property
     def ranks(self) -> int:
@@ -286,24 +292,24 @@ class VLLMModel:
 
     @property
     def rank(self) -> int:
-        """Which of them this is."""
+        """This worker's tensor-parallel rank."""
         return compat_vllm.tensor_parallel_rank()
 
     def sum_over_ranks(self, scores: Tensor) -> Tensor:
-        """Sum over the tensor-parallel ranks."""
+        """The sum over the tensor-parallel ranks."""
         result: Tensor = compat_vllm.tensor_parallel_sum(scores)
         return result
 
     def all_ranks(self, fine: bool) -> bool:
-        """Whether this is true on every tensor-parallel rank: all take the same decision."""
+        """Whether this is true on every tensor-parallel rank, so that all take the same decision."""
         return compat_vllm.true_on_all_ranks(fine)
 
     def has_memory(self, tokens: int, length: int) -> bool:
-        """Whether this rank has memory for passes of so many tokens in a sequence of that length, and keeps it.
+        """Whether this rank has memory for passes of that many tokens in a sequence of that length, and reserves it.
 
-        One rank alone need not ask: it can leave a pass for which there is none.
+        Always true without tensor parallelism: a single rank can abort a pass that runs out of memory.
         """
-        return self._memory is None or self._memory.room(tokens, length)
+        return self._memory is None or self._memory.reserve(tokens, length)
 
     def warm_up(self) -> None:
         """Compile the kernels before the first request."""
@@ -312,25 +318,25 @@ class VLLMModel:
         kernels.warm_up(*self._caches[0], self.heads)
 
     def capture(self) -> None:
-        """Capture the default policy's pass, and see what memory passes take. Tensor-parallel ranks do so together."""
+        """Capture the default policy's pass, and measure passes' memory. All tensor-parallel ranks must call it."""
         self.captured = self._capture(QueryPolicy())
         if self.ranks > 1:
-            from lmcache_rag.connector.kernels import MOST_SPLITS
+            from lmcache_rag.connector.kernels import MAX_SPLITS
 
-            run = functools.partial(self._pass, attention=Nothing(), as_graphs=False)
-            most = self.most_tokens
-            self._memory = measured(run, most, heads=self.heads, cache=self._caches[0], splits=MOST_SPLITS)
+            run = functools.partial(self._pass, attention=NoAttention(), as_graphs=False)
+            largest = self.max_tokens
+            self._memory = measure_pass_memory(run, largest, heads=self.heads, cache=self._caches[0], splits=MAX_SPLITS)
 
-    def _capture(self, policy: QueryPolicy) -> CapturedWatch | None:
-        """The policy's pass as a CUDA graph; None where that cannot be: then it is launched layer by layer."""
-        if reason := why_not_captured(self._config):
+    def _capture(self, policy: QueryPolicy) -> CapturedQueryPass | None:
+        """The policy's pass as a CUDA graph; None if it cannot be captured: then it is launched layer by layer."""
+        if reason := capture_unsupported_reason(self._config):
             log.info("The query pass is not captured as a CUDA graph: %s", reason)
             return None
         ranks = self._config.parallel_config.tensor_parallel_size
-        surroundings = functools.partial(compat_vllm.recording, self.device) if ranks > 1 else None
-        watch: CapturedWatch | None = None
+        capture_context = functools.partial(compat_vllm.recording, self.device) if ranks > 1 else None
+        captured: CapturedQueryPass | None = None
         try:
-            watch = CapturedWatch(
+            captured = CapturedQueryPass(
                 functools.partial(self._pass, as_graphs=False),
                 layers=self.layers,
                 kv_heads=self.kv_heads,
@@ -339,45 +345,53 @@ class VLLMModel:
                 device=self.device,
                 from_layer=policy.from_layer,
                 reduce=policy.reduce,
-                graph=CudaGraph(surroundings),
+                graph=CudaGraph(capture_context),
             )
-            watch.capture()
-        except Exception as error:  # whatever a backend cannot do while it is recorded: the other way works
-            log.warning("The query pass could not be captured as a CUDA graph (%s); it is launched instead", error)
-            watch = None
-        if ranks > 1 and not self.all_ranks(watch is not None):
-            return None  # a graph's pass is padded: ranks that add up their parts must all replay it, or none
-        return watch
+            captured.capture()
+        except Exception as error:  # something that the backend cannot do during a capture; without a graph it works
+            log.warning(
+                "The query pass could not be captured as a CUDA graph: %s. It is launched layer by layer.", error
+            )
+            captured = None
+        if ranks > 1 and not self.all_ranks(captured is not None):
+            return None  # a graph's pass is padded: for the ranks' sums either all must replay it or none
+        return captured
 
 
-MARGIN = 1.25  # what is asked for is one piece, and is handed out in many
-_FEW, _MANY = 512, 2048  # two sizes of passes: what one takes more for each token, any takes
-_SCORES = 24  # bytes for a token of the prompt: the selection's int64 and float32 vectors, some at the same time
+# -- memory of passes -------------------------------------------------------------------------------------------------
+
+# A tensor-parallel rank that runs out of memory in the middle of a pass cannot leave it: the others wait for its part
+# of each layer's sum. So ranks reserve the memory before a pass, and vote. A reservation is freed at once, which leaves
+# the memory with PyTorch's allocator, and there is enough when the pass allocates it.
+
+MARGIN = 1.25  # a reservation is one allocation, the pass makes many
+_FEW, _MANY = 512, 2048  # sizes of the two passes that are measured: their difference is the memory per token
+_SCORES = 24  # bytes per token of the prompt: the selection's int64 and float32 vectors, some alive at the same time
 _DISTANCES = 5  # float32 copies of fresh and cached keys and values that a check layer compares
 
 
 @dataclass(frozen=True)
 class PassMemory:
-    """What a pass of a blend takes on this rank.
+    """GPU memory of a blend's pass on this rank.
 
     Attributes:
-        fixed: Bytes for any pass.
-        token: Bytes for each of its tokens.
-        behind: Bytes for each token of the sequence that it looks at.
-        device: Where.
+        fixed: Bytes of any pass.
+        per_token: Bytes per token of the pass.
+        per_context_token: Bytes per token of the sequence that it attends to.
+        device: The GPU.
     """
 
     fixed: float
-    token: float
-    behind: float
+    per_token: float
+    per_context_token: float
     device: Any
 
     def need(self, tokens: int, length: int) -> int:
-        """Bytes for passes of so many tokens in a sequence of that length."""
-        return int(MARGIN * (self.fixed + tokens * self.token + length * self.behind))
+        """Bytes for passes of that many tokens in a sequence of that length."""
+        return int(MARGIN * (self.fixed + tokens * self.per_token + length * self.per_context_token))
 
-    def room(self, tokens: int, length: int) -> bool:
-        """Whether this rank has that much; it has it from now on."""
+    def reserve(self, tokens: int, length: int) -> bool:
+        """Whether this rank has that much memory; PyTorch's allocator keeps it for the pass."""
         import torch
 
         try:
@@ -387,33 +401,38 @@ class PassMemory:
         return True
 
 
-def measured(
-    run: Callable[[Tensor, Tensor, Tensor], object], most: int, *, heads: int, cache: tuple[Tensor, Tensor], splits: int
+def measure_pass_memory(
+    run: Callable[[Tensor, Tensor, Tensor], object],
+    largest: int,
+    *,
+    heads: int,
+    cache: tuple[Tensor, Tensor],
+    splits: int,
 ) -> PassMemory:
-    """What passes take, from one of few tokens and one of many. Tensor-parallel ranks do so together.
+    """Measure the memory of passes, by a small and a large one. All tensor-parallel ranks must call it.
 
     Args:
-        run: Runs all layers over ids and positions, int64 [m], and slots, int64 [m], of which none is written.
-        most: Most tokens of a pass.
+        run: Runs all layers over ids and positions, int64 [m], and slots, int64 [m], none of which is written.
+        largest: Most tokens of a pass.
         heads: Query heads of this rank.
         cache: Keys and values of a layer.
-        splits: Most parts into which the attention of few tokens divides the keys.
+        splits: Most parts into which the attention of few tokens splits the keys.
     """
     keys = cache[0]
     kv_heads, size = int(keys.shape[2]), int(keys.shape[3])
-    few, many = min(_FEW, most), min(_MANY, most)
+    few, many = min(_FEW, largest), min(_MANY, largest)
     small, large = _peak(run, few, keys.device), _peak(run, many, keys.device)
     token = (large - small) / (many - few) if many > few else small / few
     return PassMemory(
         fixed=max(small - few * token, 0.0) + splits * 128 * heads * (size + 1) * 4,
-        token=token + _DISTANCES * kv_heads * size * 4,
-        behind=2 * kv_heads * size * keys.element_size() + 4 * kv_heads + _SCORES * 8,
+        per_token=token + _DISTANCES * kv_heads * size * 4,
+        per_context_token=2 * kv_heads * size * keys.element_size() + 4 * kv_heads + _SCORES * 8,
         device=keys.device,
     )
 
 
 def _peak(run: Callable[[Tensor, Tensor, Tensor], object], tokens: int, device: Any) -> int:
-    """Bytes that a pass of so many tokens takes at its worst, beside what was there."""
+    """Peak bytes that a pass of that many tokens allocates."""
     import torch
 
     ids = torch.zeros(tokens, dtype=torch.int64, device=device)
@@ -425,13 +444,16 @@ def _peak(run: Callable[[Tensor, Tensor, Tensor], object], tokens: int, device: 
     return torch.cuda.max_memory_allocated(device) - before
 
 
-class HotCopy:
-    """Moves tokens from other sequences' blocks to a request's own.
+# -- copies inside the KV cache ---------------------------------------------------------------------------------------
+
+
+class GpuCopy:
+    """Copies resident chunks from other sequences' blocks to a request's own, keys rotated to their new positions.
 
     Args:
         caches: Keys and values of each layer, each [blocks, block, kv heads, size].
-        table: Cosines, then sines, of each position: float32 [positions, size]; a magnitude (YaRN) is taken out.
-        neox: Whether halves rather than neighbours of a head are turned together.
+        table: Cosines, then sines, of each position: float32 [positions, size]; a magnitude (YaRN) is divided out.
+        neox: Whether rotary pairs are halves of a head rather than neighbours.
     """
 
     def __init__(self, caches: Sequence[tuple[Tensor, Tensor]], table: Tensor, *, neox: bool) -> None:
@@ -444,25 +466,20 @@ class HotCopy:
         addresses = [pair[part].data_ptr() for part in (0, 1) for pair in self._caches]
         self._pointers = torch.tensor(addresses, dtype=torch.int64, device=self._table.device)
 
-    @property
-    def reach(self) -> int:
-        """Keys cannot be moved further than this."""
-        return int(self._table.shape[0]) - 1
-
     def warm_up(self) -> None:
-        """Compile the kernel before the first request: vLLM's null block, which nobody reads, is copied to itself."""
+        """Compile the kernel before the first request: copies vLLM's null block, which is never read, to itself."""
         block = self._caches[0][0].shape[1]
         self.run([Match(0, block, 0, block, block=0)], PagedSequence.of((0,), block, str(self._table.device)))
 
     def run(self, matches: Sequence[Match], sequence: PagedSequence) -> None:
-        """Copy hot matches to their places. Work is queued on the current stream."""
+        """Copy resident matches to their new positions. The work is queued on the current stream."""
         import torch
 
         device = self._table.device
         block = sequence.block
         new_starts, _, old_starts, _, _, old_blocks = zip(*matches, strict=True)
         columns = [*old_blocks, *new_starts, *map(sub, new_starts, old_starts)]
-        blocks, starts, deltas = on_device(columns, torch.int64, device).view(3, -1)
+        blocks, starts, deltas = to_device_async(columns, torch.int64, device).view(3, -1)
         within = torch.arange(block, device=device)
         source = (blocks[:, None] * block + within).flatten()
         target = sequence.slots((starts[:, None] + within).flatten())
