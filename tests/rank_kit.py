@@ -106,7 +106,7 @@ class Rank(World):
     def __init__(self, hf: HFModel, rank: int, *, fault: str = "", policy: str = "query", **options: Any) -> None:
         self.rank, self.ranks = rank, RANKS
         background, memory = options.pop("background", False), options.pop("memory", 1 << 30)
-        super().__init__(hf, fault if rank == RANKS - 1 else "", policy, piece=20, **options)
+        super().__init__(hf, fault if rank == RANKS - 1 else "", policy, chunk_size=20, **options)
         self.plan = replace(self.plan, background=background)
         if rank == RANKS - 1:
             self.model.memory = memory

@@ -459,8 +459,12 @@ def test_a_worker_that_cannot_get_ready_serves_as_lmcaches_own(
     ours.register_kv_caches({"layer": 1})
     assert registered == [{"layer": 1}]
     assert ours._worker is None
-    assert ours.get_handshake_metadata().unsupported.detail.startswith("getting ready failed: AttributeError: 'Odd'")
-    said = [record for record in caplog.records if "KV is not blended: getting ready failed" in record.getMessage()]
+    assert ours.get_handshake_metadata().unsupported.detail.startswith(
+        "blend initialisation failed: AttributeError: 'Odd'"
+    )
+    said = [
+        record for record in caplog.records if "KV is not blended: blend initialisation failed" in record.getMessage()
+    ]
     assert [record.levelname for record in said] == ["WARNING"]
 
 

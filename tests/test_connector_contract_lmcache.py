@@ -44,12 +44,12 @@ with warnings.catch_warnings():
     from lmcache_rag.connector import connector, lmcache_client, lmcache_transfers
     from lmcache_rag.connector.cache_salt import CacheSalts, renumbered
     from lmcache_rag.connector.config import ConnectorOptions
-    from lmcache_rag.connector.frees import StoresHeldBack
     from lmcache_rag.connector.gpu_chunks import PrefixCache
     from lmcache_rag.connector.lmcache_client import from_lmcache, to_lmcache
     from lmcache_rag.connector.lookup import SchedulerClient
     from lmcache_rag.connector.metadata import BlendPlan
     from lmcache_rag.connector.scheduler import BlendScheduler
+    from lmcache_rag.connector.transfers import FinishedGate
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -243,7 +243,7 @@ def test_a_request_is_freed_once_whatever_lmcache_says_of_it() -> None:
     assert "self.get_finished(" in inspect.getsource(stock.get_transfer_results)
 
     one: Any = bare()
-    one._stores = StoresHeldBack()
+    one._stores = FinishedGate()
     one._enable_kv_events = one.lazy_offload = False
     one._scheduler.remove("a", delayed=True)
     output = KVConnectorOutput(finished_recving={"a"}, finished_sending={"a", "b"})
@@ -283,7 +283,7 @@ def test_vllm_waits_for_what_is_blended_in_the_background() -> None:
 def test_the_null_block_is_nobodys() -> None:
     from vllm.v1.core.block_pool import BlockPool
 
-    from lmcache_rag.connector.worker_side import NULL_BLOCK
+    from lmcache_rag.connector.job import NULL_BLOCK
 
     pool = BlockPool(4, False, 16)
     assert (pool.null_block.block_id, pool.null_block.is_null) == (NULL_BLOCK, True)

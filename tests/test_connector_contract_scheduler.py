@@ -198,7 +198,7 @@ def test_blocks_that_may_still_be_written_to_are_given_to_nobody(make: Any) -> N
     while engine.scheduler.has_requests():
         engine.step()
     pool = engine.scheduler.kv_cache_manager.block_pool
-    (held,) = engine.connector._scheduler.fenced._held.values()
+    (held,) = engine.connector._scheduler.fenced._fenced.values()
     assert len(held) == -(-700 // BLOCK)
     assert pool.get_num_free_blocks() == BLOCKS - 1 - len(held)
     taken = pool.get_new_blocks(pool.get_num_free_blocks())

@@ -31,11 +31,11 @@ with warnings.catch_warnings():
 
     from lmcache_rag.connector import connector, lmcache_client, lmcache_transfers
     from lmcache_rag.connector.config import ConnectorOptions
-    from lmcache_rag.connector.frees import StoresHeldBack
     from lmcache_rag.connector.gpu_chunks import PrefixCache
     from lmcache_rag.connector.lmcache_client import from_lmcache, to_lmcache
     from lmcache_rag.connector.metadata import BlendResult, BlendWorkerMetadata
     from lmcache_rag.connector.scheduler import BlendScheduler
+    from lmcache_rag.connector.transfers import FinishedGate
     from lmcache_rag.protocol import UNTIL
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -85,7 +85,7 @@ class Worker:
         self.adapter.transfer_ctx._mq_timeout = LONG
         self.connector: Any = object.__new__(connector.CacheBlendConnector)
         self.connector.worker_adapter, self.connector._worker = self.adapter, None
-        self.connector._stores, self.connector._can_store = StoresHeldBack(), True
+        self.connector._stores, self.connector._can_store = FinishedGate(), True
         self.connector.lazy_offload = self.connector._enable_kv_events = False
         self.connector._report_request_errors = False
         self.connector._kv_events_hook_called = True

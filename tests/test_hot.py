@@ -14,11 +14,11 @@ import torch
 from models import tiny_model
 from paged_kit import PagedModel
 
+from lmcache_rag.connector.attention import PagedSequence
 from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.connector.gpu_chunks import GpuChunks, ResidentChunks, UncomputedBlocks, without_overlap
-from lmcache_rag.connector.hot_copy import HotCopy
 from lmcache_rag.connector.metadata import BlendResult, Match
-from lmcache_rag.connector.paged import PagedSequence
+from lmcache_rag.connector.model_runner import GpuCopy
 from lmcache_rag.connector.scheduler import BlendScheduler
 from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.protocol import named_spans
@@ -287,7 +287,7 @@ def test_a_copied_key_is_the_key_at_its_new_position(tokenizer: Any, scaling: st
         matches = [
             Match(start + i, start + i + BLOCK, 64 + i, 80 + i, block=4 + (64 + i) // BLOCK) for i in (0, 16, 32)
         ]
-        HotCopy(paged.caches, table, neox=True).run(matches, target)
+        GpuCopy(paged.caches, table, neox=True).run(matches, target)
         want_keys, want_values = computed(start)
         got_keys, got_values = paged.read(target, 0, start + 48)
         torch.testing.assert_close(got_keys[:, start:], want_keys, atol=1e-4, rtol=1e-4)

@@ -11,7 +11,7 @@ import pytest
 from scheduler_kit import Block
 
 from lmcache_rag.connector import lmcache_client, lmcache_transfers
-from lmcache_rag.connector.late import HeldBlocks, Late, LateLoads
+from lmcache_rag.connector.transfers import FencedBlocks, TimedOutLoad, TimedOutLoads
 
 
 class Link:
@@ -33,10 +33,10 @@ class Link:
         return self.ended and since < 100
 
 
-def loads(link: Any, **options: Any) -> LateLoads:
-    late = LateLoads(link, **options)
-    late.add(Late("a", (1, 2), ("x", "y"), 50.0))
-    late.add(Late("b", (3,), ("z",), 500.0))
+def loads(link: Any, **options: Any) -> TimedOutLoads:
+    late = TimedOutLoads(link, **options)
+    late.add(TimedOutLoad("a", (1, 2), ("x", "y"), 50.0))
+    late.add(TimedOutLoad("b", (3,), ("z",), 500.0))
     return late
 
 
@@ -80,19 +80,19 @@ def test_blocks_are_kept_until_every_rank_is_done_with_them() -> None:
                 block.users -= 1
 
     pool = Pool()
-    held = HeldBlocks(lambda: pool)
+    held = FencedBlocks(pool)
     held.add("a", (2, 3))
     held.add("a", (2, 3))
     held.add("b", (3,))
     assert [block.users for block in pool.blocks] == [0, 0, 1, 2, 0, 0]
-    held.over("a")
+    held.release("a")
     assert len(held) == 2
-    held.over("a")
-    held.over("nobody")
+    held.release("a")
+    held.release("nobody")
     assert [block.users for block in pool.blocks] == [0, 0, 0, 1, 0, 0]
-    held.over("b")
+    held.release("b")
     assert (len(held), sum(block.users for block in pool.blocks)) == (0, 0)
-    HeldBlocks(lambda: None).add("a", (1,))
+    FencedBlocks().add("a", (1,))
 
 
 def test_whether_a_server_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from rank_kit import RANKS, SCENARIOS
 from test_worker_side import PREFIX, World
 
 from lmcache_rag.blend.policies import get_policy, select
-from lmcache_rag.connector.work import SMALLEST
+from lmcache_rag.connector.job import SMALLEST
 from lmcache_rag.engines.hf_model import HFModel
 
 Outcome = dict[str, Any]

@@ -278,7 +278,7 @@ class Schedules(RuleBasedStateMachine):
             assert self.side.store_limit(request.request_id) == min(request.hidden)
 
     def load(self, plan: Any) -> None:
-        """As WorkerSide: asks for what is exact in the step that brings the plan, and with it gives back the locks.
+        """As BlendWorker: asks for what is exact in the step that brings the plan, and with it gives back the locks.
 
         In the background too: whoever is aborted later, while the rest of the plan is under way, holds none.
         """
@@ -287,7 +287,7 @@ class Schedules(RuleBasedStateMachine):
             self.server.give_back(plan.request_id, plan.local // CHUNK * CHUNK, lookup.request.cached[0])
 
     def work(self, plan: Any, failing: bool) -> BlendResult:
-        """As WorkerSide."""
+        """As BlendWorker."""
         if failing or not self.server.up:
             return BlendResult(plan.request_id, plan.local, 0, 0, plan.end - plan.local, 1.0, 1.0, "load failed")
         covered = sum(match.end - match.start for match in plan.matches)

@@ -27,8 +27,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm_cpu_kit import Process, answers, free_port
 
-from lmcache_rag.connector.frees import StoresHeldBack
 from lmcache_rag.connector.metadata import BlendHandshakeMetadata, BlendPlan, BlendResult, BlendWorkerMetadata, Match
+from lmcache_rag.connector.transfers import FinishedGate
 from lmcache_rag.protocol import SelfCheck
 
 BLOCKS = 90
@@ -96,7 +96,7 @@ class Worker:
     def __init__(self, lookups: dict[str, Lookup]) -> None:
         self._lookups = lookups
         self.background: list[list[Any]] = []
-        self.stores = StoresHeldBack()
+        self.stores = FinishedGate()
         self.done: Counter[str] = Counter()
 
     def step(self, plans: list[BlendPlan], finished: set[str], slow: int) -> KVConnectorOutput:

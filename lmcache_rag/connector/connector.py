@@ -20,15 +20,15 @@ from lmcache_rag.connector import cache_salt, lmcache_client, lmcache_transfers,
 from lmcache_rag.connector.authorization import IngestKey, RequestValidation
 from lmcache_rag.connector.cache_salt import CacheSalts
 from lmcache_rag.connector.config import ConnectorOptions
-from lmcache_rag.connector.frees import StoresHeldBack
 from lmcache_rag.connector.gpu_chunks import PrefixCache
 from lmcache_rag.connector.identity import identity
 from lmcache_rag.connector.lookup import SchedulerClient
 from lmcache_rag.connector.metadata import NOT_READY, BlendHandshakeMetadata, BlendWorkerMetadata
 from lmcache_rag.connector.metrics import BlendPromMetrics, BlendStats
-from lmcache_rag.connector.prepare import prepared
 from lmcache_rag.connector.scheduler import BlendScheduler
 from lmcache_rag.connector.secret import find_secret
+from lmcache_rag.connector.transfers import FinishedGate
+from lmcache_rag.connector.worker import start_worker
 from lmcache_rag.protocol import ANSWER
 
 log = logging.getLogger("lmcache_rag")
@@ -93,7 +93,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             adapter, partial(lmcache_client.has_ended, address), registration.renew
         )
         lmcache_client.bound(adapter)
-        self._stores = StoresHeldBack()
+        self._stores = FinishedGate()
         self._handshake = BlendHandshakeMetadata(NOT_READY)
         self._worker: Any = None
 
@@ -103,11 +103,15 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         """Worker: register the caches with LMCache, then find out whether this worker can blend."""
         with lmcache_client.registering(self.worker_adapter, may_fail=self._options.chunk_size > 0) as failed:
             super().register_kv_caches(kv_caches)
-        found = prepared(self._vllm_config, self.worker_adapter, self._options, absent=bool(failed))
-        self._worker, self._handshake = found.side, BlendHandshakeMetadata(found.why_not, found.self_check)
+        found = start_worker(self._vllm_config, self.worker_adapter, self._options, absent=bool(failed))
+        self._worker = found.worker
+        self._handshake = BlendHandshakeMetadata(found.unsupported_reason, found.self_check)
         lmcache_client.ensure_heartbeat(self.worker_adapter)
-        if found.why_not is not None:
-            log.warning("KV is not blended: %s. Exact prefixes are reused, everything else is computed.", found.why_not)
+        if found.unsupported_reason is not None:
+            log.warning(
+                "KV is not blended: %s. Exact prefixes are reused, everything else is computed.",
+                found.unsupported_reason,
+            )
         else:
             log.info("KV is blended: policy %s, ratio %g", self._options.policy, self._options.ratio)
 
@@ -192,7 +196,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         self._scheduler.take_worker_metadata(meta)
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """Take what the workers did; see lmcache_rag.connector.frees."""
+        """Take what the workers did; see lmcache_rag.connector.transfers."""
         meta = connector_output.kv_connector_worker_meta
         self.take_worker_meta(meta)
         if isinstance(meta, BlendWorkerMetadata):  # the rest is for LMCache's connector
@@ -269,7 +273,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             vllm_patches.offer_hidden_state(hidden)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Requests whose stores, and whose loads, are done; see lmcache_rag.connector.frees."""
+        """Requests whose stores, and whose loads, are done; see lmcache_rag.connector.transfers."""
         stored, loaded = super().get_finished(finished_req_ids)
         receiving: set[str] = set()
         if self._worker is not None:
@@ -291,6 +295,6 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         self._in_flight.hold_receipts()
         meta = BlendWorkerMetadata(lmcache=super().build_connector_worker_meta())
         if self._worker is not None:
-            meta.results, (late, meta.ended) = self._worker.take_results(), self._worker.take_late()
-            meta.timed_out = list(late.items())
+            meta.results, (timed_out, meta.ended) = self._worker.take_results(), self._worker.take_timed_out()
+            meta.timed_out = list(timed_out.items())
         return meta if meta.results or meta.timed_out or meta.ended or meta.lmcache else None

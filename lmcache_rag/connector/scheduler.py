@@ -19,9 +19,7 @@ from lmcache_rag.connector.admission import Admission, Allowance, BlendBudget
 from lmcache_rag.connector.authorization import IngestKey
 from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.connector.forgetting import Forgetting
-from lmcache_rag.connector.frees import FreedOnce
 from lmcache_rag.connector.gpu_chunks import GpuChunks, PrefixCache, ResidentChunks, UncomputedBlocks, without_overlap
-from lmcache_rag.connector.late import HeldBlocks
 from lmcache_rag.connector.lookup import AbortedLookups, LookupClient, LookupWindow
 from lmcache_rag.connector.metadata import (
     NOT_READY,
@@ -34,6 +32,7 @@ from lmcache_rag.connector.metadata import (
     claim,
 )
 from lmcache_rag.connector.request_state import Lookup, RequestState, can_hit, has_embeddings
+from lmcache_rag.connector.transfers import FencedBlocks, FinishedOnce
 from lmcache_rag.protocol import (
     FORGOTTEN,
     LOADS,
@@ -81,7 +80,7 @@ class BlendScheduler:
         self.budget = BlendBudget(options.step_tokens, options.idle_tokens, options.overlap)
         self.gpu_chunks: GpuChunks | None = None  # None without prefix caching
         self.uncomputed: UncomputedBlocks | None = None  # likewise
-        self.fenced: HeldBlocks | None = None  # until vLLM's block pool is known
+        self.fenced = FencedBlocks()
         self.unsupported: Unsupported | None = NOT_READY
         self.self_check: SelfCheck | None = None
         self._chunk, self._alignment, self._prefix_cache, self._ingest_key = chunk, alignment, prefix_cache, ingest_key
@@ -94,7 +93,7 @@ class BlendScheduler:
         self._silent_since: float | None = None  # since when LMCache has not answered; None: it answers
         self._patience = options.poll  # seconds that this step may still wait for look-ups
         self._taken: Any = None  # the workers' metadata that was taken last
-        self._freed = FreedOnce()
+        self._freed = FinishedOnce()
         self._records: list[dict[str, Any]] = []
 
     # -- start --------------------------------------------------------------------------------------------------------
@@ -104,7 +103,7 @@ class BlendScheduler:
         self._prefix_cache.block_size = (
             getattr(gpu_block_pool, "hash_block_size", None) or self._prefix_cache.block_size
         )
-        self.fenced = HeldBlocks(lambda: gpu_block_pool)
+        self.fenced.pool = gpu_block_pool
         if not getattr(gpu_block_pool, "enable_caching", False):
             return
         pool, block = vllm_internals.CachedBlocks(gpu_block_pool), self._prefix_cache.block_size
@@ -571,11 +570,10 @@ class BlendScheduler:
             if result.failure:
                 self.client.on_failed_blend(result.request_id)
         self.on_results(meta.results)
-        if self.fenced is not None:
-            for request_id, blocks in meta.timed_out:
-                self.fenced.add(request_id, blocks)
-            for request_id in meta.ended:
-                self.fenced.over(request_id)
+        for request_id, blocks in meta.timed_out:
+            self.fenced.add(request_id, blocks)
+        for request_id in meta.ended:
+            self.fenced.release(request_id)
 
     def on_results(self, results: list[BlendResult]) -> None:
         """Plans were carried out."""
@@ -592,7 +590,7 @@ class BlendScheduler:
                     state.waiting_since = state.asked_at
 
     def finished_sending(self, connector_output: Any) -> set[str]:
-        """Requests whose blocks vLLM may free, as their stores are done. See lmcache_rag.connector.frees."""
+        """Requests whose blocks vLLM may free, as their stores are done. See lmcache_rag.connector.transfers."""
         loaded, stored = connector_output.finished_recving or (), connector_output.finished_sending or ()
         return self._freed.stored(loaded, stored)
 
