@@ -45,7 +45,7 @@ OF_VLLM = (
 # Which further parts of `run` a changed file asks for.
 TOUCHED = (
     ("lmcache_rag/connector/*", ("contracts, vLLM " + OLDEST_VLLM, "contracts, vLLM " + NEWEST_VLLM)),
-    ("lmcache_rag/connector/compat_lmcache/*", ("contracts, LMCache " + LMCACHE_NEXT,)),
+    ("lmcache_rag/connector/lmcache_*", ("contracts, LMCache " + LMCACHE_NEXT,)),
     ("lmcache_rag/connector/*server*", ("contracts, LMCache " + LMCACHE_NEXT,)),
     ("lmcache_rag/serving/*", ("contracts, LMCache " + LMCACHE_NEXT,)),
     ("tests/test_connector_contract*", ("contracts, vLLM " + OLDEST_VLLM, "contracts, vLLM " + NEWEST_VLLM)),

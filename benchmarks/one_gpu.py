@@ -38,15 +38,14 @@ def weigh(rank: int, full: Path | None) -> None:
 
     import torch
 
-    from lmcache_rag.connector.jobs import Job
-    from lmcache_rag.connector.work import SMALL, Work
+    from lmcache_rag.connector.job import SMALL, BlendJob
 
     held: list[Any] = []
     asked: dict[str, int] = {}
-    fits, advance = Work.fits, Job.advance
+    has_memory, advance = BlendJob.has_memory, BlendJob.advance
 
-    def fits_or_not(self: Work, job: Job) -> bool:
-        memory, prompt = self._model._memory, len(job.plan.token_ids)
+    def has_memory_or_not(self: BlendJob) -> bool:
+        memory, prompt = self._resources.model._memory, len(self.plan.token_ids)
         need = memory.need if memory is not None else lambda tokens, length: 0  # one rank alone does not ask
         if full is not None and full.exists() and not held:
             torch.cuda.synchronize()
@@ -56,12 +55,12 @@ def weigh(rank: int, full: Path | None) -> None:
         elif held and full is not None and not full.exists():
             held.clear()
             torch.cuda.empty_cache()
-        asked[job.plan.request_id] = need(min(job.blend.piece, prompt), prompt)
-        fine = fits(self, job)
+        asked[self.plan.request_id] = need(min(self.blend.chunk_size, prompt), prompt)
+        fine = has_memory(self)
         torch.cuda.reset_peak_memory_stats()  # what was asked for, and given back at once, is not what passes take
         return fine
 
-    def advance_and_weigh(self: Job, tokens: int) -> int:
+    def advance_and_weigh(self: BlendJob, tokens: int) -> int:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         done = advance(self, tokens)
@@ -69,15 +68,15 @@ def weigh(rank: int, full: Path | None) -> None:
         logging.getLogger("lmcache_rag").debug("memory on rank %d: %d asked, %d taken", rank, asked[name], took)
         return done
 
-    Work.fits = fits_or_not  # type: ignore[method-assign]
-    Job.advance = advance_and_weigh  # type: ignore[method-assign]
+    BlendJob.has_memory = has_memory_or_not  # type: ignore[method-assign]
+    BlendJob.advance = advance_and_weigh  # type: ignore[method-assign]
 
 
 def watch(rank: int, ranks: int, folder: Path) -> None:
     """Write down what this rank says, and let its loads fail when asked: nothing real makes one rank alone fail."""
     import logging
 
-    from lmcache_rag.connector.compat_lmcache import WorkerLink
+    from lmcache_rag.connector.lmcache_transfers import WorkerLink
 
     log = logging.getLogger("lmcache_rag")
     handler = logging.FileHandler(folder / f"rank{rank}.log")

@@ -1,6 +1,6 @@
 """A server on this machine that speaks vLLM's part of the OpenAI API, with our connector's scheduler side behind it.
 
-It has no model: it answers with the beginning of a fixed text. What it says about reuse comes from SchedulerSide, over
+It has no model: it answers with the beginning of a fixed text. What it says about reuse comes from BlendScheduler, over
 a memory of 64-token blocks that stands for LMCache. Everything that arrives is noted, and it can fail in several ways.
 """
 
@@ -18,10 +18,10 @@ from typing import Any
 from api_kit import ApiHandler
 
 from lmcache_rag import protocol
-from lmcache_rag.connector.options import ConnectorOptions
-from lmcache_rag.connector.plan import BlendPlan, BlendResult, Match
-from lmcache_rag.connector.request_state import RequestState, statistics, unblended
-from lmcache_rag.connector.scheduler_side import SchedulerSide
+from lmcache_rag.connector.config import ConnectorOptions
+from lmcache_rag.connector.metadata import BlendPlan, BlendResult, Match
+from lmcache_rag.connector.metrics import reuse_statistics, unblended_statistics
+from lmcache_rag.connector.scheduler import BlendScheduler
 from lmcache_rag.protocol import CannotBlend, Unsupported
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -95,7 +95,12 @@ class FakeVLLM(ThreadingHTTPServer):
         self.active = self.most_active = 0
         self.gone = threading.Event()  # a client closed its connection before the end of a stream
         self._lock = threading.Lock()
-        self._side = SchedulerSide(ConnectorOptions(), BLOCK, self._look_up, lambda request, first: None)
+        self._side = BlendScheduler(
+            ConnectorOptions(),
+            BLOCK,
+            SimpleNamespace(look_up=self._look_up),
+            SimpleNamespace(hide=lambda request, first: None),
+        )
         super().__init__(("127.0.0.1", 0), _Handler)
 
     @property
@@ -124,7 +129,7 @@ class FakeVLLM(ThreadingHTTPServer):
                 exact, _ = self.memory.find(salt, ids)
                 self.memory.keep(salt, ids, len(ids))
             why_not = Unsupported(CannotBlend.NEEDS_CUDA, self.why_not)
-            return {"lmcache_rag": unblended(len(ids), exact, "query", 0.15, why_not)}
+            return {"lmcache_rag": unblended_statistics(len(ids), exact, "query", 0.15, why_not)}
         with self._lock:
             request = SimpleNamespace(
                 request_id=str(number),
@@ -133,14 +138,14 @@ class FakeVLLM(ThreadingHTTPServer):
                 kv_transfer_params=params,
                 cache_salt=salt,
             )
-            claimed = self._side.matched(request, 0) or 0
-            self._side.allocated(request, [], claimed, None)
-            self._side.take([_blended(plan) for plan in self._side.plans()[0]])
+            claimed = self._side.match(request, 0) or 0
+            self._side.on_allocated(request, [], claimed, None)
+            self._side.on_results([_blended(plan) for plan in self._side.build_plans()[0]])
             limit = self._side.store_limit(request.request_id)
             if not self.failure:
                 limits = [len(ids), limit, params.get("lmcache.max_offload_tokens")]
                 self.memory.keep(salt, ids, min(n for n in limits if n is not None))
-            return {"lmcache_rag": self._side.finished(request)}
+            return {"lmcache_rag": self._side.finish(request)}
 
     def _forget(self, salt: str, ids: list[int], prefix: int) -> dict[str, Any]:
         with self._lock:
@@ -148,7 +153,7 @@ class FakeVLLM(ThreadingHTTPServer):
             self.cannot_forget = max(0, self.cannot_forget - 1)
             if done:
                 self.memory.forget(salt, ids, prefix)
-        return statistics(len(ids), RequestState("query", 0.15, blend=False)) | {protocol.FORGOTTEN: done}
+        return reuse_statistics(len(ids), "query", 0.15) | {protocol.FORGOTTEN: done}
 
 
 def _blended(plan: BlendPlan) -> BlendResult:

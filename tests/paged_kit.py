@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lmcache_rag.connector.paged import PagedSequence, keys_and_values
+from lmcache_rag.connector.attention import PagedSequence, keys_and_values
 
 
 def drained(steps: Any) -> Any:
@@ -42,11 +42,11 @@ class PagedModel:
         layout: str,
         block: int,
         blocks: int,
-        most_tokens: int = 8192,
+        max_tokens: int = 8192,
         rank: int = 0,
         ranks: int = 1,
     ) -> None:
-        self._model, self.most_tokens = model, most_tokens
+        self._model, self.max_tokens = model, max_tokens
         self.rank, self.ranks = rank, ranks
         self.layers, self.kv_heads = model.layers, model.kv_heads // ranks
         self.caches = [

@@ -19,8 +19,8 @@ import torch
 from models import tiny_model
 from test_worker_side import BLOCK, Model, World
 
-from lmcache_rag.connector import blend_pass, compat_vllm
-from lmcache_rag.connector.pace import Allowance
+from lmcache_rag.connector import blend_pass, vllm_internals
+from lmcache_rag.connector.admission import Allowance
 from lmcache_rag.engines.hf_model import HFModel
 
 RANKS = 2
@@ -93,11 +93,11 @@ class RankModel(Model):
 
     def sum_over_ranks(self, scores: torch.Tensor) -> torch.Tensor:
         self.own_scores = scores.clone()
-        summed: torch.Tensor = compat_vllm.tensor_parallel_sum(scores)
+        summed: torch.Tensor = vllm_internals.tensor_parallel_sum(scores)
         return summed
 
     def all_ranks(self, fine: bool) -> bool:
-        return compat_vllm.true_on_all_ranks(fine)
+        return vllm_internals.true_on_all_ranks(fine)
 
 
 class Rank(World):
@@ -106,7 +106,7 @@ class Rank(World):
     def __init__(self, hf: HFModel, rank: int, *, fault: str = "", policy: str = "query", **options: Any) -> None:
         self.rank, self.ranks = rank, RANKS
         background, memory = options.pop("background", False), options.pop("memory", 1 << 30)
-        super().__init__(hf, fault if rank == RANKS - 1 else "", policy, piece=20, **options)
+        super().__init__(hf, fault if rank == RANKS - 1 else "", policy, chunk_size=20, **options)
         self.plan = replace(self.plan, background=background)
         if rank == RANKS - 1:
             self.model.memory = memory

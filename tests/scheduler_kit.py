@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
-from lmcache_rag.connector.options import ConnectorOptions
-from lmcache_rag.connector.plan import Match
-from lmcache_rag.connector.scheduler_side import SchedulerSide
+from lmcache_rag.connector.config import ConnectorOptions
+from lmcache_rag.connector.metadata import Match
+from lmcache_rag.connector.scheduler import BlendScheduler
 
 CHUNK = 16
 
@@ -128,6 +128,15 @@ class Pool:
             block.users -= 1
 
 
+class PrefixCache:
+    """Notes what is hidden of a request."""
+
+    block_size = 8
+
+    def hide(self, request: Any, first_token: int) -> None:
+        request.hidden.append(first_token)
+
+
 class Lookup:
     """A look-up that takes some polls, of the server's life in which it was asked.
 
@@ -169,12 +178,8 @@ class Once:
     def __init__(self, **options: Any) -> None:
         self.server = Server()
         self.lookups: list[Lookup] = []
-        self.side = SchedulerSide(
-            ConnectorOptions(**{"least_tokens": 16, "tail_tokens": 0} | options),
-            CHUNK,
-            self.look_up,
-            lambda r, first: r.hidden.append(first),
-        )
+        made = ConnectorOptions(**{"least_tokens": 16, "tail_tokens": 0} | options)
+        self.side = BlendScheduler(made, CHUNK, self, PrefixCache())
 
     def look_up(self, request: Request) -> Lookup:
         self.lookups.append(Lookup(self.server, request))
@@ -184,7 +189,7 @@ class Once:
         return Request(name, list(range(100)), None, cached, polls, 0, num_tokens=100)
 
     def finish(self, request: Request) -> dict[str, Any] | None:
-        stats = self.side.finished(request)
-        if not self.side.listens(request.request_id):
+        stats = self.side.finish(request)
+        if not self.side.keeps_session(request.request_id):
             self.server.end_session(request.request_id)  # LMCache's own connector, see CacheBlendConnector
         return stats

@@ -10,11 +10,10 @@ import torch
 from models import tiny_model
 from test_worker_side import BLOCK, PREFIX, World
 
-from lmcache_rag.connector import jobs, metrics
-from lmcache_rag.connector.jobs import Throttle
-from lmcache_rag.connector.pace import Allowance
-from lmcache_rag.connector.plan import BlendResult
-from lmcache_rag.connector.worker_side import NULL_BLOCK
+from lmcache_rag.connector import job, metrics
+from lmcache_rag.connector.admission import Allowance
+from lmcache_rag.connector.job import NULL_BLOCK, Throttle
+from lmcache_rag.connector.metadata import BlendResult
 from lmcache_rag.engines.hf_model import HFModel
 
 BUSY, IDLE = Allowance(20), Allowance(200, idle=True)
@@ -29,7 +28,7 @@ class Background(World):
     """As the world, with the request's plan in the background."""
 
     def __init__(self, hf: HFModel, fault: str = "", policy: str = "query", ratio: float = 0.3, **options: Any) -> None:
-        super().__init__(hf, fault, policy, ratio, piece=options.pop("piece", 20), **options)
+        super().__init__(hf, fault, policy, ratio, chunk_size=options.pop("chunk_size", 20), **options)
         self.plan = replace(self.plan, background=True)
         self.coming = False  # its KV is still under way
         self.link.deadline = 0.0 if fault == "late" else 60.0  # type: ignore[misc]
@@ -92,7 +91,7 @@ def test_the_check_of_hkvd_is_cut_into_pieces_too(hf: HFModel) -> None:
 @pytest.mark.parametrize("policy", ["all", "hkvd", "query", "none"])
 def test_a_step_takes_no_more_than_it_may(hf: HFModel, policy: str) -> None:
     """Several blends, whose last pieces leave room for a part of the next one's."""
-    world, allowance = Background(hf, policy=policy, ratio=0.5, piece=100), Allowance(100)
+    world, allowance = Background(hf, policy=policy, ratio=0.5, chunk_size=100), Allowance(100)
     names = ["r", "s", "t"]
     plans = [replace(world.plan, request_id=name, policy=policy) for name in names]
     steps: list[int] = []
@@ -192,7 +191,7 @@ def test_a_request_that_ends_is_not_worked_for_and_its_blocks_are_kept_until_its
 
 
 def test_damaged_kv_of_a_request_that_ended_is_not_repaired(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs.Clock, "is_over", False)
+    monkeypatch.setattr(job.CudaTimer, "is_done", False)
     world = Background(hf, "damaged key")
     world.step(Allowance(1000), begins=True)
     assert world.worker.receiving == {"r"}, "all of its work is queued, and nothing was looked at"
@@ -230,7 +229,7 @@ def test_the_last_token_looks_though_it_has_no_block(hf: HFModel) -> None:
 def test_no_step_waits_for_the_gpu_to_be_done_unless_it_has_nothing_else_to_do(
     hf: HFModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobs.Clock, "is_over", False)
+    monkeypatch.setattr(job.CudaTimer, "is_done", False)
     world = Background(hf)
     world.step(Allowance(1000), begins=True)
     world.step(BUSY)
@@ -240,7 +239,7 @@ def test_no_step_waits_for_the_gpu_to_be_done_unless_it_has_nothing_else_to_do(
 
     world = Background(hf)
     world.step(Allowance(1000), begins=True)
-    monkeypatch.setattr(jobs.Clock, "is_over", True)
+    monkeypatch.setattr(job.CudaTimer, "is_done", True)
     world.step(BUSY)
     assert world.worker.take_received() == {"r"}
 

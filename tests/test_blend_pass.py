@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from models import tiny_model
 from paged_kit import PagedModel, drained
 
+from lmcache_rag.connector.attention import PagedSequence
 from lmcache_rag.connector.blend_pass import BlendPass
-from lmcache_rag.connector.paged import PagedSequence
 from lmcache_rag.engines.base import ChunkSpan, QueryPrompt
 from lmcache_rag.engines.hf_blend import blended_prefill, shift_keys, shift_tables
 from lmcache_rag.engines.hf_model import HFModel
@@ -125,10 +125,10 @@ def test_a_paged_blend_is_the_embedded_blend(
     order = random.Random(seed).sample(range(needed + 5), needed)
     sequence = PagedSequence.of(order, block, "cpu")
     # The suffix pass is one pass, so a pass has room for the window at least.
-    paged = PagedModel(model, layout=layout, block=block, blocks=needed + 5, most_tokens=most)
+    paged = PagedModel(model, layout=layout, block=block, blocks=needed + 5, max_tokens=most)
     it.place(model, paged, sequence)
     with torch.inference_mode():
-        got = drained(BlendPass(paged, sequence).steps(ids, it.spans, it.exact, policy=get_policy(policy), ratio=ratio))
+        got = drained(BlendPass(paged, sequence).run(ids, it.spans, it.exact, policy=get_policy(policy), ratio=ratio))
     assert got.recomputed == want.recomputed_tokens
     assert want.exact_tokens == it.exact
     assert it.exact + sum(b - a for a, b in it.spans) + got.gaps == want.length
@@ -148,7 +148,7 @@ def test_ratio_one_equals_a_full_prefill(model: HFModel, missed: tuple[int, ...]
     paged = PagedModel(model, layout="NHD", block=16, blocks=20)
     it.place(model, paged, sequence)
     end = it.spans[-1][1]
-    drained(BlendPass(paged, sequence).steps(ids, it.spans, it.exact, policy=get_policy("query"), ratio=1.0))
+    drained(BlendPass(paged, sequence).run(ids, it.spans, it.exact, policy=get_policy("query"), ratio=1.0))
     for layer in range(model.layers):
         for got, want in zip(
             paged.read(sequence, layer, end), (full.layers[layer].keys, full.layers[layer].values), strict=True
@@ -162,9 +162,7 @@ def test_blocks_of_others_are_left_alone(model: HFModel) -> None:
     sequence = PagedSequence.of(range(4, 14), 16, "cpu")
     it.place(model, paged, sequence)
     drained(
-        BlendPass(paged, sequence).steps(
-            torch.tensor(it.ids), it.spans, it.exact, policy=get_policy("query"), ratio=0.3
-        )
+        BlendPass(paged, sequence).run(torch.tensor(it.ids), it.spans, it.exact, policy=get_policy("query"), ratio=0.3)
     )
     for keys, values in paged.caches:
         for cache in (keys, values):

@@ -12,11 +12,11 @@ import pytest
 import torch
 from paged_kit import drained
 
-from lmcache_rag.connector import captured as captured_module
+from lmcache_rag.connector import cuda_graph as captured_module
+from lmcache_rag.connector.attention import PagedSequence
 from lmcache_rag.connector.blend_pass import BlendPass
-from lmcache_rag.connector.captured import ROWS, CapturedWatch
-from lmcache_rag.connector.model import VLLMModel, why_not_captured
-from lmcache_rag.connector.paged import PagedSequence
+from lmcache_rag.connector.cuda_graph import ROWS, CapturedQueryPass
+from lmcache_rag.connector.model_runner import VLLMModel, capture_unsupported_reason
 
 BLOCK, BLOCKS, LONGEST = 16, 64, 700
 HEADS, KV_HEADS, SIZE, LAYERS, WIDTH = 8, 2, 64, 4, 96
@@ -36,7 +36,7 @@ class SmallModel:
     What has no slot is written to the last block, which is nobody's.
     """
 
-    layers, kv_heads, most_tokens = LAYERS, KV_HEADS, 512
+    layers, kv_heads, max_tokens = LAYERS, KV_HEADS, 512
 
     def __init__(self, device: str) -> None:
         torch.manual_seed(5)
@@ -79,7 +79,7 @@ class SmallModel:
 class EagerGraph:
     """Does the work again at each replay, as a graph would."""
 
-    def __init__(self, surroundings: Any = None) -> None:
+    def __init__(self, capture_context: Any = None) -> None:
         self.replays = 0
 
     def capture(self, work: Callable[[], None]) -> None:
@@ -132,7 +132,7 @@ class Request:
         model.place(sequence, torch.cat(places).to(model.device))
         ids = torch.tensor(self.ids, device=model.device)
         with torch.inference_mode():
-            outcome = drained(BlendPass(model, sequence).steps(ids, self.spans, 32, policy=policy, ratio=0.2))  # type: ignore[arg-type]
+            outcome = drained(BlendPass(model, sequence).run(ids, self.spans, 32, policy=policy, ratio=0.2))  # type: ignore[arg-type]
         kv = model.caches.flatten(2, 3)[:, :, sequence.slots(torch.arange(len(ids) - 64, len(ids)).to(model.device))]
         return outcome, kv
 
@@ -141,7 +141,7 @@ def captured(model: SmallModel, **changes: Any) -> Any:
     """Capture the model's pass; returns the graph."""
     graph = EagerGraph() if model.device == "cpu" else CudaGraph()
     facts: dict[str, Any] = {"from_layer": 0.5, "reduce": "sum", **changes}
-    model.captured = CapturedWatch(
+    model.captured = CapturedQueryPass(
         model.forward,
         layers=LAYERS,
         kv_heads=KV_HEADS,
@@ -172,7 +172,7 @@ def test_a_replay_is_the_pass_that_was_launched(device: str, reduce: str) -> Non
         torch.testing.assert_close(now.told, was.told, atol=1e-4, rtol=1e-3)
         assert was.told.sum() > 0
         assert (got.recomputed, got.gaps) == (want.recomputed, want.gaps)
-        torch.testing.assert_close(got.watched, want.watched, atol=1e-3, rtol=1e-3)
+        torch.testing.assert_close(got.observed_sum, want.observed_sum, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(got_kv, want_kv, atol=1e-3, rtol=1e-3, equal_nan=True)
         assert not want_kv[:, :, -1:].isnan().any(), "the suffix's KV was written"
 
@@ -192,7 +192,7 @@ def test_damage_shows(device: str) -> None:
     model = SmallModel(device)
     graph = captured(model)
     outcome, _ = SHORT.run(model, Spy())
-    assert outcome.watched.isfinite()
+    assert outcome.observed_sum.isfinite()
     place = model.place
 
     def damaged(sequence: PagedSequence, positions: torch.Tensor) -> None:
@@ -202,10 +202,10 @@ def test_damage_shows(device: str) -> None:
 
     model.place = damaged  # type: ignore[method-assign]
     outcome, _ = SHORT.run(model, Spy())
-    assert not outcome.watched.isfinite()
+    assert not outcome.observed_sum.isfinite()
     model.place = place  # type: ignore[method-assign]
     outcome, _ = SHORT.run(model, Spy())
-    assert outcome.watched.isfinite(), "damage outlived its request"
+    assert outcome.observed_sum.isfinite(), "damage outlived its request"
     assert graph.replays == 3
 
 
@@ -237,7 +237,7 @@ def test_every_replay_reads_the_same_tensors() -> None:
         sequence = PagedSequence.of(request.blocks, BLOCK, "cpu")
         model.place(sequence, torch.arange(len(request.ids)))
         rows = torch.arange(len(request.ids) - 10, len(request.ids))
-        watch.watch(
+        watch.run(
             torch.tensor(request.ids)[rows],
             rows,
             sequence.slots(rows),
@@ -278,8 +278,8 @@ class Layer:
 
 @pytest.mark.parametrize("changes", [{"eager": True}, {"tokens": 63}, {"sleep": True}, {"prefetch": 2}], ids=str)
 def test_what_cannot_be_captured_is_known_before(changes: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
-    assert not why_not_captured(config())
-    reason = why_not_captured(config(**changes))
+    assert not capture_unsupported_reason(config())
+    reason = capture_unsupported_reason(config(**changes))
     assert reason
     caplog.set_level(logging.INFO, "lmcache_rag")
     assert VLLMModel(config(**changes), None)._capture(Spy()) is None  # type: ignore[arg-type]
@@ -290,13 +290,13 @@ def test_a_capture_that_fails_is_told_and_done_without(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Refuses:
-        def __init__(self, surroundings: Any) -> None:
-            assert surroundings is None, "one rank records on a stream of its own"
+        def __init__(self, capture_context: Any) -> None:
+            assert capture_context is None, "one rank records on a stream of its own"
 
         def capture(self, work: Callable[[], None]) -> None:
             raise RuntimeError("operation not permitted when stream is capturing")
 
-    from lmcache_rag.connector import model as model_module
+    from lmcache_rag.connector import model_runner as model_module
     from lmcache_rag.policies import QueryPolicy
 
     monkeypatch.setattr(model_module, "CudaGraph", Refuses)
@@ -312,21 +312,21 @@ def test_a_capture_that_fails_is_told_and_done_without(
     assert watch is not None
     assert passes == [(ROWS, False)]
     asked = {"from_layer": QueryPolicy().from_layer, "reduce": QueryPolicy().reduce}
-    assert watch.takes(rows=QueryPolicy().window, end=LONGEST, **asked)
-    assert not watch.takes(rows=1, end=LONGEST + 1, **asked)
+    assert watch.supports(rows=QueryPolicy().window, end=LONGEST, **asked)
+    assert not watch.supports(rows=1, end=LONGEST + 1, **asked)
 
 
 @pytest.mark.parametrize("others", [True, False])
 def test_ranks_record_together_and_all_replay_or_none(monkeypatch: pytest.MonkeyPatch, others: bool) -> None:
-    from lmcache_rag.connector import model as model_module
+    from lmcache_rag.connector import model_runner as model_module
     from lmcache_rag.policies import QueryPolicy
 
     given: list[Any] = []
 
     class Records(EagerGraph):
-        def __init__(self, surroundings: Any) -> None:
+        def __init__(self, capture_context: Any) -> None:
             super().__init__()
-            given.append(surroundings)
+            given.append(capture_context)
 
     monkeypatch.setattr(model_module, "CudaGraph", Records)
     model = VLLMModel(config(ranks=2), None)
@@ -335,4 +335,4 @@ def test_ranks_record_together_and_all_replay_or_none(monkeypatch: pytest.Monkey
     monkeypatch.setattr(model, "all_ranks", lambda fine: votes.append(fine) or (fine and others))
     assert (model._capture(QueryPolicy()) is not None) == others
     assert votes == [True]
-    assert given[0].func is model_module.compat_vllm.recording
+    assert given[0].func is model_module.vllm_internals.recording

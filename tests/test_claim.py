@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_rag.connector.options import ConnectorOptions
-from lmcache_rag.connector.plan import BlendPlan, Match, claim
+from lmcache_rag.connector.config import ConnectorOptions
+from lmcache_rag.connector.metadata import BlendPlan, Match, claim
 from lmcache_rag.errors import LMCacheRAGError
 
 CHUNK = 16

@@ -35,9 +35,8 @@ with warnings.catch_warnings():
     from vllm.v1.worker.gpu_worker import Worker
 
     from lmcache_rag.architectures import ARCHITECTURES
-    from lmcache_rag.connector import compat_vllm, connector, plugin
-    from lmcache_rag.connector.plan import Match
-    from lmcache_rag.connector.told import BlendResults, Readiness
+    from lmcache_rag.connector import connector, plugin, vllm_internals, vllm_patches
+    from lmcache_rag.connector.metadata import BlendHandshakeMetadata, BlendWorkerMetadata, Match
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 VLLM = vllm_folder()
@@ -52,15 +51,15 @@ def test_the_plugin_is_found_and_remembers_who_loads_a_model(monkeypatch: pytest
 
     takes(Worker.load_model)
     monkeypatch.setattr(Worker, "load_model", lambda self, *, load_dummy_weights=False: load_dummy_weights)
-    monkeypatch.setattr(compat_vllm.process, "_workers", {})
+    monkeypatch.setattr(vllm_patches, "_workers", {})
     plugin.register()
     once = Worker.load_model
     plugin.register()
     assert Worker.load_model is once, "wrapped twice"
     worker = object.__new__(Worker)
-    assert compat_vllm.worker() is None
+    assert vllm_patches.worker() is None
     assert worker.load_model(load_dummy_weights=True) is True
-    assert compat_vllm.worker() is worker
+    assert vllm_patches.worker() is worker
 
 
 def test_the_worker_of_a_cpu_is_such_a_worker_and_its_runners_give_the_model() -> None:
@@ -83,9 +82,9 @@ def test_what_workers_measured_comes_before_requests_are_finished(monkeypatch: p
 
     told: list[Any] = []
     monkeypatch.setattr(Scheduler, "update_from_output", lambda self, given, result: told.append("finished"))
-    compat_vllm.deliver_worker_meta_first()
+    vllm_patches.patch_update_from_output()
     once = Scheduler.update_from_output
-    compat_vllm.deliver_worker_meta_first()
+    vllm_patches.patch_update_from_output()
     assert Scheduler.update_from_output is once
     scheduler = object.__new__(Scheduler)
     scheduler.connector = SimpleNamespace(take_worker_meta=told.append)
@@ -110,9 +109,9 @@ def test_the_connector_may_begin_before_vllm_prepares_the_step(
     )
     said: list[Any] = []
     monkeypatch.setattr(Worker, "execute_model", lambda self, scheduler_output: said.append("step"))
-    compat_vllm.begin_before_the_step()
+    vllm_patches.patch_execute_model()
     once = Worker.execute_model
-    compat_vllm.begin_before_the_step()
+    vllm_patches.patch_execute_model()
     assert Worker.execute_model is once
     worker = object.__new__(Worker)
     step = SimpleNamespace(kv_connector_metadata="meta", **writes)
@@ -125,24 +124,20 @@ def test_the_connector_may_begin_before_vllm_prepares_the_step(
 
 
 def test_what_is_offered_to_a_step_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmcache_rag.connector.compat_vllm import last_token
-
     def step(self: Any, scheduler_output: Any) -> None:
-        compat_vllm.offer_hidden_state(torch.ones(1, 4))
+        vllm_patches.offer_hidden_state(torch.ones(1, 4))
         if scheduler_output.fails:
             raise RuntimeError
 
     monkeypatch.setattr(Worker, "execute_model", step)
-    compat_vllm.begin_before_the_step()
+    vllm_patches.patch_execute_model()
     for fails in (False, True):
         with contextlib.suppress(RuntimeError):
             object.__new__(Worker).execute_model(SimpleNamespace(fails=fails))
-        assert last_token._offered == []
+        assert vllm_patches._hidden_states == []
 
 
 def test_the_connector_offers_what_a_blend_computed_and_takes_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    from lmcache_rag.connector.compat_vllm import last_token
-
     states = [torch.ones(1, 4), None, torch.zeros(1, 4)]
     ours = object.__new__(connector.CacheBlendConnector)
     ours._worker = SimpleNamespace(
@@ -151,13 +146,13 @@ def test_the_connector_offers_what_a_blend_computed_and_takes_nothing_back(monke
     meta = SimpleNamespace(blend_plans=[SimpleNamespace(background=False)], blend_allowance=None)
     monkeypatch.setattr(connector.LMCacheMPConnector, "start_load_kv", lambda self, context, **more: None)
     monkeypatch.setattr(connector.CacheBlendConnector, "_get_connector_metadata", lambda self: meta)
-    monkeypatch.setattr(last_token, "_offered", [])
+    monkeypatch.setattr(vllm_patches, "_hidden_states", [])
     ours.begin_step(meta)
-    assert last_token._offered[0].tolist() == [[1.0] * 4]
+    assert vllm_patches._hidden_states[0].tolist() == [[1.0] * 4]
     ours.start_load_kv(None)
-    assert last_token._offered[0].tolist() == [[1.0] * 4], "it was offered before vLLM prepared the step"
+    assert vllm_patches._hidden_states[0].tolist() == [[1.0] * 4], "it was offered before vLLM prepared the step"
     ours.start_load_kv(None)
-    assert last_token._offered[0].tolist() == [[0.0] * 4]
+    assert vllm_patches._hidden_states[0].tolist() == [[0.0] * 4]
 
 
 def test_a_graph_is_not_replayed_for_a_token_that_a_blend_computed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,25 +173,25 @@ def test_a_graph_is_not_replayed_for_a_token_that_a_blend_computed(monkeypatch: 
         return "replayed"
 
     monkeypatch.setattr(manager_type, "run_fullgraph", run)
-    compat_vllm.take_hidden_states()
+    vllm_patches.patch_run_fullgraph()
     once = manager_type.run_fullgraph
-    compat_vllm.take_hidden_states()
+    vllm_patches.patch_run_fullgraph()
     assert manager_type.run_fullgraph is once
     manager = object.__new__(manager_type)
     manager.hidden_states, manager.use_aux_hidden_state_outputs = torch.zeros(8, 4), False
     desc = SimpleNamespace(num_tokens=2)
     assert manager.run_fullgraph(desc) == "replayed"
-    compat_vllm.offer_hidden_state(torch.ones(1, 4))
+    vllm_patches.offer_hidden_state(torch.ones(1, 4))
     states = manager.run_fullgraph(desc)
     assert states.shape == (2, 4)
     assert states[0].tolist() == [1.0] * 4
     assert manager.run_fullgraph(desc) == "replayed", "it is offered once"
     for change in ({"hidden_states": None}, {"use_aux_hidden_state_outputs": True}):
-        compat_vllm.offer_hidden_state(torch.ones(1, 4))
+        vllm_patches.offer_hidden_state(torch.ones(1, 4))
         manager.hidden_states, manager.use_aux_hidden_state_outputs = torch.zeros(8, 4), False
         vars(manager).update(change)
         assert manager.run_fullgraph(desc) == "replayed"
-        compat_vllm.offer_hidden_state(None)
+        vllm_patches.offer_hidden_state(None)
 
 
 # -- vLLM: a pass of ours -----------------------------------------------------------------------------------------
@@ -221,10 +216,10 @@ def test_a_pass_of_ours_has_its_own_forward_context_and_gives_the_old_one_back(c
         passes.append(inputs)
 
     passes: list[Any] = []
-    metadata = compat_vllm.OwnMetadata(lambda *args: None)
+    metadata = vllm_internals.OwnMetadata(lambda *args: None)
     with set_forward_context({"outer": 1}, config, num_tokens=3):
         runner = SimpleNamespace(get_model=lambda: run)
-        compat_vllm.run_pass(config, runner, ["a", "b"], metadata, IDS, POSITIONS)
+        vllm_internals.run_pass(config, runner, ["a", "b"], metadata, IDS, POSITIONS)
         assert get_forward_context().attn_metadata == {"outer": 1}
     assert not is_forward_context_available()
     (inputs,) = passes
@@ -253,7 +248,7 @@ def test_a_pass_as_cuda_graphs_leaves_the_runners_buffers_as_they_were(config: V
     manager = SimpleNamespace(dispatch=lambda requests, tokens, uniform, loras: graph, run_pw_graph=run)
     runner = SimpleNamespace(get_model=lambda: None, cudagraph_manager=manager, input_buffers=buffers)
     with pytest.raises(StopError):
-        compat_vllm.run_pass(config, runner, ["a"], compat_vllm.OwnMetadata(lambda *args: None), IDS, POSITIONS)
+        vllm_internals.run_pass(config, runner, ["a"], vllm_internals.OwnMetadata(lambda *args: None), IDS, POSITIONS)
     assert buffers.input_ids.tolist() == list(range(16))
     assert buffers.positions.tolist() == list(range(100, 116))
 
@@ -268,8 +263,8 @@ def test_a_pass_that_we_capture_stays_out_of_vllms_graphs(config: VllmConfig) ->
 
     modes: list[str] = []
     runner = SimpleNamespace(get_model=lambda: run)  # no graphs to ask for
-    compat_vllm.run_pass(
-        config, runner, ["a"], compat_vllm.OwnMetadata(lambda *args: None), IDS, POSITIONS, as_graphs=False
+    vllm_internals.run_pass(
+        config, runner, ["a"], vllm_internals.OwnMetadata(lambda *args: None), IDS, POSITIONS, as_graphs=False
     )
     assert modes == ["NONE"]
 
@@ -345,9 +340,9 @@ def test_only_a_pass_of_ours_is_answered_by_us() -> None:
             return "vLLM's", output_scale
 
     calls: list[Any] = []
-    compat_vllm.patch_attention(Implementation)
-    compat_vllm.patch_attention(Implementation)
-    own = compat_vllm.OwnMetadata(lambda *args: calls.append(args))
+    vllm_patches.patch_attention(Implementation)
+    vllm_patches.patch_attention(Implementation)
+    own = vllm_internals.OwnMetadata(lambda *args: calls.append(args))
     implementation = Implementation()
     assert implementation.forward(0, 1, 2, 3, 4, "theirs", 6, output_scale=7) == ("vLLM's", 7)
     assert implementation.forward(0, 1, 2, 3, 4, own, output=6) == 6
@@ -363,7 +358,7 @@ def test_the_rotary_embedding_has_its_table_and_its_shape(config: VllmConfig) ->
     assert (rotary.head_size, rotary.is_neox_style) == (64, True)
     assert rotary.cos_sin_cache.shape == (128, 64)
     assert torch.equal(rotary.cos_sin_cache[0], torch.tensor([1.0] * 32 + [0.0] * 32))
-    assert torch.equal(compat_vllm.exact_rotary_table(rotary), rotary.cos_sin_cache.float())
+    assert torch.equal(vllm_internals.exact_rotary_table(rotary), rotary.cos_sin_cache.float())
 
 
 def test_the_exact_rotary_table_is_not_rounded_to_the_models_type(config: VllmConfig) -> None:
@@ -375,7 +370,7 @@ def test_the_exact_rotary_table_is_not_rounded_to_the_models_type(config: VllmCo
         rotary = get_rope(64, max_position=4096, rope_parameters=rope, dtype=torch.bfloat16)
     angles = torch.arange(4096).double()[:, None] * 1e4 ** -(torch.arange(0, 64, 2).double() / 64)
     right = torch.cat([angles.cos(), angles.sin()], -1)
-    assert (compat_vllm.exact_rotary_table(rotary) - right).abs().max() < 1e-3
+    assert (vllm_internals.exact_rotary_table(rotary) - right).abs().max() < 1e-3
     assert (rotary.cos_sin_cache - right).abs().max() > 1e-3
 
 
@@ -453,8 +448,8 @@ def test_a_worker_that_cannot_get_ready_serves_as_lmcaches_own(
         raise AttributeError("'Odd' object has no attribute 'model'")
 
     worker = SimpleNamespace(model_runner=SimpleNamespace(get_model=odd))
-    monkeypatch.setattr(compat_vllm, "worker", lambda: worker)
-    monkeypatch.setattr(compat_vllm, "true_on_all_ranks", lambda fine: fine)
+    monkeypatch.setattr(vllm_patches, "worker", lambda: worker)
+    monkeypatch.setattr(vllm_internals, "true_on_all_ranks", lambda fine: fine)
     registered: list[Any] = []
     stock = connector.LMCacheMPConnector
     monkeypatch.setattr(stock, "register_kv_caches", lambda self, caches: registered.append(caches))
@@ -464,14 +459,18 @@ def test_a_worker_that_cannot_get_ready_serves_as_lmcaches_own(
     ours.register_kv_caches({"layer": 1})
     assert registered == [{"layer": 1}]
     assert ours._worker is None
-    assert ours.get_handshake_metadata().why_not.detail.startswith("getting ready failed: AttributeError: 'Odd'")
-    said = [record for record in caplog.records if "KV is not blended: getting ready failed" in record.getMessage()]
+    assert ours.get_handshake_metadata().unsupported.detail.startswith(
+        "blend initialisation failed: AttributeError: 'Odd'"
+    )
+    said = [
+        record for record in caplog.records if "KV is not blended: blend initialisation failed" in record.getMessage()
+    ]
     assert [record.levelname for record in said] == ["WARNING"]
 
 
 def test_results_reach_the_scheduler_and_plans_the_workers() -> None:
-    assert issubclass(BlendResults, base.KVConnectorWorkerMetadata)
-    assert issubclass(Readiness, base.KVConnectorHandshakeMetadata)
+    assert issubclass(BlendWorkerMetadata, base.KVConnectorWorkerMetadata)
+    assert issubclass(BlendHandshakeMetadata, base.KVConnectorHandshakeMetadata)
     meta = lmcache_mp_metadata.LMCacheMPConnectorMetadata()
     native = custom_types.CBMatchResult(1, 2, 3, 4, b"h")
     meta.blend_plans = [Match(3, 4, 1, 2, native)]

@@ -25,8 +25,8 @@ with warnings.catch_warnings():
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.request import Request
 
-    from lmcache_rag.connector import compat_vllm
-    from lmcache_rag.connector.hot import HotChunks
+    from lmcache_rag.connector import vllm_internals
+    from lmcache_rag.connector.gpu_chunks import ResidentChunks
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -64,7 +64,7 @@ def run(manager: KVCacheManager, one: Request, *, hide_from: int | None = None, 
     """Schedule a request as vLLM does; returns how many tokens its own blocks gave it."""
     blocks, local = manager.get_computed_blocks(one)[:2]
     if hide_from is not None:
-        compat_vllm.hide_from_prefix_cache(one, hide_from, BLOCK)
+        vllm_internals.hide_from_prefix_cache(one, hide_from, BLOCK)
     assert manager.allocate_slots(one, one.num_tokens - local, local, blocks) is not None
     one.num_computed_tokens = one.num_tokens
     for token in range(decode):
@@ -103,21 +103,21 @@ def test_a_preempted_request_finds_its_own_approximate_blocks(manager: KVCacheMa
 def test_hiding_twice_and_without_prefix_caching(manager: KVCacheManager, hasher: Any) -> None:
     one = request("one", list(range(100)), hasher)
     exact = list(one.block_hashes)
-    compat_vllm.hide_from_prefix_cache(one, 64, BLOCK)
-    compat_vllm.hide_from_prefix_cache(one, 32, BLOCK)
+    vllm_internals.hide_from_prefix_cache(one, 64, BLOCK)
+    vllm_internals.hide_from_prefix_cache(one, 32, BLOCK)
     assert one.block_hashes[:2] == exact[:2]
     assert len(one.block_hashes) == len(exact)
     assert not set(one.block_hashes[2:]) & set(exact)
 
     plain = request("plain", list(range(100)), None)
-    compat_vllm.hide_from_prefix_cache(plain, 32, BLOCK)
+    vllm_internals.hide_from_prefix_cache(plain, 32, BLOCK)
     assert plain.block_hashes == []
     assert manager.block_pool.hash_block_size == BLOCK
 
 
 def test_ingested_chunks_are_found_in_vllms_own_blocks_and_kept(manager: KVCacheManager, hasher: Any) -> None:
     prefix, first, second = list(range(32)), list(range(100, 148)), list(range(200, 240))
-    hot = HotChunks(compat_vllm.CachedBlocks(manager.block_pool), BLOCK)
+    hot = ResidentChunks(vllm_internals.CachedBlocks(manager.block_pool), BLOCK)
     held = {}
     for name, chunk in (("first", first), ("second", second)):
         ingestion = request(name, prefix + chunk, hasher)
@@ -127,7 +127,7 @@ def test_ingested_chunks_are_found_in_vllms_own_blocks_and_kept(manager: KVCache
         manager.free(ingestion)
 
     query = request("query", prefix + second + first + [1, 2, 3], hasher)
-    places = hot.places(array("q", query.prompt_token_ids), query.block_hashes, [(32, 72), (72, 120)])
+    places = hot.locate(array("q", query.prompt_token_ids), query.block_hashes, [(32, 72), (72, 120)])
     found = hot.find(places)
     assert [(m.start, m.end, m.old_start, m.block) for m in found] == [
         (32, 48, 32, held["second"][2]),
@@ -150,7 +150,7 @@ def test_ingested_chunks_are_found_in_vllms_own_blocks_and_kept(manager: KVCache
 
 
 def test_removed_blocks_are_not_found_and_stay_with_who_uses_them(manager: KVCacheManager, hasher: Any) -> None:
-    pool = compat_vllm.CachedBlocks(manager.block_pool)
+    pool = vllm_internals.CachedBlocks(manager.block_pool)
     twins = [request(name, list(range(100)), hasher) for name in ("one", "two")]
     for twin in twins:  # both are computed: blocks of one hash
         assert manager.allocate_slots(twin, twin.num_tokens) is not None
@@ -167,12 +167,12 @@ def test_removed_blocks_are_not_found_and_stay_with_who_uses_them(manager: KVCac
 def test_what_hides_blocks_looks_like_vllms_own_hashes(hasher: Any) -> None:
     one = request("one", list(range(100)), hasher)
     (kind,) = {(type(own), len(own)) for own in one.block_hashes}
-    compat_vllm.hide_from_prefix_cache(one, 32, BLOCK)
+    vllm_internals.hide_from_prefix_cache(one, 32, BLOCK)
     assert {(type(own), len(own)) for own in one.block_hashes} == {kind}
 
 
 def test_a_block_is_found_by_its_key_as_vllm_finds_it(manager: KVCacheManager, hasher: Any) -> None:
-    pool = compat_vllm.CachedBlocks(manager.block_pool)
+    pool = vllm_internals.CachedBlocks(manager.block_pool)
     twins = [request(name, list(range(100)), hasher) for name in ("one", "two")]
     for twin in twins:  # both are computed: blocks of one hash
         assert manager.allocate_slots(twin, twin.num_tokens) is not None

@@ -71,7 +71,7 @@ def test_step_by_step_vllm_takes_back_what_came_of_reported_blocks(make: Any) ->
 
 
 def test_asynchronously_it_does_not(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Why takes_reports is false there. The day this fails, vLLM takes back more than it did."""
+    """Why recomputes_reported_blocks is false there. The day this fails, vLLM takes back more than it did."""
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
     real = kit.SchedulerConfig

@@ -41,10 +41,8 @@ with warnings.catch_warnings():
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.worker.utils import AttentionGroup
 
-    from lmcache_rag.connector import compat_vllm, model
-    from lmcache_rag.connector.in_layers import Redo
-    from lmcache_rag.connector.paged import PagedSequence, keys_and_values
-    from lmcache_rag.connector.paged_attention import PagedAttention
+    from lmcache_rag.connector import model_runner, vllm_internals
+    from lmcache_rag.connector.attention import PagedAttention, PagedSequence, RecomputeAttention, keys_and_values
 
 pytestmark = [pytest.mark.own_version, pytest.mark.filterwarnings("ignore")]
 BLOCK, BLOCKS, SIZE, LENGTH = 32, 16, 32, 150  # the CPU's kernels take no smaller blocks and heads
@@ -72,7 +70,7 @@ class Pair:
         )
         with set_current_vllm_config(self.config):
             self.model = get_model(vllm_config=self.config)
-            self.layers = compat_vllm.attention_layers(self.config)
+            self.layers = vllm_internals.attention_layers(self.config)
             names, heads = list(self.layers), next(iter(self.layers.values())).num_kv_heads
             spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=heads, head_size=SIZE, dtype=torch.float32)
             builder = CPUAttentionMetadataBuilder(spec, names, self.config, torch.device("cpu"))
@@ -98,23 +96,23 @@ class Pair:
         with torch.inference_mode(), set_current_vllm_config(self.config):
             for positions in torch.arange(LENGTH).split(70):
                 blocks, slots = self.sequence.blocks, self.sequence.slots(positions)
-                found = compat_vllm.run_prefill(
+                found = vllm_internals.run_prefill(
                     self.config, self.runner, self.ids[positions].int(), positions, blocks, slots
                 )
                 states.append(found.clone())
             logits: torch.Tensor = self.model.compute_logits(torch.cat(states))
         return logits
 
-    def plain(self) -> model.VLLMModel:
+    def plain(self) -> model_runner.VLLMModel:
         """What blends, over an empty cache that is laid out as on a GPU."""
         for layer in self.layers.values():
             layer.impl.__class__ = PlainCache
             layer.kv_cache = torch.full_like(layer.kv_cache, float("nan"))
-        return model.VLLMModel(self.config, self.runner)
+        return model_runner.VLLMModel(self.config, self.runner)
 
-    def forward(self, blendable: model.VLLMModel, positions: torch.Tensor, end: int) -> torch.Tensor:
+    def forward(self, blendable: model_runner.VLLMModel, positions: torch.Tensor, end: int) -> torch.Tensor:
         """Logits of these positions by a pass of ours."""
-        attention = Redo(PagedAttention(self.sequence, positions.int(), end))
+        attention = RecomputeAttention(PagedAttention(self.sequence, positions.int(), end))
         slots = self.sequence.slots(positions)
         with torch.inference_mode(), set_current_vllm_config(self.config):
             found = blendable.logits(blendable.forward(self.ids[positions], positions, slots, attention))
@@ -177,5 +175,5 @@ def test_a_pass_over_chosen_positions_mends_their_kv(pair: Pair) -> None:
 def test_vllms_cpu_kernels_keep_keys_in_an_order_of_their_own(pair: Pair) -> None:
     """Why nothing is blended on a CPU: they transpose the keys of each block, and our attention reads a plain cache."""
     pair.prefill()
-    assert "CPUAttentionBackendImpl is not supported" in str(model.why_not(pair.config, pair.model))
+    assert "CPUAttentionBackendImpl is not supported" in str(model_runner.unsupported_reason(pair.config, pair.model))
     assert not torch.allclose(pair.stored(0), pair.kv[0], **NEAR), "then blends could run on a CPU"

@@ -42,8 +42,7 @@ with warnings.catch_warnings():
     from vllm_cpu_kit import Process, answers, free_port, until
 
     from lmcache_rag import protocol
-    from lmcache_rag.connector import compat_lmcache
-    from lmcache_rag.connector.compat_lmcache import server
+    from lmcache_rag.connector import lmcache_client
     from lmcache_rag.connector.lmcache_server.modules import Guard
     from lmcache_rag.connector.lmcache_server.settings import INDEX_SIZE, ServerSettings
     from lmcache_rag.connector.server_guard import MODULE
@@ -106,7 +105,7 @@ def test_a_store_after_its_deadline_is_refused(client: Any) -> None:
 
 
 def test_a_worker_that_lmcache_does_not_know_sees_it_by_its_stores(client: Any) -> None:
-    """Its heartbeats are answered all the same; see compat_lmcache.Registration."""
+    """Its heartbeats are answered all the same; see lmcache_client.Registration."""
     assert client.ping(7).result(timeout=10) is True
     assert client.store(key(time.time() + 60), 7, [[1, 2, 3, 4]], b"").result(timeout=10) == (b"", False)
 
@@ -222,13 +221,13 @@ def inline(chunks: list[Any]) -> bytes:
 def test_an_adapter_is_made_without_a_server_and_takes_none_of_other_chunks(
     client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(server, "FIRST_WAIT_S", 0.5)
+    monkeypatch.setattr(lmcache_client, "FIRST_WAIT_S", 0.5)
     strategy = ParallelStrategy(**{field.name: 1 for field in fields(ParallelStrategy)})
     url = f"tcp://localhost:{free_port()}"
     stock = adapters.get_lmcache_chunk_size
 
     def make(chunk: int) -> Any:
-        with compat_lmcache.may_be_absent(chunk) as absent:
+        with lmcache_client.may_be_absent(chunk) as absent:
             made = adapters.LMCacheMPSchedulerAdapter([url], zmq.Context.instance(), "m", 16, strategy, mq_timeout=1.0)
         assert absent
         return made
@@ -236,16 +235,16 @@ def test_an_adapter_is_made_without_a_server_and_takes_none_of_other_chunks(
     adapter = make(2 * CHUNK)
     assert adapters.get_lmcache_chunk_size is stock
     assert adapter.lmcache_tokens_per_chunk == 2 * CHUNK
-    compat_lmcache.is_absent(adapter)
+    lmcache_client.is_absent(adapter)
     assert not adapter.is_healthy
-    assert not compat_lmcache.same_chunks(adapter, client), f"it has {CHUNK}"
+    assert not lmcache_client.same_chunks(adapter, client), f"it has {CHUNK}"
     assert f"chunks of {CHUNK} tokens now, not {2 * CHUNK}" in caplog.text
-    assert compat_lmcache.same_chunks(make(CHUNK), client)
-    assert compat_lmcache.handshake(client, 10.0) == ""
+    assert lmcache_client.same_chunks(make(CHUNK), client)
+    assert lmcache_client.handshake(client, 10.0) == ""
     with pytest.raises(ConnectionError):
         make(0)
     # The heartbeat asks us before it takes a server that is back for healthy.
-    compat_lmcache.watch(adapter, lambda: True)
+    lmcache_client.watch(adapter, lambda: True)
     for heartbeat in adapter._heartbeats.values():
         assert not heartbeat._recover_callback()
         heartbeat.stop()
@@ -254,10 +253,10 @@ def test_an_adapter_is_made_without_a_server_and_takes_none_of_other_chunks(
 def test_a_worker_whose_caches_nobody_took_goes_on() -> None:
     adapter = SimpleNamespace(_mq_timeout=60.0, is_healthy=False, _health_event=threading.Event())
     adapter._health_event.set()
-    with compat_lmcache.registering(adapter, may_fail=True) as failed:
-        assert adapter._mq_timeout == server.FIRST_WAIT_S
+    with lmcache_client.registering(adapter, may_fail=True) as failed:
+        assert adapter._mq_timeout == lmcache_client.FIRST_WAIT_S
         raise ConnectionError("no answer")
     assert len(failed) == 1
     assert (adapter._mq_timeout, adapter._health_event.is_set()) == (60.0, False)
-    with pytest.raises(ConnectionError), compat_lmcache.registering(adapter, may_fail=False):
+    with pytest.raises(ConnectionError), lmcache_client.registering(adapter, may_fail=False):
         raise ConnectionError

@@ -9,6 +9,7 @@ import ast
 import inspect
 import textwrap
 import threading
+import time
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,12 +41,15 @@ with warnings.catch_warnings():
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.outputs import KVConnectorOutput
 
-    from lmcache_rag.connector import compat_lmcache, connector
-    from lmcache_rag.connector.compat_lmcache import loads
-    from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
-    from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
-    from lmcache_rag.connector.namespace import renumbered
-    from lmcache_rag.connector.plan import BlendPlan
+    from lmcache_rag.connector import connector, lmcache_client, lmcache_transfers
+    from lmcache_rag.connector.cache_salt import CacheSalts, renumbered
+    from lmcache_rag.connector.config import ConnectorOptions
+    from lmcache_rag.connector.gpu_chunks import PrefixCache
+    from lmcache_rag.connector.lmcache_client import from_lmcache, to_lmcache
+    from lmcache_rag.connector.lookup import SchedulerClient
+    from lmcache_rag.connector.metadata import BlendPlan
+    from lmcache_rag.connector.scheduler import BlendScheduler
+    from lmcache_rag.connector.transfers import FinishedGate
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -61,10 +65,13 @@ def ids(key: Any) -> list[int]:
 def bare() -> Any:
     """Our connector without LMCache's and vLLM's parts, which each test puts in as far as it needs them."""
     one: Any = object.__new__(connector.CacheBlendConnector)
-    one._left, one._asked, one._taken, one._side, one._self_check = set(), set(), None, None, None
-    one._forgetting = SimpleNamespace(asks=lambda request_id: False)
-    one._releases = SimpleNamespace(waiting=False, send=lambda: None)
+    one._scheduler = BlendScheduler(ConnectorOptions(), CHUNK, SimpleNamespace(), PrefixCache(BLOCK))
+    one._scheduler.unsupported = None
     return one
+
+
+def client(adapter: Any, trackers: dict[str, Any]) -> SchedulerClient:
+    return SchedulerClient(adapter, trackers, CacheSalts("model", CHUNK), ConnectorOptions())
 
 
 def test_lmcaches_connector_has_what_we_read() -> None:
@@ -157,10 +164,11 @@ def test_the_session_of_a_look_up_on_its_way_is_not_ended_with_its_request() -> 
     ended: list[str] = []
     stock = lmcache_mp_connector.LMCacheMPConnector
     one: Any = bare()
-    one.request_trackers, one.lazy_offload, one._can_store, one._why_not = {}, False, True, None
-    one._freed = FreedOnce()
+    one.request_trackers, one.lazy_offload, one._can_store = {}, False, True
 
     class Adapter(adapters.LMCacheMPSchedulerAdapter):
+        is_healthy = True
+
         def __init__(self) -> None:
             """No server."""
 
@@ -171,9 +179,12 @@ def test_the_session_of_a_look_up_on_its_way_is_not_ended_with_its_request() -> 
             ended.append(request_id)
 
     one.scheduler_adapter = Adapter()
-    one._side = SimpleNamespace(finished=lambda request: {}, listens=lambda name: name == "waits", unheard=True)
+    one._client = client(one.scheduler_adapter, one.request_trackers)
+    side = one._scheduler
+    side.finish = lambda request: {}
+    waits = SimpleNamespace(request_id="waits", poll=lambda seconds: False)
+    side._aborted.add(waits, time.perf_counter(), 0.0)
     one._role = base.KVConnectorRole.SCHEDULER
-    one._reports = SimpleNamespace(tell=lambda: None)
     for name in ("waits", "other"):
         later, params = one.request_finished(request(name, [1], None), [])
         assert (later, params) == (True, {"lmcache_rag": {}})
@@ -181,7 +192,7 @@ def test_the_session_of_a_look_up_on_its_way_is_not_ended_with_its_request() -> 
     one.scheduler_adapter.end_session("waits")
     assert ended == ["other", "waits"], "what holds the look-up can end it"
     assert one.has_pending_push_work(), "an engine without requests goes on for it"
-    one._side.unheard = False
+    side._aborted._lookups.clear()
     assert not one.has_pending_push_work()
     assert "self.scheduler_adapter.end_session(" in inspect.getsource(stock.request_finished)
     assert "self.connector.has_pending_push_work()" in inspect.getsource(Scheduler.has_requests)
@@ -195,6 +206,8 @@ def test_lmcache_is_told_of_blocks_behind_the_load_and_before_the_session_ends()
     told: list[Any] = []
 
     class Adapter:
+        is_healthy, free_lookup_locks = True, None
+
         def report_block_allocations(self, records: list[Any]) -> None:
             told.append(records)
 
@@ -205,18 +218,17 @@ def test_lmcache_is_told_of_blocks_behind_the_load_and_before_the_session_ends()
             told.append(request_id)
 
     one: Any = bare()
-    one._why_not, one._freed, one.lazy_offload = None, FreedOnce(), False
-    one.request_trackers, one._side, one.scheduler_adapter = {}, None, Adapter()
+    one.request_trackers, one.lazy_offload, one.scheduler_adapter = {}, False, Adapter()
     one._can_store = True
     one._role = base.KVConnectorRole.SCHEDULER
-    one._reports = compat_lmcache.LaterReports(one.scheduler_adapter)
+    one._client = client(one.scheduler_adapter, one.request_trackers)
     one.scheduler_adapter.report_block_allocations(["first step"])
     assert told == []
     one.scheduler_adapter.report_block_allocations(["second step"])
     assert told == [["first step"]]
     one.request_finished(request("r", [1], None), [])
     assert told == [["first step"], ["second step"], "r"]
-    one._reports.tell()
+    one._client._reports.tell()
     assert len(told) == 3
 
 
@@ -231,9 +243,9 @@ def test_a_request_is_freed_once_whatever_lmcache_says_of_it() -> None:
     assert "self.get_finished(" in inspect.getsource(stock.get_transfer_results)
 
     one: Any = bare()
-    one._freed, one._stores = FreedOnce(), StoresHeldBack()
+    one._stores = FinishedGate()
     one._enable_kv_events = one.lazy_offload = False
-    one._freed.ends("a")
+    one._scheduler.remove("a", delayed=True)
     output = KVConnectorOutput(finished_recving={"a"}, finished_sending={"a", "b"})
     one.update_connector_output(output)
     assert (output.finished_recving, output.finished_sending) == ({"a"}, {"b"})
@@ -271,7 +283,7 @@ def test_vllm_waits_for_what_is_blended_in_the_background() -> None:
 def test_the_null_block_is_nobodys() -> None:
     from vllm.v1.core.block_pool import BlockPool
 
-    from lmcache_rag.connector.worker_side import NULL_BLOCK
+    from lmcache_rag.connector.job import NULL_BLOCK
 
     pool = BlockPool(4, False, 16)
     assert (pool.null_block.block_id, pool.null_block.is_null) == (NULL_BLOCK, True)
@@ -303,7 +315,7 @@ def test_exact_prefixes_are_asked_for_in_whole_chunks() -> None:
 def test_a_prefix_is_named_by_the_tokens_up_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """When it is loaded, and when it is not. Whoever asks for a load then lets LMCache's thread send it."""
     sent: list[Any] = []
-    monkeypatch.setattr(loads.time, "sleep", lambda seconds: sent.append("GIL"))
+    monkeypatch.setattr(lmcache_transfers.time, "sleep", lambda seconds: sent.append("GIL"))
 
     def create(tokens: Any, start: int, end: int, *more: Any) -> Any:
         return list(from_lmcache(tokens)), start, end
@@ -316,9 +328,9 @@ def test_a_prefix_is_named_by_the_tokens_up_to_its_end(monkeypatch: pytest.Monke
         _create_key=create, transfer_ctx=transfer, kv_caches={}, lmcache_tokens_per_chunk=64, blocks_in_chunk=4
     )
     plan = BlendPlan("r", tuple(range(500)), 80, 191, (), 400, tuple(range(25)), "query", 0.15)
-    compat_lmcache.WorkerLink(worker, 1.0).submit_exact(plan)
+    lmcache_transfers.WorkerLink(worker, 1.0).submit_exact(plan)
     assert sent == [(list(range(192)), 64, 192, 16), "GIL"]
-    compat_lmcache.WorkerLink(worker, 1.0).give_back(plan)
+    lmcache_transfers.WorkerLink(worker, 1.0).give_back(plan)
     assert sent[2:] == sent[:2]
     del sent[2:]
 
@@ -330,7 +342,7 @@ def test_a_prefix_is_named_by_the_tokens_up_to_its_end(monkeypatch: pytest.Monke
         tp_size=1,
         free_lookup_locks=lambda *given: sent.append(given),
     )
-    look_up = compat_lmcache.BlendLookup(scheduler, "r", list(range(500)), "salt", None)
+    look_up = lmcache_client.BlendLookup(scheduler, "r", list(range(500)), "salt", None)
     look_up.release_prefix(0, 128)
     assert sent[2:] == [(to_lmcache(range(128)), 0, 128, "r", "salt", None)]
 
@@ -360,7 +372,7 @@ def test_every_key_of_an_adapter_names_tokens_by_the_numbers_of_its_namespace(ad
     one = object.__new__(adapter)
     one.parallel_strategy = SimpleNamespace(num_kv_readers=1, kv_world_size=1, kv_worker_id=0)
     one.model_name = "m"
-    compat_lmcache.renumber_tokens(one)
+    lmcache_client.renumber_tokens(one)
     keys = [
         one._create_key(to_lmcache([1, 2, 3]), 0, 3, "r", "a"),
         one._create_key(
@@ -428,7 +440,7 @@ def test_a_lookup_sends_the_prompt_once() -> None:
 
     client = Client()
     adapter = SimpleNamespace(_create_key=create, req_clients={"url": client}, tp_size=1)
-    asked = compat_lmcache.BlendLookup(adapter, "r", list(range(300)), "tenant", None)
+    asked = lmcache_client.BlendLookup(adapter, "r", list(range(300)), "tenant", None)
     assert asked.poll(1.0)
     assert asked.result is not None
     assert asked.result[0] == 64
@@ -465,7 +477,7 @@ class Backend:
 @pytest.fixture
 def link(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("torch.cuda.current_stream", lambda: "stream")
-    return compat_lmcache.WorkerLink(SimpleNamespace(), 0.05)
+    return lmcache_transfers.WorkerLink(SimpleNamespace(), 0.05)
 
 
 def asked(backend: Backend) -> tuple[Any, Any]:
@@ -550,7 +562,7 @@ def test_an_error_at_start_is_a_reason(monkeypatch: pytest.MonkeyPatch, problem:
     )
     again = adapter._reregister_kv_caches_callback
     monkeypatch.setattr("lmcache.v1.platform.kv_wrap.wrap_one_kv_cache", lambda tensor: tensor)
-    link = compat_lmcache.WorkerLink(adapter, 0.01)
+    link = lmcache_transfers.WorkerLink(adapter, 0.01)
     assert handshake in link.why_not().detail
     assert "did not take the rotary table" in link.register_rope(torch.zeros(2, 2), 2, True)
     assert adapter._reregister_kv_caches_callback is again
@@ -568,7 +580,7 @@ def test_a_server_that_hangs_at_start_is_asked_when_it_answers(monkeypatch: pyte
 
         return ask
 
-    monkeypatch.setattr("lmcache_rag.connector.compat_lmcache.server._ASK_S", 0.01)
+    monkeypatch.setattr("lmcache_rag.connector.lmcache_client._ASK_S", 0.01)
     monkeypatch.setattr("lmcache.v1.platform.kv_wrap.wrap_one_kv_cache", lambda tensor: tensor)
     client = SimpleNamespace(
         cb_protocol_handshake=asked("handshake", (1, True)),
@@ -587,7 +599,7 @@ def test_a_server_that_hangs_at_start_is_asked_when_it_answers(monkeypatch: pyte
         is_healthy=True,
         _reregister_kv_caches_callback=lambda: True,
     )
-    link = compat_lmcache.WorkerLink(adapter, 0.01)
+    link = lmcache_transfers.WorkerLink(adapter, 0.01)
     assert link.why_not() is None
     assert not healthy.is_set()
     assert link.register_rope(torch.zeros(2, 2), 2, True) == ""
@@ -595,7 +607,7 @@ def test_a_server_that_hangs_at_start_is_asked_when_it_answers(monkeypatch: pyte
     for more, healed in (("size", True), ("handshake", False), ("table", True)):
         answers.append(more)
         if more == "size":  # it answers, and not the handshake: no blend server, but one for exact prefixes
-            other = compat_lmcache.WorkerLink(adapter, 0.01, absent=True)
+            other = lmcache_transfers.WorkerLink(adapter, 0.01, absent=True)
             adapter._reregister_kv_caches_callback = lambda: True
             assert other.register_rope(torch.zeros(2, 2), 2, True) == ""
             assert adapter._reregister_kv_caches_callback() is healed
@@ -629,7 +641,7 @@ def test_a_server_that_comes_back_gets_the_table_again_or_stays_away(monkeypatch
         _reregister_kv_caches_callback=lambda: True,
     )
     monkeypatch.setattr("lmcache.v1.platform.kv_wrap.wrap_one_kv_cache", lambda tensor: tensor)
-    link = compat_lmcache.WorkerLink(adapter, 0.01)
+    link = lmcache_transfers.WorkerLink(adapter, 0.01)
     assert link.register_rope(torch.zeros(2, 2), 2, True) == ""
     back = adapter._reregister_kv_caches_callback
     assert [back(), back()] == [False, True]

@@ -35,8 +35,10 @@ with warnings.catch_warnings():
 
     from lmcache_rag import protocol
     from lmcache_rag.connector import connector, metrics
-    from lmcache_rag.connector.options import ConnectorOptions
-    from lmcache_rag.connector.stats import BlendPromMetrics, BlendStats
+    from lmcache_rag.connector.config import ConnectorOptions
+    from lmcache_rag.connector.gpu_chunks import PrefixCache
+    from lmcache_rag.connector.metrics import BlendPromMetrics, BlendStats
+    from lmcache_rag.connector.scheduler import BlendScheduler
     from lmcache_rag.protocol import CannotBlend, Unsupported
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -45,7 +47,7 @@ BLENDED: dict[str, Any] = {
     "prefix": 32, "reused": 24, "recomputed": 8, "computed": 36, "hot": 16, "outcome": "blended", "lookup": 0.007,
     "load": 0.02, "blend": 0.05,
 }  # fmt: skip
-FAILED = metrics.unblended(100, 64) | {"fallback": "load failed", "outcome": "computed"}
+FAILED = metrics.unblended_record(100, 64) | {"fallback": "load failed", "outcome": "computed"}
 
 
 @pytest.fixture
@@ -130,12 +132,18 @@ def test_ranks_and_scheduler_add_up() -> None:
 
 def test_the_connector_hands_over_what_ended_and_begins_anew() -> None:
     one = object.__new__(connector.CacheBlendConnector)
-    one._connector_stats = BlendStats()
+    one._connector_stats, one._role = BlendStats(), base.KVConnectorRole.SCHEDULER
+    one._scheduler = BlendScheduler(ConnectorOptions(), 64, SimpleNamespace(), PrefixCache(16))
     assert one.get_kv_connector_stats() is None
-    one._count(
-        {"prefix_tokens": 32, "reused_tokens": 24, "recomputed_tokens": 8, "computed_tokens": 36, "hot_tokens": 16}
-        | {"lookup_ms": 7.0, "load_ms": 20.0, "blend_ms": 50.0, "blended": True, "failure": ""}
-    )
+    statistics = {
+        "prefix_tokens": 32,
+        "reused_tokens": 24,
+        "recomputed_tokens": 8,
+        "computed_tokens": 36,
+        "hot_tokens": 16,
+    }
+    times = {"lookup_ms": 7.0, "load_ms": 20.0, "blend_ms": 50.0, "blended": True, "failure": ""}
+    one._scheduler._records.append(metrics.record(statistics | times))
     taken = one.get_kv_connector_stats()
     assert isinstance(taken, BlendStats)
     assert taken.records == [BLENDED]
@@ -143,20 +151,19 @@ def test_the_connector_hands_over_what_ended_and_begins_anew() -> None:
 
 
 def test_who_cannot_be_blended_is_counted_as_such() -> None:
-    one = object.__new__(connector.CacheBlendConnector)
-    one._connector_stats = BlendStats()
+    one = BlendScheduler(ConnectorOptions(), 64, SimpleNamespace(), PrefixCache(16))
     trackers = {
         "ran": SimpleNamespace(num_vllm_hit_tokens=16, num_lmcache_hit_tokens=64, num_scheduled_tokens=36),
         "waited": SimpleNamespace(num_vllm_hit_tokens=0, num_lmcache_hit_tokens=0, num_scheduled_tokens=0),
     }
-    one.request_trackers = trackers
-    one._options = ConnectorOptions()
-    one._why_not = Unsupported(CannotBlend.NEEDS_CUDA, "blending needs CUDA")
+    one.unsupported = Unsupported(CannotBlend.NEEDS_CUDA, "blending needs CUDA")
     told, *others = [
-        one._count_unblended(SimpleNamespace(request_id=name, prompt_token_ids=[0] * 100, kv_transfer_params=None))
+        one.count_unblended(
+            SimpleNamespace(request_id=name, prompt_token_ids=[0] * 100, kv_transfer_params=None), trackers.get(name)
+        )
         for name in (*trackers, "never asked")
     ]
-    assert one._connector_stats.records == [metrics.unblended(100, 64)]
+    assert one.take_records() == [metrics.unblended_record(100, 64)]
     assert others == [None, None]
     assert [told[f"{source}_tokens"] for source in metrics.SOURCES] == [64, 0, 0, 36]
     assert (told["blended"], told["can_blend"], told["failure"]) == (False, False, "blending needs CUDA")
@@ -179,7 +186,7 @@ def test_several_api_servers_share_their_counters(tmp_path: Path) -> None:
     write = """
 from prometheus_client import Counter, Histogram
 from lmcache_rag.connector import metrics
-metrics.Meters(Counter, Histogram, ["engine"], {0: ["0"]}).observe([metrics.unblended(100, 64)])
+metrics.Counters(Counter, Histogram, ["engine"], {0: ["0"]}).observe([metrics.unblended_record(100, 64)])
 """
     read = """
 from prometheus_client import generate_latest

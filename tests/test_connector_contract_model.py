@@ -45,9 +45,9 @@ with warnings.catch_warnings():
     from vllm.v1.worker.utils import AttentionGroup
 
     from lmcache_rag.architectures import ARCHITECTURES, MODEL_CLASSES
-    from lmcache_rag.connector import compat_vllm, model
-    from lmcache_rag.connector.paged import PagedSequence, keys_and_values
-    from lmcache_rag.connector.self_check import examined
+    from lmcache_rag.connector import model_runner, vllm_internals
+    from lmcache_rag.connector.attention import PagedSequence, keys_and_values
+    from lmcache_rag.connector.self_check import compare_with_prefill
     from lmcache_rag.protocol import CannotBlend
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -88,17 +88,17 @@ class World:
                 self.model = kind(vllm_config=self.config)
         finally:
             torch.set_default_dtype(before)
-        self.layers = list(compat_vllm.attention_layers(self.config).values())
+        self.layers = list(vllm_internals.attention_layers(self.config).values())
         for layer in self.layers:
             layer.kv_cache = torch.zeros(4, 2, BLOCK, layer.num_kv_heads, layer.head_size)
 
     @property
     def why_not(self) -> str:
-        return str(model.why_not(self.config, self.model) or "")
+        return str(model_runner.unsupported_reason(self.config, self.model) or "")
 
     @property
     def code(self) -> str:
-        found = model.why_not(self.config, self.model)
+        found = model_runner.unsupported_reason(self.config, self.model)
         return "" if found is None else str(found.code)
 
 
@@ -276,11 +276,11 @@ class Loaded(World):
             attn_groups=[[group]],
             kv_cache_config=KVCacheConfig(64, [], [KVCacheGroupSpec(names, spec)]),
         )
-        self.blendable = model.VLLMModel(self.config, runner)
+        self.blendable = model_runner.VLLMModel(self.config, runner)
 
     def check(self) -> list[Any]:
         with set_current_vllm_config(self.config):
-            return examined(self.blendable, vocabulary=49152, longest=512)
+            return compare_with_prefill(self.blendable, vocabulary=49152, longest=512)
 
 
 @pytest.mark.own_version
@@ -304,8 +304,10 @@ def test_vllms_own_model_passes_the_self_check(
 def test_a_model_whose_passes_are_wrong_fails_the_self_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a fused kernel leaves out the keys of a pass that has no slot mapping."""
     world = Loaded(tmp_path, monkeypatch)
-    write = compat_vllm.write_kv
-    monkeypatch.setattr(compat_vllm, "write_kv", lambda layer, key, value, slots: write(layer, key * 0, value, slots))
+    write = vllm_internals.write_kv
+    monkeypatch.setattr(
+        vllm_internals, "write_kv", lambda layer, key, value, slots: write(layer, key * 0, value, slots)
+    )
     assert {finding.name for finding in world.check() if not finding.holds} >= {"logits of a blend"}
 
 
@@ -314,8 +316,8 @@ def test_a_rotary_table_that_is_not_the_models_fails_the_self_check(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     world = Loaded(tmp_path, monkeypatch)
-    right = compat_vllm.exact_rotary_table
-    monkeypatch.setattr(compat_vllm, "exact_rotary_table", lambda rotary: right(rotary).roll(1, 0))
+    right = vllm_internals.exact_rotary_table
+    monkeypatch.setattr(vllm_internals, "exact_rotary_table", lambda rotary: right(rotary).roll(1, 0))
     assert [finding.name for finding in world.check() if not finding.holds] == ["KV moved by the exact rotary table"]
 
 
@@ -325,10 +327,10 @@ def test_what_is_looked_at_is_there() -> None:
     )
     config = VllmConfig()
     assert hasattr(config.compilation_config.pass_config, "fuse_attn_quant")
-    for name in model.ROTARIES:
+    for name in model_runner.ROTARIES:
         assert name == "RotaryEmbedding" or hasattr(rotary_embedding, name), f"{name} is named"
     backends = "".join(path.read_text() for path in (vllm_folder() / "v1/attention/backends").glob("*.py"))
-    for name in model.BACKENDS:
+    for name in model_runner.BACKENDS:
         assert f"class {name}(" in backends
 
 
@@ -350,6 +352,13 @@ def test_vllm_schedules_asynchronously_unless_told_otherwise_and_says_so_by_the_
             is_encoder_decoder=False,
             async_scheduling=told,
         )
-        assert model.takes_reports(SimpleNamespace(kv_transfer_config=transfer, scheduler_config=scheduler)) == takes
+        assert (
+            model_runner.recomputes_reported_blocks(
+                SimpleNamespace(kv_transfer_config=transfer, scheduler_config=scheduler)
+            )
+            == takes
+        )
     transfer.kv_load_failure_policy = "fail"
-    assert not model.takes_reports(SimpleNamespace(kv_transfer_config=transfer, scheduler_config=scheduler))
+    assert not model_runner.recomputes_reported_blocks(
+        SimpleNamespace(kv_transfer_config=transfer, scheduler_config=scheduler)
+    )

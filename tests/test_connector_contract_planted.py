@@ -9,7 +9,7 @@ from fractions import Fraction
 import pytest
 from contract_kit import CHUNK, missing
 
-from lmcache_rag.connector.renumbering import Renumbering
+from lmcache_rag.connector.cache_salt import Renumbering
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -121,6 +121,6 @@ def test_secret_numbers_keep_a_planted_chunk_apart(chunks: tuple[list[int], list
 
 
 def test_what_the_connector_uses_keeps_a_planted_chunk_apart(chunks: tuple[list[int], list[int]]) -> None:
-    from lmcache_rag.connector.compat_lmcache import adapters
+    from lmcache_rag.connector import lmcache_client
 
-    assert served(*chunks, adapters.renumbering().renumbered) == b"the true chunk"
+    assert served(*chunks, lmcache_client.renumbering().renumbered) == b"the true chunk"

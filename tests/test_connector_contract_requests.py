@@ -28,8 +28,8 @@ with warnings.catch_warnings():
     from vllm_scheduler_kit import Engine, without_server
 
     from lmcache_rag import protocol
-    from lmcache_rag.connector.compat_lmcache import BlendLookup, is_absent
-    from lmcache_rag.connector.plan import Match
+    from lmcache_rag.connector.lmcache_client import BlendLookup, is_absent
+    from lmcache_rag.connector.metadata import Match
 
     OFF = protocol.Unsupported(protocol.CannotBlend.ERROR, "a test")
 
@@ -114,7 +114,7 @@ def run(engine: Engine) -> list[Any]:
 @pytest.mark.parametrize("blends", [True, False])
 def test_no_parameters_end_the_scheduler(engines: Any, blends: bool) -> None:
     engine = engines()
-    engine.connector._why_not = None if blends else OFF
+    engine.connector._scheduler.unsupported = None if blends else OFF
     count = 0
 
     @MANY
@@ -215,23 +215,23 @@ class FaultError(Exception):
 
 def targets(engine: Engine, fault: str) -> list[tuple[Any, str]]:
     """What raises."""
-    side, connector = engine.connector._side, engine.connector
+    side, connector = engine.connector._scheduler, engine.connector
     lookup = type(next(iter(engine.lookups.values()), None))
     return {
-        "look_up": [(side, "look_up")],
-        "hide": [(side, "hide")],
+        "look_up": [(side.client, "look_up")],
+        "hide": [(side._prefix_cache, "hide")],
         "poll": [(lookup, "poll")],
         "release_prefix": [(lookup, "release_prefix")],
-        "namespace": [(connector._namespaces, "of")],
-        "hot begin": [(side.hot, "begin")],
-        "hot find": [(side.hot, "find")],
-        "hot claim": [(side.hot, "claim")],
-        "hot keep": [(side.hot, "keep")],
-        "hot ingested": [(side.hot, "ingested")],
-        "filed": [(side.filed, "hold")],
-        "way": [(side.pace, "way")],
-        "claim": [(side.pace, "claim")],
-        "allocated": [(side.pace, "begun")],
+        "namespace": [(connector._client._salts, "of")],
+        "hot begin": [(side.gpu_chunks, "on_new_request")],
+        "hot find": [(side.gpu_chunks, "find")],
+        "hot claim": [(side.gpu_chunks, "claim")],
+        "hot keep": [(side.gpu_chunks, "on_allocated")],
+        "hot ingested": [(side.gpu_chunks, "on_ingested")],
+        "filed": [(side.uncomputed, "pending")],
+        "way": [(side.budget, "admit")],
+        "claim": [(side.budget, "claim")],
+        "allocated": [(side.budget, "on_allocated")],
         "tracker": [(LMCacheMPConnector, "_get_or_create_request_tracker")],
         "LMCache allocated": [(LMCacheMPConnector, "update_state_after_alloc")],
         "LMCache finished": [(LMCacheMPConnector, "request_finished")],
@@ -371,7 +371,7 @@ def test_blends_end_where_results_come_with_vllms_output_only(engine: Engine) ->
 @pytest.mark.parametrize("blends", [True, False])
 def test_what_is_stored_and_what_lmcache_is_told_of_it(engines: Any, store: str, blends: bool) -> None:
     engine = engines(store=store)
-    engine.connector._why_not = None if blends else OFF
+    engine.connector._scheduler.unsupported = None if blends else OFF
     ingest = {protocol.INGEST: True, protocol.PREFIX: 64, protocol.BLEND: "off"}
     engine.add_tokens("ingests", drawn("ingests", 200), ingest)
     engine.add_tokens("asks", drawn("asks", 200), {protocol.PREFIX: 64, "gateway.trace": [1]})
@@ -383,7 +383,7 @@ def test_what_is_stored_and_what_lmcache_is_told_of_it(engines: Any, store: str,
 @pytest.mark.parametrize("blends", [True, False])
 def test_embedded_prompts_are_neither_looked_up_nor_stored(engines: Any, blends: bool) -> None:
     engine = engines()
-    engine.connector._why_not = None if blends else OFF
+    engine.connector._scheduler.unsupported = None if blends else OFF
     adapter = engine.connector.scheduler_adapter
     asked: list[Any] = []
     adapter.maybe_submit_lookup_request = lambda *args, **kwargs: asked.append(args)
@@ -404,7 +404,7 @@ def test_embedded_prompts_are_neither_looked_up_nor_stored(engines: Any, blends:
 @pytest.mark.parametrize("blends", [True, False])
 def test_a_forgotten_chunk_is_not_found(engines: Any, blends: bool) -> None:
     engine = engines()
-    side, pool = engine.connector._side, engine.scheduler.kv_cache_manager.block_pool
+    side, pool = engine.connector._scheduler, engine.scheduler.kv_cache_manager.block_pool
     prefix, chunk = drawn("the prefix", 64), drawn("the chunk", 192)
     ingest = {protocol.INGEST: True, protocol.PREFIX: 64, protocol.BLEND: "off"}
     engine.add_tokens("ingests", prefix + chunk, ingest)
@@ -414,7 +414,7 @@ def test_a_forgotten_chunk_is_not_found(engines: Any, blends: bool) -> None:
     run(engine)
     assert engine.told["asks"]["hot_tokens"] == 192
 
-    engine.connector._why_not = None if blends else OFF
+    engine.connector._scheduler.unsupported = None if blends else OFF
     lookups: list[Any] = []
 
     def look_up(request: Any) -> Any:
@@ -422,7 +422,7 @@ def test_a_forgotten_chunk_is_not_found(engines: Any, blends: bool) -> None:
         lookups.append((tracker.request_configs, tracker.cache_salt))
         return engine.look_up(request)
 
-    engine.connector._forgetting.look_up = look_up
+    engine.use(look_up)
     engine.found["forgets"] = 3, (0, ())
     forgets = engine.add_tokens("forgets", prefix + chunk, {protocol.FORGET: True, protocol.PREFIX: 64})
     assert run(engine) == [], "what it computes is not stored"
@@ -431,14 +431,14 @@ def test_a_forgotten_chunk_is_not_found(engines: Any, blends: bool) -> None:
     assert engine.told["forgets"]["reused_tokens"] == 0
     assert engine.lookups["forgets"].ended
 
-    engine.connector._why_not = None
+    engine.connector._scheduler.unsupported = None
     again = Request(
         "exact", prefix + chunk, SamplingParams(max_tokens=1, ignore_eos=True), None, block_hasher=engine._hasher
     )
     assert engine.scheduler.kv_cache_manager.get_computed_blocks(again)[1] == 64, "only the prefix, which others share"
     assert not any(pool.get_cached_block(own, [0]) for own in again.block_hashes[4:])
     assert len(forgets.block_hashes) >= 16
-    assert side.hot.chunks.places(array("q", prefix + chunk), again.block_hashes, [(64, 256)]) == []
+    assert side.gpu_chunks.resident.locate(array("q", prefix + chunk), again.block_hashes, [(64, 256)]) == []
     engine.add_tokens("asks again", prefix + drawn("more words", 40) + chunk + [1, 2, 3], asks)
     run(engine)
     assert engine.told["asks again"]["reused_tokens"] == 0
@@ -448,7 +448,7 @@ def test_a_forgotten_chunk_is_not_found(engines: Any, blends: bool) -> None:
 def test_what_could_not_be_forgotten_is_not_called_so(engines: Any, trouble: str) -> None:
     engine = engines(lookup_deadline=0.05)
     params = {protocol.FORGET: True} | ({} if trouble == "no prefix" else {protocol.PREFIX: 64})
-    engine.connector._forgetting.look_up = (lambda request: None) if trouble == "no server" else engine.look_up
+    engine.use((lambda request: None) if trouble == "no server" else engine.look_up)
     engine.found["forgets"] = 1 << 30, (0, ())
     engine.add_tokens("forgets", drawn("forgets", 200), params)
     for _ in range(2000):
@@ -462,7 +462,6 @@ def test_what_could_not_be_forgotten_is_not_called_so(engines: Any, trouble: str
 
 
 def test_a_request_to_forget_may_leave_at_any_time(engine: Engine) -> None:
-    engine.connector._forgetting.look_up = engine.look_up
     for steps in (0, 1, 3):
         name = f"leaves after {steps}"
         engine.found[name] = 2, (128, ())
@@ -479,7 +478,7 @@ def test_a_request_to_forget_may_leave_at_any_time(engine: Engine) -> None:
 def test_nothing_of_a_prompt_is_kept_after_it_is_planned(engine: Engine) -> None:
     engine.add("finds", 600, 4, exact=128, outputs=8)
     engine.step()
-    state = engine.connector._side._states["finds"]
+    state = engine.connector._scheduler._states["finds"]
     assert state.planned
     assert (len(state.tokens), state.lookup, state.claim, state.blocks_hit) == (0, None, None, 4)
     engine.to_the_end()

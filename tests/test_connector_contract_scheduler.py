@@ -29,9 +29,8 @@ with warnings.catch_warnings():
     from vllm.v1.request import Request
     from vllm_scheduler_kit import BLOCKS, Engine, lmcache_server
 
-    from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
-    from lmcache_rag.connector.plan import BlendPlan, Match
-    from lmcache_rag.connector.told import BlendResults
+    from lmcache_rag.connector.lmcache_client import from_lmcache, to_lmcache
+    from lmcache_rag.connector.metadata import BlendPlan, BlendWorkerMetadata, Match
     from lmcache_rag.protocol import CannotBlend, Unsupported
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -161,7 +160,7 @@ def test_approximate_blocks_are_nobody_elses_prefix(make: Any) -> None:
         Request("b", same, SamplingParams(max_tokens=2, ignore_eos=True), None, block_hasher=engine._hasher)
     )
     engine.step()
-    assert engine.connector._side._states["b"].local < 8 + CHUNK
+    assert engine.connector._scheduler._states["b"].local < 8 + CHUNK
     engine.to_the_end()
     assert engine.told["b"]["reused_tokens"] == 0
 
@@ -189,8 +188,8 @@ def test_blocks_that_may_still_be_written_to_are_given_to_nobody(make: Any) -> N
     def stepping(new: list[BlendPlan], finished: set[str], slow: int) -> KVConnectorOutput:
         output = run(new, finished, slow)
         late.extend((plan.request_id, plan.block_ids[plan.local // BLOCK :]) for plan in new)
-        meta = BlendResults(output.kv_connector_worker_meta.results if output.kv_connector_worker_meta else [])
-        meta.late, meta.over = list(late), list(over)
+        meta = BlendWorkerMetadata(output.kv_connector_worker_meta.results if output.kv_connector_worker_meta else [])
+        meta.timed_out, meta.ended = list(late), list(over)
         output.kv_connector_worker_meta = meta
         late.clear()
         return output
@@ -199,7 +198,7 @@ def test_blocks_that_may_still_be_written_to_are_given_to_nobody(make: Any) -> N
     while engine.scheduler.has_requests():
         engine.step()
     pool = engine.scheduler.kv_cache_manager.block_pool
-    (held,) = engine.connector._held._held.values()
+    (held,) = engine.connector._scheduler.fenced._fenced.values()
     assert len(held) == -(-700 // BLOCK)
     assert pool.get_num_free_blocks() == BLOCKS - 1 - len(held)
     taken = pool.get_new_blocks(pool.get_num_free_blocks())
@@ -211,11 +210,11 @@ def test_blocks_that_may_still_be_written_to_are_given_to_nobody(make: Any) -> N
 
 
 def test_what_ranks_say_of_late_loads_is_added_up() -> None:
-    one = BlendResults([], [("a", (1, 2))], [])
-    other = BlendResults([], [("a", (1, 2)), ("b", (3,))], ["c"])
+    one = BlendWorkerMetadata([], [("a", (1, 2))], [])
+    other = BlendWorkerMetadata([], [("a", (1, 2)), ("b", (3,))], ["c"])
     told = one.aggregate(other)
-    assert isinstance(told, BlendResults)
-    assert (told.late, told.over) == ([("a", (1, 2)), ("a", (1, 2)), ("b", (3,))], ["c"])
+    assert isinstance(told, BlendWorkerMetadata)
+    assert (told.timed_out, told.ended) == ([("a", (1, 2)), ("a", (1, 2)), ("b", (3,))], ["c"])
 
 
 def test_a_request_goes_to_lmcache_in_the_namespace_of_its_prefix_and_tenant(make: Any) -> None:
@@ -259,7 +258,7 @@ def test_a_chunk_that_is_being_computed_in_the_same_step_is_not_copied(make: Any
     add(
         "ingests", [*prefix, *chunk], {"lmcache_rag.blend": "off", "lmcache_rag.ingest": True, "lmcache_rag.prefix": 64}
     )
-    engine.connector._side.hot.chunks.remember(
+    engine.connector._scheduler.gpu_chunks.resident.remember(
         array("q", [*prefix, *chunk]), engine.scheduler.requests["ingests"].block_hashes, 64
     )
     add("asks", query, named)
@@ -352,7 +351,7 @@ def test_embedded_prompts_are_neither_looked_up_nor_stored(make: Any, blends: bo
     engine = make()
     connector = engine.connector
     if not blends:
-        connector._why_not = Unsupported(CannotBlend.ERROR, "a test")
+        connector._scheduler.unsupported = Unsupported(CannotBlend.ERROR, "a test")
     asked: list[str] = []
     connector.scheduler_adapter.maybe_submit_lookup_request = lambda name, **_: asked.append(name)
     trackers = []
@@ -393,7 +392,7 @@ def test_lmcaches_own_connector_gives_locks_back_by_name(make: Any, healthy: boo
 def test_locks_are_given_back_when_lmcache_is_healthy_again(make: Any) -> None:
     """A paused server goes on with the look-ups that nobody waits for any more; LMCache's adapter may not know yet."""
     engine = make(lookup_deadline=0.2)
-    engine.connector._side.look_up = engine.connector._look_up
+    del engine.connector._client.look_up  # LMCache is asked
     adapter = engine.connector.scheduler_adapter
     client = next(iter(adapter.req_clients.values()))
     answer, sent = SimpleNamespace(there=False), []
@@ -404,13 +403,13 @@ def test_locks_are_given_back_when_lmcache_is_healthy_again(make: Any) -> None:
     client.free_lookup_locks = lambda key, *more: sent.append((key.request_id, key.start, key.end))
     client.end_session = sent.append
     engine.add_tokens("paused", list(range(100, 400)), outputs=60)
-    while engine.connector._side.abandoned == 0:
+    while engine.connector._scheduler.aborted_lookups == 0:
         engine.step()
     for event in adapter._health_events.values():
         event.clear()
     answer.there = True
     engine.step()
-    assert (engine.connector._side.abandoned, sent) == (0, [])
+    assert (engine.connector._scheduler.aborted_lookups, sent) == (0, [])
     for event in adapter._health_events.values():
         event.set()
     engine.step()
@@ -425,11 +424,11 @@ def test_what_lmcaches_connector_never_asked_for_is_given_back(
     """Where we do not blend. LMCache would keep the look-up's job for ever, and its locks for five minutes."""
     from lmcache.v1.multiprocess.futures import MessagingFuture
 
-    from lmcache_rag.connector import compat_lmcache
+    from lmcache_rag.connector import lmcache_client
 
-    monkeypatch.setattr(compat_lmcache.LaterReleases, "AGAIN_S", 0.5)
+    monkeypatch.setattr(lmcache_client.LaterReleases, "AGAIN_S", 0.5)
     engine = make()
-    engine.connector._why_not = Unsupported(CannotBlend.ERROR, "a test")
+    engine.connector._scheduler.unsupported = Unsupported(CannotBlend.ERROR, "a test")
     adapter = engine.connector.scheduler_adapter
     client, sent = next(iter(adapter.req_clients.values())), []
     if case != "answered":
@@ -453,18 +452,18 @@ def test_what_lmcaches_connector_never_asked_for_is_given_back(
     engine.to_the_end()
     told = [("r", 0, len(tokens) // CHUNK * CHUNK), "r"]
     assert sent == (["r"] if case == "answered" else told + told)
-    assert not engine.connector._releases.waiting
-    assert not engine.connector._asked
+    assert not engine.connector._client.has_releases
+    assert not engine.connector._client._unused
 
 
 def test_a_connection_that_fails_as_locks_are_given_back_ends_nothing(
     make: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lmcache_rag.connector import compat_lmcache
+    from lmcache_rag.connector import lmcache_client
 
-    monkeypatch.setattr(compat_lmcache.LaterReleases, "AGAIN_S", 0.0)
+    monkeypatch.setattr(lmcache_client.LaterReleases, "AGAIN_S", 0.0)
     engine = make()
-    releases, adapter = engine.connector._releases, engine.connector.scheduler_adapter
+    releases, adapter = engine.connector._client._releases, engine.connector.scheduler_adapter
     tried: list[Any] = []
 
     def fails(*given: Any) -> None:

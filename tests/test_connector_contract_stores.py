@@ -29,12 +29,13 @@ with warnings.catch_warnings():
     from vllm.v1.outputs import KVConnectorOutput
     from vllm_cpu_kit import free_port
 
-    from lmcache_rag.connector import compat_lmcache, connector
-    from lmcache_rag.connector.compat_lmcache import server, stores
-    from lmcache_rag.connector.compat_lmcache.tokens import from_lmcache, to_lmcache
-    from lmcache_rag.connector.frees import StoresHeldBack
-    from lmcache_rag.connector.plan import BlendResult
-    from lmcache_rag.connector.told import BlendResults
+    from lmcache_rag.connector import connector, lmcache_client, lmcache_transfers
+    from lmcache_rag.connector.config import ConnectorOptions
+    from lmcache_rag.connector.gpu_chunks import PrefixCache
+    from lmcache_rag.connector.lmcache_client import from_lmcache, to_lmcache
+    from lmcache_rag.connector.metadata import BlendResult, BlendWorkerMetadata
+    from lmcache_rag.connector.scheduler import BlendScheduler
+    from lmcache_rag.connector.transfers import FinishedGate
     from lmcache_rag.protocol import UNTIL
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -70,7 +71,7 @@ class Worker:
     def __init__(self) -> None:
         strategy = adapters.ParallelStrategy(**{field.name: 1 for field in fields(adapters.ParallelStrategy)})
         url = f"tcp://localhost:{free_port()}"
-        with compat_lmcache.may_be_absent(CHUNK):
+        with lmcache_client.may_be_absent(CHUNK):
             self.adapter = adapters.LMCacheMPWorkerAdapter(
                 url, zmq.Context.instance(), "m", 16, strategy, mq_timeout=LONG
             )
@@ -84,11 +85,11 @@ class Worker:
         self.adapter.transfer_ctx._mq_timeout = LONG
         self.connector: Any = object.__new__(connector.CacheBlendConnector)
         self.connector.worker_adapter, self.connector._worker = self.adapter, None
-        self.connector._stores, self.connector._can_store = StoresHeldBack(), True
+        self.connector._stores, self.connector._can_store = FinishedGate(), True
         self.connector.lazy_offload = self.connector._enable_kv_events = False
         self.connector._report_request_errors = False
         self.connector._kv_events_hook_called = True
-        self.connector._in_flight = compat_lmcache.Stores(self.adapter, lambda: self.ended, self._is_unknown)
+        self.connector._in_flight = lmcache_transfers.Stores(self.adapter, lambda: self.ended, self._is_unknown)
 
     def _is_unknown(self) -> None:
         self.unknown += 1
@@ -123,7 +124,7 @@ class Worker:
 
 @pytest.fixture
 def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
-    monkeypatch.setattr(server, "FIRST_WAIT_S", 0.01)
+    monkeypatch.setattr(lmcache_client, "FIRST_WAIT_S", 0.01)
     made = Worker()
     yield made
     made.adapter.req_client.close()
@@ -131,8 +132,8 @@ def worker(monkeypatch: pytest.MonkeyPatch) -> Iterator[Worker]:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "STORE_S", 0.2)
-    monkeypatch.setattr(stores, "GRACE_S", 0.1)
+    monkeypatch.setattr(lmcache_transfers, "STORE_S", 0.2)
+    monkeypatch.setattr(lmcache_transfers, "GRACE_S", 0.1)
 
 
 def settle() -> None:
@@ -163,7 +164,7 @@ def test_a_store_has_a_deadline(worker: Worker) -> None:
     before = time.time()
     worker.store("r")
     (key,) = worker.keys
-    assert before + stores.STORE_S <= key.request_configs[UNTIL] <= time.time() + stores.STORE_S
+    assert before + lmcache_transfers.STORE_S <= key.request_configs[UNTIL] <= time.time() + lmcache_transfers.STORE_S
     assert key.request_configs["lmcache.x"] == 1
     assert (key.start, key.end, key.cache_salt) == (0, CHUNK, "salt")
 
@@ -182,8 +183,8 @@ def test_blocks_are_kept_until_the_fence(worker: Worker, quick: None, healthy: b
 
 
 def test_a_server_that_ended_reads_nothing(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "STORE_S", LONG)
-    monkeypatch.setattr(stores, "_LOOK_S", 0.0)
+    monkeypatch.setattr(lmcache_transfers, "STORE_S", LONG)
+    monkeypatch.setattr(lmcache_transfers, "_LOOK_S", 0.0)
     worker.store("r")
     worker.adapter._health_event.clear()
     assert worker.stored("r") == set()
@@ -222,7 +223,7 @@ def test_a_preemption_waits_once_for_all_stores(
 
 
 def test_a_preemption_does_not_wait_for_a_dead_server(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stores, "STORE_S", LONG)
+    monkeypatch.setattr(lmcache_transfers, "STORE_S", LONG)
     worker.ended = True
     worker.store("r")
     begin = time.monotonic()
@@ -273,7 +274,7 @@ def heartbeat(worker: Worker) -> tuple[Any, list[str]]:
 
     registered: list[str] = []
     worker.adapter.req_client.ping = answer
-    registration = compat_lmcache.Registration(worker.adapter)
+    registration = lmcache_client.Registration(worker.adapter)
     beat = adapters.HeartbeatThread(worker.adapter.req_client, worker.adapter._health_event, 1.0, 7)
     beat.register_recover_callback(lambda: not registered.append("again"))  # type: ignore[func-returns-value]
     return (beat, registration), registered
@@ -307,7 +308,7 @@ def test_a_load_has_a_deadline_and_is_answered(worker: Worker) -> None:
     before = time.time()
     answer = worker.load("r")
     (key,) = worker.keys
-    assert before + stores.STORE_S <= key.request_configs[UNTIL] <= time.time() + stores.STORE_S
+    assert before + lmcache_transfers.STORE_S <= key.request_configs[UNTIL] <= time.time() + lmcache_transfers.STORE_S
     assert worker.loaded() == (set(), set())
     answer.set_result((b"handle", True))
     assert worker.loaded() == ({"r"}, set())
@@ -336,8 +337,8 @@ def test_a_preemption_waits_for_late_loads_only(worker: Worker, monkeypatch: pyt
     worker.adapter.handle_preemptions(True)
     assert time.time() < worker.keys[-1].request_configs[UNTIL], "it keeps its blocks"
     assert worker.loaded() == (set(), set())
-    monkeypatch.setattr(stores, "STORE_S", 0.2)
-    monkeypatch.setattr(stores, "GRACE_S", 0.1)
+    monkeypatch.setattr(lmcache_transfers, "STORE_S", 0.2)
+    monkeypatch.setattr(lmcache_transfers, "GRACE_S", 0.1)
     worker.answers[-1].set_result((b"handle", True))
     worker.load("late")
     worker.adapter._health_event.clear()
@@ -376,12 +377,12 @@ def test_an_engine_driven_worker_waits_no_longer(worker: Worker, monkeypatch: py
         monkeypatch.setattr(adapters, "create_transfer_context", lambda *_, made=context, **more: made)
         worker.adapter._layout_hints, worker.adapter.engine_group_infos = None, []
         worker.adapter._send_register_kv_caches_request({})
-        assert context.engine_driven_context.mq_timeout == stores.STORE_S
+        assert context.engine_driven_context.mq_timeout == lmcache_transfers.STORE_S
 
 
 def test_what_the_adapter_remembers_is_bounded(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmcache_rag.connector.compat_lmcache.adapters.REMEMBERED", 50)
-    compat_lmcache.bound(worker.adapter)
+    monkeypatch.setattr("lmcache_rag.connector.lmcache_client.REMEMBERED", 50)
+    lmcache_client.bound(worker.adapter)
     for number in range(100):
         assert worker.stored(f"r{number}") == {f"r{number}"}
     assert len(worker.adapter._returned_finished) == 50
@@ -404,7 +405,11 @@ def test_lmcaches_receipts_of_every_rank_arrive() -> None:
         return lmcache_mp_metadata.LMCacheMPWorkerMetadata({name: 1}, set())
 
     result = BlendResult("r", 0, 0, 0, 0, 0.0, 0.0)
-    ranks = [BlendResults([result], lmcache=receipt("a")), BlendResults([result]), BlendResults(lmcache=receipt("a"))]
+    ranks = [
+        BlendWorkerMetadata([result], lmcache=receipt("a")),
+        BlendWorkerMetadata([result]),
+        BlendWorkerMetadata(lmcache=receipt("a")),
+    ]
     whole: Any = ranks[0]
     for rank in ranks[1:]:
         whole = whole.aggregate(rank)
@@ -413,8 +418,8 @@ def test_lmcaches_receipts_of_every_rank_arrive() -> None:
 
     heard: list[Any] = []
     one: Any = object.__new__(connector.CacheBlendConnector)
-    one._enable_kv_events, one.lazy_offload, one._freed = False, True, SimpleNamespace(stored=lambda *given: set())
-    one._side = one._taken = None
+    one._enable_kv_events, one.lazy_offload = False, True
+    one._scheduler = BlendScheduler(ConnectorOptions(), CHUNK, SimpleNamespace(), PrefixCache(16))
     one._lazy_offload_manager = SimpleNamespace(
         on_store_results=lambda failed, done: heard.append(done) or SimpleNamespace(sessions_to_end=())
     )
@@ -449,7 +454,7 @@ def test_an_error_of_a_lookup_is_a_miss(fails: str, caplog: pytest.LogCaptureFix
     adapter = SimpleNamespace(
         _create_key=create, req_clients={"url": SimpleNamespace(cb_unified_lookup=ask)}, tp_size=1
     )
-    lookup = compat_lmcache.BlendLookup(adapter, "r", list(range(300)), "", None)
+    lookup = lmcache_client.BlendLookup(adapter, "r", list(range(300)), "", None)
     assert lookup.poll(1.0)
     assert lookup.result == (0, ())
     assert "gone" in caplog.text

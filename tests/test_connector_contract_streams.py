@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
     from vllm.outputs import CompletionOutput, RequestOutput
 
-    from lmcache_rag.connector import compat_vllm, plugin
+    from lmcache_rag.connector import plugin, vllm_patches
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -43,7 +43,7 @@ def wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     """The plugin has run; afterwards the classes are as they were."""
     monkeypatch.setattr(OpenAIServingCompletion, COMPLETIONS, getattr(OpenAIServingCompletion, COMPLETIONS))
     monkeypatch.setattr(OpenAIServingChat, CHATS, getattr(OpenAIServingChat, CHATS))
-    compat_vllm.tell_in_streams()
+    vllm_patches.patch_stream_kv_params()
 
 
 def result(text: str, reason: str | None = None, params: Any = None, index: int = 0) -> RequestOutput:
@@ -163,8 +163,8 @@ def test_streams_are_wrapped_once_and_only_where_vllm_does_not_tell_itself(monke
     assert set(wraps.values()) == {not TELLS}
     assert ("kv_transfer_params" in completion.CompletionStreamResponse.model_fields) == TELLS
     once = OpenAIServingChat.chat_completion_stream_generator
-    monkeypatch.setattr(compat_vllm, "remember_workers", lambda: None)
-    compat_vllm.tell_in_streams()
+    monkeypatch.setattr(vllm_patches, "patch_load_model", lambda: None)
+    vllm_patches.patch_stream_kv_params()
     plugin.register()
     assert OpenAIServingChat.chat_completion_stream_generator is once
     stock = getattr(once, "__wrapped__", once)
@@ -182,5 +182,5 @@ def test_only_api_servers_pay_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = getattr(stock, "__wrapped__", stock)
     monkeypatch.setattr(OpenAIServingChat, CHATS, stock)
     monkeypatch.delitem(sys.modules, API)
-    compat_vllm.tell_in_streams()
+    vllm_patches.patch_stream_kv_params()
     assert getattr(OpenAIServingChat, CHATS) is stock

@@ -25,7 +25,8 @@ with warnings.catch_warnings():
     from vllm.v1.engine import detokenizer
     from vllm.v1.engine.detokenizer import FastIncrementalDetokenizer
 
-    from lmcache_rag.connector.compat_vllm import begin_texts_quickly, streams
+    from lmcache_rag.connector import vllm_patches
+    from lmcache_rag.connector.vllm_patches import patch_detokenizer_start
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 STOCK = getattr(FastIncrementalDetokenizer.__init__, "__wrapped__", FastIncrementalDetokenizer.__init__)
@@ -41,7 +42,7 @@ TEXTS = [
 @pytest.fixture(autouse=True)
 def wrapped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FastIncrementalDetokenizer, "__init__", STOCK)
-    begin_texts_quickly()
+    patch_detokenizer_start()
     assert FastIncrementalDetokenizer.__init__ is not STOCK
 
 
@@ -113,8 +114,8 @@ def test_most_prompts_take_the_short_way(tokenizer: PreTrainedTokenizerFast, mon
     rng = random.Random(3)
     for _ in range(50):
         answer(FastIncrementalDetokenizer.__init__, tokenizer, prompt_ids(tokenizer, rng, 200), [5], skip=True)
-    assert given.count(streams.PRIMED) > 25
-    assert set(given) <= {streams.PRIMED, 200}
+    assert given.count(vllm_patches.PRIMED) > 25
+    assert set(given) <= {vllm_patches.PRIMED, 200}
 
 
 def test_the_request_itself_keeps_its_prompt() -> None:
@@ -127,12 +128,12 @@ def test_the_request_itself_keeps_its_prompt() -> None:
 
 def test_it_is_wrapped_once_and_not_where_no_texts_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     once = FastIncrementalDetokenizer.__init__
-    begin_texts_quickly()
+    patch_detokenizer_start()
     assert FastIncrementalDetokenizer.__init__ is once
     monkeypatch.setattr(FastIncrementalDetokenizer, "__init__", STOCK)
-    monkeypatch.delitem(sys.modules, streams.API_SERVER, raising=False)
+    monkeypatch.delitem(sys.modules, vllm_patches.API_SERVER, raising=False)
     monkeypatch.delitem(sys.modules, detokenizer.__name__)
-    begin_texts_quickly()
+    patch_detokenizer_start()
     assert FastIncrementalDetokenizer.__init__ is STOCK
 
 

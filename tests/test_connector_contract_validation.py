@@ -39,17 +39,15 @@ with warnings.catch_warnings():
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.request import Request as EngineRequest
 
-    from lmcache_rag.connector import authorization, compat_vllm
-    from lmcache_rag.connector.authorization import SIGNATURE, IngestKey, IngestKeyMiddleware
-    from lmcache_rag.connector.compat_vllm import request_validation
-    from lmcache_rag.connector.request_validation import RequestValidation
+    from lmcache_rag.connector import authorization, vllm_patches
+    from lmcache_rag.connector.authorization import SIGNATURE, IngestKey, IngestKeyMiddleware, RequestValidation
     from lmcache_rag.protocol import CHUNKS, INGEST, MAX_OFFLOAD_TOKENS, NO_BLEND, PREFIX, RATIO
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 PARAMS = "kv_transfer_params"
-SERVING = [getattr(importlib.import_module(module), owner) for module, owner, _ in request_validation.ENDPOINTS]
-METHODS = [name for _, _, name in request_validation.ENDPOINTS]
+SERVING = [patch.owner() for patch in vllm_patches.ENDPOINTS]
+METHODS = [patch.name for patch in vllm_patches.ENDPOINTS]
 KEY = "the ingest key of these tests only"
 PATCHED = (
     (InputProcessor, "process_inputs"),
@@ -90,7 +88,7 @@ def validated(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         takes(inspect.unwrap(getattr(owner, name)), "request", "raw_request")
         monkeypatch.setattr(owner, name, create)
     for _ in range(2):
-        compat_vllm.validate_requests(RequestValidation.of)
+        vllm_patches.patch_request_validation(RequestValidation.of)
     return passed
 
 
@@ -183,7 +181,7 @@ def test_a_refusal_announces_nothing_to_the_engine(validated: list[Any]) -> None
 
 def test_each_part_is_patched_once(validated: list[Any]) -> None:
     once = [getattr(owner, name) for owner, name in PATCHED]
-    compat_vllm.validate_requests(RequestValidation.of)
+    vllm_patches.patch_request_validation(RequestValidation.of)
     assert [getattr(owner, name) for owner, name in PATCHED] == once
 
 
@@ -192,7 +190,7 @@ def test_only_the_entrance_is_patched_offline(monkeypatch: pytest.MonkeyPatch, v
     for (owner, name), function in stock.items():
         monkeypatch.setattr(owner, name, function)
     monkeypatch.delitem(sys.modules, vllm.entrypoints.serve.utils.api_utils.__name__)
-    compat_vllm.validate_requests(RequestValidation.of)
+    vllm_patches.patch_request_validation(RequestValidation.of)
     changed = [name for (owner, name), function in stock.items() if getattr(owner, name) is not function]
     assert changed == ["process_inputs"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_rag.connector.frees import FreedOnce, StoresHeldBack
+from lmcache_rag.connector.transfers import FinishedGate, FinishedOnce
 
 
 def test_a_worker_says_nothing_of_stores_while_it_loads() -> None:
-    worker = StoresHeldBack()
+    worker = FinishedGate()
     assert worker.report({"a", "b"}, {"a", "c"}) == {"b"}
     assert worker.report(set(), {"a"}) == set()
     assert worker.report({"d"}, set()) == {"a", "d"}
@@ -17,7 +17,7 @@ def test_a_worker_says_nothing_of_stores_while_it_loads() -> None:
 
 
 def test_a_request_that_was_freed_by_its_load_is_not_freed_by_its_stores() -> None:
-    side = FreedOnce()
+    side = FinishedOnce()
     side.ends("a")
     assert side.stored({"a"}, {"b"}) == {"b"}
     assert side.stored((), {"a"}) == set()
@@ -25,7 +25,7 @@ def test_a_request_that_was_freed_by_its_load_is_not_freed_by_its_stores() -> No
 
 
 def test_a_load_that_was_done_before_the_end_frees_nothing() -> None:
-    side = FreedOnce()
+    side = FinishedOnce()
     assert side.stored({"a"}, ()) == set()
     side.ends("a")
     assert side.stored((), {"a"}) == {"a"}
@@ -33,7 +33,7 @@ def test_a_load_that_was_done_before_the_end_frees_nothing() -> None:
 
 
 def test_both_words_in_one_step_are_one() -> None:
-    side = FreedOnce()
+    side = FinishedOnce()
     side.ends("a")
     assert side.stored({"a"}, {"a"}) == set()
     assert len(side) == 0
@@ -44,8 +44,8 @@ class VLLM:
 
     def __init__(self, ranks: int) -> None:
         self.requests = {"a": "loading"}
-        self.side = FreedOnce()
-        self.workers = [StoresHeldBack() for _ in range(ranks)]
+        self.side = FinishedOnce()
+        self.workers = [FinishedGate() for _ in range(ranks)]
         self.loaded: dict[int, set[str]] = {rank: {"a"} for rank in range(ranks)}  # still to come
         self.told = {"loaded": set[int](), "stored": set[int]()}
 

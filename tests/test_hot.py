@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from array import array
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,14 +14,12 @@ import torch
 from models import tiny_model
 from paged_kit import PagedModel
 
-from lmcache_rag.connector.filed import FiledBlocks
-from lmcache_rag.connector.hot import HotChunks
-from lmcache_rag.connector.hot_copy import HotCopy
-from lmcache_rag.connector.hot_side import HotSide, without_overlap
-from lmcache_rag.connector.options import ConnectorOptions
-from lmcache_rag.connector.paged import PagedSequence
-from lmcache_rag.connector.plan import BlendResult, Match
-from lmcache_rag.connector.scheduler_side import SchedulerSide
+from lmcache_rag.connector.attention import PagedSequence
+from lmcache_rag.connector.config import ConnectorOptions
+from lmcache_rag.connector.gpu_chunks import GpuChunks, ResidentChunks, UncomputedBlocks, without_overlap
+from lmcache_rag.connector.metadata import BlendResult, Match
+from lmcache_rag.connector.model_runner import GpuCopy
+from lmcache_rag.connector.scheduler import BlendScheduler
 from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.protocol import named_spans
 
@@ -93,9 +92,9 @@ class Request:
         self.cache_salt = None
 
 
-def known(pool: Pool) -> HotChunks:
+def known(pool: Pool) -> ResidentChunks:
     """What was ingested after a prefix of 64 tokens."""
-    chunks = HotChunks(pool, BLOCK)
+    chunks = ResidentChunks(pool, BLOCK)
     for tokens in pool.ingested:
         chunks.remember(array("q", tokens), hashes(tokens), 64)
     return chunks
@@ -116,7 +115,7 @@ def world() -> Any:
     return pool, Request("r", prompt + ids(20), spans)
 
 
-def make(pool: Pool, lookups: list[Any] | None = None, **options: Any) -> SchedulerSide:
+def make(pool: Pool, lookups: list[Any] | None = None, **options: Any) -> BlendScheduler:
     chunks = known(pool)
 
     def look_up(request: Any) -> Any:
@@ -124,7 +123,11 @@ def make(pool: Pool, lookups: list[Any] | None = None, **options: Any) -> Schedu
         return lookups.pop()
 
     facts = {"least_tokens": 16} | options
-    return SchedulerSide(ConnectorOptions(**facts), 64, look_up, lambda r, first: None, HotSide(chunks))
+    made = BlendScheduler(
+        ConnectorOptions(**facts), 64, SimpleNamespace(look_up=look_up), SimpleNamespace(hide=lambda r, first: None)
+    )
+    made.gpu_chunks = GpuChunks(chunks)
+    return made
 
 
 def test_a_chunk_that_is_known_behind_one_prefix_is_not_found_behind_another(world: Any) -> None:
@@ -132,7 +135,7 @@ def test_a_chunk_that_is_known_behind_one_prefix_is_not_found_behind_another(wor
     pool, request = world
     chunks = known(pool)
     asked = lambda other: chunks.find(  # noqa: E731
-        chunks.places(
+        chunks.locate(
             array("q", other.prompt_token_ids), other.block_hashes, other.kv_transfer_params["lmcache_rag.chunks"]
         )
     )
@@ -149,7 +152,7 @@ def test_whole_blocks_of_every_chunk_are_found_with_where_they_were_computed(wor
     pool, request = world
     spans = named_spans(request.kv_transfer_params, request.num_tokens)
     chunks = known(pool)
-    found = chunks.find(chunks.places(array("q", request.prompt_token_ids), request.block_hashes, spans))
+    found = chunks.find(chunks.locate(array("q", request.prompt_token_ids), request.block_hashes, spans))
     for start, end in spans:
         mine = [m for m in found if start <= m.start < end]
         assert [m.start for m in mine] == list(range(start, end - BLOCK + 1, BLOCK))
@@ -162,7 +165,7 @@ def test_another_prefix_finds_nothing(world: Any) -> None:
     request.block_hashes = hashes(request.prompt_token_ids)
     spans = named_spans(request.kv_transfer_params, request.num_tokens)
     chunks = known(pool)
-    assert chunks.find(chunks.places(array("q", request.prompt_token_ids), request.block_hashes, spans)) == []
+    assert chunks.find(chunks.locate(array("q", request.prompt_token_ids), request.block_hashes, spans)) == []
 
 
 @pytest.mark.parametrize(
@@ -185,18 +188,18 @@ def test_a_chunk_shorter_than_a_block_is_left_out_but_where_the_prefix_ends() ->
 def test_blocks_are_pinned_from_the_claim_to_the_result(world: Any) -> None:
     pool, request = world
     side = make(pool)
-    claimed = side.matched(request, 0)
+    claimed = side.match(request, 0)
     assert claimed == request.num_tokens - 1  # the short rest is claimed too
     assert pool.held > 0
-    side.allocated(request, list(range(50)), claimed, None)
-    ((plan,), _) = side.plans()
+    side.on_allocated(request, list(range(50)), claimed, None)
+    ((plan,), _) = side.build_plans()
     assert all(match.block >= 0 for match in plan.matches)
     held = pool.held
     assert held == len(plan.matches)
     tokens = len(plan.matches) * BLOCK
-    side.take([BlendResult("r", 0, tokens, 0, 0, 0.0, 0.0, "", tokens)])
+    side.on_results([BlendResult("r", 0, tokens, 0, 0, 0.0, 0.0, "", tokens)])
     assert pool.held == 0
-    told = side.finished(request)
+    told = side.finish(request)
     assert told is not None
     assert told["hot_tokens"] == tokens
 
@@ -204,11 +207,11 @@ def test_blocks_are_pinned_from_the_claim_to_the_result(world: Any) -> None:
 def test_an_abort_while_a_plan_is_under_way_keeps_the_blocks_until_it_is_done(world: Any) -> None:
     pool, request = world
     side = make(pool)
-    side.allocated(request, list(range(50)), side.matched(request, 0) or 0, None)
-    side.plans()
-    side.finished(request)
+    side.on_allocated(request, list(range(50)), side.match(request, 0) or 0, None)
+    side.build_plans()
+    side.finish(request)
     assert pool.held > 0
-    side.take([BlendResult("r", 0, 0, 0, 0, 0.0, 0.0)])
+    side.on_results([BlendResult("r", 0, 0, 0, 0, 0.0, 0.0)])
     assert pool.held == 0
 
 
@@ -216,13 +219,13 @@ def test_an_abort_while_a_plan_is_under_way_keeps_the_blocks_until_it_is_done(wo
 def test_an_abort_before_that_lets_them_go(world: Any, when: str) -> None:
     pool, request = world
     side = make(pool)
-    claimed = side.matched(request, 0) or 0
+    claimed = side.match(request, 0) or 0
     if when == "allocated":
-        side.allocated(request, list(range(50)), claimed, None)
+        side.on_allocated(request, list(range(50)), claimed, None)
     elif when == "thrown away":
-        side.allocated(request, list(range(50)), 0, None)
+        side.on_allocated(request, list(range(50)), 0, None)
         assert pool.held == 0
-    side.finished(request)
+    side.finish(request)
     assert pool.held == 0
 
 
@@ -242,10 +245,10 @@ def test_what_is_not_allocated_is_let_go_and_at_last_done_without(world: Any) ->
 
     side = make(pool, [Lookup()])
     for _ in range(2):
-        assert side.matched(request, 0) == request.num_tokens - 1
-        side.plans()
+        assert side.match(request, 0) == request.num_tokens - 1
+        side.build_plans()
         assert pool.held == 0
-    assert side.matched(request, 0) == 0
+    assert side.match(request, 0) == 0
     assert pool.held == 0
 
 
@@ -284,7 +287,7 @@ def test_a_copied_key_is_the_key_at_its_new_position(tokenizer: Any, scaling: st
         matches = [
             Match(start + i, start + i + BLOCK, 64 + i, 80 + i, block=4 + (64 + i) // BLOCK) for i in (0, 16, 32)
         ]
-        HotCopy(paged.caches, table, neox=True).run(matches, target)
+        GpuCopy(paged.caches, table, neox=True).run(matches, target)
         want_keys, want_values = computed(start)
         got_keys, got_values = paged.read(target, 0, start + 48)
         torch.testing.assert_close(got_keys[:, start:], want_keys, atol=1e-4, rtol=1e-4)
@@ -293,7 +296,7 @@ def test_a_copied_key_is_the_key_at_its_new_position(tokenizer: Any, scaling: st
 
 def test_what_seems_to_be_held_is_seen_without_looking_at_every_block() -> None:
     pool = scheduler_kit.Pool()
-    chunks = HotChunks(pool, 8)
+    chunks = ResidentChunks(pool, 8)
     tokens, hashes = array("q", range(100)), ["a", "b", "c", "d"]
     for first, end in ((32, 56), (60, 92)):
         own = scheduler_kit.chunk_hashes("d", list(tokens[first:end]), 8)
@@ -303,11 +306,11 @@ def test_what_seems_to_be_held_is_seen_without_looking_at_every_block() -> None:
     real = pool.get
     pool.get = lambda keys: (asked.extend(keys), real(keys))[1]  # type: ignore[method-assign]
     spans = [(32, 56), (60, 92)]
-    places = chunks.places(tokens, hashes, spans)
-    assert chunks.held(places) == 24
+    places = chunks.locate(tokens, hashes, spans)
+    assert chunks.estimate(places) == 24
     assert len(asked) == 2
-    assert chunks.places(tokens, hashes, []) == []
-    assert chunks.places(tokens, hashes[:3], spans) == [], "the prefix is longer than what is hashed"
+    assert chunks.locate(tokens, hashes, []) == []
+    assert chunks.locate(tokens, hashes[:3], spans) == [], "the prefix is longer than what is hashed"
     assert sum(m.end - m.start for m in chunks.find(places)) == 24
 
 
@@ -315,10 +318,10 @@ def test_a_chunk_is_known_by_vllms_own_hashes() -> None:
     """With an adapter too, whose name is in each of them."""
     tokens = array("q", range(100))
     own = ["a", "b", *(f"with an adapter {number}" for number in range(10))]
-    chunks = HotChunks(scheduler_kit.Pool(), 8)
+    chunks = ResidentChunks(scheduler_kit.Pool(), 8)
     chunks.remember(tokens, own, 16)
     query = array("q", [*tokens[:16], 1, 2, 3, *tokens[16:]])
-    ((start, end, old, keys),) = chunks.places(query, own[:2], [(16, 19), (19, 103)])
+    ((start, end, old, keys),) = chunks.locate(query, own[:2], [(16, 19), (19, 103)])
     assert (start, end, old, keys) == (19, 103, 16, tuple(own[2:]))
 
 
@@ -327,11 +330,11 @@ def test_a_chunk_inside_a_block_of_the_prefix_is_not_known() -> None:
     pool, prefix, chunk = scheduler_kit.Pool(), list(range(20)), list(range(100, 150))
     hashes = scheduler_kit.chunk_hashes("salt", prefix + chunk, 8)
     pool.file("salt", prefix + chunk, 8)
-    chunks = HotChunks(pool, 8)
+    chunks = ResidentChunks(pool, 8)
     tokens = array("q", prefix + chunk)
     chunks.remember(tokens, hashes, len(prefix))
     assert chunks.tokens == 0
-    assert chunks.find(chunks.places(tokens, hashes, [(20, 70)])) == []
+    assert chunks.find(chunks.locate(tokens, hashes, [(20, 70)])) == []
 
 
 def test_a_chunk_is_not_found_after_part_of_a_block() -> None:
@@ -339,44 +342,50 @@ def test_a_chunk_is_not_found_after_part_of_a_block() -> None:
     pool, prefix, chunk = scheduler_kit.Pool(), list(range(16)), list(range(100, 148))
     hashes = scheduler_kit.chunk_hashes("salt", prefix + chunk, 8)
     pool.file("salt", prefix + chunk, 8)
-    chunks = HotChunks(pool, 8)
+    chunks = ResidentChunks(pool, 8)
     chunks.remember(array("q", prefix + chunk), hashes, len(prefix))
     query = [*prefix, 1, 2, 3, 4, *chunk]
     own = scheduler_kit.chunk_hashes("salt", query, 8)
-    assert chunks.find(chunks.places(array("q", query), own, [(20, 68)])) == []
-    (first, *_) = chunks.find(chunks.places(array("q", query), own, [(16, 20), (20, 68)]))
+    assert chunks.find(chunks.locate(array("q", query), own, [(20, 68)])) == []
+    (first, *_) = chunks.find(chunks.locate(array("q", query), own, [(16, 20), (20, 68)]))
     assert (first.start, first.old_start) == (20, 16)
 
 
 def test_known_chunks_are_bounded_by_their_tokens() -> None:
-    chunks = HotChunks(scheduler_kit.Pool(), 8, remembered=200)
+    chunks = ResidentChunks(scheduler_kit.Pool(), 8, max_tokens=200)
     for number in range(50):
         tokens = array("q", [1] * 16 + [number] * 84)
         chunks.remember(tokens, ["a", "b", *range(10)], 16)
         chunks.remember(tokens, ["a", "b", *range(10)], 16)
         assert chunks.tokens == min(80 * (number + 1), 160)
     prompt = array("q", [1] * 16 + [49] * 84 + [0] * 84)
-    assert [place.start for place in chunks.places(prompt, ["a", "b"], [(16, 100), (100, 184)])] == [16]
+    assert [place.start for place in chunks.locate(prompt, ["a", "b"], [(16, 100), (100, 184)])] == [16]
 
 
 def test_only_ingested_chunks_are_remembered() -> None:
     pool = scheduler_kit.Pool()
-    hot = HotChunks(pool, BLOCK)
-    side = SchedulerSide(ConnectorOptions(least_tokens=16), 64, lambda r: None, lambda r, first: None, HotSide(hot))
+    hot = ResidentChunks(pool, BLOCK)
+    side = BlendScheduler(
+        ConnectorOptions(least_tokens=16),
+        64,
+        SimpleNamespace(look_up=lambda r: None),
+        SimpleNamespace(hide=lambda r, first: None),
+    )
+    side.gpu_chunks = GpuChunks(hot)
     prefix, chunks = list(range(64)), [list(range(100 * n, 100 * n + 64)) for n in (1, 2)]
 
     def ingest(name: str, chunk: list[int], computed: int, **more: Any) -> None:
         request = Request(name, prefix + chunk, [])
         request.kv_transfer_params = {"lmcache_rag.ingest": True, "lmcache_rag.prefix": 64} | more  # type: ignore[assignment]
         request.num_computed_tokens = computed
-        side.arrived(request)
-        side.finished(request)
+        side.start_early(request)
+        side.finish(request)
 
     ingest("left at once", chunks[0], 0)
     ingest("is none", chunks[0], 128, **{"lmcache_rag.ingest": False})
     query = Request("query", prefix + chunks[1] + chunks[0] + [1, 2], [[64, 128], [128, 192]])
-    side.arrived(query)
-    side.finished(query)
+    side.start_early(query)
+    side.finish(query)
     assert hot.tokens == 0
     ingest("whole", chunks[0], 128)
     assert hot.tokens == 64
@@ -384,11 +393,11 @@ def test_only_ingested_chunks_are_remembered() -> None:
 
 def test_a_chunk_that_was_evicted_is_not_looked_for_in_each_step(world: Any) -> None:
     pool, request = world
-    side = HotSide(known(pool))
-    side.begin(request, array("q", request.prompt_token_ids))
+    side = GpuChunks(known(pool))
+    side.on_new_request(request, array("q", request.prompt_token_ids))
     pool.filed.clear()
     asked: list[Any] = []
-    side.chunks.find = lambda places: asked.extend(places) or []  # type: ignore[method-assign, func-returns-value]
+    side.resident.find = lambda places: asked.extend(places) or []  # type: ignore[method-assign, func-returns-value]
     for _ in range(10):
         assert side.find(request) == []
     assert len(asked) == 3
@@ -397,17 +406,17 @@ def test_a_chunk_that_was_evicted_is_not_looked_for_in_each_step(world: Any) -> 
 def test_a_block_is_not_copied_before_its_kv_is_computed() -> None:
     """vLLM files a block when it schedules its tokens; a copy in that step would come before the model's pass."""
     pool = scheduler_kit.Pool()
-    filed = FiledBlocks(pool, 8)
-    chunks = HotChunks(pool, 8, filed=filed)
+    filed = UncomputedBlocks(pool, 8)
+    chunks = ResidentChunks(pool, 8, uncomputed=filed)
     tokens = array("q", range(100))
     pool.file("d", list(tokens[32:56]), 8)
     own = scheduler_kit.chunk_hashes("d", list(tokens[32:56]), 8)
     chunks.remember(tokens[:56], ["a", "b", "c", "d", *own], 32)
-    places = chunks.places(tokens, ["a", "b", "c", "d"], [(32, 56)])
+    places = chunks.locate(tokens, ["a", "b", "c", "d"], [(32, 56)])
     last = list(pool.filed.values())[-1]
     filed.add(last.block_id)
-    assert chunks.held(places) == 0
+    assert chunks.estimate(places) == 0
     assert [match.end for match in chunks.find(places)] == [40, 48]
-    filed.step_ends()
-    assert chunks.held(places) == 24
+    filed.on_step()
+    assert chunks.estimate(places) == 24
     assert [match.end for match in chunks.find(places)] == [40, 48, 56]

@@ -66,7 +66,7 @@ def test_what_a_model_is(tmp_path: Path) -> None:
 def test_a_model_that_cannot_be_told_shares_with_nobody(caplog: pytest.LogCaptureFixture) -> None:
     odd = SimpleNamespace(model_config=SimpleNamespace(hf_config=Config(labels={1: "a", "1": "b"})), cache_config=None)
     assert identity(odd) != identity(odd)
-    assert "no KV of an earlier start is used" in caplog.text
+    assert "KV of earlier runs is not reused" in caplog.text
 
 
 FORMS: dict[str, Callable[[Any], None]] = {

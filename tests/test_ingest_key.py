@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from lmcache_rag.connector.authorization import MIDDLEWARE, SIGNATURE, IngestKey, IngestKeyMiddleware
-from lmcache_rag.connector.request_validation import RequestValidation
+from lmcache_rag.connector.authorization import MIDDLEWARE, SIGNATURE, IngestKey, IngestKeyMiddleware, RequestValidation
 from lmcache_rag.credentials import ingest_key, read_ingest_key
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.protocol import FORGET, INGEST, PREFIX, RATIO

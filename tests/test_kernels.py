@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lmcache_rag.connector.paged import PagedSequence, keys_and_values
-from lmcache_rag.connector.paged_attention import PagedAttention
+from lmcache_rag.connector.attention import PagedAttention, PagedSequence, keys_and_values
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -241,8 +240,8 @@ def test_damage_shows_with_lengths_from_device_memory(place: int) -> None:
 @pytest.mark.parametrize("neox", [True, False])
 @pytest.mark.parametrize("packed", [True, False])
 def test_keys_are_moved_whatever_the_size_of_a_head(size: int, neox: bool, packed: bool) -> None:
-    from lmcache_rag.connector import move_kernel
-    from lmcache_rag.connector.hot_copy import HotCopy
+    from lmcache_rag.connector import kernels
+    from lmcache_rag.connector.model_runner import GpuCopy
 
     torch.manual_seed(size)
     shape = (6, KV_HEADS, 16, 2 * size) if packed else (6, 2, 16, KV_HEADS, size)
@@ -250,8 +249,8 @@ def test_keys_are_moved_whatever_the_size_of_a_head(size: int, neox: bool, packe
     angles = torch.arange(200)[:, None] / 10.0 ** torch.linspace(0, 3, size // 2)
     table = torch.cat([angles.cos(), angles.sin()], 1).to(DEVICE)
 
-    def copy(cache: torch.Tensor) -> HotCopy:
-        return HotCopy([keys_and_values(cache)], table, neox=neox)
+    def copy(cache: torch.Tensor) -> GpuCopy:
+        return GpuCopy([keys_and_values(cache)], table, neox=neox)
 
     # A block's tokens to the middle of two others, forwards and backwards; the rest is left as it was.
     source = torch.arange(16, 32, device=DEVICE)
@@ -261,7 +260,7 @@ def test_keys_are_moved_whatever_the_size_of_a_head(size: int, neox: bool, packe
         deltas = torch.full_like(source, delta)
         one = copy(moved)
         keys, values = keys_and_values(moved)
-        move_kernel.move(one._pointers, keys, values, source, target, deltas, one._table, neox=neox)
+        kernels.move(one._pointers, keys, values, source, target, deltas, one._table, neox=neox)
         copy(plain)._plain(source, target, deltas, 16)
         torch.testing.assert_close(moved, plain, **NEAR)
         assert not torch.equal(plain, first)

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 from scheduler_kit import Block
 
-from lmcache_rag.connector import compat_lmcache
-from lmcache_rag.connector.compat_lmcache import loads as loads_of_worker
-from lmcache_rag.connector.late import HeldBlocks, Late, LateLoads
+from lmcache_rag.connector import lmcache_client, lmcache_transfers
+from lmcache_rag.connector.transfers import FencedBlocks, TimedOutLoad, TimedOutLoads
 
 
 class Link:
@@ -34,10 +33,10 @@ class Link:
         return self.ended and since < 100
 
 
-def loads(link: Any, **options: Any) -> LateLoads:
-    late = LateLoads(link, **options)
-    late.add(Late("a", (1, 2), ("x", "y"), 50.0))
-    late.add(Late("b", (3,), ("z",), 500.0))
+def loads(link: Any, **options: Any) -> TimedOutLoads:
+    late = TimedOutLoads(link, **options)
+    late.add(TimedOutLoad("a", (1, 2), ("x", "y"), 50.0))
+    late.add(TimedOutLoad("b", (3,), ("z",), 500.0))
     return late
 
 
@@ -81,38 +80,38 @@ def test_blocks_are_kept_until_every_rank_is_done_with_them() -> None:
                 block.users -= 1
 
     pool = Pool()
-    held = HeldBlocks(lambda: pool)
+    held = FencedBlocks(pool)
     held.add("a", (2, 3))
     held.add("a", (2, 3))
     held.add("b", (3,))
     assert [block.users for block in pool.blocks] == [0, 0, 1, 2, 0, 0]
-    held.over("a")
+    held.release("a")
     assert len(held) == 2
-    held.over("a")
-    held.over("nobody")
+    held.release("a")
+    held.release("nobody")
     assert [block.users for block in pool.blocks] == [0, 0, 0, 1, 0, 0]
-    held.over("b")
+    held.release("b")
     assert (len(held), sum(block.users for block in pool.blocks)) == (0, 0)
-    HeldBlocks(lambda: None).add("a", (1,))
+    FencedBlocks().add("a", (1,))
 
 
 def test_whether_a_server_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         where = server.getsockname()
-        link = compat_lmcache.WorkerLink(SimpleNamespace(), 5.0, where)
+        link = lmcache_transfers.WorkerLink(SimpleNamespace(), 5.0, where)
         assert not link.lost(0.0), "it may be stopped only"
-        assert not compat_lmcache.WorkerLink(SimpleNamespace(), 5.0).lost(0.0)
+        assert not lmcache_transfers.WorkerLink(SimpleNamespace(), 5.0).lost(0.0)
     assert link.lost(0.0)
-    again = compat_lmcache.WorkerLink(SimpleNamespace(), 5.0, where)
+    again = lmcache_transfers.WorkerLink(SimpleNamespace(), 5.0, where)
     again._recovered = time.monotonic()
     assert not again.lost(0.0), "it may still have work from before"
-    monkeypatch.setattr(loads_of_worker, "_BACKLOG_S", 0.0)
+    monkeypatch.setattr(lmcache_transfers, "_BACKLOG_S", 0.0)
     assert again.lost(0.0)
 
 
 def test_where_the_server_is() -> None:
     def of(**given: Any) -> Any:
-        return compat_lmcache.address(lambda key, default: given.get(key.rpartition(".")[2], default))
+        return lmcache_client.address(lambda key, default: given.get(key.rpartition(".")[2], default))
 
     assert of(host="tcp://localhost", port=5600) == ("localhost", 5600)
     assert of() == ("localhost", 5555)
@@ -124,5 +123,5 @@ def test_where_the_server_is() -> None:
 @pytest.mark.parametrize("urls", [["tcp://a:1", "tcp://b:2"], "a:1, b:2"])
 def test_which_of_several_servers_a_worker_uses(urls: Any) -> None:
     """As in LMCache's connector: the first half of the ranks uses the first of two."""
-    found = [compat_lmcache.address(lambda key, default: urls, rank, 4) for rank in range(4)]
+    found = [lmcache_client.address(lambda key, default: urls, rank, 4) for rank in range(4)]
     assert found == [("a", 1), ("a", 1), ("b", 2), ("b", 2)]

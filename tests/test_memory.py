@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from lmcache_rag.connector import memory
-from lmcache_rag.connector.memory import MARGIN, PassMemory, measured
+from lmcache_rag.connector import model_runner
+from lmcache_rag.connector.model_runner import MARGIN, PassMemory, measure_pass_memory
 
 HEADS, KV_HEADS, SIZE, SPLITS = 8, 2, 64, 32
 CACHE = (torch.zeros(4, 16, KV_HEADS, SIZE, dtype=torch.bfloat16),) * 2
@@ -31,7 +31,7 @@ class Counters:
         self.peak = self.there + self.fixed + self.token * len(ids)
 
     def measured(self, most: int) -> PassMemory:
-        return measured(self.run, most, heads=HEADS, cache=CACHE, splits=SPLITS)
+        return measure_pass_memory(self.run, most, heads=HEADS, cache=CACHE, splits=SPLITS)
 
 
 @pytest.mark.parametrize(("most", "passes"), [(8192, [512, 2048]), (1000, [512, 1000]), (300, [300, 300])])
@@ -65,10 +65,10 @@ def test_there_is_room_or_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None
             raise torch.OutOfMemoryError
         return SimpleNamespace()
 
-    found = PassMemory(fixed=100.0, token=10.0, behind=1.0, device="cpu")
-    assert found.room(16, 100)
+    found = PassMemory(fixed=100.0, per_token=10.0, per_context_token=1.0, device="cpu")
+    assert found.reserve(16, 100)
     monkeypatch.setattr(torch, "empty", empty)
-    assert found.room(100, 100)
-    assert not found.room(1000, 100)
+    assert found.reserve(100, 100)
+    assert not found.reserve(1000, 100)
     assert asked == [found.need(100, 100), found.need(1000, 100)] == [1500, 12750]
-    assert memory.MARGIN == 1.25
+    assert model_runner.MARGIN == 1.25

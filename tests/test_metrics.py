@@ -6,6 +6,7 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,8 +14,7 @@ from scheduler_kit import Once
 
 from lmcache_rag import protocol
 from lmcache_rag.connector import metrics
-from lmcache_rag.connector.plan import BlendResult
-from lmcache_rag.connector.request_state import RequestState, statistics
+from lmcache_rag.connector.metadata import BlendResult
 
 
 class Shelf:
@@ -66,23 +66,22 @@ def shelf() -> Shelf:
 LABELS, ENGINES = ["model_name", "engine"], {0: ["m", 0], 3: ["m", 3]}
 
 
-def meters(shelf: Shelf) -> metrics.Meters:
-    return metrics.Meters(shelf.make, shelf.make, LABELS, ENGINES)
+def meters(shelf: Shelf) -> metrics.Counters:
+    return metrics.Counters(shelf.make, shelf.make, LABELS, ENGINES)
 
 
 def counted(*results: BlendResult | None, **options: Any) -> list[dict[str, Any]]:
     """Records of requests that ran, each with what its worker did."""
-    once, found = Once(**options), []
-    once.side.count = lambda statistics: found.append(metrics.record(statistics))
+    once = Once(**options)
     for number, result in enumerate(results):
         request = once.request(str(number), cached=(32, Once.MATCHES) if result else (32, ()))
-        more = once.side.matched(request, 0) or 0
-        once.side.allocated(request, list(range(13)), more, None)
-        once.side.plans()
+        more = once.side.match(request, 0) or 0
+        once.side.on_allocated(request, list(range(13)), more, None)
+        once.side.build_plans()
         once.server.give_back(str(number), 0, 32)
-        once.side.take([result] if result else [])
+        once.side.on_results([result] if result else [])
         assert once.finish(request) is not None
-    return found
+    return once.side.take_records()
 
 
 BLENDED = BlendResult("0", 32, 24, 8, 12, 1.5, 2.5, hot_tokens=16)
@@ -112,7 +111,7 @@ def test_a_record_is_plain_and_its_tokens_add_up() -> None:
 def test_each_request_moves_the_counters_of_its_engine_once(shelf: Shelf) -> None:
     both = meters(shelf)
     both.observe(counted(BLENDED, FAILED), 3)
-    both.observe([metrics.unblended(100, 64)])
+    both.observe([metrics.unblended_record(100, 64)])
     assert shelf.read("requests", "m", "3", "blended") == shelf.read("requests", "m", "3", "computed") == 1
     assert shelf.read("requests", "m", "0", "unblended") == 1
     tokens = {source: shelf.read("prompt_tokens", "m", "3", source) for source in metrics.SOURCES}
@@ -144,29 +143,27 @@ def test_a_reason_that_nobody_listed_is_counted_as_another(shelf: Shelf) -> None
 def test_the_schedulers_reasons_are_listed() -> None:
     """A reason under OTHER tells an operator nothing; tests/test_worker_side.py has the workers'."""
     once = Once(lookup_deadline=0.0)
-    records = []
-    once.side.count = lambda statistics: records.append(metrics.record(statistics))
     late, absent = once.request("late", polls=3), once.request("absent")
-    once.side.matched(late, 0)
-    once.side.look_up = lambda request: None
-    once.side.matched(absent, 0)
+    once.side.match(late, 0)
+    once.side.client = SimpleNamespace(look_up=lambda request: None)
+    once.side.match(absent, 0)
     for request in (late, absent):
-        once.side.allocated(request, list(range(13)), 0, None)
-        once.side.finished(request)
-    assert [record["fallback"] for record in records] == ["look-up deadline", "no server"]
+        once.side.on_allocated(request, list(range(13)), 0, None)
+        once.side.finish(request)
+    assert [record["fallback"] for record in once.side.take_records()] == ["look-up deadline", "no server"]
 
 
 def test_a_request_that_never_ran_is_not_counted() -> None:
     once, found = Once(), []
     once.side.count = found.append
     request = once.request(polls=5)
-    assert once.side.matched(request, 0) is None
+    assert once.side.match(request, 0) is None
     once.finish(request)
     assert found == []
 
 
 def test_the_servers_chunk_is_told_for_each_engine(shelf: Shelf) -> None:
-    metrics.show_chunk(shelf.make, LABELS, ENGINES, 256)
+    metrics.publish_chunk_size(shelf.make, LABELS, ENGINES, 256)
     assert shelf.values["chunk_tokens", "m", "0"] == shelf.values["chunk_tokens", "m", "3"] == [256]
 
 
@@ -183,21 +180,21 @@ def test_the_chunk_is_read_from_a_metrics_page() -> None:
 
 def test_the_documents_name_what_there_is(shelf: Shelf) -> None:
     meters(shelf)
-    metrics.show_chunk(shelf.make, LABELS, ENGINES, 64)
+    metrics.publish_chunk_size(shelf.make, LABELS, ENGINES, 64)
     text = (Path(__file__).parents[1] / "docs/serving.md").read_text()
     named = {name.removesuffix("_total") for name in re.findall(r"vllm:lmcache_rag_\w+", text)}
     assert named == set(shelf.names)
     for value in (*metrics.REASONS, *metrics.OUTCOMES, *metrics.SOURCES):
         assert f"`{value}`" in text
     (example,) = re.findall(r"```json\n(\{\"prompt_tokens\".*?)```", text, re.DOTALL)
-    told, own = json.loads(example), statistics(100, RequestState("query", 0.15, blend=True, spans=[]))
+    told, own = json.loads(example), metrics.reuse_statistics(100, "query", 0.15, spans=[])
     assert list(told) == list(own)
     assert sum(told[f"{source}_tokens"] for source in metrics.SOURCES) == told["prompt_tokens"]
     assert sum(b - a for a, b in told["spans"]) == told["reused_tokens"] + told["recomputed_tokens"]
 
 
 def test_the_log_sums_an_interval_up() -> None:
-    said = metrics.summary([*counted(BLENDED, FAILED), metrics.unblended(10, 10)])
+    said = metrics.summary([*counted(BLENDED, FAILED), metrics.unblended_record(10, 10)])
     assert (said["Requests blended"], said["Requests not blended"], said["Fallbacks"]) == (1, 2, 2)
     assert said["Tokens prefix"] == 32 + 9, "the last token of a prompt is always computed"
     assert said["Avg load (ms)"] == 2500.75

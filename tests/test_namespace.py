@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lmcache_rag.connector.namespace import Namespaces, renumbered
+from lmcache_rag.connector.cache_salt import CacheSalts, renumbered
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.protocol import INGEST, PREFIX
 
@@ -22,7 +22,7 @@ def ids(seed: int, count: int) -> list[int]:
 
 
 def test_prompts_share_kv_behind_the_same_prefix_only() -> None:
-    spaces, chunk = Namespaces("model", CHUNK), ids(9, 200)
+    spaces, chunk = CacheSalts("model", CHUNK), ids(9, 200)
     # They differ behind their first LMCache chunk: a long system prompt whose end was changed.
     one, other = ids(1, 100), [*ids(1, 90), *ids(2, 10)]
     first = spaces.of([*one, *chunk], "", {PREFIX: 100})
@@ -34,14 +34,14 @@ def test_prompts_share_kv_behind_the_same_prefix_only() -> None:
 
 def test_tenants_and_models_share_nothing() -> None:
     prompt = [*ids(1, CHUNK), *ids(2, 100)]
-    spaces = Namespaces("model", CHUNK)
+    spaces = CacheSalts("model", CHUNK)
     names = {spaces.of(prompt, tenant, {PREFIX: CHUNK}) for tenant in ("", "a", "b", "a\0b", "\udcff", "x" * 999)}
-    names.add(Namespaces("another", CHUNK).of(prompt, "", {PREFIX: CHUNK}))
+    names.add(CacheSalts("another", CHUNK).of(prompt, "", {PREFIX: CHUNK}))
     assert len(names) == 7
 
 
 def test_an_adapter_and_a_tenant_are_never_another_pair() -> None:
-    spaces, prompt = Namespaces("model", CHUNK), ids(1, 100)
+    spaces, prompt = CacheSalts("model", CHUNK), ids(1, 100)
     pairs = [("ab", ""), ("a", "b"), ("", "ab"), ("a\0", "b"), ("a", "\0b"), ("", "1\0ab"), ("1\0a", "b")]
     assert len({spaces.of(prompt, tenant, None, adapter=adapter) for adapter, tenant in pairs}) == len(pairs)
 
@@ -51,7 +51,7 @@ def ingest(tokens: int) -> dict[str, Any]:
 
 
 def test_other_clients_share_kv_by_an_ingested_prefix() -> None:
-    spaces, prefix = Namespaces("model", CHUNK), ids(1, 2 * CHUNK)
+    spaces, prefix = CacheSalts("model", CHUNK), ids(1, 2 * CHUNK)
     asked = [*prefix, *ids(2, 300)]
     alone = spaces.of(asked, "", None)
     assert alone == spaces.of([*prefix[:CHUNK], *ids(3, 300)], "", {}), "by the first LMCache chunk"
@@ -67,7 +67,7 @@ def test_other_clients_share_kv_by_an_ingested_prefix() -> None:
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK + 1, 2 * CHUNK])
 def test_a_prefix_in_a_query_concerns_that_request_alone(length: int) -> None:
     """Fault D2: one request with `lmcache_rag.prefix: 1`, and all others were in another namespace, some in one."""
-    spaces = Namespaces("model", CHUNK)
+    spaces = CacheSalts("model", CHUNK)
     start = ids(0, 1)  # what every prompt of a model begins with
     prompts = [[*start, *ids(n, 3 * CHUNK)] for n in range(1, 4)]
     before = [spaces.of(prompt, "", None) for prompt in prompts]
@@ -78,7 +78,7 @@ def test_a_prefix_in_a_query_concerns_that_request_alone(length: int) -> None:
 
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK + 1, 0, -CHUNK])
 def test_an_ingested_prefix_that_is_no_whole_chunk_is_not_kept(length: int) -> None:
-    spaces, start = Namespaces("model", CHUNK), ids(0, 1)
+    spaces, start = CacheSalts("model", CHUNK), ids(0, 1)
     prompts = [[*start, *ids(n, 3 * CHUNK)] for n in range(1, 4)]
     before = [spaces.of(prompt, "", None) for prompt in prompts]
     spaces.of(prompts[0], "", ingest(length))
@@ -86,7 +86,7 @@ def test_an_ingested_prefix_that_is_no_whole_chunk_is_not_kept(length: int) -> N
 
 
 def test_no_tenant_has_another_ones_prefix_forgotten() -> None:
-    spaces, prefix = Namespaces("model", CHUNK), ids(1, 2 * CHUNK)
+    spaces, prefix = CacheSalts("model", CHUNK), ids(1, 2 * CHUNK)
     named = spaces.of([*prefix, *ids(2, 99)], "victim", ingest(len(prefix)))
     for n in range(1000):
         spaces.of(ids(n, (1 + n % 40) * CHUNK), "attacker", ingest((1 + n % 40) * CHUNK))
@@ -94,25 +94,25 @@ def test_no_tenant_has_another_ones_prefix_forgotten() -> None:
 
 
 def test_the_operator_names_the_length_of_a_prefix() -> None:
-    spaces = Namespaces("model", CHUNK, prefix_tokens=2 * CHUNK)
+    spaces = CacheSalts("model", CHUNK, prefix_tokens=2 * CHUNK)
     prefix = ids(1, 2 * CHUNK)
     assert spaces.of([*prefix, *ids(2, 99)], "", None) == spaces.of([*prefix, *ids(3, 99)], "", {})
     other = [*prefix[:CHUNK], *ids(4, 200)]
     assert spaces.of(other, "", None) != spaces.of([*prefix, *ids(3, 99)], "", None)
     assert len({spaces.of(prefix[:CHUNK], "", None), spaces.of([*prefix[:CHUNK], 5], "", None)}) == 1, "too short"
     with pytest.raises(ConfigError, match="multiple"):
-        Namespaces("model", CHUNK, prefix_tokens=100)
+        CacheSalts("model", CHUNK, prefix_tokens=100)
 
 
 def test_names_need_the_key_of_the_server() -> None:
     prompt = ids(1, 200)
-    names = {Namespaces("model", CHUNK, key=key).of(prompt, "tenant", None) for key in (b"", b"one", b"other")}
+    names = {CacheSalts("model", CHUNK, key=key).of(prompt, "tenant", None) for key in (b"", b"one", b"other")}
     assert len(names) == 3
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 10_000, True, "64", None, 6.4])
 def test_a_prefix_that_cannot_be_is_taken_for_none(wrong: Any) -> None:
-    spaces, prompt = Namespaces("model", CHUNK), ids(1, 300)
+    spaces, prompt = CacheSalts("model", CHUNK), ids(1, 300)
     assert spaces.of(prompt, "", {PREFIX: wrong}) == spaces.of(prompt, "", None)
     assert spaces.of(prompt[:10], "", None) != spaces.of(prompt, "", None)
     spaces.of([], "", None)
@@ -122,8 +122,8 @@ def test_a_prefix_that_cannot_be_is_taken_for_none(wrong: Any) -> None:
 def test_the_prefix_that_was_not_used_for_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch, use: str) -> None:
     for limit, lengths in (("_NAMES", (2, 2, 2)), ("_LENGTHS", (2, 3, 4)), ("_TENANTS", (2, 2, 2))):
         with monkeypatch.context() as patch:
-            patch.setattr(f"lmcache_rag.connector.namespace.{limit}", 2)
-            spaces = Namespaces("model", CHUNK)
+            patch.setattr(f"lmcache_rag.connector.cache_salt.{limit}", 2)
+            spaces = CacheSalts("model", CHUNK)
             tenants = ["a", "b", "c"] if limit == "_TENANTS" else [""] * 3
             prefixes = [ids(n, length * CHUNK) for n, length in enumerate(lengths)]
             named = [spaces.of(prefix, tenants[n], ingest(len(prefix))) for n, prefix in enumerate(prefixes[:2])]
@@ -136,8 +136,8 @@ def test_the_prefix_that_was_not_used_for_longest_is_forgotten(monkeypatch: pyte
 
 
 def test_of_all_prefixes_one_of_the_tenant_with_most_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmcache_rag.connector.namespace._ALL_NAMES", 4)
-    spaces, prefixes = Namespaces("model", CHUNK), [ids(n, 2 * CHUNK) for n in range(5)]
+    monkeypatch.setattr("lmcache_rag.connector.cache_salt._ALL_NAMES", 4)
+    spaces, prefixes = CacheSalts("model", CHUNK), [ids(n, 2 * CHUNK) for n in range(5)]
     tenants = ["few", "many", "many", "many", "new"]
     named = [spaces.of(p, tenant, ingest(2 * CHUNK)) for p, tenant in zip(prefixes, tenants, strict=True)]
     found = [spaces.of(p, tenant, None) for p, tenant in zip(prefixes, tenants, strict=True)]
@@ -145,7 +145,7 @@ def test_of_all_prefixes_one_of_the_tenant_with_most_is_forgotten(monkeypatch: p
 
 
 def test_a_prompt_is_hashed_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
-    spaces, hashed = Namespaces("model", CHUNK), [0]
+    spaces, hashed = CacheSalts("model", CHUNK), [0]
     prompt = ids(1, 40 * CHUNK)
     for n in range(1, 17):
         spaces.of(ids(n, n * 2 * CHUNK), "", ingest(n * 2 * CHUNK))
@@ -156,7 +156,7 @@ def test_a_prompt_is_hashed_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch
         update = digest.update
         return SimpleNamespace(update=lambda data: (hashed.append(len(data)), update(data)), copy=digest.copy)
 
-    monkeypatch.setattr("lmcache_rag.connector.namespace.hmac.new", counting)
+    monkeypatch.setattr("lmcache_rag.connector.cache_salt.hmac.new", counting)
     spaces.of(prompt, "", None)
     assert sum(hashed) <= 4 * (32 + 1) * CHUNK
 
@@ -164,4 +164,4 @@ def test_a_prompt_is_hashed_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch
 def test_numbers_that_are_no_tokens_do_not_end_the_scheduler() -> None:
     wide = [2**40 + 5, -1, 7]
     assert all(0 <= number < 2**32 for number in renumbered(wide, "one"))
-    Namespaces("model", CHUNK).of(wide * 40, "", None)
+    CacheSalts("model", CHUNK).of(wide * 40, "", None)

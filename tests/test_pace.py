@@ -5,60 +5,60 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_rag.connector.pace import Pace
+from lmcache_rag.connector.admission import Admission, BlendBudget
 
 
 def test_an_idle_engine_blends_within_the_step_and_only_one() -> None:
-    pace = Pace(100, 1000)
-    assert pace.way(1000) == "now"
-    pace.claim("a", "now", 1000)
-    pace.begun("a")
-    assert pace.way(1) == "beside"
-    pace.claim("b", "beside", 1)
-    pace.begun("b")
-    allowance = pace.step({"a"})
+    budget = BlendBudget(100, 1000)
+    assert budget.admit(1000) == Admission.SYNC
+    budget.claim("a", Admission.SYNC, 1000)
+    budget.on_allocated("a")
+    assert budget.admit(1) == Admission.ASYNC
+    budget.claim("b", Admission.ASYNC, 1)
+    budget.on_allocated("b")
+    allowance = budget.on_step({"a"})
     assert (allowance.tokens, allowance.idle) == (0, False), "the step is full"
-    assert pace.way(1) == "beside", "a runs"
-    pace.ended("a")
-    assert pace.way(1) == "beside", "b is under way"
-    pace.done("b")
-    assert pace.way(1) == "now"
+    assert budget.admit(1) == Admission.ASYNC, "a runs"
+    budget.on_finished("a")
+    assert budget.admit(1) == Admission.ASYNC, "b is under way"
+    budget.on_blended("b")
+    assert budget.admit(1) == Admission.SYNC
 
 
 def test_a_blend_that_would_take_long_runs_beside_even_when_nobody_else_does() -> None:
-    assert Pace(100, 1000).way(1001) == "beside"
+    assert BlendBudget(100, 1000).admit(1001) == Admission.ASYNC
 
 
 def test_nothing_need_ever_run_within_a_step() -> None:
-    assert Pace(100, 0).way(1) == "beside"
+    assert BlendBudget(100, 0).admit(1) == Admission.ASYNC
 
 
 def test_others_are_held_up_by_so_many_tokens_at_most() -> None:
-    pace = Pace(100, 1000)
-    assert pace.step({"runs"}).tokens == 100
-    assert pace.step(()).tokens == 100, "who comes meanwhile waits no longer than others would have"
-    assert pace.step(()).idle
+    budget = BlendBudget(100, 1000)
+    assert budget.on_step({"runs"}).tokens == 100
+    assert budget.on_step(()).tokens == 100, "who comes meanwhile waits no longer than others would have"
+    assert budget.on_step(()).idle
 
 
 def test_no_more_than_some_are_under_way() -> None:
-    pace = Pace(100, 1000, at_once=2)
-    pace.step({"runs"})
+    budget = BlendBudget(100, 1000, max_background=2)
+    budget.on_step({"runs"})
     for name in ("a", "b"):
-        assert pace.way(10) == "beside"
-        pace.claim(name, "beside", 10)
-    assert pace.way(10) == "later", "claims count before they are allocated"
-    pace.begun("a")
-    pace.step({"runs"})
-    assert pace.way(10) == "beside", "b got no blocks"
+        assert budget.admit(10) == Admission.ASYNC
+        budget.claim(name, Admission.ASYNC, 10)
+    assert budget.admit(10) == Admission.DEFER, "claims count before they are allocated"
+    budget.on_allocated("a")
+    budget.on_step({"runs"})
+    assert budget.admit(10) == Admission.ASYNC, "b got no blocks"
 
 
 def test_without_overlap_a_step_takes_one_or_what_it_may() -> None:
-    pace = Pace(100, 1000, overlap=False)
-    pace.step({"runs"})
-    assert pace.way(5000) == "now"
-    pace.claim("a", "now", 60)
-    assert pace.way(40) == "now"
-    assert pace.way(41) == "later"
+    budget = BlendBudget(100, 1000, overlap=False)
+    budget.on_step({"runs"})
+    assert budget.admit(5000) == Admission.SYNC
+    budget.claim("a", Admission.SYNC, 60)
+    assert budget.admit(40) == Admission.SYNC
+    assert budget.admit(41) == Admission.DEFER
 
 
 @given(
@@ -66,20 +66,20 @@ def test_without_overlap_a_step_takes_one_or_what_it_may() -> None:
     st.booleans(),
 )
 def test_whoever_runs_is_never_held_up_for_longer(events: list[tuple[str, int, bool, bool]], overlap: bool) -> None:
-    pace = Pace(100, 1000, overlap=overlap)
+    budget = BlendBudget(100, 1000, overlap=overlap)
     running: set[str] = set()
     now: list[tuple[str, int]] = []
     for name, tokens, step, allocated in events:
         if name not in running and name not in [one for one, _ in now]:
-            way = pace.way(tokens)
-            if way != "later":
-                pace.claim(name, way, tokens)
+            way = budget.admit(tokens)
+            if way != Admission.DEFER:
+                budget.claim(name, way, tokens)
                 if allocated:
-                    pace.begun(name)
-                if way == "now" and allocated:
+                    budget.on_allocated(name)
+                if way == Admission.SYNC and allocated:
                     now.append((name, tokens))
         if step:
-            allowance = pace.step(running | {one for one, _ in now})
+            allowance = budget.on_step(running | {one for one, _ in now})
             held_up = sum(size for _, size in now) + allowance.tokens
             if overlap and running:
                 assert not now
@@ -87,6 +87,6 @@ def test_whoever_runs_is_never_held_up_for_longer(events: list[tuple[str, int, b
             elif overlap:
                 assert held_up <= 1000
             running = (running | {one for one, _ in now}) - {"a", "b"}
-            pace.ended("a")
-            pace.ended("b")
+            budget.on_finished("a")
+            budget.on_finished("b")
             now = []

@@ -11,7 +11,7 @@ from paged_kit import PagedModel, drained
 from test_blend_pass import Case
 
 from lmcache_rag.connector import blend_pass
-from lmcache_rag.connector.paged import PagedSequence
+from lmcache_rag.connector.attention import PagedSequence
 from lmcache_rag.engines import hf_blend
 from lmcache_rag.engines.hf_blend import ModelPasses
 from lmcache_rag.engines.hf_model import HFModel
@@ -141,7 +141,7 @@ def paged(model: HFModel, case: Case, policy: str, share: float) -> list[tuple[t
     ids = torch.tensor(case.ids)
     with torch.inference_mode():
         drained(
-            blend_pass.BlendPass(holder, sequence).steps(
+            blend_pass.BlendPass(holder, sequence).run(
                 ids, case.spans, case.exact, policy=get_policy(policy), ratio=share
             )
         )
@@ -156,7 +156,7 @@ def test_an_engine_computes_again_what_the_policy_picks(
 ) -> None:
     case = Case(model, [10, 4], [1, 5], 6, 0)
     (first, _), (second, _) = case.spans
-    for passes in (ModelPasses, blend_pass._Passes):
+    for passes in (ModelPasses, blend_pass.ModelPasses):
         monkeypatch.setattr(passes, "suffix_attention", lambda self, **how: torch.tensor(ATTENTION))
         monkeypatch.setattr(passes, "deviation", lambda self, **how: torch.tensor(DEVIATION))
     kept = engine(model, case, "none", 0.0)

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from lmcache_rag.connector import compat_vllm, prepare
-from lmcache_rag.connector.options import ConnectorOptions
+from lmcache_rag.connector import vllm_internals, vllm_patches
+from lmcache_rag.connector import worker as worker_module
+from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.protocol import CannotBlend, Unsupported
 
 CONFIG = SimpleNamespace(
@@ -31,17 +32,19 @@ class World:
         self.wrong: Unsupported | None = None
         runner = SimpleNamespace(get_model=lambda: self.does("model"))
         worker = SimpleNamespace(model_runner=runner)
-        monkeypatch.setattr(compat_vllm, "worker", lambda: worker)
-        monkeypatch.setattr(compat_vllm, "true_on_all_ranks", lambda fine: self.does("vote") or (fine and others))
-        monkeypatch.setattr(compat_vllm, "begin_before_the_step", lambda: self.does("wrap"))
-        monkeypatch.setattr(compat_vllm, "take_hidden_states", lambda: None)
-        monkeypatch.setattr(prepare.compat_lmcache, "WorkerLink", lambda adapter, deadline, address, absent: self)
-        monkeypatch.setattr(prepare, "VLLMModel", lambda config, runner: self)
-        monkeypatch.setattr(prepare, "rotary_of", lambda model: SimpleNamespace(
+        monkeypatch.setattr(vllm_patches, "worker", lambda: worker)
+        monkeypatch.setattr(vllm_internals, "true_on_all_ranks", lambda fine: self.does("vote") or (fine and others))
+        monkeypatch.setattr(vllm_patches, "patch_execute_model", lambda: self.does("wrap"))
+        monkeypatch.setattr(vllm_patches, "patch_run_fullgraph", lambda: None)
+        monkeypatch.setattr(
+            worker_module.lmcache_transfers, "WorkerLink", lambda adapter, deadline, address, absent: self
+        )
+        monkeypatch.setattr(worker_module, "VLLMModel", lambda config, runner: self)
+        monkeypatch.setattr(worker_module, "rotary_of", lambda model: SimpleNamespace(
             cos_sin_cache=None, head_size=16, is_neox_style=True
         ))  # fmt: skip
-        monkeypatch.setattr(prepare, "self_checked", lambda *given: self.does("check") or self.wrong)
-        monkeypatch.setattr(prepare, "why_not", lambda config, model: self.reason)
+        monkeypatch.setattr(worker_module, "run_self_check", lambda *given: self.does("check") or self.wrong)
+        monkeypatch.setattr(worker_module, "unsupported_reason", lambda config, model: self.reason)
 
     def does(self, what: str) -> None:
         self.done.append(what)
@@ -61,11 +64,11 @@ class World:
     def capture(self) -> None:
         self.does("capture")
 
-    def hot_copy(self) -> Any:
+    def gpu_copy(self) -> Any:
         return SimpleNamespace(warm_up=lambda: self.does("hot"))
 
-    def prepared(self, **options: Any) -> prepare.Prepared:
-        return prepare.prepared(CONFIG, ADAPTER, ConnectorOptions(**options))
+    def prepared(self, **options: Any) -> worker_module.WorkerStart:
+        return worker_module.start_worker(CONFIG, ADAPTER, ConnectorOptions(**options))
 
 
 ALL = ["model", "table", "warm up", "hot", "vote", "capture", "check", "wrap"]
@@ -112,7 +115,7 @@ def test_what_goes_wrong_is_told_and_does_not_end_vllm(
     world = World(monkeypatch, fails)
     side, why_not, self_check = world.prepared()
     assert (side, self_check) == (None, None)
-    detail = "getting ready failed: ValueError: arange's range must be a power of 2"
+    detail = "blend initialisation failed: ValueError: arange's range must be a power of 2"
     assert why_not == Unsupported(CannotBlend.ERROR, detail)
     (record,) = caplog.records
     assert record.exc_info is not None
@@ -137,8 +140,8 @@ def test_where_another_rank_cannot_none_goes_on(monkeypatch: pytest.MonkeyPatch)
 
 def test_without_the_plugin_there_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     World(monkeypatch)
-    monkeypatch.setattr(compat_vllm, "worker", lambda: None)
-    side, why_not, _ = prepare.prepared(CONFIG, ADAPTER, ConnectorOptions())
+    monkeypatch.setattr(vllm_patches, "worker", lambda: None)
+    side, why_not, _ = worker_module.start_worker(CONFIG, ADAPTER, ConnectorOptions())
     assert side is None
     assert why_not is not None
     assert why_not.code == CannotBlend.NO_PLUGIN
@@ -159,6 +162,6 @@ def test_damage_is_reported_only_where_vllm_takes_it_back(
         scheduler_config=SimpleNamespace(async_scheduling=asynchronous),
     )
     World(monkeypatch)
-    side, _, _ = prepare.prepared(config, ADAPTER, ConnectorOptions())
+    side, _, _ = worker_module.start_worker(config, ADAPTER, ConnectorOptions())
     assert side is not None
     assert side._may_report == takes

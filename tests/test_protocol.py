@@ -268,7 +268,7 @@ def test_metric_names_stay() -> None:
 
 
 def test_answer_fields_stay() -> None:
-    from lmcache_rag.connector.request_state import RequestState, statistics, unblended
+    from lmcache_rag.connector.metrics import reuse_statistics, unblended_statistics
 
     fields = {
         "prompt_tokens",
@@ -286,9 +286,9 @@ def test_answer_fields_stay() -> None:
         "ratio",
         "failure",
     }
-    assert fields <= set(statistics(10, RequestState("query", 0.15, True)))
+    assert fields <= set(reuse_statistics(10, "query", 0.15))
     no = protocol.Unsupported(protocol.CannotBlend.LORA, "no")
-    assert fields | {"can_blend", "reason"} <= set(unblended(10, 0, "query", 0.15, no))
+    assert fields | {"can_blend", "reason"} <= set(unblended_statistics(10, 0, "query", 0.15, no))
 
 
 def test_every_fallback_has_a_sentence() -> None:

@@ -17,7 +17,7 @@ from models import tiny_model
 from rank_kit import RANKS, SCENARIOS
 from test_worker_side import PREFIX, World
 
-from lmcache_rag.connector.work import SMALLEST
+from lmcache_rag.connector.job import SMALLEST
 from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.policies import get_policy, select
 

@@ -8,8 +8,8 @@ from array import array
 import numpy as np
 import pytest
 
-from lmcache_rag.connector import renumbering
-from lmcache_rag.connector.renumbering import Renumbering, renumbered
+from lmcache_rag.connector import cache_salt
+from lmcache_rag.connector.cache_salt import Renumbering, renumbered
 
 KEY = b"k" * 32
 
@@ -70,18 +70,18 @@ def test_numbers_that_are_no_tokens_are_cut_and_never_raise() -> None:
 
 
 def test_this_process_uses_the_secret_of_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(renumbering, "_process", [])
+    monkeypatch.setattr(cache_salt, "_process", [])
     monkeypatch.setenv("LMCACHE_RAG_SECRET", "x" * 40)
     monkeypatch.delenv("LMCACHE_RAG_SECRET_FILE", raising=False)
     by_environment = renumbered([1, 2, 3], "a")
-    monkeypatch.setattr(renumbering, "_process", [])
+    monkeypatch.setattr(cache_salt, "_process", [])
     monkeypatch.setenv("LMCACHE_RAG_SECRET", "y" * 40)
     assert renumbered([1, 2, 3], "a") != by_environment
-    renumbering.use_secret(KEY)
+    cache_salt.use_secret(KEY)
     assert renumbered([1, 2, 3], "a") == Renumbering(KEY).renumbered([1, 2, 3], "a")
 
 
 def test_numbers_need_the_secret_for_the_tables_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever had a namespace's keys would still not know its numbers."""
-    monkeypatch.setattr(renumbering.hmac, "digest", lambda *_: bytes(range(32)))
+    monkeypatch.setattr(cache_salt.hmac, "digest", lambda *_: bytes(range(32)))
     assert Renumbering(KEY).renumbered([1, 2, 3], "a") != Renumbering(b"other").renumbered([1, 2, 3], "a")

@@ -15,15 +15,14 @@ from unittest import mock
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from scheduler_kit import CHUNK, Lookup, Pool, Request, Server, chunk_hashes, hash_block
+from scheduler_kit import CHUNK, Lookup, Pool, PrefixCache, Request, Server, chunk_hashes, hash_block
 
-from lmcache_rag.connector import scheduler_side
-from lmcache_rag.connector.abandoned import ABANDONED_SECONDS
-from lmcache_rag.connector.hot import HotChunks
-from lmcache_rag.connector.hot_side import HotSide
-from lmcache_rag.connector.options import ConnectorOptions
-from lmcache_rag.connector.plan import BlendResult, Claim, Match, claim
-from lmcache_rag.connector.scheduler_side import SchedulerSide
+from lmcache_rag.connector import scheduler
+from lmcache_rag.connector.config import ConnectorOptions
+from lmcache_rag.connector.gpu_chunks import GpuChunks, ResidentChunks
+from lmcache_rag.connector.lookup import LOCK_SECONDS
+from lmcache_rag.connector.metadata import BlendResult, Claim, Match, claim
+from lmcache_rag.connector.scheduler import BlendScheduler
 
 BLOCK = 8
 OPTIONS = ConnectorOptions(least_tokens=16, step_tokens=40, idle_tokens=60, tail_tokens=20, lookup_deadline=5.0)
@@ -40,18 +39,13 @@ class Schedules(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now = 1000.0
-        self.clock = mock.patch.object(scheduler_side, "time", SimpleNamespace(perf_counter=lambda: self.now))
+        self.clock = mock.patch.object(scheduler, "time", SimpleNamespace(perf_counter=lambda: self.now))
         self.clock.start()
         self.server = Server()
         self.pool = Pool()
-        self.hot = HotChunks(self.pool, BLOCK)
-        self.side = SchedulerSide(
-            OPTIONS,
-            CHUNK,
-            self.look_up,
-            lambda request, first: request.hidden.append(first),
-            HotSide(self.hot),
-        )
+        self.hot = ResidentChunks(self.pool, BLOCK)
+        self.side = BlendScheduler(OPTIONS, CHUNK, self, PrefixCache())
+        self.side.gpu_chunks = GpuChunks(self.hot)
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.loading: list[Request] = []  # wait for what is blended in the background
@@ -121,7 +115,7 @@ class Schedules(RuleBasedStateMachine):
         request.skip_reading_prefix_cache = kind == "no reading"
         self.waiting.append(request)
         if early:
-            self.side.arrived(request)
+            self.side.start_early(request)
 
     @rule(
         slow=st.sampled_from([0, 0, 1, 3]),
@@ -148,7 +142,7 @@ class Schedules(RuleBasedStateMachine):
                 break
             room -= request.runs
         others = [r for r in self.running if r.request_id in before]
-        plans, allowance = self.side.plans({r.request_id: 1 for r in self.running})
+        plans, allowance = self.side.build_plans({r.request_id: 1 for r in self.running})
         now = [plan for plan in plans if not plan.background]
         work = sum(computed(plan) for plan in now)
         assert len(now) <= 1
@@ -172,7 +166,7 @@ class Schedules(RuleBasedStateMachine):
                 results.append(self.work(one[0], one[2]))
                 self.receive(one[0].request_id)
         assert len(self.background) <= 8
-        self.side.take(results)
+        self.side.on_results(results)
         for request in [r for r in self.running if r.num_tokens > r.prompt + r.outputs]:
             self.finish(request)
 
@@ -205,9 +199,9 @@ class Schedules(RuleBasedStateMachine):
             if room <= 0:
                 return False
             self.received.remove(request.request_id)
-            self.side.allocated(request, list(range(-(-request.num_tokens // BLOCK))), 0, None)
+            self.side.on_allocated(request, list(range(-(-request.num_tokens // BLOCK))), 0, None)
             return self.start(request, budget)
-        more = self.side.matched(request, local)
+        more = self.side.match(request, local)
         if more is None:
             assert not before
             return True
@@ -236,7 +230,7 @@ class Schedules(RuleBasedStateMachine):
             return False  # no blocks: it is asked again in the next step
         background = more > 0 and self.side.in_background(request.request_id)
         blocks = -(-(local + more if background else request.num_tokens) // BLOCK)
-        self.side.allocated(request, list(range(blocks)), more, None)
+        self.side.on_allocated(request, list(range(blocks)), more, None)
         if more:
             self.planned.add(request.request_id)
         self.admitted.add(request.request_id)
@@ -284,7 +278,7 @@ class Schedules(RuleBasedStateMachine):
             assert self.side.store_limit(request.request_id) == min(request.hidden)
 
     def load(self, plan: Any) -> None:
-        """As WorkerSide: asks for what is exact in the step that brings the plan, and with it gives back the locks.
+        """As BlendWorker: asks for what is exact in the step that brings the plan, and with it gives back the locks.
 
         In the background too: whoever is aborted later, while the rest of the plan is under way, holds none.
         """
@@ -293,7 +287,7 @@ class Schedules(RuleBasedStateMachine):
             self.server.give_back(plan.request_id, plan.local // CHUNK * CHUNK, lookup.request.cached[0])
 
     def work(self, plan: Any, failing: bool) -> BlendResult:
-        """As WorkerSide."""
+        """As BlendWorker."""
         if failing or not self.server.up:
             return BlendResult(plan.request_id, plan.local, 0, 0, plan.end - plan.local, 1.0, 1.0, "load failed")
         covered = sum(match.end - match.start for match in plan.matches)
@@ -307,8 +301,8 @@ class Schedules(RuleBasedStateMachine):
         next(queue for queue in (self.waiting, self.running, self.loading) if request in queue).remove(request)
         self.received.discard(request.request_id)
         self.finished.add(request.request_id)
-        stats = self.side.finished(request)
-        if not self.side.listens(request.request_id):
+        stats = self.side.finish(request)
+        if not self.side.keeps_session(request.request_id):
             self.server.end_session(request.request_id)  # LMCache's own connector, right afterwards
         if stats is None:
             return
@@ -330,7 +324,9 @@ class Schedules(RuleBasedStateMachine):
     @invariant()
     def whoever_runs_holds_no_locks(self) -> None:
         for request in self.running:
-            if not self.side.listens(request.request_id):  # a look-up given up that is still to be heard to its end
+            if not self.side.keeps_session(
+                request.request_id
+            ):  # a look-up given up that is still to be heard to its end
                 assert not self.server.held[request.request_id]
 
     def teardown(self) -> None:
@@ -342,15 +338,15 @@ class Schedules(RuleBasedStateMachine):
             self.now += 0.1
             self.step([0] * 6, 6, False, 512, False)
         assert not self.waiting + self.running + self.loading, "somebody starves"
-        assert not self.side.pace.beside
+        assert not self.side.budget.background
         lost = [one for one in self.lookups.values() if one.life != self.server.life]
         for _ in range(5):
-            self.side.plans()
+            self.side.build_plans()
         assert self.side.requests == 0
-        assert self.side.abandoned <= len(lost), "only what was asked of a dead server is not answered"
-        self.now += ABANDONED_SECONDS + 1
-        self.side.plans()
-        assert self.side.abandoned == 0
+        assert self.side.aborted_lookups <= len(lost), "only what was asked of a dead server is not answered"
+        self.now += LOCK_SECONDS + 1
+        self.side.build_plans()
+        assert self.side.aborted_lookups == 0
         assert not any(self.server.held.values()), "locks leak"
         assert not any(block.users for block in self.pool.touched), "blocks leak"
         for one in self.lookups.values():

@@ -14,11 +14,10 @@ import torch
 from models import tiny_model
 from paged_kit import PagedModel
 
-from lmcache_rag.connector import passed, prepare, self_check
-from lmcache_rag.connector.hot_copy import HotCopy
-from lmcache_rag.connector.paged import PagedSequence
-from lmcache_rag.connector.paged_attention import PagedAttention
-from lmcache_rag.connector.self_check import Finding, Prompt, examined
+from lmcache_rag.connector import passed, self_check
+from lmcache_rag.connector.attention import PagedAttention, PagedSequence
+from lmcache_rag.connector.model_runner import GpuCopy
+from lmcache_rag.connector.self_check import Finding, Prompt, compare_with_prefill
 from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.protocol import CannotBlend
 
@@ -63,10 +62,10 @@ class CheckedModel(PagedModel):
         found: torch.Tensor = self._model.model.lm_head(hidden)
         return found
 
-    def moves(self, longest: int) -> dict[str, HotCopy]:
+    def copies(self, longest: int) -> dict[str, GpuCopy]:
         cos, sin = self._model.rotary(torch.empty(0), torch.arange(longest)[None] * self.theta)
         half = cos.shape[2] // 2
-        return {"by a table": HotCopy(self.caches, torch.cat([cos[0, :, :half], sin[0, :, :half]], 1), neox=True)}
+        return {"by a table": GpuCopy(self.caches, torch.cat([cos[0, :, :half], sin[0, :, :half]], 1), neox=True)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -84,7 +83,7 @@ def model() -> HFModel:
 
 
 def check(model: CheckedModel, longest: int = 512) -> dict[str, Finding]:
-    return {finding.name: finding for finding in examined(model, vocabulary=VOCABULARY, longest=longest)}
+    return {finding.name: finding for finding in compare_with_prefill(model, vocabulary=VOCABULARY, longest=longest)}
 
 
 def wrong(model: CheckedModel) -> set[str]:
@@ -103,7 +102,7 @@ ALL = {
 
 @pytest.mark.parametrize(("layout", "most"), [("NHD", 8192), ("packed", 64)])
 def test_a_blend_that_is_right_passes(model: HFModel, layout: str, most: int) -> None:
-    found = check(CheckedModel(model, layout=layout, most_tokens=most))
+    found = check(CheckedModel(model, layout=layout, max_tokens=most))
     assert set(found) == ALL
     assert all(finding.holds for finding in found.values())
 
@@ -125,7 +124,7 @@ def table(model: CheckedModel, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def copies(model: CheckedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunk KV is not copied to its places."""
-    monkeypatch.setattr(HotCopy, "run", lambda *given: None)
+    monkeypatch.setattr(GpuCopy, "run", lambda *given: None)
 
 
 def mask(model: CheckedModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,7 +206,7 @@ def test_only_blocks_that_are_used_are_touched_and_cleared(model: HFModel) -> No
 
 def test_blocks_are_cleared_after_an_error_too(model: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
     checked = CheckedModel(model)
-    monkeypatch.setattr(checked, "moves", lambda longest: 1 / 0)
+    monkeypatch.setattr(checked, "copies", lambda longest: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         check(checked)
     assert not (checked.caches[0][0] == self_check._STALE).any()
@@ -249,7 +248,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def start(model: Any, votes: Callable[[bool], bool] = bool) -> Any:
-    return prepare.self_checked(CONFIG, model, votes)
+    return self_check.run_self_check(CONFIG, model, votes)
 
 
 def test_it_runs_once_for_a_model_and_build(model: HFModel, cache: Path, caplog: pytest.LogCaptureFixture) -> None:

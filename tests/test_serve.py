@@ -30,7 +30,7 @@ from typer.testing import CliRunner
 
 from lmcache_rag.cli.app import app
 from lmcache_rag.cli.serve import hoist_own_options
-from lmcache_rag.connector.options import ConnectorOptions
+from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.serving.commands import ServeOptions, commands
 from lmcache_rag.serving.process import descendants
@@ -319,7 +319,7 @@ def test_dry_run_prints_the_two_commands() -> None:
     [("--step-tokens", "step_tokens", 512), ("--chunk-size", "chunk_size", 256)],
 )
 def test_what_the_connector_must_know_is_told_to_it(option: str, name: str, value: int) -> None:
-    from lmcache_rag.connector.options import ConnectorOptions
+    from lmcache_rag.connector.config import ConnectorOptions
 
     result = dry_run("some/model", "--dry-run", option, str(value))
     vllm = shlex.split(result.stdout.splitlines()[1])

@@ -174,7 +174,7 @@ def test_what_cannot_be_blended_is_counted_on_vllms_metrics(servers: Servers, ch
 
 
 def test_who_leaves_while_lmcache_loads_for_them_ends_nothing(servers: Servers, chunks: list[list[int]]) -> None:
-    """With LMCache's own connector an engine dies of this sooner or later; see lmcache_rag/connector/frees.py."""
+    """With LMCache's own connector an engine dies of this sooner or later; see lmcache_rag/connector/transfers.py."""
     prompts = [[*chunks[a], *chunks[b], *chunks[c], a] for a, b, c in ((0, 1, 2), (1, 2, 3), (2, 3, 0), (3, 0, 1))]
     wanted = [servers.tokens(prompt) for prompt in prompts]
     left = 0

@@ -13,11 +13,11 @@ from models import tiny_model
 from paged_kit import PagedModel, drained
 from test_blend_pass import PREFIX, Case
 
-from lmcache_rag.connector import blend_pass, metrics, work
-from lmcache_rag.connector.pace import Allowance
-from lmcache_rag.connector.paged import PagedSequence
-from lmcache_rag.connector.plan import BlendPlan, Match
-from lmcache_rag.connector.worker_side import WorkerSide
+from lmcache_rag.connector import blend_pass, job, metrics
+from lmcache_rag.connector.admission import Allowance
+from lmcache_rag.connector.attention import PagedSequence
+from lmcache_rag.connector.metadata import BlendPlan, Match
+from lmcache_rag.connector.worker import BlendWorker
 from lmcache_rag.engines.hf_model import HFModel
 
 BLOCK = 16
@@ -94,7 +94,7 @@ class World:
         for layer in range(hf.layers):
             self.model.write(self.sequence, layer, 0, prefix.keys[layer], prefix.values[layer])
         self.link = Link(self.case, hf, self.model, self.sequence, fault)
-        self.worker = WorkerSide(self.model, self.link, **options)  # type: ignore[arg-type]
+        self.worker = BlendWorker(self.model, self.link, **options)  # type: ignore[arg-type]
         matches = tuple(Match(a, b, PREFIX, PREFIX + b - a) for a, b in self.case.spans)
         self.end = len(self.case.ids) - 1
         self.plan = BlendPlan(
@@ -201,15 +201,15 @@ def test_the_blocks_of_a_load_that_was_given_up_are_named_until_it_is_over(hf: H
     world = World(hf, "late")
     world.run()
     blocks = world.plan.block_ids[PREFIX // BLOCK :]
-    assert world.worker.take_late() == ({"r": blocks}, [])
+    assert world.worker.take_timed_out() == ({"r": blocks}, [])
     assert world.worker.receiving == {"r"}
-    assert world.worker.take_late() == ({}, [])
+    assert world.worker.take_timed_out() == ({}, [])
     world.link.fault = ""
-    assert world.worker.take_late() == ({}, ["r"])
+    assert world.worker.take_timed_out() == ({}, ["r"])
     assert world.worker.receiving == set()
     other = World(hf)
     other.run()
-    assert other.worker.take_late() == ({}, [])
+    assert other.worker.take_timed_out() == ({}, [])
 
 
 @pytest.mark.parametrize("policy", ["query", "hkvd", "head", "none"])
@@ -238,14 +238,14 @@ def test_soundness_is_looked_up_before_recomputation_is_queued(
 ) -> None:
     """Whoever waits for it need not wait for what takes most of the time."""
     world, done = World(hf, policy=policy), []
-    forward, number = world.model.forward, work.Number
+    forward, number = world.model.forward, job.AsyncScalar
 
     def noted(ids: Any, *given: Any) -> torch.Tensor:
         done.append(len(ids))
         return forward(ids, *given)
 
     monkeypatch.setattr(world.model, "forward", noted)
-    monkeypatch.setattr(work, "Number", lambda value: done.append("look") or number(value))
+    monkeypatch.setattr(job, "AsyncScalar", lambda value: done.append("look") or number(value))
     assert not world.run().failure
     selection = {"query": 1, "hkvd": 1, "none": 0}[policy]
     assert done.index("look") == selection < len(done) - 1
@@ -289,7 +289,7 @@ def test_memory_that_runs_out_in_the_pass_means_computing(hf: HFModel, monkeypat
     def out_of_memory(*args: Any, **kwargs: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(blend_pass.BlendPass, "steps", out_of_memory)
+    monkeypatch.setattr(blend_pass.BlendPass, "select", out_of_memory)
     assert world.run().failure == "out of memory"
     assert world.is_full_prefill()
 
@@ -305,7 +305,7 @@ def alone(world: World) -> World:
 def test_the_last_token_is_computed_with_the_blend_where_it_is_all_that_vllm_would(
     hf: HFModel, policy: str, piece: int
 ) -> None:
-    apart, along = World(hf, policy=policy, piece=piece), alone(World(hf, policy=policy, piece=piece))
+    apart, along = World(hf, policy=policy, chunk_size=piece), alone(World(hf, policy=policy, chunk_size=piece))
     one, other = apart.run(), along.run()
     assert dataclasses.replace(one, load_ms=0, blend_ms=0) == dataclasses.replace(other, load_ms=0, blend_ms=0)
     assert apart.worker.take_hidden() is None
@@ -360,7 +360,7 @@ def test_the_last_token_needs_a_block(hf: HFModel) -> None:
 
 
 class Later:
-    """A number that is not back from the GPU yet; as lmcache_rag.connector.pinned.Number."""
+    """A number that is not back from the GPU yet; as lmcache_rag.connector.attention.AsyncScalar."""
 
     reads = 0
 
@@ -375,7 +375,7 @@ class Later:
 def test_where_nothing_is_taken_back_the_host_waits_once_vllm_has_prepared_its_step(
     hf: HFModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(work, "Number", Later)
+    monkeypatch.setattr(job, "AsyncScalar", Later)
     monkeypatch.setattr(Later, "reads", 0)
     world = alone(World(hf, may_report=False))
     world.worker.run_now([world.plan])
@@ -431,7 +431,7 @@ def forgetful(world: World, monkeypatch: pytest.MonkeyPatch, most: int) -> list[
 def test_where_memory_runs_out_again_the_pieces_become_smaller(
     hf: HFModel, monkeypatch: pytest.MonkeyPatch, fault: str, may_report: bool
 ) -> None:
-    monkeypatch.setattr(work, "SMALL", 80)
+    monkeypatch.setattr(job, "SMALL", 80)
     world = alone(World(hf, fault, "none", may_report=may_report))
     sizes = forgetful(world, monkeypatch, 20)
     assert world.run().failure == ("load failed" if fault else "out of memory")

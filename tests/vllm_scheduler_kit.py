@@ -27,9 +27,8 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 from vllm_cpu_kit import Process, answers, free_port
 
-from lmcache_rag.connector.frees import StoresHeldBack
-from lmcache_rag.connector.plan import BlendPlan, BlendResult, Match
-from lmcache_rag.connector.told import BlendResults, Readiness
+from lmcache_rag.connector.metadata import BlendHandshakeMetadata, BlendPlan, BlendResult, BlendWorkerMetadata, Match
+from lmcache_rag.connector.transfers import FinishedGate
 from lmcache_rag.protocol import SelfCheck
 
 BLOCKS = 90
@@ -97,7 +96,7 @@ class Worker:
     def __init__(self, lookups: dict[str, Lookup]) -> None:
         self._lookups = lookups
         self.background: list[list[Any]] = []
-        self.stores = StoresHeldBack()
+        self.stores = FinishedGate()
         self.done: Counter[str] = Counter()
 
     def step(self, plans: list[BlendPlan], finished: set[str], slow: int) -> KVConnectorOutput:
@@ -117,7 +116,7 @@ class Worker:
                 results.append(self.result(one[0]))
         under_way = {plan.request_id for plan, _ in self.background}
         stored = self.stores.report(finished, under_way)
-        meta = BlendResults(results) if results else None
+        meta = BlendWorkerMetadata(results) if results else None
         return KVConnectorOutput(finished_sending=stored, finished_recving=received, kv_connector_worker_meta=meta)
 
     def result(self, plan: BlendPlan) -> BlendResult:
@@ -162,17 +161,21 @@ class Engine:
         groups = KVCacheConfig(num_blocks=BLOCKS, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["l"], spec)])
         self.scheduler = Scheduler(config, groups, StructuredOutputManager(config), BLOCK, log_stats=True)
         self.connector: Any = self.scheduler.connector
-        self.connector.set_xfer_handshake_metadata({0: Readiness(None, SelfCheck.PASSED)})
+        self.connector.set_xfer_handshake_metadata({0: BlendHandshakeMetadata(None, SelfCheck.PASSED)})
         function = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
         init_none_hash(function)
         self._hasher = get_request_block_hasher(BLOCK, function)
         self.found: dict[str, tuple[int, tuple[int, tuple[Match, ...]]]] = {}
         self.lookups: dict[str, Lookup] = {}
         self.worker = Worker(self.lookups)
-        self.connector._side.look_up = self.look_up
+        self.use(self.look_up)
         self.told: dict[str, Any] = {}
         self.beside: Counter[str] = Counter()
         self.preempted = 0
+
+    def use(self, look_up: Any) -> None:
+        """Have look-ups started by this."""
+        self.connector._scheduler.client.look_up = look_up
 
     def look_up(self, request: Any) -> Lookup:
         assert request.request_id not in self.lookups, "asked twice"
@@ -244,11 +247,11 @@ class Engine:
         assert not self.scheduler.requests
         pool = self.scheduler.kv_cache_manager.block_pool
         assert pool.get_num_free_blocks() == BLOCKS - 1, "blocks leak"
-        side = self.connector._side
-        assert (side.requests, side.pace.beside, side.abandoned) == (0, 0, 0)
+        side = self.connector._scheduler
+        assert (side.requests, side.budget.background, side.aborted_lookups) == (0, 0, 0)
         assert not self.worker.background
-        assert len(self.connector._freed) == 0
-        assert side.hot is None or side.hot.chunks.pinned == 0
+        assert len(side._freed) == 0
+        assert side.gpu_chunks is None or side.gpu_chunks.resident.pinned == 0
         assert not self.connector.request_trackers
-        assert len(self.connector._forgetting) == len(self.connector._left) == 0
+        assert len(side.forgetting) == len(side._failed) == 0
         assert not any(lookup.locked for lookup in self.lookups.values()), "locks leak"

@@ -1,7 +1,8 @@
-"""Whether a request may ingest and forget, where the server has an ingest key.
+"""Which requests the API server rejects: invalid kv_transfer_params (400), or no ingest key (401, 403).
 
-The API server compares the header with the key, and signs the request for the scheduler, which is another process:
-what arrives there without a valid signature was not authorised, however it came.
+Where the server has an ingest key, only requests with that key in a header may ingest and forget. The API server
+compares the header with the key, and signs the request for the scheduler, which is another process: a request that
+arrives there without a valid signature was not authorised, however it came.
 """
 
 from __future__ import annotations
@@ -14,12 +15,23 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Final
 
+from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.credentials import read_ingest_key
-from lmcache_rag.protocol import FORGET, INGEST, INGEST_KEY_HEADER, MOST_TOKENS, PREFIX
+from lmcache_rag.protocol import (
+    FORGET,
+    INGEST,
+    INGEST_KEY_HEADER,
+    MOST_TOKENS,
+    PREFIX,
+    accepted,
+    complaints,
+    joined,
+)
 
 MIDDLEWARE: Final = "lmcache_rag.connector.authorization.IngestKeyMiddleware"  # for vLLM's --middleware
 SIGNATURE: Final = "lmcache_rag.signature"  # in kv_transfer_params, between API server and scheduler only
-UNAUTHORIZED, FORBIDDEN = 401, 403
+INVALID, UNAUTHORIZED, FORBIDDEN = 400, 401, 403
+_SHOWN = 8  # complaints in one message
 _HEADER = INGEST_KEY_HEADER.lower().encode()
 _presented: ContextVar[bytes | None] = ContextVar("lmcache_rag_ingest_key", default=None)
 
@@ -29,7 +41,7 @@ Send = Callable[[Any], Awaitable[None]]
 
 
 class IngestKeyMiddleware:
-    """ASGI middleware: keeps the ingest key of a request at hand for as long as the request is served.
+    """ASGI middleware: keeps the ingest key that a request presents for as long as the request is served.
 
     Args:
         app: The application.
@@ -43,8 +55,8 @@ class IngestKeyMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = [value for name, value in scope["headers"] if name.lower() == _HEADER]
-        token = _presented.set(given[0] if len(given) == 1 else b"")
+        keys = [value for name, value in scope["headers"] if name.lower() == _HEADER]
+        token = _presented.set(keys[0] if len(keys) == 1 else b"")
         try:
             await self._app(scope, receive, send)
         finally:
@@ -53,7 +65,7 @@ class IngestKeyMiddleware:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a request is refused.
+    """Why a request is rejected.
 
     Attributes:
         status: HTTP status.
@@ -105,11 +117,11 @@ class IngestKey:
         return None
 
     def signature(self, params: Mapping[str, Any], prompt: Sequence[int] | None) -> str:
-        """What shows the scheduler that this request was authorised. It is no use for another prompt."""
-        given = params.get(PREFIX)
-        prefix = given if isinstance(given, int) and 0 <= given <= MOST_TOKENS else -1
-        said = array("q", (params.get(INGEST) is True, params.get(FORGET) is True, prefix, *(prompt or ())))
-        return hmac.new(self._digest, said.tobytes(), hashlib.sha256).hexdigest()
+        """What proves to the scheduler that this request was authorised. It is no use for another prompt."""
+        named = params.get(PREFIX)
+        prefix = named if isinstance(named, int) and 0 <= named <= MOST_TOKENS else -1
+        signed = array("q", (params.get(INGEST) is True, params.get(FORGET) is True, prefix, *(prompt or ())))
+        return hmac.new(self._digest, signed.tobytes(), hashlib.sha256).hexdigest()
 
     def permitted(self, params: Any, prompt: Sequence[int] | None) -> Any:
         """What of a request's kv_transfer_params counts in the scheduler.
@@ -123,3 +135,66 @@ class IngestKey:
         if valid and hmac.compare_digest(str(signature), self.signature(params, prompt)):
             return kept
         return {key: value for key, value in kept.items() if key not in (INGEST, FORGET)} if needs_key(params) else kept
+
+
+@dataclass(frozen=True)
+class RequestValidation:
+    """Checks kv_transfer_params of requests to one engine.
+
+    Attributes:
+        longest: Tokens of the longest prompt that the engine takes.
+        block: Tokens of a block of its prefix cache.
+        key: The ingest key; None: every client may ingest and forget.
+    """
+
+    longest: int
+    block: int
+    key: IngestKey | None = None
+
+    @classmethod
+    def of(cls, vllm_config: Any) -> RequestValidation | None:
+        """Of an engine with this configuration; None for one without a KV connector.
+
+        Raises:
+            ConfigError: The file of the ingest key cannot be used.
+        """
+        transfer = vllm_config.kv_transfer_config
+        if transfer is None:
+            return None
+        options = ConnectorOptions.read(transfer.get_from_extra_config)
+        block = vllm_config.cache_config.block_size
+        return cls(
+            int(vllm_config.model_config.max_model_len),
+            block if isinstance(block, int) else 1,
+            IngestKey.read(options.ingest_key_file),
+        )
+
+    def refusal(self, params: Any, tokens: int | None = None, *, beams: bool = False) -> Refusal | None:
+        """Why a request is rejected; None: it is not.
+
+        Args:
+            params: Its kv_transfer_params.
+            tokens: Length of its prompt; None: not known yet.
+            beams: Whether it asks for beam search.
+        """
+        wrong = complaints(params, self.longest if tokens is None else min(tokens, self.longest))
+        if beams and (key := needs_key(params)):
+            wrong.append(f"{key} cannot be combined with use_beam_search")
+        if wrong:
+            return Refusal(INVALID, f"kv_transfer_params: {joined(wrong[:_SHOWN])}")
+        return self.key.refusal(params) if self.key else None
+
+    def for_engine(self, params: Any, prompt: Sequence[int] | None, tokens: int) -> dict[str, Any]:
+        """What the engine gets of kv_transfer_params that are not rejected.
+
+        Signed for the scheduler where they need the ingest key.
+
+        Args:
+            params: A request's kv_transfer_params.
+            prompt: Its token ids; None: it has none.
+            tokens: Length of its prompt.
+        """
+        kept = accepted(params, tokens, self.block)
+        if self.key and needs_key(kept):
+            kept[SIGNATURE] = self.key.signature(kept, prompt)
+        return kept

@@ -1,36 +1,40 @@
-"""The blend of one request on a paged KV cache: select tokens, compute them and the gaps anew.
+"""The blend of one request on a paged KV cache: select tokens, then recompute them and the gaps.
 
-Chunk KV was placed in the sequence's blocks, keys turned. A forward pass is the model's own, over some positions of the
-prompt; lmcache_rag.connector.in_layers is what it does in each layer.
+Chunk KV has been placed in the sequence's blocks, its keys rotated. A forward pass is the model's own, over some
+positions of the prompt; lmcache_rag.connector.attention is what replaces the attention of its layers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
-from lmcache_rag.connector.in_layers import Check, Redo, StopForward, Watch
-from lmcache_rag.connector.paged_attention import PagedAttention
-from lmcache_rag.connector.pinned import on_device
+from lmcache_rag.connector.attention import (
+    DeviationCheck,
+    ObserveAttention,
+    PagedAttention,
+    RecomputeAttention,
+    StopForward,
+    to_device_async,
+)
 from lmcache_rag.policies import Layout, Policy, how_many, select
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lmcache_rag.connector.captured import CapturedWatch
-    from lmcache_rag.connector.in_layers import Attention
-    from lmcache_rag.connector.paged import PagedSequence
+    from lmcache_rag.connector.attention import Attention, PagedSequence
+    from lmcache_rag.connector.cuda_graph import CapturedQueryPass
 
 T = TypeVar("T")
-# Work with rests; what is yielded is how many tokens it took. 0: there is no room for the next pass (BlendPass.room).
-Steps = Generator[int, None, T]
+# A resumable computation; yields the token cost of each step, 0 if the budget has no room for the next pass.
+StepIterator = Generator[int, None, T]
 
 
 class Model(Protocol):
-    """A model whose KV lies in a paged cache."""
+    """A model whose KV is in a paged cache."""
 
     @property
     def layers(self) -> int:
@@ -43,89 +47,111 @@ class Model(Protocol):
         ...
 
     @property
-    def most_tokens(self) -> int:
+    def max_tokens(self) -> int:
         """Most tokens of one pass."""
         ...
 
     @property
-    def captured(self) -> CapturedWatch | None:
-        """The suffix's pass as one CUDA graph, where there is one."""
+    def captured(self) -> CapturedQueryPass | None:
+        """The suffix's pass as one CUDA graph, if it was captured."""
         ...
 
     def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: Attention) -> Tensor:
-        """Run all layers for their KV: ids and positions int64 [m], slots int64 [m].
+        """Run all layers to write their KV: ids and positions int64 [m], slots int64 [m].
 
         Returns:
-            The hidden states behind the last norm, [m, width]; the next pass may overwrite them.
+            The hidden states after the last norm, [m, width]; the next pass may overwrite them.
         """
         ...
 
     def sum_over_ranks(self, scores: Tensor) -> Tensor:
-        """The sum of a tensor over the tensor-parallel ranks: each sees its own heads only."""
+        """The sum of a tensor over the tensor-parallel ranks, each of which has its own heads only."""
         ...
 
 
 @dataclass(frozen=True)
-class BlendOutcome:
-    """What a blend did.
+class Selection:
+    """Tokens that a policy selected for recomputation.
 
     Attributes:
-        recomputed: Tokens selected and computed again.
+        chosen: Positions of the selected tokens, int64, ascending or not.
+        gaps: Positions before `end` without cached KV, int64, ascending.
+        checked: Cached positions whose KV must be finite, int64; none if all of them are recomputed.
+        observed_sum: See BlendOutcome.
+        cost: Cost of the selection's last pass, in tokens through all layers.
+        end: End of the last cached chunk.
+    """
+
+    chosen: Tensor
+    gaps: Tensor
+    checked: Tensor
+    observed_sum: Tensor | None
+    cost: int
+    end: int
+
+
+@dataclass(frozen=True)
+class BlendOutcome:
+    """The result of a blend.
+
+    Attributes:
+        recomputed: Tokens selected and recomputed.
         gaps: Tokens computed because nothing was cached for them.
-        watched: A number that is not finite when any key before the end, or any value below the last layer, was not;
-            None when no pass looked at all of them.
+        observed_sum: Sum of the observed attention: not finite if any key before the end, or any value below the last
+            layer, is not; None if no pass covered all of them.
         selected: Positions of the selected tokens, int64 [recomputed], ascending or not.
-        hidden: Hidden state of the prompt's last token, [1, width], where that was computed too.
+        hidden: Hidden state of the prompt's last token, [1, width], if that was computed too.
     """
 
     recomputed: int
     gaps: int
-    watched: Tensor | None = None
+    observed_sum: Tensor | None = None
     selected: Tensor | None = None
     hidden: Tensor | None = None
 
     def digest(self) -> str:
-        """A few letters of which tokens were selected: ranks that agree say the same. Waits for the GPU."""
+        """A short hash of the selected positions, equal on ranks that agree. Waits for the GPU."""
         if self.selected is None:
             return "none"
         return hashlib.sha256(self.selected.sort().values.cpu().numpy().tobytes()).hexdigest()[:12]
 
 
-class _Passes:
-    """What a policy may ask; see lmcache_rag.policies.Passes."""
+class ModelPasses:
+    """The passes that a policy may request; see lmcache_rag.policies.Passes."""
 
     def __init__(
         self, blend: BlendPass, ids: Tensor, layout: Layout, gaps: Tensor, start: int, end: int, suffix: Tensor
     ) -> None:
-        self._by, self._ids, self._layout, self._gaps = blend, ids, layout, gaps
+        self._blend, self._ids, self._layout, self._gaps = blend, ids, layout, gaps
         self._start, self._end, self._suffix = start, end, suffix
-        self.watched: Tensor | None = None
-        self.cost = 0  # of the suffix's pass: tokens through all layers that would have taken as long
+        self.observed_sum: Tensor | None = None
+        self.cost = 0  # of the suffix's pass: tokens through all layers that would take as long
         self._deviations: dict[int, Tensor] = {}
 
     def suffix_attention(self, *, window: int, from_layer: float, reduce: str) -> Tensor:
-        """See Passes. A long suffix is watched from its end; what stands between is hidden from the rows."""
+        """See Passes. Of a long suffix only its end is observed; tokens before that are masked for these rows."""
         import torch
 
         rows = self._suffix[-window:]
         last = self._end + len(self._suffix)
         first = last - len(rows)
         hidden = torch.cat([self._gaps, torch.arange(self._end, first, device=rows.device)])
-        model, sequence = self._by.model, self._by.sequence
+        model, sequence = self._blend.model, self._blend.sequence
         ids, slots = self._ids[rows], sequence.slots(rows)
         captured = model.captured
-        if captured is not None and captured.takes(rows=len(rows), end=last, from_layer=from_layer, reduce=reduce):
-            mass = captured.watch(ids, rows, slots, sequence, end=last, hidden=hidden)[:, : self._end]
+        if captured is not None and captured.supports(rows=len(rows), end=last, from_layer=from_layer, reduce=reduce):
+            mass = captured.run(ids, rows, slots, sequence, end=last, hidden=hidden)[:, : self._end]
         else:
             attention = PagedAttention(sequence, rows.to(torch.int32), last, hidden)
             mass = torch.zeros((model.kv_heads, self._end), dtype=torch.float32, device=rows.device)
-            watch = Watch(attention, mass, int(from_layer * model.layers), reduce, last_layer=model.layers - 1)
+            first_layer = int(from_layer * model.layers)
+            observe = ObserveAttention(attention, mass, first_layer, reduce, last_layer=model.layers - 1)
             with contextlib.suppress(StopForward):
-                model.forward(ids, rows, slots, watch)
-        looked = mass.sum(0) if reduce == "sum" else mass.amax(0)
-        self.watched = looked.sum()
+                model.forward(ids, rows, slots, observe)
+        observed = mass.sum(0) if reduce == "sum" else mass.amax(0)
+        self.observed_sum = observed.sum()
         self.cost += len(rows)
-        return model.sum_over_ranks(looked)[self._layout.cached]
+        return model.sum_over_ranks(observed)[self._layout.cached]
 
     def deviation(self, *, layer: int) -> Tensor:
         """See Passes."""
@@ -134,30 +160,30 @@ class _Passes:
                 pass
         return self._deviations[layer]
 
-    def check(self, layer: int) -> Steps[None]:
-        """Run the pass that `deviation` needs.
+    def check(self, layer: int) -> StepIterator[None]:
+        """Run the pass that `deviation` needs, in chunks.
 
         Yields:
-            For each piece, how many tokens through all layers would have taken as long.
+            For each chunk, how many tokens through all layers would take as long.
         """
         import torch
 
-        model, first = self._by.model, self._start
+        model, first = self._blend.model, self._start
         parts = []
         while first < self._end:
-            while not (size := self._by.next_piece):
+            while not (size := self._blend.next_chunk_size):
                 yield 0
-            last = min(first + min(model.most_tokens, max(size * model.layers // (layer + 1), 1)), self._end)
-            piece = torch.arange(first, last, device=self._ids.device)
-            slots = self._by.sequence.slots(piece)
-            attention = PagedAttention(self._by.sequence, piece.to(torch.int32), last)
-            check = Check(attention, slots, layer)
+            last = min(first + min(model.max_tokens, max(size * model.layers // (layer + 1), 1)), self._end)
+            chunk = torch.arange(first, last, device=self._ids.device)
+            slots = self._blend.sequence.slots(chunk)
+            attention = PagedAttention(self._blend.sequence, chunk.to(torch.int32), last)
+            check = DeviationCheck(attention, slots, layer)
             with contextlib.suppress(StopForward):
-                model.forward(self._ids[piece], piece, slots, check)
+                model.forward(self._ids[chunk], chunk, slots, check)
             assert check.deviation is not None  # noqa: S101 - the check layer always stops the pass
             parts.append(check.deviation)
             first = last
-            yield -(-len(piece) * (layer + 1) // model.layers)
+            yield -(-len(chunk) * (layer + 1) // model.layers)
         self._deviations[layer] = model.sum_over_ranks(torch.cat(parts))[self._layout.cached - self._start]
 
 
@@ -167,24 +193,24 @@ class BlendPass:
     Args:
         model: The model.
         sequence: The request's blocks, with room for the prompt's last tokens too.
-        piece: Most tokens to compute in one forward pass; 0: as many as the model takes.
+        chunk_size: Most tokens to compute in one forward pass; 0: as many as the model takes.
 
     Attributes:
-        room: Most tokens of the next forward pass: whoever takes the steps may change it between them. The pass of a
-            selection by attention is not cut by it.
+        budget: Most tokens of the next forward pass; may be changed between steps. A selection's pass over the suffix
+            ignores it.
     """
 
-    def __init__(self, model: Model, sequence: PagedSequence, *, piece: int = 0) -> None:
+    def __init__(self, model: Model, sequence: PagedSequence, *, chunk_size: int = 0) -> None:
         self.model, self.sequence = model, sequence
-        self.piece = min(piece or model.most_tokens, model.most_tokens)
-        self.room = self.piece
+        self.chunk_size = min(chunk_size or model.max_tokens, model.max_tokens)
+        self.budget = self.chunk_size
 
     @property
-    def next_piece(self) -> int:
-        """Most tokens of the next forward pass; 0: there is room for none."""
-        return min(self.piece, self.room)
+    def next_chunk_size(self) -> int:
+        """Most tokens of the next forward pass; 0: the budget is used up."""
+        return min(self.chunk_size, self.budget)
 
-    def steps(
+    def run(
         self,
         ids: Tensor,
         spans: Sequence[tuple[int, int]],
@@ -193,10 +219,16 @@ class BlendPass:
         policy: Policy,
         ratio: float,
         end: int = 0,
-        last_too: bool = False,
-        look: Callable[[Tensor, Tensor | None], None] = lambda cached, watched: None,
-    ) -> Steps[BlendOutcome]:
-        """Make the KV of prompt[start:end] (or to the last span's end) what the policy says it should be.
+        with_last_token: bool = False,
+    ) -> StepIterator[BlendOutcome]:
+        """Select, then recompute; see there."""
+        selection = yield from self.select(ids, spans, start, policy=policy, ratio=ratio)
+        return (yield from self.recompute(ids, selection, end=end, with_last_token=with_last_token))
+
+    def select(
+        self, ids: Tensor, spans: Sequence[tuple[int, int]], start: int, *, policy: Policy, ratio: float
+    ) -> StepIterator[Selection]:
+        """Let the policy choose which cached tokens to recompute.
 
         Args:
             ids: The whole prompt, int64 [n].
@@ -204,17 +236,9 @@ class BlendPass:
             start: First position whose KV is not exact.
             policy: Chooses what to recompute.
             ratio: Share of the cached tokens.
-            end: What stands between the last span and here is computed too; 0: nothing.
-            last_too: Whether the token at `end`, the prompt's last, rides along. It counts as none of the gaps.
-            look: Called between selection and recomputation with the cached positions (int64; none if all of them are
-                computed again) and BlendOutcome.watched. Recomputation, which takes most of the time, is queued behind:
-                whoever waits for what is looked up here does not wait for that.
 
         Yields:
-            After each forward pass: how many tokens went through all layers since the last one, or what cost as much.
-
-        Returns:
-            What was done.
+            After each forward pass but the last: how many tokens through all layers would take as long.
         """
         import torch
 
@@ -225,30 +249,49 @@ class BlendPass:
         absent[:start] = False
         for first, last in spans:
             absent[first:last] = False
-        gaps = on_device(absent.nonzero()[:, 0], torch.int64, device)
+        gaps = to_device_async(absent.nonzero()[:, 0], torch.int64, device)
         suffix = torch.arange(cached_end, min(len(ids), self.sequence.capacity), device=device)
-        passes = _Passes(self, ids, layout, gaps, start, cached_end, suffix)
+        passes = ModelPasses(self, ids, layout, gaps, start, cached_end, suffix)
         check_layer, cached = getattr(policy, "check_layer", None), len(layout.cached)
         if check_layer is not None and 0 < how_many(policy, ratio, cached) < cached:
             yield from passes.check(check_layer)
         chosen = select(policy, ratio, layout, passes)
-        look(layout.cached if len(chosen) < cached else layout.cached[:0], passes.watched)
-        if passes.cost:
-            yield passes.cost
-        end = max(end, cached_end)
-        tail = torch.arange(cached_end, end + last_too, device=device)
-        positions = torch.cat([torch.cat([chosen, gaps]).sort().values, tail])
-        hidden = yield from self.compute(ids, positions, end + last_too)
-        computed = len(gaps) + end - cached_end
-        return BlendOutcome(len(chosen), computed, passes.watched, chosen, hidden if last_too else None)
+        checked = layout.cached if len(chosen) < cached else layout.cached[:0]
+        return Selection(chosen, gaps, checked, passes.observed_sum, passes.cost, cached_end)
 
-    def compute(self, ids: Tensor, positions: Tensor, end: int) -> Steps[Tensor | None]:
-        """Compute the KV of these positions (int64, ascending) through all layers, in pieces that fit a pass.
+    def recompute(
+        self, ids: Tensor, selection: Selection, *, end: int = 0, with_last_token: bool = False
+    ) -> StepIterator[BlendOutcome]:
+        """Compute the selected tokens and the gaps, so that the KV up to the last span's end is as the policy wants it.
 
-        A later piece sees what the earlier ones wrote, so the order makes pieces equal to one pass.
+        Args:
+            ids: The whole prompt, int64 [n].
+            selection: What `select` returned.
+            end: Tokens between the last span and here are computed too; 0: none.
+            with_last_token: Whether to compute the token at `end`, the prompt's last, too. It does not count as a gap.
 
         Yields:
-            The tokens of each piece.
+            After each forward pass: how many tokens went through all layers since the last one, or would take as long.
+        """
+        import torch
+
+        if selection.cost:
+            yield selection.cost
+        chosen, gaps, cached_end = selection.chosen, selection.gaps, selection.end
+        end = max(end, cached_end)
+        tail = torch.arange(cached_end, end + with_last_token, device=ids.device)
+        positions = torch.cat([torch.cat([chosen, gaps]).sort().values, tail])
+        hidden = yield from self.compute(ids, positions, end + with_last_token)
+        computed = len(gaps) + end - cached_end
+        return BlendOutcome(len(chosen), computed, selection.observed_sum, chosen, hidden if with_last_token else None)
+
+    def compute(self, ids: Tensor, positions: Tensor, end: int) -> StepIterator[Tensor | None]:
+        """Compute the KV of these positions (int64, ascending) through all layers, in chunks that fit a pass.
+
+        A later chunk attends to what the earlier ones wrote, so ascending chunks equal one pass.
+
+        Yields:
+            The tokens of each chunk.
 
         Returns:
             The last position's hidden state, [1, width]; None without positions.
@@ -257,12 +300,12 @@ class BlendPass:
 
         hidden, done = None, 0
         while done < len(positions):
-            while not (size := self.next_piece):
+            while not (size := self.next_chunk_size):
                 yield 0
-            piece = positions[done : done + size]
-            done += len(piece)
-            attention = PagedAttention(self.sequence, piece.to(torch.int32), end)
-            states = self.model.forward(ids[piece], piece, self.sequence.slots(piece), Redo(attention))
+            chunk = positions[done : done + size]
+            done += len(chunk)
+            attention = PagedAttention(self.sequence, chunk.to(torch.int32), end)
+            states = self.model.forward(ids[chunk], chunk, self.sequence.slots(chunk), RecomputeAttention(attention))
             hidden = states[-1:].clone()
-            yield len(piece)
+            yield len(chunk)
         return hidden

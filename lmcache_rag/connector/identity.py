@@ -1,4 +1,4 @@
-"""What KV depends on beside tokens: the model's weights, the LoRA adapter, and the form that vLLM keeps KV in."""
+"""What KV depends on besides tokens: the model's weights, the LoRA adapter, and the layout of vLLM's KV cache."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ log = logging.getLogger("lmcache_rag")
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
 _HEAD, _PIECE = 65536, 1024
 _PIECES, _LEAST = 1024, 32  # samples of all files together, and of each file at least
-_READERS = 16  # a disk far away answers each read after milliseconds
+_READERS = 16  # a network disk answers each read after milliseconds
 _MOST_HEADER = 64 << 20
 _ADAPTERS = 1024
-_SURROUNDINGS = ("VLLM_KV_CACHE_LAYOUT", "VLLM_ATTENTION_BACKEND")  # vLLM's variables that change the form of KV
+_VARIABLES = ("VLLM_KV_CACHE_LAYOUT", "VLLM_ATTENTION_BACKEND")  # vLLM's, which change the layout of KV
 
 
 def identity(vllm_config: Any, chunk: int = 0) -> str:
-    """What KV depends on beside tokens and adapter. Never raises: where it cannot be found out, it is a new one.
+    """A fingerprint of what KV depends on besides tokens and adapter. Never raises: a new one where that is unknown.
 
     Args:
         vllm_config: vLLM's configuration.
@@ -34,15 +34,15 @@ def identity(vllm_config: Any, chunk: int = 0) -> str:
     try:
         return _digest({**_model(vllm_config), **_form(vllm_config), "chunk": chunk})
     except Exception:
-        log.warning("The model's weights cannot be identified: no KV of an earlier start is used", exc_info=True)
+        log.warning("Cannot fingerprint the weights; KV of earlier runs is not reused", exc_info=True)
         return uuid.uuid4().hex
 
 
 def _model(vllm_config: Any) -> dict[str, Any]:
-    """Weights, revision, dtypes, quantisation, RoPE, and what else the model's configuration says.
+    """Weights, revision, dtypes, quantisation, RoPE, and everything else in the model's configuration.
 
-    Weights of the hub are known by their commit, those in a folder or a file by a sample: to read them whole would take
-    as long as to load them.
+    Weights from the hub are identified by their commit, those in a folder or a file by a sample: reading all of them
+    would take as long as loading them.
     """
     model, cache = vllm_config.model_config, vllm_config.cache_config
     config: Any = getattr(model, "hf_config", None)
@@ -62,9 +62,9 @@ def _model(vllm_config: Any) -> dict[str, Any]:
 
 
 def _form(vllm_config: Any) -> dict[str, Any]:
-    """How KV lies in vLLM's cache and is shared out to its workers.
+    """The layout of KV in vLLM's cache, and how it is divided among workers.
 
-    LMCache keeps the bytes as they lie and says nothing of their order, which depends on vLLM's version and attention
+    LMCache stores the bytes as they are and does not record their order, which depends on vLLM's version and attention
     backend: KV of equal size and another order would be taken for sound.
     """
     cache, parallel = vllm_config.cache_config, getattr(vllm_config, "parallel_config", None)
@@ -78,12 +78,12 @@ def _form(vllm_config: Any) -> dict[str, Any]:
         "dcp": getattr(parallel, "decode_context_parallel_size", 1),
         "pcp": getattr(parallel, "prefill_context_parallel_size", 1),
         "backend": str(getattr(attention, "backend", "")),
-        "surroundings": [os.environ.get(name, "") for name in _SURROUNDINGS],
+        "surroundings": [os.environ.get(name, "") for name in _VARIABLES],
     }
 
 
 def _version() -> str:
-    """vLLM's, with what its build adds: KV of a build for CPUs lies in another order."""
+    """Version of vLLM, with the suffix of its build: KV of a build for CPUs has another layout."""
     try:
         import vllm
     except ImportError:
@@ -95,7 +95,7 @@ def sample(place: Path) -> str:
     """A digest of the weights in a file, or in the files of a folder, by names, sizes and pieces; "" without a file.
 
     A piece is read of each tensor, as far as a file's header names tensors, and at places all over each file that its
-    size decides, so that weights which differ in a few layers only are told apart. The reads are few and small.
+    size decides, so that weights which differ in a few layers only differ here. The reads are few and small.
     """
     if place.is_file():
         files = [place]
@@ -151,10 +151,10 @@ def _tensors(handle: int, file: Path, size: int) -> list[tuple[int, int]]:
 
 
 class Adapters:
-    """What tells LoRA adapters apart, by name, path, number and weights. Used by one thread.
+    """Identities of LoRA adapters, by name, path, number and weights. Used by one thread.
 
-    An adapter's files are sampled when it is first seen. When they change while vLLM runs, what vLLM has in memory is
-    not known: from then on the adapter has a new identity, which no other process shares.
+    An adapter's files are sampled when it is first seen. When they change while vLLM runs, it is not known which
+    version vLLM has in memory: from then on the adapter has a new identity, which no other process shares.
     """
 
     def __init__(self) -> None:
@@ -172,7 +172,7 @@ class Adapters:
         if known is None:
             known = state, _digest({"adapter": key, "weights": self._weights(files)})
         elif known[0] != state:
-            log.warning("The files of LoRA adapter %s have changed: KV of before is not used", key[0])
+            log.warning("The files of LoRA adapter %s have changed: its earlier KV is not reused", key[0])
             known = state, uuid.uuid4().hex
         self._known[key] = known
         self._known.move_to_end(key)
@@ -187,7 +187,7 @@ class Adapters:
                 return " ".join(found)
         except OSError:
             pass
-        return uuid.uuid4().hex  # they cannot be read here, and so cannot be known again
+        return uuid.uuid4().hex  # they cannot be read here, and so cannot be recognised again
 
 
 def _adapter_files(path: str) -> list[Path]:

@@ -1,9 +1,9 @@
-"""Triton kernels: attention of scattered queries over a paged KV cache, and how much each key was looked at.
+"""Triton kernels: attention of scattered queries over a paged KV cache, the attention per key, and moves of cached KV.
 
-Why own kernels: the mask must follow positions. FlashAttention, FlashInfer and vLLM's Triton backend align a causal
-mask with the end of the sequence, so a query in the middle would see later tokens; one-token "requests" per query have
-the right mask but cost five times as much. The attention is FlashAttention's online softmax (arXiv 2205.14135); few
-queries over many keys are split along the keys as in Flash-Decoding.
+Why own attention kernels: the mask must follow positions. FlashAttention, FlashInfer and vLLM's Triton backend align a
+causal mask with the end of the sequence, so a query in the middle would see later tokens; one-token "requests" per
+query have the right mask but cost five times as much. The attention is FlashAttention's online softmax (arXiv
+2205.14135); few queries over many keys are split along the keys as in Flash-Decoding.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
-MOST_SPLITS = 32
+MAX_SPLITS = 32
 
-# Forms with DEVICE take the sequence's length from device memory, for CUDA graphs: how many programs start is fixed,
-# and those behind the end have nothing to do. Their rows are as many as were captured; those to spare stand at
-# position -1, where nothing is seen.
-_LEAST_SHARE = tl.constexpr(512)
+# With DEVICE a kernel reads the sequence's length from device memory, for CUDA graphs: the number of programs is fixed,
+# and those past the end return at once. The number of rows is that of the capture; padding rows are at position -1,
+# where every key is masked.
+_MIN_SPLIT_KEYS = tl.constexpr(512)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _share(end, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Keys of each split, a multiple of every COLUMNS; fewer splits than there are when there are few keys."""
-    return tl.maximum(tl.cdiv(tl.cdiv(end, SPLITS), 64) * 64, _LEAST_SHARE)
+def _keys_per_split(end, SPLITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keys of each split, a multiple of every COLUMNS; with few keys some splits stay empty."""
+    return tl.maximum(tl.cdiv(tl.cdiv(end, SPLITS), 64) * 64, _MIN_SPLIT_KEYS)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _load(POINTER, where, wanted, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Keys or values; WHOLE: all that `where` says, which is sooner than a mask that is true."""
+    """Load keys or values; WHOLE: without a mask, which is faster than a mask that is true everywhere."""
     return tl.load(POINTER + where) if WHOLE else tl.load(POINTER + where, mask=wanted, other=0.0)
 
 
@@ -43,7 +43,7 @@ def _add_keys(  # type: ignore[no-untyped-def]
     SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, HIDES: tl.constexpr,
     MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The online softmax over COLUMNS keys more; without MASKED all of them exist and every row sees them."""
+    """Continue the online softmax over COLUMNS keys; without MASKED all of them exist and every row sees them."""
     column = start + tl.arange(0, COLUMNS)
     lane = tl.arange(0, PADDED)[None, :]
     token = column % BLOCK
@@ -52,7 +52,7 @@ def _add_keys(  # type: ignore[no-untyped-def]
         block = tl.load(BLOCKS + column // BLOCK, mask=exists, other=0).to(tl.int64)
         if HIDES:
             exists = exists & (tl.load(VISIBLE + column, mask=exists, other=0) != 0)
-        # What does not exist yet may hold anything, NaN too: it is never loaded.
+        # KV that does not exist yet may be anything, NaN included: it is never loaded.
         wanted = exists[:, None] & (lane < SIZE)
     else:
         block = tl.load(BLOCKS + column // BLOCK).to(tl.int64)
@@ -63,7 +63,7 @@ def _add_keys(  # type: ignore[no-untyped-def]
     if MASKED:
         score = tl.where((column[None, :] <= position[:, None]) & exists[None, :], score, -1e30)
     top = tl.maximum(best, tl.max(score, 1))
-    # Where nothing is seen yet this adds up nonsense, which the first key that is seen shrinks to nothing.
+    # Before a row's first visible key this sums garbage, which that key's larger score scales down to zero.
     # NaN stays NaN: damaged KV must show in the normaliser.
     p = tl.math.exp2(score - top[:, None])
     shrink = tl.math.exp2(best - top)
@@ -80,8 +80,8 @@ def _attend(  # type: ignore[no-untyped-def]
     GROUP: tl.constexpr, MEMBERS: tl.constexpr, SIZE: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, HIDES: tl.constexpr, DEVICE: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    # A tile is some tokens times MEMBERS heads that share their keys. Later tokens have more keys to look at: their
-    # tiles start first, so that no long one is left over at the end.
+    # A tile is some tokens times MEMBERS heads that share their keys. Later tokens attend to more keys: their tiles
+    # start first, so that no long one is left for the end.
     tokens: tl.constexpr = ROWS // MEMBERS
     first = (tl.num_programs(1) - 1 - tl.program_id(1)) * tokens
     local = tl.arange(0, ROWS)
@@ -93,7 +93,7 @@ def _attend(  # type: ignore[no-untyped-def]
     inside = (row < rows) & (local < tokens * MEMBERS)
     if DEVICE:
         whole = tl.load(END)
-        per_split = _share(whole, SPLITS)
+        per_split = _keys_per_split(whole, SPLITS)
         if split * per_split >= whole:
             return
     position = tl.load(POSITION + row, mask=inside, other=0)
@@ -151,7 +151,7 @@ def _mass(  # type: ignore[no-untyped-def]
     block = tl.load(BLOCKS + column // BLOCK, mask=column < keys, other=0).to(tl.int64)
     where = block * k_block + (column % BLOCK) * k_token + kv_head * k_head
     k = tl.load(K + where[:, None] + lane[None, :], mask=exists[:, None] & (lane < SIZE)[None, :], other=0.0)
-    looked = tl.load(MASS + kv_head * mass_head + column, mask=column < keys, other=0.0)
+    mass = tl.load(MASS + kv_head * mass_head + column, mask=column < keys, other=0.0)
     for member in range(GROUP):
         head = kv_head * GROUP + member
         for first in range(0, rows, ROWS):
@@ -168,10 +168,10 @@ def _mass(  # type: ignore[no-untyped-def]
             seen = (column[None, :] <= position[:, None]) & exists[None, :]
             p = tl.where(seen, tl.math.exp2(score - lse[:, None]), 0.0)
             if MAXIMUM:
-                looked = tl.maximum(looked, tl.max(p, 0))
+                mass = tl.maximum(mass, tl.max(p, 0))
             else:
-                looked += tl.sum(p, 0)
-    tl.store(MASS + kv_head * mass_head + column, looked, mask=column < keys)
+                mass += tl.sum(p, 0)
+    tl.store(MASS + kv_head * mass_head + column, mass, mask=column < keys)
 
 
 @triton.jit(do_not_specialize=["splits", "in_split", "lse_split", "lse_row"])  # type: ignore[untyped-decorator]
@@ -181,7 +181,7 @@ def _combine(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     if DEVICE:
         whole = tl.load(END)
-        splits = tl.cdiv(whole, _share(whole, SPLITS))
+        splits = tl.cdiv(whole, _keys_per_split(whole, SPLITS))
     row = tl.program_id(0)
     head = tl.program_id(1)
     split = tl.arange(0, SPLITS)
@@ -213,10 +213,10 @@ def attend(
     end: int | Tensor,
     splits: int = 1,
 ) -> Tensor:
-    """Attention of queries at `positions` over the paged keys 0..position; see paged_attention.attend.
+    """Attention of queries at `positions` over the paged keys 0..position; see PagedAttention.attend.
 
-    `end` as int32 [1] on the device, for at most 64 queries: the launches are the same for every length, and `splits`
-    is not used.
+    `end` may be int32 [1] on the device, for at most 64 queries: then the launches are the same for every length, and
+    `splits` is ignored.
 
     Returns:
         Base-2 logarithm of the softmax normaliser, float32 [m, heads].
@@ -225,18 +225,18 @@ def attend(
     padded = max(16, triton.next_power_of_2(size))
     many = rows > 64
     tile = 128 if many else 64
-    small = padded * keys.element_size() <= 256  # more does not fit a multiprocessor's shared memory so often
+    small = padded * keys.element_size() <= 256  # larger tiles do not fit a multiprocessor's shared memory as often
     columns = (128 if many else 64) if small else 32  # measured: docs/results/attention-h100.md
     group = heads // keys.shape[2]
     members = group if group <= tile else 1
     device = isinstance(end, Tensor)
     if isinstance(end, Tensor):
-        per_split, splits, length = 0, MOST_SPLITS, end
+        per_split, splits, length = 0, MAX_SPLITS, end
     else:
         per_split = -(-end // splits)
         per_split = -(-per_split // columns) * columns
         splits, length = -(-end // per_split), positions  # any pointer: it is not read
-    # float32 partial results, and only where there is more than one.
+    # Partial results in float32, only with more than one split.
     partial = out[None] if splits == 1 else torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
     lse = torch.empty((splits, rows, heads), dtype=torch.float32, device=out.device)
     _attend[(heads // members, triton.cdiv(rows, tile // members), splits)](
@@ -246,7 +246,7 @@ def attend(
         values.stride(0), values.stride(1), values.stride(2),
         partial.stride(0), partial.stride(1), partial.stride(2), lse.stride(0), lse.stride(1),
         GROUP=group, MEMBERS=members, SIZE=size, PADDED=padded, BLOCK=keys.shape[1], ROWS=tile, COLUMNS=columns,
-        HIDES=visible is not None, DEVICE=device, SPLITS=MOST_SPLITS,
+        HIDES=visible is not None, DEVICE=device, SPLITS=MAX_SPLITS,
         num_warps=8 if many else 4, num_stages=3 if small else 2,
     )  # fmt: skip
     if splits == 1:
@@ -255,7 +255,7 @@ def attend(
     _combine[(rows, heads)](
         partial, lse, out, whole, length, splits, partial.stride(0), partial.stride(1), partial.stride(2),
         lse.stride(0), lse.stride(1), out.stride(0), out.stride(1),
-        SIZE=size, PADDED=padded, SPLITS=MOST_SPLITS, DEVICE=device, num_warps=1,
+        SIZE=size, PADDED=padded, SPLITS=MAX_SPLITS, DEVICE=device, num_warps=1,
     )  # fmt: skip
     return whole
 
@@ -273,9 +273,9 @@ def add_mass(
     reduce: str,
     end: Tensor | None = None,
 ) -> None:
-    """Add the softmax probability that each key got to `mass`, float32 [kv heads, n]; no atomics, so repeatable.
+    """Add the softmax probability of each key to `mass`, float32 [kv heads, n]; without atomics, so reproducible.
 
-    With `end`, int32 [1] on the device, only the keys before it; the launch is the same for every length.
+    With `end`, int32 [1] on the device, only keys before it count; the launch is the same for every length.
     """
     rows, heads, size = query.shape
     padded = max(16, triton.next_power_of_2(size))
@@ -290,7 +290,7 @@ def add_mass(
 
 
 def warm_up(keys: Tensor, values: Tensor, heads: int) -> None:
-    """Compile the kernels for caches like these, so that no request waits for it; not the forms that are captured."""
+    """Compile the kernels for such caches before the first request; those of CUDA graphs compile at capture."""
     size, device = keys.shape[3], keys.device
     blocks = torch.zeros(4096 // keys.shape[1], dtype=torch.int32, device=device)
     visible = torch.ones(4096, dtype=torch.uint8, device=device)
@@ -305,3 +305,68 @@ def warm_up(keys: Tensor, values: Tensor, heads: int) -> None:
             mass = torch.zeros((keys.shape[2], 4000), dtype=torch.float32, device=device)
             add_mass(query, keys, blocks, positions, visible, 1.0, lse, mass, reduce=reduce)
     torch.cuda.synchronize()
+
+
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
+def _move(  # type: ignore[no-untyped-def]
+    POINTERS, SOURCE, TARGET, DELTA, TABLE, tokens, layers,
+    k_block, k_token, k_head, v_block, v_token, v_head, table_row,
+    HALF: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NEOX: tl.constexpr,
+    ELEMENT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1)
+    layer = tl.program_id(2)
+    lane = tl.arange(0, PADDED)  # a power of two; half a head need not be one
+    inside = row < tokens
+    source = tl.load(SOURCE + row, mask=inside, other=0)
+    target = tl.load(TARGET + row, mask=inside, other=0)
+    delta = tl.load(DELTA + row, mask=inside, other=0)
+    angle = tl.where(delta < 0, -delta, delta).to(tl.int64)
+    wanted = inside[:, None] & (lane < HALF)[None, :]
+    cos = tl.load(TABLE + angle[:, None] * table_row + lane[None, :], mask=wanted, other=0.0)
+    sin = tl.load(TABLE + angle[:, None] * table_row + HALF + lane[None, :], mask=wanted, other=0.0)
+    sin = tl.where((delta < 0)[:, None], -sin, sin)
+    if NEOX:  # halves form pairs
+        first, second = lane, HALF + lane
+    else:  # neighbours do
+        first, second = 2 * lane, 2 * lane + 1
+    keys = tl.load(POINTERS + layer).to(tl.pointer_type(ELEMENT))
+    read = (source // BLOCK) * k_block + (source % BLOCK) * k_token + head * k_head
+    write = (target // BLOCK) * k_block + (target % BLOCK) * k_token + head * k_head
+    x = tl.load(keys + read[:, None] + first[None, :], mask=wanted, other=0.0).to(tl.float32)
+    y = tl.load(keys + read[:, None] + second[None, :], mask=wanted, other=0.0).to(tl.float32)
+    tl.store(keys + write[:, None] + first[None, :], (x * cos - y * sin).to(ELEMENT), mask=wanted)
+    tl.store(keys + write[:, None] + second[None, :], (y * cos + x * sin).to(ELEMENT), mask=wanted)
+    values = tl.load(POINTERS + layers + layer).to(tl.pointer_type(ELEMENT))
+    read = (source // BLOCK) * v_block + (source % BLOCK) * v_token + head * v_head
+    write = (target // BLOCK) * v_block + (target % BLOCK) * v_token + head * v_head
+    for part in tl.static_range(2):
+        v = tl.load(values + read[:, None] + part * HALF + lane[None, :], mask=wanted, other=0.0)
+        tl.store(values + write[:, None] + part * HALF + lane[None, :], v, mask=wanted)
+
+
+def move(
+    pointers: Tensor, keys: Tensor, values: Tensor, source: Tensor, target: Tensor, delta: Tensor, table: Tensor,
+    *, neox: bool,
+) -> None:  # fmt: skip
+    """Copy tokens inside a paged cache, all layers in one launch; keys are rotated by `delta` positions.
+
+    Args:
+        pointers: Addresses of every layer's keys, then of every layer's values, int64 [2 * layers].
+        keys: One layer's keys, for their strides: [blocks, block, kv heads, size].
+        values: Likewise.
+        source: Slots to read, int64 [m].
+        target: Slots to write, int64 [m].
+        delta: New position minus old position, int64 [m].
+        table: Cosines and sines of each distance, float32 [positions, size].
+        neox: Whether rotary pairs are halves of a head rather than neighbours.
+    """
+    size, layers = keys.shape[3], len(pointers) // 2
+    element = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[keys.dtype]
+    _move[(triton.cdiv(len(source), 16), keys.shape[2], layers)](
+        pointers, source, target, delta, table, len(source), layers,
+        keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
+        table.stride(0), HALF=size // 2, PADDED=triton.next_power_of_2(size // 2), BLOCK=keys.shape[1], ROWS=16,
+        NEOX=neox, ELEMENT=element,
+    )  # fmt: skip

@@ -1,16 +1,36 @@
-"""What the connector counts: one record for each request, summed up for vLLM's log and its /metrics.
+"""Reuse statistics of a request, and what is counted of them for vLLM's log and its /metrics.
 
-Knows neither vLLM nor Prometheus. The scheduler's process makes the records; vLLM carries them as plain data to the API
-server's process, which alone holds the counters, also where several of those share a directory (multi-process mode).
-lmcache_rag.connector.stats ties this to vLLM.
+The scheduler's process makes the statistics and one record for each request. vLLM carries the records as plain data
+(BlendStats, a KVConnectorStats) to the API server's process, which alone holds the counters (BlendPromMetrics, a
+KVConnectorPromMetrics), also where several API servers share a directory (Prometheus' multi-process mode). These two
+extend LMCache's own, whose look-up times stay as they are. Without vLLM the rest can be used all the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
-from lmcache_rag.protocol import CHUNK_GAUGE, METRICS, OUTCOMES, SOURCES, Fallback
+from lmcache_rag.connector.config import ConnectorOptions
+from lmcache_rag.connector.metadata import BlendResult
+from lmcache_rag.protocol import (
+    CAN_BLEND,
+    CHUNK_GAUGE,
+    FAILURE,
+    METRICS,
+    OUTCOMES,
+    REASON,
+    SOURCES,
+    Fallback,
+    Unsupported,
+)
+
+if find_spec("vllm"):
+    from lmcache.integration.vllm.lmcache_mp_metrics import LMCacheMPConnectorStats, LMCacheMPPromMetrics
+else:
+    LMCacheMPConnectorStats = LMCacheMPPromMetrics = object
 
 RECORDS = "lmcache_rag_requests"  # our key in the data that vLLM carries
 
@@ -19,8 +39,77 @@ TIMES = ("lookup", "load", "blend")
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds
 
 
+def reuse_statistics(
+    prompt: int,
+    policy: str,
+    ratio: float,
+    *,
+    local: int = 0,
+    result: BlendResult | None = None,
+    failure: str = "",
+    lookup_ms: float = 0.0,
+    blocks_hit: int = 0,
+    spans: Sequence[Sequence[int]] | None = None,
+) -> dict[str, Any]:
+    """The reuse statistics of a request as plain numbers; the four token counts add up to its prompt's length.
+
+    Args:
+        prompt: Tokens of the prompt.
+        policy: Its recompute policy.
+        ratio: Share of the placed tokens to recompute.
+        local: Tokens that vLLM's own prefix cache held.
+        result: What a worker did; None when no plan reached one.
+        failure: Why nothing was blended; what the worker reports takes precedence.
+        lookup_ms: Time of the look-up.
+        blocks_hit: Pieces of the plan that the worker had.
+        spans: The same as chunks; None: the answer does not hold them.
+    """
+    if result is not None:
+        prefix, reused, recomputed = result.prefix_tokens, result.reused_tokens, result.recomputed_tokens
+        failure = result.failure or failure
+    else:  # vLLM's own prefix is all there was
+        prefix, reused, recomputed = min(local, prompt), 0, 0
+    placed = result is not None and not result.failure
+    found = {} if spans is None else {"spans": [list(span) for span in spans] if placed else []}
+    return {
+        "prompt_tokens": prompt,
+        "prefix_tokens": prefix,
+        "reused_tokens": reused,
+        "recomputed_tokens": recomputed,
+        "computed_tokens": prompt - prefix - reused - recomputed,
+        "blocks_hit": blocks_hit if placed else 0,
+        **found,
+        "hot_tokens": result.hot_tokens if result else 0,
+        "lookup_ms": round(lookup_ms, 3),
+        "load_ms": round(result.load_ms, 3) if result else 0.0,
+        "blend_ms": round(result.blend_ms, 3) if result else 0.0,
+        "blended": reused > 0,
+        "policy": policy,
+        "ratio": ratio,
+        FAILURE: str(failure),
+    }
+
+
+def unblended_statistics(
+    prompt: int, cached: int, policy: str, ratio: float, unsupported: Unsupported, *, spans: bool = False
+) -> dict[str, Any]:
+    """The statistics of a request to a server that cannot blend at all; only these hold `can_blend` and `reason`.
+
+    Args:
+        prompt: Tokens of the prompt.
+        cached: How many of them vLLM or LMCache held.
+        policy: The server's default.
+        ratio: The server's default.
+        unsupported: Why it cannot.
+        spans: Whether the request asked for `spans`.
+    """
+    held = max(min(cached, prompt - 1), 0)  # the last token is always computed
+    found = reuse_statistics(prompt, policy, ratio, local=held, failure=unsupported.detail, spans=[] if spans else None)
+    return {**found, CAN_BLEND: False, REASON: str(unsupported.code)}
+
+
 def record(statistics: Mapping[str, Any]) -> dict[str, Any]:
-    """What is counted of a request's reuse statistics (lmcache_rag.connector.scheduler_side.statistics)."""
+    """What is counted of a request's reuse statistics."""
     failure = str(statistics["failure"])
     blended = bool(statistics["blended"])
     found: dict[str, Any] = {source: int(statistics[f"{source}_tokens"]) for source in SOURCES}
@@ -33,7 +122,7 @@ def record(statistics: Mapping[str, Any]) -> dict[str, Any]:
     return found | {name: value for name, value in seconds.items() if value > 0}
 
 
-def unblended(prompt: int, cached: int) -> dict[str, Any]:
+def unblended_record(prompt: int, cached: int) -> dict[str, Any]:
     """The record of a request that this server cannot blend: it was served as stock vLLM does.
 
     Args:
@@ -46,32 +135,34 @@ def unblended(prompt: int, cached: int) -> dict[str, Any]:
 
 
 def summary(records: Iterable[Mapping[str, Any]]) -> dict[str, int | float]:
-    """What vLLM's log says of the requests of an interval."""
+    """What vLLM's log shows of the requests of an interval."""
     items = list(records)
     if not items:
         return {}
-    said: dict[str, int | float] = {
+    shown: dict[str, int | float] = {
         "Requests blended": sum(item["outcome"] == "blended" for item in items),
         "Requests not blended": sum(item["outcome"] != "blended" for item in items),
         "Fallbacks": sum("fallback" in item for item in items),
     }
     for source in SOURCES:
-        said[f"Tokens {source}"] = sum(item[source] for item in items)
+        shown[f"Tokens {source}"] = sum(item[source] for item in items)
     for name in TIMES:
         seconds = [item[name] for item in items if name in item]
         if seconds:
-            said[f"Avg {name} (ms)"] = round(sum(seconds) / len(seconds) * 1e3, 3)
-    return said
+            shown[f"Avg {name} (ms)"] = round(sum(seconds) / len(seconds) * 1e3, 3)
+    return shown
 
 
-def show_chunk(gauge: Callable[..., Any], labelnames: list[str], engines: Mapping[int, list[Any]], tokens: int) -> None:
-    """Put on /metrics how many tokens an LMCache chunk has: clients pad what their prompts share to whole chunks.
+def publish_chunk_size(
+    gauge: Callable[..., Any], labelnames: list[str], engines: Mapping[int, list[Any]], tokens: int
+) -> None:
+    """Publish on /metrics how many tokens an LMCache chunk has: clients pad what their prompts share to whole chunks.
 
     Args:
         gauge: Makes a gauge, called as prometheus_client.Gauge is, by keywords.
         labelnames: Labels that each metric of vLLM has.
         engines: Their values for each engine.
-        tokens: So many.
+        tokens: Tokens of a chunk.
     """
     made = gauge(
         name=CHUNK_GAUGE,
@@ -79,11 +170,11 @@ def show_chunk(gauge: Callable[..., Any], labelnames: list[str], engines: Mappin
         labelnames=labelnames,
         multiprocess_mode="mostrecent",
     )
-    for given in engines.values():
-        made.labels(*given).set(tokens)
+    for values in engines.values():
+        made.labels(*values).set(tokens)
 
 
-class Meters:
+class Counters:
     """The counters and histograms of each engine.
 
     Args:
@@ -102,7 +193,7 @@ class Meters:
     ) -> None:
         def each(metric: Any, values: Iterable[str]) -> dict[tuple[int, str], Any]:
             # Made at once, so that a counter which never moved can be read as 0.
-            return {(engine, one): metric.labels(*given, one) for engine, given in engines.items() for one in values}
+            return {(engine, one): metric.labels(*own, one) for engine, own in engines.items() for one in values}
 
         def counted(name: str, about: str, label: str, values: Iterable[str]) -> dict[tuple[int, str], Any]:
             made = counter(name=METRICS + name, documentation=about, labelnames=[*labelnames, label])
@@ -116,7 +207,7 @@ class Meters:
             documentation="Reused and recomputed tokens whose KV vLLM itself still held.",
             labelnames=labelnames,
         )
-        self._hot = {engine: hot.labels(*given) for engine, given in engines.items()}
+        self._hot = {engine: hot.labels(*own) for engine, own in engines.items()}
         self._times: dict[tuple[int, str], Any] = {}
         for name, about in (
             ("lookup", "From a request's look-up to its result, in seconds."),
@@ -126,7 +217,7 @@ class Meters:
             made = histogram(
                 name=f"{METRICS}{name}_seconds", documentation=about, labelnames=labelnames, buckets=list(BUCKETS)
             )
-            self._times |= {(engine, name): made.labels(*given) for engine, given in engines.items()}
+            self._times |= {(engine, name): made.labels(*own) for engine, own in engines.items()}
 
     def observe(self, records: Iterable[Mapping[str, Any]], engine: int = 0) -> None:
         """Count these requests."""
@@ -140,3 +231,61 @@ class Meters:
             for name in TIMES:
                 if name in item:
                     self._times[engine, name].observe(item[name])
+
+
+@dataclass
+class BlendStats(LMCacheMPConnectorStats):  # type: ignore[misc]
+    """LMCache's observations of an interval, and one record for each request that ended in it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.data.setdefault(RECORDS, [])
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """See `record`."""
+        found: list[dict[str, Any]] = self.data[RECORDS]
+        return found
+
+    def clone_and_reset(self) -> BlendStats:
+        """What was observed; a new interval begins."""
+        taken = BlendStats(data=self.data)
+        self.reset()
+        return taken
+
+    def reset(self) -> None:
+        """Begin a new interval."""
+        super().reset()
+        self.data[RECORDS] = []
+
+    def aggregate(self, other: Any) -> BlendStats:
+        """Add another interval's, or another rank's."""
+        super().aggregate(other)
+        self.records.extend(other.data.get(RECORDS, ()))
+        return self
+
+    def reduce(self) -> dict[str, int | float]:
+        """For vLLM's log."""
+        return {**super().reduce(), **summary(self.records)}
+
+    def is_empty(self) -> bool:
+        """Whether nothing was observed."""
+        return bool(super().is_empty()) and not self.records
+
+
+class BlendPromMetrics(LMCacheMPPromMetrics):  # type: ignore[misc]
+    """LMCache's metrics and ours."""
+
+    def __init__(
+        self, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[Any]]
+    ) -> None:
+        super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+        self._counters = Counters(self._counter_cls, self._histogram_cls, labelnames, per_engine_labelvalues)
+        options = ConnectorOptions.read(vllm_config.kv_transfer_config.get_from_extra_config)
+        if options.chunk_size:
+            publish_chunk_size(self._gauge_cls, labelnames, per_engine_labelvalues, options.chunk_size)
+
+    def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
+        """Count what ended in a step."""
+        super().observe(transfer_stats_data, engine_idx)
+        self._counters.observe(transfer_stats_data.get(RECORDS, ()), engine_idx)

@@ -12,7 +12,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from lmcache_rag.connector import compat_vllm
+from lmcache_rag.connector import vllm_internals
 from lmcache_rag.connector.identity import identity
 from lmcache_rag.weights.packages import cache_folder
 
@@ -59,7 +59,7 @@ def _name_of(vllm_config: Any) -> str:
     """Weights, versions, our own code, GPU, ranks and attention backend in one hash."""
     import torch
 
-    layers = compat_vllm.attention_layers(vllm_config).values()
+    layers = vllm_internals.attention_layers(vllm_config).values()
     facts = {
         "model": identity(vllm_config),
         "versions": {package: _version(package) for package in _PACKAGES},

@@ -1,4 +1,4 @@
-"""The vLLM general plugin: what a connector is not given. Loaded in every process of vLLM, so it must cost nothing."""
+"""The vLLM general plugin: hooks that a connector does not get. Loaded in every process of vLLM: it must be fast."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ log = logging.getLogger("lmcache_rag")
 
 
 def register() -> None:
-    """Remember the worker that loads the model, and have streams tell. Never keeps vLLM from starting."""
-    _speak_as_vllm_does()
+    """Remember the worker that loads the model, and add statistics to streams. Never keeps vLLM from starting."""
+    _use_vllm_log_handlers()
     draw_secret()
     try:
-        from lmcache_rag.connector.compat_vllm import remember_workers
+        from lmcache_rag.connector.vllm_patches import patch_load_model
 
-        remember_workers()
+        patch_load_model()
     except Exception as problem:
-        log.warning("KV is not going to be blended: the lmcache_rag plugin failed: %s", problem)
+        log.warning("KV will not be blended: the lmcache_rag plugin failed: %s", problem)
     try:
-        from lmcache_rag.connector.compat_vllm import tell_in_streams
+        from lmcache_rag.connector.vllm_patches import patch_stream_kv_params
 
-        tell_in_streams()
+        patch_stream_kv_params()
     except Exception as problem:
-        log.warning("Streams are not going to carry reuse statistics: %s", problem)
+        log.warning("Streams will not carry reuse statistics: %s", problem)
 
 
-def _speak_as_vllm_does() -> None:
-    """Give our logger vLLM's handlers and level, unless somebody has set it up: a warning must not go unseen."""
+def _use_vllm_log_handlers() -> None:
+    """Give our logger vLLM's handlers and level, unless it is configured already: warnings must be visible."""
     vllm = logging.getLogger("vllm")
     if not log.handlers and vllm.handlers:
         for handler in vllm.handlers:

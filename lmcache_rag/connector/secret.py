@@ -1,8 +1,8 @@
-"""The secret of this process: what keeps others from knowing the names and numbers that KV has in LMCache.
+"""The secret of this process: without it no client can compute the cache_salts and token ids that KV has in LMCache.
 
 The scheduler and all workers must have the same one, and so must servers that share KV by a second tier. It comes from
 the setting ``lmcache_rag.secret_file`` of the connector, from the variable LMCACHE_RAG_SECRET_FILE, or from
-LMCACHE_RAG_SECRET. A file that is not there is made. Where none of these is given, vLLM's first process draws a secret
+LMCACHE_RAG_SECRET. A file that does not exist is created. Without any of these, vLLM's first process draws a secret
 (`draw_secret`), and the others inherit it.
 """
 

@@ -1,40 +1,46 @@
-"""Whether a blend on this model and this build equals a full prefill: seen at start, before the first request.
+"""The self-check at start: compares a blend on this model and build with a full prefill, before the first request.
 
-At ratio 1 a blend computes every token, so it has to give what vLLM's own prefill gives, up to rounding. How much
-rounding may do is seen too: the same prefill in other pieces. And cached keys that are moved to new positions have to
-be those that are computed there, which shows in the first layer: its keys depend on token and position alone.
-Asked for by LMCache issue 4666: a model or a build on which blending is wrong must not be found out by its answers.
+At ratio 1 a blend computes every token, so it must equal vLLM's own prefill up to rounding. How much rounding does is
+measured: the same prefill in chunks of other sizes. And cached keys moved to new positions must equal keys computed
+there, which shows in the first layer: its keys depend on token and position alone. Requested in LMCache issue 4666: a
+model or a build on which blending is wrong must not be discovered by wrong answers.
 """
 
 from __future__ import annotations
 
+import logging
 import random
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from lmcache_rag.connector.blend_pass import BlendPass, Model, Steps, T
-from lmcache_rag.connector.paged import PagedSequence
-from lmcache_rag.connector.plan import Match
+from lmcache_rag.connector import passed
+from lmcache_rag.connector.attention import PagedSequence
+from lmcache_rag.connector.blend_pass import BlendPass, Model, StepIterator, T
+from lmcache_rag.connector.metadata import Match
 from lmcache_rag.policies import QueryPolicy
+from lmcache_rag.protocol import CannotBlend, Unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MARGIN = 4.0  # times what two chunkings of a full prefill differ
-# Differences that are allowed where the chunkings differ by less, as a share of the values: a blend's kernels are not
-# those of vLLM, so they round elsewhere also where vLLM's always round alike.
+log = logging.getLogger("lmcache_rag")
+
+MARGIN = 4.0  # times the difference between two chunkings of a full prefill
+# Differences that are allowed even if the chunkings differ by less, as a share of the values: a blend's kernels are not
+# vLLM's, so they may round differently where vLLM's always round alike.
 _LEAST = 1e-4
 _LEAST_EPS = 1.0
-_MOVED, _MOVED_EPS = 1e-3, 4.0  # likewise of a moved key, which is rounded once more than one that is computed
+_MOVED, _MOVED_EPS = 1e-3, 4.0  # the same for a moved key, which is rounded once more than a computed one
 _CHUNKS, _GAP, _SUFFIX, _UNIT = 3, 3, 33, 64
-_WORDS = (300, 15000)  # ids of plain text in the usual vocabularies; none of them special
-_STALE = 7.0  # in blocks before they are written: what is not written shows
+_WORDS = (300, 15000)  # ids of plain text in the usual vocabularies; no special tokens
+_STALE = 7.0  # fills blocks before they are written, so that missing writes show
 _RATIO = 0.15
 
 
 class CheckedModel(Model, Protocol):
-    """What the check asks of a model beside what a blend does."""
+    """What the check needs of a model in addition to what a blend does."""
 
     @property
     def block(self) -> int:
@@ -50,19 +56,19 @@ class CheckedModel(Model, Protocol):
         ...
 
     def logits(self, hidden: Tensor) -> Tensor | None:
-        """The logits of hidden states; None on a rank that is not given them."""
+        """The logits of hidden states; None on a rank that does not get them."""
         ...
 
-    def moves(self, longest: int) -> Mapping[str, Move]:
-        """What moves chunk KV over distances up to that: each way by a name."""
+    def copies(self, longest: int) -> Mapping[str, KVCopy]:
+        """Each way to move chunk KV over distances up to that, by name."""
         ...
 
 
-class Move(Protocol):
-    """See lmcache_rag.connector.hot_copy.HotCopy."""
+class KVCopy(Protocol):
+    """See lmcache_rag.connector.model_runner.GpuCopy."""
 
     def run(self, matches: Sequence[Match], sequence: PagedSequence) -> None:
-        """Copy blocks to their places in a sequence, keys turned to their new positions."""
+        """Copy blocks to their positions in a sequence, keys rotated to match."""
         ...
 
 
@@ -72,8 +78,8 @@ class Finding:
 
     Attributes:
         name: What was compared.
-        difference: How far apart the two are in the worst row, as a share of the values.
-        allowed: How far they may be.
+        difference: Difference of the two in the worst row, as a share of the values.
+        allowed: Largest difference that counts as rounding.
     """
 
     name: str
@@ -82,7 +88,7 @@ class Finding:
 
     @property
     def holds(self) -> bool:
-        """Whether they agree; what is no number does not."""
+        """Whether they agree; NaN does not."""
         return self.difference <= self.allowed
 
     def __str__(self) -> str:
@@ -91,12 +97,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The built-in prompt: random words of a fixed seed.
+    """The built-in prompt: random words from a fixed seed.
 
     Attributes:
         ids: Token ids.
         prefix: Tokens before the first chunk's gap.
-        spans: (start, end) of each chunk; whole blocks long, anywhere in a block.
+        spans: (start, end) of each chunk: a multiple of the block size long, starting anywhere in a block.
     """
 
     ids: tuple[int, ...]
@@ -105,7 +111,7 @@ class Prompt:
 
     @classmethod
     def of(cls, *, vocabulary: int, block: int, longest: int) -> Prompt:
-        """The prompt for a vocabulary of that size and a cache with such blocks, no longer than `longest`.
+        """The prompt for a vocabulary of that size and a cache with blocks of `block` tokens, no longer than `longest`.
 
         Raises:
             ValueError: Not even one chunk fits.
@@ -115,16 +121,58 @@ class Prompt:
         if chunks < 1:
             raise ValueError(f"sequences of {longest} tokens are too short for the check")
         length = unit + chunks * (unit + _GAP) + _SUFFIX
-        dice = random.Random(4666)  # noqa: S311 - no secret: every rank draws the same
+        dice = random.Random(4666)  # noqa: S311 - not a secret: every rank draws the same
         ids = tuple(dice.randrange(min(_WORDS[0], vocabulary // 2), min(_WORDS[1], vocabulary)) for _ in range(length))
         starts = [unit + _GAP + number * (unit + _GAP) for number in range(chunks)]
         return cls(ids, unit, tuple((start, start + unit) for start in starts))
 
 
-def examined(model: CheckedModel, *, vocabulary: int, longest: int) -> list[Finding]:
+def run_self_check(vllm_config: Any, model: CheckedModel, on_all_ranks: Callable[[bool], bool]) -> Unsupported | None:
+    """Compare a blend with a full prefill, unless this model and build passed at an earlier start.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        model: The model, ready to blend.
+        on_all_ranks: Whether something is true on all tensor-parallel ranks; every rank must call it.
+
+    Returns:
+        Why blends must not be trusted on this model and build; None if they equal a full prefill.
+    """
+    name = passed.name_of(vllm_config)
+    if on_all_ranks(passed.is_known(name)):
+        log.info("Self-check: passed at an earlier start of this model and build")
+        return None
+    begun, reason = time.perf_counter(), None
+    try:
+        config = vllm_config.model_config
+        findings = compare_with_prefill(
+            model, vocabulary=int(config.get_vocab_size()), longest=int(config.max_model_len)
+        )
+        wrong = [finding for finding in findings if not finding.holds]
+    except Exception as problem:
+        log.exception("The self-check could not run")
+        detail = f"the self-check at start could not run: {type(problem).__name__}: {problem}"
+        reason = Unsupported(CannotBlend.SELF_CHECK_ERROR, detail)
+    else:
+        for finding in findings:
+            log.debug("Self-check: %s", finding)
+        if wrong:
+            detail = f"the self-check at start failed: {'; '.join(map(str, wrong))}"
+            reason = Unsupported(CannotBlend.SELF_CHECK, detail)
+    if not on_all_ranks(reason is None) and reason is None:
+        reason = Unsupported(CannotBlend.OTHER_RANK, "the self-check at start failed on another rank")
+    if reason is not None:
+        log.error("BLENDING IS OFF: %s. Prompts are computed in full.", reason)
+        return reason
+    log.info("Self-check: passed, a blend equals a full prefill (%.1f s)", time.perf_counter() - begun)
+    passed.remember(name)
+    return None
+
+
+def compare_with_prefill(model: CheckedModel, *, vocabulary: int, longest: int) -> list[Finding]:
     """Blend the built-in prompt, and compare. Before any request: blocks of the cache are written, and cleared again.
 
-    Tensor-parallel ranks do so together.
+    All tensor-parallel ranks must call it.
 
     Args:
         model: The model, ready to blend.
@@ -175,8 +223,8 @@ class _Check:
         computed = self._first_layer()
         others = [self._full(length // 2 + 7), self._full(length // 3 + 5)]
         findings = []
-        for name, move in self._model.moves(length).items():
-            self._place(move)
+        for name, copy in self._model.copies(length).items():
+            self._place(copy)
             difference = _difference(self._first_layer(), computed)
             findings.append(Finding(f"KV moved {name}", difference, _allowed(computed, _MOVED, _MOVED_EPS)))
         states = [want, *others, self._blended(findings)]
@@ -184,22 +232,22 @@ class _Check:
         findings += _compared("hidden states", states)
         return findings + _compared("logits", logits) if logits else findings
 
-    def _full(self, piece: int) -> Tensor:
-        """A full prefill in such pieces: hidden states of the last tokens."""
+    def _full(self, chunk_size: int) -> Tensor:
+        """A full prefill in chunks of that size: hidden states of the last tokens."""
         self.fill(_STALE)
-        return self._prefill(self._ids, self._sequence, 0, piece)[-_SUFFIX:]
+        return self._prefill(self._ids, self._sequence, 0, chunk_size)[-_SUFFIX:]
 
-    def _prefill(self, ids: Tensor, sequence: PagedSequence, first: int, piece: int) -> Tensor:
+    def _prefill(self, ids: Tensor, sequence: PagedSequence, first: int, chunk_size: int) -> Tensor:
         import torch
 
-        piece, states = min(piece, self._model.most_tokens), []
-        for start in range(first, len(ids), piece):
-            positions = torch.arange(start, min(start + piece, len(ids)), device=ids.device)
+        chunk_size, states = min(chunk_size, self._model.max_tokens), []
+        for start in range(first, len(ids), chunk_size):
+            positions = torch.arange(start, min(start + chunk_size, len(ids)), device=ids.device)
             states.append(self._model.prefill(ids[positions], positions, sequence).clone())
         return torch.cat(states)
 
-    def _place(self, move: Move) -> None:
-        """Have chunks computed after the prefix, as ingestion does, and put where they are in the prompt."""
+    def _place(self, copy: KVCopy) -> None:
+        """Compute chunks after the prefix, as ingestion does, and copy them to their positions in the prompt."""
         import torch
 
         self.fill(_STALE)
@@ -208,7 +256,7 @@ class _Check:
         for start, end in self._prompt.spans:
             self._prefill(torch.cat([self._ids[:prefix], self._ids[start:end]]), self._alone, 0, many)
             blocks = self._alone.blocks[prefix // block :].tolist()
-            move.run(
+            copy.run(
                 [
                     Match(start + at, start + at + block, prefix + at, prefix + at + block, block=blocks[at // block])
                     for at in range(0, end - start, block)
@@ -217,7 +265,7 @@ class _Check:
             )
 
     def _first_layer(self) -> Tensor:
-        """The first layer's keys and values where the chunks are, [tokens, 2 * heads * size]."""
+        """The first layer's keys and values of the chunks, [tokens, 2 * heads * size]."""
         import torch
 
         both = torch.cat([self._sequence.gather(cache, len(self._ids)) for cache in self._model.cache(0)], 1)
@@ -230,18 +278,18 @@ class _Check:
         spans, last = list(self._prompt.spans), len(self._ids) - 1
         blend = BlendPass(self._model, self._sequence)
         policy = QueryPolicy()
-        watched = _done(blend.steps(self._ids, spans, self._prompt.prefix, policy=policy, ratio=_RATIO)).watched
-        fine = watched is not None and bool(watched.isfinite())
+        outcome = _run(blend.run(self._ids, spans, self._prompt.prefix, policy=policy, ratio=_RATIO))
+        fine = outcome.observed_sum is not None and bool(outcome.observed_sum.isfinite())
         findings.append(Finding("attention sums of the selection", 0.0 if fine else float("nan"), 0.0))
-        own = _done(
-            blend.steps(self._ids, spans, self._prompt.prefix, policy=policy, ratio=1.0, end=last, last_too=True)
+        own = _run(
+            blend.run(self._ids, spans, self._prompt.prefix, policy=policy, ratio=1.0, end=last, with_last_token=True)
         ).hidden
-        assert own is not None  # noqa: S101 - last_too asks for it
+        assert own is not None  # noqa: S101 - with_last_token computes it
         after = self._prefill(self._ids, self._sequence, self._tail.start, len(self._tail))
         return torch.cat([after, own])
 
 
-def _done(steps: Steps[T]) -> T:
+def _run(steps: StepIterator[T]) -> T:
     """Take all steps."""
     while True:
         try:
@@ -252,7 +300,7 @@ def _done(steps: Steps[T]) -> T:
 
 
 def _compared(name: str, rows: Sequence[Tensor]) -> list[Finding]:
-    """Compare the rows of a full prefill, of others in pieces, and last of a blend, which has one row more."""
+    """Compare the rows of a full prefill, of others in other chunks, and of a blend, which has one row more."""
     want, *others, got = rows
     noise = max(_difference(other, want) for other in others)
     allowed = MARGIN * max(noise, _allowed(want, _LEAST, _LEAST_EPS))
@@ -263,7 +311,7 @@ def _compared(name: str, rows: Sequence[Tensor]) -> list[Finding]:
 
 
 def _difference(got: Tensor, want: Tensor) -> float:
-    """How far apart two [rows, n] are in the worst row, as a share of the usual size of a row."""
+    """Difference of two [rows, n] in the worst row, as a share of the usual size of a row."""
     apart = (got.float() - want.float()).square().mean(1).sqrt().max()
     return float(apart / want.float().square().mean().sqrt())
 

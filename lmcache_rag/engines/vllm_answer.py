@@ -24,7 +24,7 @@ from lmcache_rag.engines.base import (
 def blend_params(blend: BlendOptions, prompt: QueryPrompt | None = None) -> dict[str, Any]:
     """How a request reuses KV, as our connector reads it; see lmcache_rag.protocol.
 
-    The chunks' places are named, so that the server can copy what it still holds itself; see lmcache_rag.connector.hot.
+    The chunks' places are named, so that the server can copy what it still holds: lmcache_rag.connector.gpu_chunks.
     And the answer is to say which places it reused, so that it is known which chunks were missing; see chunks_found.
     """
     if not blend.enabled:

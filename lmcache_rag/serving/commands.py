@@ -314,7 +314,7 @@ def _place(options: ServeOptions, vllm_args: VLLMArgs) -> tuple[str, str]:
 
 def _checked(settings: tuple[str, ...]) -> dict[str, Any]:
     """Keys and values of KEY=VALUE texts, those of the connector's own keys checked as it does at its start."""
-    from lmcache_rag.connector.options import ConnectorOptions
+    from lmcache_rag.connector.config import ConnectorOptions
 
     found: dict[str, Any] = {}
     for text in settings:

@@ -1,18 +1,32 @@
-"""What travels between the connector's two sides: plans to the workers, results back."""
+"""What travels between scheduler and workers: plans to the workers; results, and what they report at start, back.
+
+The two classes that vLLM itself carries are subclasses of vLLM's. Without vLLM the others can be used all the same.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any, NamedTuple
+
+from lmcache_rag.protocol import CannotBlend, SelfCheck, Unsupported
+
+if find_spec("vllm"):
+    from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+        KVConnectorHandshakeMetadata,
+        KVConnectorWorkerMetadata,
+    )
+else:
+    KVConnectorHandshakeMetadata = KVConnectorWorkerMetadata = object
 
 
 class Match(NamedTuple):
     """One cached piece of a prompt: prompt[start:end] is what was cached at [old_start, old_end) of another sequence.
 
-    `native` is the LMCache object that names it on the wire. A hot match is one block of vLLM's own KV cache instead,
-    and `block` its id.
+    `native` is the LMCache object that names it on the wire. A resident match is one block of vLLM's own KV cache
+    instead, and `block` its id.
     """
 
     start: int
@@ -24,7 +38,7 @@ class Match(NamedTuple):
 
 
 def spans_of(matches: Sequence[Match]) -> list[tuple[int, int]]:
-    """Matches as chunks: neighbours that were neighbours where they were cached are one."""
+    """Matches as chunks: adjacent matches that were adjacent where they were cached are one."""
     spans: list[tuple[int, int]] = []
     first = here = there = -1  # where the last chunk starts and ends, and where it ended in its cache
     for start, end, old_start, old_end, _, _ in matches:
@@ -45,17 +59,17 @@ class BlendPlan:
         token_ids: The whole prompt, as 64-bit numbers: they become a tensor as they lie in memory.
         local: vLLM holds the KV of this many tokens already.
         exact: KV up to here comes from an exact prefix: vLLM's, and LMCache's from `local` on.
-        matches: Pieces to place behind that; ascending.
+        matches: Pieces to place after that; ascending.
         end: vLLM counts everything up to here as computed.
         block_ids: The request's blocks.
         policy: Name of the recompute policy.
         ratio: Share of the placed tokens to recompute.
-        cache_salt: The request's namespace.
+        cache_salt: The request's cache_salt.
         configs: Settings of the request for LMCache.
-        background: Whether other requests run meanwhile: the request waits until a worker says that it is done.
+        background: Whether other requests run meanwhile: the request waits until a worker reports that it is done.
         alone: Whether vLLM's step computes this request's last token, and nothing else: the blend computes it too, and
             vLLM need not read all weights once more for it.
-        failure: Why everything is to be computed, and nothing loaded; empty when it is to be blended.
+        failure: Why everything is to be computed and nothing loaded (a Fallback); empty when it is to be blended.
     """
 
     request_id: str
@@ -88,11 +102,11 @@ class BlendResult:
         prefix_tokens: Exact: held by vLLM or loaded by LMCache.
         reused_tokens: Taken from cached chunks as they are.
         recomputed_tokens: Selected in cached chunks and computed again.
-        computed_tokens: Computed in the blend since nothing was cached: gaps, or all of it after a failure.
+        computed_tokens: Computed in the blend because nothing was cached: gaps, or all of it after a failure.
         load_ms: Time of the load.
         blend_ms: Time of selection and recomputation.
-        failure: Why everything was computed; empty when the blend went through.
-        hot_tokens: How many of the reused and recomputed tokens came from vLLM's own KV cache.
+        failure: Why everything was computed (a Fallback); empty when the blend succeeded.
+        hot_tokens: How many of the reused and recomputed tokens were resident in vLLM's own KV cache.
     """
 
     request_id: str
@@ -108,11 +122,11 @@ class BlendResult:
 
 @dataclass(frozen=True)
 class Claim:
-    """What of a prompt the connector says is there.
+    """The part of a prompt that the connector claims to provide.
 
     Attributes:
         exact: Tokens of the exact prefix.
-        matches: What is placed behind it.
+        matches: Pieces that are placed after it.
         end: Tokens that vLLM may count as computed.
     """
 
@@ -135,8 +149,8 @@ class Claim:
 def claim(prompt: int, local: int, prefix: int, matches: Sequence[Match], *, least: int = 64, tail: int = 0) -> Claim:
     """What to claim of a prompt.
 
-    The exact prefix comes first. Blending claims everything from there to the end of the last match, gaps included. One
-    token at least is left to vLLM, which needs something to compute. A short rest of the prompt is claimed up to that
+    The exact prefix comes first. Blending claims everything from there to the end of the last match, gaps included. At
+    least one token is left to vLLM, which needs something to compute. A short rest of the prompt is claimed up to that
     token: computing it with the blend saves a pass through the model, and what is left runs as a CUDA graph.
 
     Args:
@@ -145,7 +159,7 @@ def claim(prompt: int, local: int, prefix: int, matches: Sequence[Match], *, lea
         prefix: Exact prefix tokens that LMCache holds.
         matches: What LMCache found elsewhere in the prompt, in any order.
         least: Fewer matched tokens than this are not worth a blend.
-        tail: Most tokens behind the last match that are claimed with it.
+        tail: Most tokens after the last match that are claimed with it.
     """
     exact = min(max(local, prefix), prompt - 1)
     apart: list[Match] = []
@@ -158,3 +172,47 @@ def claim(prompt: int, local: int, prefix: int, matches: Sequence[Match], *, lea
     if covered < max(least, 1):
         return Claim(exact, (), exact)
     return Claim(exact, tuple(apart), prompt - 1 if prompt - 1 - end <= tail else end)
+
+
+NOT_READY = Unsupported(CannotBlend.NOT_READY, "vLLM's workers have not reported yet")
+
+
+@dataclass
+class BlendHandshakeMetadata(KVConnectorHandshakeMetadata):  # type: ignore[misc]
+    """What a worker reports to the scheduler at start.
+
+    Attributes:
+        unsupported: Why it cannot blend; None when it can.
+        self_check: Whether a blend was compared with a full prefill; None where it cannot blend.
+    """
+
+    unsupported: Unsupported | None
+    self_check: SelfCheck | None = None
+
+
+@dataclass
+class BlendWorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
+    """What the workers did in a step.
+
+    Attributes:
+        results: Of the plans.
+        timed_out: (request, blocks) of each rank's loads that it stopped waiting for.
+        ended: Requests whose timed-out loads have ended, once for each rank.
+        lmcache: What LMCache's own connector reports: receipts of stores, events.
+    """
+
+    results: list[BlendResult] = field(default_factory=list)
+    timed_out: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    ended: list[str] = field(default_factory=list)
+    lmcache: KVConnectorWorkerMetadata | None = None
+
+    def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
+        """Add another rank's. Results of all ranks are the same but for their times; the rest differs."""
+        if not isinstance(other, BlendWorkerMetadata):
+            other = BlendWorkerMetadata(lmcache=other)
+        lmcache = self.lmcache or other.lmcache
+        if self.lmcache is not None and other.lmcache is not None:
+            lmcache = self.lmcache.aggregate(other.lmcache)
+        return BlendWorkerMetadata(
+            self.results or other.results, self.timed_out + other.timed_out, self.ended + other.ended, lmcache
+        )

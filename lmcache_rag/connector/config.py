@@ -20,23 +20,23 @@ class ConnectorOptions:
     Attributes:
         policy: Recompute policy where a request names none.
         ratio: Share of the cached tokens to recompute, in [0, 1].
-        blend: Whether to blend requests that do not say.
+        blend: Whether to blend requests that do not specify it.
         deadline: Longest wait for LMCache in a step, in seconds; then everything is computed.
         lookup_deadline: Longest that a request waits for its look-up, in seconds.
         poll: How long a step waits for a look-up that is under way while nothing else runs, in seconds.
         least_tokens: Fewer matched tokens than this are not blended.
-        tail_tokens: A rest of the prompt behind the last cached chunk, up to so long, is computed with the blend.
-        hot: Whether chunks that vLLM itself still holds are copied instead of loaded.
+        tail_tokens: A rest of the prompt after the last cached chunk, up to so long, is computed with the blend.
+        hot: Whether chunks that are resident in vLLM's own KV cache are copied instead of loaded.
         overlap: Whether KV is loaded and blended beside the steps of other requests. If not, a step waits for it.
         step_tokens: Most tokens that blends compute in one step while other requests run: a bound on how long these
-            wait. Without overlap, the first blend of a step is not bound.
-        idle_tokens: A blend that computes more runs in such pieces even while no other request does: who comes then
-            waits for no more than what was begun. 0: every blend.
+            wait. Without overlap, the first blend of a step is not bounded.
+        idle_tokens: A blend that computes more runs in pieces of step_tokens even while no other request does, so that
+            a new request waits for one piece only. 0: every blend.
         store: Whose KV LMCache stores: of "all" requests, or of those that "ingest" (lmcache_rag.protocol.INGEST) only.
         self_check: Whether a blend is compared with a full prefill at start, see lmcache_rag.connector.self_check.
-        chunk_size: Tokens of an LMCache chunk, told on /metrics to clients; 0: not told. LMCache is not asked to obey.
-        ingest_key_file: File of the key that ingesting and forgetting need; "": whoever reaches vLLM may do both.
-        secret_file: File with the secret by which tokens are renumbered, see lmcache_rag.connector.secret; "": the
+        chunk_size: Tokens of an LMCache chunk, published on /metrics; 0: not published. Does not configure LMCache.
+        ingest_key_file: File of the key that ingesting and forgetting need; "": every client may do both.
+        secret_file: File with the secret by which token ids are mapped, see lmcache_rag.connector.secret; "": the
             environment has it.
         prefix_tokens: Prompts of clients that name no prefix share KV by their first so many tokens, a multiple of
             LMCache's chunk; 0: by their first chunk.

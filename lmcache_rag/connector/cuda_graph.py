@@ -1,7 +1,7 @@
-"""The pass of policy `query` as one CUDA graph: a prompt's last tokens through all layers, what they look at added up.
+"""The pass of policy `query` as one CUDA graph: a prompt's last tokens run through all layers, their attention summed.
 
-Launched layer by layer, so few tokens keep the host busier than the GPU. Everything that differs between requests
-stands in tensors that stay where they are; the graph is captured once, over those, and replayed for each request.
+Launched layer by layer, a pass over few tokens is limited by the host. Everything that differs between requests is in
+tensors with fixed addresses; the graph is captured once over them and replayed for each request.
 """
 
 from __future__ import annotations
@@ -11,56 +11,54 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lmcache_rag.connector.in_layers import Watch
-from lmcache_rag.connector.paged_attention import FixedAttention
+from lmcache_rag.connector.attention import FixedAttention, ObserveAttention
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lmcache_rag.connector.in_layers import Attention
-    from lmcache_rag.connector.paged import PagedSequence
+    from lmcache_rag.connector.attention import Attention, PagedSequence
 
     Forward = Callable[[Tensor, Tensor, Tensor, Attention], object]
 
-ROWS = 64  # what the kernels take in one tile, and the default policy's window
+ROWS = 64  # rows of one tile of the kernels, and the default policy's window
 
 
 class Graph(Protocol):
-    """Work on a GPU that is recorded once."""
+    """GPU work that is captured once and replayed."""
 
     def capture(self, work: Callable[[], None]) -> None:
-        """Record."""
+        """Capture the work."""
         ...
 
     def replay(self) -> None:
-        """Do it again, with what the tensors hold now."""
+        """Run it again on the current contents of its tensors."""
         ...
 
 
 class CudaGraph:
-    """A CUDA graph with memory of its own.
+    """A CUDA graph with a private memory pool.
 
-    vLLM's graphs share a pool, where each may overwrite what the others left: their outputs stay out of it only as far
-    as vLLM itself captured them. Ours needs little more than the partial results of one layer's attention: splits x
-    rows x heads x size in float32, 32 x 64 x 32 x 128 x 4 bytes = 34 MB for an 8B Llama, and the activations of 64
+    vLLM's graphs share a pool, in which each may overwrite the others' results: only outputs of graphs that vLLM itself
+    captured are kept out of it. This graph needs little more than the partial results of one layer's attention (splits
+    x rows x heads x size in float32: 32 x 64 x 32 x 128 x 4 bytes = 34 MB for an 8B Llama) and the activations of 64
     tokens.
 
     Args:
-        surroundings: Entered while work is recorded; gives the stream to record on. None: a stream of its own.
+        capture_context: Context manager entered during the capture; gives the stream to capture on. None: a new stream.
     """
 
-    def __init__(self, surroundings: Callable[[], AbstractContextManager[Any]] | None = None) -> None:
+    def __init__(self, capture_context: Callable[[], AbstractContextManager[Any]] | None = None) -> None:
         import torch
 
         self._graph = torch.cuda.CUDAGraph()
-        self._surroundings = surroundings or _side_stream
+        self._capture_context = capture_context or _side_stream
 
     def capture(self, work: Callable[[], None]) -> None:
-        """Run the work twice on a side stream, which compiles and allocates what may not be in a capture; record."""
+        """Run the work twice on a side stream, to compile and allocate what a capture may not; then capture it."""
         import torch
 
         torch.cuda.synchronize()
-        with self._surroundings() as side:
+        with self._capture_context() as side:
             for _ in range(2):
                 work()
             torch.cuda.synchronize()
@@ -70,7 +68,7 @@ class CudaGraph:
         torch.cuda.synchronize()
 
     def replay(self) -> None:
-        """Queue it on the current stream."""
+        """Queue the graph on the current stream."""
         self._graph.replay()
 
 
@@ -83,19 +81,19 @@ def _side_stream() -> Iterator[Any]:
         yield side
 
 
-class CapturedWatch:
-    """The attention that a prompt's last tokens give to each token before them, by a captured graph.
+class CapturedQueryPass:
+    """The attention that a prompt's last tokens give to each token before them, computed by a captured graph.
 
     Args:
         forward: The model's forward pass; see lmcache_rag.connector.blend_pass.Model. A slot of -1 is not written.
-        layers: Layers of the model.
+        layers: Number of layers of the model.
         kv_heads: Key and value heads of this rank.
         block: Tokens in a block of the cache.
-        longest: Most tokens of a sequence.
-        device: Where the cache lies.
+        longest: Maximum length of a sequence, in tokens.
+        device: Device of the cache.
         from_layer: First layer that counts, as a share of the model's depth.
         reduce: "sum" or "max" over rows, heads and layers.
-        graph: Records the pass; a CUDA graph unless told otherwise.
+        graph: Captures and replays the pass; None: a CUDA graph.
     """
 
     def __init__(
@@ -114,7 +112,7 @@ class CapturedWatch:
         import torch
 
         self._forward, self._longest = forward, longest
-        self._asked = (from_layer, reduce)
+        self._parameters = (from_layer, reduce)
 
         def filled(value: int, *shape: int, dtype: torch.dtype) -> Tensor:
             return torch.full(shape, value, dtype=dtype, device=device)
@@ -130,45 +128,45 @@ class CapturedWatch:
             visible=filled(1, longest, dtype=torch.uint8),
         )
         self._mass = filled(0, kv_heads, longest, dtype=torch.float32)
-        self._watch = Watch(self._attention, self._mass, int(from_layer * layers), reduce)
+        self._observe = ObserveAttention(self._attention, self._mass, int(from_layer * layers), reduce)
         self._graph = CudaGraph() if graph is None else graph
 
     def capture(self) -> None:
-        """Record the pass. Writes no KV: all rows are to spare."""
+        """Capture the pass. It writes no KV: all rows are padding."""
         import torch
 
         with torch.inference_mode():
-            self._graph.capture(self._run)
+            self._graph.capture(self._forward_once)
 
-    def takes(self, *, rows: int, end: int, from_layer: float, reduce: str) -> bool:
-        """Whether the graph answers this: so many rows, so long a sequence, and what is wanted of it."""
-        return rows <= ROWS and end <= self._longest and (from_layer, reduce) == self._asked
+    def supports(self, *, rows: int, end: int, from_layer: float, reduce: str) -> bool:
+        """Whether the graph can run this many rows over this length, with these parameters of the policy."""
+        return rows <= ROWS and end <= self._longest and (from_layer, reduce) == self._parameters
 
-    def watch(
+    def run(
         self, ids: Tensor, rows: Tensor, slots: Tensor, sequence: PagedSequence, *, end: int, hidden: Tensor
     ) -> Tensor:
-        """Run the last tokens of a sequence; their KV is written. Never waits for the GPU.
+        """Run the last tokens of a sequence, and write their KV. Never waits for the GPU.
 
         Args:
-            ids: Their token ids, int64 [m], m <= 64.
-            rows: Their positions, int64 [m], ascending.
-            slots: Where their KV goes, int64 [m].
+            ids: Token ids of the rows, int64 [m], m <= 64.
+            rows: Positions of the rows, int64 [m], ascending.
+            slots: Slots for the rows' KV, int64 [m].
             sequence: The sequence's blocks.
             end: Largest position + 1.
-            hidden: Positions before the end that nobody may see, int64.
+            hidden: Positions before the end that are masked, int64.
 
         Returns:
             Attention that each position got, float32 [kv heads, end]. The next call overwrites it.
         """
         count, fixed = len(rows), self._attention
-        for buffer, given, spare in (
+        for buffer, values, padding in (
             (self._ids, ids, 0),
             (self._positions, rows, 0),
             (self._slots, slots, -1),
             (fixed.positions, rows, -1),
         ):
-            buffer[:count].copy_(given)
-            buffer[count:].fill_(spare)
+            buffer[:count].copy_(values)
+            buffer[count:].fill_(padding)
         blocks = sequence.blocks[: -(-end // fixed.block)]
         fixed.blocks[: len(blocks)].copy_(blocks)
         fixed.visible[:end].fill_(1).index_fill_(0, hidden, 0)
@@ -176,6 +174,6 @@ class CapturedWatch:
         self._graph.replay()
         return self._mass[:, :end]
 
-    def _run(self) -> None:
+    def _forward_once(self) -> None:
         self._mass.zero_()
-        self._forward(self._ids, self._positions, self._slots, self._watch)
+        self._forward(self._ids, self._positions, self._slots, self._observe)

@@ -1,10 +1,87 @@
-"""A pass of ours through the model that vLLM loaded."""
+"""Private parts of vLLM that are called and read; tests/test_connector_contract*.py check each against vLLM.
+
+Written for vLLM 0.25.1 and 0.33. vLLM is imported in the functions: this is loaded in each of vLLM's processes. What is
+replaced in vLLM stands in lmcache_rag.connector.vllm_patches.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+
+# -- blocks of KV: how vLLM names them ---------------------------------------------------------------------------------
+
+
+class CachedBlocks:
+    """vLLM's blocks by the keys that its prefix cache files them under.
+
+    Its own get_cached_block makes the key from the hash each time, and a list for each block: six times as long.
+    """
+
+    def __init__(self, pool: Any) -> None:
+        from vllm.v1.core.kv_cache_utils import make_block_hash_with_group_id
+
+        self._pool, self._key = pool, make_block_hash_with_group_id
+
+    def key(self, block_hash: Any) -> Any:
+        """The key of a block with that hash."""
+        return self._key(block_hash, 0)
+
+    def get(self, keys: Iterable[Any]) -> Iterator[Any]:
+        """The block under each key; None where there is none."""
+        return map(self._pool.cached_block_hash_to_block.get_one_block, keys)  # a reset puts another map there
+
+    @property
+    def blocks(self) -> Sequence[Any]:
+        """All blocks, by their ids."""
+        blocks: Sequence[Any] = self._pool.blocks
+        return blocks
+
+    def touch(self, blocks: Sequence[Any]) -> None:
+        """Keep blocks from being evicted."""
+        self._pool.touch(blocks)
+
+    def free_blocks(self, blocks: Sequence[Any]) -> None:
+        """Let go of them."""
+        self._pool.free_blocks(blocks)
+
+    def remove(self, hashes: Iterable[Any]) -> int:
+        """Take every block with one of these hashes out of the prefix cache; requests that use one keep it.
+
+        Returns:
+            How many.
+        """
+        removed = 0
+        for block_hash in hashes:
+            key = self.key(block_hash)
+            # One hash may have several blocks. One that stays would be found again and again.
+            while (block := self._pool.cached_block_hash_to_block.get_one_block(key)) is not None:
+                self._pool.evict_blocks({block.block_id})
+                if self._pool.cached_block_hash_to_block.contain(key, block.block_id):
+                    break
+                removed += 1
+        return removed
+
+
+def hide_from_prefix_cache(request: Any, first_token: int, hash_block: int) -> None:
+    """Make every block from the one that holds `first_token` on unreachable for other requests, decoded ones too.
+
+    vLLM files blocks under the request's chained hashes. Random ones in the place of those of the blocks that are full
+    by now make all later hashes random too; a preempted request still finds its own blocks.
+    """
+    first = first_token // hash_block
+    if not request.block_hashes and getattr(request, "_block_hasher", None) is None:
+        return  # prefix caching is off
+    del request.block_hashes[first:]
+    full = request.num_tokens // hash_block
+    # Not one and the others chained to it by vLLM: at 7 us each that is 13 ms in a prompt of 30,900 tokens.
+    random = os.urandom(32 * max(full - first, 0))
+    request.block_hashes.extend([random[at : at + 32] for at in range(0, len(random), 32)])
+
+
+# -- a pass of ours through the model that vLLM loaded -----------------------------------------------------------------
 
 
 def attention_layers(vllm_config: Any) -> dict[str, Any]:
@@ -21,33 +98,6 @@ class OwnMetadata:
 
     def __init__(self, attention: Callable[..., None]) -> None:
         self.attention = attention
-
-
-def patch_attention(implementation: type) -> None:
-    """Let this attention implementation answer a pass of ours (OwnMetadata) through it; anything else is untouched."""
-    if getattr(implementation.forward, "_lmcache_rag", False):  # type: ignore[attr-defined]
-        return
-    forward = implementation.forward  # type: ignore[attr-defined]
-
-    def patched(
-        self: Any,
-        layer: Any,
-        query: Any,
-        key: Any,
-        value: Any,
-        kv_cache: Any,
-        attn_metadata: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        if not isinstance(attn_metadata, OwnMetadata):
-            return forward(self, layer, query, key, value, kv_cache, attn_metadata, *args, **kwargs)
-        out = kwargs["output"] if "output" in kwargs else args[0]
-        attn_metadata.attention(layer, query, key, value, out)
-        return out
-
-    patched._lmcache_rag = True  # type: ignore[attr-defined]
-    implementation.forward = patched  # type: ignore[attr-defined]
 
 
 def write_kv(layer: Any, key: Any, value: Any, slots: Any) -> None:
@@ -226,3 +276,11 @@ def true_on_all_ranks(fine: bool) -> bool:
     votes = torch.tensor([int(fine)], dtype=torch.int32)
     torch.distributed.all_reduce(votes, group=get_tp_group().cpu_group)
     return int(votes.item()) == size
+
+
+def in_multi_connector() -> bool:
+    """Whether this worker's connector is vLLM's MultiConnector, and ours one of several inside it."""
+    from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+
+    return has_kv_transfer_group() and isinstance(get_kv_transfer_group(), MultiConnector)

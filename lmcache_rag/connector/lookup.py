@@ -1,0 +1,284 @@
+"""Look-ups at LMCache: when they may start, how they are sent, and what happens to those that are aborted."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from lmcache_rag.connector import lmcache_client
+from lmcache_rag.connector.cache_salt import CacheSalts
+from lmcache_rag.connector.config import ConnectorOptions
+from lmcache_rag.connector.identity import Adapters
+from lmcache_rag.connector.request_state import Lookup, RequestState, has_embeddings
+from lmcache_rag.protocol import FORGET, INGEST, MAX_OFFLOAD_TOKENS, PREFIX, ingests, named_prefix
+
+log = logging.getLogger("lmcache_rag")
+
+# A server that was restarted never answers an old look-up. LMCache's read locks expire after this long.
+LOCK_SECONDS = 300.0
+
+
+IN_FLIGHT = 32  # look-ups at once: LMCache has them in one worker's queue, and locks what they find
+STEP_TOKENS = 16_384  # of the prompts whose look-ups start in one step: 16,000 tokens take 6 ms of its time
+
+
+@dataclass
+class AbortedLookups:
+    """Aborted look-ups, still polled so that LMCache's read locks are released. Times are in seconds, of one clock."""
+
+    _lookups: list[tuple[float, Lookup]] = field(default_factory=list)  # (when it was aborted, the look-up)
+
+    def add(self, lookup: Lookup, now: float, wait: float) -> None:
+        """Take over a look-up. If it has its result within `wait`, it is closed at once."""
+        self._lookups.append((now, lookup))
+        if _closed(lookup, wait):
+            self._lookups.pop()
+
+    def poll(self, now: float) -> None:
+        """Close those that have their result by now, and those that never will."""
+        left = [(at, lookup) for at, lookup in self._lookups if not _closed(lookup, 0)]
+        for at, lookup in left:
+            if at <= now - LOCK_SECONDS:
+                with contextlib.suppress(Exception):  # its server may be gone
+                    lookup.end_session()
+        self._lookups = [(at, lookup) for at, lookup in left if at > now - LOCK_SECONDS]
+
+    def has(self, request_id: str) -> bool:
+        """Whether one of this request is still in flight."""
+        return any(lookup.request_id == request_id for _, lookup in self._lookups)
+
+    def since(self, when: float) -> int:
+        """How many were aborted after `when` and are still in flight."""
+        return sum(at > when for at, _ in self._lookups)
+
+    def __len__(self) -> int:
+        return len(self._lookups)
+
+
+def _closed(lookup: Lookup, wait: float) -> bool:
+    try:
+        if not lookup.poll(wait):
+            return False
+        assert lookup.result is not None  # noqa: S101 - poll returned True
+        lookup.release_prefix(0, lookup.result[0])
+        lookup.end_session()
+    except Exception:  # the connection's: it is tried again, until the locks expire
+        log.debug("A look-up could not be closed", exc_info=True)
+        return False
+    return True
+
+
+class LookupWindow:
+    """Which look-ups may start: few are in flight, and those of one step do not hold the step up.
+
+    The queue's order is kept: a request waits until the look-ups of those before it have started. Times are in seconds,
+    of one clock.
+
+    Args:
+        aborted: Aborted look-ups, which count as in flight.
+        deadline: But not those that were aborted longer ago: a dead server never answers them.
+    """
+
+    def __init__(self, aborted: AbortedLookups, deadline: float) -> None:
+        self._aborted, self._deadline = aborted, deadline
+        self._in_flight: dict[str, RequestState] = {}  # looked up, and no blocks allocated yet
+        self._step_tokens = 0  # of the prompts whose look-ups started in this step
+        self._refused = False  # a request of the queue has to wait until its look-up may start
+        self._queued = False  # likewise in the step before
+        self.step = 0
+
+    def may_start_early(self, request: Any, now: float) -> bool:
+        """Whether the look-up of a request that has just arrived may start."""
+        return not self._queued and not self._refused and self._may_start(request, now)
+
+    def may_start(self, request: Any, now: float) -> bool:
+        """Whether the look-up of a request that vLLM asks for may start."""
+        if not self._refused and self._may_start(request, now, queued=True):
+            return True
+        self._refused = True  # nor may those after it: the queue's order is kept
+        return False
+
+    def _may_start(self, request: Any, now: float, *, queued: bool = False) -> bool:
+        tokens = len(request.prompt_token_ids or ())
+        if (self._step_tokens and self._step_tokens + tokens > STEP_TOKENS) or self._aborted.has(request.request_id):
+            return False
+        if not self._has_room(now) and not (queued and self._make_room(now)):
+            return False
+        self._step_tokens += tokens
+        return True
+
+    def _has_room(self, now: float) -> bool:
+        return len(self._in_flight) + self._aborted.since(now - self._deadline) < IN_FLIGHT
+
+    def _make_room(self, now: float) -> bool:
+        """Abort a look-up whose request cannot run yet: vLLM did not ask for it in the whole step before.
+
+        It may wait for its grammar, or for a LoRA adapter, and would keep others from being looked up.
+        """
+        name, state = min(self._in_flight.items(), key=lambda item: item[1].step, default=("", None))
+        if state is None or state.step >= self.step - 1:
+            return False
+        del self._in_flight[name]
+        lookup, state.lookup, state.started, state.waiting_since = state.lookup, None, False, 0.0
+        if lookup is not None:
+            self._aborted.add(lookup, now, 0.0)
+        return self._has_room(now)
+
+    def add(self, request_id: str, state: RequestState) -> None:
+        """A look-up has started."""
+        self._in_flight[request_id] = state
+
+    def remove(self, request_id: str) -> None:
+        """A look-up is aborted, or its request has its blocks."""
+        self._in_flight.pop(request_id, None)
+
+    def on_step(self) -> None:
+        """The next step begins."""
+        self.step += 1
+        self._step_tokens, self._queued, self._refused = 0, self._refused, False
+
+
+class LookupClient(Protocol):
+    """What the scheduler needs of LMCache; see SchedulerClient."""
+
+    def look_up(self, request: Any) -> Lookup | None:
+        """Start a look-up for a request; None when LMCache cannot be reached."""
+        ...
+
+    def stop_storing(self, request_id: str) -> None:
+        """Store no more KV of this request."""
+        ...
+
+    def on_failed_blend(self, request_id: str) -> None:
+        """A worker computed in full what was claimed of this request."""
+        ...
+
+
+class SchedulerClient:
+    """The scheduler's half of LMCache's connector: its adapter, and what it records of each request (its trackers).
+
+    Patches the adapter: block reports are sent after a step's loads, and read locks that cannot be released now are
+    released later, see lmcache_client.LaterReports and LaterReleases.
+
+    Args:
+        adapter: LMCache's scheduler adapter.
+        trackers: LMCache's tracker of each request, by its id.
+        salts: Gives each request its cache_salt.
+        options: The connector's settings.
+    """
+
+    def __init__(self, adapter: Any, trackers: dict[str, Any], salts: CacheSalts, options: ConnectorOptions) -> None:
+        self._adapter, self._trackers, self._options = adapter, trackers, options
+        self._salts, self._lora_adapters = salts, Adapters()
+        self._reports = lmcache_client.LaterReports(adapter)
+        self._releases = lmcache_client.LaterReleases(adapter)
+        self._unused: set[str] = set()  # requests whose look-up by LMCache's own connector has no result that was used
+
+    # -- a request's tracker ------------------------------------------------------------------------------------------
+
+    def plain_tracker(self, request: Any) -> Any:
+        """A tracker for a request for which LMCache's own could not be made."""
+        tracker = self._trackers[request.request_id] = lmcache_client.plain_tracker(request)
+        return tracker
+
+    def configure(self, tracker: Any, request: Any, *, store: bool) -> None:
+        """Set what LMCache gets with each key of a request, and how many of its tokens are stored at most.
+
+        Args:
+            tracker: The request's new tracker, which stores nothing until this has returned.
+            request: vLLM's request.
+            store: Whether KV of this request may be stored.
+        """
+        params: Mapping[str, Any] = request.kv_transfer_params or {}
+        prompt = request.prompt_token_ids or ()
+        adapter = self._lora_adapters.of(getattr(request, "lora_request", None))
+        tracker.cache_salt = self._salts.of(prompt, request.cache_salt or "", params, adapter=adapter)
+        if has_embeddings(request):
+            lmcache_client.keep_out(tracker)
+            return
+        configs = {MAX_OFFLOAD_TOKENS: params[MAX_OFFLOAD_TOKENS]} if MAX_OFFLOAD_TOKENS in params else {}
+        forgets = params.get(FORGET) is True
+        if forgets:
+            configs |= {FORGET: True, PREFIX: named_prefix(params, len(prompt))}
+        elif ingests(params):
+            configs[INGEST] = True
+        tracker.request_configs = configs or None
+        stored = ingests(params) or self._options.store == "all"
+        tracker.max_offload_tokens = 0 if forgets or not stored or not store else params.get(MAX_OFFLOAD_TOKENS)
+
+    def stop_storing(self, request_id: str) -> None:
+        """Store no more KV of this request."""
+        if tracker := self._trackers.get(request_id):
+            tracker.max_offload_tokens = 0
+
+    def on_failed_blend(self, request_id: str) -> None:
+        """A worker computed in full what was claimed: vLLM may be going to compute it once more, in pieces."""
+        if tracker := self._trackers.get(request_id):
+            tracker.num_lmcache_hit_tokens = 0
+
+    # -- look-ups -----------------------------------------------------------------------------------------------------
+
+    def look_up(self, request: Any) -> Lookup | None:
+        """Start a look-up for a request that has a tracker; None when LMCache does not answer."""
+        if not self._adapter.is_healthy:
+            return None
+        tracker = self._trackers[request.request_id]
+        return lmcache_client.BlendLookup(
+            self._adapter,
+            request.request_id,
+            list(request.prompt_token_ids),
+            tracker.cache_salt,
+            tracker.request_configs,
+        )
+
+    def on_stock_lookup(self, request_id: str) -> None:
+        """LMCache's own connector looks this request up."""
+        self._unused.add(request_id)
+
+    def on_allocated(self, request_id: str, external: int) -> None:
+        """Blocks were allocated: LMCache's own connector uses the result of its look-up now, if it waited for one."""
+        if request_id in self._unused and (
+            external or self._adapter.is_healthy or self._trackers[request_id].num_lmcache_hit_tokens
+        ):
+            self._unused.discard(request_id)
+
+    # -- steps and the end of requests --------------------------------------------------------------------------------
+
+    def waiting_loads(self) -> list[Any]:
+        """Trackers of requests whose loads by LMCache's own connector are submitted in this step."""
+        return lmcache_client.to_be_loaded(self._trackers.values())
+
+    def empty_step(self, scheduled: Iterable[str], loads: Iterable[Any]) -> Any:
+        """Metadata for a step for which LMCache's connector could make none; `loads` are submitted in the next one."""
+        for request_id in scheduled:
+            self.stop_storing(request_id)  # which blocks it has may not have been noted
+        return lmcache_client.empty_step(loads)
+
+    def send_releases(self) -> None:
+        """Release the read locks that could not be released before; in every step."""
+        self._releases.send()
+
+    @property
+    def has_releases(self) -> bool:
+        """Whether an engine without requests should go on, to release read locks in a moment."""
+        return self._releases.waiting
+
+    @contextlib.contextmanager
+    def ending(self, request_id: str, *, keep_session: bool) -> Iterator[None]:
+        """LMCache's connector ends a request in here.
+
+        Args:
+            request_id: The request.
+            keep_session: Whether its session goes on, since a look-up is still in flight.
+        """
+        self._reports.tell()
+        if request_id in self._unused:
+            self._unused.discard(request_id)
+            self._releases.unused(request_id, self._trackers[request_id])
+        with contextlib.ExitStack() as stack:
+            if keep_session:
+                stack.enter_context(lmcache_client.session_goes_on(self._adapter, request_id))
+            yield

@@ -1,0 +1,508 @@
+"""The model in a vLLM worker: whether it is supported, its forward passes, their memory, copies inside its KV cache."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import sub
+from typing import TYPE_CHECKING, Any
+
+from lmcache_rag.architectures import MODEL_CLASSES
+from lmcache_rag.connector import vllm_internals, vllm_patches
+from lmcache_rag.connector.attention import NoAttention, PagedSequence, keys_and_values, to_device_async
+from lmcache_rag.connector.cuda_graph import ROWS, CapturedQueryPass, CudaGraph
+from lmcache_rag.connector.metadata import Match
+from lmcache_rag.policies import QueryPolicy
+from lmcache_rag.protocol import CannotBlend, Unsupported
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lmcache_rag.connector.attention import Attention
+
+
+log = logging.getLogger("lmcache_rag")
+
+BACKENDS = ("FlashAttentionImpl", "FlashInferImpl", "TritonAttentionImpl")
+# Their angles depend on the position alone and are in a table: a key is moved by rotating it.
+ROTARIES = (
+    "RotaryEmbedding",
+    "LinearScalingRotaryEmbedding",
+    "DynamicNTKScalingRotaryEmbedding",
+    "DynamicNTKAlphaRotaryEmbedding",
+    "NTKScalingRotaryEmbedding",
+    "Llama3RotaryEmbedding",
+    "YaRNScalingRotaryEmbedding",
+)
+
+
+# -- support checks ---------------------------------------------------------------------------------------------------
+
+
+def unsupported_reason(vllm_config: Any, model: Any) -> Unsupported | None:
+    """Why this model cannot be blended in vLLM; None if it can. Its KV caches must exist."""
+    name = type(model).__name__
+    if reason := _unsupported_machine(vllm_config) or _unsupported_parallelism(vllm_config.parallel_config):
+        return reason
+    if name not in MODEL_CLASSES:
+        return Unsupported(CannotBlend.MODEL, f"{name} is not supported (supported: {', '.join(MODEL_CLASSES)})")
+    if getattr(vllm_config, "speculative_config", None) is not None:
+        return Unsupported(CannotBlend.SPECULATIVE, "speculative decoding is not supported")
+    if getattr(vllm_config, "lora_config", None) is not None:
+        return Unsupported(CannotBlend.LORA, "LoRA adapters change the KV of the same text")
+    if getattr(vllm_config.compilation_config.pass_config, "fuse_attn_quant", False):
+        detail = "attention that is fused with a quantisation of its output is not supported"
+        return Unsupported(CannotBlend.ATTENTION, detail)
+    layers = vllm_internals.attention_layers(vllm_config)
+    for key, layer in layers.items():
+        if detail := _unsupported_attention(key, layer):
+            return Unsupported(CannotBlend.ATTENTION, detail)
+        if detail := _unsupported_cache(layer, vllm_config.cache_config.block_size):
+            return Unsupported(CannotBlend.KV_CACHE, detail)
+    if len(layers) != vllm_config.model_config.hf_text_config.num_hidden_layers:
+        return Unsupported(CannotBlend.MODEL, "the model has other layers with KV than its decoder's")
+    first = next(iter(layers.values())).kv_cache
+    if any((x.kv_cache.shape, x.kv_cache.stride()) != (first.shape, first.stride()) for x in layers.values()):
+        return Unsupported(CannotBlend.KV_CACHE, "layers whose KV caches differ are not supported")
+    rotaries = [layer.self_attn.rotary_emb for layer in model.model.layers]
+    details = (_unsupported_rotary(rotary, rotaries[0], first) for rotary in rotaries)
+    return next((Unsupported(CannotBlend.ROTARY, detail) for detail in details if detail), None)
+
+
+def _unsupported_machine(vllm_config: Any) -> Unsupported | None:
+    import torch
+
+    if torch.version.hip is not None:
+        return Unsupported(CannotBlend.ROCM, "AMD GPUs (ROCm) are not supported")
+    if getattr(vllm_config.model_config, "enable_sleep_mode", False):
+        detail = "sleep mode releases GPU memory that a blend needs and LMCache has mapped"
+        return Unsupported(CannotBlend.SLEEP_MODE, detail)
+    if vllm_internals.in_multi_connector():
+        detail = "beside other connectors (MultiConnector) KV that is approximate would be stored as exact"
+        return Unsupported(CannotBlend.MULTI_CONNECTOR, detail)
+    return None
+
+
+def _unsupported_parallelism(parallel: Any) -> Unsupported | None:
+    detail = ""
+    if parallel.pipeline_parallel_size > 1:
+        detail = "pipeline parallelism is not supported"
+    elif parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        detail = "context parallelism is not supported: each rank would hold a part of the tokens"
+    elif getattr(parallel, "enable_expert_parallel", False):
+        detail = "expert parallelism is not supported: each pass needs the other ranks"
+    elif getattr(parallel, "data_parallel_size", 1) > 1 and getattr(parallel, "is_moe_model", None) is not False:
+        detail = "data parallelism of a model with experts is not supported: each pass needs the other ranks"
+    return Unsupported(CannotBlend.PARALLELISM, detail) if detail else None
+
+
+def _unsupported_attention(name: str, layer: Any) -> str:
+    impl = getattr(layer, "impl", None)
+    if impl is None:
+        return f"{name} is no attention layer"
+    if type(layer).__name__ != "Attention" or layer.attn_type != "decoder":
+        return f"{name} is no causal attention ({type(layer).__name__}, {layer.attn_type})"
+    if layer.sliding_window is not None:
+        return "sliding window attention is not supported"
+    if getattr(impl, "logits_soft_cap", None) not in (None, 0, 0.0):
+        return "soft caps on attention scores are not supported"
+    if getattr(impl, "alibi_slopes", None) is not None or getattr(impl, "sinks", None) is not None:
+        return "ALiBi and attention sinks are not supported"
+    if layer.kv_sharing_target_layer_name is not None:
+        return "layers that share their KV are not supported"
+    if type(impl).__name__ not in BACKENDS:
+        return f"attention backend {type(impl).__name__} is not supported"
+    return ""
+
+
+def _unsupported_cache(layer: Any, block: int) -> str:
+    if layer.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
+        return f"a KV cache of type {layer.kv_cache_dtype} is not supported"
+    try:
+        keys, values = keys_and_values(layer.kv_cache)
+    except ValueError as problem:
+        return str(problem)
+    if keys.shape[1] != block:  # plans name vLLM's blocks, and the cache would be read by those of the backend
+        return f"blocks of {block} tokens that the attention backend divides into blocks of {keys.shape[1]}"
+    if {keys.shape[3], values.shape[3]} != {layer.head_size}:
+        return f"a KV cache of heads of {keys.shape[3]} where the model's are of {layer.head_size} is not supported"
+    return ""
+
+
+def _unsupported_rotary(rotary: Any, first: Any, cache: Any) -> str:
+    import torch
+
+    name, size = type(rotary).__name__, keys_and_values(cache)[0].shape[3]
+    if name not in ROTARIES:
+        return f"{name} is not supported"
+    if (rotary.rotary_dim, rotary.head_size) != (size, size):
+        return "a rotary embedding that turns a part of each head is not supported"
+    same = rotary.is_neox_style == first.is_neox_style and torch.equal(rotary.cos_sin_cache, first.cos_sin_cache)
+    return "" if rotary is first or same else "layers with rotary embeddings of their own are not supported"
+
+
+def recomputes_reported_blocks(vllm_config: Any) -> bool:
+    """Whether vLLM discards the output of blocks reported after the forward pass, and recomputes them.
+
+    With asynchronous scheduling, its default, vLLM has scheduled the request's next step by then. It discards the token
+    of the step that reports, but keeps that of the next one, which was computed on the same blocks.
+    """
+    policy = getattr(vllm_config.kv_transfer_config, "kv_load_failure_policy", "fail")
+    return policy == "recompute" and vllm_config.scheduler_config.async_scheduling is False
+
+
+def capture_unsupported_reason(vllm_config: Any) -> str:
+    """Why a pass through this model cannot be captured as a CUDA graph; empty if it can."""
+    if vllm_config.model_config.enforce_eager:
+        return "vLLM runs eagerly"
+    if getattr(vllm_config.model_config, "enable_sleep_mode", False):
+        return "sleep mode"  # releases what was allocated at start
+    prefetch = getattr(getattr(vllm_config, "offload_config", None), "prefetch", None)
+    if getattr(prefetch, "offload_group_size", 0):
+        return "weights are copied to the GPU during the pass"
+    if vllm_config.scheduler_config.max_num_batched_tokens < ROWS:
+        return "max_num_batched_tokens is too small"
+    return ""
+
+
+def rotary_of(model: Any) -> Any:
+    """The rotary embedding that all layers share."""
+    return model.model.layers[0].self_attn.rotary_emb
+
+
+# -- the model --------------------------------------------------------------------------------------------------------
+
+
+class VLLMModel:
+    """The model of a vLLM worker; see lmcache_rag.connector.blend_pass.Model.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        runner: vLLM's model runner; its model is loaded and its KV caches exist.
+    """
+
+    def __init__(self, vllm_config: Any, runner: Any) -> None:
+        self._config, self._runner = vllm_config, runner
+        layers = vllm_internals.attention_layers(vllm_config)
+        self._names = list(layers)
+        self._index = {name: index for index, name in enumerate(layers)}
+        self._layers = list(layers.values())
+        self._caches = [keys_and_values(layer.kv_cache) for layer in self._layers]
+        self.captured: CapturedQueryPass | None = None
+        self._memory: PassMemory | None = None
+        for implementation in {type(layer.impl) for layer in self._layers}:
+            vllm_patches.patch_attention(implementation)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self._layers)
+
+    @property
+    def kv_heads(self) -> int:
+        """Key and value heads of this rank."""
+        return int(self._caches[0][0].shape[2])
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of one pass: vLLM profiled memory and compiled for that many."""
+        return int(self._config.scheduler_config.max_num_batched_tokens)
+
+    @property
+    def heads(self) -> int:
+        """Query heads of this rank."""
+        return int(self._layers[0].impl.num_heads)
+
+    @property
+    def block(self) -> int:
+        """Tokens in a block of the cache."""
+        return int(self._caches[0][0].shape[1])
+
+    @property
+    def device(self) -> Any:
+        """Device of the cache."""
+        return self._caches[0][0].device
+
+    def cache(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of one layer, each [blocks, block, kv heads, size]."""
+        return self._caches[layer]
+
+    def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: Attention) -> Tensor:
+        """Run the model's own layers over these tokens, with the given attention."""
+        return self._pass(ids, positions, slots, attention, as_graphs=True)
+
+    def _pass(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: Attention, *, as_graphs: bool) -> Tensor:
+        import torch
+
+        rows = len(slots)
+
+        def in_layer(layer: Any, query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+            # vLLM pads the rows of a CUDA graph: the padding is ignored.
+            query, key, value = query[:rows], key[:rows], value[:rows]
+            index = self._index[layer.layer_name]
+            keys, values = self._caches[index]
+            attention.before_write(index, key, value, keys, values)
+            vllm_internals.write_kv(layer, key, value, slots)
+            attention.attend(index, query, keys, values, layer.impl.scale, out[:rows].view(query.shape))
+
+        metadata = vllm_internals.OwnMetadata(in_layer)
+        states: Tensor = vllm_internals.run_pass(
+            self._config, self._runner, self._names, metadata, ids.to(torch.int32), positions, as_graphs=as_graphs
+        )
+        return states
+
+    def prefill(self, ids: Tensor, positions: Tensor, sequence: PagedSequence) -> Tensor:
+        """Run vLLM's own pass over consecutive positions of a prompt, which writes their KV; returns hidden states."""
+        import torch
+
+        states: Tensor = vllm_internals.run_prefill(
+            self._config, self._runner, ids.to(torch.int32), positions, sequence.blocks, sequence.slots(positions)
+        )
+        return states
+
+    def logits(self, hidden: Tensor) -> Tensor | None:
+        """The logits of hidden states; None on a rank that does not get them."""
+        found: Tensor | None = self._runner.get_model().compute_logits(hidden)
+        return found
+
+    def copies(self, longest: int) -> dict[str, GpuCopy]:
+        """Copies over distances up to that, by name: with LMCache's rotary table, and with that of resident chunks."""
+        rotary = rotary_of(self._runner.get_model())
+        tables = {
+            "by LMCache's rotary table": rotary.cos_sin_cache,
+            "by the exact rotary table": vllm_internals.exact_rotary_table(rotary),
+        }
+        neox = bool(rotary.is_neox_style)
+        return {
+            name: GpuCopy(self._caches, table[:longest].to(self.device), neox=neox) for name, table in tables.items()
+        }
+
+    def gpu_copy(self) -> GpuCopy:
+        """Copies KV inside this model's cache."""
+        rotary = rotary_of(self._runner.get_model())
+        table = vllm_internals.exact_rotary_table(rotary).to(self.device)
+        return GpuCopy(self._caches, table, neox=bool(rotary.is_neox_style))
+
+    @property
+    def ranks(self) -> int:
+        """Number of tensor-parallel ranks."""
+        return vllm_internals.tensor_parallel_ranks()
+
+    @property
+    def rank(self) -> int:
+        """This worker's tensor-parallel rank."""
+        return vllm_internals.tensor_parallel_rank()
+
+    def sum_over_ranks(self, scores: Tensor) -> Tensor:
+        """The sum over the tensor-parallel ranks."""
+        result: Tensor = vllm_internals.tensor_parallel_sum(scores)
+        return result
+
+    def all_ranks(self, fine: bool) -> bool:
+        """Whether this is true on every tensor-parallel rank, so that all take the same decision."""
+        return vllm_internals.true_on_all_ranks(fine)
+
+    def has_memory(self, tokens: int, length: int) -> bool:
+        """Whether this rank has memory for passes of that many tokens in a sequence of that length, and reserves it.
+
+        Always true without tensor parallelism: a single rank can abort a pass that runs out of memory.
+        """
+        return self._memory is None or self._memory.reserve(tokens, length)
+
+    def warm_up(self) -> None:
+        """Compile the kernels before the first request."""
+        from lmcache_rag.connector import kernels
+
+        kernels.warm_up(*self._caches[0], self.heads)
+
+    def capture(self) -> None:
+        """Capture the default policy's pass, and measure passes' memory. All tensor-parallel ranks must call it."""
+        self.captured = self._capture(QueryPolicy())
+        if self.ranks > 1:
+            from lmcache_rag.connector.kernels import MAX_SPLITS
+
+            run = functools.partial(self._pass, attention=NoAttention(), as_graphs=False)
+            largest = self.max_tokens
+            self._memory = measure_pass_memory(run, largest, heads=self.heads, cache=self._caches[0], splits=MAX_SPLITS)
+
+    def _capture(self, policy: QueryPolicy) -> CapturedQueryPass | None:
+        """The policy's pass as a CUDA graph; None if it cannot be captured: then it is launched layer by layer."""
+        if reason := capture_unsupported_reason(self._config):
+            log.info("The query pass is not captured as a CUDA graph: %s", reason)
+            return None
+        ranks = self._config.parallel_config.tensor_parallel_size
+        capture_context = functools.partial(vllm_internals.recording, self.device) if ranks > 1 else None
+        captured: CapturedQueryPass | None = None
+        try:
+            captured = CapturedQueryPass(
+                functools.partial(self._pass, as_graphs=False),
+                layers=self.layers,
+                kv_heads=self.kv_heads,
+                block=self.block,
+                longest=int(self._config.model_config.max_model_len),
+                device=self.device,
+                from_layer=policy.from_layer,
+                reduce=policy.reduce,
+                graph=CudaGraph(capture_context),
+            )
+            captured.capture()
+        except Exception as error:  # something that the backend cannot do during a capture; without a graph it works
+            log.warning(
+                "The query pass could not be captured as a CUDA graph: %s. It is launched layer by layer.", error
+            )
+            captured = None
+        if ranks > 1 and not self.all_ranks(captured is not None):
+            return None  # a graph's pass is padded: for the ranks' sums either all must replay it or none
+        return captured
+
+
+# -- memory of passes -------------------------------------------------------------------------------------------------
+
+# A tensor-parallel rank that runs out of memory in the middle of a pass cannot leave it: the others wait for its part
+# of each layer's sum. So ranks reserve the memory before a pass, and vote. A reservation is freed at once, which leaves
+# the memory with PyTorch's allocator, and there is enough when the pass allocates it.
+
+MARGIN = 1.25  # a reservation is one allocation, the pass makes many
+_FEW, _MANY = 512, 2048  # sizes of the two passes that are measured: their difference is the memory per token
+_SCORES = 24  # bytes per token of the prompt: the selection's int64 and float32 vectors, some alive at the same time
+_DISTANCES = 5  # float32 copies of fresh and cached keys and values that a check layer compares
+
+
+@dataclass(frozen=True)
+class PassMemory:
+    """GPU memory of a blend's pass on this rank.
+
+    Attributes:
+        fixed: Bytes of any pass.
+        per_token: Bytes per token of the pass.
+        per_context_token: Bytes per token of the sequence that it attends to.
+        device: The GPU.
+    """
+
+    fixed: float
+    per_token: float
+    per_context_token: float
+    device: Any
+
+    def need(self, tokens: int, length: int) -> int:
+        """Bytes for passes of that many tokens in a sequence of that length."""
+        return int(MARGIN * (self.fixed + tokens * self.per_token + length * self.per_context_token))
+
+    def reserve(self, tokens: int, length: int) -> bool:
+        """Whether this rank has that much memory; PyTorch's allocator keeps it for the pass."""
+        import torch
+
+        try:
+            torch.empty(self.need(tokens, length), dtype=torch.uint8, device=self.device)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+
+def measure_pass_memory(
+    run: Callable[[Tensor, Tensor, Tensor], object],
+    largest: int,
+    *,
+    heads: int,
+    cache: tuple[Tensor, Tensor],
+    splits: int,
+) -> PassMemory:
+    """Measure the memory of passes, by a small and a large one. All tensor-parallel ranks must call it.
+
+    Args:
+        run: Runs all layers over ids and positions, int64 [m], and slots, int64 [m], none of which is written.
+        largest: Most tokens of a pass.
+        heads: Query heads of this rank.
+        cache: Keys and values of a layer.
+        splits: Most parts into which the attention of few tokens splits the keys.
+    """
+    keys = cache[0]
+    kv_heads, size = int(keys.shape[2]), int(keys.shape[3])
+    few, many = min(_FEW, largest), min(_MANY, largest)
+    small, large = _peak(run, few, keys.device), _peak(run, many, keys.device)
+    token = (large - small) / (many - few) if many > few else small / few
+    return PassMemory(
+        fixed=max(small - few * token, 0.0) + splits * 128 * heads * (size + 1) * 4,
+        per_token=token + _DISTANCES * kv_heads * size * 4,
+        per_context_token=2 * kv_heads * size * keys.element_size() + 4 * kv_heads + _SCORES * 8,
+        device=keys.device,
+    )
+
+
+def _peak(run: Callable[[Tensor, Tensor, Tensor], object], tokens: int, device: Any) -> int:
+    """Peak bytes that a pass of that many tokens allocates."""
+    import torch
+
+    ids = torch.zeros(tokens, dtype=torch.int64, device=device)
+    slots = torch.full_like(ids, -1)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with torch.inference_mode():
+        run(ids, ids, slots)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+# -- copies inside the KV cache ---------------------------------------------------------------------------------------
+
+
+class GpuCopy:
+    """Copies resident chunks from other sequences' blocks to a request's own, keys rotated to their new positions.
+
+    Args:
+        caches: Keys and values of each layer, each [blocks, block, kv heads, size].
+        table: Cosines, then sines, of each position: float32 [positions, size]; a magnitude (YaRN) is divided out.
+        neox: Whether rotary pairs are halves of a head rather than neighbours.
+    """
+
+    def __init__(self, caches: Sequence[tuple[Tensor, Tensor]], table: Tensor, *, neox: bool) -> None:
+        import torch
+
+        self._caches, self._neox = list(caches), neox
+        half = table.shape[1] // 2
+        norm = (table[:1, :half].float() ** 2 + table[:1, half:].float() ** 2).sqrt()
+        self._table = (table.float() / torch.cat([norm, norm], 1)).contiguous()
+        addresses = [pair[part].data_ptr() for part in (0, 1) for pair in self._caches]
+        self._pointers = torch.tensor(addresses, dtype=torch.int64, device=self._table.device)
+
+    def warm_up(self) -> None:
+        """Compile the kernel before the first request: copies vLLM's null block, which is never read, to itself."""
+        block = self._caches[0][0].shape[1]
+        self.run([Match(0, block, 0, block, block=0)], PagedSequence.of((0,), block, str(self._table.device)))
+
+    def run(self, matches: Sequence[Match], sequence: PagedSequence) -> None:
+        """Copy resident matches to their new positions. The work is queued on the current stream."""
+        import torch
+
+        device = self._table.device
+        block = sequence.block
+        new_starts, _, old_starts, _, _, old_blocks = zip(*matches, strict=True)
+        columns = [*old_blocks, *new_starts, *map(sub, new_starts, old_starts)]
+        blocks, starts, deltas = to_device_async(columns, torch.int64, device).view(3, -1)
+        within = torch.arange(block, device=device)
+        source = (blocks[:, None] * block + within).flatten()
+        target = sequence.slots((starts[:, None] + within).flatten())
+        delta = deltas.repeat_interleave(block)
+        if device.type == "cuda":
+            from lmcache_rag.connector import kernels
+
+            keys, values = self._caches[0]
+            kernels.move(self._pointers, keys, values, source, target, delta, self._table, neox=self._neox)
+        else:
+            self._plain(source, target, delta, block)
+
+    def _plain(self, source: Tensor, target: Tensor, delta: Tensor, block: int) -> None:
+        import torch
+
+        half = self._table.shape[1] // 2
+        rows = self._table[delta.abs()]
+        cos = rows[:, None, :half]
+        sin = rows[:, None, half:] * delta.sign()[:, None, None]
+        for keys, values in self._caches:
+            moved: Any = keys[source // block, source % block].float()
+            x, y = (moved[..., :half], moved[..., half:]) if self._neox else (moved[..., ::2], moved[..., 1::2])
+            turned = (x * cos - y * sin, y * cos + x * sin)
+            moved = torch.cat(turned, -1) if self._neox else torch.stack(turned, -1).flatten(-2)
+            keys[target // block, target % block] = moved.to(keys.dtype)
+            values[target // block, target % block] = values[source // block, source % block]

@@ -1,0 +1,312 @@
+"""The worker half of the connector: loads and blends a step's plans before vLLM computes the rest.
+
+`start_worker` runs before the first request, so that no request waits for it: it finds out whether this worker can
+blend, and prepares that. Any error there is a reason not to blend; vLLM starts, and serves as it does without blending.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+from lmcache_rag.connector import lmcache_client, lmcache_transfers, vllm_internals, vllm_patches
+from lmcache_rag.connector.admission import Allowance
+from lmcache_rag.connector.job import MIN_PASS_TOKENS, BlendJob, JobResources, Throttle
+from lmcache_rag.connector.metadata import BlendPlan, BlendResult
+from lmcache_rag.connector.model_runner import VLLMModel, recomputes_reported_blocks, rotary_of, unsupported_reason
+from lmcache_rag.connector.self_check import run_self_check
+from lmcache_rag.connector.transfers import TimedOutLoads
+from lmcache_rag.protocol import SERVER_FAULTS, CannotBlend, SelfCheck, Unsupported, fallback_sentence
+
+if TYPE_CHECKING:
+    from lmcache_rag.connector.config import ConnectorOptions
+    from lmcache_rag.connector.model_runner import GpuCopy
+    from lmcache_rag.connector.transfers import KVLoader
+
+    Parts = tuple[VLLMModel, lmcache_transfers.WorkerLink, GpuCopy | None]
+
+log = logging.getLogger("lmcache_rag")
+
+T = TypeVar("T")
+
+
+class BlendWorker:
+    """Runs blend plans.
+
+    A plan's work is queued on the GPU. If vLLM recomputes blocks that are reported as failed, the KV is verified after
+    the model's forward pass, and damage is reported. Otherwise it is verified right before that pass, once vLLM has
+    prepared it, and repaired here: the host waits for the end of the selection, and goes on while the GPU recomputes.
+    In the background no request of the step waits, and damage is always repaired here.
+
+    Args:
+        model: The model in this worker.
+        loader: Loads KV from LMCache.
+        may_report: Whether vLLM recomputes blocks that are reported as failed, and discards the step's output for them;
+            see lmcache_rag.connector.model_runner.recomputes_reported_blocks.
+        gpu_copy: Copies resident chunks.
+        chunk_size: Most tokens in one forward pass of a plan in the background.
+    """
+
+    def __init__(
+        self,
+        model: VLLMModel,
+        loader: KVLoader,
+        *,
+        may_report: bool = True,
+        gpu_copy: GpuCopy | None = None,
+        chunk_size: int = 2048,
+    ) -> None:
+        self._model, self._may_report, self._chunk_size = model, may_report, chunk_size
+        self._timed_out = TimedOutLoads(loader)
+        self._resources = JobResources(model, loader, self._timed_out, gpu_copy, may_report)
+        self._queued: list[BlendJob] = []  # of this step; all work is queued, the KV is not verified yet
+        self._background: list[BlendJob] = []
+        self._results: list[BlendResult] = []
+        self._received: set[str] = set()
+        self._bad_blocks: set[int] = set()
+        self._warned = ""  # the last failure that was logged
+        self._throttle = Throttle()
+        self._idle = False  # whether this step has no other work
+        self._hidden: Any = None
+
+    # -- a step, in the order of the calls ----------------------------------------------------------------------------
+
+    def run_now(self, plans: Sequence[BlendPlan]) -> None:
+        """As `run`, for plans that are not in the background, before vLLM has prepared the step.
+
+        If damage may not be reported, `run` verifies the KV: it must be called too, before the forward pass.
+        """
+        import torch
+
+        with torch.inference_mode():
+            self._queue([self._start(plan) for plan in plans])
+
+    def run(self, plans: Sequence[BlendPlan], allowance: Allowance) -> None:
+        """Make the KV of the plans' claims correct in any case: by blending, or else by computing all of it.
+
+        All work of plans that are not in the background is queued at once; of those that are, as much as is allowed.
+        """
+        import torch
+
+        self._idle = allowance.idle
+        with torch.inference_mode():
+            ready = [job for job in self._background if not job.queued_all]
+            # All loads are requested first, so that they run during the work.
+            now = [self._start(plan) for plan in plans if not plan.background]
+            self._background += [self._start(plan) for plan in plans if plan.background]
+            self._queue(now)
+            if self._model.ranks == 1:
+                ready = [job for job in self._background if not job.queued_all]
+            self._advance(ready, allowance)
+            if not self._may_report:  # last, so that the GPU has all of its work while the host waits for a part
+                self._verify_before_forward()
+
+    def _start(self, plan: BlendPlan) -> BlendJob:
+        return BlendJob(plan, self._resources, chunk_size=self._chunk_size if plan.background else 0)
+
+    def _queue(self, jobs: Sequence[BlendJob]) -> None:
+        for job in jobs:
+            job.load()
+            job.advance_to_end()
+            if self._may_report:
+                self._offer_hidden_state(job)
+            self._queued.append(job)
+
+    def _advance(self, jobs: list[BlendJob], allowance: Allowance) -> None:
+        left, idle = allowance.tokens, allowance.idle
+        for job in jobs:
+            if left <= 0 or left < min(MIN_PASS_TOKENS, allowance.tokens):
+                return
+            if not job.is_started:
+                if not job.is_loaded(idle=idle):
+                    continue
+                job.load()
+            if job.cancelled:
+                job.queued_all = True
+                continue
+            self._throttle.before()
+            left -= job.advance(left)
+            self._throttle.after()
+            idle = False
+
+    def _verify_before_forward(self) -> None:
+        """Verify this step's KV, and repair it, before vLLM's forward pass. Waits for the end of the selection."""
+        for job in self._queued:
+            if not job.kv_is_finite():
+                job.recompute_all()
+                job.advance_to_end()
+            self._offer_hidden_state(job)
+
+    def _offer_hidden_state(self, job: BlendJob) -> None:
+        if job.outcome.hidden is not None and not job.failure:
+            self._hidden = job.outcome.hidden
+
+    def take_hidden(self) -> Any:
+        """The hidden state [1, width] of what vLLM is going to compute in this step, if a blend has computed it.
+
+        If damage is reported, the KV is not verified yet: vLLM discards the output as it does its own. Otherwise there
+        is no hidden state before the KV is verified.
+        """
+        hidden, self._hidden = self._hidden, None
+        return hidden
+
+    def cancel(self, request_ids: Collection[str]) -> None:
+        """Stop work for requests that ended. Their blocks are free once their loads have ended."""
+        for job in self._background:
+            job.cancelled |= job.plan.request_id in request_ids
+
+    def finish(self) -> None:
+        """After the forward pass: verify and report the plans.
+
+        Waits for the GPU to finish this step's plans; for those in the background only if the step has no other work.
+        """
+        queued, self._queued = self._queued, []
+        for job in queued:
+            if not job.kv_is_finite() or job.lost:
+                self._bad_blocks |= job.claimed_blocks()
+            self._report(job)
+        for job in [job for job in self._background if job.queued_all]:
+            # Ranks see the end at different times, and must all report it in the same step: they wait.
+            if not (self._idle or self._model.ranks > 1 or job.timer.is_done):
+                continue
+            if not job.cancelled and not job.kv_is_finite():
+                job.recompute_all()
+                continue
+            if job.lost:
+                self._bad_blocks |= job.claimed_blocks()
+            self._background.remove(job)
+            self._received.add(job.plan.request_id)
+            self._report(job)
+
+    def _report(self, job: BlendJob) -> None:
+        if job.failure:
+            self._warn(job.failure)
+        elif job.uses_server or self._warned not in SERVER_FAULTS:
+            self._warned = ""  # it works again: the next failure is logged
+        self._results.append(job.result())
+
+    def _warn(self, failure: str) -> None:
+        if failure != self._warned:  # once for each kind of failure, until it works again
+            self._warned = failure
+            log.warning(
+                "KV could not be blended: %s. Prompts are computed in full instead.", fallback_sentence(failure)
+            )
+
+    def take_results(self) -> list[BlendResult]:
+        """Results since the last call."""
+        results, self._results = self._results, []
+        return results
+
+    def take_bad_blocks(self) -> set[int]:
+        """Blocks whose KV vLLM must recompute, since the last call."""
+        blocks, self._bad_blocks = self._bad_blocks, set()
+        return blocks
+
+    def take_received(self) -> set[str]:
+        """Requests whose plans in the background are done, since the last call (finished_recving)."""
+        received, self._received = self._received, set()
+        return received
+
+    @property
+    def receiving(self) -> set[str]:
+        """Requests whose blocks are, or may be, written to in the background."""
+        return {job.plan.request_id for job in self._background} | self._timed_out.request_ids
+
+    def take_timed_out(self) -> tuple[dict[str, tuple[int, ...]], list[str]]:
+        """Since the last call: (blocks of requests with a new timed-out load, requests whose loads have ended)."""
+        return self._timed_out.take()
+
+
+# -- start ------------------------------------------------------------------------------------------------------------
+
+
+class WorkerStart(NamedTuple):
+    """The result of `start_worker`.
+
+    Attributes:
+        worker: Runs plans; None if this worker cannot blend.
+        unsupported_reason: Why it cannot; None if it can.
+        self_check: Whether a blend was compared with a full prefill; None if it cannot blend.
+    """
+
+    worker: BlendWorker | None
+    unsupported_reason: Unsupported | None
+    self_check: SelfCheck | None = None
+
+
+class _NotSupported(Exception):  # noqa: N818 - not an error: a known reason
+    """Blending is not supported here."""
+
+    def __init__(self, reason: Unsupported) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+def start_worker(vllm_config: Any, adapter: Any, options: ConnectorOptions, *, absent: bool = False) -> WorkerStart:
+    """Prepare blending in this worker. Either all tensor-parallel ranks blend or none does.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        adapter: LMCache's worker adapter; its KV caches are registered.
+        options: The connector's options.
+        absent: Whether LMCache's server does not answer yet: it is asked and configured once it does.
+    """
+    vllm_worker = vllm_patches.worker()
+    if vllm_worker is None:
+        detail = "the lmcache_rag plugin is not loaded in this process (VLLM_PLUGINS leaves it out?)"
+        return WorkerStart(None, Unsupported(CannotBlend.NO_PLUGIN, detail))
+    parts, reason = _attempt(lambda: _rank_parts(vllm_config, vllm_worker.model_runner, adapter, options, absent))
+    # All ranks do the rest together: a rank that did not take part would keep the others waiting.
+    if not vllm_internals.true_on_all_ranks(parts is not None) or parts is None:
+        return WorkerStart(None, reason or Unsupported(CannotBlend.OTHER_RANK, "another rank cannot blend"))
+    worker, reason = _attempt(lambda: _joint_start(vllm_config, parts, options))
+    if worker is None:
+        return WorkerStart(None, reason)
+    return WorkerStart(worker, None, SelfCheck.PASSED if options.self_check else SelfCheck.SKIPPED)
+
+
+def _attempt(work: Callable[[], T]) -> tuple[T | None, Unsupported | None]:
+    try:
+        return work(), None
+    except _NotSupported as known:
+        return None, known.reason
+    except Exception as problem:
+        log.warning("Blend initialisation failed", exc_info=True)
+        detail = f"blend initialisation failed: {type(problem).__name__}: {problem}"
+        return None, Unsupported(CannotBlend.ERROR, detail)
+
+
+def _rank_parts(vllm_config: Any, runner: Any, adapter: Any, options: ConnectorOptions, absent: bool) -> Parts:
+    """The part of the start that each rank does alone."""
+    loaded = runner.get_model()
+    get = vllm_config.kv_transfer_config.get_from_extra_config
+    parallel = adapter.parallel_strategy
+    address = lmcache_client.address(get, parallel.vllm_worker_id, parallel.vllm_world_size)
+    loader = lmcache_transfers.WorkerLink(adapter, options.deadline, address, absent=absent)
+    if reason := loader.why_not() or unsupported_reason(vllm_config, loaded):
+        raise _NotSupported(reason)
+    rotary = rotary_of(loaded)
+    if detail := loader.register_rope(rotary.cos_sin_cache, rotary.head_size, rotary.is_neox_style):
+        raise _NotSupported(Unsupported(CannotBlend.LMCACHE_ROPE, detail))
+    model = VLLMModel(vllm_config, runner)
+    model.warm_up()
+    gpu_copy = model.gpu_copy() if options.hot else None
+    if gpu_copy is not None:
+        gpu_copy.warm_up()
+    return model, loader, gpu_copy
+
+
+def _joint_start(vllm_config: Any, parts: Parts, options: ConnectorOptions) -> BlendWorker:
+    """The part of the start that all ranks do together."""
+    model, loader, gpu_copy = parts
+    model.capture()
+    if options.self_check:
+        if reason := run_self_check(vllm_config, model, vllm_internals.true_on_all_ranks):
+            raise _NotSupported(reason)
+    else:
+        log.warning("Blends are not compared with a full prefill: lmcache_rag.self_check is off")
+    vllm_patches.patch_execute_model()
+    vllm_patches.patch_run_fullgraph()
+    may_report = recomputes_reported_blocks(vllm_config)
+    return BlendWorker(model, loader, may_report=may_report, gpu_copy=gpu_copy, chunk_size=options.step_tokens)
