@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lmcache_rag.documents import Document, find_files, load_document
 from lmcache_rag.errors import ConfigError, DocumentError
-from lmcache_rag.kv_manager import KVKeeper, KVTotals
+from lmcache_rag.kv_manager import KVManager, KVTotals
 
 if TYPE_CHECKING:
     from lmcache_rag.documents import Chunk, Splitter
@@ -123,7 +123,7 @@ class Ingestor:
         self.kv = kv
         self.on_progress = on_progress or (lambda progress: None)
         self.lock_timeout = lock_timeout
-        self._keeper = KVKeeper(store, engine, prompts)
+        self._keeper = KVManager(store, engine, prompts)
 
     def ingest(self, sources: Iterable[str | Path | Document], *, kv: bool | None = None) -> IngestReport:
         """Ingest files, folders, globs and documents. A source that cannot be read never stops the others.
@@ -143,7 +143,7 @@ class Ingestor:
         return replace(run.report(), seconds=time.perf_counter() - begin)
 
     async def aingest(self, sources: Iterable[str | Path | Document], *, kv: bool | None = None) -> IngestReport:
-        """Async twin of ingest, in a thread."""
+        """Async version of ingest, in a thread."""
         return await asyncio.to_thread(self.ingest, sources, kv=kv)
 
     def plan(self, sources: Iterable[str | Path | Document]) -> IngestPlan:

@@ -34,10 +34,10 @@ with warnings.catch_warnings():
     from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
     from vllm.v1.worker.gpu_worker import Worker
 
-    from lmcache_rag.architectures import ARCHITECTURES
     from lmcache_rag.connector import compat_vllm, connector, plugin
     from lmcache_rag.connector.plan import Match
     from lmcache_rag.connector.told import BlendResults, Readiness
+    from lmcache_rag.protocol import ARCHITECTURES
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 VLLM = vllm_folder()

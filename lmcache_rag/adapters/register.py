@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from lmcache_rag.errors import DocumentError
-from lmcache_rag.kv_manager import ForgetReport, KVKeeper, KVTotals
+from lmcache_rag.kv_manager import ForgetReport, KVManager, KVTotals
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine
@@ -42,7 +42,7 @@ class KVRegister:
         self.store, self.engine, self.prompts = store, engine, prompts
         self.space = space
         self.lock_timeout = lock_timeout
-        self._keeper = KVKeeper(store, engine, prompts)
+        self._keeper = KVManager(store, engine, prompts)
         self._head = f"{space}\x1f"  # before each id; no framework's ids begin so
 
     @classmethod

@@ -6,14 +6,13 @@ import functools
 import logging
 from typing import TYPE_CHECKING, Any
 
-from lmcache_rag.architectures import MODEL_CLASSES
 from lmcache_rag.connector import compat_vllm
 from lmcache_rag.connector.captured import ROWS, CapturedWatch, CudaGraph
 from lmcache_rag.connector.in_layers import Nothing
 from lmcache_rag.connector.memory import PassMemory, measured
 from lmcache_rag.connector.paged import keys_and_values
 from lmcache_rag.policies import QueryPolicy
-from lmcache_rag.protocol import CannotBlend, Unsupported
+from lmcache_rag.protocol import MODEL_CLASSES, CannotBlend, Unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
