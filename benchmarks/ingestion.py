@@ -34,7 +34,7 @@ from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.engines.kv_store import KVStore
 from lmcache_rag.ingest import Progress
-from lmcache_rag.sources import find_model, revision_of
+from lmcache_rag.weights import find_model, revision_of
 
 DATA = Path(__file__).parents[1] / "examples" / "data" / "documents"
 

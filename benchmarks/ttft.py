@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from lmcache_rag.engines.base import BlendOptions, QueryPrompt, Sampling
 from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.prompt import PromptBuilder
-from lmcache_rag.sources import find_model
+from lmcache_rag.weights import find_model
 
 DATA = Path(__file__).parents[1] / "examples" / "data" / "documents"
 ARMS = (("all", 1.0), ("query", 0.15), ("query", 0.05), ("hkvd", 0.15), ("head", 0.15), ("none", 0.0))

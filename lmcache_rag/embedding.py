@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from lmcache_rag.sources import Source
+    from lmcache_rag.weights import Source
 
 
 _CPU_BATCH = 8  # texts: more only adds padding
@@ -59,7 +59,7 @@ class SentenceTransformerEmbedder:
     library, which takes longer to import than the model to load; the vectors are the same.
 
     Args:
-        path_or_name: Folder or name, see lmcache_rag.sources.find_embedder; None: the default embedder.
+        path_or_name: Folder or name, see lmcache_rag.weights.find_embedder; None: the default embedder.
         device: "cpu", "cuda", "cuda:1" …; None: a GPU if there is one.
         batch_size: Texts computed at once; None: 8 on a CPU, where more only adds padding, else 32.
     """
@@ -84,7 +84,7 @@ class SentenceTransformerEmbedder:
 
     @cached_property
     def _source(self) -> Source:
-        from lmcache_rag.sources import find_embedder
+        from lmcache_rag.weights import find_embedder
 
         return find_embedder(self._wanted)
 
@@ -96,7 +96,7 @@ class SentenceTransformerEmbedder:
     @cached_property
     def fingerprint(self) -> str:
         """Name and digest of the model's files: a copy from another source has the same one."""
-        from lmcache_rag.sources import content_digest
+        from lmcache_rag.weights import content_digest
 
         return f"{self.name}@{content_digest(self.source.path)}"
 

@@ -49,7 +49,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """Folder of SmolLM2-135M-Instruct."""
-    from lmcache_rag.sources import find_model
+    from lmcache_rag.weights import find_model
 
     return find_model().path
 
@@ -57,7 +57,7 @@ def smollm2_path() -> Path:
 @pytest.fixture(scope="session")
 def embedder_path() -> Path:
     """Folder of all-MiniLM-L6-v2."""
-    from lmcache_rag.sources import find_embedder
+    from lmcache_rag.weights import find_embedder
 
     return find_embedder().path
 

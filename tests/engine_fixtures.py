@@ -32,7 +32,7 @@ def tokenizer(hf_model: Any) -> Any:
 def make_engine(hf_model: Any, smollm2_path: Path) -> Any:
     """Makes an engine over the one loaded model, with KV files in a given folder."""
     from lmcache_rag.engines.embedded import EmbeddedEngine
-    from lmcache_rag.sources import revision_of
+    from lmcache_rag.weights import revision_of
 
     def make(folder: Path, **options: Any) -> EmbeddedEngine:
         facts = {"name": "smollm2", "revision": revision_of(smollm2_path)} | options

@@ -12,7 +12,7 @@ from models import tiny_model
 from lmcache_rag.adapters import resolve
 from lmcache_rag.engines import vllm_tokenizer
 from lmcache_rag.engines.vllm_tokenizer import open_tokenizer
-from lmcache_rag.sources import find_model
+from lmcache_rag.weights import find_model
 
 
 @cache

@@ -7,7 +7,7 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from lmcache_rag.sources.packages import WeightsPackage
+from lmcache_rag.weights.packages import WeightsPackage
 
 FILES = {"config.json": b"{}", "model.safetensors": b"weights" * 100_000, "tokenizer.json": b"{}"}
 NAME = "acme/tiny"

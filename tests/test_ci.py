@@ -18,7 +18,7 @@ import conftest
 import pytest
 from packaging.requirements import Requirement
 
-from lmcache_rag.serving.checks import TESTED
+from lmcache_rag.serving.machine import TESTED
 
 ROOT = Path(__file__).parents[1]
 SLEEP = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(150)'])"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lmcache_rag.sources import content_digest, revision_of, tokenizer_digest
+from lmcache_rag.weights import content_digest, revision_of, tokenizer_digest
 
 MODEL = {"config.json": b"{}", "model.safetensors": b"w" * 5000, "tokenizer.json": b"{}"}
 

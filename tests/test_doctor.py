@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from lmcache_rag.cli.app import app
 from lmcache_rag.errors import EngineError
-from lmcache_rag.serving import api, checks, live_checks
+from lmcache_rag.serving import api, live_checks, machine
 from lmcache_rag.serving.environment import version
 from lmcache_rag.serving.live_checks import judge
 from lmcache_rag.serving.roundtrip import IDS, Outcome, Prompts, round_trip
@@ -218,7 +218,7 @@ def test_ratio_1_without_any_recomputed_token_proves_nothing() -> None:
 
 
 def test_all_is_well(model: str, gpu_machine: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(checks, "IMPORT_S", 30)
+    monkeypatch.setattr(machine, "IMPORT_S", 30)
     monkeypatch.setenv("PYTHONPATH", str(fake_packages(tmp_path)))
     status, found = examine(model)
     # Where vLLM is not really installed the connector cannot be imported; that is the one thing that may fail.
@@ -360,7 +360,7 @@ def states(found: Any) -> dict[str, str]:
 
 def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert states(checks.gpu()) == {"GPU": "failed"}
+    assert states(machine.gpu()) == {"GPU": "failed"}
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 )
 def test_what_the_driver_says(gpu_machine: Path, script: str, expected: dict[str, str]) -> None:
     gpu_machine.write_text(f"#!/bin/sh\n{script}\n")
-    assert states(checks.gpu()) == expected
+    assert states(machine.gpu()) == expected
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_what_the_driver_says(gpu_machine: Path, script: str, expected: dict[str
 )
 def test_a_gpu_or_a_driver_that_is_too_old_is_a_warning(gpu_machine: Path, line: str, words: str) -> None:
     gpu_machine.write_text(f"#!/bin/sh\necho '{line}'\n")
-    check = next(checks.gpu())
+    check = next(machine.gpu())
     assert check.state == "warning"
     assert words in check.remedy
 
@@ -399,7 +399,7 @@ case "$1" in *compute_cap*) echo 'Field "compute_cap" is not a valid field to qu
 echo 'Tesla V100, 450.80, 16160, 16000'
 """
     )
-    check, _ = checks.gpu()
+    check, _ = machine.gpu()
     assert (check.state, check.result) == ("warning", "Tesla V100, driver 450.80")
 
 
@@ -422,7 +422,7 @@ def test_lmcaches_extension_is_loaded_as_its_server_does(
     words: str,
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(fake_packages(tmp_path, cuda=cuda, code=code)))
-    check = checks.compiled()
+    check = machine.compiled()
     assert check.state == state
     assert words in check.result
     if state == "failed":
@@ -435,7 +435,7 @@ def test_a_pytorch_that_cannot_be_imported_is_told(
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(fake_packages(tmp_path)))
     (tmp_path / "packages" / "torch" / "__init__.py").write_text("raise OSError('no libcublas')")
-    check = checks.compiled()
+    check = machine.compiled()
     assert (check.state, check.result) == ("failed", "PyTorch cannot be imported: OSError: no libcublas")
 
 
@@ -448,24 +448,24 @@ def test_a_server_of_another_environment_is_a_warning(model: str) -> None:
 
 
 def test_a_pair_that_was_not_tested_is_a_warning(gpu_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checks, "TESTED", {("0.1", "0.2")})
-    (check,) = checks.versions()
+    monkeypatch.setattr(machine, "TESTED", {("0.1", "0.2")})
+    (check,) = machine.versions()
     assert check.state == "warning"
     assert "vLLM 0.1 with LMCache 0.2" in check.remedy
 
 
 @pytest.mark.skipif(version("vllm") != "", reason="vLLM is installed")
 def test_without_vllm_the_remedy_is_to_install_it() -> None:
-    (check,) = checks.versions()
+    (check,) = machine.versions()
     assert check.state == "failed"
     assert "lmcache-rag[gpu]" in check.remedy
 
 
 def test_a_plugin_that_vllm_may_not_load(gpu_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", "other")
-    assert states(checks.connector())["Plugin"] == "failed"
+    assert states(machine.connector())["Plugin"] == "failed"
     monkeypatch.setenv("VLLM_PLUGINS", "other,lmcache_rag")
-    assert states(checks.connector())["Plugin"] == "ok"
+    assert states(machine.connector())["Plugin"] == "ok"
 
 
 @pytest.mark.parametrize(
@@ -483,9 +483,9 @@ def test_a_plugin_that_vllm_may_not_load(gpu_machine: Path, monkeypatch: pytest.
 )
 def test_which_models_are_blended(tmp_path: Path, config: dict[str, Any], state: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert checks.model(str(tmp_path)).state == state
+    assert machine.model(str(tmp_path)).state == state
 
 
 def test_a_model_that_is_not_here_is_skipped() -> None:
-    assert checks.model("some/model-that-is-not-here").state == "skipped"
-    assert checks.model("/no/such/folder/at/all").state == "skipped"
+    assert machine.model("some/model-that-is-not-here").state == "skipped"
+    assert machine.model("/no/such/folder/at/all").state == "skipped"

@@ -15,7 +15,7 @@ import pytest
 
 from lmcache_rag.embedding import SentenceTransformerEmbedder, as_embedder, unit_length
 from lmcache_rag.errors import ConfigError, SourceError
-from lmcache_rag.sources import DEFAULT_EMBEDDER
+from lmcache_rag.weights import DEFAULT_EMBEDDER
 
 TEXTS = [
     f"Sentence {number} is about {topic}. " * (1 + number % 7) for number, topic in enumerate(["rivers", "tax"] * 12)

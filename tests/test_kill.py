@@ -19,8 +19,8 @@ import pytest
 from kill_kit import CHUNK_TOKENS, MOMENTS, Attempt, Nursery, kv_checksums
 
 from lmcache_rag.ingest import IngestReport
-from lmcache_rag.sources import tokenizer_digest
 from lmcache_rag.store import Store
+from lmcache_rag.weights import tokenizer_digest
 from lmcache_rag.workspace import Workspace
 
 ROOT = Path(__file__).parents[1]

@@ -19,8 +19,8 @@ import pytest
 from package_kit import FILES, NAME, tiny_package
 
 from lmcache_rag.errors import SourceError
-from lmcache_rag.sources import DEFAULT_EMBEDDER, DEFAULT_MODEL, find_model, packages
-from lmcache_rag.sources.prepared import MANIFEST, is_whole
+from lmcache_rag.weights import DEFAULT_EMBEDDER, DEFAULT_MODEL, find_model, packages
+from lmcache_rag.weights.prepared import MANIFEST, is_whole
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +200,7 @@ FIND = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import package_kit
-from lmcache_rag.sources import find_model, packages
+from lmcache_rag.weights import find_model, packages
 from huggingface_hub import constants
 constants.ENDPOINT = "http://127.0.0.1:9"
 packages.PACKAGES = (package_kit.tiny_package(),)

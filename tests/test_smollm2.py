@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from lmcache_rag.sources import find_model, packages
-from lmcache_rag.sources.base import what_is_missing
-from lmcache_rag.sources.smollm2 import halves_together, hf_name
+from lmcache_rag.weights import find_model, packages
+from lmcache_rag.weights.base import what_is_missing
+from lmcache_rag.weights.gguf import halves_together, hf_name
 
 TEXTS = [
     "In 2024, 12,345 people — 3.14% — paid $99.",

@@ -14,7 +14,7 @@ import pytest
 from hub_kit import COMMIT, LocalServer, serving
 
 from lmcache_rag.errors import SourceError
-from lmcache_rag.sources import find_embedder, find_model, revision_of
+from lmcache_rag.weights import find_embedder, find_model, revision_of
 
 MODEL = {"config.json": b"{}", "model.safetensors": b"w" * 5000, "tokenizer.json": b"{}"}
 

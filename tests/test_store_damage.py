@@ -585,7 +585,7 @@ def test_an_error_inside_writing_frees_the_lock(tmp_path: Path) -> None:
 def test_another_program_that_holds_the_database_is_a_locked_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmcache_rag.store.sources._BUSY_SECONDS", 0.1)
+    monkeypatch.setattr("lmcache_rag.store.connections._BUSY_SECONDS", 0.1)
     with Store.open(tmp_path) as store:
         other = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
         other.execute("BEGIN IMMEDIATE")

@@ -10,7 +10,7 @@ from lmcache_rag import __version__
 from lmcache_rag.cli import maintain
 from lmcache_rag.cli.ask import ask
 from lmcache_rag.cli.bench import speed
-from lmcache_rag.cli.bench_exact import exact
+from lmcache_rag.cli.bench_checks import exact
 from lmcache_rag.cli.bench_soak import soak
 from lmcache_rag.cli.chat import chat
 from lmcache_rag.cli.configure import settings

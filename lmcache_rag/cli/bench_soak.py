@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from lmcache_rag.cli.bars import Bars
-from lmcache_rag.cli.bench_exact import Chunk, Documents, Engine, Model, read_chunks, room_for_chunks
+from lmcache_rag.cli.bench_checks import Chunk, Documents, Engine, Model, read_chunks, room_for_chunks
 from lmcache_rag.cli.render import count
 from lmcache_rag.cli.run import Run
 from lmcache_rag.cli.verb import verb

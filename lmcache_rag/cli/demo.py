@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from lmcache_rag.cli import options, signals
-from lmcache_rag.cli.logs import quiet_libraries
+from lmcache_rag.cli.console import quiet_libraries
 from lmcache_rag.cli.run import Run
 from lmcache_rag.cli.verb import verb
 

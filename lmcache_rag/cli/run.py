@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lmcache_rag.cli.logs import quiet_libraries
+from lmcache_rag.cli.console import quiet_libraries
 
 if TYPE_CHECKING:
     from lmcache_rag.settings import Settings

@@ -322,7 +322,7 @@ def _serve(
     start_timeout: float,
 ) -> int:
     from lmcache_rag.serving import api
-    from lmcache_rag.serving.server import Server
+    from lmcache_rag.serving.process import Server
     from lmcache_rag.serving.supervise import Supervisor, Times
     from lmcache_rag.serving.variables import for_lmcache
 

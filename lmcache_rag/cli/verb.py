@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from lmcache_rag.cli import failures, logs, options
+from lmcache_rag.cli import console, failures, options
 from lmcache_rag.cli.render import clean
 from lmcache_rag.cli.run import Run
 
@@ -54,7 +54,7 @@ def _guarded(run: Run, work: Callable[[], int | None]) -> int:
             run.tell(remedy)
 
     try:
-        with logs.on_console(run.err, verbose=run.verbose):
+        with console.on_console(run.err, verbose=run.verbose):
             status = work() or 0
         failures.flush_stdout()
     except BaseException as problem:

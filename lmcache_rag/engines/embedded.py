@@ -49,7 +49,7 @@ class EmbeddedEngine(AsyncTwins):
     use from several threads; requests are computed one after another.
 
     Args:
-        model: Folder or name, see lmcache_rag.sources.find_model; None: the default model.
+        model: Folder or name, see lmcache_rag.weights.find_model; None: the default model.
         kv_dir: Folder of the KV files.
         device: "cpu", "cuda", "cuda:1" …; None: a GPU if there is one.
         dtype: Element type of weights and KV; None: float32 on a CPU, bfloat16 on a GPU.
@@ -77,7 +77,7 @@ class EmbeddedEngine(AsyncTwins):
         batch: int | None = None,
     ) -> None:
         from lmcache_rag.engines.hf_model import HFModel
-        from lmcache_rag.sources import find_model, revision_of, tokenizer_digest
+        from lmcache_rag.weights import find_model, revision_of, tokenizer_digest
 
         source = find_model(str(model) if model is not None else None)
         self._setup(

@@ -30,7 +30,7 @@ def tokenizer_of(served: ServedModel, given: Any = None) -> tuple[Any, str, int]
         SourceError: No source has it.
         EngineError: It cannot be read.
     """
-    from lmcache_rag.sources import tokenizer_digest
+    from lmcache_rag.weights import tokenizer_digest
 
     if given is not None and not isinstance(given, str | Path):
         facts = f"{given.backend_tokenizer.to_str()}{given.chat_template}"
@@ -108,7 +108,7 @@ def _attempt(name: str, look: Callable[[str], Path | str], tried: list[str]) -> 
 
 
 def _missing(folder: Path) -> str:
-    from lmcache_rag.sources.base import TOKENIZER_FILES
+    from lmcache_rag.weights.base import TOKENIZER_FILES
 
     return "" if any((folder / name).is_file() for name in TOKENIZER_FILES) else "there is no tokenizer.json"
 
@@ -127,8 +127,8 @@ def _cached(name: str) -> Path | str:
 
 
 def _prepared(name: str) -> Path | str:
-    from lmcache_rag.sources import packages
-    from lmcache_rag.sources.prepared import is_whole
+    from lmcache_rag.weights import packages
+    from lmcache_rag.weights.prepared import is_whole
 
     package = packages.package_for(name, "model")
     return package.target if package and is_whole(package.target) else ""
@@ -137,7 +137,7 @@ def _prepared(name: str) -> Path | str:
 def _downloaded(name: str) -> Path | str:
     from huggingface_hub import constants
 
-    from lmcache_rag.sources import hub
+    from lmcache_rag.weights import hub
 
     if not _is_hub_name(name):
         return ""
@@ -150,7 +150,7 @@ def _downloaded(name: str) -> Path | str:
 
 def _packaged(name: str) -> Path | str:
     """The default model comes as a package too; that one is made whole, weights included."""
-    from lmcache_rag.sources import find_model, packages
+    from lmcache_rag.weights import find_model, packages
 
     if packages.package_for(name, "model") is None:
         return ""

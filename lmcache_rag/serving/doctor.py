@@ -7,9 +7,9 @@ from urllib.parse import urlsplit
 
 from lmcache_rag.api_key import LOOPBACK
 from lmcache_rag.errors import ConfigError
-from lmcache_rag.serving import api, checks, live_checks
-from lmcache_rag.serving.checks import Check
+from lmcache_rag.serving import api, live_checks, machine
 from lmcache_rag.serving.environment import version
+from lmcache_rag.serving.machine import Check
 
 
 def examine(
@@ -29,10 +29,10 @@ def examine(
     """
     here = not url or _host(url) in LOOPBACK
     if here:
-        yield from checks.gpu()
-        yield from checks.versions()
-        yield checks.compiled()
-        yield from checks.connector()
+        yield from machine.gpu()
+        yield from machine.versions()
+        yield machine.compiled()
+        yield from machine.connector()
     else:
         yield Check("This machine", "skipped", "the server is elsewhere", "Run lmcache-rag doctor there.")
     if lmcache_url:
@@ -43,14 +43,14 @@ def examine(
     yield from known
     if not url:
         if model:
-            yield checks.model(model)
+            yield machine.model(model)
         yield Check("vLLM", "skipped", "no URL was given", "lmcache-rag doctor http://127.0.0.1:8000")
         return
     with api.VLLM(url, api_key, ingest_key=ingest_key) as server:
         known, served = live_checks.vllm(server, version("vllm") if here else "")
         yield from known
         if model or served:
-            yield checks.model(model or (served.root if served else ""))
+            yield machine.model(model or (served.root if served else ""))
         if served is None:
             return
         yield live_checks.sizes(server, status)

@@ -12,7 +12,7 @@ from lmcache_rag import protocol
 from lmcache_rag.errors import LMCacheRAGError
 from lmcache_rag.protocol import LMCACHE_CHUNK, CannotBlend, SelfCheck, chunk_tokens, hit_tokens
 from lmcache_rag.serving import api
-from lmcache_rag.serving.checks import Check
+from lmcache_rag.serving.machine import Check
 from lmcache_rag.serving.roundtrip import Outcome, round_trip
 
 COUNTED_S = 3.0

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lmcache_rag.errors import EngineError
-from lmcache_rag.serving.server import Server
+from lmcache_rag.serving.process import Server
 
 Tell = Callable[[str], None]
 

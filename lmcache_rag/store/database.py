@@ -11,9 +11,9 @@ from pathlib import Path
 
 from lmcache_rag.errors import StoreError
 from lmcache_rag.store import schema
+from lmcache_rag.store.connections import Live, Source, open_for_reading
 from lmcache_rag.store.faults import cannot_write, corrupt, translated
 from lmcache_rag.store.lock import WriterLock
-from lmcache_rag.store.sources import Live, Source, open_for_reading
 
 _MAX_IDLE = 8
 _CHECK_UP_TO = 256 * 2**20

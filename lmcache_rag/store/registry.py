@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lmcache_rag.errors import ConfigError
-from lmcache_rag.store import documents, kv, meta, queries
+from lmcache_rag.store import kv, meta, queries, sql
 from lmcache_rag.store.check import problems
 from lmcache_rag.store.kv import KVTable
 from lmcache_rag.store.types import (
@@ -85,13 +85,13 @@ class Registry(KVTable):
         """
         batch = list(new)  # not inside the transaction: the caller's iterator may use the store itself
         with self._database.write() as connection:
-            return documents.put(connection, batch, embedder)
+            return sql.put(connection, batch, embedder)
 
     def remove_documents(self, doc_ids: Iterable[str]) -> RemoveResult:
         """Remove documents, and those of their chunks that no other document holds."""
         wanted = list(doc_ids)
         with self._database.write() as connection:
-            return documents.remove(connection, wanted)
+            return sql.remove(connection, wanted)
 
     # Chunks and embeddings
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from types import TracebackType
 
 from lmcache_rag.errors import StoreError, StoreFullError
+from lmcache_rag.store.connections import can_write
 from lmcache_rag.store.database import Database
 from lmcache_rag.store.faults import cannot_write, from_os, full
 from lmcache_rag.store.index import VectorIndex
 from lmcache_rag.store.lock import WriterLock
 from lmcache_rag.store.registry import Registry
-from lmcache_rag.store.sources import can_write
 
 logger = logging.getLogger("lmcache_rag.store")
 

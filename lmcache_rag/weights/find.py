@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lmcache_rag.errors import SourceError
-from lmcache_rag.sources import hub, packages
-from lmcache_rag.sources.base import Kind, Source, UnavailableError, what_is_missing
-from lmcache_rag.sources.prepared import is_whole
+from lmcache_rag.weights import hub, packages
+from lmcache_rag.weights.base import Kind, Source, UnavailableError, what_is_missing
+from lmcache_rag.weights.prepared import is_whole
 
 log = logging.getLogger("lmcache_rag")
 

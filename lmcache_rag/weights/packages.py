@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from lmcache_rag.sources.base import Kind, UnavailableError
-from lmcache_rag.sources.prepared import cache_folder, make_once
+from lmcache_rag.weights.base import Kind, UnavailableError
+from lmcache_rag.weights.prepared import cache_folder, make_once
 
 log = logging.getLogger("lmcache_rag")
 
@@ -66,7 +66,7 @@ class WeightsPackage:
 
 
 def _convert(raw: Path, folder: Path) -> None:
-    from lmcache_rag.sources.smollm2 import convert
+    from lmcache_rag.weights.gguf import convert
 
     convert(raw / "SmolLM2-135M-Instruct.Q4_1.gguf", folder)
 

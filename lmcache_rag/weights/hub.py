@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from urllib.parse import quote
 
-from lmcache_rag.sources.base import Kind, UnavailableError, what_is_missing
+from lmcache_rag.weights.base import Kind, UnavailableError, what_is_missing
 
 log = logging.getLogger("lmcache_rag")
 

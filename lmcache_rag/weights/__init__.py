@@ -7,10 +7,10 @@ verified, prepared once and then used at once, without network, as long as the H
 
 from __future__ import annotations
 
-from lmcache_rag.sources.base import Source
-from lmcache_rag.sources.digest import content_digest, revision_of, tokenizer_digest
-from lmcache_rag.sources.find import DEFAULT_EMBEDDER, DEFAULT_MODEL, find_embedder, find_model
-from lmcache_rag.sources.prepared import cache_folder
+from lmcache_rag.weights.base import Source
+from lmcache_rag.weights.digest import content_digest, revision_of, tokenizer_digest
+from lmcache_rag.weights.find import DEFAULT_EMBEDDER, DEFAULT_MODEL, find_embedder, find_model
+from lmcache_rag.weights.prepared import cache_folder
 
 __all__ = [
     "DEFAULT_EMBEDDER",
