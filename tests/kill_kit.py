@@ -280,9 +280,9 @@ def _die_after(owner: Any, name: str, *, call: int = 1) -> None:
 
 
 def _inside_the_commit() -> None:
-    from lmcache_rag.store import registry
+    from lmcache_rag.store import sql
 
-    _die_after(registry.documents, "put")
+    _die_after(sql, "put_documents")
 
 
 def _after_the_commit() -> None:
@@ -312,7 +312,7 @@ def _before_kv_is_recorded() -> None:
 def _before_the_index_file_is_known() -> None:
     from lmcache_rag.store import index
 
-    _die_after(index.index_file, "write")
+    _die_after(index, "write_index")
 
 
 MOMENTS: dict[str, Callable[[], None]] = {

@@ -609,11 +609,13 @@ def damage(store: Path) -> None:
 
 
 def _keys(store: Path) -> set[str]:
+    from store_kit import kv_keys
+
     from lmcache_rag.store import Store
 
     with Store.open(store, read_only=True) as opened:
         [kv] = opened.registry.stats().kv
-        return opened.registry.kv_keys(kv.fingerprint)
+        return kv_keys(opened.registry, kv.fingerprint)
 
 
 def test_verify_repairs_damaged_kv(call: Call, copy: Path) -> None:

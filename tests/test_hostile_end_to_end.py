@@ -285,11 +285,11 @@ def test_a_damaged_index_is_made_anew_with_a_warning(call: Call, copy: Path, dam
     result = call("ask", QUESTION, "--store", copy, *EXACT)
     answer = document(result)
     assert result.exit_code == 0
-    assert "made anew from the database" in result.stderr
+    assert "rebuilt from the database" in result.stderr
     assert (answer["text"], answer["sources"]) == (wanted["text"], wanted["sources"])
     again = call("ask", QUESTION, "--store", copy, *EXACT)
     assert document(again)["sources"] == wanted["sources"]
-    assert "made anew" not in again.stderr
+    assert "rebuilt" not in again.stderr
 
 
 @pytest.mark.parametrize("damage", ["header", "truncated", "random"])

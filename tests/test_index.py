@@ -14,7 +14,7 @@ import pytest
 from store_kit import DIMENSION, EMBEDDER, child, chunks, finish, found, put, vector
 
 from lmcache_rag.errors import ConfigError, StoreError
-from lmcache_rag.store import NewDocument, Store, faiss_lib, index_file
+from lmcache_rag.store import NewDocument, Store, sql
 from lmcache_rag.store import index as index_module
 
 TEXTS = [f"text number {n}" for n in range(50)]
@@ -195,7 +195,7 @@ from store_kit import *
 with Store.open(sys.argv[1]) as store:
     put(store, "b", "three")
     put(store, "a", "one")
-    store.registry.set_embeddings({1: vector("one", "turned")}, embedder=EMBEDDER)
+    embed_again(store.registry, {1: vector("one", "turned")})
 """
     finish(child(code, store.path))
     assert found(store, "three") == ["three"]
@@ -207,8 +207,8 @@ def test_only_what_changed_is_read_again(store: Store, monkeypatch: pytest.Monke
     put(store, "a", *TEXTS)
     store.index.refresh()
     read: list[int] = []
-    real = index_module.from_blobs
-    monkeypatch.setattr(index_module, "from_blobs", lambda blobs, *rest: read.append(1) or real(blobs, *rest))
+    real = sql.from_blobs
+    monkeypatch.setattr(sql, "from_blobs", lambda blobs, *rest: read.append(1) or real(blobs, *rest))
     store.index.refresh()
     assert read == []
     monkeypatch.setattr(store.index, "_fresh", None)  # making it anew would call this
@@ -265,10 +265,10 @@ def test_the_file_is_written_at_the_end_of_writing_and_not_at_each_put(store: St
 def test_closing_saves_what_was_put_without_writing(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store:
         put(store, "a", "one")
-    assert index_file.read(tmp_path / "index.faiss")[0].ntotal == 1
+    assert index_module.read_index(tmp_path / "index.faiss")[0].ntotal == 1
 
 
-def test_a_saved_index_is_used_and_not_made_anew(
+def test_a_saved_index_is_used_and_not_rebuilt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     made(tmp_path)
@@ -281,7 +281,7 @@ def test_a_saved_index_is_used_and_not_made_anew(
 
 def test_faiss_itself_reads_the_file(tmp_path: Path) -> None:
     file = made(tmp_path)
-    faiss = faiss_lib.import_faiss()
+    faiss = index_module.import_faiss()
     assert faiss.read_index(str(file)).ntotal == len(TEXTS)
 
 
@@ -319,7 +319,7 @@ DAMAGE: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_file_is_warned_about_and_made_anew(
+def test_a_damaged_file_is_warned_about_and_rebuilt(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     file = made(tmp_path)
@@ -327,14 +327,14 @@ def test_a_damaged_file_is_warned_about_and_made_anew(
     with Store.open(tmp_path) as store:
         assert found(store, TEXTS[5]) == [TEXTS[5]]
         assert in_step(store)
-        assert "made anew" in logged(caplog)
+        assert "rebuilt" in logged(caplog)
     caplog.clear()
     with Store.open(tmp_path) as store:
         assert found(store, TEXTS[5]) == [TEXTS[5]]
     assert logged(caplog) == "", "closing must have repaired the file"
 
 
-def test_a_missing_file_is_warned_about_and_made_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_file_is_warned_about_and_rebuilt(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made(tmp_path).unlink()
     with Store.open(tmp_path) as store:
         assert in_step(store)
@@ -344,25 +344,25 @@ def test_a_missing_file_is_warned_about_and_made_anew(tmp_path: Path, caplog: py
 
 def test_a_whole_file_of_another_kind_of_index_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = made(tmp_path)
-    _, facts = index_file.read(file)
-    faiss = faiss_lib.import_faiss()
+    _, facts = index_module.read_index(file)
+    faiss = index_module.import_faiss()
     flat = faiss.IndexFlatIP(DIMENSION)
     flat.add(np.zeros((len(TEXTS), DIMENSION), dtype=np.float32))
-    index_file.write(file, flat, facts)
+    index_module.write_index(file, flat, facts)
     with Store.open(tmp_path) as store:
         assert in_step(store)
     assert "not an index of this store" in logged(caplog)
 
 
-def test_what_faiss_cannot_read_is_made_anew_even_with_a_right_checksum(
+def test_what_faiss_cannot_read_is_rebuilt_even_with_a_right_checksum(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = made(tmp_path)
-    index, facts = index_file.read(file)
-    faiss = faiss_lib.import_faiss()
+    index, facts = index_module.read_index(file)
+    faiss = index_module.import_faiss()
     with monkeypatch.context() as patch:
         patch.setattr(faiss, "serialize_index", lambda _: np.frombuffer(b"from a later FAISS", dtype=np.uint8))
-        index_file.write(file, index, facts)
+        index_module.write_index(file, index, facts)
     with Store.open(tmp_path) as store:
         assert in_step(store)
     assert "FAISS cannot read it" in logged(caplog)
@@ -424,16 +424,16 @@ def test_importing_the_store_does_not_import_faiss() -> None:
 
 
 def test_faiss_imports_without_warnings_where_warnings_are_errors() -> None:
-    code = "from lmcache_rag.store.faiss_lib import import_faiss; import_faiss().IndexFlatIP(3)"
+    code = "from lmcache_rag.store.index import import_faiss; import_faiss().IndexFlatIP(3)"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=Path(__file__).parents[1])
 
 
 def test_a_small_search_leaves_the_number_of_threads_as_it_was(store: Store) -> None:
     put(store, "a", "one")
-    faiss = faiss_lib.import_faiss()
+    faiss = index_module.import_faiss()
     before = faiss.omp_get_max_threads()
-    with faiss_lib.few_threads(1):
+    with index_module.few_threads(1):
         assert faiss.omp_get_max_threads() == 1
-    with faiss_lib.few_threads(1 << 40):
+    with index_module.few_threads(1 << 40):
         assert faiss.omp_get_max_threads() == before
     assert faiss.omp_get_max_threads() == before

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from kill_kit import CHUNK_TOKENS, MOMENTS, Attempt, Nursery, kv_checksums
+from store_kit import kv_keys, problems
 
 from lmcache_rag.ingest import IngestReport
 from lmcache_rag.store import Store
@@ -57,7 +58,7 @@ def state(store: Path, embedder: Any) -> State:
     names = frozenset(path.name for path in store.iterdir())
     with Store.open(store, read_only=True) as opened:
         registry, index = opened.registry, opened.index
-        assert registry.check() == []
+        assert problems(registry) == []
         assert registry.trash() == []
         chunks = list(registry.chunks())
         stats = registry.stats()
@@ -107,11 +108,11 @@ def wreck(store: Path, scratch: Path) -> Wreck:
         return Wreck({}, set(), 0, files)
     with Store.open(scratch) as opened:
         registry = opened.registry
-        assert registry.check() == []
+        assert problems(registry) == []
         chunks = list(registry.chunks())
         assert opened.index.ids() == {chunk.chunk_id for chunk in chunks}
         fingerprints = [part.fingerprint for part in registry.stats().kv]
-        keys = {key for fingerprint in fingerprints for key in registry.kv_keys(fingerprint)}
+        keys = {key for fingerprint in fingerprints for key in kv_keys(registry, fingerprint)}
         assert {f"{key}.safetensors" for key in keys} <= set(files), "KV that is recorded exists"
         documents = {record.doc_id: record.content_hash for record in registry.documents()}
         return Wreck(documents, {chunk.text_hash for chunk in chunks}, len(keys), files)

@@ -13,9 +13,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from store_kit import DIMENSION, EMBEDDER, FP, document, found, put, texts_of, vector
+from store_kit import (
+    DIMENSION,
+    EMBEDDER,
+    FP,
+    document,
+    embed_again,
+    found,
+    kv_keys,
+    problems,
+    put,
+    texts_of,
+    vector,
+)
 
-from lmcache_rag.errors import ConfigError, StoreError
+from lmcache_rag.errors import StoreError
 from lmcache_rag.store import KVRow, NewChunk, Store, text_hash
 
 
@@ -142,7 +154,7 @@ def test_text_with_nul_and_every_plane_of_unicode_comes_back(store: Store) -> No
     text = "nul \0 then \u200b \uffff \U0001f9dc\u200d\u2640\ufe0f end"
     put(store, "a", text)
     assert texts_of(store) == {text}
-    assert store.registry.check() == []
+    assert problems(store.registry) == []
 
 
 @pytest.mark.parametrize("place", ["text", "doc_id", "source", "content_hash"])
@@ -238,39 +250,10 @@ def test_claiming_another_dimension_for_the_same_embedder_is_refused(store: Stor
         store.registry.claim_embedder(EMBEDDER, DIMENSION + 1)
 
 
-def test_changing_the_embedder_can_be_interrupted_and_ends_with_every_chunk_embedded_anew(tmp_path: Path) -> None:
-    texts = [f"text {n}" for n in range(5)]
-    with Store.open(tmp_path) as store:
-        put(store, "a", *texts)
-        assert found(store, "text 3") == ["text 3"]
-        assert store.registry.change_embedder("model-b") == 5
-        assert found(store, "text 3") == []
-        half = list(store.registry.chunks_without_embedding())[:2]
-        store.registry.set_embeddings({c.chunk_id: vector(c.text, "b") for c in half}, embedder="model-b")
-    with Store.open(tmp_path) as store:
-        rest = list(store.registry.chunks_without_embedding())
-        assert len(rest) == 3 == store.registry.stats().chunks_without_embedding
-        store.registry.set_embeddings({c.chunk_id: vector(c.text, "b") for c in rest}, embedder="model-b")
-        assert store.index.search(vector("text 3", "b"), 1)[0].text == "text 3"
-        assert store.registry.change_embedder("model-b") == 0
-        assert store.registry.check() == []
-
-
-def test_a_search_hears_of_a_changed_embedder_by_the_first_new_vector(store: Store) -> None:
-    """No search comes between: the index learns of both at once."""
-    put(store, "a", "one", "two", "three")
-    store.index.refresh()
-    store.registry.change_embedder("model-b")
-    one = next(chunk.chunk_id for chunk in store.registry.chunks() if chunk.text == "one")
-    store.registry.set_embeddings({one: vector("one", "b")}, embedder="model-b")
-    assert store.index.ids() == {one}, "the others have vectors of the old model"
-    assert found(store, "two", k=3) == ["one"]
-
-
 def test_an_embedding_that_replaces_another_is_what_search_sees(store: Store) -> None:
     put(store, "a", "one", "two")
     store.index.refresh()
-    store.registry.set_embeddings({chunk_id(store, "one"): vector("elsewhere"), 999: vector("x")}, embedder=EMBEDDER)
+    embed_again(store.registry, {chunk_id(store, "one"): vector("elsewhere"), 999: vector("x")})
     assert store.index.search(vector("elsewhere"), 1)[0].score == pytest.approx(1, abs=1e-5)
     assert len(store.index) == 2
 
@@ -327,9 +310,9 @@ def test_recorded_kv_is_listed_until_its_chunk_leaves_and_then_stands_in_the_tra
     put(store, "a", "one", "two")
     record(store, "one", "k1")
     record(store, "two", "k2")
-    assert store.registry.kv_keys(FP) == {"k1", "k2"}
+    assert kv_keys(store.registry, FP) == {"k1", "k2"}
     put(store, "a", "two")
-    assert store.registry.kv_keys(FP) == {"k2"}
+    assert kv_keys(store.registry, FP) == {"k2"}
     assert store.registry.trash() == [(FP, "k1")]
     assert store.registry.clear_trash([(FP, "k1")]) == []
     assert store.registry.trash() == []
@@ -343,9 +326,9 @@ def test_kv_that_two_texts_share_stays_until_the_second_has_left(store: Store) -
     assert store.registry.stats(FP).kv[0].keys == 1
     assert len(list(store.registry.kv_rows(FP))) == 2
     store.registry.remove_documents(["a"])
-    assert (store.registry.kv_keys(FP), store.registry.trash()) == ({"k"}, [])
+    assert (kv_keys(store.registry, FP), store.registry.trash()) == ({"k"}, [])
     store.registry.remove_documents(["b"])
-    assert (store.registry.kv_keys(FP), store.registry.trash()) == (set(), [(FP, "k")])
+    assert (kv_keys(store.registry, FP), store.registry.trash()) == (set(), [(FP, "k")])
 
 
 def test_a_chunk_that_comes_back_takes_its_key_out_of_the_trash_when_it_is_recorded(store: Store) -> None:
@@ -356,7 +339,7 @@ def test_a_chunk_that_comes_back_takes_its_key_out_of_the_trash_when_it_is_recor
     assert store.registry.trash() == [(FP, "k")]  # the engine may drop it: nothing is recorded yet
     assert [chunk.text for chunk in store.registry.chunks_without_kv(FP)] == ["one"]
     record(store, "one", "k")
-    assert (store.registry.kv_keys(FP), store.registry.trash()) == ({"k"}, [])
+    assert (kv_keys(store.registry, FP), store.registry.trash()) == ({"k"}, [])
 
 
 def test_kv_recorded_while_the_engine_drops_it_is_not_believed(store: Store) -> None:
@@ -367,7 +350,7 @@ def test_kv_recorded_while_the_engine_drops_it_is_not_believed(store: Store) -> 
     put(store, "a", "one")
     record(store, "one", "k")  # found in the engine, a moment before it is dropped
     assert store.registry.clear_trash(pairs) == pairs
-    assert store.registry.kv_keys(FP) == set()
+    assert kv_keys(store.registry, FP) == set()
     assert store.registry.trash() == pairs
     assert [chunk.text for chunk in store.registry.chunks_without_kv(FP)] == ["one"]
 
@@ -381,14 +364,14 @@ def test_kv_of_a_chunk_that_has_left_meanwhile_goes_to_the_trash(store: Store) -
     gone = chunk_id(store, "one")
     store.registry.remove_documents(["a"])
     assert store.registry.record_kv(FP, {}, [KVRow(gone, "k", 1, 1)]) == 0
-    assert (store.registry.kv_keys(FP), store.registry.trash()) == (set(), [(FP, "k")])
+    assert (kv_keys(store.registry, FP), store.registry.trash()) == (set(), [(FP, "k")])
 
 
 def test_kv_of_a_chunk_that_has_left_stays_while_another_chunk_uses_it(store: Store) -> None:
     put(store, "a", "one")
     record(store, "one", "k")
     assert store.registry.record_kv(FP, {}, [KVRow(999, "k", 1, 1)]) == 0
-    assert (store.registry.kv_keys(FP), store.registry.trash()) == ({"k"}, [])
+    assert (kv_keys(store.registry, FP), store.registry.trash()) == ({"k"}, [])
 
 
 def test_a_chunk_has_one_key_under_a_fingerprint_and_the_old_one_goes_to_the_trash(store: Store) -> None:
@@ -396,20 +379,9 @@ def test_a_chunk_has_one_key_under_a_fingerprint_and_the_old_one_goes_to_the_tra
     record(store, "one", "old")
     record(store, "one", "other", fingerprint="e" * 64)
     record(store, "one", "new")
-    assert store.registry.kv_keys(FP) == {"new"}
-    assert store.registry.kv_keys("e" * 64) == {"other"}
+    assert kv_keys(store.registry, FP) == {"new"}
+    assert kv_keys(store.registry, "e" * 64) == {"other"}
     assert store.registry.trash() == [(FP, "old")]
-
-
-def test_forgotten_kv_goes_to_the_trash(store: Store) -> None:
-    put(store, "a", "one", "two", "three")
-    for text in ("one", "two", "three"):
-        record(store, text, f"k {text}")
-    assert store.registry.forget_kv(FP, ["k one", "unknown"]) == 1
-    assert store.registry.kv_keys(FP) == {"k two", "k three"}
-    assert store.registry.forget_kv(FP) == 2
-    assert store.registry.stats().kv == ()
-    assert {key for _, key in store.registry.trash()} == {"k one", "k two", "k three"}
 
 
 def test_kv_of_all_other_fingerprints_can_be_thrown_away(store: Store) -> None:
@@ -472,15 +444,6 @@ def test_stats_of_an_empty_store_are_zero(store: Store) -> None:
     assert (stats.embedder, stats.dimension) == (None, None)
 
 
-def test_meta_is_kept_and_can_be_removed_but_not_where_the_store_keeps_its_own(store: Store) -> None:
-    store.registry.set_meta("title", "Library")
-    assert store.registry.get_meta("title") == "Library"
-    store.registry.set_meta("title", None)
-    assert store.registry.get_meta("title") is None
-    with pytest.raises(ConfigError, match="generation"):
-        store.registry.set_meta("generation", "7")
-
-
 def test_chunks_can_be_read_by_id(store: Store) -> None:
     put(store, "a", "one", "two")
     wanted = chunk_id(store, "two")
@@ -502,13 +465,13 @@ def test_check_finds_what_must_not_be(tmp_path: Path, damage: str, says: str) ->
     with Store.open(tmp_path) as store:
         put(store, "a", "one")
         record(store, "one", "k")
-        assert store.registry.check() == []
+        assert problems(store.registry) == []
     other = sqlite3.connect(tmp_path / "store.db")
     with other:
         other.execute(damage)
     other.close()
     with Store.open(tmp_path) as store:
-        assert any(says in problem for problem in store.registry.check())
+        assert any(says in problem for problem in problems(store.registry))
 
 
 def test_threads_can_write_and_search_at_once(store: Store) -> None:
@@ -523,7 +486,7 @@ def test_threads_can_write_and_search_at_once(store: Store) -> None:
         list(pool.map(work, range(4)))
     assert len(texts_of(store)) == 4 * 10 + 1
     assert store.index.ids() == {chunk.chunk_id for chunk in store.registry.chunks()}
-    assert store.registry.check() == []
+    assert problems(store.registry) == []
 
 
 def test_a_reader_sees_one_state_while_another_thread_commits(store: Store) -> None:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from store_kit import EMBEDDER, document, vector
+from store_kit import EMBEDDER, document, kv_keys, problems, vector, withdraw_kv
 
 from lmcache_rag.errors import StoreError
 from lmcache_rag.store import KVRow, NewDocument, Store
@@ -103,7 +103,7 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule(fingerprint=FINGERPRINTS, texts=st.none() | TEXTS)
     def forget(self, fingerprint: str, texts: list[str] | None) -> None:
         keys = None if texts is None else [key_of(text) for text in texts]
-        self.store.registry.forget_kv(fingerprint, keys)
+        withdraw_kv(self.store.registry, fingerprint, keys)
         self.recorded[fingerprint] = {
             text for text in self.recorded[fingerprint] if keys is not None and key_of(text) not in keys
         }
@@ -228,20 +228,20 @@ class RegistryMachine(RuleBasedStateMachine):
             rows = list(registry.kv_rows(fingerprint))
             assert {by_id[row.chunk_id] for row in rows} == self.recorded[fingerprint]
             assert all(row.key == key_of(by_id[row.chunk_id]) for row in rows)
-            assert registry.kv_keys(fingerprint) == {key_of(text) for text in self.recorded[fingerprint]}
+            assert kv_keys(registry, fingerprint) == {key_of(text) for text in self.recorded[fingerprint]}
             missing = {chunk.text for chunk in registry.chunks_without_kv(fingerprint)}
             assert missing == self.live() - self.recorded[fingerprint]
 
     @invariant()
     def every_key_that_an_engine_keeps_is_either_recorded_or_in_the_trash(self) -> None:
         trash = set(self.store.registry.trash())
-        live = {(fp, key) for fp in ("f1", "f2") for key in self.store.registry.kv_keys(fp)}
+        live = {(fp, key) for fp in ("f1", "f2") for key in kv_keys(self.store.registry, fp)}
         assert not trash & live
         assert self.engine == trash | live
 
     @invariant()
     def the_database_is_sound(self) -> None:
-        assert self.store.registry.check() == []
+        assert problems(self.store.registry) == []
 
 
 TestRegistryMachine = RegistryMachine.TestCase

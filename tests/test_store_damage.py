@@ -18,7 +18,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from store_kit import EMBEDDER, FP, child, document, finish, found, put, refuses_every_write, texts_of
+from store_kit import (
+    EMBEDDER,
+    FP,
+    child,
+    document,
+    finish,
+    found,
+    kv_keys,
+    problems,
+    put,
+    refuses_every_write,
+    texts_of,
+)
 
 from lmcache_rag.errors import (
     StoreCorruptError,
@@ -28,7 +40,7 @@ from lmcache_rag.errors import (
     StoreReadOnlyError,
     StoreVersionError,
 )
-from lmcache_rag.store import KVRow, Store, schema
+from lmcache_rag.store import KVRow, Store, connections
 from lmcache_rag.store import store as store_module
 
 TEXTS = [f"text number {n} " + "and more " * 300 for n in range(60)]
@@ -150,7 +162,7 @@ def test_an_older_store_is_brought_up_to_date_with_all_it_holds(
 ) -> None:
     made(tmp_path)
     later = ("ALTER TABLE documents ADD COLUMN language TEXT", "UPDATE documents SET language = 'en'")
-    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, later))
+    monkeypatch.setattr(connections, "MIGRATIONS", (*connections.MIGRATIONS, later))
     use_everything(tmp_path)
     raw = sqlite3.connect(tmp_path / "store.db")
     assert raw.execute("SELECT language FROM documents").fetchall() == [("en",)]
@@ -162,7 +174,7 @@ def test_a_migration_that_fails_leaves_the_store_as_it_was(tmp_path: Path, monke
     made(tmp_path)
     with monkeypatch.context() as patch:
         bad = ("ALTER TABLE documents ADD COLUMN language TEXT", "UPDATE no_such_table SET x = 1")
-        patch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, bad))
+        patch.setattr(connections, "MIGRATIONS", (*connections.MIGRATIONS, bad))
         with pytest.raises(StoreError, match="no_such_table"):
             Store.open(tmp_path)
     raw = sqlite3.connect(tmp_path / "store.db")
@@ -173,7 +185,7 @@ def test_a_migration_that_fails_leaves_the_store_as_it_was(tmp_path: Path, monke
 
 def test_an_older_store_cannot_be_opened_only_to_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made(tmp_path)
-    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, ("CREATE TABLE later (x)",)))
+    monkeypatch.setattr(connections, "MIGRATIONS", (*connections.MIGRATIONS, ("CREATE TABLE later (x)",)))
     with pytest.raises(StoreReadOnlyError, match="older version"):
         Store.open(tmp_path, read_only=True)
 
@@ -211,7 +223,7 @@ with Store.open(sys.argv[1]) as store:
         print("ready", flush=True)
         input()
         print("later:", found(store, "later"), flush=True)
-        print("check:", store.registry.check())
+        print("check:", problems(store.registry))
 print("left behind:", os.listdir(tempfile.gettempdir()))
 """
 
@@ -363,7 +375,7 @@ def test_a_killed_writers_store_on_a_read_only_file_system_shows_all_that_was_co
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     with Store.open(seen) as store:
         assert found(store, "late") == ["late"]
-        assert store.registry.check() == []
+        assert problems(store.registry) == []
         assert len(list((tmp_path / "tmp").iterdir())) == (0 if keep_shm else 1)
     assert list((tmp_path / "tmp").iterdir()) == []
 
@@ -398,10 +410,10 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_loses_nothing(small: Path) ->
         assert stored > 5
         assert len(list(store.registry.documents())) == stored
         assert len(found(store, "text 1", k=1000)) == stored
-        assert store.registry.check() == []
+        assert problems(store.registry) == []
     with Store.open(small / "store") as store:
         assert len(texts_of(store)) == stored
-        assert store.registry.check() == []
+        assert problems(store.registry) == []
 
 
 def test_work_goes_on_when_a_full_disk_has_room_again(small: Path) -> None:
@@ -412,7 +424,7 @@ def test_work_goes_on_when_a_full_disk_has_room_again(small: Path) -> None:
         ballast.unlink()
         assert put(store, f"{stored:05d}", "it fits now").status == "added"
         assert found(store, "it fits now") == ["it fits now"]
-        assert store.registry.check() == []
+        assert problems(store.registry) == []
 
 
 def test_an_index_that_finds_no_room_is_a_warning_and_the_documents_are_kept(
@@ -539,7 +551,7 @@ with Store.open(sys.argv[1]) as store:
     with Store.open(tmp_path) as store:
         assert len(texts_of(store)) == 4 * 8 + 1
         assert len(found(store, "x", k=100)) == 33
-        assert store.registry.check() == []
+        assert problems(store.registry) == []
 
 
 def test_the_lock_of_a_killed_writer_is_free(tmp_path: Path) -> None:
@@ -628,7 +640,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_sound_store_with_all_that_it_sai
         out, _ = process.communicate()
         done = [int(line) for line in out.split() if line.isdigit()]
         with Store.open(folder) as store:
-            assert store.registry.check() == []
+            assert problems(store.registry) == []
             documents = {record.doc_id for record in store.registry.documents()}
             batches = {int(doc_id.split("-")[0]) for doc_id in documents}
             assert len(documents) == 40 * len(batches), "a batch is there wholly or not at all"
@@ -636,7 +648,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_sound_store_with_all_that_it_sai
             assert set(done) - removed <= batches
             stats = store.registry.stats(FP)
             assert stats.chunks == 41 * len(batches)
-            live, dead = store.registry.kv_keys(FP), {key for _, key in store.registry.trash()}
+            live, dead = kv_keys(store.registry, FP), {key for _, key in store.registry.trash()}
             assert not live & dead
             assert store.index.ids() == {chunk.chunk_id for chunk in store.registry.chunks()}
             with store.writing(timeout=0):
@@ -666,7 +678,7 @@ store.registry.put_documents([document("a", "replaced"), *new], embedder=EMBEDDE
     assert process.returncode == -signal.SIGKILL
     use_everything(tmp_path)
     with Store.open(tmp_path) as store:
-        assert store.registry.check() == []
+        assert problems(store.registry) == []
 
 
 def test_a_statement_that_fails_inside_a_transaction_undoes_it_and_the_store_goes_on(tmp_path: Path) -> None:
@@ -682,7 +694,7 @@ def test_a_statement_that_fails_inside_a_transaction_undoes_it_and_the_store_goe
         assert "before" in texts_of(store)
         assert store.registry.document("c") is None
         assert put(store, "c", "y").status == "added"
-        assert store.registry.check() == []
+        assert problems(store.registry) == []
 
 
 def test_kv_records_survive_a_kill_between_the_chunk_leaving_and_the_engine_dropping_it(tmp_path: Path) -> None:

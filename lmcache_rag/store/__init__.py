@@ -4,9 +4,9 @@
 
     store/
       store.db       SQLite: the truth, embeddings included
-      index.faiss    made from it, saved to start faster; may be deleted
+      index.faiss    built from it, saved to start faster; may be deleted
       kv/            the engine's files
-      lock           held by whoever writes
+      lock           held by the process that writes
 """
 
 from lmcache_rag.store.index import VectorIndex, Where

@@ -1,26 +1,211 @@
-"""Connections and transactions: any number of readers, one writer, errors that say what to do."""
+"""The SQLite file of a store: any number of readers, one writer at a time, errors with a remedy."""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import platform
+import shutil
 import sqlite3
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lmcache_rag.errors import StoreError
-from lmcache_rag.store import schema
-from lmcache_rag.store.connections import Live, Source, open_for_reading
-from lmcache_rag.store.faults import cannot_write, corrupt, translated
-from lmcache_rag.store.lock import WriterLock
+from filelock import FileLock, Timeout
+
+from lmcache_rag.errors import (
+    StoreCorruptError,
+    StoreError,
+    StoreFullError,
+    StoreLockedError,
+    StoreReadOnlyError,
+)
+from lmcache_rag.store.connections import (
+    ConnectionSource,
+    LiveSource,
+    cannot_migrate,
+    migrate,
+    needs_migration,
+    open_for_reading,
+)
 
 _MAX_IDLE = 8
 _CHECK_UP_TO = 256 * 2**20
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_READ_ONLY = {errno.EROFS, errno.EACCES, errno.EPERM}
+_NO_ROOM = 1 << 16  # with less than this free, an unexplained I/O error of SQLite means a full disk
+
+
+def corrupt(path: Path, reason: str) -> StoreCorruptError:
+    """The store's database is damaged."""
+    return StoreCorruptError(
+        f"The store's database {path} is damaged ({reason}).",
+        remedy=f"Move {path.name}, {path.name}-wal and {path.name}-shm aside and ingest again; "
+        "computed KV is kept by content and will be found again.",
+    )
+
+
+def cannot_write(path: Path) -> StoreReadOnlyError:
+    """The store cannot be written."""
+    return StoreReadOnlyError(
+        f"The store {path} cannot be written.",
+        remedy="Make the folder writable for this user, or copy it to a place that is.",
+    )
+
+
+def full(path: Path) -> StoreFullError:
+    """The device is full."""
+    return StoreFullError(
+        f"No space is left for the store {path}; what was stored before is intact.",
+        remedy="Free some space on the device, then run the same again.",
+    )
+
+
+def _no_room(path: Path) -> bool:
+    try:
+        return shutil.disk_usage(path.parent).free < _NO_ROOM
+    except OSError:
+        return False
+
+
+def from_sqlite(error: sqlite3.Error, path: Path) -> StoreError:
+    """The store error that an error of SQLite on the file path stands for."""
+    code = getattr(error, "sqlite_errorcode", None)
+    primary = code & 0xFF if code is not None else None
+    if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "Could not decode" in str(error):
+        return corrupt(path, str(error))
+    if primary == sqlite3.SQLITE_FULL:
+        return full(path.parent)
+    if primary == sqlite3.SQLITE_READONLY:
+        return cannot_write(path.parent)
+    if primary in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+        return StoreLockedError(
+            f"Another program holds the database {path}.", remedy="Close it, or wait until it has finished."
+        )
+    if primary in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN) and _no_room(path):
+        return full(path.parent)
+    return StoreError(
+        f"The store's database {path} gave an error: {error}.",
+        remedy="Check the folder and its file system; the store itself was left as it was.",
+    )
+
+
+def from_os(error: OSError, path: Path) -> StoreError:
+    """The store error that an error of the file system stands for."""
+    if error.errno in _FULL:
+        return full(path)
+    if error.errno in _READ_ONLY:
+        return cannot_write(path)
+    return StoreError(f"The store {path} cannot be used: {error}.", remedy="Check the path and its file system.")
+
+
+@contextmanager
+def translated(path: Path) -> Iterator[None]:
+    """Raise errors of SQLite and of the file system about this file as store errors."""
+    try:
+        yield
+    except UnicodeEncodeError as error:
+        raise StoreError(
+            f"Text that is not valid Unicode cannot be stored: {error.object[error.start : error.start + 1]!a} "
+            f"at character {error.start} of {error.object[:40]!a}.",
+            remedy='Replace such characters first, for example with text.encode("utf-8", "replace").decode().',
+        ) from error
+    except sqlite3.Error as error:
+        raise from_sqlite(error, path) from error
+    except OSError as error:
+        raise from_os(error, path.parent) from error
+
+
+class WriterLock:
+    """The right to write to a store, held by one process (one open store) at a time.
+
+    Re-entrant, and shared by the threads of the process that holds it: their transactions take turns by themselves.
+    The system releases it when the process ends in any way.
+
+    Args:
+        path: The lock file. Its holder is recorded next to it, in a file with ".owner" appended.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # thread_local=False: a worker thread of the process that holds the lock must not wait for its own process.
+        self._lock = FileLock(path, thread_local=False)
+        self._owner = path.with_name(path.name + ".owner")
+        self._mutex = threading.Lock()
+        self._depth = 0
+
+    @contextmanager
+    def held(self, timeout: float) -> Iterator[bool]:
+        """Hold the lock; yields whether this is the outermost hold.
+
+        Args:
+            timeout: Most seconds to wait; 0 tries once, a negative number waits for ever.
+
+        Raises:
+            StoreLockedError: Another process still holds it after this time.
+            StoreReadOnlyError, StoreFullError: The lock file cannot be written.
+        """
+        outermost = self._acquire(timeout)
+        try:
+            yield outermost
+        finally:
+            self._release()
+
+    def _acquire(self, timeout: float) -> bool:
+        deadline = time.monotonic() + timeout
+        if not self._mutex.acquire(timeout=max(timeout, 0.0) if timeout >= 0 else -1):
+            raise self._locked()
+        try:
+            if self._depth == 0:
+                self._acquire_file(max(deadline - time.monotonic(), 0.0) if timeout >= 0 else -1)
+                self._write_owner()
+            self._depth += 1
+            return self._depth == 1
+        finally:
+            self._mutex.release()
+
+    def _acquire_file(self, timeout: float) -> None:
+        try:
+            self._lock.acquire(timeout=timeout)
+        except Timeout:
+            raise self._locked() from None
+        except RuntimeError:  # filelock refuses to wait for ever for what this very thread holds
+            raise self._locked() from None
+        except OSError as error:
+            raise from_os(error, self._owner.parent) from error
+
+    def _release(self) -> None:
+        with self._mutex:
+            self._depth -= 1
+            if self._depth == 0:
+                with suppress(OSError):
+                    self._owner.unlink()
+                self._lock.release()
+
+    def _write_owner(self) -> None:
+        # Only for the message to waiting processes: it must not stop the work, for example on a full disk.
+        facts = {"pid": os.getpid(), "host": platform.node(), "program": Path(sys.argv[0]).name, "since": time.time()}
+        with suppress(OSError):
+            self._owner.write_text(json.dumps(facts), encoding="utf-8")
+
+    def _locked(self) -> StoreLockedError:
+        try:
+            facts = json.loads(self._owner.read_text(encoding="utf-8"))
+            since = time.strftime("%H:%M:%S", time.localtime(facts["since"]))
+            who = f"Process {facts['pid']} ({facts['program']} on {facts['host']}, since {since})"
+        except (OSError, ValueError, KeyError, TypeError):
+            who = "Another process"
+        return StoreLockedError(
+            f"{who} is writing to the store {self._owner.parent}.",
+            remedy="Wait until it has finished and run the same again, or stop that process.",
+        )
 
 
 class Database:
-    """The SQLite file of a store. Safe to use from several threads, and beside other processes.
+    """The SQLite file of a store. Safe to use from several threads and several processes.
 
     Args:
         path: The database file; it is made if it is missing and can be written.
@@ -54,11 +239,11 @@ class Database:
         self._writer: sqlite3.Connection | None = None
         self._closed = False
         with translated(path):
-            self._source: Source = open_for_reading(path) if read_only else self._open_for_writing()
+            self._source: ConnectionSource = open_for_reading(path) if read_only else self._open_for_writing()
             connection = self._source.connect()
             try:
-                if schema.needs_migration(connection, path):
-                    raise schema.cannot_migrate(connection, path)
+                if needs_migration(connection, path):
+                    raise cannot_migrate(connection, path)
                 self._check_pages(connection)
             except BaseException:
                 connection.close()
@@ -66,27 +251,27 @@ class Database:
                 raise
             self._idle.append(connection)
 
-    def _open_for_writing(self) -> Source:
+    def _open_for_writing(self) -> ConnectionSource:
         if not self.path.exists() or self._is_old():
             with self._lock.held(self._lock_timeout):
-                connection = Live(self.path, "rwc").connect()
+                connection = LiveSource(self.path, "rwc").connect()
                 try:
                     connection.execute("PRAGMA journal_mode = WAL")
-                    schema.migrate(connection, self.path)
+                    migrate(connection, self.path)
                 finally:
                     connection.close()
         # Not "rwc" from here on: a store that was deleted under us must not come back empty.
-        return Live(self.path, "rw")
+        return LiveSource(self.path, "rw")
 
     def _is_old(self) -> bool:
-        connection = Live(self.path, "rw").connect()
+        connection = LiveSource(self.path, "rw").connect()
         try:
-            return schema.needs_migration(connection, self.path)
+            return needs_migration(connection, self.path)
         finally:
             connection.close()
 
     def _check_pages(self, connection: sqlite3.Connection) -> None:
-        # About 1 ms per MB. Beyond this size damage is found when it is read, and by Registry.check().
+        # About 1 ms per MB. Beyond this size damage is found when it is read, not before.
         if self.path.stat().st_size <= _CHECK_UP_TO:
             found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if found != "ok":
@@ -164,7 +349,7 @@ class Database:
                 remedy="Open it in each process, after the fork.",
             )
 
-    def _borrow(self) -> tuple[Source, sqlite3.Connection]:
+    def _borrow(self) -> tuple[ConnectionSource, sqlite3.Connection]:
         self._check_usable()
         with self._mutex:
             if self._source.changed():
@@ -178,7 +363,7 @@ class Database:
             source = self._source
         return source, source.connect()
 
-    def _give_back(self, source: Source, connection: sqlite3.Connection) -> None:
+    def _give_back(self, source: ConnectionSource, connection: sqlite3.Connection) -> None:
         try:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")

@@ -1,37 +1,48 @@
-"""Search: a FAISS index in memory that follows the database, and a file that saves its making."""
+"""Search: a FAISS index in memory that follows the database, and a file that saves building it again.
+
+The file is derived data, used only when it is whole and fits the database. It is what faiss.write_index() makes,
+followed by a trailer: facts as JSON, their length in 8 bytes, a magic word. faiss.read_index() reads it as well, since
+it ignores what follows. The checksum is compared first: FAISS trusts the sizes that it reads, so random bytes could
+make it ask for any amount of memory.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import sqlite3
 import threading
 import uuid
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from lmcache_rag.errors import ConfigError, StoreError
-from lmcache_rag.store import index_file, meta, queries
+from lmcache_rag.store import sql
 from lmcache_rag.store.database import Database
-from lmcache_rag.store.faiss_lib import few_threads, import_faiss
 from lmcache_rag.store.types import Hit, Vector
-from lmcache_rag.store.vectors import from_blobs, normalised
 
 logger = logging.getLogger("lmcache_rag.store")
 
-Where: TypeAlias = queries.Filter | Callable[[Hit], bool]
+Where: TypeAlias = sql.Filter | Callable[[Hit], bool]
 _ROWS = 4096  # vectors that are read at a time
+_MAGIC = b"LMCRIDX1"
+_SMALL = 1 << 28  # multiplications, about 50 ms of one core
+_import_lock = threading.Lock()
 
 
 class VectorIndex:
     """Finds the chunks whose embeddings have the largest inner product with a query's.
 
     The database is the truth. Before each search the index takes over what any process has committed since; a missing,
-    damaged or foreign file costs the time to make the index anew, and a warning. Safe to use from several threads.
+    damaged or foreign file costs the time to rebuild the index, and a warning. Safe to use from several threads.
 
     Args:
         path: The index file.
@@ -88,7 +99,7 @@ class VectorIndex:
         Args:
             vector: Shape [dimension], made by the store's embedder.
             k: How many.
-            where: Only chunks that fulfil it: values by name (see queries.Condition; hits then name only the documents
+            where: Only chunks that fulfil it: values by name (see sql.Condition; hits then name only the documents
                 that fulfil it), or a function that gets each hit.
 
         Raises:
@@ -106,7 +117,7 @@ class VectorIndex:
         if len(vectors) == 0:
             return []
         if where is None or isinstance(where, Mapping):
-            condition = queries.Condition(where) if where else None
+            condition = sql.Condition(where) if where else None
             return self._ranked(vectors, k, condition)[0]
         wanted = 4 * k
         while True:
@@ -120,24 +131,24 @@ class VectorIndex:
     def save(self) -> None:
         """Write the index file if it lags. The caller holds the writer lock.
 
-        A file that cannot be written is no error: it only costs the time to make the index anew.
+        A file that cannot be written is no error: it only costs the time to rebuild the index.
         """
         try:
             with self._lock:
                 self.refresh()
                 if self._index is None or self._generation == self._saved_generation:
                     return
-                facts = index_file.Facts(uuid.uuid4().hex, self._generation, self._index.d, self._index.ntotal)
-                index_file.write(self._path, self._index, facts)
-                # Only a file that the database knows is believed, so that a restored backup of either is noticed.
+                facts = IndexFacts(uuid.uuid4().hex, self._generation, self._index.d, self._index.ntotal)
+                write_index(self._path, self._index, facts)
+                # Only a file that the database knows is used, so that a restored backup of either is detected.
                 with self._database.write() as connection:
-                    meta.put(connection, meta.INDEX_STAMP, facts.stamp)
+                    sql.write_meta(connection, sql.INDEX_STAMP, facts.stamp)
                 self._saved_generation = self._generation
         except (OSError, StoreError) as error:
-            logger.warning("%s could not be saved and will be made anew when it is next needed: %s", self._path, error)
+            logger.warning("%s could not be saved and will be rebuilt when it is next needed: %s", self._path, error)
 
     def _ranked(
-        self, vectors: Sequence[Vector | Sequence[float]] | Vector, k: int, condition: queries.Condition | None
+        self, vectors: Sequence[Vector | Sequence[float]] | Vector, k: int, condition: sql.Condition | None
     ) -> tuple[list[list[Hit]], bool]:
         """Hits for each vector, and whether no larger k could find more."""
         with ExitStack() as snapshot:
@@ -147,7 +158,7 @@ class VectorIndex:
                 size = len(self)
                 if size == 0:
                     return [[] for _ in vectors], True
-                asked = normalised(vectors, self._index.d)
+                queries = sql.normalised(vectors, self._index.d)
                 faiss, parameters = import_faiss(), None
                 if condition is not None:
                     allowed = np.asarray(condition.chunk_ids(connection), dtype=np.int64)
@@ -155,17 +166,17 @@ class VectorIndex:
                     if size == 0:
                         return [[] for _ in vectors], True
                     parameters = faiss.SearchParameters(sel=faiss.IDSelectorBatch(allowed))
-                with few_threads(asked.size * self._index.ntotal):
-                    scores, ids = self._index.search(asked, min(k, size), params=parameters)
+                with few_threads(queries.size * self._index.ntotal):
+                    scores, ids = self._index.search(queries, min(k, size), params=parameters)
             found = [
                 {int(chunk_id): float(score) for chunk_id, score in zip(*row, strict=True) if chunk_id >= 0}
                 for row in zip(ids, scores, strict=True)
             ]
-            hits = [queries.hits(connection, self._database.path, best, condition) for best in found]
+            hits = [sql.hits(connection, self._database.path, best, condition) for best in found]
         return hits, k >= size
 
     def _refresh(self, connection: sqlite3.Connection) -> None:
-        generation, dimension = meta.get_int(connection, meta.GENERATION), meta.dimension(connection)
+        generation, dimension = sql.read_meta_int(connection, sql.GENERATION), sql.dimension(connection)
         if not self._looked_at_file:
             self._looked_at_file = True
             self._load(connection, generation)
@@ -178,16 +189,16 @@ class VectorIndex:
         self._generation = generation
 
     def _load(self, connection: sqlite3.Connection, generation: int) -> None:
-        stamp = meta.get(connection, meta.INDEX_STAMP)
+        stamp = sql.read_meta(connection, sql.INDEX_STAMP)
         if stamp is None and not self._path.exists():
             return  # never saved so far
         try:
-            index, facts = index_file.read(self._path)
+            index, facts = read_index(self._path)
             if facts.stamp != stamp or facts.generation > generation:
-                raise index_file.DamagedIndexError("it belongs to another state of the store")
-        except (OSError, index_file.DamagedIndexError) as error:
+                raise DamagedIndexError("it belongs to another state of the store")
+        except (OSError, DamagedIndexError) as error:
             why = "it is missing" if isinstance(error, FileNotFoundError) else str(error)
-            logger.warning("The index %s is made anew from the database: %s.", self._path, why)
+            logger.warning("The index %s is rebuilt from the database: %s.", self._path, why)
             return
         self._index, self._generation, self._saved_generation = index, facts.generation, facts.generation
 
@@ -202,8 +213,8 @@ class VectorIndex:
         """Take over what came and went since the index's generation."""
         new = list(self._vectors_after(connection, self._generation, dimension))
         present = self._ids()
-        gone = [np.intersect1d(ids, present) for ids, _ in new]  # embedded anew
-        if meta.get_int(connection, meta.REMOVALS) > self._generation:
+        gone = [np.intersect1d(ids, present) for ids, _ in new]  # embedded again
+        if sql.read_meta_int(connection, sql.REMOVALS) > self._generation:
             live = connection.execute("SELECT chunk_id FROM chunks WHERE vector_generation IS NOT NULL")
             gone.append(np.setdiff1d(present, np.fromiter((row[0] for row in live), dtype=np.int64)))
         try:
@@ -213,7 +224,7 @@ class VectorIndex:
             for ids, rows in new:
                 self._index.add_with_ids(rows, ids)
         except BaseException:
-            self._index = None  # half done: make it anew next time
+            self._index = None  # half done: rebuild it next time
             raise
 
     def _vectors_after(
@@ -225,7 +236,7 @@ class VectorIndex:
         while rows := cursor.fetchmany(_ROWS):
             yield (
                 np.array([row[0] for row in rows], dtype=np.int64),
-                from_blobs((row[1] for row in rows), dimension, self._database.path),
+                sql.from_blobs((row[1] for row in rows), dimension, self._database.path),
             )
 
     def _ids(self) -> NDArray[np.int64]:
@@ -233,3 +244,111 @@ class VectorIndex:
             return np.empty(0, dtype=np.int64)
         ids: NDArray[np.int64] = import_faiss().vector_to_array(self._index.id_map)
         return ids
+
+
+@dataclass(frozen=True, slots=True)
+class IndexFacts:
+    """The facts in an index file's trailer.
+
+    Attributes:
+        stamp: Unique name of this file; the database holds the stamp of the file that was saved last.
+        generation: State of the database that it holds.
+        dimension: Length of its vectors.
+        count: Number of its vectors.
+    """
+
+    stamp: str
+    generation: int
+    dimension: int
+    count: int
+
+
+class DamagedIndexError(Exception):
+    """The file cannot be used; the message says why. Never leaves the store: the index is rebuilt."""
+
+
+def write_index(path: Path, index: Any, facts: IndexFacts) -> None:
+    """Replace the file in one step.
+
+    Raises:
+        OSError: It could not be written; the old file stands as it was.
+    """
+    body = memoryview(import_faiss().serialize_index(index))
+    trailer = json.dumps({**asdict(facts), "checksum": xxhash.xxh3_128_hexdigest(body)}).encode()
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as file:
+            for piece in (body, trailer, len(trailer).to_bytes(8, "little"), _MAGIC):
+                file.write(piece)
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def read_index(path: Path) -> tuple[Any, IndexFacts]:
+    """The index and the facts in its trailer.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DamagedIndexError: It is not whole.
+    """
+    size = path.stat().st_size
+    end = len(_MAGIC) + 8
+    if size < end:
+        raise DamagedIndexError("it is too short")
+    data = np.memmap(path, dtype=np.uint8, mode="r")
+    if data[-len(_MAGIC) :].tobytes() != _MAGIC:
+        raise DamagedIndexError("its end is missing")
+    length = int.from_bytes(data[size - end : size - len(_MAGIC)].tobytes(), "little")
+    if length > size - end:
+        raise DamagedIndexError("its trailer is damaged")
+    body = data[: size - end - length]
+    try:
+        raw = json.loads(data[size - end - length : size - end].tobytes())
+        checksum = raw.pop("checksum")
+        facts = IndexFacts(**raw)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise DamagedIndexError("its trailer is damaged") from None
+    if xxhash.xxh3_128_hexdigest(np.asarray(body).data) != checksum:
+        raise DamagedIndexError("its checksum is wrong")
+    faiss = import_faiss()
+    try:
+        index = faiss.deserialize_index(np.asarray(body))
+    except RuntimeError as error:  # written by another version of FAISS
+        raise DamagedIndexError(f"FAISS cannot read it: {error}") from None
+    if not isinstance(index, faiss.IndexIDMap2) or (index.d, index.ntotal) != (facts.dimension, facts.count):
+        raise DamagedIndexError("it is not an index of this store")
+    return index, facts
+
+
+def import_faiss() -> Any:
+    """The module faiss."""
+    # Its SWIG wrapper warns about itself on import with some versions of Python; nothing here can change that.
+    with _import_lock, warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import faiss
+    return faiss
+
+
+@contextmanager
+def few_threads(work: int) -> Iterator[None]:
+    """Run a small search on one thread.
+
+    OpenMP's threads wait for each other by spinning. On a machine whose cores are busy that makes a search of 0.7 ms
+    last 36 ms.
+
+    Args:
+        work: Multiplications of the search: queries by vectors by dimension.
+    """
+    faiss = import_faiss()
+    before = faiss.omp_get_max_threads()
+    if work >= _SMALL or before == 1:
+        yield
+        return
+    faiss.omp_set_num_threads(1)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)

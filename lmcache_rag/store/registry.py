@@ -1,30 +1,56 @@
-"""The truth about a store: documents, their chunks with embeddings, and which KV exists for them."""
+"""The truth about a store: documents, their chunks with embeddings, and which KV exists for them.
+
+KV that no chunk needs any more goes to the trash until an engine has dropped it. Triggers of the schema keep KV and
+trash apart: KV that loses its last chunk moves to the trash in the same transaction, KV that is recorded again
+leaves it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+import sqlite3
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
-from lmcache_rag.errors import ConfigError
-from lmcache_rag.store import kv, meta, queries, sql
-from lmcache_rag.store.check import problems
-from lmcache_rag.store.kv import KVTable
+from lmcache_rag.store import sql
+from lmcache_rag.store.database import Database
 from lmcache_rag.store.types import (
     DocumentRecord,
-    NewChunk,
+    FingerprintStats,
+    KVRow,
     NewDocument,
     PutResult,
     RemoveResult,
     StoredChunk,
     StoreStats,
-    Vector,
     text_hash,
 )
-from lmcache_rag.store.vectors import VectorWriter
+
+T = TypeVar("T")
+_PAGE = 256  # rows read at a time, so that no transaction stays open while the caller works on them
+
+_WITHOUT_KV = """NOT EXISTS (SELECT 1 FROM kv_chunks JOIN kv USING (kv_id)
+    WHERE kv_chunks.chunk_id = chunks.chunk_id AND fingerprint = ?)"""
+
+_DROP_OTHER_KEYS = """DELETE FROM kv_chunks WHERE chunk_id = ? AND EXISTS
+    (SELECT 1 FROM kv WHERE kv.kv_id = kv_chunks.kv_id AND fingerprint = ? AND key <> ?)"""
+_UPSERT = """INSERT INTO kv (fingerprint, key, tokens, nbytes, created_at) VALUES (?, ?, ?, ?, ?)
+    ON CONFLICT (fingerprint, key) DO UPDATE SET tokens = excluded.tokens, nbytes = excluded.nbytes"""
+_USE = """INSERT OR IGNORE INTO kv_chunks (chunk_id, kv_id)
+    SELECT ?, kv_id FROM kv WHERE fingerprint = ? AND key = ?"""
+_DISCARD = """INSERT OR IGNORE INTO trash (fingerprint, key) SELECT ?1, ?2
+    WHERE NOT EXISTS (SELECT 1 FROM kv WHERE fingerprint = ?1 AND key = ?2)"""
+
+_ONLY_IN = """WITH documents_left AS (SELECT value FROM json_each(?)),
+    leaving AS (SELECT DISTINCT chunk_id FROM doc_chunks AS held WHERE doc_id IN documents_left AND NOT EXISTS
+        (SELECT 1 FROM doc_chunks WHERE chunk_id = held.chunk_id AND doc_id NOT IN documents_left))
+    SELECT chunk_id FROM leaving WHERE NOT EXISTS
+        (SELECT 1 FROM kv_chunks AS own JOIN kv_chunks AS other USING (kv_id)
+        WHERE own.chunk_id = leaving.chunk_id AND other.chunk_id NOT IN leaving) ORDER BY chunk_id"""
 
 
-class Registry(KVTable):
+class Registry:
     """Reads and writes the database of a store. Safe to use from several threads.
 
     Every method that changes something does so in one transaction: wholly, or not at all. It waits for the store's
@@ -34,43 +60,31 @@ class Registry(KVTable):
         StoreError: Any method can raise it, or one of its subclasses, when the database cannot be used.
     """
 
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
     # Documents
 
     def document(self, doc_id: str) -> DocumentRecord | None:
         """One document, or None."""
         with self._database.read() as connection:
-            return next(iter(queries.document_records(connection, [doc_id])), None)
+            return next(iter(sql.document_records(connection, [doc_id])), None)
 
     def documents(self, doc_ids: Iterable[str] | None = None) -> Iterator[DocumentRecord]:
         """All documents in the order of their ids, or those named that the store holds."""
         if doc_ids is not None:
             with self._database.read() as connection:
-                found = queries.document_records(connection, doc_ids)
+                found = sql.document_records(connection, doc_ids)
             yield from found
             return
-        yield from self._pages(queries.next_documents, lambda record: record.doc_id)
+        yield from self._pages(sql.next_documents, lambda record: record.doc_id)
 
     def doc_ids(self, prefix: str = "", *, source: str | None = None) -> list[str]:
         """Ids of the documents whose ids begin so (and that have this source), in order; reads nothing else of them."""
-        sql = "SELECT doc_id FROM documents WHERE doc_id >= ?1 AND doc_id < ?2 AND (?3 IS NULL OR source = ?3)"
+        query = "SELECT doc_id FROM documents WHERE doc_id >= ?1 AND doc_id < ?2 AND (?3 IS NULL OR source = ?3)"
         with self._database.read() as connection:
-            rows = connection.execute(f"{sql} ORDER BY doc_id", (prefix, prefix + "\U0010ffff", source)).fetchall()
+            rows = connection.execute(f"{query} ORDER BY doc_id", (prefix, prefix + "\U0010ffff", source)).fetchall()
         return [row[0] for row in rows]
-
-    def put_document(
-        self,
-        doc_id: str,
-        *,
-        content_hash: str,
-        splitter: str,
-        source: str,
-        metadata: Mapping[str, Any],
-        chunks: Sequence[NewChunk],
-        embedder: str | None,
-    ) -> PutResult:
-        """Store a document in place of what stood under its id; see put_documents."""
-        document = NewDocument(doc_id, content_hash, splitter, source, chunks, metadata)
-        return self.put_documents([document], embedder=embedder)[0]
 
     def put_documents(self, new: Iterable[NewDocument], *, embedder: str | None) -> list[PutResult]:
         """Store documents, each in place of what stood under its id, all in one transaction.
@@ -85,13 +99,13 @@ class Registry(KVTable):
         """
         batch = list(new)  # not inside the transaction: the caller's iterator may use the store itself
         with self._database.write() as connection:
-            return sql.put(connection, batch, embedder)
+            return sql.put_documents(connection, batch, embedder)
 
     def remove_documents(self, doc_ids: Iterable[str]) -> RemoveResult:
         """Remove documents, and those of their chunks that no other document holds."""
         wanted = list(doc_ids)
         with self._database.write() as connection:
-            return sql.remove(connection, wanted)
+            return sql.remove_documents(connection, wanted)
 
     # Chunks and embeddings
 
@@ -108,7 +122,7 @@ class Registry(KVTable):
             if embedder is not None:
                 condition += " AND embedder = ?"
                 parameters.append(embedder)
-            found = queries.stored_chunks(connection, self._database.path, condition, parameters)
+            found = sql.stored_chunks(connection, self._database.path, condition, parameters)
         return {chunk.text_hash: chunk for chunk in found}
 
     def stored_texts(self, texts: Iterable[str]) -> dict[str, StoredChunk]:
@@ -116,7 +130,7 @@ class Registry(KVTable):
         wanted = {text_hash(text) for text in texts}
         with self._database.read() as connection:
             condition = "text_hash IN (SELECT value FROM json_each(?))"
-            found = queries.stored_chunks(connection, self._database.path, condition, [json.dumps(list(wanted))])
+            found = sql.stored_chunks(connection, self._database.path, condition, [json.dumps(list(wanted))])
         return {chunk.text_hash: chunk for chunk in found}
 
     def chunks(self, chunk_ids: Iterable[int] | None = None) -> Iterator[StoredChunk]:
@@ -125,7 +139,7 @@ class Registry(KVTable):
             yield from self._chunk_pages("TRUE")
             return
         with self._database.read() as connection:
-            found = queries.stored_chunks(
+            found = sql.stored_chunks(
                 connection,
                 self._database.path,
                 "chunk_id IN (SELECT value FROM json_each(?)) ORDER BY chunk_id",
@@ -142,7 +156,7 @@ class Registry(KVTable):
                     "SELECT chunk_id FROM doc_chunks WHERE doc_id = ? ORDER BY ordinal", (doc_id,)
                 )
             ]
-            found = queries.stored_chunks(
+            found = sql.stored_chunks(
                 connection, self._database.path, "chunk_id IN (SELECT value FROM json_each(?))", [json.dumps(order)]
             )
         by_id = {chunk.chunk_id: chunk for chunk in found}
@@ -155,10 +169,10 @@ class Registry(KVTable):
             StoreError: The store has embeddings of another model.
         """
         with self._database.read() as connection:
-            known = (meta.get(connection, meta.EMBEDDER), meta.dimension(connection))
+            known = (sql.read_meta(connection, sql.EMBEDDER), sql.dimension(connection))
         if known != (embedder, dimension or known[1]):
             with self._database.write() as connection:
-                meta.claim_embedder(connection, embedder, dimension)
+                sql.claim_embedder(connection, embedder, dimension)
 
     def require_embedder(self, embedder: str) -> None:
         """Check that a model's vectors can be compared with the store's.
@@ -167,65 +181,82 @@ class Registry(KVTable):
             StoreError: The store has embeddings of another model.
         """
         with self._database.read() as connection:
-            meta.require_embedder(connection, embedder)
+            sql.require_embedder(connection, embedder)
 
-    def chunks_without_embedding(self) -> Iterator[StoredChunk]:
-        """Chunks that no search finds until set_embeddings() is called for them."""
-        yield from self._chunk_pages("embedding IS NULL")
+    # KV
 
-    def change_embedder(self, embedder: str) -> int:
-        """Give the store another embedder; returns how many chunks have to be embedded anew.
+    def record_kv(self, fingerprint: str, facts: Mapping[str, Any], rows: Iterable[KVRow]) -> int:
+        """Record KV that an engine now keeps; returns for how many of the rows.
 
-        Go through chunks_without_embedding() afterwards; that can be interrupted and resumed.
+        A chunk that has left meanwhile gets no record: its KV goes to the trash.
+
+        Args:
+            fingerprint: Of the engine and the prompt's prefix.
+            facts: What the fingerprint stands for, to show to people.
+            rows: The KV, by chunk.
         """
+        batch = list(rows)
         with self._database.write() as connection:
-            generation = meta.Generation(connection)
-            changed = connection.execute(
-                """UPDATE chunks SET embedder = NULL, vector_generation = NULL, embedding = NULL
-                WHERE embedder <> ?""",
-                (embedder,),
-            ).rowcount
-            if changed:
-                generation.removed = True
-                generation.finish()
-            meta.claim_embedder(connection, embedder)
-            return changed
+            return _record(connection, fingerprint, facts, batch)
 
-    def set_embeddings(self, embeddings: Mapping[int, Vector | Sequence[float]], *, embedder: str) -> int:
-        """Store vectors by chunk id; ids that have left are skipped. Returns how many were stored."""
+    def kv_rows(self, fingerprint: str) -> Iterator[KVRow]:
+        """All KV recorded under the fingerprint, by chunk; a key that serves two chunks comes twice."""
+
+        def page(connection: sqlite3.Connection, after: int | None, limit: int) -> list[KVRow]:
+            query = """SELECT chunk_id, key, tokens, nbytes FROM kv_chunks JOIN kv USING (kv_id)
+                WHERE fingerprint = ? AND chunk_id > ? ORDER BY chunk_id LIMIT ?"""
+            return [KVRow(*row) for row in connection.execute(query, (fingerprint, after or 0, limit))]
+
+        yield from self._pages(page, lambda row: row.chunk_id)
+
+    def chunks_without_kv(self, fingerprint: str, *, doc_ids: Iterable[str] | None = None) -> list[StoredChunk]:
+        """Chunks for which no KV is recorded under the fingerprint, of all documents or of those named."""
+        if doc_ids is None:
+            return list(self._chunk_pages(_WITHOUT_KV, fingerprint))
+        condition = (
+            f"{_WITHOUT_KV} AND chunk_id IN (SELECT chunk_id FROM doc_chunks JOIN json_each(?) ON doc_id = value)"
+        )
+        return list(self._chunk_pages(condition, fingerprint, json.dumps(list(doc_ids))))
+
+    def chunks_only_in(self, doc_ids: Iterable[str]) -> list[int]:
+        """Ids of chunks that are deleted with these documents: no other holds them, or a chunk that shares their KV."""
+        with self._database.read() as connection:
+            return [row[0] for row in connection.execute(_ONLY_IN, (json.dumps(list(doc_ids)),))]
+
+    def trash_other_kv(self, fingerprint: str) -> int:
+        """Move the KV of all other fingerprints to the trash. Returns how many keys."""
         with self._database.write() as connection:
-            writer, generation = VectorWriter(connection, embedder), meta.Generation(connection)
-            blobs = writer.blobs(list(embeddings.values()))
-            rows = [(embedder, generation.number, blob, key) for key, blob in zip(embeddings, blobs, strict=True)]
-            stored = connection.executemany(
-                "UPDATE chunks SET embedder = ?, vector_generation = ?, embedding = ? WHERE chunk_id = ?", rows
-            ).rowcount
-            generation.changed = stored > 0
-            generation.finish()
-            return max(stored, 0)
+            count = connection.execute("DELETE FROM kv WHERE fingerprint <> ?", (fingerprint,)).rowcount
+            connection.execute("DELETE FROM fingerprints WHERE fingerprint <> ?", (fingerprint,))
+            return count
+
+    def trash(self, limit: int | None = None) -> list[tuple[str, str]]:
+        """(fingerprint, key) of KV that no chunk needs: let the engine forget it, then call clear_trash()."""
+        with self._database.read() as connection:
+            query = "SELECT fingerprint, key FROM trash ORDER BY fingerprint, key LIMIT ?"
+            return [(row[0], row[1]) for row in connection.execute(query, (-1 if limit is None else limit,))]
+
+    def clear_trash(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Record that the engine has dropped these (fingerprint, key) pairs.
+
+        Returns those that were recorded again in the meantime: their records are withdrawn, because the KV may be
+        gone, and they stay in the trash. They come out right at the next computation.
+        """
+        batch = list(pairs)
+        with self._database.write() as connection:
+            return _clear_trash(connection, batch)
 
     # The whole store
 
     def get_meta(self, key: str) -> str | None:
         """A named fact about the store, or None."""
         with self._database.read() as connection:
-            return meta.get(connection, key)
-
-    def set_meta(self, key: str, value: str | None) -> None:
-        """Set a named fact; None removes it.
-
-        Raises:
-            ConfigError: The store keeps this fact itself.
-        """
-        if key in meta.RESERVED:
-            raise ConfigError(f"The store keeps {key!r} itself.", remedy="Choose another name.")
-        with self._database.write() as connection:
-            meta.put(connection, key, value)
+            return sql.read_meta(connection, key)
 
     @property
     def embedder(self) -> str | None:
         """The model of the store's embeddings, None before the first."""
-        return self.get_meta(meta.EMBEDDER)
+        return self.get_meta(sql.EMBEDDER)
 
     def stats(self, current: str | None = None) -> StoreStats:
         """Counts over the whole store.
@@ -236,7 +267,7 @@ class Registry(KVTable):
         with self._database.read() as connection:
             row = connection.execute(
                 f"""SELECT (SELECT count(*) FROM documents), count(*), total(tokens),
-                count(*) - count(vector_generation), total(?1 IS NOT NULL AND {kv.WITHOUT_KV.replace("?", "?1")}),
+                count(*) - count(vector_generation), total(?1 IS NOT NULL AND {_WITHOUT_KV.replace("?", "?1")}),
                 (SELECT count(*) FROM trash) FROM chunks""",
                 (current,),
             ).fetchone()
@@ -246,14 +277,90 @@ class Registry(KVTable):
                 tokens=int(row[2]),
                 chunks_without_embedding=row[3],
                 chunks_without_kv=int(row[4]),
-                embedder=meta.get(connection, meta.EMBEDDER),
-                dimension=meta.dimension(connection),
-                kv=kv.stats(connection, current),
+                embedder=sql.read_meta(connection, sql.EMBEDDER),
+                dimension=sql.dimension(connection),
+                kv=_kv_stats(connection, current),
                 trash=row[5],
                 database_bytes=self._database.path.stat().st_size,
             )
 
-    def check(self) -> list[str]:
-        """Read the whole database and say what is wrong with it; an empty list means that it is sound."""
-        with self._database.read() as connection:
-            return problems(connection, self._database.path)
+    # Reading long tables page by page
+
+    def _chunk_pages(self, condition: str, *parameters: str) -> Iterator[StoredChunk]:
+        def page(connection: sqlite3.Connection, after: int | None, limit: int) -> list[StoredChunk]:
+            query = f"{condition} AND chunk_id > ? ORDER BY chunk_id LIMIT ?"
+            return sql.stored_chunks(connection, self._database.path, query, [*parameters, after or 0, limit])
+
+        yield from self._pages(page, lambda chunk: chunk.chunk_id)
+
+    def _pages(
+        self, page: Callable[[sqlite3.Connection, Any, int], list[T]], place: Callable[[T], int | str]
+    ) -> Iterator[T]:
+        after: int | str | None = None
+        while True:
+            with self._database.read() as connection:
+                rows = page(connection, after, _PAGE)
+            yield from rows
+            if len(rows) < _PAGE:
+                return
+            after = place(rows[-1])
+
+
+def _record(connection: sqlite3.Connection, fingerprint: str, facts: Mapping[str, Any], rows: Iterable[KVRow]) -> int:
+    """Record KV that an engine keeps; returns for how many of the rows.
+
+    A chunk that has left meanwhile gets no record: its KV goes to the trash unless another chunk uses it.
+    """
+    now = time.time()
+    connection.execute(
+        "INSERT OR IGNORE INTO fingerprints (fingerprint, facts, created_at) VALUES (?, ?, ?)",
+        (fingerprint, json.dumps(dict(facts), sort_keys=True, default=str), now),
+    )
+    recorded = 0
+    for row in rows:
+        if connection.execute("SELECT 1 FROM chunks WHERE chunk_id = ?", (row.chunk_id,)).fetchone() is None:
+            connection.execute(_DISCARD, (fingerprint, row.key))
+            continue
+        # One chunk has one key under a fingerprint; another one means that its token ids are others now.
+        connection.execute(_DROP_OTHER_KEYS, (row.chunk_id, fingerprint, row.key))
+        connection.execute(_UPSERT, (fingerprint, row.key, row.tokens, row.nbytes, now))
+        connection.execute(_USE, (row.chunk_id, fingerprint, row.key))
+        recorded += 1
+    return recorded
+
+
+def _clear_trash(connection: sqlite3.Connection, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Take (fingerprint, key) pairs that an engine has dropped out of the trash.
+
+    A pair that was recorded again while the engine dropped it cannot be trusted: the record is withdrawn and the pair
+    stays in the trash, so that it is dropped and computed once more. Returns such pairs.
+    """
+    revived: list[tuple[str, str]] = []
+    for pair in pairs:
+        if connection.execute("DELETE FROM trash WHERE fingerprint = ? AND key = ?", pair).rowcount == 0 and (
+            connection.execute("DELETE FROM kv WHERE fingerprint = ? AND key = ?", pair).rowcount > 0
+        ):
+            revived.append(pair)
+    return revived
+
+
+def _kv_stats(connection: sqlite3.Connection, current: str | None) -> tuple[FingerprintStats, ...]:
+    """Counts by fingerprint, the current one first, then the newest."""
+    rows = connection.execute(
+        """SELECT f.fingerprint, f.facts, f.created_at, count(kv_id), total(tokens), total(nbytes)
+        FROM fingerprints f LEFT JOIN kv USING (fingerprint) GROUP BY f.fingerprint
+        ORDER BY f.fingerprint IS NOT ?, f.created_at DESC""",
+        (current,),
+    )
+    return tuple(
+        FingerprintStats(
+            fingerprint=row[0],
+            facts=json.loads(row[1]),
+            created_at=row[2],
+            keys=row[3],
+            tokens=int(row[4]),
+            nbytes=int(row[5]),
+            stale=current is not None and row[0] != current,
+        )
+        for row in rows
+    )

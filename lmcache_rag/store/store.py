@@ -11,10 +11,8 @@ from types import TracebackType
 
 from lmcache_rag.errors import StoreError, StoreFullError
 from lmcache_rag.store.connections import can_write
-from lmcache_rag.store.database import Database
-from lmcache_rag.store.faults import cannot_write, from_os, full
+from lmcache_rag.store.database import Database, WriterLock, cannot_write, from_os, full
 from lmcache_rag.store.index import VectorIndex
-from lmcache_rag.store.lock import WriterLock
 from lmcache_rag.store.registry import Registry
 
 logger = logging.getLogger("lmcache_rag.store")
@@ -108,7 +106,7 @@ class Store:
                 self.index.save()
 
     def close(self) -> None:
-        """Save the index, if nobody else is writing, and release the files. Safe to call twice."""
+        """Save the index, if no other process is writing, and release the files. Safe to call twice."""
         if not self.read_only and not self._database.closed:
             with suppress(StoreError), self._lock.held(0):
                 self.index.save()
