@@ -20,7 +20,7 @@ from package_kit import FILES, NAME, tiny_package
 
 from lmcache_rag.errors import SourceError
 from lmcache_rag.weights import DEFAULT_EMBEDDER, DEFAULT_MODEL, find_model, packages
-from lmcache_rag.weights.prepared import MANIFEST, is_whole
+from lmcache_rag.weights.packages import MANIFEST, is_whole
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lmcache_rag.weights.prepared import cache_folder, make_once
+from lmcache_rag.weights.packages import cache_folder, make_once
 
 
 def test_a_build_that_fails_leaves_nothing_and_can_be_tried_again(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lmcache_rag.weights import find_model, packages
-from lmcache_rag.weights.base import what_is_missing
+from lmcache_rag.weights.find import what_is_missing
 from lmcache_rag.weights.gguf import halves_together, hf_name
 
 TEXTS = [

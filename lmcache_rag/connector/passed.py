@@ -14,7 +14,7 @@ from typing import Any
 
 from lmcache_rag.connector import compat_vllm
 from lmcache_rag.connector.identity import identity
-from lmcache_rag.weights.prepared import cache_folder
+from lmcache_rag.weights.packages import cache_folder
 
 log = logging.getLogger("lmcache_rag")
 

@@ -108,9 +108,9 @@ def _attempt(name: str, look: Callable[[str], Path | str], tried: list[str]) -> 
 
 
 def _missing(folder: Path) -> str:
-    from lmcache_rag.weights.base import TOKENIZER_FILES
+    from lmcache_rag.weights.find import VOCABULARY_FILES
 
-    return "" if any((folder / name).is_file() for name in TOKENIZER_FILES) else "there is no tokenizer.json"
+    return "" if any((folder / name).is_file() for name in VOCABULARY_FILES) else "there is no tokenizer.json"
 
 
 def _folder(name: str) -> Path | str:
@@ -128,22 +128,21 @@ def _cached(name: str) -> Path | str:
 
 def _prepared(name: str) -> Path | str:
     from lmcache_rag.weights import packages
-    from lmcache_rag.weights.prepared import is_whole
 
     package = packages.package_for(name, "model")
-    return package.target if package and is_whole(package.target) else ""
+    return package.target if package and packages.is_whole(package.target) else ""
 
 
 def _downloaded(name: str) -> Path | str:
     from huggingface_hub import constants
 
-    from lmcache_rag.weights import hub
+    from lmcache_rag.weights.find import probe_error
 
     if not _is_hub_name(name):
         return ""
     if constants.is_offline_mode():
         return "Hugging Face hub: switched off by HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE"
-    if reason := hub.silence(constants.ENDPOINT, f"{name}/resolve/main/config.json"):
+    if reason := probe_error(constants.ENDPOINT, f"{name}/resolve/main/config.json"):
         return f"Hugging Face hub: {reason}"
     return _snapshot(name, local=False)
 

@@ -333,8 +333,8 @@ def put_documents(
 ) -> list[PutResult]:
     """Store each document in place of what stood under its id.
 
-    Chunks that lost their last document are deleted at the end, so that a text that moves from one document of the batch to
-    another stays the same chunk.
+    Chunks that lost their last document are deleted at the end, so that a text that moves from one document of the
+    batch to another stays the same chunk.
 
     Raises:
         StoreError: A chunk has no embedding, metadata is not JSON, or the store belongs to another embedder.

@@ -1,16 +1,23 @@
 """Where a model and an embedder come from.
 
 In this order: a folder that the user names; the Hugging Face cache or hub; a package that carries weights. Nothing
-hangs without network: the hub is asked for a sign of life first, for a few seconds at most. A package's weights are
+hangs without network: the hub is probed first, for a few seconds at most. A package's weights are
 verified, prepared once and then used at once, without network, as long as the Hugging Face cache has no copy.
 """
 
 from __future__ import annotations
 
-from lmcache_rag.weights.base import Source
-from lmcache_rag.weights.digest import content_digest, revision_of, tokenizer_digest
-from lmcache_rag.weights.find import DEFAULT_EMBEDDER, DEFAULT_MODEL, find_embedder, find_model
-from lmcache_rag.weights.prepared import cache_folder
+from lmcache_rag.weights.find import (
+    DEFAULT_EMBEDDER,
+    DEFAULT_MODEL,
+    Source,
+    content_digest,
+    find_embedder,
+    find_model,
+    revision_of,
+    tokenizer_digest,
+)
+from lmcache_rag.weights.packages import cache_folder
 
 __all__ = [
     "DEFAULT_EMBEDDER",

@@ -1,20 +1,66 @@
-"""The search: each source in turn, and one message that says which served or why none did."""
+"""The search for weights: each place in turn, and one message that says which had them or why none did.
+
+The Hugging Face cache and hub, whether a folder is whole, and digests that distinguish weights and tokenizers.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable
+import mmap
+import re
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeAlias
+from urllib.parse import quote
 
 from lmcache_rag.errors import SourceError
-from lmcache_rag.weights import hub, packages
-from lmcache_rag.weights.base import Kind, Source, UnavailableError, what_is_missing
-from lmcache_rag.weights.prepared import is_whole
+from lmcache_rag.weights import packages
+from lmcache_rag.weights.packages import Kind, UnavailableError, is_whole
+
+Origin: TypeAlias = Literal["folder", "hub", "package"]
 
 log = logging.getLogger("lmcache_rag")
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
+PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model", "spiece.model"]
+DUPLICATES = ["consolidated*", "original/*", "onnx/*", "openvino/*"]  # the same weights in another form
+PROBE_SECONDS = 3.0
+CONFIG_FILES = frozenset(
+    {"config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
+)
+# A tokenizer has at least one of these.
+VOCABULARY_FILES = frozenset(
+    {"tokenizer.json", "tokenizer.model", "vocab.txt", "vocab.json", "spiece.model", "tekken.json"}
+)
+TOKENIZER_FILES = VOCABULARY_FILES | {
+    "added_tokens.json",
+    "chat_template.jinja",
+    "merges.txt",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+}
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a model or an embedder was found.
+
+    Attributes:
+        path: Folder with config.json, *.safetensors and the tokenizer.
+        origin: Which kind of source served.
+        name: Hugging Face name, or the folder's own name without its path.
+        message: One sentence for the user: which source served, and why no earlier one did.
+    """
+
+    path: Path
+    origin: Origin
+    name: str
+    message: str
 
 
 def find_model(name: str | Path | None = None, *, revision: str | None = None) -> Source:
@@ -25,7 +71,7 @@ def find_model(name: str | Path | None = None, *, revision: str | None = None) -
         revision: Branch, tag or commit on the hub; a package or a folder has only one.
 
     Raises:
-        SourceError: No source has it; says what was tried.
+        SourceError: No source has it; the message lists what was tried.
     """
     return _find(str(name or DEFAULT_MODEL), "model", revision)
 
@@ -54,12 +100,12 @@ def _find(name: str, kind: Kind, revision: str | None) -> Source:
             failed.append(f"{label}: {reason}")
             return None
 
-    if path := attempt("Hugging Face cache", lambda: hub.cached(name, kind, revision=revision)):
+    if path := attempt("Hugging Face cache", lambda: cached_snapshot(name, kind, revision=revision)):
         return _served(Source(path, "hub", name, f"The {kind} {name} is served by the Hugging Face cache."))
     # A copy that was prepared before comes before the network: the same weights every time, and no waiting.
     if package and is_whole(package.target):
         return _served(Source(package.target, "package", name, _by_package(package)))
-    if path := attempt("Hugging Face hub", lambda: hub.download(name, kind, revision=revision)):
+    if path := attempt("Hugging Face hub", lambda: download_snapshot(name, kind, revision=revision)):
         return _served(Source(path, "hub", name, f"The {kind} {name} is served by the Hugging Face hub."))
     if package and (path := attempt(f"package {package.label}", lambda: packages.prepare(package))):
         message = f"{_by_package(package)} Tried before: {'; '.join(failed)}."
@@ -109,3 +155,172 @@ def _remedy(kind: Kind, package: packages.WeightsPackage | None, failed: list[st
     else:
         options.append(f"use {DEFAULT_MODEL if kind == 'model' else DEFAULT_EMBEDDER}, which a package carries")
     return f"One of these helps: {'; '.join(options)}."
+
+
+# Whether a folder is whole
+
+
+def what_is_missing(folder: Path, kind: Kind) -> str:
+    """Describe what a folder lacks before it can be loaded; "" when it is whole."""
+    heads = ("config.json",) if kind == "model" else ("modules.json", "config.json")
+    if not any((folder / head).is_file() for head in heads):
+        return f"there is no {' or '.join(heads)}"
+    depths = ("*",) if kind == "model" else ("*", "*/*")  # an embedder keeps some modules in folders of their own
+    names = {file.name for depth in depths for file in folder.glob(depth) if file.is_file()}
+    if not any(name.endswith(".safetensors") for name in names):
+        unsafe = any(name.endswith((".bin", ".pt", ".pth")) for name in names)
+        return "there are no *.safetensors" + (", and pickled weights are never loaded" if unsafe else "")
+    for index in folder.glob("*.safetensors.index.json"):
+        absent = sorted(_shards(index) - names)
+        if absent:
+            return f"{absent[0]} is missing ({len(absent)} files in all)"
+    if names.isdisjoint(VOCABULARY_FILES):
+        return "there is no tokenizer (tokenizer.json)"
+    return ""
+
+
+def _shards(index: Path) -> set[str]:
+    """The weight files that an index names."""
+    try:
+        return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, KeyError, AttributeError):
+        return {f"a readable {index.name}"}
+
+
+# The Hugging Face cache and hub: only files that hold data are taken, no pickle and no code
+
+
+def cached_snapshot(name: str, kind: Kind, *, revision: str | None) -> Path:
+    """The snapshot in the Hugging Face cache, without network.
+
+    Raises:
+        UnavailableError: There is none, or a download of it was cut off.
+    """
+    from huggingface_hub import constants
+
+    path = _snapshot(name, revision=revision, local_files_only=True)
+    if path is None:
+        raise UnavailableError(f"not in {constants.HF_HUB_CACHE}")
+    missing = what_is_missing(path, kind)
+    if missing:
+        raise UnavailableError(f"{path} is not whole: {missing}")
+    return path
+
+
+def download_snapshot(name: str, kind: Kind, *, revision: str | None) -> Path:
+    """Fetch a snapshot into the Hugging Face cache.
+
+    Raises:
+        UnavailableError: The hub is switched off, cannot be reached, or has no such model as safetensors.
+    """
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        raise UnavailableError("switched off by HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE")
+    if reason := probe_error(constants.ENDPOINT, f"{quote(name)}/resolve/{revision or 'main'}/config.json"):
+        raise UnavailableError(reason)
+    log.info("Getting %s from %s.", name, constants.ENDPOINT)
+    path = _snapshot(name, revision=revision, local_files_only=False)
+    assert path is not None  # noqa: S101 (only local look-ups give None)
+    missing = what_is_missing(path, kind)
+    if missing:
+        raise UnavailableError(f"{name} cannot be used: {missing}")
+    return path
+
+
+def probe_error(endpoint: str, page: str, *, seconds: float = PROBE_SECONDS) -> str:
+    """Probe a server: why it does not answer within so many seconds, or "". Proxies are respected."""
+    answer: list[str] = []
+    # A look-up of the host's name has no time limit of its own, so the whole probe runs in another thread.
+    probe = threading.Thread(target=lambda: answer.append(_probe(endpoint, page, seconds)), daemon=True)
+    probe.start()
+    probe.join(seconds)
+    return answer[0] if answer else f"{endpoint} did not answer within {seconds:g} s"
+
+
+def _probe(endpoint: str, page: str, seconds: float) -> str:
+    import httpx
+
+    try:
+        status = httpx.head(f"{endpoint}/{page}", timeout=seconds).status_code
+    except Exception as problem:  # proxies, certificates, odd addresses: whatever it is, this thread must report it
+        return f"{endpoint} cannot be reached ({problem or type(problem).__name__})"
+    return f"{endpoint} answered with error {status}" if status >= 500 else ""
+
+
+def _snapshot(name: str, *, revision: str | None, local_files_only: bool) -> Path | None:
+    """The snapshot folder; None if a local look-up finds nothing."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        path = snapshot_download(
+            name,
+            revision=revision,
+            local_files_only=local_files_only,
+            allow_patterns=PATTERNS,
+            ignore_patterns=DUPLICATES,
+        )
+    except LocalEntryNotFoundError as problem:
+        if local_files_only:
+            return None
+        raise UnavailableError(_first_line(problem)) from problem
+    except Exception as problem:  # its errors come from several HTTP clients, by version; none may end the search
+        raise UnavailableError(_first_line(problem)) from problem
+    return Path(path)
+
+
+def _first_line(problem: Exception) -> str:
+    lines = str(problem).strip().splitlines()
+    return lines[0].strip() if lines else type(problem).__name__
+
+
+# Digests
+
+
+def revision_of(path: Path) -> str:
+    """The hub's commit for a snapshot folder, else a digest of what the folder holds (32 hex digits)."""
+    path = Path(path)
+    if path.parent.name == "snapshots" and _COMMIT.fullmatch(path.name):
+        return path.name
+    return content_digest(path)
+
+
+def content_digest(path: Path) -> str:
+    """Digest of the configuration, the weights and the tokenizer: names and full content (32 hex digits)."""
+    return _digest(
+        Path(path), lambda name: name in CONFIG_FILES or name in TOKENIZER_FILES or name.endswith(".safetensors")
+    )
+
+
+def tokenizer_digest(path: Path) -> str:
+    """Digest of the tokenizer's files: names and full content (32 hex digits)."""
+    return _digest(Path(path), TOKENIZER_FILES.__contains__)
+
+
+def _digest(path: Path, wanted: Callable[[str], bool]) -> str:
+    import xxhash
+
+    state = xxhash.xxh3_128()
+    for folder in _folders(path):
+        for file in sorted(folder.iterdir()):
+            if wanted(file.name) and file.is_file():
+                name, size = file.relative_to(path).as_posix(), file.stat().st_size
+                state.update(f"{len(name)}:{name}:{size}:".encode())
+                if size:  # an empty file cannot be mapped
+                    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                        state.update(content)
+    return state.hexdigest()
+
+
+def _folders(path: Path) -> Iterator[Path]:
+    """The folder itself and, for an embedder, the folders of its modules."""
+    yield path
+    try:
+        modules = json.loads((path / "modules.json").read_text(encoding="utf-8"))
+        named = sorted({str(module["path"]) for module in modules})
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in named:
+        if name and (path / name).is_dir():
+            yield path / name

@@ -68,7 +68,7 @@ def hf_name(gguf_name: str) -> str:
 def halves_together(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
     """Undo llama.cpp's order of the rows of queries and keys.
 
-    It keeps the two numbers that RoPE turns together beside each other; transformers keeps them half a head apart.
+    It keeps the two numbers that RoPE rotates together next to each other; transformers keeps them half a head apart.
     Shape [heads * head_dim, hidden] in and out.
     """
     pairs = weight.reshape(heads, -1, 2, weight.shape[-1])
