@@ -14,10 +14,9 @@ from typer.testing import CliRunner, Result
 
 from lmcache_rag.cli.app import app
 from lmcache_rag.errors import EngineError
-from lmcache_rag.serving import api, live_checks, machine
-from lmcache_rag.serving.environment import version
-from lmcache_rag.serving.live_checks import judge
-from lmcache_rag.serving.roundtrip import IDS, Outcome, Prompts, round_trip
+from lmcache_rag.serving import api, doctor, machine
+from lmcache_rag.serving.doctor import IDS, Outcome, Prompts, judge, round_trip
+from lmcache_rag.serving.machine import version
 
 CONFIG = {"architectures": ["LlamaForCausalLM"]}
 
@@ -200,7 +199,7 @@ def test_ratio_1_must_give_the_same_tokens_or_a_tie(mode: str, agrees: bool, sam
 
 
 def test_a_tie_needs_the_probabilities_of_both_tokens() -> None:
-    from lmcache_rag.serving.roundtrip import _near_tie
+    from lmcache_rag.serving.doctor import _near_tie
 
     plain = api.Answer((1, 2), ({1: -0.1}, {2: -0.7, 3: -0.8}))
     assert _near_tie(plain, api.Answer((1, 3)), 1)
@@ -256,7 +255,7 @@ def test_all_is_well(model: str, gpu_machine: Path, monkeypatch: pytest.MonkeyPa
 def test_each_fault_is_found(
     model: str, vllm: str, lmcache: str, name: str, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lmcache_rag.serving.roundtrip.PAUSE_S", 0.0)
+    monkeypatch.setattr("lmcache_rag.serving.doctor.PAUSE_S", 0.0)
     status, found = examine(model, vllm, lmcache)
     assert status == 1
     assert found[name]["state"] == "failed"
@@ -442,7 +441,7 @@ def test_a_pytorch_that_cannot_be_imported_is_told(
 def test_a_server_of_another_environment_is_a_warning(model: str) -> None:
     with FakeServer("vllm", model=model) as engine, api.VLLM(engine.url) as server:
         for here, state in (("0.25.1", "ok"), ("0.25.1+cpu", "ok"), ("", "ok"), ("0.32.0", "warning")):
-            ((check,), _) = live_checks.vllm(server, here)
+            ((check,), _) = doctor.vllm_checks(server, here)
             assert check.state == state
     assert "vLLM 0.25.1; this environment has vLLM 0.32.0" in check.result
 

@@ -22,8 +22,8 @@ from lmcache_rag.api_key import lmcache_key_file
 from lmcache_rag.connector.server_guard import MODULE
 from lmcache_rag.secret_file import ensure_secret
 from lmcache_rag.serving import api
+from lmcache_rag.serving.commands import lmcache_environment
 from lmcache_rag.serving.tiers import second_tier
-from lmcache_rag.serving.variables import for_lmcache
 
 pytestmark = pytest.mark.skipif(missing(), reason="needs vLLM and LMCache")
 
@@ -64,7 +64,7 @@ def lmcache(folder: Path, url: str, tiers: list[str], **environment: str) -> Pro
     }
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     words += [word for tier in tiers for word in ("--l2-adapter", tier)]
-    variables = for_lmcache({**os.environ, **environment}, tiers) | SURROUNDINGS
+    variables = lmcache_environment({**os.environ, **environment}, tiers) | SURROUNDINGS
     command = [sys.executable, "-m", "lmcache_rag.serving.lmcache_server", "server", *words]
     # Process adds to our own variables: this puts others in their place.
     start = folder / "start.py"

@@ -32,8 +32,8 @@ from lmcache_rag.cli.app import app
 from lmcache_rag.cli.serve import gathered
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.errors import ConfigError
-from lmcache_rag.serving.child import descendants
 from lmcache_rag.serving.commands import ServeOptions, commands
+from lmcache_rag.serving.process import descendants
 
 TESTS = Path(__file__).parent
 PATIENCE_S = 60.0
@@ -368,14 +368,14 @@ import sys
 sys.path[:0] = {path!r}
 import lmcache_rag.cli.serve as serve
 from lmcache_rag.cli import main
-from lmcache_rag.serving.supervise import Times
+from lmcache_rag.serving.supervise import Timeouts
 kit, folders = {kit!r}, {folders!r}
 def maker(options):
     made, _, _ = serve.default_commands(options)
     return (made, [sys.executable, kit, "lmcache", str(options.lmcache_http_port), folders[0]],
             [sys.executable, kit, "vllm", str(options.port), folders[1]])
 serve.maker = maker
-serve.times = lambda longest: Times(20, longest, 0.02, 0.1, 1.0, 0.1, 0.5, 3.0)
+serve.times = lambda longest: Timeouts(20, longest, 0.02, 0.1, 1.0, 0.1, 0.5, 3.0)
 main()
 """
 

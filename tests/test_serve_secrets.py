@@ -20,11 +20,10 @@ from lmcache_rag.api_key import lmcache_headers
 from lmcache_rag.cli.app import app
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.secret_file import ensure_secret, read_secret
-from lmcache_rag.serving.child import descendants
-from lmcache_rag.serving.commands import ServeOptions, commands
+from lmcache_rag.serving.commands import ServeOptions, commands, lmcache_environment
 from lmcache_rag.serving.lmcache_server import arguments
+from lmcache_rag.serving.process import descendants
 from lmcache_rag.serving.tiers import filled, second_tier
-from lmcache_rag.serving.variables import for_lmcache
 
 PASSWORD = "hunter2-and-more"
 
@@ -156,9 +155,9 @@ NEEDED = {"PATH": "/bin", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "0", "LD_LIBR
 
 
 def test_lmcache_gets_no_secrets_of_others() -> None:
-    """Fault D1: GET /env of LMCache's HTTP port shows its environment to whoever asks."""
-    assert for_lmcache({**FOREIGN, **NEEDED}) == NEEDED
-    assert for_lmcache({**FOREIGN, **NEEDED}, ['{"type": "fs", "base_path": "/data"}']) == NEEDED
+    """Fault D1: GET /env of LMCache's HTTP port shows its environment to any client."""
+    assert lmcache_environment({**FOREIGN, **NEEDED}) == NEEDED
+    assert lmcache_environment({**FOREIGN, **NEEDED}, ['{"type": "fs", "base_path": "/data"}']) == NEEDED
 
 
 @pytest.mark.parametrize(
@@ -170,7 +169,7 @@ def test_lmcache_gets_no_secrets_of_others() -> None:
     ],
 )
 def test_a_second_tier_gets_the_variables_of_its_own(tier: str, more: set[str]) -> None:
-    assert for_lmcache({**FOREIGN, **NEEDED}, [tier]).keys() == NEEDED.keys() | more
+    assert lmcache_environment({**FOREIGN, **NEEDED}, [tier]).keys() == NEEDED.keys() | more
 
 
 # -- the secret of a server -------------------------------------------------------------------------------------------

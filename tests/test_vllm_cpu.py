@@ -24,7 +24,7 @@ from lmcache_rag.connector.metrics import SOURCES
 from lmcache_rag.engines.base import BlendOptions, Sampling
 from lmcache_rag.prompt import PromptBuilder
 from lmcache_rag.serving import api
-from lmcache_rag.serving.live_checks import live
+from lmcache_rag.serving.doctor import round_trip_checks
 
 pytestmark = [pytest.mark.slow, needs_vllm_cpu]
 
@@ -78,7 +78,7 @@ def test_who_asks_is_told_why_it_does_not_blend(servers: Servers, caplog: pytest
     assert len([record for record in caplog.records if "blending needs CUDA" in record.message]) == 1
     engine.close()
     with api.VLLM(servers.url) as server:
-        (check,) = live(server, server.served(), {})
+        (check,) = round_trip_checks(server, server.served(), {})
     assert check.state == "failed"
     assert "our connector is loaded, and cannot blend: blending needs CUDA" in check.result
     assert "NVIDIA GPU" in check.remedy

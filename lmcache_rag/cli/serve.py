@@ -27,7 +27,7 @@ from lmcache_rag.secret_file import ensure_secret
 
 if TYPE_CHECKING:
     from lmcache_rag.serving.commands import Commands, ServeOptions
-    from lmcache_rag.serving.supervise import Times
+    from lmcache_rag.serving.supervise import Timeouts
 
 
 class IndexMode(StrEnum):
@@ -55,7 +55,7 @@ def default_commands(options: ServeOptions) -> tuple[Commands, list[str], list[s
 maker: Callable[[ServeOptions], tuple[Commands, list[str], list[str]]] = default_commands
 """A program that runs other servers may put its own in here."""
 
-times: Callable[[float], Times] | None = None
+times: Callable[[float], Timeouts] | None = None
 """How long things may take, from the longest start of vLLM; None: the usual."""
 
 
@@ -268,7 +268,7 @@ def _ensure_secret(run: Run, options: ServeOptions, made: Commands) -> None:
 
 def _lmcache_key(run: Run) -> dict[str, str]:
     """The variable by which LMCache's HTTP API gets a key, where its version knows one and the user has set none."""
-    from lmcache_rag.serving.environment import version
+    from lmcache_rag.serving.machine import version
 
     numbers = [int(part) for part in re.findall(r"\d+", version("lmcache"))[:3]]
     if numbers < [0, 5, 7] or any(os.environ.get(name) for name in (*LMCACHE_NAMES, *LMCACHE_FILES)):
@@ -287,12 +287,12 @@ def _check_environment(run: Run) -> None:
     Raises:
         ConfigError: vLLM or LMCache is not installed.
     """
-    from lmcache_rag.serving import environment
+    from lmcache_rag.serving import machine
 
-    if missing := environment.missing():
-        raise ConfigError(f"Not installed: {', '.join(missing)}.", remedy=environment.INSTALL)
+    if missing := machine.missing_packages():
+        raise ConfigError(f"Not installed: {', '.join(missing)}.", remedy=machine.INSTALL)
     with run.waiting("Checking LMCache's CUDA code"):
-        code = environment.cuda_code()
+        code = machine.cuda_code()
     if code.state == "failed":
         run.tell(f"LMCache's CUDA code {code.result}", style="yellow")
         run.tell(code.remedy)
@@ -322,9 +322,9 @@ def _serve(
     start_timeout: float,
 ) -> int:
     from lmcache_rag.serving import api
+    from lmcache_rag.serving.commands import lmcache_environment
     from lmcache_rag.serving.process import Server
-    from lmcache_rag.serving.supervise import Supervisor, Times
-    from lmcache_rag.serving.variables import for_lmcache
+    from lmcache_rag.serving.supervise import Supervisor, Timeouts
 
     for port, flag in ((options.lmcache_port, "--lmcache-port"), (options.lmcache_http_port, "--lmcache-http-port")):
         _free(port, flag)
@@ -334,10 +334,10 @@ def _serve(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise EngineError(f"{folder} cannot be made: {problem}.", remedy="Name another with --log-dir.") from problem
-    limits = (times or (lambda longest: Times(vllm_start=longest)))(start_timeout)
+    limits = (times or (lambda longest: Timeouts(vllm_start=longest)))(start_timeout)
     logs = folder / "lmcache.log", folder / "vllm.log"
     key = _lmcache_key(run)
-    inherited = for_lmcache(os.environ, made.tiers)
+    inherited = lmcache_environment(os.environ, made.tiers)
     supervisor = Supervisor(
         Server(
             "LMCache",
@@ -379,7 +379,7 @@ def _free(port: int, flag: str) -> None:
 def _ready(run: Run, options: ServeOptions, made: Commands, folder: Path) -> None:
     """Warm up, and say where the server is and what is on."""
     from lmcache_rag.serving import api
-    from lmcache_rag.serving.roundtrip import round_trip
+    from lmcache_rag.serving.doctor import round_trip
 
     run.tell("Warming the look-up.")
     name, blending = options.model, "off"

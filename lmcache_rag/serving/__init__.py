@@ -1,13 +1,13 @@
-"""Runs vLLM with an LMCache blend server beside it, and says what of the two works.
+"""Runs vLLM with LMCache's blend server, and checks what of the two works.
 
 ::
 
-    commands   what to run, with every flag
-    child      a guard around one server: nothing of it outlives us
-    server     one server as a process: start, log, stop
+    commands   what to run, with every flag and variable
+    tiers      second tiers of LMCache, and their passwords
+    lmcache_server    LMCache's command line, with those passwords filled in
+    process    one server as a process behind a guard: nothing of it outlives us
     supervise  both together: order, health, restarts, signals
-    api        what is asked of a running vLLM server
-    roundtrip  chunks precomputed, then asked in another order
-    environment    whether what is installed here can serve and blend
-    checks, live_checks, doctor    the checks of this machine and of running servers
+    api        requests to a running vLLM or LMCache server
+    machine    checks of this machine: GPU, versions, CUDA code, model
+    doctor     every check in order, running servers and a round trip too
 """

@@ -1,13 +1,14 @@
-"""What to run: LMCache's blend server, and vLLM with our connector, each with every flag."""
+"""What to run: LMCache's blend server, and vLLM with our connector, each with every flag and its environment."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,7 @@ from lmcache_rag.errors import ConfigError
 from lmcache_rag.ingest_key import read_ingest_key
 from lmcache_rag.protocol import DEFAULT_POLICY, DEFAULT_RATIO, LMCACHE_CHUNK, VLLM_BLOCK
 from lmcache_rag.secret_file import state_file
-from lmcache_rag.serving.given import Given
-from lmcache_rag.serving.tiers import OPTION, placeholders, second_tier
+from lmcache_rag.serving.tiers import OPTION, placeholders, second_tier, variables
 
 PLUGIN = "lmcache_rag"
 FILLS_IN = "lmcache_rag.serving.lmcache_server"  # LMCache's own program, which knows nothing of placeholders, in this
@@ -47,17 +47,63 @@ _GRAPHS = (
 )
 _EXAMPLE = "For example --connector lmcache_rag.overlap=false."
 _TRANSFER = "--kv-transfer-config"
+_SIZES = (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
+_LMCACHE_NAMES = {
+    "DO_NOT_TRACK",
+    "HOME",
+    "HOSTNAME",
+    "LANG",
+    "LANGUAGE",
+    "LOGNAME",
+    "PATH",
+    "SHELL",
+    "SSL_CERT_DIR",
+    "SSL_CERT_FILE",
+    "TEMP",
+    "TERM",
+    "TMP",
+    "TMPDIR",
+    "TZ",
+    "USER",
+    "VIRTUAL_ENV",
+}
+_LMCACHE_PREFIXES = (
+    "CUDA_",
+    "LC_",
+    "LD_",
+    "LMCACHE_",
+    "MKL_",
+    "NCCL",
+    "NUMBA_",
+    "NVIDIA_",
+    "OMP_",
+    "OPENBLAS_",
+    "PROMETHEUS_",
+    "PYTHON",
+    "PYTORCH_",
+    "TORCH",
+    "TRITON_",
+    "UCX_",
+)
+_NEVER = ("LMCACHE_RAG_",)  # ours: the secret, keys
+_PREFIXES_BY_TIER = {
+    "s3": ("AWS_",),
+    "sagemaker_hyperpod": ("AWS_", "SAGEMAKER_"),
+    "bigtable": ("GOOGLE_",),
+    "hfbucket": ("HF_",),
+}
+_PROXIES = {f"{kind}_proxy" for kind in ("http", "https", "no", "all")}
 
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """What the user asks for.
+    """The options of `lmcache-rag serve`.
 
     Attributes:
         model: Folder or Hugging Face name.
         vllm: Options for vLLM as they stand; they win over ours.
-        host: Where vLLM listens; None: what its own file of options says, or 127.0.0.1.
-        port: Where vLLM listens; None: what its own file of options says, or 8000.
+        host: Where vLLM listens; None: by its own file of options, or 127.0.0.1.
+        port: Where vLLM listens; None: by its own file of options, or 8000.
         policy: Recompute policy where a request names none.
         ratio: Share of the cached tokens to recompute.
         l1_gb: Gigabytes of CPU memory for KV; None: 20, or 40% of the machine's memory where that is less.
@@ -135,7 +181,7 @@ class Commands:
         return [sys.executable, "-m", self._program, *self.lmcache]
 
     def lmcache_words(self) -> list[str]:
-        """The command for people."""
+        """The command to show."""
         return [*(["python", "-m", FILLS_IN] if self._program == FILLS_IN else ["lmcache"]), *self.lmcache]
 
     def vllm_run(self) -> list[str]:
@@ -152,22 +198,22 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
     """Work out both commands.
 
     Args:
-        options: What the user asks for.
+        options: The user's options.
         environment: Present environment variables; default: this process's.
 
     Raises:
         ConfigError: Options that cannot work together.
     """
     environment = os.environ if environment is None else environment
-    given = Given(options.vllm)
-    _check_secrets(given)
-    _check_chunk(options, given)
-    if name := given.dotted(_TRANSFER):
+    vllm_args = VLLMArgs(options.vllm)
+    _check_secrets(vllm_args)
+    _check_chunk(options, vllm_args)
+    if name := vllm_args.dotted(_TRANSFER):
         raise ConfigError(
             f"{name}: vLLM would put parts of --kv-transfer-config in the place of ours, not into it.",
             remedy="Give a key of kv_connector_extra_config as --connector KEY=VALUE, or all of --kv-transfer-config.",
         )
-    host, port = _place(options, given)
+    host, port = _place(options, vllm_args)
     if not port.isdigit():
         raise ConfigError(f"--port {port!r} is no number.", remedy=f"For example --port {PORT}.")
     l1_gb = _default_l1_gb() if options.l1_gb is None else options.l1_gb
@@ -187,7 +233,7 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
         *("--http-port", str(options.lmcache_http_port)),
         *("--server-module", json.dumps({"module_path": MODULE} | _server_config(options))),
     ]
-    if (gpus := given.gpus()) > 1:
+    if (gpus := vllm_args.gpus()) > 1:
         lmcache += ["--max-gpu-workers", str(gpus)]  # one for each GPU, or they wait for each other
     for tier in options.l2:
         lmcache += [OPTION, second_tier(tier)]
@@ -209,7 +255,7 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
     extra |= _checked(options.connector)
     middleware = []
     if options.ingest_key_file is not None:
-        extra["lmcache_rag.ingest_key_file"] = _ingest_key_file(options.ingest_key_file, given)
+        extra["lmcache_rag.ingest_key_file"] = _ingest_key_file(options.ingest_key_file, vllm_args)
         middleware = ["--middleware", MIDDLEWARE]
     ours = {
         "--host": host,
@@ -218,34 +264,34 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
         "--gpu-memory-utilization": str(GPU_SHARE),
         _TRANSFER: json.dumps({**CONNECTOR, "kv_connector_extra_config": extra}),
     }
-    if given.ranks() > 1 and not any(given.has(name) for name in _GRAPHS):
+    if vllm_args.ranks() > 1 and not any(vllm_args.has(name) for name in _GRAPHS):
         ours["--max-cudagraph-capture-size"] = str(MOST_GRAPH_TOKENS)
     vllm = ["serve", options.model]
     for name, value in ours.items():
         ours_wins = {"--host": options.host, "--port": options.port}.get(name) is not None  # over vLLM's file
-        if not (given.on_line(name) if ours_wins else given.has(name)):
+        if not (vllm_args.on_line(name) if ours_wins else vllm_args.has(name)):
             vllm += [name, value]
     secret_file = _secret_file(options, environment)
     variables = _plugin_allowed(environment) | ({FILE_VARIABLE: str(secret_file)} if secret_file else {})
     vllm += middleware
-    blends = not given.has(_TRANSFER) or CONNECTOR["kv_connector"] in given.value(_TRANSFER)
+    blends = not vllm_args.has(_TRANSFER) or CONNECTOR["kv_connector"] in vllm_args.value(_TRANSFER)
     return Commands(
         tuple(lmcache),
         (*vllm, *options.vllm),
-        _address(host, port, given),
+        _address(host, port, vllm_args),
         f"http://127.0.0.1:{options.lmcache_http_port}",
         variables,
-        given.value("--api-key") or api_key("VLLM_API_KEY", environment),
+        vllm_args.value("--api-key") or api_key("VLLM_API_KEY", environment),
         blends,
-        _note(given, blends),
+        _note(vllm_args, blends),
         l1_gb,
         secret_file,
     )
 
 
-def _ingest_key_file(path: Path, given: Given) -> str:
+def _ingest_key_file(path: Path, vllm_args: VLLMArgs) -> str:
     read_ingest_key(path)  # complains now, rather than in vLLM's log
-    if given.has(_TRANSFER):
+    if vllm_args.has(_TRANSFER):
         raise ConfigError(
             "--ingest-key-file has no effect with a --kv-transfer-config of your own.",
             remedy="Set lmcache_rag.ingest_key_file in its kv_connector_extra_config, "
@@ -259,11 +305,11 @@ def _server_config(options: ServeOptions) -> dict[str, Any]:
     return {"config": config} if config else {}
 
 
-def _place(options: ServeOptions, given: Given) -> tuple[str, str]:
-    """Where vLLM listens: by its own words on the command line, by ours, by its file, by default."""
+def _place(options: ServeOptions, vllm_args: VLLMArgs) -> tuple[str, str]:
+    """Where vLLM listens: by its own options on the command line, by ours, by its file, by default."""
     found = []
     for name, ours, usual in (("--host", options.host, HOST), ("--port", options.port, PORT)):
-        own = "" if ours is not None and not given.on_line(name) else given.value(name)
+        own = "" if ours is not None and not vllm_args.on_line(name) else vllm_args.value(name)
         found.append(own or str(usual if ours is None else ours))
     return found[0], found[1]
 
@@ -292,20 +338,20 @@ def _checked(settings: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def _note(given: Given, blends: bool) -> str:
+def _note(vllm_args: VLLMArgs, blends: bool) -> str:
     if not blends:
         return "The --kv-transfer-config given does not name our connector: nothing is blended."
-    if given.has(_TRANSFER):
+    if vllm_args.has(_TRANSFER):
         return (
             "With a --kv-transfer-config of your own, --policy, --ratio, --step-tokens and --connector are not used, "
-            "and vLLM is not told of --chunk-size and --lmcache-port: set them in its kv_connector_extra_config."
+            "and vLLM does not get --chunk-size and --lmcache-port: set them in its kv_connector_extra_config."
         )
     return ""
 
 
-def _check_secrets(given: Given) -> None:
+def _check_secrets(vllm_args: VLLMArgs) -> None:
     for name, variable in (("--api-key", "VLLM_API_KEY"), ("--hf-token", "HF_TOKEN")):
-        if given.on_line(name) and not given.word(name).startswith("-"):
+        if vllm_args.on_line(name) and not vllm_args.word(name).startswith("-"):
             raise ConfigError(
                 f"{name}: a secret on the command line is shown by `ps` to all users of the machine.",
                 remedy=f"Put it into the environment variable {variable}, or into the file of vLLM's --config.",
@@ -321,8 +367,8 @@ def _secret_file(options: ServeOptions, environment: Mapping[str, str]) -> Path 
     return state_file("secret") if options.l2 and not environment.get(VARIABLE) else None
 
 
-def _check_chunk(options: ServeOptions, given: Given) -> None:
-    text = given.value("--block-size")
+def _check_chunk(options: ServeOptions, vllm_args: VLLMArgs) -> None:
+    text = vllm_args.value("--block-size")
     block = int(text) if text.isdigit() and int(text) else VLLM_BLOCK
     if options.chunk_size <= 0 or options.chunk_size % block:
         raise ConfigError(
@@ -337,14 +383,14 @@ def _check_chunk(options: ServeOptions, given: Given) -> None:
         )
 
 
-def _address(host: str, port: str, given: Given) -> str:
+def _address(host: str, port: str, vllm_args: VLLMArgs) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - nothing is bound here
-    scheme = "https" if given.has("--ssl-certfile") else "http"
+    scheme = "https" if vllm_args.has("--ssl-certfile") else "http"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def _plugin_allowed(environment: Mapping[str, str]) -> dict[str, str]:
-    """VLLM_PLUGINS, once set, must name our plugin, or the connector is not given the model."""
+    """VLLM_PLUGINS, once set, must name our plugin, or the connector gets no access to the model."""
     allowed = environment.get("VLLM_PLUGINS")
     if allowed is None or PLUGIN in allowed.split(","):
         return {}
@@ -359,3 +405,114 @@ def _default_l1_gb() -> float:
     with contextlib.suppress(OSError, ValueError):  # a container's own limit; "max" is none
         memory = min(memory, float(Path("/sys/fs/cgroup/memory.max").read_text()))
     return max(1.0, min(L1_GB, float(int(memory / 2**30 * L1_SHARE))))
+
+
+class VLLMArgs:
+    """Options of vLLM by name. It takes --a-b, --a_b and --a-b=value; the command line wins over its file.
+
+    Args:
+        words: The command line after the model.
+
+    Raises:
+        ConfigError: The file of --config cannot be read.
+    """
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self._line: dict[str, str] = {}
+        for index, word in enumerate(words):
+            if word.startswith("-"):
+                name, found, value = word.partition("=")
+                following = words[index + 1] if index + 1 < len(words) else ""
+                self._line[_dashes(name)] = value if found else following
+        # vLLM itself reads the file only where both are separate arguments.
+        at = words.index("--config") if "--config" in words else len(words)
+        self._file = _read(words[at + 1]) if at + 1 < len(words) else {}
+
+    def has(self, name: str) -> bool:
+        """Whether this option, or with a dot a part of it, is set."""
+        return self.on_line(name) or _has(self._file, name)
+
+    def on_line(self, name: str) -> bool:
+        """Whether it is set on the command line."""
+        return _has(self._line, name)
+
+    def word(self, name: str) -> str:
+        """The argument after it on the command line; "" where there is none."""
+        return self._line.get(name, "")
+
+    def value(self, *names: str) -> str:
+        """The value of the first of these options that has one; "" where none has."""
+        return next((known[name] for known in (self._line, self._file) for name in names if known.get(name)), "")
+
+    def dotted(self, name: str) -> str:
+        """An option that sets a part of this one, "" where there is none."""
+        return next((known for known in (*self._line, *self._file) if known.startswith(f"{name}.")), "")
+
+    def gpus(self) -> int:
+        """How many GPUs vLLM uses: ranks of a replica, times replicas."""
+        return math.prod(self._size(*names) for names in _SIZES)
+
+    def ranks(self) -> int:
+        """Tensor-parallel ranks."""
+        return self._size(*_SIZES[0])
+
+    def _size(self, *names: str) -> int:
+        size = self.value(*names)
+        return int(size) if size.isdigit() and int(size) else 1
+
+
+def _has(known: Mapping[str, str], name: str) -> bool:
+    return any(one == name or one.startswith(f"{name}.") for one in known)
+
+
+def _dashes(name: str) -> str:
+    """As vLLM does, up to the first dot."""
+    head, dot, rest = name.partition(".")
+    return head.replace("_", "-") + dot + rest
+
+
+def _read(file: str) -> dict[str, str]:
+    """The options of a YAML file, as vLLM turns them into arguments."""
+    import yaml
+
+    remedy = "vLLM takes a YAML file with one option a line, such as `max-model-len: 8192`."
+    if not file.endswith((".yaml", ".yml")):
+        raise ConfigError(f"--config {file} is no .yaml or .yml.", remedy=remedy)
+    try:
+        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as problem:
+        raise ConfigError(f"--config {file} cannot be read: {' '.join(str(problem).split())}.", remedy=remedy) from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"--config {file} holds no options.", remedy=remedy)
+    return {_dashes(f"--{name}"): _word(value) for name, value in found.items()}
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, dict):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return str(value[0]) if value else ""
+    return "" if isinstance(value, bool) else str(value)
+
+
+def lmcache_environment(environment: Mapping[str, str], tiers: Sequence[str] = ()) -> dict[str, str]:
+    """The environment of LMCache: what it needs, and no passwords of others.
+
+    Any client of LMCache's HTTP port can have it show its environment.
+
+    Args:
+        environment: All variables.
+        tiers: LMCache's JSON of each second tier; some need variables of their own, and any may name some.
+    """
+    kinds = {str(json.loads(tier).get("type")) for tier in tiers}
+    prefixes = (*_LMCACHE_PREFIXES, *(prefix for kind in kinds for prefix in _PREFIXES_BY_TIER.get(kind, ())))
+    named = variables(tiers)
+    proxies = _PROXIES if kinds & _PREFIXES_BY_TIER.keys() else set()
+
+    def wanted() -> Iterable[str]:
+        for name in environment:
+            usual = name in _LMCACHE_NAMES or name.startswith(prefixes) or name.lower() in proxies
+            if name in named or (usual and not name.startswith(_NEVER)):
+                yield name
+
+    return {name: environment[name] for name in wanted()}

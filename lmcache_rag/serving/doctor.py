@@ -1,15 +1,47 @@
-"""Every check in order."""
+"""Every check of `lmcache-rag doctor`, in order: this machine, running servers, and a live round trip.
+
+The round trip precomputes random chunks behind a prefix and then queries them in another order.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import urlsplit
 
+from lmcache_rag import protocol
 from lmcache_rag.api_key import LOOPBACK
-from lmcache_rag.errors import ConfigError
-from lmcache_rag.serving import api, live_checks, machine
-from lmcache_rag.serving.environment import version
-from lmcache_rag.serving.machine import Check
+from lmcache_rag.errors import ConfigError, EngineError, LMCacheRAGError
+from lmcache_rag.protocol import (
+    CAN_BLEND,
+    INGEST,
+    LMCACHE_CHUNK,
+    MAX_OFFLOAD_TOKENS,
+    NEAR_TIE,
+    NO_BLEND,
+    POLICY,
+    RATIO,
+    CannotBlend,
+    SelfCheck,
+    chunk_tokens,
+    hit_tokens,
+)
+from lmcache_rag.serving import machine
+from lmcache_rag.serving.api import VLLM, Answer, Served, answers, get_json, get_text
+from lmcache_rag.serving.machine import Check, version
+
+COUNTED_S = 3.0
+NEARLY_FULL = 0.9
+IDS = range(300, 15000)  # ids of plain text in the usual vocabularies; none of them special
+CHUNKS = 3
+BLOCKS = (4, 3, 2)  # LMCache chunks in each of ours
+ANSWER = 16
+ATTEMPTS, PAUSE_S = 5, 1.0  # LMCache indexes what it stored a moment later
 
 
 def examine(
@@ -37,7 +69,7 @@ def examine(
         yield Check("This machine", "skipped", "the server is elsewhere", "Run lmcache-rag doctor there.")
     if lmcache_url:
         _host(lmcache_url)
-    known, status = live_checks.lmcache(
+    known, status = lmcache_checks(
         (lmcache_url or "http://127.0.0.1:8089").rstrip("/"), needed=bool(lmcache_url) or bool(url and here)
     )
     yield from known
@@ -46,15 +78,15 @@ def examine(
             yield machine.model(model)
         yield Check("vLLM", "skipped", "no URL was given", "lmcache-rag doctor http://127.0.0.1:8000")
         return
-    with api.VLLM(url, api_key, ingest_key=ingest_key) as server:
-        known, served = live_checks.vllm(server, version("vllm") if here else "")
+    with VLLM(url, api_key, ingest_key=ingest_key) as server:
+        known, served = vllm_checks(server, version("vllm") if here else "")
         yield from known
         if model or served:
             yield machine.model(model or (served.root if served else ""))
         if served is None:
             return
-        yield live_checks.sizes(server, status)
-        yield from live_checks.live(server, served, status)
+        yield chunk_and_block(server, status)
+        yield from round_trip_checks(server, served, status)
 
 
 def _host(url: str) -> str:
@@ -67,3 +99,371 @@ def _host(url: str) -> str:
     if host is None or parts.scheme not in ("http", "https"):
         raise ConfigError(f"{url!r} is no address of a server.", remedy="For example http://127.0.0.1:8000.")
     return host
+
+
+# Running servers
+
+
+def lmcache_checks(url: str, *, needed: bool) -> tuple[list[Check], dict[str, Any]]:
+    """LMCache's server: (checks, its status; empty when it does not answer).
+
+    Args:
+        url: Its HTTP address.
+        needed: Whether it is a fault when it does not answer.
+    """
+    if not answers(url, "/healthcheck"):
+        remedy = "lmcache-rag serve MODEL starts it. On another machine or port: --lmcache-url."
+        return [Check("LMCache", "failed" if needed else "skipped", f"{url} does not answer", remedy)], {}
+    try:
+        status = get_json(url, "/status")
+    except LMCacheRAGError as problem:
+        return [Check("LMCache", "failed", problem.message, problem.remedy)], {}
+    if status is None:
+        return [Check("LMCache", "failed", f"{url}/status does not answer", "Its log may say why.")], {}
+    checks = []
+    healthy = bool(status.get("is_healthy"))
+    chunk = status.get("chunk_size")
+    checks.append(
+        Check(
+            "LMCache",
+            "ok" if healthy else "failed",
+            f"{url} is {'healthy' if healthy else 'not healthy'}; chunks of {chunk} tokens",
+            "" if healthy else f"See {url}/status.",
+        )
+    )
+    # Only the blend engine reports rotary tables.
+    tables = status.get("registered_cb_rope_instances")
+    if tables is None:
+        remedy = "Start it with --engine-type blend, as lmcache-rag serve does."
+        checks.append(Check("Blend engine", "failed", "this server does not blend", remedy))
+        return checks, status
+    checks.append(Check("Blend engine", "ok", "on"))
+    workers = len(status.get("registered_gpu_ids") or ())
+    if tables:
+        some = len(tables) < workers
+        remedy = 'The others do not blend; their vLLM\'s log says why under "KV is not blended".' if some else ""
+        result = f"registered by {len(tables)} of {workers} workers"
+        checks.append(Check("RoPE", "warning" if some else "ok", result, remedy))
+    elif workers:
+        remedy = 'vLLM\'s log says why under "KV is not blended"; is kv_connector CacheBlendConnector?'
+        checks.append(Check("RoPE", "failed", f"not registered, though {workers} workers are there", remedy))
+    else:
+        state: Any = "failed" if needed else "skipped"
+        checks.append(Check("RoPE", state, "no vLLM worker is registered", "Is vLLM up, and with our connector?"))
+    checks += rank_checks(status)
+    checks.append(index_check(get_text(url, "/metrics")))
+    return checks, status
+
+
+def index_check(metrics: str) -> Check:
+    """How full the index of chunks is, and how many of the chunks looked up were found."""
+    entries, asked, found, size = (
+        protocol.lmcache_number(metrics, name)
+        for name in (protocol.INDEX_ENTRIES, protocol.INDEX_ASKED, protocol.INDEX_FOUND, protocol.INDEX_SIZE)
+    )
+    if entries is None:
+        return Check("Chunk index", "skipped", "LMCache's /metrics does not say")
+    result = f"{entries:,} chunks" + (f" of at most {size:,}" if size else "")
+    if asked:
+        result += f"; {found or 0:,} of {asked:,} chunks of prompts were found"
+    if size and entries >= NEARLY_FULL * size:
+        remedy = (
+            "New chunks take the place of those that were not used for longest: serve --index-size gives room for more."
+        )
+        return Check("Chunk index", "warning", f"{result}: it is nearly full", remedy)
+    return Check("Chunk index", "ok", result)
+
+
+def rank_checks(status: dict[str, Any]) -> list[Check]:
+    """Whether all tensor-parallel ranks of each vLLM are registered; nothing where no vLLM has several.
+
+    Without one of them every prompt is computed in full on all: no rank may blend alone.
+    """
+    sizes: Counter[tuple[str, int]] = Counter()
+    for one in (status.get("cache_context_meta") or {}).values():
+        sizes[str(one.get("model_name")), int(one.get("world_size") or 1)] += 1
+    checks = []
+    for (model, size), found in sorted(sizes.items()):
+        if size == 1:
+            continue
+        result = f"{found} registered for {model}, which is served by {size}"
+        if found % size:
+            remedy = "KV is blended by all ranks or by none: see vLLM's log for the worker that could not register."
+            checks.append(Check("Ranks", "failed", result, remedy))
+        else:
+            checks.append(Check("Ranks", "ok", result))
+    return checks
+
+
+def vllm_checks(server: VLLM, here: str = "") -> tuple[list[Check], Served | None]:
+    """The vLLM server: (checks, what it serves).
+
+    Args:
+        server: To ask.
+        here: Version of vLLM in this environment, "" where it does not matter.
+    """
+    try:
+        served = server.served()
+    except LMCacheRAGError as problem:
+        return [Check("vLLM", "failed", problem.message, problem.remedy)], None
+    version = server.version()
+    result = f"{server.url} serves {served.name}" + (f", vLLM {version}" if version else "")
+    if not server.healthy():
+        return [Check("vLLM", "failed", f"{result}, and is not healthy", "Its log says why; start it again.")], served
+    if version and here and version.partition("+")[0] != here.partition("+")[0]:
+        result += f"; this environment has vLLM {here}, which is what was checked above"
+        return [Check("vLLM", "warning", result, "Run the lmcache-rag doctor of the server's own environment.")], served
+    return [Check("vLLM", "ok", result)], served
+
+
+def chunk_size(server: VLLM, status: dict[str, Any]) -> int:
+    """Tokens of an LMCache chunk, as LMCache reports it, or else vLLM with our connector; 0: neither does."""
+    own = status.get("chunk_size")
+    return own if isinstance(own, int) and own > 0 else chunk_tokens(server.metrics())
+
+
+def chunk_and_block(server: VLLM, status: dict[str, Any]) -> Check:
+    """LMCache's chunk against vLLM's block."""
+    chunk = chunk_size(server, status)
+    found = re.search(r'cache_config_info\{[^}]*\bblock_size="(\d+)"', server.metrics())
+    if not chunk or found is None:
+        return Check("Chunk and block", "skipped", "the servers do not say")
+    block = int(found[1])
+    result = f"chunks of {chunk} tokens, blocks of {block}"
+    if block and chunk % block == 0:
+        return Check("Chunk and block", "ok", result)
+    return Check("Chunk and block", "failed", result, "The chunk size must be a multiple of the block size.")
+
+
+def round_trip_checks(server: VLLM, served: Served, status: dict[str, Any]) -> list[Check]:
+    """The round trip."""
+    before = hit_tokens(server.metrics())
+    try:
+        outcome = round_trip(server, served, chunk_size(server, status) or LMCACHE_CHUNK)
+    except LMCacheRAGError as problem:
+        return [Check("Round trip", "failed", problem.message, problem.remedy)]
+    checks = list(judge(outcome))
+    return [*checks, counter_check(server, before)] if outcome.hit else checks
+
+
+def counter_check(server: VLLM, before: int | None) -> Check:
+    """Whether the hits of a round trip show on /metrics, where they appear a moment after the answer."""
+    if before is None:
+        return Check("Hit counters", "skipped", "the server has none; vLLM's --disable-log-stats turns them off")
+    until = time.monotonic() + COUNTED_S
+    while (after := hit_tokens(server.metrics()) or 0) <= before and time.monotonic() < until:
+        time.sleep(0.1)
+    result = f"{after - before:,} tokens more on /metrics"
+    if after > before:
+        return Check("Hit counters", "ok", result)
+    return Check("Hit counters", "failed", result, "Are several servers behind this address? Ask each by its own.")
+
+
+def judge(outcome: Outcome) -> Iterator[Check]:
+    """The checks that follow from a round trip."""
+    found = outcome.reused
+    if found is None:
+        remedy = "Start vLLM by lmcache-rag serve, or with the --kv-transfer-config of its --dry-run."
+        yield Check("Round trip", "failed", "the answer has no statistics: our connector is not loaded", remedy)
+        return
+    if (why_not := protocol.cannot_blend(found)) is not None:
+        name = "Self-check" if why_not.code in _SELF_CHECKS else "Round trip"
+        remedy = _REMEDIES.get(why_not.code, _STOCK)
+        yield Check(name, "failed", f"our connector is loaded, and cannot blend: {why_not}", remedy)
+        return
+    yield self_check(found)
+    if not outcome.hit:
+        why = found.get("failure")
+        result = f"nothing was reused in {outcome.queries} queries" + (f": {why}" if why else "")
+        remedy = 'vLLM\'s log says why under "KV is not blended"; an LMCache that is full or new holds no KV.'
+        yield Check("Round trip", "failed", result, remedy)
+        return
+    times = ", ".join(
+        f"{name} {found[f'{name}_ms']:g} ms" for name in ("lookup", "load", "blend") if f"{name}_ms" in found
+    )
+    yield Check(
+        "Round trip",
+        "ok",
+        f"chunks in another order: {found['reused_tokens']:,} of {found.get('prompt_tokens', 0):,} tokens reused, "
+        f"{found.get('recomputed_tokens', 0):,} recomputed ({found.get('policy')} at {found.get('ratio'):g}); {times}",
+    )
+    exact = outcome.exact or {}
+    if not exact.get("recomputed_tokens"):
+        result = f"nothing was recomputed: {exact.get('failure') or 'no chunk was found again'}"
+        yield Check("Ratio 1", "failed", result, "LMCache may be too small for its load: --l1-gb.")
+        return
+    result = f"{outcome.same} of {outcome.compared} tokens equal a run without reuse"
+    if outcome.near_tie and outcome.same < outcome.compared:
+        result += "; the first difference is a tie but for rounding"
+    remedy = "" if outcome.agrees else "Answers may be wrong. Set lmcache_rag.blend to off and report this, please."
+    yield Check("Ratio 1", "ok" if outcome.agrees else "failed", result, remedy)
+
+
+def self_check(found: Mapping[str, Any]) -> Check:
+    """The result of the comparison of a blend with a full prefill at the server's start."""
+    outcome = found.get(protocol.SELF_CHECK)
+    if outcome == SelfCheck.PASSED:
+        return Check("Self-check", "ok", "on this model and build a blend at ratio 1 equals a full prefill")
+    if outcome == SelfCheck.SKIPPED:
+        remedy = "Start the server without lmcache_rag.self_check=false."
+        return Check("Self-check", "warning", "blends were not compared with a full prefill at start", remedy)
+    return Check("Self-check", "skipped", "the server does not say")
+
+
+_SELF_CHECKS = (CannotBlend.SELF_CHECK, CannotBlend.SELF_CHECK_ERROR)
+_STOCK = "Everything is served as stock vLLM does. Leave out the option, or take a model, that is named."
+_LMCACHE = "Start LMCache's server as lmcache-rag serve does, and vLLM after it."
+_WORKERS = "See vLLM's log: its workers did not get as far as the connector."
+_REPORT = "vLLM's log has the error: please report it."
+_REMEDIES = {
+    CannotBlend.NOT_READY: _WORKERS,
+    CannotBlend.NO_WORKER: _WORKERS,
+    CannotBlend.NO_PLUGIN: "Add lmcache_rag to the server's VLLM_PLUGINS, or unset it.",
+    CannotBlend.NEEDS_CUDA: "Run vLLM and LMCache on an NVIDIA GPU, both as lmcache-rag serve starts them.",
+    CannotBlend.ROCM: "Run vLLM and LMCache on an NVIDIA GPU.",
+    CannotBlend.SLEEP_MODE: "Start vLLM without --enable-sleep-mode.",
+    CannotBlend.MULTI_CONNECTOR: "Name CacheBlendConnector itself in --kv-transfer-config, as lmcache-rag serve does.",
+    CannotBlend.LMCACHE_HANDSHAKE: _LMCACHE,
+    CannotBlend.LMCACHE_ROPE: _LMCACHE,
+    CannotBlend.OTHER_RANK: "vLLM's log names the rank that cannot, and its reason.",
+    CannotBlend.SELF_CHECK: "Blended answers would be wrong here. Please report the model, the GPU, and this line.",
+    CannotBlend.SELF_CHECK_ERROR: f"{_REPORT} --connector lmcache_rag.self_check=false blends without the check.",
+    CannotBlend.ERROR: _REPORT,
+}
+
+
+# The round trip
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Random prompts.
+
+    Attributes:
+        prefix: One LMCache chunk.
+        chunks: Token ids of the chunks; each a multiple of LMCache's.
+    """
+
+    prefix: tuple[int, ...]
+    chunks: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def draw(cls, chunk_size: int, most_tokens: int = 0, seed: int | None = None) -> Prompts:
+        """New random text, so that nothing of it is cached yet. Shorter where the model's context is short."""
+        dice = random.Random(seed)  # noqa: S311 - no secret
+        blocks = BLOCKS if not most_tokens or most_tokens > chunk_size * 12 else (1, 2, 1)
+        return cls(_ids(dice, chunk_size), tuple(_ids(dice, chunk_size * n) for n in blocks))
+
+    def ingest(self) -> list[list[int]]:
+        """Prefix and chunk, for each chunk."""
+        return [[*self.prefix, *chunk] for chunk in self.chunks]
+
+    def query(self) -> list[int]:
+        """All chunks in the opposite order, with new separators and a new question."""
+        dice = random.Random()  # noqa: S311 - no secret
+        prompt = list(self.prefix)
+        for chunk in reversed(self.chunks):
+            prompt += [*_ids(dice, 3), *chunk]
+        return [*prompt, *_ids(dice, 40)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a round trip showed.
+
+    Attributes:
+        reused: Statistics of the best query with the server's own policy; None when the connector sent none.
+        queries: How many queries it took.
+        exact: Statistics of the query with every token recomputed; None without reuse.
+        same: Tokens in which it agrees with a run without reuse, out of `compared`.
+        compared: Tokens compared.
+        near_tie: Whether the first difference is a tie but for rounding.
+    """
+
+    reused: dict[str, Any] | None
+    queries: int
+    exact: dict[str, Any] | None = None
+    same: int = 0
+    compared: int = 0
+    near_tie: bool = False
+
+    @property
+    def hit(self) -> bool:
+        """Whether KV of cached chunks was found and used, be it only to select what is recomputed."""
+        return found_again(self.reused) > 0
+
+    @property
+    def agrees(self) -> bool:
+        """Whether recomputing everything equals a full prefill."""
+        return self.compared > 0 and (self.same == self.compared or self.near_tie)
+
+
+def found_again(statistics: dict[str, Any] | None) -> int:
+    """Tokens of cached chunks. With policy `all` or ratio 1 every one of them is recomputed, and none reused."""
+    found = statistics or {}
+    return int(found.get("reused_tokens", 0)) + int(found.get("recomputed_tokens", 0))
+
+
+def round_trip(
+    server: VLLM,
+    served: Served,
+    chunk_size: int,
+    *,
+    compare: bool = True,
+    pause: Callable[[float], None] = time.sleep,
+) -> Outcome:
+    """Run it.
+
+    Args:
+        server: The vLLM server.
+        served: Its model.
+        chunk_size: Tokens of an LMCache chunk.
+        compare: Also compare a run that recomputes everything with one that reuses nothing.
+        pause: For waiting between two attempts.
+
+    Raises:
+        EngineError: The server refused a request, or answers in a way that is not vLLM's.
+    """
+    prompts = Prompts.draw(chunk_size, served.most_tokens)
+    # The queries' KV is not to be stored: an attempt that finds nothing must not help the next one.
+    keep_out = {MAX_OFFLOAD_TOKENS: chunk_size}
+    for prompt in prompts.ingest():
+        server.complete(served.name, prompt, params={**NO_BLEND, INGEST: True})
+    found: dict[str, Any] | None = None
+    query: list[int] = []
+    attempt = 0
+    while attempt < ATTEMPTS and not found_again(found):
+        pause(PAUSE_S if attempt else PAUSE_S / 4)
+        attempt += 1
+        query = prompts.query()
+        found = server.complete(served.name, query, params=keep_out).statistics
+        if found is None or found.get(CAN_BLEND) is False:
+            break
+    if not compare or not found_again(found):
+        return Outcome(found, attempt)
+    # Blended first: after a run without reuse vLLM itself would hold the whole prompt.
+    query = prompts.query()
+    every = {POLICY: "query", RATIO: 1.0}
+    blended = server.complete(served.name, query, most=ANSWER, params=every | keep_out)
+    plain = server.complete(served.name, query, most=ANSWER, params={**NO_BLEND, **keep_out})
+    if not blended.tokens or not plain.tokens:
+        raise EngineError("The server answered without tokens.", remedy="Its log may say more.")
+    same = _agree(blended.tokens, plain.tokens)
+    compared = max(len(blended.tokens), len(plain.tokens))
+    return Outcome(found, attempt, blended.statistics, same, compared, _near_tie(plain, blended, same))
+
+
+def _ids(dice: random.Random, count: int) -> tuple[int, ...]:
+    return tuple(dice.choice(IDS) for _ in range(count))
+
+
+def _agree(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+
+
+def _near_tie(plain: Answer, blended: Answer, at: int) -> bool:
+    """Whether the run without reuse found both tokens about equally likely where the two part."""
+    if at >= min(len(plain.top), len(plain.tokens), len(blended.tokens)):
+        return False
+    row, ours, theirs = plain.top[at], blended.tokens[at], plain.tokens[at]
+    return ours in row and theirs in row and row[theirs] - row[ours] <= NEAR_TIE

@@ -2,7 +2,7 @@
 
 ``python -m lmcache_rag.serving.lmcache_server server ... --l2-adapter '{"password": "${NAME}", ...}'`` is ``lmcache
 server ...`` with the placeholders of lmcache_rag.serving.tiers filled in after the process has started: what `ps` shows
-stays as it was given. The variables are taken out of the process's environment then.
+stays as it was. The variables are taken out of the process's environment then.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from lmcache_rag.errors import LMCacheRAGError
 from lmcache_rag.serving.tiers import OPTION, filled, placeholders, variables
 
 
-def arguments(given: Sequence[str]) -> list[str]:
+def arguments(command_line: Sequence[str]) -> list[str]:
     """Arguments for LMCache. Takes the variables out of the environment.
 
     Raises:
         LMCacheRAGError: A variable is not set, or a file cannot be read.
     """
-    made = list(given)
-    tiers = [n + 1 for n, word in enumerate(given[:-1]) if word == OPTION and placeholders(given[n + 1])]
+    made = list(command_line)
+    tiers = [n + 1 for n, word in enumerate(command_line[:-1]) if word == OPTION and placeholders(command_line[n + 1])]
     for at in tiers:
-        made[at] = filled(given[at], os.environ)
-    for name in variables([given[at] for at in tiers]):
+        made[at] = filled(command_line[at], os.environ)
+    for name in variables([command_line[at] for at in tiers]):
         os.environ.pop(name, None)
     return made
 

@@ -1,8 +1,9 @@
-"""What can be checked on this machine without a server: GPU, versions, connector, plugin, model."""
+"""What can be checked on this machine without a server: GPU, versions, CUDA code, connector, plugin, model."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import json
 import os
 import shutil
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 from lmcache_rag.architectures import ARCHITECTURES
-from lmcache_rag.serving.environment import IMPORT_S, INSTALL, cuda_code, version
 
 State = Literal["ok", "warning", "failed", "skipped"]
 
@@ -28,6 +28,23 @@ LEAST_FREE_MIB = 2048
 LEAST_CAPABILITY = (8, 0)  # bfloat16, and the kernels of the blend
 LEAST_DRIVER = 580  # of builds for CUDA 13, as vLLM, PyTorch and LMCache come from PyPI
 _FIELDS = "name,driver_version,memory.total,memory.free"
+INSTALL = 'pip install "lmcache-rag[gpu]"'
+FITTING = "vllm==0.32.0"  # pins torch 2.13, which LMCache 0.5.6's wheel is compiled for
+IMPORT_S = 180
+# In a process of its own: an extension that does not fit can do worse than raise.
+_SAYS = "lmcache-rag: "  # others may write to stdout too
+_CODE = f"""
+def say(*words):
+    print("\\n{_SAYS}", *words, sep="", flush=True)
+try:
+    import torch
+    say(torch.version.cuda and torch.__version__)
+    if torch.version.cuda:
+        import lmcache.cuda_ops
+        say("loaded")
+except Exception as problem:
+    say(type(problem).__name__, ": ", str(problem).replace("\\n", " "))
+"""
 
 
 @dataclass(frozen=True)
@@ -56,14 +73,14 @@ def gpu() -> Iterator[Check]:
         )
         return
     try:
-        rows, words = _ask(program, f"{_FIELDS},compute_cap")
+        rows, result = _ask(program, f"{_FIELDS},compute_cap")
         if not rows:  # a driver so old that it does not know the last field
-            rows, words = _ask(program, _FIELDS)
+            rows, result = _ask(program, _FIELDS)
     except (OSError, subprocess.TimeoutExpired) as problem:
         yield Check("GPU", "failed", f"nvidia-smi does not run: {problem}", "Mend or reinstall the NVIDIA driver.")
         return
     if not rows:
-        yield Check("GPU", "failed", f"nvidia-smi finds none: {words}", "Mend or reinstall the NVIDIA driver.")
+        yield Check("GPU", "failed", f"nvidia-smi finds none: {result}", "Mend or reinstall the NVIDIA driver.")
         return
     for number, (name, driver, total, free, *more) in enumerate(rows):
         yield _fitness(number, name, driver, more[0] if more else "")
@@ -80,7 +97,7 @@ def gpu() -> Iterator[Check]:
 
 
 def _ask(program: str, fields: str) -> tuple[list[list[str]], str]:
-    """What nvidia-smi says of each GPU, and its words where it says nothing of use."""
+    """nvidia-smi's fields for each GPU, and its message where it gives none."""
     query = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
     commas = fields.count(",")
@@ -91,13 +108,13 @@ def _ask(program: str, fields: str) -> tuple[list[list[str]], str]:
 
 
 def _fitness(number: int, name: str, driver: str, capability: str) -> Check:
-    words = f"{name}, driver {driver}" + (f", compute capability {capability}" if capability else "")
+    result = f"{name}, driver {driver}" + (f", compute capability {capability}" if capability else "")
     remedies = []
     if (parts := _numbers(capability)) and parts < LEAST_CAPABILITY:
         remedies.append("bfloat16 and the kernels of the blend need compute capability 8.0 (Ampere) or newer.")
     if (parts := _numbers(driver)) and parts[0] < LEAST_DRIVER:
         remedies.append(f"What PyPI has is built for CUDA 13, which needs driver {LEAST_DRIVER} or newer.")
-    return Check(f"GPU {number}", "warning" if remedies else "ok", words, " ".join(remedies))
+    return Check(f"GPU {number}", "warning" if remedies else "ok", result, " ".join(remedies))
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -118,12 +135,12 @@ def versions() -> Iterator[Check]:
     if missing:
         yield Check("Versions", "failed", f"not installed: {', '.join(missing)}", INSTALL)
         return
-    words = f"vLLM {found['vllm']} with LMCache {found['lmcache']}"
+    result = f"vLLM {found['vllm']} with LMCache {found['lmcache']}"
     if (found["vllm"], found["lmcache"]) in TESTED:
-        yield Check("Versions", "ok", f"{words}: tested")
+        yield Check("Versions", "ok", f"{result}: tested")
         return
     known = ", ".join(f"vLLM {vllm} with LMCache {lmcache}" for vllm, lmcache in sorted(TESTED))
-    yield Check("Versions", "warning", f"{words}: not tested together", f"Tested: {known}.")
+    yield Check("Versions", "warning", f"{result}: not tested together", f"Tested: {known}.")
 
 
 def connector(python: str = sys.executable) -> Iterator[Check]:
@@ -186,3 +203,72 @@ def _config_file(name: str) -> Path | None:
     except HFValidationError:
         return None
     return Path(found) if isinstance(found, str) else None
+
+
+# What is installed
+
+
+@dataclass(frozen=True)
+class CUDACode:
+    """LMCache's compiled extension, without which its server loads no KV for a blend and reports that in its log only.
+
+    Attributes:
+        state: "failed" when it cannot be loaded; "skipped" where there is nothing to try.
+        result: What was found.
+        remedy: What to do about it; empty when all is well.
+    """
+
+    state: Literal["ok", "failed", "skipped"]
+    result: str
+    remedy: str = ""
+
+
+def missing_packages() -> list[str]:
+    """Which of vLLM and LMCache cannot be found here."""
+    names = {"vllm": "vLLM", "lmcache": "LMCache"}
+    return [label for module, label in names.items() if importlib.util.find_spec(module) is None]
+
+
+def version(name: str) -> str:
+    """Of an installed package; "" where it is not."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def cuda_code(python: str = sys.executable) -> CUDACode:
+    """Load LMCache's extension, as its server does. Takes seconds: PyTorch is imported.
+
+    A wheel of LMCache is compiled for one version of PyTorch, and its metadata does not say which.
+
+    Args:
+        python: Interpreter of the environment.
+    """
+    if not version("lmcache"):
+        return CUDACode("skipped", "needs LMCache", INSTALL)
+    try:
+        done = subprocess.run([python, "-c", _CODE], capture_output=True, text=True, timeout=IMPORT_S, check=False)
+    except subprocess.TimeoutExpired:
+        return CUDACode("failed", f"was not loaded within {IMPORT_S} s", "Is the disk very slow? Try again.")
+    reported = [line.removeprefix(_SAYS) for line in done.stdout.splitlines() if line.startswith(_SAYS)]
+    if reported[:1] == ["None"]:
+        return CUDACode("skipped", "PyTorch is built without CUDA")
+    torch, problem, *_ = *reported, "", ""
+    if problem == "loaded":
+        return CUDACode("ok", f"fits PyTorch {torch}")
+    if done.returncode:
+        problem = f"Python ended with status {done.returncode}"
+    if not problem or not torch:
+        result = f"PyTorch cannot be imported: {torch or problem}"
+        return CUDACode("failed", result, f"{INSTALL} --force-reinstall")
+    return CUDACode("failed", f"does not fit PyTorch {torch}, so nothing is blended: {problem}", _cuda_remedy(torch))
+
+
+def _cuda_remedy(torch: str) -> str:
+    lmcache = f"lmcache=={version('lmcache')}"
+    return (
+        f'pip install "{FITTING}", whose PyTorch lmcache==0.5.6 is compiled for. Or compile it for PyTorch {torch}: '
+        "pip install ninja setuptools_scm grpcio-tools==1.78.0, then (this needs nvcc) "
+        f"pip install --no-build-isolation --no-binary lmcache --no-deps --force-reinstall {lmcache}"
+    )

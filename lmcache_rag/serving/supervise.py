@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from lmcache_rag.errors import EngineError
 from lmcache_rag.serving.process import Server
 
-Tell = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Times:
-    """How long things may take, in seconds.
+class Timeouts:
+    """Time limits and intervals, in seconds.
 
     Attributes:
         lmcache_start: LMCache's start.
@@ -26,7 +26,7 @@ class Times:
         hang: LMCache without a healthy answer for so long is killed and started again.
         first_pause: Before the first restart; doubled with each that follows.
         longest_pause: Between two restarts at most.
-        grace: For a server that was asked to end, before it is killed.
+        grace: For a server between a signal and its kill.
     """
 
     lmcache_start: float = 180.0
@@ -54,15 +54,15 @@ class Supervisor:
     Attributes:
         lmcache: The LMCache server.
         vllm: The vLLM server.
-        tell: Called with each line for people.
-        times: How long things may take.
+        report: Called with each line for the user.
+        timeouts: How long things may take.
         signal_of: Which signal a KeyboardInterrupt stands for; it is passed on to both servers.
     """
 
     lmcache: Server
     vllm: Server
-    tell: Tell
-    times: Times = field(default_factory=Times)
+    report: Report
+    timeouts: Timeouts = field(default_factory=Timeouts)
     signal_of: Callable[[BaseException], int] = lambda _: signal.SIGINT
     _pause: float = 0.0
     _again_at: float | None = None  # when LMCache is to be started again
@@ -85,7 +85,7 @@ class Supervisor:
             ready()
             while True:
                 self._look()
-                time.sleep(self.times.poll)
+                time.sleep(self.timeouts.poll)
         except VLLMEndError as end:
             self._show_end(self.vllm, end.status)
             return end.status
@@ -96,7 +96,7 @@ class Supervisor:
             self._stop(number)
 
     def _start_lmcache(self) -> None:
-        self.tell(f"Starting LMCache; its log: {self.lmcache.log}")
+        self.report(f"Starting LMCache; its log: {self.lmcache.log}")
         self.lmcache.start()
         begin = time.monotonic()
         while not self.lmcache.healthy():
@@ -104,30 +104,30 @@ class Supervisor:
             if status is not None:
                 self._show_end(self.lmcache, status)
                 raise EngineError("LMCache did not start.", remedy=f"Its log says why: {self.lmcache.log}")
-            if time.monotonic() - begin > self.times.lmcache_start:
+            if time.monotonic() - begin > self.timeouts.lmcache_start:
                 self._show_tail(self.lmcache)
                 raise EngineError(
-                    f"LMCache was not healthy after {self.times.lmcache_start:g} s.",
+                    f"LMCache was not healthy after {self.timeouts.lmcache_start:g} s.",
                     remedy=f"Its log may say why: {self.lmcache.log}",
                 )
-            time.sleep(self.times.poll)
+            time.sleep(self.timeouts.poll)
         self._healthy_at = self._up_since = time.monotonic()
-        self.tell(f"LMCache is healthy after {self._healthy_at - begin:.1f} s.")
+        self.report(f"LMCache is healthy after {self._healthy_at - begin:.1f} s.")
 
     def _start_vllm(self) -> None:
-        self.tell(f"Starting vLLM, which takes minutes with a large model; its log: {self.vllm.log}")
+        self.report(f"Starting vLLM, which takes minutes with a large model; its log: {self.vllm.log}")
         self.vllm.start()
         begin = time.monotonic()
         while not self.vllm.healthy():
             self._look()
-            if time.monotonic() - begin > self.times.vllm_start:
+            if time.monotonic() - begin > self.timeouts.vllm_start:
                 self._show_tail(self.vllm)
                 raise EngineError(
-                    f"vLLM was not healthy after {self.times.vllm_start:g} s.",
+                    f"vLLM was not healthy after {self.timeouts.vllm_start:g} s.",
                     remedy=f"Its log may say why: {self.vllm.log}. Give it longer with --start-timeout.",
                 )
-            time.sleep(self.times.poll)
-        self.tell(f"vLLM is healthy after {time.monotonic() - begin:.1f} s.")
+            time.sleep(self.timeouts.poll)
+        self.report(f"vLLM is healthy after {time.monotonic() - begin:.1f} s.")
 
     def _look(self) -> None:
         """One look at both."""
@@ -141,26 +141,26 @@ class Supervisor:
             return
         if (status := self.lmcache.ended()) is not None:
             self._down = True
-            self._pause = min(self._pause * 2 or self.times.first_pause, self.times.longest_pause)
+            self._pause = min(self._pause * 2 or self.timeouts.first_pause, self.timeouts.longest_pause)
             self._again_at = now + self._pause
             self._show_end(self.lmcache, status, 5)
-            self.tell(
+            self.report(
                 f"LMCache is started again in {self._pause:g} s. vLLM goes on: until then every prompt is computed."
             )
-        elif now - self._checked_at >= self.times.health or self._down:
+        elif now - self._checked_at >= self.timeouts.health or self._down:
             self._check_lmcache(now)
 
     def _check_lmcache(self, now: float) -> None:
         self._checked_at = now
         if self.lmcache.healthy():
             if self._down:
-                self.tell("LMCache is healthy again, its memory empty: KV comes back with use, or from --l2.")
+                self.report("LMCache is healthy again, its memory empty: KV comes back with use, or from --l2.")
                 self._up_since = now
-            if now - self._up_since > self.times.longest_pause:
+            if now - self._up_since > self.timeouts.longest_pause:
                 self._pause = 0.0  # what happened is over: the next end is the first again
             self._down, self._healthy_at = False, now
-        elif now - self._healthy_at > (self.times.lmcache_start if self._down else self.times.hang):
-            self.tell(f"LMCache has not answered for {now - self._healthy_at:.0f} s: it is killed.")
+        elif now - self._healthy_at > (self.timeouts.lmcache_start if self._down else self.timeouts.hang):
+            self.report(f"LMCache has not answered for {now - self._healthy_at:.0f} s: it is killed.")
             self.lmcache.kill()
             self.lmcache.wait()
 
@@ -171,7 +171,7 @@ class Supervisor:
                 server.send(number)
                 server.wait()
                 continue
-            self.tell(f"{server.name} is killed.")
+            self.report(f"{server.name} is killed.")
             self.vllm.kill()
             self.lmcache.kill()
         for server in (self.vllm, self.lmcache):
@@ -180,13 +180,13 @@ class Supervisor:
     def _show_end(self, server: Server, status: int, lines: int = 20) -> None:
         self._show_tail(server, lines)
         how = f"signal {signal.Signals(status - 128).name}" if _is_signal(status) else f"status {status}"
-        self.tell(f"{server.name} ended with {how}.")
+        self.report(f"{server.name} ended with {how}.")
 
     def _show_tail(self, server: Server, lines: int = 20) -> None:
         if last := server.last_lines(lines):
-            self.tell(f"The last lines of {server.log}:")
+            self.report(f"The last lines of {server.log}:")
             for line in last:
-                self.tell(f"    {line}")
+                self.report(f"    {line}")
 
 
 def _is_signal(status: int) -> bool:

@@ -32,7 +32,7 @@ def second_tier(text: str) -> str:
     """LMCache's JSON for a second tier: from a folder, redis://host:port, or that JSON itself. Placeholders stay.
 
     Raises:
-        ConfigError: It is none of them, or a password stands in it. The message does not repeat what was given.
+        ConfigError: It is none of them, or a password stands in it. The message does not repeat the text.
     """
     if text.lstrip().startswith("{"):
         try:
@@ -124,8 +124,8 @@ def _value(found: re.Match[str], environment: Mapping[str, str]) -> str:
     try:
         return Path(name).expanduser().read_text(encoding="utf-8").rstrip("\r\n")
     except (OSError, ValueError) as problem:
-        words = getattr(problem, "strerror", None) or "it is no text"
-        raise ConfigError(f"--l2: {name} cannot be read: {words}.", remedy="Is the path right?") from None
+        reason = getattr(problem, "strerror", None) or "it is no text"
+        raise ConfigError(f"--l2: {name} cannot be read: {reason}.", remedy="Is the path right?") from None
 
 
 def variables(tiers: Sequence[str]) -> set[str]:
