@@ -131,7 +131,7 @@ def measure(files: list[Path], hf: HFModel, embedder: Any, revision: str, raw: R
 
     with tempfile.TemporaryDirectory() as folder:
         engine = EmbeddedEngine.from_model(hf, name="benchmark", revision=revision, kv_dir=Path(folder) / "kv")
-        with Workspace.open(Path(folder) / "store", engine=engine, embedder_object=embedder) as ws:
+        with Workspace.open(Path(folder) / "store", engine=engine, embedder=embedder) as ws:
             ws.ingestor.on_progress = each
             watch.watch(lmcache_rag.ingest, "load_document", "reading files")
             watch.watch(ws.splitter, "split", "splitting")
@@ -173,7 +173,7 @@ def main() -> None:
     embedder = SentenceTransformerEmbedder(args.embedder, device="cpu")
     with tempfile.TemporaryDirectory() as folder:
         engine = EmbeddedEngine.from_model(hf, name="benchmark", revision=revision, kv_dir=folder)
-        with Workspace.open(Path(folder) / "store", engine=engine, embedder_object=embedder) as ws:
+        with Workspace.open(Path(folder) / "store", engine=engine, embedder=embedder) as ws:
             prompt = ws.prompts.ingest("A river is a natural stream of water. " * 200)
     prefix_ids = prompt.token_ids[: prompt.prefix_tokens]
     raw = Raw(source.path, prefix_ids, list(prompt.chunk_ids))

@@ -51,11 +51,14 @@ class Workspace:
     def open(cls, store: str | Path | None = None, *, create: bool = True, **settings: Any) -> Workspace:
         """Open with settings from arguments, then environment, then the store's settings.toml, then defaults.
 
-        `engine` is a setting like the others ("embedded", or URLs of vLLM servers), or an engine that exists already.
+        `engine` is a setting like the others ("embedded", or URLs of vLLM servers), or an engine that exists already;
+        `embedder` is a name, or an embedder that exists already.
         """
-        engine, embedder = None, settings.pop("embedder_object", None)
+        engine, embedder = None, None
         if not isinstance(settings.get("engine"), str | list | tuple):
             engine = settings.pop("engine", None)
+        if not isinstance(settings.get("embedder"), str):
+            embedder = settings.pop("embedder", None)
         return cls(Settings.load(store, **settings), create=create, engine=engine, embedder=embedder)
 
     @cached_property

@@ -220,14 +220,15 @@ def _warm_up(folder: Path, engine: Callable[[Path], Any], embedder: Any) -> Any:
 
     (folder / "a.txt").write_text("Some text about rivers.")
     made = engine(folder / "store" / "kv")
-    with Workspace.open(folder / "store", engine=made, embedder_object=embedder) as workspace:
+    with Workspace.open(folder / "store", engine=made, embedder=embedder) as workspace:
         workspace.ingestor.ingest([folder / "a.txt"])
         return workspace.prompts
 
 
-def _attempt(question: dict[str, Any], opener: Callable[..., Workspace]) -> None:
+def _attempt(question: dict[str, Any], open_workspace: Callable[..., Workspace]) -> None:
     """The forked process: `lmcache-rag ingest` with its streams in files. Does not return."""
-    from lmcache_rag.cli import main, run
+    from lmcache_rag.cli import main
+    from lmcache_rag.cli.run import Services
 
     folder = Path(question["folder"])
     try:
@@ -236,11 +237,10 @@ def _attempt(question: dict[str, Any], opener: Callable[..., Workspace]) -> None
             opened = os.open(name, os.O_RDWR | os.O_CREAT, 0o644)
             os.dup2(opened, number)
             os.close(opened)
-        run.opener = opener
         if question["at"]:
             MOMENTS[question["at"]]()
         sys.argv = ["lmcache-rag", "ingest", question["docs"], "--store", question["store"], "--json"]
-        main()
+        main(Services(open_workspace=open_workspace))
     except SystemExit as done:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -143,7 +143,7 @@ async def test_requests_come_at_their_rate_whether_or_not_answers_do(tokenizer: 
 
 def test_everything_is_measured_beside_a_baseline(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[tuple[int, int]] = []
-    monkeypatch.setattr("lmcache_rag.cli.bars.Bars.update", lambda self, name, *step: steps.append(step))
+    monkeypatch.setattr("lmcache_rag.cli.run.Bars.update", lambda self, name, *step: steps.append(step))
     everything = ["--throughput", "--rate", "0", "--ingestion", "--nothing-cached", "--floor"]
     with vllm_serving(tokenizer) as ours, vllm_serving(tokenizer) as stock:
         stock.connector = False
@@ -184,7 +184,7 @@ def test_everything_is_measured_beside_a_baseline(tokenizer: Any, monkeypatch: p
 
 def test_everything_is_shown_in_tables(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[tuple[int, int]] = []
-    monkeypatch.setattr("lmcache_rag.cli.bars.Bars.update", lambda self, name, *step: steps.append(step))
+    monkeypatch.setattr("lmcache_rag.cli.run.Bars.update", lambda self, name, *step: steps.append(step))
     with vllm_serving(tokenizer) as server:
         arguments = ["bench", "speed", "--engine", server.url, "--tokens", "1300", "--repeats", "1", "--chunks", "2"]
         more = ["--rate", "50", "--requests", "3", "--ingestion", "--nothing-cached", "--floor"]

@@ -11,7 +11,7 @@ import resource
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ from models import tiny_model
 from typer.testing import CliRunner, Result
 
 from lmcache_rag import __version__
-from lmcache_rag.cli import options
 from lmcache_rag.cli import run as cli_run
 from lmcache_rag.cli.app import app
 from lmcache_rag.settings import Settings
@@ -82,21 +81,21 @@ def make_tiny(smollm2_path: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def call(make_tiny: Any, embedder: Any) -> Iterator[Call]:
+def call(make_tiny: Any, embedder: Any) -> Call:
     """Runs one command line in this process, with the model and embedder that are loaded already."""
     from lmcache_rag.workspace import Workspace
 
-    def opener(settings: Settings, *, create: bool) -> Workspace:
+    def open_workspace(settings: Settings, *, create: bool) -> Workspace:
         return Workspace(settings, create=create, engine=make_tiny(settings.store / "kv"), embedder=embedder)
 
     runner = CliRunner(env={n: None for n in os.environ if n.startswith("LMCACHE_RAG_")} | {"COLUMNS": "80"})
 
-    def run(*arguments: object, stdin: str | None = None, **env: str) -> Result:
-        return runner.invoke(app, [str(a) for a in arguments], input=stdin, env=env)
+    services = cli_run.Services(open_workspace=open_workspace)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli_run, "opener", opener)
-        yield run
+    def run(*arguments: object, stdin: str | None = None, **env: str) -> Result:
+        return runner.invoke(app, [str(a) for a in arguments], input=stdin, env=env, obj=services)
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -272,12 +271,11 @@ def test_verbose_adds_the_traceback(call: Call, tmp_path: Path) -> None:
     assert result.exit_code == 3
 
 
-def test_a_fault_of_the_program_gives_status_70_and_a_hint(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_of_the_program_gives_status_70_and_a_hint() -> None:
     def broken(settings: Settings, *, create: bool) -> None:
         raise RuntimeError("a cable is loose")
 
-    monkeypatch.setattr(cli_run, "opener", broken)
-    result = call("status")
+    result = CliRunner().invoke(app, ["status"], obj=cli_run.Services(open_workspace=broken))
     assert result.exit_code == 70
     assert "RuntimeError: a cable is loose" in result.stderr
     assert "--verbose" in result.stderr
@@ -398,7 +396,7 @@ def test_ask_with_json_gives_what_the_library_gives(
     found = document(call("ask", QUESTION, "--store", stocked.store, "--json", "--max-tokens", 16, "--top-k", 2))
     engine = make_tiny(stocked.store / "kv")
     with Workspace.open(
-        stocked.store, engine=engine, embedder_object=embedder, max_tokens=16, top_k=2, create=False
+        stocked.store, engine=engine, embedder=embedder, max_tokens=16, top_k=2, create=False
     ) as workspace:
         answer = workspace.rag.ask(QUESTION)
     assert found["text"] == answer.text
@@ -663,7 +661,7 @@ def test_remove_takes_an_id_of_a_document_that_is_no_file(
 ) -> None:
     from lmcache_rag import Document, Workspace
 
-    with Workspace.open(copy, engine=make_tiny(copy / "kv"), embedder_object=embedder) as workspace:
+    with Workspace.open(copy, engine=make_tiny(copy / "kv"), embedder=embedder) as workspace:
         workspace.ingestor.ingest([Document("note-7", "A note about nothing.", "1", "notes")], kv=False)
     assert document(call("remove", "note-7", "--store", copy, "--json"))["documents"] == 1
 
@@ -721,5 +719,5 @@ def test_settings_notices_a_misspelt_variable(call: Call) -> None:
 
 
 def test_every_common_option_is_a_setting() -> None:
-    fields = {*options.PLACE, *options.EMBED, *options.SPLIT, *options.ANSWER}
+    fields = {*cli_run.PLACE, *cli_run.EMBED, *cli_run.SPLIT, *cli_run.ANSWER}
     assert fields <= set(Settings.model_fields)

@@ -7,15 +7,14 @@ import io
 import pytest
 from rich.console import Console
 
-from lmcache_rag.cli import bars as bars_module
-from lmcache_rag.cli.bars import Bars, IngestBars
-from lmcache_rag.cli.run import Run
+from lmcache_rag.cli import run as run_module
+from lmcache_rag.cli.run import Bars, CommandContext, IngestBars
 from lmcache_rag.ingest import Progress
 
 
-def run_on(*, terminal: bool) -> tuple[Run, io.StringIO]:
+def run_on(*, terminal: bool) -> tuple[CommandContext, io.StringIO]:
     shown = io.StringIO()
-    return Run({}, err=Console(file=shown, force_terminal=terminal, width=80, color_system=None)), shown
+    return CommandContext({}, err=Console(file=shown, force_terminal=terminal, width=80, color_system=None)), shown
 
 
 def test_on_a_terminal_documents_chunks_rate_and_time_left_are_shown() -> None:
@@ -42,7 +41,7 @@ def test_no_line_is_wider_than_the_terminal() -> None:
 
 
 def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bars_module, "_EVERY_S", 0.0)
+    monkeypatch.setattr(run_module, "_EVERY_S", 0.0)
     run, shown = run_on(terminal=False)
     with Bars(run, "KV") as bars:
         bars.update("KV", 1, 1200, tokens=5)

@@ -25,8 +25,8 @@ from test_hostile_documents import PDF, written
 from test_store_damage import overwrite
 from typer.testing import CliRunner
 
-from lmcache_rag.cli import run as cli_run
 from lmcache_rag.cli.app import app
+from lmcache_rag.cli.run import Services
 from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.settings import Settings
 from lmcache_rag.workspace import Workspace
@@ -37,20 +37,19 @@ EXACT = ("--policy", "all", "--max-tokens", "8", "--json")  # the answer is then
 
 
 @pytest.fixture(scope="module")
-def call(make_tiny: Any, embedder: Any) -> Iterator[Call]:
+def call(make_tiny: Any, embedder: Any) -> Call:
     """Runs one command line in this process, with model, embedder and prompts that are loaded already."""
     prompts: list[Any] = []
 
-    def opener(settings: Settings, *, create: bool) -> Workspace:
+    def open_workspace(settings: Settings, *, create: bool) -> Workspace:
         workspace = Workspace(settings, create=create, engine=make_tiny(settings.store / "kv"), embedder=embedder)
         prompts.append(prompts[0] if prompts else workspace.prompts)
         workspace.prompts = prompts[0]  # the same for all, and slow to make
         return workspace
 
     runner = CliRunner(env={n: None for n in os.environ if n.startswith("LMCACHE_RAG_")} | {"COLUMNS": "80"})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli_run, "opener", opener)
-        yield lambda *arguments, stdin=None: runner.invoke(app, [str(a) for a in arguments], input=stdin)
+    services = Services(open_workspace=open_workspace)
+    return lambda *arguments, stdin=None: runner.invoke(app, [str(a) for a in arguments], input=stdin, obj=services)
 
 
 @contextmanager

@@ -363,7 +363,7 @@ def test_the_real_model_killed_through_the_command_line_ends_with_the_same_kv(
     def ingested(folder: Path) -> IngestReport:
         # The same model, as the command line names it.
         engine = make_engine(folder / "kv", name=smollm2_path.name, tokenizer_hash=tokenizer_digest(smollm2_path))
-        with Workspace.open(folder, engine=engine, embedder_object=embedder, chunk_tokens=CHUNK_TOKENS) as workspace:
+        with Workspace.open(folder, engine=engine, embedder=embedder, chunk_tokens=CHUNK_TOKENS) as workspace:
             return workspace.ingestor.ingest([docs])
 
     with one_thread():

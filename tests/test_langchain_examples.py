@@ -49,7 +49,7 @@ def test_an_example_runs_and_reuses(
 ) -> None:
     assert len((EXAMPLES / f"{name}.py").read_text().splitlines()) < 60
     module = load(EXAMPLES / f"{name}.py", few_documents)
-    options = {"engine": tiny_engine(tokenizer, tmp_path), "embedder_object": embedder, "max_tokens": 3}
+    options = {"engine": tiny_engine(tokenizer, tmp_path), "embedder": embedder, "max_tokens": 3}
     made = module.main(str(tmp_path / "store"), **options)
     reused = [made] if name == "langchain_basic" else made
     if name == "langchain_agent":

@@ -19,8 +19,8 @@ from openai_kit import vllm_serving
 from serve_kit import FakeServer
 from typer.testing import CliRunner
 
-from lmcache_rag.cli import run as cli_run
 from lmcache_rag.cli.app import app
+from lmcache_rag.cli.run import Services
 from lmcache_rag.settings import Settings
 
 
@@ -85,10 +85,10 @@ def local_program(model: Path, embedder: Any, monkeypatch: pytest.MonkeyPatch) -
     weights = tiny_model("llama", max_position_embeddings=1024)
     wrapped = HFModel.wrap(weights, AutoTokenizer.from_pretrained(model, local_files_only=True))
 
-    def opener(settings: Settings, *, create: bool) -> Workspace:
+    def open_workspace(settings: Settings, *, create: bool) -> Workspace:
         engine = EmbeddedEngine.from_model(wrapped, name="tiny", revision="1", kv_dir=settings.store / "kv")
         return Workspace(settings, create=create, engine=engine, embedder=embedder)
 
-    monkeypatch.setattr(cli_run, "opener", opener)
+    services = Services(open_workspace=open_workspace)
     runner = CliRunner(env={name: None for name in os.environ if name.startswith("LMCACHE_RAG_")})
-    return lambda *words: json.loads(runner.invoke(app, [str(word) for word in words]).stdout)
+    return lambda *words: json.loads(runner.invoke(app, [str(word) for word in words], obj=services).stdout)

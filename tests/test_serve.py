@@ -29,7 +29,7 @@ from serve_kit import UNDEFINED, fake_packages
 from typer.testing import CliRunner
 
 from lmcache_rag.cli.app import app
-from lmcache_rag.cli.serve import gathered
+from lmcache_rag.cli.serve import hoist_own_options
 from lmcache_rag.connector.options import ConnectorOptions
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.serving.commands import ServeOptions, commands
@@ -282,7 +282,19 @@ def test_a_shell_gets_the_same_words() -> None:
 def test_our_options_may_stand_behind_the_model() -> None:
     flags = {"--dry-run": True, "--l2": False, "--port": False}
     given = ["M", "--l2", "/a", "-tp", "2", "--dry-run", "--port=1", "--x", "y", "--", "--port", "2"]
-    assert gathered(given, flags) == ["--l2", "/a", "--dry-run", "--port=1", "M", "-tp", "2", "--x", "y", "--port", "2"]
+    assert hoist_own_options(given, flags) == [
+        "--l2",
+        "/a",
+        "--dry-run",
+        "--port=1",
+        "M",
+        "-tp",
+        "2",
+        "--x",
+        "y",
+        "--port",
+        "2",
+    ]
 
 
 def dry_run(*arguments: str) -> Any:
@@ -366,17 +378,16 @@ def test_wrong_use_is_told() -> None:
 DRIVER = """
 import sys
 sys.path[:0] = {path!r}
-import lmcache_rag.cli.serve as serve
 from lmcache_rag.cli import main
+from lmcache_rag.cli.run import Services, serve_commands
 from lmcache_rag.serving.supervise import Timeouts
 kit, folders = {kit!r}, {folders!r}
-def maker(options):
-    made, _, _ = serve.default_commands(options)
+def commands(options):
+    made, _, _ = serve_commands(options)
     return (made, [sys.executable, kit, "lmcache", str(options.lmcache_http_port), folders[0]],
             [sys.executable, kit, "vllm", str(options.port), folders[1]])
-serve.maker = maker
-serve.times = lambda longest: Timeouts(20, longest, 0.02, 0.1, 1.0, 0.1, 0.5, 3.0)
-main()
+timeouts = lambda longest: Timeouts(20, longest, 0.02, 0.1, 1.0, 0.1, 0.5, 3.0)
+main(Services(serve_commands=commands, serve_timeouts=timeouts))
 """
 
 

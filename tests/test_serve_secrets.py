@@ -201,7 +201,7 @@ def test_with_a_second_tier_it_needs_a_secret_that_stays(tmp_path: Path, how: st
         (state / "secret").chmod(0o644)
     code = (
         "import lmcache_rag.cli.serve as serve; from lmcache_rag.cli import main; "
-        "serve._check_environment = lambda run: None; main()"
+        "serve._check_environment = lambda context: None; main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "serve", "some/model", "--l2", str(tmp_path / "kv")],

@@ -1,34 +1,38 @@
-"""The command line: thin verbs over the library. Answers and results go to stdout, everything else to stderr.
+"""The command line: thin commands over the library. Results go to stdout, everything else to stderr.
 
 ::
 
-    app       the program: help, exit statuses, the list of verbs
-    verb      turns a function into a verb: common options, errors, exit status
-    options   the common options, made from Settings
-    run       what a verb gets: its settings, the two consoles, JSON, the workspace
-    signals   Ctrl-C and SIGTERM
-    failures  from an exception to a message and an exit status
-    logs      the library's log on stderr
-    streaming an answer while it comes
-    render, answers, bars, status_view    what it looks like
-    ingest, ask, chat, demo, maintain, configure    the verbs
+    app       the program: its commands, help, exit statuses
+    run       from a function to a command: options, context, progress, errors
+    console   signals, exit statuses, the standard streams, the log on stderr
+    render    what results look like
+    ask, ingest, maintain, demo, serve, bench, bench_checks    the commands
 """
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
 
-def main() -> None:
-    """Run the program `lmcache-rag`; ends the process with its exit status."""
-    from lmcache_rag.cli import failures, signals
+if TYPE_CHECKING:
+    from lmcache_rag.cli.run import Services
 
-    signals.install()
-    failures.settle_streams()
+
+def main(services: Services | None = None) -> None:
+    """Run the program `lmcache-rag`; ends the process with its exit status.
+
+    Args:
+        services: What the commands take from the library; None: the usual.
+    """
+    from lmcache_rag.cli import console
+
+    console.install_signals()
+    console.settle_streams()
     try:
-        from lmcache_rag.cli.app import app  # takes a moment: Ctrl-C must already be in hand
+        from lmcache_rag.cli.app import app  # slow to import: signals must be handled before
 
-        app(prog_name="lmcache-rag")
-    except KeyboardInterrupt as stop:  # outside of any verb
-        failures.end(stop)
+        app(prog_name="lmcache-rag", obj=services)
+    except KeyboardInterrupt as stop:  # outside of any command
+        console.end(stop)
 
 
 __all__ = ["main"]

@@ -1,4 +1,4 @@
-"""The program: its verbs and what it says about itself."""
+"""The program: its commands and their help."""
 
 from __future__ import annotations
 
@@ -8,17 +8,13 @@ import typer
 
 from lmcache_rag import __version__
 from lmcache_rag.cli import maintain
-from lmcache_rag.cli.ask import ask
+from lmcache_rag.cli.ask import ask, chat
 from lmcache_rag.cli.bench import speed
-from lmcache_rag.cli.bench_checks import exact
-from lmcache_rag.cli.bench_soak import soak
-from lmcache_rag.cli.chat import chat
-from lmcache_rag.cli.configure import settings
+from lmcache_rag.cli.bench_checks import exact, soak
+from lmcache_rag.cli.console import EXIT_STATUS
 from lmcache_rag.cli.demo import demo
-from lmcache_rag.cli.doctor import doctor
-from lmcache_rag.cli.failures import EXIT_STATUS
 from lmcache_rag.cli.ingest import ingest
-from lmcache_rag.cli.serve import ServeCommand, serve
+from lmcache_rag.cli.serve import ServeCommand, doctor, serve
 
 app = typer.Typer(
     name="lmcache-rag",
@@ -62,7 +58,7 @@ for _function in (
     maintain.remove,
     maintain.forget,
     maintain.prune,
-    settings,
+    maintain.settings,
 ):
     names_documents = _function in (maintain.remove, maintain.forget)
     app.command(rich_help_panel="Look after", no_args_is_help=names_documents)(_function)

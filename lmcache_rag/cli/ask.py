@@ -1,24 +1,34 @@
-"""ask: one question, or a file of questions."""
+"""ask and chat: one question, a file of questions, or a conversation."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmcache_rag.cli import answers, options
-from lmcache_rag.cli.failures import PARTLY, as_error
-from lmcache_rag.cli.render import clean
-from lmcache_rag.cli.run import Run
-from lmcache_rag.cli.streaming import follow
-from lmcache_rag.cli.verb import verb
-from lmcache_rag.errors import ConfigError, LMCacheRAGError
+from lmcache_rag.cli.console import PARTLY, Terminated, as_error, forget_signal
+from lmcache_rag.cli.render import (
+    answer_as_dict,
+    clean,
+    comparison_as_dict,
+    show,
+    show_answer_end,
+    show_comparison,
+    show_notes,
+    show_sources,
+    stats_table,
+)
+from lmcache_rag.cli.run import ANSWER, EMBED, PLACE, CommandContext, command
+from lmcache_rag.engines.base import TextDelta
+from lmcache_rag.errors import ConfigError, ContextLengthError, LMCacheRAGError
 
 if TYPE_CHECKING:
-    from lmcache_rag.rag import RAG, Answer
+    from lmcache_rag.prompt import Turn
+    from lmcache_rag.rag import RAG, Answer, RAGEvent
     from lmcache_rag.workspace import Workspace
 
 Question = Annotated[
@@ -36,10 +46,19 @@ Questions = Annotated[
         show_default=False,
     ),
 ]
+HELP = """\
+/help      this list
+/sources   the passages that the last answer comes from
+/stats     what the last answer reused
+/reset     forget the conversation and begin anew
+/quit      leave (so does Ctrl-D)
+Ctrl-C stops the answer that is being written and keeps the conversation."""
 
 
-@verb(*options.PLACE, *options.EMBED, *options.ANSWER)
-def ask(run: Run, question: Question = None, compare: Compare = False, questions: Questions = None) -> int | None:
+@command(*PLACE, *EMBED, *ANSWER)
+def ask(
+    context: CommandContext, question: Question = None, compare: Compare = False, questions: Questions = None
+) -> int | None:
     """Answer a question, then show the sources and what was reused.
 
     The answer is written as it comes. Sources and statistics go to stdout too,
@@ -50,52 +69,52 @@ def ask(run: Run, question: Question = None, compare: Compare = False, questions
     [bold]Examples[/bold]
       lmcache-rag ask 'What is a KV cache?'
       lmcache-rag ask 'What is a KV cache?' --compare
-      lmcache-rag ask --questions questions.txt > answers.jsonl
+      lmcache-rag ask --questions questions.txt > jsonl
     """
     if (question is None) == (questions is None):
         raise ConfigError("Give one question, or --questions with a file.", remedy="See lmcache-rag ask --help.")
     if questions is not None and compare:
         raise ConfigError("--questions and --compare do not go together.", remedy="Leave one out.")
-    with run.workspace() as workspace:
+    with context.workspace() as workspace:
         if questions is not None:
-            return _each(run, workspace, _lines(questions))
+            return _each(context, workspace, _lines(questions))
         text = sys.stdin.read().strip() if question == "-" else str(question)
-        run.load(workspace, embedder=True)
+        context.load(workspace, embedder=True)
         rag = workspace.rag
         if compare:
-            _compare(run, rag, text)
-        elif run.json:
-            with run.waiting("Answering"):
+            _compare(context, rag, text)
+        elif context.json:
+            with context.waiting("Answering"):
                 answer = rag.ask(text)
-            run.emit(answers.as_dict(answer))
+            context.emit(answer_as_dict(answer))
         else:
-            _stream(run, rag, text)
+            _stream(context, rag, text)
     return None
 
 
-def _stream(run: Run, rag: RAG, question: str) -> None:
+def _stream(context: CommandContext, rag: RAG, question: str) -> None:
     def show(answer: Answer) -> None:
-        run.write("\n")
-        answers.show_end(run.out, answer)
+        context.write("\n")
+        show_answer_end(context.out, answer)
         sys.stdout.flush()
 
-    follow(run, rag.stream(question), show)
+    stream_answer(context, rag.stream(question), show)
 
 
-def _compare(run: Run, rag: RAG, question: str) -> None:
-    with run.waiting("Answering twice"):
+def _compare(context: CommandContext, rag: RAG, question: str) -> None:
+    with context.waiting("Answering twice"):
         comparison = rag.compare(question)
-    if run.json:
-        run.emit(answers.comparison_as_dict(comparison))
+    if context.json:
+        context.emit(comparison_as_dict(comparison))
         return
-    run.write(clean(comparison.blended.text) + "\n\n")
-    answers.show_sources(run.out, comparison.blended)
-    answers.show_notes(run.out, comparison.blended)
-    answers.show_comparison(run.out, comparison)
+    context.write(clean(comparison.blended.text) + "\n\n")
+    show_sources(context.out, comparison.blended)
+    show_notes(context.out, comparison.blended)
+    show_comparison(context.out, comparison)
 
 
-def _each(run: Run, workspace: Workspace, questions: Iterator[str]) -> int:
-    run.load(workspace, embedder=True)
+def _each(context: CommandContext, workspace: Workspace, questions: Iterator[str]) -> int:
+    context.load(workspace, embedder=True)
     rag = workspace.rag
     status = 0
     for question in questions:
@@ -103,9 +122,9 @@ def _each(run: Run, workspace: Workspace, questions: Iterator[str]) -> int:
         if isinstance(answer, LMCacheRAGError):
             status = PARTLY
             problem = as_error(type(answer).__name__, answer.message, answer.remedy)
-            run.emit({"question": question, **problem}, indent=None)
+            context.emit({"question": question, **problem}, indent=None)
         else:
-            run.emit(answers.as_dict(answer), indent=None)
+            context.emit(answer_as_dict(answer), indent=None)
     return status
 
 
@@ -120,3 +139,191 @@ def _lines(name: str) -> Iterator[str]:
         raise ConfigError(
             f"The questions cannot be read from {name}: {problem}", remedy="Name a text file."
         ) from problem
+
+
+@command(*PLACE, *EMBED, *ANSWER)
+def chat(context: CommandContext) -> int:
+    r"""Ask one question after another; each sees the ones before.
+
+    In the chat, /help lists its commands. Questions may come from a pipe, one
+    a line; the exit status is then 1 if one failed. With --json each answer is
+    a line of JSON.
+
+    [bold]Examples[/bold]
+      lmcache-rag chat
+      lmcache-rag chat --store wiki --top-k 6
+      printf 'What is RoPE?\nWho proposed it?\n' | lmcache-rag chat
+    """
+    with context.workspace() as workspace:
+        context.load(workspace, embedder=True)
+        talk = Chat(context, workspace.rag)
+        talk.loop()
+    return PARTLY if talk.failed and not talk.interactive else 0
+
+
+class Chat:
+    """One conversation.
+
+    Args:
+        context: The command.
+        rag: Answers.
+    """
+
+    def __init__(self, context: CommandContext, rag: RAG) -> None:
+        self.context, self.rag = context, rag
+        self.history: list[Turn] = []
+        self.last: Answer | None = None
+        self.failed = False
+        self.interactive = sys.stdin is not None and sys.stdin.isatty()
+        self._commands = {
+            "/help": lambda: self._note(HELP),
+            "/sources": self._sources,
+            "/stats": self._stats,
+            "/reset": self._reset,
+        }
+
+    def loop(self) -> None:
+        """Take questions until /quit or the end of stdin."""
+        if self.interactive:
+            self._note("Ask away. /help lists the commands, Ctrl-D leaves.")
+        for line in self._lines():
+            if line in ("/quit", "/exit"):
+                return
+            if line in self._commands:
+                self._commands[line]()
+            elif line.startswith("/"):
+                self._note(f"There is no command {clean(line.split()[0])}. /help lists them.")
+            elif line:
+                self._answer(line)
+
+    def _answer(self, question: str) -> None:
+        from lmcache_rag.prompt import Turn
+
+        pieces: list[str] = []
+        try:
+            stream_answer(
+                self.context,
+                self.rag.stream(question, history=self.history),
+                self._answered,
+                pieces=pieces,
+                quiet=self.context.json,
+            )
+        except KeyboardInterrupt as stop:
+            if isinstance(stop, Terminated) or not self.interactive:
+                raise
+            forget_signal()
+            self.context.write("\n")
+            self._note("Stopped. The conversation goes on.")
+        except LMCacheRAGError as problem:
+            self._failed(question, problem)
+            return
+        # Half an answer is part of the conversation too; without any text the question is dropped as well.
+        if text := "".join(pieces):
+            self.history += [Turn("user", question), Turn("assistant", text)]
+
+    def _answered(self, answer: Answer) -> None:
+        self.last = answer
+        if self.context.json:
+            self.context.emit(answer_as_dict(answer), indent=None)
+        else:
+            self.context.write("\n\n")
+
+    def _failed(self, question: str, problem: LMCacheRAGError) -> None:
+        self.failed = True
+        if self.context.json:
+            error = as_error(type(problem).__name__, problem.message, problem.remedy)
+            self.context.emit({"question": question, **error}, indent=None)
+        self.context.message(clean(problem.message), style="bold red")
+        if isinstance(problem, ContextLengthError) and self.history:
+            self._note("The conversation has become too long: /reset forgets it, the store stays as it is.")
+        elif problem.remedy:
+            self._note(clean(problem.remedy))
+
+    def _lines(self) -> Iterator[str]:
+        """Questions and commands, stripped; ends at the end of stdin."""
+        if self.interactive:
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 - gives input() its editing and history
+        warned = False
+        while True:
+            try:
+                line = self._read()
+                warned = False
+            except EOFError:
+                if self.interactive:
+                    self._note("")
+                return
+            except KeyboardInterrupt as stop:
+                if isinstance(stop, Terminated) or not self.interactive or warned:
+                    raise
+                warned = True
+                forget_signal()
+                self._note("\nCtrl-C again or Ctrl-D leaves.")
+                continue
+            yield line.strip()
+
+    def _read(self) -> str:
+        if self.interactive and sys.stdout.isatty():
+            return input("> ")
+        if self.interactive:
+            self.context.err.print("> ", end="")
+        line = sys.stdin.readline() if sys.stdin is not None else ""
+        if not line:
+            raise EOFError
+        return line
+
+    def _note(self, text: str) -> None:
+        """Write a line that is no part of an answer to stderr."""
+        self.context.message(text, style="dim")
+
+    def _sources(self) -> None:
+        if self.last is None:
+            self._note("Nothing has been answered yet.")
+        else:
+            show_sources(self.context.err if self.context.json else self.context.out, self.last, passages=True)
+
+    def _stats(self) -> None:
+        if self.last is None:
+            self._note("Nothing has been answered yet.")
+        else:
+            console = self.context.err if self.context.json else self.context.out
+            show(console, stats_table(self.last.stats))
+            show_notes(console, self.last)
+
+    def _reset(self) -> None:
+        self.history.clear()
+        self.last = None
+        self._note("The conversation is forgotten.")
+
+
+def stream_answer(
+    context: CommandContext,
+    events: Iterator[RAGEvent],
+    on_answer: Callable[[Answer], None],
+    *,
+    pieces: list[str] | None = None,
+    quiet: bool = False,
+) -> None:
+    """Follow RAG.stream to its end; leaving early, by Ctrl-C too, stops the computation.
+
+    Args:
+        context: The command.
+        events: The events of RAG.stream.
+        on_answer: Called once the answer is whole. Missing KV is computed and kept after that.
+        pieces: Takes the text as it comes.
+        quiet: Do not write the text.
+    """
+    try:
+        with context.waiting("Answering") as stop_waiting:
+            for event in events:
+                stop_waiting()
+                if not isinstance(event, TextDelta):
+                    on_answer(event)
+                    continue
+                if pieces is not None:
+                    pieces.append(event.text)
+                if not quiet:
+                    context.write(clean(event.text))
+    finally:
+        if close := getattr(events, "close", None):
+            close()

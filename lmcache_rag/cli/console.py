@@ -1,21 +1,165 @@
-"""The library's log on stderr, for as long as a verb runs; other libraries only when they must be heard."""
+"""The process around a command: signals, exit statuses, the standard streams, and the library's log on stderr.
+
+Ctrl-C and SIGTERM both end the work in the same way, by an exception in the main thread. They are handled before
+anything heavy is imported, so this module imports nothing heavy itself.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import shlex
+import signal
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from lmcache_rag.cli.render import clean
+from lmcache_rag.errors import ConfigError, LMCacheRAGError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PARTLY = 1  # done, but something was not right: the output says what
+USAGE = 2  # also typer's own
+FAILED = 3
+UNEXPECTED = 70  # EX_SOFTWARE
+INTERRUPTED, TERMINATED, BROKEN_PIPE = (128 + n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE))
+
+EXIT_STATUS = """[bold]Exit status[/bold]
+  0    all well
+  1    done in part: the output says what failed
+  2    wrong use or settings
+  3    it could not be done: the message says why
+  70   a fault of this program
+  130  Ctrl-C
+  141  nobody reads the output any more
+  143  terminated"""
+
+Report = Callable[[str, str, str], None]
+"""Called with (kind of error, message, remedy)."""
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 OURS = "lmcache_rag"
 _STYLES = {logging.WARNING: "yellow", logging.ERROR: "bold red", logging.CRITICAL: "bold red"}
+
+_received: int | None = None
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM. Whatever cleans up after Ctrl-C cleans up after it too."""
+
+
+def install_signals() -> None:
+    """Take both signals, except where the parent process had them ignored (as nohup does)."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    global _received
+    _received = number
+    raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+
+
+def received_signal() -> int | None:
+    """The signal that came and was not forgotten since.
+
+    Native code that a signal interrupts may raise some other exception; this is its true cause.
+    """
+    return _received
+
+
+def forget_signal() -> None:
+    """The interruption was meant for a part of the work only, which has stopped."""
+    global _received
+    _received = None
+
+
+def ignore_signals() -> None:
+    """Ignore signals while the process writes its last message: another Ctrl-C must not garble that."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is _stop:
+            signal.signal(number, signal.SIG_IGN)
+
+
+def command_line() -> str:
+    """The command that runs, ready to be pasted into a shell."""
+    return shlex.join(["lmcache-rag", *sys.argv[1:]])
+
+
+# How a command ends
+
+
+def status_of(problem: BaseException, report: Report) -> int:
+    """Report a problem to the user, and return the exit status."""
+    if isinstance(problem, BrokenPipeError):
+        _drop_stdout()
+        return BROKEN_PIPE
+    if isinstance(problem, KeyboardInterrupt) or received_signal() is not None:
+        ignore_signals()
+        terminated = isinstance(problem, Terminated) or received_signal() == signal.SIGTERM
+        report("Interrupted", "Stopped. The store is sound.", f"To go on: {command_line()}")
+        return TERMINATED if terminated else INTERRUPTED
+    import typer  # not at the top: signals are installed before anything heavy is imported
+
+    if isinstance(problem, typer.Abort):
+        report("Aborted", "Nothing was changed.", "")
+        return PARTLY
+    if isinstance(problem, LMCacheRAGError):
+        report(type(problem).__name__, problem.message, problem.remedy)
+        return USAGE if isinstance(problem, ConfigError) else FAILED
+    message = f"{type(problem).__name__}: {problem}".strip().removesuffix(":")
+    report(type(problem).__name__, message, "This should not happen. Run it again with --verbose to see where.")
+    return UNEXPECTED
+
+
+def end(problem: BaseException) -> NoReturn:
+    """End the process because of a problem that came up outside of any verb."""
+    raise SystemExit(status_of(problem, lambda kind, message, remedy: _write(f"{message} {remedy}".strip())))
+
+
+def flush_stdout() -> None:
+    """Write out what stdout still holds; raises BrokenPipeError where its reader is gone."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def _write(line: str) -> None:
+    if sys.stderr is not None:
+        sys.stderr.write(f"\n{line}\n")
+
+
+def _drop_stdout() -> None:
+    """Redirect stdout to nowhere, since its reader is gone: Python must not fail at exit when it flushes it."""
+    try:
+        number = sys.stdout.fileno()
+    except (AttributeError, OSError, ValueError):  # not a real file
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, number)
+    os.close(nowhere)
+
+
+def as_error(kind: str, message: str, remedy: str) -> dict[str, Any]:
+    """A problem for JSON."""
+    return {"error": {"type": kind, "message": message, "remedy": remedy}}
+
+
+def settle_streams() -> None:
+    """Make stdout fit to be written to, whatever we were started with."""
+    if sys.stdout is None:  # closed by the parent process
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
+    elif reconfigure := getattr(sys.stdout, "reconfigure", None):
+        reconfigure(errors="backslashreplace")  # an answer must not fail at a terminal without its letters
+
+
+# Logs
 
 
 class _ConsoleHandler(logging.Handler):
@@ -29,6 +173,8 @@ class _ConsoleHandler(logging.Handler):
         ours = record.name.partition(".")[0] == OURS
         if not (ours or self._verbose or record.levelno >= logging.ERROR):
             return
+        from lmcache_rag.cli.render import clean
+
         try:
             text = clean(self.format(record))
             if self._verbose:
@@ -73,4 +219,4 @@ def quiet_libraries(*, verbose: bool) -> None:
     (disable_progress_bars if downloads_silent else enable_progress_bars)()
     if not verbose:
         transformers_log.set_verbosity_error()
-    import torch  # noqa: F401 - takes seconds: better here, where somebody watches, than inside a measured time
+    import torch  # noqa: F401 - takes seconds: better here, under a status line, than inside a measured time

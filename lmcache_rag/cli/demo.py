@@ -7,10 +7,8 @@ from typing import Annotated
 
 import typer
 
-from lmcache_rag.cli import options, signals
-from lmcache_rag.cli.console import quiet_libraries
-from lmcache_rag.cli.run import Run
-from lmcache_rag.cli.verb import verb
+from lmcache_rag.cli.console import forget_signal, quiet_libraries
+from lmcache_rag.cli.run import EMBED, PLACE, CommandContext, command
 
 Baseline = Annotated[
     str | None,
@@ -30,9 +28,9 @@ PasswordFile = Annotated[
 NoBrowser = Annotated[bool, typer.Option("--no-browser", help="Do not open a browser.")]
 
 
-@verb(*options.PLACE, *options.EMBED, "policy", "ratio", "top_k", "max_tokens", "temperature")
+@command(*PLACE, *EMBED, "policy", "ratio", "top_k", "max_tokens", "temperature")
 def demo(
-    run: Run,
+    context: CommandContext,
     *,
     baseline: Baseline = None,
     host: Host = "127.0.0.1",
@@ -57,20 +55,20 @@ def demo(
     from lmcache_rag.demo.server import listen, open_browser, require_nicegui, serve
 
     require_nicegui()
-    settings = run.settings()
+    settings = context.settings()
     if baseline is not None:
         from lmcache_rag.engines.vllm_client import server_urls
 
         baseline = ",".join(server_urls(baseline))
     password = page_password(host, password_file)
-    quiet_libraries(verbose=run.verbose)
+    quiet_libraries(verbose=context.verbose)
     sock = listen(host, port)
     shown = f"[{host}]" if ":" in host else host
     url = f"http://{shown}:{sock.getsockname()[1]}"
 
     def ready() -> None:
-        run.out.print(f"The page: {url}", soft_wrap=True)
-        run.tell("Ctrl-C ends it.")
+        context.out.print(f"The page: {url}", soft_wrap=True)
+        context.message("Ctrl-C ends it.")
         if not no_browser:
             open_browser(url)
 
@@ -79,5 +77,5 @@ def demo(
     try:
         serve(Hub(settings, baseline=baseline), sock, host=host, password=password, on_ready=ready)
     except KeyboardInterrupt:  # how a page ends
-        signals.forgive()
-    run.tell("The page is closed.")
+        forget_signal()
+    context.message("The page is closed.")

@@ -11,12 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from lmcache_rag.cli import options
-from lmcache_rag.cli.bars import IngestBars
-from lmcache_rag.cli.failures import PARTLY
+from lmcache_rag.cli.console import PARTLY
 from lmcache_rag.cli.render import clean, count, duration, facts, place, plain, show, size
-from lmcache_rag.cli.run import Run
-from lmcache_rag.cli.verb import verb
+from lmcache_rag.cli.run import EMBED, PLACE, SPLIT, CommandContext, IngestBars, command
 
 if TYPE_CHECKING:
     from lmcache_rag.ingest import Failure, IngestPlan, IngestReport
@@ -33,8 +30,8 @@ DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be 
 NoKV = Annotated[bool, typer.Option("--no-kv", help="Only index now; KV comes with the first use, or by warm.")]
 
 
-@verb(*options.PLACE, *options.EMBED, *options.SPLIT)
-def ingest(run: Run, paths: Paths, dry_run: DryRun = False, no_kv: NoKV = False) -> int:
+@command(*PLACE, *EMBED, *SPLIT)
+def ingest(context: CommandContext, paths: Paths, dry_run: DryRun = False, no_kv: NoKV = False) -> int:
     """Put documents into the store, and compute each chunk's KV once.
 
     What is in the store and has not changed is skipped, so the same command
@@ -48,16 +45,16 @@ def ingest(run: Run, paths: Paths, dry_run: DryRun = False, no_kv: NoKV = False)
     """
     sources = _listed(paths)
     if dry_run:
-        plan = _plan(run, list(sources))
-        run.emit(plain(plan)) if run.json else _show_plan(run, plan)
+        plan = _plan(context, list(sources))
+        context.emit(plain(plan)) if context.json else _show_plan(context, plan)
         return PARTLY if plan.failed else 0
-    with run.workspace(create=True) as workspace:
-        run.find(workspace, embedder=True)
+    with context.workspace(create=True) as workspace:
+        context.find(workspace, embedder=True)
         ingestor = workspace.ingestor
-        with IngestBars(run, with_kv=not no_kv) as bars:
+        with IngestBars(context, with_kv=not no_kv) as bars:
             ingestor.on_progress = bars.step
             report = ingestor.ingest(sources, kv=not no_kv)
-    run.emit(plain(report)) if run.json else _show_report(run, report, with_kv=not no_kv)
+    context.emit(plain(report)) if context.json else _show_report(context, report, with_kv=not no_kv)
     return PARTLY if report.failed else 0
 
 
@@ -69,18 +66,18 @@ def _listed(paths: list[str]) -> Iterator[str]:
             yield path
 
 
-def _plan(run: Run, sources: list[str]) -> IngestPlan:
-    settings = run.settings()
+def _plan(context: CommandContext, sources: list[str]) -> IngestPlan:
+    settings = context.settings()
     with tempfile.TemporaryDirectory(prefix="lmcache-rag-") as nowhere:
         if not (Path(settings.store) / "store.db").exists():  # even an empty store would be something written
             settings = settings.model_copy(update={"store": Path(nowhere) / "store"})
-        with run.workspace(create=True, settings=settings) as workspace, run.waiting("Reading"):
+        with context.workspace(create=True, settings=settings) as workspace, context.waiting("Reading"):
             return workspace.ingestor.plan(sources)
 
 
-def _show_plan(run: Run, plan: IngestPlan) -> None:
+def _show_plan(context: CommandContext, plan: IngestPlan) -> None:
     show(
-        run.out,
+        context.out,
         facts(
             [
                 ("To ingest", count(plan.documents, "document")),
@@ -91,14 +88,14 @@ def _show_plan(run: Run, plan: IngestPlan) -> None:
             ]
         ),
     )
-    _show_failures(run, plan.failed)
+    _show_failures(context, plan.failed)
 
 
-def _show_report(run: Run, report: IngestReport, *, with_kv: bool) -> None:
+def _show_report(context: CommandContext, report: IngestReport, *, with_kv: bool) -> None:
     kv = report.kv
     computed = f"{kv.computed:,} computed, {kv.existed:,} found ({count(kv.tokens, 'token')}, {size(kv.nbytes)})"
     show(
-        run.out,
+        context.out,
         facts(
             [
                 ("Added", count(len(report.added), "document")),
@@ -111,14 +108,14 @@ def _show_report(run: Run, report: IngestReport, *, with_kv: bool) -> None:
             ]
         ),
     )
-    _show_failures(run, report.failed)
+    _show_failures(context, report.failed)
 
 
 def _failed(failed: tuple[Failure, ...]) -> Text:
     return Text(count(len(failed), "document"), style="bold red" if failed else "")
 
 
-def _show_failures(run: Run, failed: tuple[Failure, ...]) -> None:
+def _show_failures(context: CommandContext, failed: tuple[Failure, ...]) -> None:
     for failure in failed:
         named = repr(failure.source) in failure.reason  # most reasons name the file themselves
-        run.out.print(f"  {'' if named else f'{place(failure.source)}: '}{clean(failure.reason)}", soft_wrap=True)
+        context.out.print(f"  {'' if named else f'{place(failure.source)}: '}{clean(failure.reason)}", soft_wrap=True)

@@ -1,21 +1,33 @@
-"""status, warm, verify, remove, prune: look after the store."""
+"""status, warm, verify, remove, forget, prune, settings: look after the store."""
 
 from __future__ import annotations
 
+import os
+import tomllib
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
-from lmcache_rag.cli import options
-from lmcache_rag.cli.bars import Bars
-from lmcache_rag.cli.failures import PARTLY
-from lmcache_rag.cli.render import clean, count, facts, plain, show, size
-from lmcache_rag.cli.run import Run
-from lmcache_rag.cli.status_view import show_status
-from lmcache_rag.cli.verb import verb
+from lmcache_rag.cli.console import PARTLY
+from lmcache_rag.cli.render import clean, count, facts, plain, show, show_status, size
+from lmcache_rag.cli.run import (
+    ANSWER,
+    EMBED,
+    PLACE,
+    SPLIT,
+    Bars,
+    CommandContext,
+    command,
+    described,
+    makes_new_kv,
+    variable,
+)
 from lmcache_rag.errors import ConfigError
+from lmcache_rag.settings import FILE, Settings
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import PrecomputeResult, VerifyResult
@@ -36,8 +48,8 @@ Documents = Annotated[
 AllDocuments = Annotated[bool, typer.Option("--all", help="Remove every document; asks first.")]
 
 
-@verb(*options.PLACE)
-def status(run: Run) -> None:
+@command(*PLACE)
+def status(context: CommandContext) -> None:
     """Say what is in the store, what is missing and what is stale.
 
     Loads no weights and writes nothing.
@@ -46,19 +58,19 @@ def status(run: Run) -> None:
       lmcache-rag status
       lmcache-rag status --store wiki --json
     """
-    with run.workspace() as workspace:
-        run.find(workspace, embedder=False)
-        with run.waiting("Looking"):
+    with context.workspace() as workspace:
+        context.find(workspace, embedder=False)
+        with context.waiting("Looking"):
             found = workspace.maintainer.status()
         path, read_only = workspace.store.path.absolute(), workspace.store.read_only
-    if run.json:
-        run.emit({"path": str(path), "read_only": read_only, **plain(found)})
+    if context.json:
+        context.emit({"path": str(path), "read_only": read_only, **plain(found)})
     else:
-        show_status(run.out, path, found, read_only=read_only)
+        show_status(context.out, path, found, read_only=read_only)
 
 
-@verb(*options.PLACE)
-def warm(run: Run) -> None:
+@command(*PLACE)
+def warm(context: CommandContext) -> None:
     """Compute the KV that should exist and does not.
 
     That is so after ingest --no-kv, when the KV budget was too small, or with
@@ -68,28 +80,32 @@ def warm(run: Run) -> None:
       lmcache-rag warm
       lmcache-rag warm --model Qwen/Qwen3-0.6B
     """
-    with run.workspace() as workspace:
-        run.load(workspace, embedder=False)
-        with Bars(run, "KV") as bars:
+    with context.workspace() as workspace:
+        context.load(workspace, embedder=False)
+        with Bars(context, "KV") as bars:
 
             def tick(done: int, total: int, result: PrecomputeResult) -> None:
                 bars.update("KV", done, total, tokens=result.tokens)
 
             totals = workspace.maintainer.warm(on_chunk=tick)
-    if run.json:
-        run.emit(plain(totals))
+    if context.json:
+        context.emit(plain(totals))
     elif totals.computed or totals.existed:
-        run.out.print(
+        context.out.print(
             f"{totals.computed:,} computed, {totals.existed:,} found ({count(totals.tokens, 'token')}, "
             f"{size(totals.nbytes)})."
         )
     else:
-        run.out.print("Nothing was missing.")
+        context.out.print("Nothing was missing.")
 
 
-@verb(*options.PLACE)
+@command(*PLACE)
 def verify(
-    run: Run, sample: Sample = 20, all_chunks: AllChunks = False, no_repair: NoRepair = False, seed: Seed = None
+    context: CommandContext,
+    sample: Sample = 20,
+    all_chunks: AllChunks = False,
+    no_repair: NoRepair = False,
+    seed: Seed = None,
 ) -> int:
     """Compute stored KV again, compare, and repair what differs.
 
@@ -100,9 +116,9 @@ def verify(
       lmcache-rag verify --sample 100
       lmcache-rag verify --all --no-repair
     """
-    with run.workspace() as workspace:
-        run.load(workspace, embedder=False)
-        with Bars(run, "chunks") as bars:
+    with context.workspace() as workspace:
+        context.load(workspace, embedder=False)
+        with Bars(context, "chunks") as bars:
 
             def tick(done: int, total: int, result: VerifyResult) -> None:
                 bars.update("chunks", done, total)
@@ -110,21 +126,21 @@ def verify(
             report = workspace.maintainer.verify(
                 sample=None if all_chunks else sample, repair=not no_repair, seed=seed, on_chunk=tick
             )
-    if run.json:
-        run.emit(plain(report))
+    if context.json:
+        context.emit(plain(report))
     else:
         kinds = [result.status for result in report.bad]
         found = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds)) or "all right"
         rows = [("Checked", count(report.checked, "chunk")), ("Found", found)]
-        show(run.out, facts([*rows, ("Repaired", f"{report.repaired:,}")] if report.bad else rows))
+        show(context.out, facts([*rows, ("Repaired", f"{report.repaired:,}")] if report.bad else rows))
         for result in report.bad:
             worst = "" if result.max_abs_diff is None else f", largest difference {result.max_abs_diff:.2g}"
-            run.out.print(f"  {result.key[:16]}… {result.status}{worst}")
+            context.out.print(f"  {result.key[:16]}… {result.status}{worst}")
     return PARTLY if report.repaired < len(report.bad) else 0
 
 
-@verb(*options.PLACE)
-def remove(run: Run, documents: Documents = None, all_documents: AllDocuments = False) -> int:
+@command(*PLACE)
+def remove(context: CommandContext, documents: Documents = None, all_documents: AllDocuments = False) -> int:
     """Remove documents; chunks that other documents hold stay.
 
     A chunk and its KV leave with the last document that holds them. A folder
@@ -137,22 +153,22 @@ def remove(run: Run, documents: Documents = None, all_documents: AllDocuments = 
     """
     if bool(documents) == all_documents:
         raise ConfigError("Name documents, or give --all.", remedy="See lmcache-rag remove --help.")
-    with run.workspace() as workspace:
+    with context.workspace() as workspace:
         known, unknown = _named(workspace.store, documents, all_documents=all_documents)
-        run.find(workspace, embedder=False)
-        with run.waiting("Removing"):
+        context.find(workspace, embedder=False)
+        with context.waiting("Removing"):
             result = workspace.maintainer.remove(known)
     unknown += result.unknown
-    if run.json:
-        run.emit({**plain(result), "unknown": unknown})
+    if context.json:
+        context.emit({**plain(result), "unknown": unknown})
     elif known:
-        _show_removed(run, result)
-    _show_unknown(run, unknown)
+        _show_removed(context, result)
+    _show_unknown(context, unknown)
     return PARTLY if unknown else 0
 
 
-@verb(*options.PLACE)
-def forget(run: Run, documents: Documents = None, all_documents: AllDocuments = False) -> int:
+@command(*PLACE)
+def forget(context: CommandContext, documents: Documents = None, all_documents: AllDocuments = False) -> int:
     """Remove documents, and delete their KV on the server at once.
 
     Like remove; but remove leaves it to the server when KV is evicted there.
@@ -165,31 +181,31 @@ def forget(run: Run, documents: Documents = None, all_documents: AllDocuments = 
     """
     if bool(documents) == all_documents:
         raise ConfigError("Name documents, or give --all.", remedy="See lmcache-rag forget --help.")
-    with run.workspace() as workspace:
+    with context.workspace() as workspace:
         known, unknown = _named(workspace.store, documents, all_documents=all_documents)
-        run.find(workspace, embedder=False)
-        with Bars(run, "chunks") as bars:
+        context.find(workspace, embedder=False)
+        with Bars(context, "chunks") as bars:
             report = workspace.maintainer.forget(known, on_chunk=lambda done, total: bars.update("chunks", done, total))
     result = report.removed
     unknown += result.unknown
-    if run.json:
-        run.emit({**plain(report), "unknown": unknown})
+    if context.json:
+        context.emit({**plain(report), "unknown": unknown})
     elif known:
-        _show_removed(run, result)
+        _show_removed(context, result)
         if report.deleted:
-            run.out.print(f"The KV of {count(report.deleted, 'chunk')} was deleted on the server.")
+            context.out.print(f"The KV of {count(report.deleted, 'chunk')} was deleted on the server.")
     if report.staying:
-        run.tell(
+        context.message(
             f"The KV of {count(report.staying, 'chunk')} stays on the server until it is evicted there: "
             f"{clean(report.why)}",
             style="bold red",
         )
-    _show_unknown(run, unknown)
+    _show_unknown(context, unknown)
     return PARTLY if unknown or report.staying else 0
 
 
-@verb(*options.PLACE)
-def prune(run: Run) -> None:
+@command(*PLACE)
+def prune(context: CommandContext) -> None:
     """Drop KV of another model, prefix or tenant.
 
     This frees what status calls stale. Whoever still uses the other model on
@@ -198,14 +214,14 @@ def prune(run: Run) -> None:
     [bold]Examples[/bold]
       lmcache-rag prune
     """
-    with run.workspace() as workspace:
-        run.find(workspace, embedder=False)
-        with run.waiting("Dropping"):
+    with context.workspace() as workspace:
+        context.find(workspace, embedder=False)
+        with context.waiting("Dropping"):
             dropped = workspace.maintainer.prune()
-    if run.json:
-        run.emit({"dropped": dropped})
+    if context.json:
+        context.emit({"dropped": dropped})
     else:
-        run.out.print(f"KV of {count(dropped, 'chunk')} dropped.")
+        context.out.print(f"KV of {count(dropped, 'chunk')} dropped.")
 
 
 def _named(store: Store, documents: Sequence[str] | None, *, all_documents: bool) -> tuple[list[str], list[str]]:
@@ -217,16 +233,16 @@ def _named(store: Store, documents: Sequence[str] | None, *, all_documents: bool
     return known, []
 
 
-def _show_removed(run: Run, result: RemoveResult) -> None:
-    run.out.print(
+def _show_removed(context: CommandContext, result: RemoveResult) -> None:
+    context.out.print(
         f"{count(result.documents, 'document')} removed, with {count(result.removed_chunks, 'chunk')}; "
         f"{count(result.kept_chunks, 'chunk')} stay in other documents."
     )
 
 
-def _show_unknown(run: Run, unknown: Sequence[str]) -> None:
+def _show_unknown(context: CommandContext, unknown: Sequence[str]) -> None:
     for name in unknown:
-        run.tell(f"There is no document {clean(repr(name))} in the store.", style="bold red")
+        context.message(f"There is no document {clean(repr(name))} in the store.", style="bold red")
 
 
 def find_documents(registry: Registry, names: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -245,3 +261,58 @@ def find_documents(registry: Registry, names: Sequence[str]) -> tuple[list[str],
         else:
             unknown.append(name)
     return list(ids), unknown
+
+
+@command(*PLACE, *EMBED, *SPLIT, *ANSWER)
+def settings(context: CommandContext) -> None:
+    """List every setting: its value, where that comes from, what it does.
+
+    An option goes before the environment, that before settings.toml in the
+    store, that before the default. A change of a setting marked with * makes
+    new KV; the old is kept, and never used for it.
+
+    [bold]Examples[/bold]
+      lmcache-rag settings
+      echo 'top_k = 6' >> lmcache-rag-store/settings.toml
+      LMCACHE_RAG_RATIO=0.3 lmcache-rag settings --json
+    """
+    values = context.settings()
+    file = Path(values.store) / FILE
+    rows = [_row(name, getattr(values, name), _origin(name, context.options, file)) for name in Settings.model_fields]
+    if context.json:
+        context.emit({"file": str(file), "settings": rows})
+        return
+    for row in rows:
+        value = "not set" if row["value"] in (None, "") else str(row["value"])
+        line = Text(f"{row['name']}{' *' if row['makes_new_kv'] else ''} = ", style="bold")
+        line.append(value, style="not bold" if row["source"] == "default" else "not bold green")
+        line.append(f"  ({row['source']}; {row['variable']})", style="not bold dim")
+        context.out.print(line, soft_wrap=True)
+        context.out.print(f"    {row['description']}", style="dim", soft_wrap=True)
+    context.out.print(f"\n* A change makes new KV.\nSettings of this store: {file}", soft_wrap=True)
+    known = {variable(name) for name in Settings.model_fields}
+    for name in sorted(os.environ):
+        if name.upper() not in known and (meant := get_close_matches(name.upper(), known, n=1, cutoff=0.9)):
+            context.message(f"The environment variable {name} does nothing: {meant[0]} may be meant.", style="yellow")
+
+
+def _row(name: str, value: Any, source: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "variable": variable(name),
+        "value": plain(value),
+        "source": source,
+        "makes_new_kv": makes_new_kv(name),
+        "description": described(name),
+    }
+
+
+def _origin(name: str, options: dict[str, Any], file: Path) -> str:
+    """Which of the sources a value comes from, in the order in which Settings asks them."""
+    if options.get(name) is not None:
+        return "argument"
+    if any(known.upper() == variable(name) and value for known, value in os.environ.items()):
+        return "environment"
+    if file.exists() and name in tomllib.loads(file.read_text(encoding="utf-8")):
+        return FILE
+    return "default"

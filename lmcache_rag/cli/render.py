@@ -1,12 +1,14 @@
-"""Words and numbers for people, and plain dictionaries for JSON."""
+"""How results look: words and numbers, answers and their reuse, the status of a store, and dictionaries for JSON."""
 
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
@@ -14,9 +16,15 @@ from rich.text import Text
 if TYPE_CHECKING:
     from rich.console import Console
 
-# A document or a model may hold terminal commands; on a screen they are shown, not obeyed.
+    from lmcache_rag.engines.base import ReuseStats
+    from lmcache_rag.maintain import Status
+    from lmcache_rag.rag import Answer, Comparison
+    from lmcache_rag.store import FingerprintStats, Hit
+
+# A document or a model may hold terminal commands; on a screen they are shown, not executed.
 _CONTROLS = {n: chr(0x2400 + n) for n in range(0x20) if chr(n) not in "\n\t"}
 _CONTROLS |= dict.fromkeys(range(0x7F, 0xA0), "\N{REPLACEMENT CHARACTER}")
+_SHORTEST_TITLE = 12  # characters; less is not worth showing
 
 
 def clean(text: str) -> str:
@@ -90,3 +98,181 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(part) for part in value]
     return str(value) if isinstance(value, Path) else value
+
+
+# Answers
+
+
+def answer_as_dict(answer: Answer) -> dict[str, Any]:
+    """An answer for JSON."""
+    return {
+        "question": answer.question,
+        "text": answer.text,
+        "finish_reason": answer.completion.finish_reason,
+        "sources": plain(answer.sources),
+        "dropped": plain(answer.dropped),
+        "stats": answer.stats.as_dict(),
+        "warnings": list(answer.completion.warnings),
+    }
+
+
+def comparison_as_dict(comparison: Comparison) -> dict[str, Any]:
+    """A comparison for JSON."""
+    return {
+        "blended": answer_as_dict(comparison.blended),
+        "full": answer_as_dict(comparison.full),
+        "speedup": comparison.speedup,
+        "first_difference": comparison.first_difference,
+    }
+
+
+def show_answer_end(out: Console, answer: Answer) -> None:
+    """What follows the text of an answer: sources, reuse statistics, notes."""
+    out.print()
+    show_sources(out, answer)
+    show(out, stats_table(answer.stats))
+    show_notes(out, answer)
+
+
+def show_notes(out: Console, answer: Answer) -> None:
+    """The warnings of an answer; the one about dropped chunks stands with the sources already."""
+    notes = answer.completion.warnings[:-1] if answer.dropped else answer.completion.warnings
+    for note in notes:
+        out.print(f"Note: {clean(note)}", style="yellow")
+    if answer.completion.finish_reason == "length":
+        out.print("Note: the answer was cut at its longest; --max-tokens allows more.", style="yellow")
+
+
+def show_sources(out: Console, answer: Answer, *, passages: bool = False) -> None:
+    """The chunks that the answer comes from, with or without their text."""
+    if not answer.sources and not answer.dropped:  # a search of a store that holds anything finds something
+        out.print("No sources: the store is empty. Fill it with: lmcache-rag ingest", style="bold")
+    elif not answer.sources:
+        out.print("No sources.", style="bold")
+    else:
+        out.print("Sources", style="bold")
+    places = [hit_place(hit) for hit in answer.sources]
+    widest = max(map(cell_len, places), default=0)
+    for rank, (hit, spot) in enumerate(zip(answer.sources, places, strict=True), start=1):
+        line = Text(f"{rank:>2}  {hit.score:5.2f}  {spot}")
+        # The title takes what is left of the line; a long path goes without.
+        budget = min(out.width, 120) - len("99  -0.99    ") - widest
+        if budget >= _SHORTEST_TITLE:
+            line.append(f"{' ' * (widest - cell_len(spot))}  {hit_title(hit, budget)}", style="dim")
+        out.print(line, soft_wrap=True)
+        if passages:
+            out.print(f"{clean(hit.text)}\n", style="dim", soft_wrap=True)
+    if answer.dropped:
+        out.print(f"   {count(len(answer.dropped), 'more chunk')} did not fit the context.", style="yellow")
+
+
+def hit_place(hit: Hit) -> str:
+    """Where a chunk stands, for example "notes.md, part 3, and 2 more"."""
+    if not hit.documents:
+        return f"chunk {hit.chunk_id}"
+    first, others = hit.documents[0], len({d.doc_id for d in hit.documents}) - 1
+    more = f", and {others} more" if others else ""
+    return f"{place(first.source)}, part {first.ordinal + 1}{more}"
+
+
+def hit_title(hit: Hit, limit: int) -> str:
+    """The title of the chunk's document, or how the chunk begins, cut to so many characters."""
+    known = str(hit.documents[0].metadata.get("title", "")) if hit.documents else ""
+    return one_line(known or hit.text, limit)
+
+
+def stats_table(stats: ReuseStats) -> Table:
+    """What was reused, and how long the first token took."""
+    tokens = (
+        f"{count(stats.prompt_tokens, 'prompt token')}: {stats.prefix_tokens:,} prefix, {stats.reused_tokens:,} "
+        f"reused, {stats.recomputed_tokens:,} recomputed, {stats.computed_tokens:,} computed"
+    )
+    chunks = stats.chunks_hit + stats.chunks_missed
+    # A server reports tokens; which chunks they are of does not always follow.
+    reused = f"{stats.chunks_hit} of {count(chunks, 'chunk')} from the store" if chunks else "reused in part"
+    parts = [("lookup", stats.lookup_ms), ("load", stats.load_ms), ("blend", stats.blend_ms)]
+    inside = ", ".join(f"{name} {milliseconds(ms)}" for name, ms in parts if ms)
+    return facts(
+        [
+            ("Tokens", tokens),
+            ("KV", reused if stats.blended else "not reused"),
+            ("TTFT", milliseconds(stats.ttft_ms) + (f" ({inside})" if inside else "")),
+        ]
+    )
+
+
+def show_comparison(out: Console, comparison: Comparison) -> None:
+    """Both times to the first token, and where the answers part."""
+    blended, full = comparison.blended, comparison.full
+    out.print()
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for name in ("", "blended", "full prefill"):
+        table.add_column(name, justify="right" if name else "left")
+    table.add_row("TTFT", milliseconds(blended.stats.ttft_ms), milliseconds(full.stats.ttft_ms))
+    for name in ("prefix", "reused", "recomputed", "computed"):
+        table.add_row(f"{name} tokens", *(f"{getattr(a.stats, f'{name}_tokens'):,}" for a in (blended, full)))
+    show(out, table)
+    out.print(
+        f"The first token came {comparison.speedup:.1f} times as fast."
+        if blended.stats.blended
+        else "Nothing was reused: both are full prefills."
+    )
+    if comparison.first_difference is None:
+        out.print(f"The answers are equal ({count(len(full.completion.token_ids), 'token')}).")
+        return
+    from lmcache_rag.rag import first_difference
+
+    same = first_difference(*(list(map(ord, a.text)) for a in (blended, full))) or 0
+    start = blended.text.rfind(" ", 0, same) + 1
+    out.print(f"The answers differ from token {comparison.first_difference + 1} on:")
+    show(
+        out,
+        facts(
+            [(f"  {name}", f"…{one_line(a.text[start:], 120)}") for name, a in (("blended", blended), ("full", full))]
+        ),
+    )
+
+
+# The status of a store
+
+
+def show_status(out: Console, path: Path, status: Status, *, read_only: bool) -> None:
+    """Write the status of a store, and what to do about it."""
+    store = status.store
+    current = next((part for part in store.kv if part.fingerprint == status.fingerprint), None)
+    stale = [part for part in store.kv if part.stale]
+    embedder = f"{store.embedder}, {store.dimension} dimensions" if store.embedder else "none yet"
+    rows = [
+        ("Store", place(str(path)) + (" (read-only)" if read_only else "")),
+        ("Documents", f"{store.documents:,}"),
+        ("Chunks", f"{store.chunks:,} ({count(store.tokens, 'token')})"),
+        ("Database", size(store.database_bytes)),
+        ("Embedder", embedder),
+        ("Model", status.model + ("" if status.can_blend else f"; cannot be blended: {status.why_not}")),
+        ("Fingerprint", f"{status.fingerprint[:16]}…"),
+        ("KV", f"{count(current.keys if current else 0, 'chunk')}, {size(current.nbytes if current else 0)}"),
+    ]
+    if servers := status.usage.details.get("servers"):
+        rows.append(("Servers", ", ".join(servers)))  # no API reports what they hold
+    else:
+        rows.append(("KV files", f"{status.usage.chunks:,}, {size(status.usage.disk_bytes)}"))
+    rows += [("Stale KV", _stale_kv(part)) for part in stale]
+    if store.trash:
+        rows.append(("To drop", count(store.trash, "chunk")))
+    show(out, facts(rows))
+    if store.chunks_without_kv:
+        out.print(
+            f"{count(store.chunks_without_kv, 'chunk')} without KV. To compute it: lmcache-rag warm", style="yellow"
+        )
+    if stale:
+        out.print(f"{size(store.stale_bytes)} of KV are stale. To drop them: lmcache-rag prune", style="yellow")
+    if store.chunks_without_embedding:
+        out.print(
+            f"{count(store.chunks_without_embedding, 'chunk')} without embedding: no search finds them.", style="red"
+        )
+
+
+def _stale_kv(part: FingerprintStats) -> str:
+    model, dtype = part.facts.get("model", "unknown"), part.facts.get("dtype", "")
+    age = duration(max(time.time() - part.created_at, 0))
+    return f"{part.fingerprint[:16]}… {model} {dtype}: {count(part.keys, 'chunk')}, {size(part.nbytes)}, {age} old"

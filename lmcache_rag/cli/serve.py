@@ -1,4 +1,4 @@
-"""serve: vLLM with LMCache's blend server beside it."""
+"""serve and doctor: vLLM with LMCache's blend server, and what of them works."""
 
 from __future__ import annotations
 
@@ -7,27 +7,29 @@ import re
 import signal
 import socket
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
+from rich.table import Table
+from rich.text import Text
 from typer.core import TyperCommand
 
-from lmcache_rag.api_key import LMCACHE_FILES, LMCACHE_NAMES, lmcache_key_file
-from lmcache_rag.cli import signals
-from lmcache_rag.cli.failures import INTERRUPTED, TERMINATED
-from lmcache_rag.cli.render import clean
-from lmcache_rag.cli.run import Run
-from lmcache_rag.cli.verb import verb
+from lmcache_rag.api_key import LMCACHE_FILES, LMCACHE_NAMES, api_key, lmcache_key_file
+from lmcache_rag.cli.console import INTERRUPTED, PARTLY, TERMINATED, Terminated, ignore_signals
+from lmcache_rag.cli.render import clean, plain, show
+from lmcache_rag.cli.run import CommandContext, command, serve_commands
 from lmcache_rag.errors import ConfigError, EngineError, LMCacheRAGError
-from lmcache_rag.ingest_key import read_ingest_key
+from lmcache_rag.ingest_key import ingest_key, read_ingest_key
 from lmcache_rag.secret_file import ensure_secret
 
 if TYPE_CHECKING:
     from lmcache_rag.serving.commands import Commands, ServeOptions
-    from lmcache_rag.serving.supervise import Timeouts
+
+_MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "failed": ("failed", "bold red")}
 
 
 class IndexMode(StrEnum):
@@ -44,56 +46,41 @@ class StoreMode(StrEnum):
     ALL = "all"
 
 
-def default_commands(options: ServeOptions) -> tuple[Commands, list[str], list[str]]:
-    """Where serve gets its commands from: (what they are, LMCache's to run, vLLM's to run)."""
-    from lmcache_rag.serving.commands import commands
-
-    made = commands(options)
-    return made, made.lmcache_run(), made.vllm_run()
-
-
-maker: Callable[[ServeOptions], tuple[Commands, list[str], list[str]]] = default_commands
-"""A program that runs other servers may put its own in here."""
-
-times: Callable[[float], Timeouts] | None = None
-"""How long things may take, from the longest start of vLLM; None: the usual."""
-
-
 class ServeCommand(TyperCommand):
-    """A command that takes its own long options behind MODEL too; everything else there is vLLM's."""
+    """A command that takes its own long options after MODEL too; everything else there is vLLM's."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put our own options in front."""
         flags = {name: bool(getattr(p, "is_flag", False)) for p in self.params for name in (*p.opts, *p.secondary_opts)}
         flags["--help"] = True
-        return list(super().parse_args(ctx, gathered(args, flags)))
+        return list(super().parse_args(ctx, hoist_own_options(args, flags)))
 
 
-def gathered(args: Sequence[str], flags: dict[str, bool]) -> list[str]:
+def hoist_own_options(args: Sequence[str], flags: dict[str, bool]) -> list[str]:
     """Arguments with our own long options in front.
 
     Args:
-        args: As given. What follows "--" is left alone.
+        args: The command line. What follows "--" is left alone.
         flags: Our options, and whether each is a flag.
     """
-    words = list(args)
-    end = words.index("--") if "--" in words else len(words)
+    arguments = list(args)
+    end = arguments.index("--") if "--" in arguments else len(arguments)
     ours: list[str] = []
     rest: list[str] = []
     position = 0
     while position < end:
-        word = words[position]
+        word = arguments[position]
         name, has_value, _ = word.partition("=")
         known = word.startswith("--") and name in flags
         take = 2 if known and not flags[name] and not has_value else 1
-        (ours if known else rest).extend(words[position : min(position + take, end)])
+        (ours if known else rest).extend(arguments[position : min(position + take, end)])
         position += take
-    return [*ours, *rest, *words[end + 1 :]]
+    return [*ours, *rest, *arguments[end + 1 :]]
 
 
-@verb("policy", "ratio")
+@command("policy", "ratio")
 def serve(
-    run: Run,
+    context: CommandContext,
     served_model: Annotated[
         str, typer.Argument(metavar="MODEL", help="Folder or Hugging Face name of the model.", show_default=False)
     ],
@@ -217,7 +204,7 @@ def serve(
     from lmcache_rag.connector.lmcache_server.settings import ServerSettings
     from lmcache_rag.serving.commands import ServeOptions
 
-    settings = run.settings()
+    settings = context.settings()
     options = ServeOptions(
         model=served_model,
         vllm=tuple(vllm or ()),
@@ -237,19 +224,19 @@ def serve(
         secret_file=secret_file,
         ingest_key_file=ingest_key_file or settings.ingest_key_file,
     )
-    made, lmcache_run, vllm_run = maker(options)
+    made, lmcache_run, vllm_run = context.services.serve_commands(options)
     if made.note:
-        run.tell(made.note, style="yellow")
+        context.message(made.note, style="yellow")
     if dry_run:
-        _print(run, made)
+        _print(context, made)
         return 0
-    if maker is default_commands:  # servers of another maker's need nothing of this environment
-        _check_environment(run)
-    _ensure_secret(run, options, made)
-    return _serve(run, options, made, lmcache_run, vllm_run, log_dir, start_timeout)
+    if context.services.serve_commands is serve_commands:  # others may need nothing of this environment
+        _check_environment(context)
+    _ensure_secret(context, options, made)
+    return _serve(context, options, made, lmcache_run, vllm_run, log_dir, start_timeout)
 
 
-def _ensure_secret(run: Run, options: ServeOptions, made: Commands) -> None:
+def _ensure_secret(context: CommandContext, options: ServeOptions, made: Commands) -> None:
     """Make the secret where there is none.
 
     Raises:
@@ -263,10 +250,12 @@ def _ensure_secret(run: Run, options: ServeOptions, made: Commands) -> None:
         remedy = "" if options.secret_file else " Or name another with --secret-file, or fill LMCACHE_RAG_SECRET."
         raise ConfigError(problem.message, remedy=problem.remedy + remedy) from None
     if options.l2:
-        run.tell(f"KV is kept under the secret in {made.secret_file}: servers that share --l2 need the same file.")
+        context.message(
+            f"KV is kept under the secret in {made.secret_file}: servers that share --l2 need the same file."
+        )
 
 
-def _lmcache_key(run: Run) -> dict[str, str]:
+def _lmcache_key(context: CommandContext) -> dict[str, str]:
     """The variable by which LMCache's HTTP API gets a key, where its version knows one and the user has set none."""
     from lmcache_rag.serving.machine import version
 
@@ -276,13 +265,13 @@ def _lmcache_key(run: Run) -> dict[str, str]:
     try:
         ensure_secret(lmcache_key_file())
     except ConfigError as problem:
-        run.tell(f"LMCache's HTTP port asks for no key. {problem}", style="yellow")
+        context.message(f"LMCache's HTTP port asks for no key. {problem}", style="yellow")
         return {}
     return {LMCACHE_FILES[1]: str(lmcache_key_file())}
 
 
-def _check_environment(run: Run) -> None:
-    """Complain now about what is not installed, and about what would serve without blending and say so in a log only.
+def _check_environment(context: CommandContext) -> None:
+    """Fail now where vLLM or LMCache is missing; warn where serving would be without blending.
 
     Raises:
         ConfigError: vLLM or LMCache is not installed.
@@ -291,16 +280,16 @@ def _check_environment(run: Run) -> None:
 
     if missing := machine.missing_packages():
         raise ConfigError(f"Not installed: {', '.join(missing)}.", remedy=machine.INSTALL)
-    with run.waiting("Checking LMCache's CUDA code"):
+    with context.waiting("Checking LMCache's CUDA code"):
         code = machine.cuda_code()
     if code.state == "failed":
-        run.tell(f"LMCache's CUDA code {code.result}", style="yellow")
-        run.tell(code.remedy)
+        context.message(f"LMCache's CUDA code {code.result}", style="yellow")
+        context.message(code.remedy)
 
 
-def _print(run: Run, made: Commands) -> None:
-    if run.json:
-        run.emit(
+def _print(context: CommandContext, made: Commands) -> None:
+    if context.json:
+        context.emit(
             {
                 "lmcache": made.lmcache_words(),
                 "vllm": ["vllm", *made.vllm],
@@ -309,11 +298,11 @@ def _print(run: Run, made: Commands) -> None:
             }
         )
     else:
-        run.write("\n".join(made.shell()) + "\n")
+        context.write("\n".join(made.shell()) + "\n")
 
 
 def _serve(
-    run: Run,
+    context: CommandContext,
     options: ServeOptions,
     made: Commands,
     lmcache_run: list[str],
@@ -324,7 +313,7 @@ def _serve(
     from lmcache_rag.serving import api
     from lmcache_rag.serving.commands import lmcache_environment
     from lmcache_rag.serving.process import Server
-    from lmcache_rag.serving.supervise import Supervisor, Timeouts
+    from lmcache_rag.serving.supervise import Supervisor
 
     for port, flag in ((options.lmcache_port, "--lmcache-port"), (options.lmcache_http_port, "--lmcache-http-port")):
         _free(port, flag)
@@ -334,9 +323,9 @@ def _serve(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
         raise EngineError(f"{folder} cannot be made: {problem}.", remedy="Name another with --log-dir.") from problem
-    limits = (times or (lambda longest: Timeouts(vllm_start=longest)))(start_timeout)
+    limits = context.services.serve_timeouts(start_timeout)
     logs = folder / "lmcache.log", folder / "vllm.log"
-    key = _lmcache_key(run)
+    key = _lmcache_key(context)
     inherited = lmcache_environment(os.environ, made.tiers)
     supervisor = Supervisor(
         Server(
@@ -356,32 +345,32 @@ def _serve(
             limits.grace,
             {**made.environment, **key},
         ),
-        lambda line: run.tell(clean(line)),
+        lambda line: context.message(clean(line)),
         limits,
-        lambda stop: signal.SIGTERM if isinstance(stop, signals.Terminated) else signal.SIGINT,
+        lambda stop: signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT,
     )
     try:
-        return supervisor.run(lambda: _ready(run, options, made, folder))
+        return supervisor.run(lambda: _ready(context, options, made, folder))
     except KeyboardInterrupt as stop:
-        signals.ignore()
-        run.tell("Both servers have ended.")
-        return TERMINATED if isinstance(stop, signals.Terminated) else INTERRUPTED
+        ignore_signals()
+        context.message("Both servers have ended.")
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
 
 
 def _free(port: int, flag: str) -> None:
-    """Complain now, rather than after minutes of loading, about a port that is in use."""
+    """Fail now, rather than after minutes of loading, if a port is in use."""
     with socket.socket() as probe:
         probe.settimeout(1)
         if probe.connect_ex(("127.0.0.1", port)) == 0:
             raise EngineError(f"Port {port} is in use.", remedy=f"Name another with {flag}.")
 
 
-def _ready(run: Run, options: ServeOptions, made: Commands, folder: Path) -> None:
-    """Warm up, and say where the server is and what is on."""
+def _ready(context: CommandContext, options: ServeOptions, made: Commands, folder: Path) -> None:
+    """Warm up, and print the address, whether it blends, and where the logs are."""
     from lmcache_rag.serving import api
     from lmcache_rag.serving.doctor import round_trip
 
-    run.tell("Warming the look-up.")
+    context.message("Warming the look-up.")
     name, blending = options.model, "off"
     try:
         key = read_ingest_key(options.ingest_key_file) if options.ingest_key_file else ""
@@ -394,12 +383,71 @@ def _ready(run: Run, options: ServeOptions, made: Commands, folder: Path) -> Non
         elif made.blends:
             blending = "off, see lmcache-rag doctor"
     except LMCacheRAGError as problem:
-        run.tell(f"The look-up is not warm: {problem}", style="yellow")
+        context.message(f"The look-up is not warm: {problem}", style="yellow")
         blending = "unknown"
-    if run.json:
+    if context.json:
         facts = {"url": f"{made.url}/v1", "model": name, "blending": blending, "l1_gb": made.l1_gb}
-        run.emit({**facts, "l2": list(options.l2), "logs": str(folder)}, indent=None)
+        context.emit({**facts, "l2": list(options.l2), "logs": str(folder)}, indent=None)
         return
     second = f" and {len(options.l2)} second tier{'s' if len(options.l2) > 1 else ''}" if options.l2 else ""
     where = f"{made.url}/v1 serves {clean(name)}"
-    run.write(f"{where}; blending: {blending}; {made.l1_gb:g} GB for KV{second}; logs in {folder}\n")
+    context.write(f"{where}; blending: {blending}; {made.l1_gb:g} GB for KV{second}; logs in {folder}\n")
+
+
+@command()
+def doctor(
+    context: CommandContext,
+    url: Annotated[
+        str, typer.Argument(metavar="[URL]", help="Address of a vLLM server; without it only this machine is checked.")
+    ] = "",
+    lmcache_url: Annotated[
+        str,
+        typer.Option(
+            metavar="URL",
+            help="HTTP address of the LMCache server. [dim]\\[default: http://127.0.0.1:8089][/dim]",
+            show_default=False,
+        ),
+    ] = "",
+    check_model: Annotated[
+        str,
+        typer.Option(
+            "--model", metavar="NAME", help="Model to check, by folder or Hugging Face name.", show_default=False
+        ),
+    ] = "",
+) -> int:
+    """Check GPU, versions, connector, servers, and a live round trip.
+
+    The round trip precomputes three random chunks, asks for them in another
+    order, and compares ratio 1 with a run without reuse. The server's key, if
+    any, is taken from the variable VLLM_API_KEY or LMCACHE_RAG_API_KEY, and
+    its ingest key from LMCACHE_RAG_INGEST_KEY or LMCACHE_RAG_INGEST_KEY_FILE.
+    Exit status 1 when something failed.
+
+    [bold]Examples[/bold]
+      lmcache-rag doctor
+      lmcache-rag doctor http://127.0.0.1:8000
+      lmcache-rag doctor http://127.0.0.1:8000 --json
+    """
+    from lmcache_rag.serving.doctor import examine
+
+    found = []
+    with context.waiting("Checking"):
+        keys = {"api_key": api_key("VLLM_API_KEY"), "ingest_key": ingest_key()}
+        for check in examine(url, lmcache_url=lmcache_url, model=check_model, **keys):
+            found.append(check)
+    failed = [check for check in found if check.state == "failed"]
+    if context.json:
+        context.emit({"healthy": not failed, "checks": plain(found)})
+        return PARTLY if failed else 0
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("Check", style="bold", no_wrap=True)
+    table.add_column("", no_wrap=True)
+    table.add_column("Result", overflow="fold")
+    table.add_column("Remedy", overflow="fold")
+    for check in found:
+        word, style = _MARKS.get(check.state, (check.state, "dim"))
+        table.add_row(Text(check.name), Text(word, style=style), Text(clean(check.result)), Text(clean(check.remedy)))
+    show(context.out, table)
+    if failed:
+        context.message(f"{len(failed)} of {len(found)} checks failed.", style="bold red")
+    return PARTLY if failed else 0
