@@ -13,10 +13,8 @@ import pytest
 from openai_kit import vllm_serving
 from typer.testing import CliRunner
 
-from lmcache_rag.bench.client import Timed
-from lmcache_rag.bench.speed import Arm, SpeedBench
-from lmcache_rag.bench.summary import Pairs, under_load
-from lmcache_rag.bench.workload import Workload
+from lmcache_rag.bench.client import Timed, Workload
+from lmcache_rag.bench.speed import Arm, Pairs, SpeedBench, under_load
 from lmcache_rag.cli.app import app
 
 

@@ -10,6 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from lmcache_rag.bench.exact import (
+    Trace,
+    TracedEmbeddedEngine,
     bootstrap,
     compare,
     cover,
@@ -18,7 +20,6 @@ from lmcache_rag.bench.exact import (
     permutations,
     questions,
 )
-from lmcache_rag.bench.traces import EmbeddedSource, Trace
 from lmcache_rag.cli.app import app
 from lmcache_rag.engines.base import BlendOptions, ChunkSpan, QueryPrompt
 from lmcache_rag.prompt import PromptBuilder
@@ -26,7 +27,7 @@ from lmcache_rag.prompt import PromptBuilder
 
 def test_everything_computed_again_is_equal_and_nothing_computed_again_is_not(make_engine, corpus, tmp_path):
     engine = make_engine(tmp_path)
-    source = EmbeddedSource(engine, PromptBuilder(engine.tokenizer, engine.info))
+    source = TracedEmbeddedEngine(engine, PromptBuilder(engine.tokenizer, engine.info))
     source.keep(corpus)
     steps: list[int] = []
     arms = {"all": BlendOptions("query", 1.0), "none": BlendOptions("none", 0.0)}
@@ -43,7 +44,7 @@ def test_everything_computed_again_is_equal_and_nothing_computed_again_is_not(ma
 def test_the_full_prefill_comes_last(make_engine, corpus, tmp_path, monkeypatch):
     """A server goes on from the exact KV of a prompt that it has computed in full: nothing would be blended."""
     engine = make_engine(tmp_path)
-    source = EmbeddedSource(engine, PromptBuilder(engine.tokenizer, engine.info))
+    source = TracedEmbeddedEngine(engine, PromptBuilder(engine.tokenizer, engine.info))
     asked: list[bool] = []
     real = source.trace
     monkeypatch.setattr(

@@ -21,16 +21,15 @@ import pytest
 from openai_kit import FakeVLLM, vllm_serving
 from typer.testing import CliRunner
 
-from lmcache_rag.bench import leftovers
 from lmcache_rag.bench import soak as soak_module
+from lmcache_rag.bench.exact import Trace, TracedServer
 from lmcache_rag.bench.soak import Soak, SoakReport
-from lmcache_rag.bench.traces import ServerSource, Trace
 from lmcache_rag.cli.app import app
 from lmcache_rag.engines.base import BlendOptions
 from lmcache_rag.engines.vllm import VLLMEngine
 from lmcache_rag.prompt import PromptBuilder
 
-GAUGES = dict.fromkeys(leftovers.VLLM, 0.0)
+GAUGES = dict.fromkeys(soak_module.VLLM_GAUGES, 0.0)
 MEMORY = {"read_locked_count": 0, "write_locked_count": 0, "memory_used_bytes": 4096}
 PREFETCH = ("in_flight_request_count", "submission_queue_size", "pending_queue_size", "completed_results_count")
 STATUS: dict[str, Any] = {  # of LMCache 0.5.6 at rest, as far as it matters here
@@ -40,13 +39,13 @@ STATUS: dict[str, Any] = {  # of LMCache 0.5.6 at rest, as far as it matters her
     "active_cb_lookups": 0,
     "storage_manager": {"l1_managers": {"_default": MEMORY}, "prefetch_controller": dict.fromkeys(PREFETCH, 0)},
 }
-AT_REST = dict.fromkeys(leftovers.ALL, 0.0)
+AT_REST = dict.fromkeys(soak_module.GAUGES, 0.0)
 
 
 @pytest.fixture
 def server(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVLLM]:
     """vLLM and LMCache at one address; nothing stays behind in them."""
-    monkeypatch.setattr(leftovers, "SETTLE_S", 0.5)
+    monkeypatch.setattr(soak_module, "SETTLE_S", 0.5)
     monkeypatch.setattr(soak_module, "LEAST", 120)  # enough for some of each kind
     with vllm_serving(tokenizer) as server:
         server.gauges, server.status = dict(GAUGES), copy.deepcopy(STATUS)
@@ -84,7 +83,7 @@ def test_a_soak_counts_every_kind(server: FakeVLLM, tmp_path: Path, sentences: l
 
 def test_a_soak_reports_failures_and_other_answers(server: FakeVLLM, tokenizer: Any, corpus: list[str]) -> None:
     engine = VLLMEngine(server.url, tokenizer=tokenizer)
-    source = ServerSource(engine, PromptBuilder(engine.tokenizer, engine.info))
+    source = TracedServer(engine, PromptBuilder(engine.tokenizer, engine.info))
     source.keep(corpus)
     soak = Soak(source, corpus, tokens=4, lmcache_url=server.url)
     sound = soak.run(0.1)
@@ -94,7 +93,7 @@ def test_a_soak_reports_failures_and_other_answers(server: FakeVLLM, tokenizer: 
     in_full = [tuple(body["prompt"]) for body in server.seen if told(body).get("lmcache_rag.ratio") == 1.0]
     followed = {tuple(body["prompt"]) for body in server.seen if told(body).get("lmcache_rag.blend") == "off"}
     assert set(in_full) <= followed, "its full prefill is asked for behind it"
-    cold = ServerSource(engine, source.prompts, named=False)
+    cold = TracedServer(engine, source.prompts, named=False)
     prompt = source.prompts.query(corpus[:3], "What?")
     for each, names in ((source, True), (cold, False)):
         each.trace(prompt, BlendOptions("query", 0.15), 2)
@@ -115,7 +114,7 @@ def test_a_soak_reports_failures_and_other_answers(server: FakeVLLM, tokenizer: 
 def settled(server: FakeVLLM, seconds: float = 0.0) -> SoakReport:
     async def read() -> dict[str, float | None]:
         async with httpx.AsyncClient(base_url=server.url) as http:
-            return await leftovers.settled(http, server.url, seconds=seconds)
+            return await soak_module.settled(http, server.url, seconds=seconds)
 
     return SoakReport(gauges=asyncio.run(read()))
 
@@ -125,14 +124,14 @@ def test_nothing_left_is_sound(server: FakeVLLM) -> None:
     assert (report.sound, report.gauges) == (True, AT_REST)
 
 
-@pytest.mark.parametrize("name", leftovers.VLLM)
+@pytest.mark.parametrize("name", soak_module.VLLM_GAUGES)
 def test_what_vllm_still_holds_is_not_sound(server: FakeVLLM, name: str) -> None:
     server.gauges[name] = 0.25
     report = settled(server)
     assert (report.sound, report.left) == (False, {name: 0.25})
 
 
-@pytest.mark.parametrize("place", leftovers.LMCACHE)
+@pytest.mark.parametrize("place", soak_module.LMCACHE_GAUGES)
 def test_what_lmcache_still_holds_is_not_sound(server: FakeVLLM, place: str) -> None:
     server.status["storage_manager"]["l1_managers"]["another"] = dict(MEMORY)
     *way, last = place.replace("*", "another").split(".")
@@ -150,10 +149,10 @@ def test_what_lmcache_still_holds_is_not_sound(server: FakeVLLM, place: str) -> 
 def test_what_nobody_says_is_not_sound(server: FakeVLLM) -> None:
     server.gauges = {}
     report = settled(server)
-    assert (report.sound, report.unknown) == (False, list(leftovers.VLLM))
+    assert (report.sound, report.unknown) == (False, list(soak_module.VLLM_GAUGES))
     server.gauges, server.status = dict(GAUGES), None
     report = settled(server)
-    assert (report.sound, report.unknown) == (False, [f"lmcache:{place}" for place in leftovers.LMCACHE])
+    assert (report.sound, report.unknown) == (False, [f"lmcache:{place}" for place in soak_module.LMCACHE_GAUGES])
     server.status = {"detail": "another server"}
     assert settled(server).unknown == report.unknown
     del server.gauges["vllm:kv_cache_usage_perc"]
@@ -190,9 +189,9 @@ def test_resident_memory_is_that_of_the_process() -> None:
     code = "data = b'x' * 80_000_000; print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         process.stdout.readline()
-        assert 80 < leftovers.resident_mb(process.pid) < 160
+        assert 80 < soak_module.resident_mb(process.pid) < 160
         process.communicate(b"\n")
-    assert leftovers.resident_mb(process.pid) == 0
+    assert soak_module.resident_mb(process.pid) == 0
 
 
 @pytest.mark.parametrize(

@@ -25,14 +25,14 @@ from test_bench_soak import AT_REST, GAUGES, STATUS
 from typer.testing import CliRunner
 
 from lmcache_rag import protocol
-from lmcache_rag.bench import leftovers, processes
 from lmcache_rag.bench import soak as soak_module
+from lmcache_rag.bench.exact import TracedServer
 from lmcache_rag.bench.hostile import KEYS, Hostile, HostileError, HostileRequest, send
 from lmcache_rag.bench.soak import Soak, SoakReport
-from lmcache_rag.bench.traces import ServerSource
 from lmcache_rag.cli.app import app
 from lmcache_rag.engines.vllm import VLLMEngine
 from lmcache_rag.prompt import PromptBuilder
+from lmcache_rag.serving.process import descendants
 
 
 def ordinary() -> dict[str, Any]:
@@ -126,7 +126,7 @@ def test_outcomes_of_hostile_requests(scripted: Any) -> None:
 
 @pytest.fixture
 def server(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVLLM]:
-    monkeypatch.setattr(leftovers, "SETTLE_S", 0.5)
+    monkeypatch.setattr(soak_module, "SETTLE_S", 0.5)
     monkeypatch.setattr(soak_module, "LEAST", 150)
     with vllm_serving(tokenizer) as server:
         server.gauges, server.status = dict(GAUGES), json.loads(json.dumps(STATUS))
@@ -157,8 +157,8 @@ def test_a_server_that_fails_at_a_hostile_request_is_not_sound(
 
     monkeypatch.setattr(Hostile, "draw", draw)
     engine = VLLMEngine(server.url, tokenizer=tokenizer)
-    soak = Soak(ServerSource(engine, PromptBuilder(engine.tokenizer, engine.info)), corpus, tokens=4, hostile=1.0)
-    soak.full = {asked: soak._source.trace(soak._prompt(asked), soak_options(), 4) for asked in soak._asked}
+    soak = Soak(TracedServer(engine, PromptBuilder(engine.tokenizer, engine.info)), corpus, tokens=4, hostile=1.0)
+    soak.full = {each: soak._source.trace(soak._prompt(each), soak_options(), 4) for each in soak._queries}
     server.fail = [500]
     report = soak.run(0.1)
     engine.close()
@@ -215,14 +215,14 @@ def test_a_pause_stops_the_listener_and_lets_it_go_on() -> None:
     with subprocess.Popen([sys.executable, "-c", LISTENER], stdout=subprocess.PIPE, text=True) as child:
         try:
             port = int(child.stdout.readline())
-            assert processes.listener(port) == child.pid
-            assert child.pid in processes.descendants(os.getpid())
+            assert soak_module.listener(port) == child.pid
+            assert child.pid in descendants(os.getpid())
             seen = []
             watch = threading.Thread(
                 target=lambda: [seen.append(state(child.pid)) or time.sleep(0.05) for _ in range(60)]
             )
             watch.start()
-            assert processes.pause_listener(port, 1.0)
+            assert soak_module.pause_listener(port, 1.0)
             watch.join()
             assert "T" in seen, "it was stopped"
             assert state(child.pid) != "T", "it goes on"
@@ -230,15 +230,15 @@ def test_a_pause_stops_the_listener_and_lets_it_go_on() -> None:
             child.kill()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        assert not processes.pause_listener(free.getsockname()[1], 1.0, wait_s=0.1)
+        assert not soak_module.pause_listener(free.getsockname()[1], 1.0, wait_s=0.1)
 
 
 def test_engine_cores_below_a_process_are_found() -> None:
     code = "import time; time.sleep(600)"
     with subprocess.Popen([sys.executable, "-c", code, "VLLM::EngineCore"]) as child:
         try:
-            assert processes.engine_cores([os.getpid()]) == [child.pid]
-            assert processes.engine_cores([child.pid]) == [child.pid]
-            assert processes.engine_cores([]) == []
+            assert soak_module.engine_cores([os.getpid()]) == [child.pid]
+            assert soak_module.engine_cores([child.pid]) == [child.pid]
+            assert soak_module.engine_cores([]) == []
         finally:
             child.kill()

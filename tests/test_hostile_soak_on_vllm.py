@@ -11,7 +11,7 @@ from vllm_cpu_kit import Servers, needs_vllm_cpu
 
 from lmcache_rag import VLLMEngine
 from lmcache_rag.bench import soak as soak_module
-from lmcache_rag.bench.traces import ServerSource
+from lmcache_rag.bench.exact import TracedServer
 from lmcache_rag.prompt import PromptBuilder
 
 pytestmark = [pytest.mark.slow, pytest.mark.full, needs_vllm_cpu]
@@ -30,7 +30,7 @@ def test_hostile_requests_and_pauses_harm_nothing(
     monkeypatch.setattr(soak_module, "LEAST", 150)
     engine = VLLMEngine(pair.url, tokenizer=pair.model)
     soak = soak_module.Soak(
-        ServerSource(engine, PromptBuilder(engine.tokenizer, engine.info)),
+        TracedServer(engine, PromptBuilder(engine.tokenizer, engine.info)),
         corpus,
         tokens=3,
         concurrency=4,

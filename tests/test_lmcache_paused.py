@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from vllm_cpu_kit import CHUNK, Servers, needs_vllm_cpu, until
 
-from lmcache_rag.bench.processes import paused
+from lmcache_rag.bench.soak import paused
 from lmcache_rag.serving.commands import HEARTBEAT_S, WAIT_S
 
 pytestmark = [pytest.mark.slow, pytest.mark.full, needs_vllm_cpu]

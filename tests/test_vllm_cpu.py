@@ -19,7 +19,7 @@ import pytest
 from vllm_cpu_kit import BLOCK, CHUNK, Servers, needs_vllm_cpu, until
 
 from lmcache_rag import VLLMEngine
-from lmcache_rag.bench import leftovers
+from lmcache_rag.bench.soak import settled
 from lmcache_rag.connector.metrics import SOURCES
 from lmcache_rag.engines.base import BlendOptions, Sampling
 from lmcache_rag.prompt import PromptBuilder
@@ -229,7 +229,7 @@ def test_doctor_says_what_works_without_cuda_and_what_does_not(servers: Servers)
 def what_is_left(servers: Servers) -> dict[str, float | None]:
     async def read() -> dict[str, float | None]:
         async with httpx.AsyncClient(base_url=servers.url) as http:
-            return await leftovers.settled(http, f"http://127.0.0.1:{servers.http}", seconds=0)
+            return await settled(http, f"http://127.0.0.1:{servers.http}", seconds=0)
 
     return asyncio.run(read())
 

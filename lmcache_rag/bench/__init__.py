@@ -1,1 +1,1 @@
-"""Measure a server: time to the first token with and without blending."""
+"""Measure a server: speed with and without blending, exactness, and soundness under every kind of request."""

@@ -110,13 +110,13 @@ class Hostile:
     def _wrong_elsewhere(self, rng: random.Random) -> HostileRequest:
         params = {rng.choice(KEYS): values(rng)}
         body = {"model": self._completion()["model"], "kv_transfer_params": params}
-        asks: list[tuple[str, dict[str, Any]]] = [
+        endpoints: list[tuple[str, dict[str, Any]]] = [
             ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}),
             ("/v1/responses", {"input": "Hello", "max_output_tokens": 2}),
             ("/inference/v1/generate", {"token_ids": [1, 2, 3], "sampling_params": {"max_tokens": 2}}),
         ]
-        path, asked = rng.choice(asks)
-        return HostileRequest(f"params {sorted(params)}", path, body | asked)
+        path, fields = rng.choice(endpoints)
+        return HostileRequest(f"params {sorted(params)}", path, body | fields)
 
     def _disaggregated(self, rng: random.Random) -> HostileRequest:
         params: dict[str, Any] = {
@@ -153,7 +153,7 @@ class Hostile:
         return HostileRequest("several answers", "/v1/completions", body)
 
     def _forged_ingestion(self, rng: random.Random) -> HostileRequest:
-        """Real chunks, said to be one chunk behind another prefix: others' look-ups must never find its KV."""
+        """Real chunks, declared one chunk after another prefix: look-ups of others must never find its KV."""
         body = self._completion(max_tokens=1)
         prefix = rng.choice((0, 1, 64, len(body["prompt"]) // 2))
         body["kv_transfer_params"] = {protocol.INGEST: True, protocol.PREFIX: prefix, protocol.BLEND: "off"}
@@ -162,7 +162,7 @@ class Hostile:
         )
 
     def _forged_forget(self, rng: random.Random) -> HostileRequest:
-        """Of tokens that nobody ingested, so that the ordinary requests keep what they reuse."""
+        """Of tokens that were never ingested, so that the ordinary requests keep what they reuse."""
         prompt = [rng.randrange(100, 1000) for _ in range(256)]
         body = self._completion(prompt=prompt, max_tokens=1)
         body["kv_transfer_params"] = {protocol.FORGET: True, protocol.PREFIX: 64}

@@ -1,25 +1,30 @@
-"""Requests of every kind, for minutes, while something is done to the servers: does any fail, hang, differ or leak?"""
+"""Requests of every kind, for minutes, while the servers are disturbed: does any fail, hang, differ or leak?"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
 import random
+import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 from urllib.parse import urlsplit
 
 import httpx
 
-from lmcache_rag.bench import leftovers, processes
-from lmcache_rag.bench.exact import Asked, difference, questions
+from lmcache_rag.api_key import lmcache_headers
+from lmcache_rag.bench.exact import Query, Trace, TracedServer, difference, questions
 from lmcache_rag.bench.hostile import Hostile, HostileError, send
-from lmcache_rag.bench.traces import ServerSource, Trace
 from lmcache_rag.engines.base import BlendOptions, QueryPrompt, Sampling
 from lmcache_rag.errors import LMCacheRAGError
 from lmcache_rag.protocol import NEAR_TIE, answer_statistics
+from lmcache_rag.serving.process import descendants
 
 Kind: TypeAlias = Literal["blended", "ratio 1", "unblended", "aborted"]
 LMCACHE_URL = "http://127.0.0.1:8089"  # where lmcache-rag serve has it
@@ -35,29 +40,48 @@ OPTIONS: dict[Kind, BlendOptions] = {
     "unblended": BlendOptions(enabled=False),
     "aborted": BlendOptions("query", 0.15),
 }
+# Gauges of vLLM on /metrics: requests, and used blocks that no prefix cache explains.
+VLLM_GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+# Numbers of LMCache 0.5.6 on /status, by their place there; "*" is each of its memories, which are added up. Its locks
+# expire by themselves after minutes, so that what is left of a request shows for long enough. Its sessions are not
+# among these: a store that comes after its request's end opens another, which holds no lock and ends in ten minutes.
+LMCACHE_GAUGES = (
+    "active_prefetch_jobs",
+    "active_cb_lookups",
+    "storage_manager.l1_managers.*.read_locked_count",
+    "storage_manager.l1_managers.*.write_locked_count",
+    "storage_manager.prefetch_controller.in_flight_request_count",
+    "storage_manager.prefetch_controller.submission_queue_size",
+    "storage_manager.prefetch_controller.pending_queue_size",
+    "storage_manager.prefetch_controller.completed_results_count",
+)
+GAUGES = (*VLLM_GAUGES, *(f"lmcache:{place}" for place in LMCACHE_GAUGES))
+SETTLE_S = 15.0  # for what goes on after the last answer: KV is stored there, and aborted requests are taken apart
+PROC = Path("/proc")
+LISTENS = "0A"
 
 
 @dataclass
 class SoakReport:
-    """What came of it.
+    """The results.
 
     Attributes:
         requests: How many of each kind came to their end.
-        failed: What was said of those that did not.
+        failed: The errors of those that did not.
         reused: Requests that reused chunk KV.
-        fallbacks: What the server said of requests that it computed in full instead.
+        fallbacks: The server's reasons, of requests that it computed in full instead.
         differing: Answers at ratio 1 or without blending that differ from the full prefill's and not at a near tie:
             the kind, the place, and how much likelier, in nats, the full prefill's token was there.
         near_ties: How many of each kind differ at one.
         slowest_s: Longest request.
-        gauges: What vLLM's /metrics and LMCache's /status said at the end of what should be zero then, see
-            lmcache_rag.bench.leftovers; None: it was not said.
+        gauges: What should be zero at the end, from vLLM's /metrics and LMCache's /status, see
+            GAUGES; None: it was not reported.
         memory_mb: Resident megabytes of the watched processes, at a tenth of the time and at the end.
         may_grow_mb: So many megabytes more at the end are no leak.
-        hostile: Hostile requests by what came of them: "200", "400", "aborted", or "other" for another refusal.
-        hostile_failed: What was said of those that the server failed at, or did not answer in time.
+        hostile: Hostile requests by outcome: "200", "400", "aborted", or "other" for another refusal.
+        hostile_failed: The errors of those at which the server failed or did not answer in time.
         engine_cores: Process ids of vLLM's EngineCore below the watched processes, at the beginning and at the end.
-        pauses: How often LMCache was paused, and was to be.
+        pauses: How often LMCache was paused, and how often it should have been.
     """
 
     requests: Counter[str] = field(default_factory=Counter)
@@ -77,7 +101,7 @@ class SoakReport:
 
     @property
     def noise(self) -> float:
-        """How far, in nats, the server differs from itself without blending: other batches are added up otherwise."""
+        """How far, in nats, the server differs from itself without blending: other batches sum in another order."""
         gaps = [abs(each["gap"]) for each in self.differing if each["kind"] == "unblended" and each["gap"] is not None]
         return max((gap for gap in gaps if gap <= MOST_NOISE), default=NEAR_TIE)
 
@@ -93,8 +117,8 @@ class SoakReport:
 
     @property
     def unknown(self) -> list[str]:
-        """What no server said at the end: something may be left there."""
-        return [name for name in leftovers.ALL if self.gauges.get(name) is None]
+        """What no server reported at the end: something may be left there."""
+        return [name for name in GAUGES if self.gauges.get(name) is None]
 
     @property
     def grown(self) -> dict[int, list[float]]:
@@ -113,7 +137,7 @@ class SoakReport:
 
     @property
     def sound(self) -> bool:
-        """Nothing failed, was wrong, ended or stayed, and every place was looked at where something could."""
+        """Nothing failed, was wrong, ended or was left, and everything that could be left was reported."""
         bad = self.failed or self.hostile_failed or self.wrong or self.left or self.unknown or self.grown or self.ended
         return not bad and self.pauses[0] == self.pauses[1]
 
@@ -144,18 +168,18 @@ class Soak:
         watch: Process ids whose memory is noted; they must live on.
         may_grow_mb: By how much that may grow.
         most: Most chunks of a question.
-        different: Questions whose full prefill is asked for first.
+        different: Queries whose full prefill is computed first.
         hostile: Share of the requests that are hostile, see lmcache_rag.bench.hostile.
         on_step: Called after each request with the seconds gone by.
 
     Attributes:
-        full: The full prefills' answers to questions that are asked again and again without blending.
-        report: What has come of it so far.
+        full: The full prefills' answers to queries that are repeated without blending.
+        report: The results so far.
     """
 
     def __init__(
         self,
-        source: ServerSource,
+        source: TracedServer,
         chunks: Sequence[str],
         *,
         tokens: int = 16,
@@ -172,18 +196,18 @@ class Soak:
         self._source, self._chunks, self._tokens = source, list(chunks), tokens
         self._concurrency, self._limit, self._watch = concurrency, limit_s, tuple(watch)
         self._on_step, self._lmcache_url, self._hostile = on_step, lmcache_url, hostile
-        self._asked = questions(self._chunks, different, least=min(3, most), most=most)
-        self._orders = {asked.chunks for asked in self._asked}
+        self._queries = questions(self._chunks, different, least=min(3, most), most=most)
+        self._orders = {query.chunks for query in self._queries}
         self._begun = 0
-        self.full: dict[Asked, Trace] = {}
+        self.full: dict[Query, Trace] = {}
         self.report = SoakReport(may_grow_mb=may_grow_mb)
 
     def run(self, seconds: float, disturb: Sequence[Callable[[], None]] = ()) -> SoakReport:
         """Go on for so long; what disturbs is called at equal distances in between."""
-        for asked in self._asked:
-            if asked in self.full:
+        for query in self._queries:
+            if query in self.full:
                 continue
-            self.full[asked] = self._source.trace(self._prompt(asked), OPTIONS["unblended"], self._tokens)
+            self.full[query] = self._source.trace(self._prompt(query), OPTIONS["unblended"], self._tokens)
         asyncio.run(self._run(seconds, disturb))
         return self.report
 
@@ -191,20 +215,20 @@ class Soak:
         """Stop LMCache for so long; one of those that disturb."""
         self.report.pauses[1] += 1
         port = urlsplit(self._lmcache_url).port or 80
-        self.report.pauses[0] += processes.pause_listener(port, seconds)
+        self.report.pauses[0] += pause_listener(port, seconds)
 
     async def _run(self, seconds: float, disturb: Sequence[Callable[[], None]]) -> None:
         begin, self._begun = time.monotonic(), 0
-        self.report.engine_cores.append(processes.engine_cores(self._watch))
+        self.report.engine_cores.append(engine_cores(self._watch))
         url = self._source.engine.urls[0]
         async with httpx.AsyncClient(base_url=url, timeout=self._limit, headers=self._source.engine.headers) as http:
             jobs = [self._worker(http, number, begin, seconds) for number in range(self._concurrency)]
             jobs += [self._at(begin + seconds * (i + 1) / (len(disturb) + 1), each) for i, each in enumerate(disturb)]
-            jobs += [self._at(begin + seconds / 10, self._weigh)]
+            jobs += [self._at(begin + seconds / 10, self._note_memory)]
             await asyncio.gather(*jobs)
-            self.report.engine_cores.append(processes.engine_cores(self._watch))
-            self.report.gauges = await leftovers.settled(http, self._lmcache_url, seconds=leftovers.SETTLE_S)
-            self._weigh()
+            self.report.engine_cores.append(engine_cores(self._watch))
+            self.report.gauges = await settled(http, self._lmcache_url, seconds=SETTLE_S)
+            self._note_memory()
 
     async def _at(self, moment: float, do: Callable[[], None]) -> None:
         await asyncio.sleep(max(0.0, moment - time.monotonic()))
@@ -216,41 +240,41 @@ class Soak:
         while time.monotonic() - begin < seconds or self._begun < LEAST:
             self._begun += 1
             if rng.random() < self._hostile:
-                await self._harm(http, rng)
+                await self._send_hostile(http, rng)
                 continue
-            kind, asked = rng.choices(kinds, shares)[0], rng.choice(self._asked)
+            kind, query = rng.choices(kinds, shares)[0], rng.choice(self._queries)
             if kind != "unblended":
-                asked = self._new(asked, rng)
+                query = self._new(query, rng)
             start = time.monotonic()
             try:
-                await asyncio.wait_for(self._request(http, kind, asked, rng), self._limit)
+                await asyncio.wait_for(self._request(http, kind, query, rng), self._limit)
                 self.report.requests[kind] += 1
             except (httpx.HTTPError, LMCacheRAGError, TimeoutError, KeyError, ValueError) as problem:
                 self.report.failed.append(f"{kind}: {type(problem).__name__}: {problem}"[:300])
             self.report.slowest_s = max(self.report.slowest_s, time.monotonic() - start)
             self._on_step(time.monotonic() - begin)
 
-    async def _harm(self, http: httpx.AsyncClient, rng: random.Random) -> None:
-        asked = self._new(rng.choice(self._asked), rng)
-        request = Hostile(lambda: self._body(self._prompt(asked), "blended"), self._tokens).draw(rng)
+    async def _send_hostile(self, http: httpx.AsyncClient, rng: random.Random) -> None:
+        query = self._new(rng.choice(self._queries), rng)
+        request = Hostile(lambda: self._body(self._prompt(query), "blended"), self._tokens).draw(rng)
         try:
             self.report.hostile[await asyncio.wait_for(send(http, request, rng), self._limit)] += 1
         except (httpx.HTTPError, HostileError, TimeoutError) as problem:
             text = f"{request.kind}, {request.path}: {type(problem).__name__}: {problem}"
             self.report.hostile_failed.append(text[:300])
 
-    def _new(self, asked: Asked, rng: random.Random) -> Asked:
-        """The question over chunks in an order that was not asked yet: what was computed in full is reused as it is."""
+    def _new(self, query: Query, rng: random.Random) -> Query:
+        """The query over chunks in an order that was not used yet: what was computed in full is reused as it is."""
         for attempt in range(100):  # a few chunks have few orders, and then others are taken
-            pool = asked.chunks if attempt < 10 else self._chunks
-            order = tuple(rng.sample(pool, len(asked.chunks)))
+            pool = query.chunks if attempt < 10 else self._chunks
+            order = tuple(rng.sample(pool, len(query.chunks)))
             if order not in self._orders:
                 break
         self._orders.add(order)
-        return Asked(order, asked.question)
+        return Query(order, query.question)
 
-    async def _request(self, http: httpx.AsyncClient, kind: Kind, asked: Asked, rng: random.Random) -> None:
-        prompt = self._prompt(asked)
+    async def _request(self, http: httpx.AsyncClient, kind: Kind, query: Query, rng: random.Random) -> None:
+        prompt = self._prompt(query)
         body = self._body(prompt, kind)
         if kind == "aborted":
             async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
@@ -263,15 +287,15 @@ class Soak:
         answer.raise_for_status()
         data = answer.json()
         tokens = tuple(data["choices"][0]["token_ids"])
-        told = answer_statistics(data) or {}
-        self.report.reused += told.get("reused_tokens", 0) > 0
-        if told.get("failure"):
-            self.report.fallbacks[str(told["failure"])] += 1
+        stats = answer_statistics(data) or {}
+        self.report.reused += stats.get("reused_tokens", 0) > 0
+        if stats.get("failure"):
+            self.report.fallbacks[str(stats["failure"])] += 1
         if len(tokens) != self._tokens:
             raise ValueError(f"{len(tokens)} tokens instead of {self._tokens}")
         if kind == "unblended":
-            self._judge(kind, self.full[asked], tokens)
-        elif kind == "ratio 1":  # everything was computed again: the answer is the full prefill's, which is asked now
+            self._judge(kind, self.full[query], tokens)
+        elif kind == "ratio 1":  # everything was computed again: the answer is that of a full prefill, which runs now
             full = await asyncio.to_thread(self._source.trace, prompt, OPTIONS["unblended"], self._tokens)
             self._judge(kind, full, tokens)
 
@@ -288,9 +312,135 @@ class Soak:
             else:
                 self.report.differing.append({"kind": kind, "place": found.place, "gap": found.gap})
 
-    def _prompt(self, asked: Asked) -> QueryPrompt:
-        return self._source.prompts.query(asked.chunks, asked.question)
+    def _prompt(self, query: Query) -> QueryPrompt:
+        return self._source.prompts.query(query.chunks, query.question)
 
-    def _weigh(self) -> None:
+    def _note_memory(self) -> None:
         for process in self._watch:
-            self.report.memory_mb.setdefault(process, []).append(leftovers.resident_mb(process))
+            self.report.memory_mb.setdefault(process, []).append(resident_mb(process))
+
+
+# What servers still hold
+
+
+async def settled(vllm: httpx.AsyncClient, lmcache_url: str, *, seconds: float) -> dict[str, float | None]:
+    """Values of all GAUGES, once all are 0 or so many seconds are over; None: the server does not report it."""
+    end = time.monotonic() + seconds
+    headers = lmcache_headers(lmcache_url)
+    # Not vllm: that one sends vLLM's key.
+    async with httpx.AsyncClient(base_url=lmcache_url, timeout=10, headers=headers) as lmcache:
+        while True:
+            found = await _vllm_gauges(vllm) | await _lmcache_gauges(lmcache)
+            if all(value == 0 for value in found.values()) or time.monotonic() >= end:
+                return found
+            await asyncio.sleep(0.5)
+
+
+async def _vllm_gauges(http: httpx.AsyncClient) -> dict[str, float | None]:
+    try:
+        text = (await http.get("/metrics")).raise_for_status().text
+    except httpx.HTTPError:
+        text = ""
+    found: dict[str, float | None] = {}
+    for name in VLLM_GAUGES:
+        lines = [line for line in text.splitlines() if line.startswith((f"{name}{{", f"{name} "))]
+        found[name] = sum(float(line.rsplit(" ", 1)[1]) for line in lines) if lines else None
+    return found
+
+
+async def _lmcache_gauges(http: httpx.AsyncClient) -> dict[str, float | None]:
+    try:
+        status = (await http.get("/status")).raise_for_status().json()
+    except (httpx.HTTPError, ValueError):
+        status = None
+    return {f"lmcache:{place}": _number_at(status, place.split(".")) for place in LMCACHE_GAUGES}
+
+
+def _number_at(status: Any, place: list[str]) -> float | None:
+    """The number at that place of a document."""
+    if not place:
+        return float(status) if isinstance(status, int | float) else None
+    if not isinstance(status, dict):
+        return None
+    if place[0] != "*":
+        return _number_at(status.get(place[0]), place[1:])
+    found = [value for each in status.values() if (value := _number_at(each, place[1:])) is not None]
+    return sum(found) if found and len(found) == len(status) else None
+
+
+def resident_mb(process: int) -> float:
+    """Resident memory of a process in megabytes; 0 where it is gone or the system has no /proc."""
+    try:
+        with open(f"/proc/{process}/status") as status:  # noqa: PTH123
+            line = next(line for line in status if line.startswith("VmRSS:"))
+    except (OSError, StopIteration):
+        return 0.0
+    return int(line.split()[1]) / 1024
+
+
+# Processes of this machine, by /proc
+
+
+def engine_cores(watched: Iterable[int]) -> list[int]:
+    """VLLM's EngineCore processes among these and what they started."""
+    found = set()
+    for process in watched:
+        for each in (process, *descendants(process)):
+            with contextlib.suppress(OSError):
+                if b"EngineCore" in (PROC / str(each) / "cmdline").read_bytes():
+                    found.add(each)
+    return sorted(found)
+
+
+def listener(port: int) -> int | None:
+    """The process that listens at that port of this machine; of several the first that was started."""
+    sockets = set()
+    for table in ("tcp", "tcp6"):
+        with contextlib.suppress(OSError):
+            for line in (PROC / "net" / table).read_text().splitlines()[1:]:
+                columns = line.split()
+                if columns[3] == LISTENS and int(columns[1].rpartition(":")[2], 16) == port:
+                    sockets.add(f"socket:[{columns[9]}]")
+    found = []
+    for folder in PROC.glob("[0-9]*") if sockets else ():
+        with contextlib.suppress(OSError):
+            if any(_target(each) in sockets for each in (folder / "fd").iterdir()):
+                found.append(int(folder.name))
+    return min(found, default=None)
+
+
+def _target(link: Path) -> str:
+    try:
+        return str(link.readlink())
+    except OSError:
+        return ""
+
+
+@contextmanager
+def paused(process: int) -> Iterator[None]:
+    """Stop a process and its descendants; they go on at the end."""
+    all_ = [process, *descendants(process)]
+    try:
+        for each in all_:
+            _signal(each, signal.SIGSTOP)
+        yield
+    finally:
+        for each in all_:
+            _signal(each, signal.SIGCONT)
+
+
+def _signal(process: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, number)
+
+
+def pause_listener(port: int, seconds: float, *, wait_s: float = 60.0) -> bool:
+    """Pause what listens at that port; False: nothing does, even after a while in which it may be started again."""
+    end = time.monotonic() + wait_s
+    while (process := listener(port)) is None:
+        if time.monotonic() >= end:
+            return False
+        time.sleep(0.25)
+    with paused(process):
+        time.sleep(seconds)
+    return True

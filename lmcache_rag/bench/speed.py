@@ -1,23 +1,65 @@
-"""What a blending server takes, one request at a time and under load, beside a baseline."""
+"""How fast a blending server is, one request at a time and under load, beside a baseline."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from lmcache_rag import protocol
-from lmcache_rag.bench.client import Timed, TimedClient
-from lmcache_rag.bench.summary import Pairs, steps, under_load
-from lmcache_rag.bench.workload import Workload
+from lmcache_rag.bench.client import Timed, TimedClient, Workload
+
+WARM = 2  # requests of each kind that are not counted
+INGESTIONS = 2  # of each server that count
+OF_BASELINE = 0.8  # of its throughput: a load that it carries
+_STORED_S = 0.3  # until LMCache has stored what it stores after the answers of an ingestion
+_STORED_S_PER_TOKEN = 15e-6  # the same for a single prompt
+STEPS = (
+    "prefix_tokens",
+    "hot_tokens",
+    "reused_tokens",
+    "recomputed_tokens",
+    "computed_tokens",
+    "lookup_ms",
+    "load_ms",
+    "blend_ms",
+)
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """What to measure besides the time to the first token of every arm.
+
+    Attributes:
+        tokens: Lengths of the prompts; under load the first one.
+        repeats: Requests of each kind that count.
+        throughput: Requests a second with in_flight requests at a time.
+        rate: At so many requests a second; 0: at 0.8 of the baseline's throughput; None: not at all.
+        ingestion: Tokens per second of the chunks' prefill.
+        nothing_cached: Prompts of which nothing is cached.
+        floor: What HTTP and scheduling take.
+        requests: Of each arm under load.
+        in_flight: Requests at a time.
+    """
+
+    tokens: tuple[int, ...]
+    repeats: int = 10
+    throughput: bool = False
+    rate: float | None = None
+    ingestion: bool = False
+    nothing_cached: bool = False
+    floor: bool = False
+    requests: int = 64
+    in_flight: int = 16
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to ask: a server and the request's parameters; `hot` names the chunks to it."""
+    """One way to send prompts: a server and request parameters; `hot` names the chunks to it."""
 
     name: str
     url: str
@@ -34,7 +76,7 @@ class Row:
         tokens: Length of the prompts.
         ttft_ms: Each request's time to the first token.
         sooner: The baseline's median over this one's; None for the baseline itself.
-        steps: Medians of what the server says of itself.
+        steps: Medians of the server's statistics.
     """
 
     arm: str
@@ -53,23 +95,118 @@ class Row:
         return {**asdict(self), "median_ms": self.median, "min_ms": min(self.ttft_ms)}
 
 
-_STORED_S = 0.3  # until what an ingestion stores behind its answers is stored
-_STORED_S_PER_TOKEN = 15e-6  # the same for a single prompt
-
-
 def new_chunks(at_once: int) -> int:
     """How many chunks an ingestion has: of fewer, those at its ends, which have no company, are too large a share."""
     return max(2 * at_once, 48)
 
 
+@dataclass
+class SpeedResults:
+    """Results; empty where they were not requested."""
+
+    ttft: list[Row] = field(default_factory=list)
+    throughput: list[dict[str, Any]] = field(default_factory=list)
+    rate: list[dict[str, Any]] = field(default_factory=list)
+    ingestion: list[dict[str, Any]] = field(default_factory=list)
+    nothing_cached: list[Pairs] = field(default_factory=list)
+    floor: list[Pairs] = field(default_factory=list)
+
+    def as_list(self) -> list[dict[str, Any]]:
+        """For JSON: one row for each figure, with its kind under `measure`."""
+        rows = [{"measure": "ttft"} | row.as_dict() for row in self.ttft]
+        rows += [{"measure": "throughput"} | row for row in self.throughput]
+        rows += [{"measure": "rate"} | row for row in self.rate]
+        rows += [{"measure": "ingestion"} | row for row in self.ingestion]
+        rows += [{"measure": "nothing cached"} | row.as_dict() for row in self.nothing_cached]
+        return rows + [{"measure": "floor"} | row.as_dict() for row in self.floor]
+
+
+# A run
+
+
+def count_requests(arms: Sequence[Arm], workload: Workload, config: SpeedConfig) -> int:
+    """How many requests measure() sends."""
+    each, lengths = config.repeats + WARM, len(config.tokens)
+    urls = len({arm.url for arm in arms})
+    loaded = len(_throughput_arms(arms, config)) + (len(arms) if config.rate is not None else 0)
+    return (
+        urls * workload.chunks
+        + lengths * len(arms) * each
+        + loaded * config.requests
+        + config.ingestion * 2 * (1 + INGESTIONS) * new_chunks(config.in_flight)
+        + config.nothing_cached * lengths * 2 * each
+        + config.floor * (lengths + 1) * 2 * each
+    )
+
+
+async def measure(
+    arms: Sequence[Arm],
+    engine: Arm,
+    workload: Workload,
+    config: SpeedConfig,
+    on_step: Callable[[int, int], None] = lambda done, total: None,
+) -> SpeedResults:
+    """Measure everything that the configuration names, in an order in which no part disturbs a later one.
+
+    Args:
+        arms: What is compared; the first is the baseline.
+        engine: The blending server, used as a client that knows nothing of blending uses it.
+        workload: The prompts.
+        config: What is measured.
+        on_step: Called after each request with how many are done and how many there are in all.
+
+    Raises:
+        EngineError: A server cannot be reached or fails.
+    """
+    done, total = itertools.count(1), count_requests(arms, workload, config)
+    bench, found = SpeedBench(arms, workload, lambda: on_step(next(done), total)), SpeedResults()
+    await bench.open()
+    try:
+        for url in {arm.url for arm in bench.arms}:
+            await bench.ingest(url)
+        for length in config.tokens:
+            found.ttft += await bench.latency(length, config.repeats, warm=WARM)
+        await _measure_under_load(bench, config, found)
+        pair = (bench.arms[0], engine)
+        if config.floor:
+            found.floor = await bench.floor(*pair, config.tokens, config.repeats, warm=WARM)
+        # From here on LMCache is filled with prompts that are not sent again.
+        if config.ingestion:
+            found.ingestion = await bench.ingestion(*pair, at_once=config.in_flight, repeats=INGESTIONS)
+        if config.nothing_cached:
+            for length in config.tokens:
+                found.nothing_cached.append(await bench.nothing_cached(*pair, length, config.repeats, warm=WARM))
+    finally:
+        await bench.close()
+    return found
+
+
+async def _measure_under_load(bench: SpeedBench, config: SpeedConfig, found: SpeedResults) -> None:
+    tokens = config.tokens[0]
+    for arm in _throughput_arms(bench.arms, config):
+        found.throughput.append(await bench.throughput(arm, tokens, config.requests, at_once=config.in_flight))
+    if config.rate is None:
+        return
+    per_second = config.rate or OF_BASELINE * found.throughput[0]["requests_per_second"]
+    for arm in bench.arms:
+        found.rate.append(await bench.rate(arm, tokens, config.requests, per_second=per_second))
+
+
+def _throughput_arms(arms: Sequence[Arm], config: SpeedConfig) -> Sequence[Arm]:
+    """The arms whose throughput is measured; the baseline's gives the rate where none is set."""
+    if config.throughput:
+        return arms
+    return arms[:1] if config.rate == 0 else []
+
+
 class SpeedBench:
-    """Asks every arm prompts of the same kind: in turn where only one request runs, one arm after another under load.
+    """Sends every arm prompts of the same kind: in turn where only one request runs, one arm after another under load.
 
     What fills LMCache, and so may drive the chunks out, comes last: ingestion() and nothing_cached().
 
     Args:
         arms: What is compared; the first is the baseline.
-        workload: What is asked.
+        workload: The prompts.
         on_step: Called after every request.
     """
 
@@ -107,7 +244,7 @@ class SpeedBench:
         return workload.chunks * workload.chunk / (time.perf_counter() - begin)
 
     async def ingestion(self, base: Arm, ours: Arm, *, at_once: int = 16, repeats: int = 2) -> list[dict[str, Any]]:
-        """Tokens per second of ingesting chunks that nobody has seen, both in turn; the first time is not counted."""
+        """Tokens per second of ingesting new chunks, both in turn; the first time is not counted."""
         chunks = new_chunks(at_once)
         rates: dict[str, list[float]] = {base.name: [], ours.name: []}
         for repeat in range(-1, repeats):
@@ -185,7 +322,7 @@ class SpeedBench:
         """So many requests a second whether or not answers come: the same random moments for every arm.
 
         Args:
-            arm: What is asked.
+            arm: The prompts.
             tokens: Length of the prompts.
             requests: How many.
             per_second: Mean number of requests sent a second.
@@ -229,12 +366,12 @@ class SpeedBench:
                 if pair >= 0:
                     times[arm.name].append(done.ttft_ms)
                 self._on_step()
-                # Storing the KV goes on behind the answer; it is no part of the next one's time. Both wait alike.
+                # Storing the KV goes on after the answer; it is no part of the next one's time. Both wait alike.
                 await asyncio.sleep(tokens * _STORED_S_PER_TOKEN)
         return Pairs("nothing cached", tokens, tuple(times[base.name]), tuple(times[ours.name]))
 
     async def floor(self, base: Arm, ours: Arm, lengths: Sequence[int], repeats: int, *, warm: int = 2) -> list[Pairs]:
-        """What HTTP and scheduling take: 16 tokens, and prompts whose KV vLLM has to the last block."""
+        """The time of HTTP and scheduling: 16 tokens, and prompts whose KV vLLM has to the last block."""
         found = []
         for name, tokens in (("16 tokens", 16), *((f"{n} tokens again", n) for n in lengths)):
             prompt = self.workload.fresh(tokens, tokens)
@@ -247,3 +384,70 @@ class SpeedBench:
                     self._on_step()
             found.append(Pairs(name, tokens, tuple(times[base.name]), tuple(times[ours.name])))
         return found
+
+
+# Summaries of timed requests
+
+
+def steps(done: Iterable[Timed]) -> dict[str, float]:
+    """Medians of the server's statistics; empty where it sent none."""
+    found = [timed.statistics for timed in done if timed.statistics]
+    return {step: statistics.median(each.get(step, 0) for each in found) for step in STEPS} if found else {}
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which that share of the values lies, one of them; 0 where there are none."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0.0
+
+
+def under_load(done: Sequence[Timed]) -> dict[str, Any]:
+    """Times to the first token and gaps between tokens of requests that ran at the same time, in milliseconds."""
+    first = [timed.ttft_ms for timed in done]
+    gaps = [gap for timed in done for gap in timed.gaps_ms]
+    return {
+        "ttft_ms_median": statistics.median(first),
+        "ttft_ms_p99": percentile(first, 0.99),
+        "gap_ms_p50": percentile(gaps, 0.5),
+        "gap_ms_p90": percentile(gaps, 0.9),
+        "gap_ms_p99": percentile(gaps, 0.99),
+        "gap_ms_max": max(gaps, default=0.0),
+        "steps": steps(done),
+        "ttft_ms": [round(each, 2) for each in first],
+        "gaps_ms": [round(each, 2) for each in gaps],
+    }
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The same kind of prompt sent to two servers in turn.
+
+    Attributes:
+        prompt: Which kind.
+        tokens: Its length.
+        base_ms: The baseline's times to the first token.
+        ours_ms: The other's, in the same order: each measured right after or before the baseline's.
+    """
+
+    prompt: str
+    tokens: int
+    base_ms: tuple[float, ...]
+    ours_ms: tuple[float, ...]
+
+    @property
+    def of_medians(self) -> float:
+        """How much more the other's median is, as a share of the baseline's: 0.03 is 3% more."""
+        return statistics.median(self.ours_ms) / statistics.median(self.base_ms) - 1
+
+    @property
+    def of_pairs(self) -> float:
+        """The median of the same share taken pair by pair: what drifts over minutes cancels out."""
+        return statistics.median(ours / base for base, ours in zip(self.base_ms, self.ours_ms, strict=True)) - 1
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        medians = {
+            "base_median_ms": statistics.median(self.base_ms),
+            "ours_median_ms": statistics.median(self.ours_ms),
+        }
+        return {**asdict(self), **medians, "of_medians": self.of_medians, "of_pairs": self.of_pairs}

@@ -18,9 +18,7 @@ from lmcache_rag.errors import ConfigError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from lmcache_rag.bench.session import Found
-    from lmcache_rag.bench.speed import Row
-    from lmcache_rag.bench.summary import Pairs
+    from lmcache_rag.bench.speed import Pairs, Row, SpeedResults
 
 Engine = Annotated[str, typer.Option("--engine", metavar="URL", help="The server that blends.")]
 Baseline = Annotated[
@@ -99,9 +97,8 @@ def speed(
       lmcache-rag bench speed --policy query --policy hkvd --at 0.1 --at 0.2
     """
     from lmcache_rag import protocol
-    from lmcache_rag.bench.session import SpeedSession, Wanted
-    from lmcache_rag.bench.speed import Arm
-    from lmcache_rag.bench.workload import Workload
+    from lmcache_rag.bench.client import Workload
+    from lmcache_rag.bench.speed import Arm, SpeedConfig, measure
     from lmcache_rag.blend.policies import get_policy
 
     for name in policy:
@@ -113,7 +110,7 @@ def speed(
     for name, ratio in itertools.product(dict.fromkeys(policy), dict.fromkeys(at)):
         params = {protocol.POLICY: name, protocol.RATIO: ratio}
         arms += [Arm(f"{name} {ratio:g}", engine, params), Arm(f"hot {name} {ratio:g}", engine, params, hot=True)]
-    wanted = Wanted(
+    config = SpeedConfig(
         tuple(tokens),
         repeats,
         throughput=throughput,
@@ -127,10 +124,15 @@ def speed(
     # New chunks in each run: what a server still has of an earlier one would make its full prefills short.
     workload = Workload(chunks=chunks, seed=time.time_ns())
     with Bars(context, main="requests") as bars:
-        session = SpeedSession(
-            arms, Arm("engine", engine), workload, wanted, lambda done, total: bars.update("requests", done, total)
+        found = asyncio.run(
+            measure(
+                arms,
+                Arm("engine", engine),
+                workload,
+                config,
+                lambda done, total: bars.update("requests", done, total),
+            )
         )
-        found = asyncio.run(session.run())
     if plot:
         _draw(found.ttft, plot)
     if context.json:
@@ -139,7 +141,7 @@ def speed(
         _show(context, found)
 
 
-def _show(context: CommandContext, found: Found) -> None:
+def _show(context: CommandContext, found: SpeedResults) -> None:
     context.out.print(_ttft_table(found.ttft))
     if found.throughput:
         context.out.print(_throughput_table(found.throughput))

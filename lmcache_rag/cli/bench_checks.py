@@ -18,9 +18,8 @@ from lmcache_rag.cli.run import Bars, CommandContext, command
 from lmcache_rag.errors import ConfigError
 
 if TYPE_CHECKING:
-    from lmcache_rag.bench.exact import Exactness
+    from lmcache_rag.bench.exact import Exactness, TracedEngine
     from lmcache_rag.bench.soak import SoakReport
-    from lmcache_rag.bench.traces import Source
     from lmcache_rag.engines.base import BlendOptions
     from lmcache_rag.engines.vllm import VLLMEngine
     from lmcache_rag.prompt import PromptBuilder
@@ -92,7 +91,6 @@ def exact(
       lmcache-rag bench exact docs/ --engine http://localhost:8000
     """
     from lmcache_rag.bench import exact as bench
-    from lmcache_rag.bench.traces import EmbeddedSource, ServerSource
     from lmcache_rag.engines.base import BlendOptions
     from lmcache_rag.engines.vllm import VLLMEngine
     from lmcache_rag.prompt import PromptBuilder
@@ -103,7 +101,7 @@ def exact(
     builder = PromptBuilder(server.tokenizer, server.info)
     chunks = read_chunks(documents, builder, chunk_tokens)
     most = max_chunks(server, builder, tokens, chunk_tokens)
-    asked = bench.questions(chunks, prompts, least=min(4, most), most=most)
+    queries = bench.questions(chunks, prompts, least=min(4, most), most=most)
     arms = {
         "query 1": BlendOptions("query", 1.0),
         f"query {at:g}": BlendOptions("query", at),
@@ -119,11 +117,11 @@ def exact(
             done += 1
             bars.update("questions", done, total)
 
-        def measure(name: str, source: Source, kinds: dict[str, BlendOptions]) -> None:
+        def measure(name: str, source: TracedEngine, kinds: dict[str, BlendOptions]) -> None:
             source.keep(chunks)
-            found[name] = bench.compare(source, asked, kinds, tokens=tokens, again=True, on_step=step)
+            found[name] = bench.compare(source, queries, kinds, tokens=tokens, again=True, on_step=step)
 
-        source = ServerSource(server, builder, named=not cold)
+        source = bench.TracedServer(server, builder, named=not cold)
         measure("server", source, arms)
         if orders:
             turned = bench.permutations(chunks[: 10 if most == 8 else most], orders)
@@ -135,7 +133,7 @@ def exact(
 
             own = EmbeddedEngine(model, kv_dir=Path(folder))
             try:
-                measure("embedded", EmbeddedSource(own, PromptBuilder(own.tokenizer, own.info)), arms)
+                measure("embedded", bench.TracedEmbeddedEngine(own, PromptBuilder(own.tokenizer, own.info)), arms)
             finally:
                 own.close()
     server.close()
@@ -229,15 +227,15 @@ def soak(
     [bold]Example[/bold]
       lmcache-rag bench soak docs/ --disturb 'pkill -9 -f "\[l]mcache.cli.main server"'
     """
+    from lmcache_rag.bench.exact import TracedServer
     from lmcache_rag.bench.soak import Soak
-    from lmcache_rag.bench.traces import ServerSource
     from lmcache_rag.engines.vllm import VLLMEngine
     from lmcache_rag.prompt import PromptBuilder
 
     server = VLLMEngine(engine, model)
     builder = PromptBuilder(server.tokenizer, server.info)
     chunks = read_chunks(documents, builder, chunk_tokens)[:40]
-    source = ServerSource(server, builder)
+    source = TracedServer(server, builder)
     source.keep(chunks)
     with Bars(context, main="seconds") as bars:
         test = Soak(
