@@ -208,10 +208,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="only print what exceeds a limit; exit status 1 then")
     parser.add_argument("packages", nargs="*", metavar="NAME=FOLDER", help="packages to read; default: this project's")
-    given = parser.parse_args(arguments)
-    packages = {name: Path(folder) for name, _, folder in (text.partition("=") for text in given.packages)}
+    options = parser.parse_args(arguments)
+    packages = {name: Path(folder) for name, _, folder in (text.partition("=") for text in options.packages)}
     report = measure(packages or PACKAGES)
-    if not given.check:
+    if not options.check:
         show(report)
         return 0
     violations = report.violations()
