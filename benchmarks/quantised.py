@@ -1,7 +1,8 @@
 """Round a model's weights to four bits, in the file formats of AutoAWQ and of GPTQ, to try vLLM's layers for them.
 
     python benchmarks/quantised.py MODEL_FOLDER OUT_FOLDER --format awq
-    python benchmarks/backends.py OUT_FOLDER --name awq --dtype float16
+    lmcache-rag serve OUT_FOLDER --dtype float16
+    lmcache-rag bench exact examples/data/documents
 
 Plain rounding to the nearest: neither AWQ's nor GPTQ's search, so answers are worse than with their tools. For a test
 of blending only the formats count. Linear layers of a Llama-like folder are rounded, the rest is copied.

@@ -19,18 +19,18 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
-from backends import INGEST, OFF, Engine, Material, first_difference
 
 from lmcache_rag import protocol
 
@@ -46,6 +46,104 @@ SHAPE = {
 }
 OPTIONS: dict[str, Any] = {"dtype": "float32", "attention_backend": "TRITON_ATTN"}
 TOKENS, BATCH = 64, 8
+DATA = Path(__file__).parents[1] / "examples" / "data" / "documents"
+OFF = {protocol.BLEND: "off", protocol.MAX_OFFLOAD_TOKENS: 64}
+PREFIX = 64  # tokens
+INGEST = {protocol.BLEND: "off", protocol.INGEST: True, protocol.PREFIX: PREFIX}
+
+
+class Answer(NamedTuple):
+    """Tokens, what was reused, and the likeliest two tokens at each place."""
+
+    tokens: list[int]
+    stats: dict[str, Any]
+    likely: Any
+
+    def gap(self, place: int) -> float:
+        """How much likelier its own token was there than the next: near 0, rounding decides."""
+        first, second = sorted((each.logprob for each in self.likely[place].values()), reverse=True)[:2]
+        return float(first - second)
+
+
+def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
+    """Index of the first token in which two answers differ; None: they are equal."""
+    return next((i for i, (mine, theirs) in enumerate(zip(one, other, strict=True)) if mine != theirs), None)
+
+
+class Material:
+    """Chunks of the sample documents, and prompts of four to eight of them in random order.
+
+    Each seed has prompts of its own: vLLM reuses the exact KV of one that it has computed, and blends nothing.
+    """
+
+    def __init__(self, tokenizer: Any, seed: int = 0) -> None:
+        lengths, self._rng = random.Random(0), random.Random(seed)
+        text = " ".join(path.read_text() for path in sorted(DATA.rglob("*")) if path.suffix in (".txt", ".md"))
+        ids = tokenizer.encode(text)
+        self._prefix, self._gap = ids[:PREFIX], tokenizer.encode("\n\n")
+        self._question = tokenizer.encode("\n\nQuestion: what do these passages say? Answer:")
+        self._chunks = [ids[start : start + lengths.randrange(200, 300)] for start in range(70, 70 + 300 * 30, 300)]
+
+    def ingestions(self) -> list[list[int]]:
+        """A prompt for each chunk."""
+        return [self._prefix + chunk for chunk in self._chunks]
+
+    def prompt(self) -> tuple[list[int], list[list[int]]]:
+        """The next prompt, and the spans of its chunks."""
+        prompt, spans = list(self._prefix), []
+        for number in self._rng.sample(range(len(self._chunks)), self._rng.randrange(4, 9)):
+            spans.append([len(prompt), len(prompt) + len(self._chunks[number])])
+            prompt += self._chunks[number] + self._gap
+        return prompt + self._question, spans
+
+
+class Engine:
+    """vLLM in this process, with the connector."""
+
+    def __init__(self, model: str, port: int, salt: str, options: dict[str, Any]) -> None:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import LLM
+        from vllm.config import KVTransferConfig
+
+        self._salt = salt
+        self._llm = LLM(
+            model=model,
+            max_model_len=8192,
+            max_num_batched_tokens=8192,
+            gpu_memory_utilization=0.05,
+            kv_cache_memory_bytes=2_000_000_000,
+            kv_transfer_config=KVTransferConfig(
+                kv_connector="CacheBlendConnector",
+                kv_connector_module_path="lmcache_rag.connector.connector",
+                kv_role="kv_both",
+                kv_load_failure_policy="recompute",
+                kv_connector_extra_config={"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": port},
+            ),
+            **options,
+        )
+        self.tokenizer = self._llm.get_tokenizer()
+
+    def answer(self, prompt: Sequence[int], tokens: int, params: dict[str, Any]) -> Answer:
+        """One answer."""
+        return self.answers([prompt], tokens, [params])[0]
+
+    def answers(self, prompts: Sequence[Sequence[int]], tokens: int, params: Sequence[dict[str, Any]]) -> list[Answer]:
+        """Greedy answers to prompts that are sent at once."""
+        from vllm import SamplingParams
+
+        sampling = [
+            SamplingParams(
+                temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=2, extra_args={"kv_transfer_params": each}
+            )
+            for each in params
+        ]
+        requests = [{"prompt_token_ids": list(prompt), "cache_salt": self._salt} for prompt in prompts]
+        return [
+            Answer(
+                list(one.outputs[0].token_ids), (one.kv_transfer_params or {})["lmcache_rag"], one.outputs[0].logprobs
+            )
+            for one in self._llm.generate(requests, sampling, use_tqdm=False)
+        ]
 
 
 def make_model(source: Path, out: Path) -> None:
@@ -130,7 +228,7 @@ def answers(engine: Engine, prompts: int, folder: Path) -> dict[str, Any]:
         for name, answer in got.items():
             place = first_difference(answer.tokens, full.tokens)
             row = arms[name]
-            row["blended"] += answer.told["reused_tokens"] + answer.told["recomputed_tokens"] > 0
+            row["blended"] += answer.stats["reused_tokens"] + answer.stats["recomputed_tokens"] > 0
             row["equal"] += place is None
             row["gaps"] += [] if place is None else [round(full.gap(place), 5)]
             row["equal to one rank"] += bool(known) and first_difference(answer.tokens, known[number]) is None
@@ -168,8 +266,8 @@ def agreement(engine: Engine, requests: int, folder: Path, ranks: int) -> dict[s
             prompts.append(prompt)
             params.append(kind | ({protocol.CHUNKS: spans} if kind.pop("named") else {}))
         for answer in engine.answers(prompts, 4, params):
-            blended += answer.told["reused_tokens"] > 0
-            why = answer.told.get("failure")
+            blended += answer.stats["reused_tokens"] > 0
+            why = answer.stats.get("failure")
             if why:
                 failures[why] = failures.get(why, 0) + 1
     told = [{r: w for r, w in said(folder, rank).items() if r not in before[rank]} for rank in range(ranks)]
@@ -207,12 +305,12 @@ def faults(engine: Engine, prompts: int, folder: Path, fault: str, seed: int) ->
     after = [engine.answer(prompt, 1, params) for prompt in others]
     for prompt, answer, later in zip(asked, failed, after, strict=True):
         full = engine.answer(prompt, TOKENS, OFF)
-        row["computed in full"] += answer.told["reused_tokens"] + answer.told["recomputed_tokens"] == 0
+        row["computed in full"] += answer.stats["reused_tokens"] + answer.stats["recomputed_tokens"] == 0
         place = first_difference(answer.tokens, full.tokens)
         row["equal"] += place is None
         row["gaps"] += [] if place is None else [round(full.gap(place), 5)]
-        row["reasons"] |= {answer.told.get("failure")}
-        row["blended after"] += later.told["reused_tokens"] + later.told["recomputed_tokens"] > 0
+        row["reasons"] |= {answer.stats.get("failure")}
+        row["blended after"] += later.stats["reused_tokens"] + later.stats["recomputed_tokens"] > 0
     return {**row, "prompts": prompts, "reasons": sorted(map(str, row["reasons"]))}
 
 

@@ -185,7 +185,11 @@ def demo(folder: Path, *arguments: str | Path, env: dict[str, str] | None = None
     url = f"http://127.0.0.1:{port}"
     command = [Path(sys.executable).parent / "lmcache-rag", "demo", "--port", str(port), *arguments]
     # No browser of the machine's own is to be opened.
-    running = Process(command, folder / "demo.log", {"BROWSER": "true", "OMP_NUM_THREADS": "2"} | (env or {}))
+    running = Process(
+        command,
+        folder / "demo.log",
+        {"BROWSER": "true", "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2")} | (env or {}),
+    )
     try:
         wait_for(lambda: running.answers(url), f"{url}\n{running.said}")
         yield url

@@ -111,6 +111,24 @@ def server(make_engine: Callable[..., Any], tmp_path_factory: pytest.TempPathFac
     engine.close()
 
 
+def clocks_of(server: Any, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A list that gets, for each stream, the milliseconds from its request's arrival to the sending of its first text.
+
+    The clock is read before the sending: after it, a busy machine may let the client go first.
+    """
+    handler, clocks, seen = server.RequestHandlerClass, [], set()
+    sending = handler.send_event
+
+    def send(stream: Any, document: dict[str, Any]) -> None:
+        if stream not in seen and document["choices"] and document["choices"][0].get("text"):
+            seen.add(stream)
+            clocks.append((time.perf_counter() - stream.arrived) * 1e3)
+        sending(stream, document)
+
+    monkeypatch.setattr(handler, "send_event", send)
+    return clocks
+
+
 def ask(page: Any, question: str = QUESTION) -> None:
     """Ask, and wait in the browser for both answers, so that this process leaves its cores to a server in it."""
     from playwright.sync_api import expect
@@ -121,6 +139,29 @@ def ask(page: Any, question: str = QUESTION) -> None:
     page.get_by_test_id("ask").click()
     expect(turns).to_have_count(before + 1)
     ready(page)
+
+
+def broken_words(page: Any) -> list[str]:
+    """Words of ordinary length that go on in another line, anywhere on the page."""
+    return page.evaluate(
+        r"""() => {
+            const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), broken = [];
+            while (texts.nextNode()) {
+                const node = texts.currentNode;
+                const parent = node.parentElement;
+                if (!parent.checkVisibility() || parent.closest("script, style, .q-icon")) continue;
+                for (const word of node.data.matchAll(/[\p{L}\p{N}]{2,20}/gu)) {
+                    const range = document.createRange();
+                    range.setStart(node, word.index);
+                    range.setEnd(node, word.index + word[0].length);
+                    const tops = new Set([...range.getClientRects()].filter(each => each.width)
+                        .map(each => Math.round(each.top)));
+                    if (tops.size > 1) broken.push(word[0]);
+                }
+            }
+            return broken;
+        }"""
+    )
 
 
 def sources(page: Any) -> list[str]:
@@ -158,6 +199,12 @@ def compare(page: Any) -> dict[str, Any]:
             assert sums["cached"] == stats["reused_tokens"] + stats["recomputed_tokens"], arm
             sums |= {"reused": stats["reused_tokens"], "recomputed": stats["recomputed_tokens"]}
         assert [sums[kind] for kind in KINDS] == [stats[f"{kind}_tokens"] for kind in KINDS], arm
+        if turn["chunks"]:  # each part at its place in the prompt
+            places = [int(piece.get_attribute("data-passage") or 0) for piece in pieces.all()]
+            assert places[0] == places[-1] == 0, arm
+            inside = [place for place in places if place]
+            assert inside == sorted(inside), arm
+            assert set(inside) == set(range(1, len(turn["chunks"]) + 1)), arm
         for index, chunk in enumerate(turn["chunks"], start=1):
             for kind in KINDS:
                 cell = page.get_by_test_id(f"{arm}-passage-{index}-{kind}").text_content()
@@ -209,6 +256,7 @@ def test_each_figure_on_the_page_is_the_engines(page: Any) -> None:
         each["chunk_id"] for each in turns["baseline"]["passages"]
     ]
     assert "of 8,192 in the context" in page.get_by_test_id("context-tokens").inner_text()
+    assert "this engine has no prefix cache" in page.get_by_test_id("order-hint").inner_text()
     words = page.get_by_test_id("context-tokens").inner_text()
     assert number(words) == turns["blended"]["stats"]["prompt_tokens"], words
 
@@ -265,22 +313,28 @@ def test_nothing_of_a_document_becomes_html(page: Any) -> None:
 
 
 @pytest.mark.full
-def test_times_are_those_of_another_clock(browser: Any, small_store: Path, server: Any, tmp_path: Path) -> None:
-    """The server is in this process: it says when a request came and when its first text left.
+def test_times_are_those_of_another_clock(
+    browser: Any, small_store: Path, server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server is in this process; its clock runs from a request's arrival until its first text is about to leave.
 
-    What lies between the two clocks is a connection on this machine. Others use its cores, so the best of some counts.
+    The page's time begins before that and ends after it, so it is never less. What it has more is a connection on this
+    machine: on a busy one a wait for a core, too. So each answer is compared with its own clock, and the nearest
+    counts: other programs delay some of them, while a wrong figure is wrong in all.
     """
-    with served(browser, small_store, tmp_path, "--engine", server.url) as (page, _):
-        nearest = dict.fromkeys(ARMS, 1e9)
-        for _ in range(12):
-            server.first_ms.clear()
+    clocks = clocks_of(server, monkeypatch)
+    small = ("--max-tokens", "2", "--top-k", "1")  # so that many can be asked
+    with served(browser, small_store, tmp_path, "--engine", server.url, *small) as (page, _):
+        more: dict[str, list[float]] = {arm: [] for arm in ARMS}
+        until = time.monotonic() + kit.LIMIT_S
+        while time.monotonic() < until and not all(min(each, default=20) < 20 for each in more.values()):
+            clocks.clear()
             ask(page)
-            assert len(server.first_ms) == 2  # blended first
-            for arm, clock in zip(ARMS, server.first_ms, strict=True):
-                nearest[arm] = min(nearest[arm], abs(figure(page, f"{arm}-timer") - clock))
-            if max(nearest.values()) < 20:
-                break
-        assert max(nearest.values()) < 20, nearest
+            assert len(clocks) == 2  # blended first
+            for arm, clock in zip(ARMS, clocks, strict=True):
+                more[arm].append(figure(page, f"{arm}-timer") - clock)
+        assert all(each > -1 for arm in ARMS for each in more[arm]), more  # the page shows whole milliseconds
+        assert all(min(more[arm]) < 20 for arm in ARMS), more
         document = compare(page)
         assert document["one_engine"]
         salts = {body.get("cache_salt") for body in server.questions}
@@ -360,6 +414,61 @@ def test_equal_answers_have_no_marks_and_the_check_finds_them_equal(page: Any) -
     (check,) = export(page)["checks"]
     assert check["equal"]
     assert page.get_by_test_id("check-result").inner_text() == f"Equal: all {check['tokens']} tokens of both answers."
+
+
+@pytest.mark.full
+def test_each_of_many_quick_key_presses_counts(page: Any) -> None:
+    """The page and the session agree on the ratio, however fast the keys come."""
+    thumb = page.locator("[data-testid=ratio] [tabindex='0']")
+
+    def shown() -> float:
+        return round(float(page.get_by_test_id("ratio").get_attribute("aria-valuenow")), 2)
+
+    page.evaluate(  # a slow connection: what the server says of a key comes after some more of them
+        """() => {
+            const emit = window.socket.emit.bind(window.socket);
+            window.socket.emit = (...all) => setTimeout(() => emit(...all), 120);
+        }"""
+    )
+    ratio = export(page)["controls"]["ratio"]
+    for key, presses, pause_ms in (("ArrowRight", 14, 0), ("ArrowLeft", 12, 30), ("ArrowRight", 10, 60)):
+        thumb.focus()  # the export's button had it
+        for _ in range(presses):
+            page.keyboard.press(key)
+            page.wait_for_timeout(pause_ms)
+        ratio = round(ratio + (0.05 if key == "ArrowRight" else -0.05) * presses, 2)
+        wait_for(lambda wanted=ratio: export(page)["controls"]["ratio"] == wanted, f"{ratio} in the session", 60)
+        page.wait_for_timeout(500)  # nothing comes after it
+        assert shown() == ratio == export(page)["controls"]["ratio"]
+        assert page.get_by_test_id("ratio-value").inner_text() == f"{ratio:.2f}"
+    page.reload()
+    ready(page)
+    assert shown() == ratio
+
+
+@pytest.mark.full
+def test_fields_for_words_are_high_enough_to_read_and_grow(page: Any) -> None:
+    def open_fields() -> list[Any]:
+        page.get_by_text("Words before the passages").click()
+        fields = [page.locator(f"textarea[data-testid={name}]") for name in ("system", "instruction")]
+        for field in fields:
+            field.wait_for()
+        return fields
+
+    def wait_for_lines(field: Any, least: float) -> None:
+        lines = "each => each.clientHeight / parseFloat(getComputedStyle(each).lineHeight)"
+        wait_for(lambda: field.evaluate(lines) >= least, f"{least} lines")
+        wait_for(lambda: field.evaluate("each => each.scrollHeight <= each.clientHeight + 1"), "all of the words")
+
+    for field in open_fields():
+        wait_for_lines(field, 3)
+        field.fill("A line of it.\n" * 15)
+        wait_for_lines(field, 15)
+    wait_for(lambda: export(page)["controls"]["instruction"].count("\n") == 15, "the words in the session")
+    page.reload()
+    ready(page)
+    for field in open_fields():
+        wait_for_lines(field, 15)
 
 
 @pytest.mark.full
@@ -625,6 +734,16 @@ def test_a_narrow_window_needs_no_scrolling_sideways(browser: Any, page_url: str
         assert out == []
         compare(page)
         assert kit.findings(page) == []
+        for text in ("Words before the passages", "Add a passage"):
+            page.get_by_text(text).click()
+        for arm in ARMS:
+            page.get_by_test_id(f"{arm}-by-passage").get_by_text("Tokens by passage").click()
+        page.wait_for_timeout(600)  # until all is unfolded
+        assert page.get_by_test_id("blended-passage-1-reused").is_visible()
+        assert broken_words(page) == []
+        assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        table = "each => each.scrollWidth <= each.clientWidth"
+        assert all(each.evaluate(table) for each in page.locator(".d-table").all()), "the table needs no scrolling"
 
 
 @pytest.mark.full

@@ -28,6 +28,7 @@ def few_samples(tmp_path: Path, sentences: list[str], monkeypatch: pytest.Monkey
     for number in range(5):
         (folder / f"{number}.txt").write_text(" ".join(sentences[6 * number :][:6]))
     monkeypatch.setattr(samples, "documents", lambda: folder)
+    monkeypatch.setattr(samples, "files", lambda: sorted(folder.iterdir()))
 
 
 @pytest.fixture
@@ -97,6 +98,9 @@ async def test_another_order_loses_the_prefix_and_keeps_the_blend(hub: Hub) -> N
     assert blended is not None and blended.completion is not None
     assert baseline is not None and baseline.completion is not None
     assert same.completion.stats.prefix_tokens > baseline.completion.stats.prefix_tokens
+    hint = hub.stack().hint
+    assert "the server's prefix cache finds nothing after the first passage that moved" in hint
+    assert "no prefix cache" not in hint
     assert blended.completion.stats.reused_tokens > 0
     assert blended.completion.chunks
     cached = blended.completion.stats.reused_tokens + blended.completion.stats.recomputed_tokens

@@ -34,6 +34,7 @@ def hub(
     for number in range(5):
         (folder / f"{number}.txt").write_text(" ".join(sentences[3 * number :][:3]))
     monkeypatch.setattr(samples, "documents", lambda: folder)
+    monkeypatch.setattr(samples, "files", lambda: sorted(folder.iterdir()))
     made = Hub(Settings.load(tmp_path / "store", max_tokens=6, top_k=4), engine=tiny, embedder=embedder)
     made.open()
     assert made.start.problem is None
@@ -116,6 +117,46 @@ async def test_counts_by_passage_add_up(session: Session) -> None:
         for segment in bars.segments(turn):
             shown[segment.kind] += segment.tokens
         assert shown == bars.totals(turn)
+
+
+async def test_bar_shows_each_part_at_its_place(session: Session) -> None:
+    """Tokens before the passages come first, those after them last, in both panes and in any order."""
+    for _ in range(2):
+        await done(session.ask(QUESTION))
+        for pane in session.panes.values():
+            turn = pane.turn
+            assert turn is not None
+            prompt, _ = session.stack.blended.prompt(session._request("blended", QUESTION, turn.passages))
+            wanted, at = [], 0
+            for index, chunk in enumerate(prompt.chunks):
+                wanted += [(None, chunk.start - at), (index, chunk.end - chunk.start)]
+                at = chunk.end
+            wanted.append((None, len(prompt) - at))
+            shown: list[tuple[int | None, int]] = []
+            for segment in bars.segments(turn):
+                if shown and shown[-1][0] == segment.passage:
+                    shown[-1] = (segment.passage, shown[-1][1] + segment.tokens)
+                else:
+                    shown.append((segment.passage, segment.tokens))
+            assert shown == [part for part in wanted if part[1]]
+            assert shown[0] == (None, prompt.prefix_tokens)
+        session.move(0, 2)
+
+
+async def test_hint_says_what_the_embedded_engine_finds(hub: Hub, session: Session) -> None:
+    """What it says is so: a full prefill finds nothing, a blended prompt its first passage, in any order."""
+    hint = hub.stack().hint
+    assert "Without blending, this engine has no prefix cache: it computes the whole prompt each time." in hint
+    assert "An exact prefix hit there: what all prompts begin with, and whichever passage stands first." in hint
+    for _ in range(3):
+        await done(session.ask(QUESTION))
+        blended, baseline = (session.panes[name].turn for name in ("blended", "baseline"))
+        assert blended is not None and blended.completion is not None
+        assert baseline is not None and baseline.completion is not None
+        assert baseline.completion.stats.prefix_tokens == 0
+        (_, first), *_ = blended.spans
+        assert blended.completion.stats.prefix_tokens == first
+        session.move(0, 2)
 
 
 async def test_another_order_is_kept_and_still_reused(session: Session) -> None:
@@ -359,6 +400,7 @@ def test_close_ends_an_ingestion_at_its_next_passage(
     for number in range(8):
         (folder / f"{number}.txt").write_text(" ".join(sentences[3 * number :][:3]))
     monkeypatch.setattr(samples, "documents", lambda: folder)
+    monkeypatch.setattr(samples, "files", lambda: sorted(folder.iterdir()))
     hub = Hub(Settings.load(tmp_path / "store"), engine=tiny, embedder=embedder)
     first = threading.Event()
     go_on = hub._go_on

@@ -32,6 +32,7 @@ from lmcache_rag.bench.soak import Soak, SoakReport
 from lmcache_rag.cli.app import app
 from lmcache_rag.engines.vllm import VLLMEngine
 from lmcache_rag.prompt import PromptBuilder
+from lmcache_rag.serving.process import descendants
 
 
 def ordinary() -> dict[str, Any]:
@@ -157,7 +158,7 @@ def test_a_server_that_fails_at_a_hostile_request_is_not_sound(
     monkeypatch.setattr(Hostile, "draw", draw)
     engine = VLLMEngine(server.url, tokenizer=tokenizer)
     soak = Soak(TracedServer(engine, PromptBuilder(engine.tokenizer, engine.info)), corpus, tokens=4, hostile=1.0)
-    soak.full = {asked: soak._source.trace(soak._prompt(asked), soak_options(), 4) for asked in soak._asked}
+    soak.full = {each: soak._source.trace(soak._prompt(each), soak_options(), 4) for each in soak._queries}
     server.fail = [500]
     report = soak.run(0.1)
     engine.close()
@@ -215,7 +216,7 @@ def test_a_pause_stops_the_listener_and_lets_it_go_on() -> None:
         try:
             port = int(child.stdout.readline())
             assert soak_module.listener(port) == child.pid
-            assert child.pid in soak_module.descendants(os.getpid())
+            assert child.pid in descendants(os.getpid())
             seen = []
             watch = threading.Thread(
                 target=lambda: [seen.append(state(child.pid)) or time.sleep(0.05) for _ in range(60)]

@@ -24,6 +24,7 @@ from lmcache_rag.credentials import lmcache_headers
 from lmcache_rag.engines.base import BlendOptions, QueryPrompt, Sampling
 from lmcache_rag.errors import LMCacheRAGError
 from lmcache_rag.protocol import NEAR_TIE, answer_statistics
+from lmcache_rag.serving.process import descendants
 
 Kind: TypeAlias = Literal["blended", "ratio 1", "unblended", "aborted"]
 LMCACHE_URL = "http://127.0.0.1:8089"  # where lmcache-rag serve has it
@@ -378,21 +379,6 @@ def resident_mb(process: int) -> float:
 
 
 # Processes of this machine, by /proc
-
-
-def descendants(process: int) -> list[int]:
-    """The children of a process, and theirs."""
-    parents: dict[int, list[int]] = {}
-    for folder in PROC.glob("[0-9]*"):
-        with contextlib.suppress(OSError, IndexError, ValueError):
-            parent = int((folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[1])
-            parents.setdefault(parent, []).append(int(folder.name))
-    found, at = [], [process]
-    while at:
-        children = parents.get(at.pop(), [])
-        found += children
-        at += children
-    return sorted(found)
 
 
 def engine_cores(watched: Iterable[int]) -> list[int]:

@@ -332,12 +332,12 @@ class SpeedBench:
             Times in milliseconds; `late_ms_max` is how much later than meant this client sent a request.
         """
         done: list[Timed] = []
-        late: list[float] = []
+        delays: list[float] = []
         begin = time.perf_counter()
 
         async def one(number: int, moment: float) -> None:
             await asyncio.sleep(max(0.0, begin + moment - time.perf_counter()))
-            late.append(time.perf_counter() - begin - moment)
+            delays.append(time.perf_counter() - begin - moment)
             done.append(await self._ask(arm, tokens, number, answer))
             self._on_step()
 
@@ -352,7 +352,7 @@ class SpeedBench:
             "per_second": per_second,
             "requests_per_second": requests / seconds,
             **under_load(done),
-            "late_ms_max": max(late) * 1e3,
+            "late_ms_max": max(delays) * 1e3,
         }
 
     async def nothing_cached(self, base: Arm, ours: Arm, tokens: int, pairs: int, *, warm: int = 2) -> Pairs:

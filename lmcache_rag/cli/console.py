@@ -120,7 +120,7 @@ def status_of(problem: BaseException, report: Report) -> int:
 
 
 def end(problem: BaseException) -> NoReturn:
-    """End the process because of a problem that came up outside of any verb."""
+    """End the process because of a problem that came up outside of any command."""
     raise SystemExit(status_of(problem, lambda kind, message, remedy: _write(f"{message} {remedy}".strip())))
 
 

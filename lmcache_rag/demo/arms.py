@@ -167,7 +167,10 @@ class Arm:
             info = self.engine.info
             if blend.enabled and not info.can_blend and info.falls_back:
                 blend = replace(blend, enabled=False)
-            turn = replace(turn, model=info.model, passages=fitted.kept, dropped=fitted.dropped, blend=blend)
+            spans = tuple((chunk.start, chunk.end) for chunk in prompt.chunks)
+            turn = replace(
+                turn, model=info.model, passages=fitted.kept, dropped=fitted.dropped, blend=blend, spans=spans
+            )
             async with self.traffic.request() as visit:
                 on_sent()
                 begin = time.perf_counter()

@@ -40,12 +40,15 @@ def totals(turn: Turn) -> dict[Kind, int]:
 
 
 def segments(turn: Turn) -> list[Segment]:
-    """The bar's segments. Inside a passage they stand by kind: recomputed tokens are spread over it."""
+    """The bar's segments, in the prompt's order: passages, and what is before, between and after them.
+
+    Inside a passage they stand by kind, as recomputed tokens are spread over it.
+    """
     sums = totals(turn)
     chunks = turn.completion.chunks if turn.completion else ()
-    if not sums or not chunks:
+    if turn.completion is None or not chunks:
         return [Segment(kind, count, None) for kind, count in sums.items() if count]
-    inner: list[Segment] = []
+    inner: list[list[Segment]] = []
     for index, chunk in enumerate(chunks):
         counts: dict[Kind, int] = {"prefix": chunk.prefix_tokens}
         if chunk.recomputed_tokens is None:
@@ -53,11 +56,17 @@ def segments(turn: Turn) -> list[Segment]:
         else:
             counts |= {"reused": chunk.reused_tokens, "recomputed": chunk.recomputed_tokens}
         counts["computed"] = chunk.computed_tokens
-        inner += [Segment(kind, count, index) for kind, count in counts.items() if count]
-
-    def rest(kind: Kind) -> int:
-        return sums[kind] - sum(segment.tokens for segment in inner if segment.kind == kind)
-
-    before = [Segment("prefix", rest("prefix"), None)] if rest("prefix") > 0 else []
-    after = [Segment("computed", rest("computed"), None)] if rest("computed") > 0 else []
-    return [*before, *inner, *after]
+        inner.append([Segment(kind, count, index) for kind, count in counts.items() if count])
+    # Around the passages an exact prefix comes first, and all else is computed.
+    exact = sums["prefix"] - sum(chunk.prefix_tokens for chunk in chunks)
+    length = turn.completion.stats.prompt_tokens
+    found: list[Segment] = []
+    at = 0
+    for (start, end), pieces in zip([*turn.spans, (length, length)], [*inner, []], strict=True):
+        prefix = min(exact, start - at)
+        exact -= prefix
+        around: dict[Kind, int] = {"prefix": prefix, "computed": start - at - prefix}
+        found += [Segment(kind, count, None) for kind, count in around.items() if count]
+        found += pieces
+        at = end
+    return found

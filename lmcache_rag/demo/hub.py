@@ -73,6 +73,17 @@ class Stack:
         )
 
     @property
+    def hint(self) -> str:
+        """What another order of the passages does to the KV that both arms find."""
+        embedded = self.workspace.engine.info.engine == "embedded"
+        words = "Drag them into another order, or use the arrows, and ask again: blended KV is reused in any order."
+        if embedded:
+            words += " An exact prefix hit there: what all prompts begin with, and whichever passage stands first."
+        if embedded and self.one_engine:
+            return f"{words} Without blending, this engine has no prefix cache: it computes the whole prompt each time."
+        return f"{words} Without blending, the server's prefix cache finds nothing after the first passage that moved."
+
+    @property
     def arms(self) -> tuple[Arm, Arm]:
         """Both arms."""
         return self.blended, self.baseline
@@ -123,7 +134,7 @@ class Hub:
             if self._wants_samples(stack):
                 self.start = Start("ingesting")
                 with self._ingesting, stack.blended.traffic.work():
-                    stack.ingestor(self._progress).ingest([samples.documents()])
+                    stack.ingestor(self._progress).ingest(samples.files())
             if stack.workspace.engine.info.engine != "embedded":
                 self._warm(stack)
             self.start = replace(self.start, phase="ready")

@@ -7,14 +7,16 @@ Elements that show a figure or take an action have a `data-testid`:
     speedup, order-note
     ARM-pane, -state, -timer, -ttft, -bar, -prefix, -reused, -recomputed, -computed, -prompt, -passage-N-KIND,
         -by-passage, -answer, -note, -error, -history, -turn, -turn-ttft        (ARM: blended, baseline)
-    passages, passage-count, retrieve, shuffle, passage-list, add-passage, find, find-button, found, add, find-error
+    passages, passage-count, order-hint, retrieve, shuffle, passage-list, add-passage, find, find-button, found, add,
+        find-error
     passage (with data-chunk), drag, passage-rank, passage-source, passage-facts, up, down, remove, passage-open,
         passage-text
     model, policy, ratio, ratio-value, top-k, max-tokens, temperature, words, system, instruction, cold, warm
     check, check-result; repeat-times, repeat, repeat-progress, -medians, -speedup, -differing, -plot, -error
     upload, add-files, upload-STATE; export, dark; password, login, login-error
 
-Once both answers are there, a differing word has `data-differs`, and a bar's part `data-kind` and `data-tokens`.
+Once both answers are there, a differing word has `data-differs`, and a bar's part `data-kind`, `data-tokens` and
+`data-passage` (from 1; empty around the passages).
 """
 
 from __future__ import annotations

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from lmcache_rag.demo.session import Session
 
 
+# A field that grows measures its text when that changes; while it was folded away it had no height.
+_GROW = """() => document.querySelectorAll(".d-words textarea").forEach(
+    field => field.dispatchEvent(new Event("input", {bubbles: true})))"""
+
+
 class Question:
     """The question, the tokens of the prompt to come, and the buttons that begin and stop."""
 
@@ -100,6 +105,12 @@ class Question:
         return take
 
 
+class _Slider(ui.slider):
+    """A slider that moves in the browser; NiceGUI's own goes back to what the server knew when a key was pressed."""
+
+    LOOPBACK = False
+
+
 class Settings:
     """What else can be set: blending, sampling, words, caches, the model."""
 
@@ -116,13 +127,14 @@ class Settings:
             with ui.element("div").classes("d-row"):
                 label("Recompute ratio", classes="d-soft")
                 self._ratio = label(f"{chosen.ratio:.2f}", classes="d-number text-weight-bold", test_id="ratio-value")
-            slider = ui.slider(min=0, max=1, step=0.05, value=chosen.ratio, on_change=self._set_ratio)
-            slider.props('data-testid=ratio aria-label="Recompute ratio"')
+            self._slider = _Slider(min=0, max=1, step=0.05, value=chosen.ratio, on_change=self._set_ratio)
+            self._slider.props('data-testid=ratio aria-label="Recompute ratio"')
             with ui.element("div").classes("d-row"):
                 self._number("Passages (top-k)", "top_k", chosen.top_k, 1, 32, 1)
                 self._number("Most tokens", "max_tokens", chosen.max_tokens, 1, 4096, 16)
                 self._number("Temperature", "temperature", chosen.temperature, 0, 2, 0.1)
-            with ui.expansion("Words before the passages").props("dense data-testid=words"):
+            with ui.expansion("Words before the passages").props("dense data-testid=words") as words:
+                words.classes("d-words").on("after-show", js_handler=_GROW)
                 for name, title in (("system", "System prompt"), ("instruction", "Instruction")):
                     area = ui.textarea(title, value=getattr(chosen, name), on_change=self._sets(name))
                     area.props(f"dense outlined autogrow debounce=500 data-testid={name}").classes("full-width")
@@ -142,6 +154,8 @@ class Settings:
         session = self.session
         for each in (self._cold, self._warm):
             each.set_enabled(session.hub.start.phase == "ready" and not session.busy)
+        if round(self._slider.value or 0.0, 2) != session.controls.ratio:  # another page of this session moved it
+            self._slider.value = session.controls.ratio
         if session.hub.models != self._models_shown:
             self._models_shown = list(session.hub.models)
             self._models.clear()

@@ -142,8 +142,9 @@ class _PaneView:
                 last: int | None = None
                 for segment in bars.segments(turn):
                     piece = ui.element("div").classes(f"k-{segment.kind}").style(f"flex: {segment.tokens} 1 0")
-                    piece.props(f"data-kind={segment.kind} data-tokens={segment.tokens}")
-                    where = "around the passages" if segment.passage is None else f"passage {segment.passage + 1}"
+                    passage = "" if segment.passage is None else segment.passage + 1
+                    piece.props(f'data-kind={segment.kind} data-tokens={segment.tokens} data-passage="{passage}"')
+                    where = f"passage {passage}" if passage else "around the passages"
                     with piece:
                         ui.tooltip(f"{segment.tokens:,} tokens {bars.WORDS[segment.kind]}, {where}")
                     if segment.passage is not None and segment.passage != last:
@@ -166,10 +167,10 @@ class _PaneView:
     def _show_table(self, turn: Turn) -> None:
         with ui.element("div").classes("d-table").props("tabindex=0 role=region aria-label='Tokens by passage'"):
             for head in ("Passage", "prefix", "reused", "recomputed", "computed"):
-                label(head, classes="d-soft" if head == "Passage" else "d-soft d-n")
+                label(head, classes="d-soft d-name" if head == "Passage" else "d-soft d-n")
             assert turn.completion is not None  # noqa: S101 - the caller looked
             for index, (hit, chunk) in enumerate(zip(turn.passages, turn.completion.chunks, strict=False), start=1):
-                label(f"{index} {source_name(hit)}")
+                label(f"{index} {source_name(hit)}", classes="d-name")
                 for kind in bars.KINDS:
                     count = getattr(chunk, f"{kind}_tokens")
                     words = "in those" if count is None else f"{count:,}"

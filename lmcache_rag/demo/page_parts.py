@@ -61,7 +61,10 @@ body { background: var(--ground); color: var(--ink); font-family: system-ui, san
 .d-swatch { width: 11px; height: 11px; border-radius: 2px; flex: none; }
 .d-table { display: grid; grid-template-columns: minmax(90px, 1fr) repeat(4, auto); gap: 2px 10px; font-size: .82rem;
   font-variant-numeric: tabular-nums; overflow-x: auto; }
-.d-table > .d-n { text-align: right; }
+.d-table > .d-n { text-align: right; overflow-wrap: normal; }
+@media (max-width: 480px) { .d-table { grid-template-columns: repeat(4, auto); }
+  .d-table > .d-name { grid-column: 1 / -1; } }
+.d-words textarea { min-height: 5.5rem; line-height: 1.4; }
 .d-passage { border: 1px solid var(--line); border-radius: 6px; padding: 6px 8px; background: var(--ground);
   display: flex;
   flex-direction: column; gap: 4px; min-width: 0; }

@@ -29,11 +29,7 @@ class Passages:
             self._mode = ui.switch("Retrieve for each question", on_change=self._retrieve).props(
                 "dense data-testid=retrieve"
             )
-            self._hint = label(
-                "Drag them into another order, or use the arrows, and ask again: a prefix cache finds nothing then, "
-                "blended KV is reused in any order.",
-                classes="d-soft",
-            )
+            self._hint = label("", classes="d-soft", test_id="order-hint")
             with ui.element("div").classes("d-row"):
                 self._shuffle = button("Shuffle", session.shuffle, test_id="shuffle", icon="shuffle")
             self._list = ui.column().classes("d-list full-width").props("role=list data-testid=passage-list")
@@ -60,6 +56,8 @@ class Passages:
         self._shuffle.set_enabled(not busy and len(session.passages) > 1)
         put(self._count, f"{len(session.passages)}, {sum(hit.tokens for hit in session.passages):,} tokens")
         self._hint.set_visibility(len(session.passages) > 1)
+        if session.passages:
+            put(self._hint, session.stack.hint)
         self._list.clear()
         with self._list:
             for index, hit in enumerate(session.passages):

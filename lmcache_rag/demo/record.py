@@ -48,6 +48,7 @@ class Turn:
         text: The answer, or what came of it.
         sampling: How tokens were chosen.
         blend: How KV was to be reused.
+        spans: Where each of the passages stands in the prompt, as (start, end) in tokens.
         alone: Whether nothing else was computed on the engine from the sending to the first token.
         first_text_ms: From the sending to the first text; None where none came.
         total_ms: From the sending to the end.
@@ -65,6 +66,7 @@ class Turn:
     text: str
     sampling: Sampling
     blend: BlendOptions
+    spans: tuple[tuple[int, int], ...] = ()
     alone: bool = True
     first_text_ms: float | None = None
     total_ms: float = 0.0

@@ -338,7 +338,7 @@ def _checked(settings: tuple[str, ...]) -> dict[str, Any]:
 
 def _note(vllm_args: VLLMArgs, blends: bool) -> str:
     if not blends:
-        return "The --kv-transfer-config given does not name our connector: nothing is blended."
+        return "The --kv-transfer-config does not name our connector: nothing is blended."
     if vllm_args.has(_TRANSFER):
         return (
             "With a --kv-transfer-config of your own, --policy, --ratio, --step-tokens and --connector are not used, "

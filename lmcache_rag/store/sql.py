@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lmcache_rag.errors import ConfigError, StoreError
-from lmcache_rag.store.database import corrupt
+from lmcache_rag.store.connections import corrupt
 from lmcache_rag.store.types import (
     DocumentRecord,
     DocumentRef,

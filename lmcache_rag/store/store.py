@@ -10,8 +10,8 @@ from pathlib import Path
 from types import TracebackType
 
 from lmcache_rag.errors import StoreError, StoreFullError
-from lmcache_rag.store.connections import can_write
-from lmcache_rag.store.database import Database, WriterLock, cannot_write, from_os, full
+from lmcache_rag.store.connections import can_write, cannot_write, from_os, full
+from lmcache_rag.store.database import Database, WriterLock
 from lmcache_rag.store.index import VectorIndex
 from lmcache_rag.store.registry import Registry
 
