@@ -254,7 +254,7 @@ class Maintainer:
     def __init__(self, store: Store, engine: Engine, prompts: PromptBuilder, *, lock_timeout: float = 30.0) -> None:
         self.store, self.engine, self.prompts = store, engine, prompts
         self.lock_timeout = lock_timeout
-        self._keeper = KVManager(store, engine, prompts)
+        self._kv = KVManager(store, engine, prompts)
 
     def status(self) -> Status:
         """What is in the store. Writes nothing and loads no weights."""
@@ -279,7 +279,7 @@ class Maintainer:
             PrecomputeError: KV could not be computed or kept; run again to go on.
         """
         with self.store.writing(timeout=self.lock_timeout):
-            self._keeper.empty_trash()
+            self._kv.empty_trash()
             todo = list(self._lacking())
             done = 0
 
@@ -289,7 +289,7 @@ class Maintainer:
                 if on_chunk:
                     on_chunk(done, len(todo), result)
 
-            return self._keeper.compute(self._chunks(todo), on_chunk=tick)
+            return self._kv.compute(self._chunks(todo), on_chunk=tick)
 
     async def awarm(self) -> KVTotals:
         """Async version of warm, in a thread."""
@@ -326,7 +326,7 @@ class Maintainer:
         if repair and bad:
             with self.store.writing(timeout=self.lock_timeout):
                 self.engine.forget([(self.prompts.fingerprint, result.key) for result in results])
-                totals = self._keeper.compute(self._chunks(bad))
+                totals = self._kv.compute(self._chunks(bad))
                 repaired = totals.computed + totals.existed
         return VerifyReport(done, tuple(results), repaired)
 
@@ -334,7 +334,7 @@ class Maintainer:
         """Remove documents. A chunk and its KV leave with the last document that holds them."""
         with self.store.writing(timeout=self.lock_timeout):
             result = self.store.registry.remove_documents(doc_ids)
-            self._keeper.empty_trash()
+            self._kv.empty_trash()
         return result
 
     def forget(self, doc_ids: Sequence[str], *, on_chunk: Callable[[int, int], None] | None = None) -> ForgetReport:
@@ -349,16 +349,16 @@ class Maintainer:
 
         Raises:
             EngineUnavailableError: The server, or its KV store, cannot be reached. The documents stay; run it again.
-            EngineError: The server wants another key.
+            EngineError: The server rejected the key.
         """
         with self.store.writing(timeout=self.lock_timeout):
-            return self._keeper.forget(doc_ids, on_chunk=on_chunk)
+            return self._kv.forget(doc_ids, on_chunk=on_chunk)
 
     def prune(self) -> int:
         """Drop KV of other fingerprints (another model, prefix or tenant); returns how many were dropped."""
         with self.store.writing(timeout=self.lock_timeout):
             self.store.registry.trash_other_kv(self.prompts.fingerprint)
-            return self._keeper.empty_trash()
+            return self._kv.empty_trash()
 
     # -- inside: chunks by their ids, so that a large store's texts are never in memory at once ----------------------
 

@@ -180,7 +180,7 @@ class VLLMEngine:
 
         Raises:
             EngineUnavailableError: A server, or its KV store, cannot be reached.
-            EngineError: A server wants another key.
+            EngineError: A server rejected the key.
         """
         return self._chunks.forget(prompts)
 
