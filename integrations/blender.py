@@ -23,7 +23,7 @@ from lmcache_rag.engines.base import (
 from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.lazy_fill import FillCounts, cancel, fill_of, mode_of
 from lmcache_rag.prompt import Turn
-from lmcache_rag.rag import Answering, fit
+from lmcache_rag.rag import AnswerStreamer, fit_context
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine
@@ -91,7 +91,7 @@ class Blender:
         self.blend = blend or BlendOptions(settings.policy, settings.ratio, settings.blend)
         self.sampling = sampling or Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature)
         self.lazy_fill = mode_of(lazy_fill or settings.lazy_fill)
-        self._answering = Answering(workspace.store, self.engine, self.prompts, lazy_fill=self.lazy_fill)
+        self._answering = AnswerStreamer(workspace.store, self.engine, self.prompts, lazy_fill=self.lazy_fill)
 
     # -- the prompt -----------------------------------------------------------------------------------------------
 
@@ -127,7 +127,7 @@ class Blender:
             if len(numbers) == len(scores):  # scores of only some texts cannot be compared
                 ranked = numbers
         hits = [Hit(i, text, score, 0, ()) for i, (text, score) in enumerate(zip(texts, ranked, strict=True))]
-        fitted = fit(
+        fitted = fit_context(
             self.prompts,
             question,
             [hit for hit in hits if self.prompts.chunk_ids(hit.text)],

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.engines.base import Engine
 from lmcache_rag.errors import ConfigError, DocumentError, EngineError, EngineUnavailableError
-from lmcache_rag.kv_manager import ForgetReport, KVKeeper, KVTotals
+from lmcache_rag.kv_manager import ForgetReport, KVManager, KVTotals
 from lmcache_rag.settings import Settings
 from lmcache_rag.workspace import Workspace
 
@@ -45,7 +45,7 @@ class KVRegistry:
         self.store, self.engine, self.prompts = store, engine, prompts
         self.space = space
         self.lock_timeout = lock_timeout
-        self._manager = KVKeeper(store, engine, prompts)
+        self._manager = KVManager(store, engine, prompts)
         self._head = f"{space}\x1f"  # before each id; no framework's ids begin with this
 
     @classmethod

@@ -1,4 +1,4 @@
-"""RAG that starts answering several times sooner: chunk KV caches are computed once and blended in any order.
+"""RAG with a several times lower TTFT: the KV caches of chunks are computed once and blended in any order.
 
 The usual start::
 

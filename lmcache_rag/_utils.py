@@ -64,7 +64,7 @@ class AsyncFromStream:
     """Mixin: agenerate and astream from stream."""
 
     async def agenerate(self: Streams, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Completion:
-        """Async twin of generate. Cancelling it stops the computation."""
+        """Async version of generate. Cancelling it stops the computation."""
         last: StreamEvent | None = None
         async for event in iterate_in_thread(self.stream(prompt, sampling, blend)):
             last = event
@@ -73,6 +73,6 @@ class AsyncFromStream:
     async def astream(
         self: Streams, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions
     ) -> AsyncIterator[StreamEvent]:
-        """Async twin of stream."""
+        """Async version of stream."""
         async for event in iterate_in_thread(self.stream(prompt, sampling, blend)):
             yield event

@@ -1,6 +1,6 @@
-"""Secrets in files that their owner alone can read.
+"""Keys of servers, and secrets in files that only their owner can read.
 
-A secret is a line of text. It is made once, with mode 0600, and read by every process that needs it; it never stands on
+A secret is a line of text. It is made once, with mode 0600, and read by every process that needs it; it is never on
 a command line or in a log.
 """
 
@@ -181,7 +181,7 @@ _MAKE = "Make one with: (umask 077; openssl rand -hex 32 > ingest.key)"
 
 
 def read_ingest_key(path: str | Path) -> str:
-    """The key in a file that nobody but its owner can read.
+    """The key in a file that only its owner can read.
 
     Raises:
         ConfigError: The file cannot be read, others can read it, or it holds no key.

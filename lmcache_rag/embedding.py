@@ -200,7 +200,7 @@ def as_embedder(obj: Any, *, name: str | None = None) -> Embedder:
 
     Args:
         obj: An Embedder, a LangChain Embeddings, a LlamaIndex BaseEmbedding, or the folder or name of a model.
-        name: Name that tells this embedding from others; needed when the object does not know its model.
+        name: Name that no other embedding has; needed when the object does not know its model.
 
     Raises:
         ConfigError: It is none of these.

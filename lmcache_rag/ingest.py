@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lmcache_rag.documents import Document, find_files, load_document
 from lmcache_rag.errors import ConfigError, DocumentError
-from lmcache_rag.kv_manager import KVKeeper, KVTotals
+from lmcache_rag.kv_manager import KVManager, KVTotals
 
 if TYPE_CHECKING:
     from lmcache_rag.documents import Chunk, Splitter
@@ -123,7 +123,7 @@ class Ingestor:
         self.kv = kv
         self.on_progress = on_progress or (lambda progress: None)
         self.lock_timeout = lock_timeout
-        self._keeper = KVKeeper(store, engine, prompts)
+        self._kv = KVManager(store, engine, prompts)
 
     def ingest(self, sources: Iterable[str | Path | Document], *, kv: bool | None = None) -> IngestReport:
         """Ingest files, folders, globs and documents. A source that cannot be read never stops the others.
@@ -143,7 +143,7 @@ class Ingestor:
         return replace(run.report(), seconds=time.perf_counter() - begin)
 
     async def aingest(self, sources: Iterable[str | Path | Document], *, kv: bool | None = None) -> IngestReport:
-        """Async twin of ingest, in a thread."""
+        """Async version of ingest, in a thread."""
         return await asyncio.to_thread(self.ingest, sources, kv=kv)
 
     def plan(self, sources: Iterable[str | Path | Document]) -> IngestPlan:
@@ -188,17 +188,17 @@ class _Run:
         self._report = IngestReport()
         self._documents = self._documents_known = self._kv_done = self._kv_known = 0
         ingestor.store.registry.claim_embedder(ingestor.embedder.fingerprint, ingestor.embedder.dimension)
-        ingestor._keeper.empty_trash()
+        ingestor._kv.empty_trash()
 
     def report(self) -> IngestReport:
         return self._report
 
     def expect(self, documents: int) -> None:
-        """So many more documents are to come."""
+        """Count documents that are still to come."""
         self._documents_known += documents
 
     def take(self, item: Document | Failure) -> None:
-        """Take one source; commits when enough has come together."""
+        """Take one source; commits when a batch is full."""
         self._documents += 1
         if isinstance(item, Failure):
             self._add(failed=(*self._report.failed, item))
@@ -207,7 +207,7 @@ class _Run:
             self._add(unchanged=self._report.unchanged + 1)
             self._without_kv.append(item.doc_id)
         else:
-            if item.doc_id in self._pending:  # given twice: the later one counts
+            if item.doc_id in self._pending:  # ingested twice: the later one counts
                 self.flush()
             self._pending[item.doc_id] = (item, self._by.splitter.split(item.text))
         self._by.on_progress(Progress("document", self._documents, self._documents_known))
@@ -216,7 +216,7 @@ class _Run:
             self.flush()
 
     def flush(self) -> None:
-        """Embed, index and commit what has come together, then compute its KV."""
+        """Embed, index and commit the batch, then compute its KV."""
         if self._pending:
             registry = self._by.store.registry
             results = registry.put_documents(self._new_documents(), embedder=self._by.embedder.fingerprint)
@@ -228,7 +228,7 @@ class _Run:
                 chunks_removed=self._report.chunks_removed + sum(r.removed_chunks for r in results),
             )
             self._pending.clear()
-            self._by._keeper.empty_trash()
+            self._by._kv.empty_trash()
         if self._with_kv and self._without_kv:
             self._compute_kv(self._without_kv)
         self._without_kv = []
@@ -243,7 +243,7 @@ class _Run:
             tokens = getattr(result, "tokens", 0)
             by.on_progress(Progress("kv", self._kv_done, self._kv_known, tokens))
 
-        self._add(kv=self._report.kv + by._keeper.compute(chunks, on_chunk=tick))
+        self._add(kv=self._report.kv + by._kv.compute(chunks, on_chunk=tick))
 
     def _new_documents(self) -> list[NewDocument]:
         from lmcache_rag.store import NewChunk, NewDocument
@@ -279,19 +279,19 @@ def expand(
 
     Args:
         sources: What to ingest.
-        on_found: Called with the number of items that are going to come, as soon as it is known.
+        on_found: Called with the number of items that are going to come, once it is known.
     """
     if isinstance(sources, str | Path):
         raise ConfigError("Sources must be a list.", remedy=f"Write [{str(sources)!r}].")
-    tell = on_found or (lambda number: None)
+    report = on_found or (lambda number: None)
     for are_documents, group in groupby(sources, key=lambda source: isinstance(source, Document)):
         if are_documents:
             for document in group:
-                tell(1)
+                report(1)
                 yield document  # type: ignore[misc]
             continue
         found = _find(group)  # type: ignore[arg-type]
-        tell(len(found))
+        report(len(found))
         for item in found:
             if isinstance(item, Failure):
                 yield item
@@ -303,13 +303,13 @@ def expand(
 
 
 def _find(paths: Iterable[str | Path]) -> list[Path | Failure]:
-    given = ""
+    current = ""
 
     def each() -> Iterator[str | Path]:
-        nonlocal given
+        nonlocal current
         for path in paths:
-            given = str(path)
+            current = str(path)
             yield path
 
     # find_files takes a path only when it is done with the one before, so a problem belongs to the latest.
-    return [Failure(given, str(item)) if isinstance(item, DocumentError) else item for item in find_files(each())]
+    return [Failure(current, str(item)) if isinstance(item, DocumentError) else item for item in find_files(each())]

@@ -1,4 +1,4 @@
-"""Keep the engine's KV and the registry's record of it in step."""
+"""Keep the engine's KV and the registry's record of it in step; maintain a store: status, warm, verify, remove."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("lmcache_rag")
 
 _PAGE = 256  # chunks whose texts are in memory at once
-_RECORD_EVERY = 8  # chunks between two commits: a killed run computes at most none of them again, see KVKeeper
+_RECORD_EVERY = 8  # chunks between two commits: a killed run computes at most none of them again, see KVManager
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +60,11 @@ class ForgetReport:
     why: str
 
 
-class KVKeeper:
+class KVManager:
     """Computes KV through the engine and records it.
 
     The engine keeps KV before the registry records it. A process killed between the two leaves KV that the next run
-    finds by its key and records without computing it again. The other way round, KV whose last chunk left stands in
+    finds by its key and records without computing it again. The other way round, KV whose last chunk left is in
     the registry's trash until the engine has dropped it.
 
     Args:
@@ -114,7 +114,7 @@ class KVKeeper:
         return totals
 
     def keep(self, texts: Sequence[str]) -> KVTotals:
-        """Compute and record the KV of texts that stand in the store, if nobody else is writing to it."""
+        """Compute and record the KV of texts that are in the store, unless another process writes to it."""
         if self._store.read_only:
             return KVTotals()
         with self._store.writing(timeout=0):
@@ -123,7 +123,7 @@ class KVKeeper:
             return self.compute([chunk for chunk, gone in zip(known, absent, strict=True) if gone])
 
     def fill(self, text: str, stop: threading.Event) -> PrecomputeResult | None:
-        """Have the KV of a text computed that a question used; it is recorded where the text stands in the store.
+        """Compute the KV of a text that a question used; it is recorded where the text is in the store.
 
         Args:
             text: The text.
@@ -254,7 +254,7 @@ class Maintainer:
     def __init__(self, store: Store, engine: Engine, prompts: PromptBuilder, *, lock_timeout: float = 30.0) -> None:
         self.store, self.engine, self.prompts = store, engine, prompts
         self.lock_timeout = lock_timeout
-        self._keeper = KVKeeper(store, engine, prompts)
+        self._kv = KVManager(store, engine, prompts)
 
     def status(self) -> Status:
         """What is in the store. Writes nothing and loads no weights."""
@@ -279,7 +279,7 @@ class Maintainer:
             PrecomputeError: KV could not be computed or kept; run again to go on.
         """
         with self.store.writing(timeout=self.lock_timeout):
-            self._keeper.empty_trash()
+            self._kv.empty_trash()
             todo = list(self._lacking())
             done = 0
 
@@ -289,10 +289,10 @@ class Maintainer:
                 if on_chunk:
                     on_chunk(done, len(todo), result)
 
-            return self._keeper.compute(self._chunks(todo), on_chunk=tick)
+            return self._kv.compute(self._chunks(todo), on_chunk=tick)
 
     async def awarm(self) -> KVTotals:
-        """Async twin of warm, in a thread."""
+        """Async version of warm, in a thread."""
         return await asyncio.to_thread(self.warm)
 
     def verify(
@@ -303,7 +303,7 @@ class Maintainer:
         seed: int | None = None,
         on_chunk: Callable[[int, int, VerifyResult], None] | None = None,
     ) -> VerifyReport:
-        """Compute the KV of some chunks again and compare; what is wrong is dropped and, if wanted, computed anew.
+        """Compute the KV of some chunks again and compare; what is wrong is dropped and, if wanted, recomputed.
 
         Args:
             sample: How many chunks; None: all whose KV is recorded.
@@ -326,7 +326,7 @@ class Maintainer:
         if repair and bad:
             with self.store.writing(timeout=self.lock_timeout):
                 self.engine.forget([(self.prompts.fingerprint, result.key) for result in results])
-                totals = self._keeper.compute(self._chunks(bad))
+                totals = self._kv.compute(self._chunks(bad))
                 repaired = totals.computed + totals.existed
         return VerifyReport(done, tuple(results), repaired)
 
@@ -334,7 +334,7 @@ class Maintainer:
         """Remove documents. A chunk and its KV leave with the last document that holds them."""
         with self.store.writing(timeout=self.lock_timeout):
             result = self.store.registry.remove_documents(doc_ids)
-            self._keeper.empty_trash()
+            self._kv.empty_trash()
         return result
 
     def forget(self, doc_ids: Sequence[str], *, on_chunk: Callable[[int, int], None] | None = None) -> ForgetReport:
@@ -349,16 +349,16 @@ class Maintainer:
 
         Raises:
             EngineUnavailableError: The server, or its KV store, cannot be reached. The documents stay; run it again.
-            EngineError: The server wants another key.
+            EngineError: The server rejected the key.
         """
         with self.store.writing(timeout=self.lock_timeout):
-            return self._keeper.forget(doc_ids, on_chunk=on_chunk)
+            return self._kv.forget(doc_ids, on_chunk=on_chunk)
 
     def prune(self) -> int:
         """Drop KV of other fingerprints (another model, prefix or tenant); returns how many were dropped."""
         with self.store.writing(timeout=self.lock_timeout):
             self.store.registry.trash_other_kv(self.prompts.fingerprint)
-            return self._keeper.empty_trash()
+            return self._kv.empty_trash()
 
     # -- inside: chunks by their ids, so that a large store's texts are never in memory at once ----------------------
 

@@ -36,16 +36,16 @@ CLOSE_S = 2.0  # how long a close waits for the ingestion in flight
 _MOST_DOUBLINGS = 6
 
 
-def mode_of(given: str) -> LazyFillMode:
+def mode_of(name: str) -> LazyFillMode:
     """The mode of that name.
 
     Raises:
         ConfigError: There is none.
     """
     for mode in get_args(LazyFillMode):
-        if given == mode:
+        if name == mode:
             return mode  # type: ignore[no-any-return]
-    raise ConfigError(f"lazy_fill is {given!r}.", remedy=f"It is one of {', '.join(get_args(LazyFillMode))}.")
+    raise ConfigError(f"lazy_fill is {name!r}.", remedy=f"It is one of {', '.join(get_args(LazyFillMode))}.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +134,7 @@ class LazyFill:
 
         Args:
             key: Name of the passage's KV, in hex.
-            ingest: Ingests it; is given an event that is set when it should end. None: there was nothing to do.
+            ingest: Ingests it; gets an event that is set when it should end. Returns None if there was nothing to do.
             uses: At which use it is ingested.
             owner: For cancel().
 

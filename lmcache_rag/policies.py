@@ -67,7 +67,7 @@ class Passes(Protocol):
 class Policy(Protocol):
     """Ranks cached tokens.
 
-    One that asks for a deviation says of which layer in `check_layer` too: an engine then runs that pass beforehand, in
+    One that asks for a deviation names its layer in `check_layer` too: an engine then runs that pass beforehand, in
     pieces.
     """
 
@@ -82,7 +82,7 @@ class Policy(Protocol):
 class QueryPolicy:
     """The tokens that the question attends to: the default.
 
-    The question's own attention over the placed KV says which tokens the answer hangs on. Known from ProphetKV
+    The question's own attention over the placed KV shows which tokens the answer depends on. Known from ProphetKV
     (arXiv 2602.02579), CacheClip (2510.10129) and A3 (2511.17560); pooling from SnapKV (2404.14469). Upper layers
     only, since lower ones look at neighbours rather than at meaning.
     """

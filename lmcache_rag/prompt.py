@@ -45,7 +45,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """The words around chunks and question. Whatever stands before the first chunk is part of the KV's fingerprint.
+    """The words around chunks and question. All text before the first chunk is part of the KV's fingerprint.
 
     Attributes:
         system: System text; folded into the user's turn where the template knows no system role.
@@ -91,7 +91,7 @@ class PromptBuilder:
         self.format = format or PromptFormat()
         self.tenant = tenant
         self._hf = tokenizer
-        self._parts = PartTokenizer.of(tokenizer)
+        self._parts = SafeTokenizer.of(tokenizer)
         self._lock = threading.Lock()
         self._chunks: OrderedDict[str, tuple[str, array[int]]] = OrderedDict()
         self._fold_system = self._needs_folding()
@@ -102,7 +102,7 @@ class PromptBuilder:
 
     @property
     def folds_system(self) -> bool:
-        """Whether the system text stands in the user's first turn, since the template has no fixed place for it."""
+        """Whether the system text is in the user's first turn, since the template has no fixed place for it."""
         return self._fold_system
 
     def chunk_ids(self, text: str) -> tuple[int, ...]:
@@ -239,7 +239,7 @@ class PromptBuilder:
             try:
                 conversations: tuple[list[Role], ...] = (["user"], ["user", "assistant", "user"])
                 heads = {_cut(self._render(roles, fold=fold), _CONTEXT)[0] for roles in conversations}
-            except Exception as problem:  # templates raise whatever they like
+            except Exception as problem:  # templates raise errors of any kind
                 problems.append(str(problem))
                 continue
             if len(heads) == 1 and (not self.format.system or self.format.system.strip() in next(iter(heads))):
@@ -252,7 +252,7 @@ class PromptBuilder:
 
 
 def _cut(text: str, mark: str, *, last: bool = False) -> tuple[str, str]:
-    """Text before and after the mark, which must stand in it once (or: at its last place)."""
+    """Text before and after the mark, which must be in it once (or: at its last place)."""
     if mark not in text or (not last and text.count(mark) != 1):
         raise PromptError(
             f"The chat template shows {mark!r} {text.count(mark)} times where once was expected.",
@@ -265,10 +265,10 @@ def _cut(text: str, mark: str, *, last: bool = False) -> tuple[str, str]:
 # -- tokens -----------------------------------------------------------------------------------------------------------
 
 _lock = threading.Lock()
-_made: weakref.WeakKeyDictionary[Any, tuple[int, PartTokenizer]] = weakref.WeakKeyDictionary()
+_made: weakref.WeakKeyDictionary[Any, tuple[int, SafeTokenizer]] = weakref.WeakKeyDictionary()
 
 
-class PartTokenizer:
+class SafeTokenizer:
     """Two views of one tokenizer.
 
     A document or a question may contain text such as ``<|im_end|>``. Only the template may produce that *token*: a
@@ -278,7 +278,7 @@ class PartTokenizer:
     """
 
     @classmethod
-    def of(cls, tokenizer: Any) -> PartTokenizer:
+    def of(cls, tokenizer: Any) -> SafeTokenizer:
         """The one of this tokenizer; making it copies the whole vocabulary, which takes most of a second."""
         with _lock:
             size, made = _made.get(tokenizer, (-1, None))

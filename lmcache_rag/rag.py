@@ -20,7 +20,7 @@ from lmcache_rag.engines.base import (
     TextDelta,
 )
 from lmcache_rag.errors import ConfigError, ContextLengthError, LMCacheRAGError, PromptError, StoreLockedError
-from lmcache_rag.kv_manager import KVKeeper
+from lmcache_rag.kv_manager import KVManager
 from lmcache_rag.lazy_fill import LazyFillMode, fill_of
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class Comparison:
 
     @property
     def speedup(self) -> float:
-        """How many times sooner the blended answer started."""
+        """TTFT of the full prefill over that of the blended answer."""
         return self.full.stats.ttft_ms / max(self.blended.stats.ttft_ms, 1e-9)
 
 
@@ -87,9 +87,9 @@ class RAG:
         engine: Computes the answers.
         embedder: Must be the one that the store was made with.
         prompts: Must be the one that the chunks were ingested with.
-        top_k: Chunks for a question, unless said otherwise.
-        sampling: How tokens are chosen, unless said otherwise.
-        blend: How KV is reused, unless said otherwise.
+        top_k: Chunks for a question, by default.
+        sampling: How tokens are chosen, by default.
+        blend: How KV is reused, by default.
         keep_missing: Compute and keep the KV of chunks that had none, once the question that needed it is answered.
     """
 
@@ -109,7 +109,7 @@ class RAG:
         self.top_k = top_k
         self.sampling = sampling or Sampling()
         self.blend = blend or BlendOptions()
-        self._answering = Answering(store, engine, prompts, keep_missing=keep_missing)
+        self._answering = AnswerStreamer(store, engine, prompts, keep_missing=keep_missing)
 
     # -- retrieval ----------------------------------------------------------------------------------------------
 
@@ -129,7 +129,7 @@ class RAG:
         return self.store.index.search(self.embedder.embed_query(question), k)
 
     async def aretrieve(self, question: str, *, top_k: int | None = None) -> list[Hit]:
-        """Async twin of retrieve."""
+        """Async version of retrieve."""
         return await asyncio.to_thread(self.retrieve, question, top_k=top_k)
 
     # -- answers ------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class RAG:
             question: The question.
             top_k: Chunks to retrieve.
             hits: Use these chunks in this order instead of retrieving.
-            history: Earlier turns of the conversation. They stand behind the chunks, which so stay reusable.
+            history: Earlier turns of the conversation. They follow the chunks, which so stay reusable.
             sampling: How tokens are chosen.
             blend: How KV is reused.
 
@@ -181,7 +181,7 @@ class RAG:
         """
         sampling, blend = sampling or self.sampling, blend or self.blend
         found = list(hits) if hits is not None else self.retrieve(question, top_k=top_k)
-        fitted = fit(
+        fitted = fit_context(
             self.prompts,
             question,
             found,
@@ -210,7 +210,7 @@ class RAG:
         sampling: Sampling | None = None,
         blend: BlendOptions | None = None,
     ) -> Answer:
-        """Async twin of ask. Cancelling it stops the computation."""
+        """Async version of ask. Cancelling it stops the computation."""
         events = self.astream(question, top_k=top_k, hits=hits, history=history, sampling=sampling, blend=blend)
         async for event in events:
             if isinstance(event, Answer):
@@ -227,7 +227,7 @@ class RAG:
         sampling: Sampling | None = None,
         blend: BlendOptions | None = None,
     ) -> AsyncIterator[RAGEvent]:
-        """Async twin of stream."""
+        """Async version of stream."""
         events = self.stream(question, top_k=top_k, hits=hits, history=history, sampling=sampling, blend=blend)
         async for event in iterate_in_thread(events):
             yield event
@@ -245,7 +245,7 @@ class RAG:
     async def aask_batch(
         self, questions: Sequence[str], *, top_k: int | None = None, concurrency: int = 8
     ) -> list[Answer | LMCacheRAGError]:
-        """Async twin of ask_batch, several at a time."""
+        """Async version of ask_batch, several at a time."""
         gate = asyncio.Semaphore(concurrency)
 
         async def one(question: str) -> Answer | LMCacheRAGError:
@@ -276,8 +276,8 @@ def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
 # -- the engine's answer ----------------------------------------------------------------------------------------------
 
 
-class Answering:
-    """Lets an engine answer, says once where it does not blend, and keeps the KV that a question missed.
+class AnswerStreamer:
+    """Streams an engine's answers, logs once that it does not blend, and stores the KV that a question missed.
 
     Args:
         store: Where the chunks are registered.
@@ -300,9 +300,9 @@ class Answering:
         self._store, self._engine = store, engine
         self.keep_missing = keep_missing and lazy_fill is None
         self.lazy_fill = lazy_fill
-        self._kv = KVKeeper(store, engine, prompts)
-        self._told = False
-        self._tell = threading.Lock()
+        self._kv = KVManager(store, engine, prompts)
+        self._warned = False
+        self._lock = threading.Lock()
 
     def stream(
         self,
@@ -321,7 +321,7 @@ class Answering:
             sampling: How tokens are chosen.
             blend: How KV is reused.
             notes: Warnings for the Completion.
-            registered: For each text, whether it stands in the store; for lazy fill.
+            registered: For each text, whether it is in the store; for lazy fill.
         """
         blend = self.allowed(blend)
         self.begin()
@@ -334,12 +334,12 @@ class Answering:
                 yield event
 
     def allowed(self, blend: BlendOptions) -> BlendOptions:
-        """For an engine that falls back where it cannot blend: says so once, and asks it for a full prefill."""
+        """The options for this engine: if it cannot blend and falls back, full prefills, which is logged once."""
         info = self._engine.info
         if blend.enabled and not info.can_blend and info.falls_back:
-            with self._tell:
-                if not self._told and not info.said_why:
-                    self._told = True
+            with self._lock:
+                if not self._warned and not info.said_why:
+                    self._warned = True
                     log.warning("%s does not blend: %s. Answers come from full prefills.", info.model, info.why_not)
             return replace(blend, enabled=False)
         return blend
@@ -357,7 +357,7 @@ class Answering:
         done: Completion,
         blend: BlendOptions,
     ) -> Completion:
-        """Have chunks ingested in the background whose KV an answer missed; the answer says so. Never waits.
+        """Queue the ingestion of chunks whose KV an answer missed; the answer gets a warning. Never waits.
 
         A registered chunk was declared as one to keep, so it is ingested at its first use. An embedded engine keeps KV
         of registered chunks only: nothing would ever delete the files of others.
@@ -387,21 +387,21 @@ class Answering:
         except StoreLockedError:
             log.debug("another writer is at work; the missing KV stays for the next question")
         except LMCacheRAGError as problem:
-            log.warning("The KV that was missing is not kept: %s", problem)
+            log.warning("Could not store the missing KV: %s", problem)
 
 
 # -- chunks that fit the context --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Fitted:
+class FittedContext:
     """Chunks by whether they fit: `kept` in their order, `dropped` lowest score first."""
 
     kept: tuple[Hit, ...]
     dropped: tuple[Hit, ...]
 
 
-def fit(
+def fit_context(
     prompts: PromptBuilder,
     question: str,
     hits: Sequence[Hit],
@@ -409,7 +409,7 @@ def fit(
     limit: int,
     history: Sequence[Turn] = (),
     max_tokens: int = 0,
-) -> Fitted:
+) -> FittedContext:
     """Choose the chunks that fit the context beside question and answer; the lowest scores are dropped first.
 
     Args:
@@ -450,4 +450,4 @@ def fit(
             limit,
         )
     gone = set(dropped)
-    return Fitted(tuple(h for i, h in enumerate(hits) if i not in gone), tuple(hits[i] for i in dropped))
+    return FittedContext(tuple(h for i, h in enumerate(hits) if i not in gone), tuple(hits[i] for i in dropped))

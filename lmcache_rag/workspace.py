@@ -109,8 +109,8 @@ class Workspace:
         """The prompts of this engine, system text, instruction and tenant."""
         from lmcache_rag.prompt import PromptBuilder, PromptFormat
 
-        given = {"system": self.settings.system, "instruction": self.settings.instruction}
-        words = PromptFormat(**{name: text for name, text in given.items() if text is not None})  # type: ignore[arg-type]
+        texts = {"system": self.settings.system, "instruction": self.settings.instruction}
+        words = PromptFormat(**{name: text for name, text in texts.items() if text is not None})  # type: ignore[arg-type]
         engine = self.engine
         with without_garbage_collection():  # a tokenizer is a large heap of small objects
             return PromptBuilder(engine.tokenizer, engine.info, format=words, tenant=self.settings.tenant)

@@ -34,9 +34,9 @@ with warnings.catch_warnings():
     from vllm.v1.outputs import KVConnectorOutput, ModelRunnerOutput
     from vllm.v1.worker.gpu_worker import Worker
 
-    from lmcache_rag.architectures import ARCHITECTURES
     from lmcache_rag.connector import connector, plugin, vllm_internals, vllm_patches
     from lmcache_rag.connector.metadata import BlendHandshakeMetadata, BlendWorkerMetadata, Match
+    from lmcache_rag.protocol import ARCHITECTURES
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 VLLM = vllm_folder()

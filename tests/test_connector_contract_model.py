@@ -44,11 +44,10 @@ with warnings.catch_warnings():
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.worker.utils import AttentionGroup
 
-    from lmcache_rag.architectures import ARCHITECTURES, MODEL_CLASSES
     from lmcache_rag.connector import model_runner, vllm_internals
     from lmcache_rag.connector.attention import PagedSequence, keys_and_values
     from lmcache_rag.connector.self_check import compare_with_prefill
-    from lmcache_rag.protocol import CannotBlend
+    from lmcache_rag.protocol import ARCHITECTURES, MODEL_CLASSES, CannotBlend
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 BLOCK = 16

@@ -11,8 +11,8 @@ from models import tiny_model
 
 from lmcache_rag.engines.base import BlendOptions, Completion, Sampling, TextDelta
 from lmcache_rag.engines.embedded import EmbeddedEngine
-from lmcache_rag.engines.hf_generate import StopCutter
-from lmcache_rag.engines.hf_model import HFModel, why_not_blendable
+from lmcache_rag.engines.hf_generate import StopStringFilter
+from lmcache_rag.engines.hf_model import HFModel, unsupported_reason
 from lmcache_rag.errors import ConfigError, ContextLengthError, PrecomputeError
 from lmcache_rag.prompt import PromptBuilder
 
@@ -90,7 +90,7 @@ def test_stop_strings_end_the_answer_before_them(tiny, corpus):
 
 
 def test_a_part_of_a_stop_string_is_never_shown():
-    cutter = StopCutter(("END",))
+    cutter = StopStringFilter(("END",))
     assert [cutter.push(p) for p in ("abE", "N", "xEN", "Dmore")] == ["ab", "", "ENx", ""]
     assert cutter.stopped
 
@@ -107,11 +107,11 @@ def test_seeded_sampling_repeats(tiny, corpus):
 def test_what_cannot_be_blended_says_why():
     from models import tiny_config
 
-    assert why_not_blendable(tiny_config("llama")) == ""
-    assert "dynamic" in why_not_blendable(
+    assert unsupported_reason(tiny_config("llama")) == ""
+    assert "dynamic" in unsupported_reason(
         tiny_config("llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     )
-    assert "sliding" in why_not_blendable(tiny_config("mistral", sliding_window=512))
+    assert "sliding" in unsupported_reason(tiny_config("mistral", sliding_window=512))
 
 
 def test_limits_are_errors_with_remedies(tiny):

@@ -18,7 +18,7 @@ from lmcache_rag.prompt import PromptBuilder
 
 def blended_logits(engine: EmbeddedEngine, prompt, policy: str, ratio: float = 0.15) -> torch.Tensor:
     """Logits of the prompt's last token after a blended prefill, [vocabulary]."""
-    return engine.prefill_logits(prompt, BlendOptions(policy, ratio))
+    return engine.prefill(prompt, BlendOptions(policy, ratio)).logits
 
 
 def check_prompts(engine: EmbeddedEngine, plain, sentences: list[str], prompts: int) -> float:

@@ -16,7 +16,7 @@ from vllm_cpu_kit import CHUNK, Servers, needs_vllm_cpu, until
 
 from lmcache_rag.engines import vllm_answer
 from lmcache_rag.lazy_fill import FillCounts
-from lmcache_rag.rag import Answering
+from lmcache_rag.rag import AnswerStreamer
 
 pytestmark = [
     pytest.mark.slow,
@@ -110,7 +110,7 @@ def all_missed(monkeypatch: pytest.MonkeyPatch) -> None:
         return dataclasses.replace(real(gathered, prompt, **facts), missed=tuple(range(len(prompt.chunks))))
 
     monkeypatch.setattr(vllm_answer, "completion", completion)
-    monkeypatch.setattr(Answering, "allowed", lambda answering, blend: blend)
+    monkeypatch.setattr(AnswerStreamer, "allowed", lambda answering, blend: blend)
 
 
 def lazily_filled(servers: Servers, ask: Any, blender: Any) -> None:

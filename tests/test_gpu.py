@@ -25,8 +25,8 @@ def engine_and_prompt(path, folder, sentences, dtype):
 
 def test_all_equals_a_full_prefill_in_float32(smollm2_path, sentences, tmp_path):
     engine, prompt = engine_and_prompt(smollm2_path, tmp_path, sentences, "float32")
-    wanted = engine.prefill_logits(prompt, BlendOptions(enabled=False))
-    got = engine.prefill_logits(prompt, BlendOptions("all"))
+    wanted = engine.prefill(prompt, BlendOptions(enabled=False)).logits
+    got = engine.prefill(prompt, BlendOptions("all")).logits
     assert (got - wanted).abs().max() < 1e-2
 
 

@@ -70,7 +70,7 @@ def test_kv_of_another_tenant_prefix_or_model_is_never_used(change, tokenizer, c
     assert second.missing(list(map(builder.ingest, corpus))) == [True] * 6
     stats = second.generate(prompt, SHORT, BlendOptions()).stats
     assert (stats.chunks_hit, stats.chunks_missed, stats.prefix_tokens) == (0, 6, 0)
-    got, wanted = (second.prefill_logits(prompt, blend).float() for blend in (BlendOptions("none"), FULL))
+    got, wanted = (second.prefill(prompt, blend).logits.float() for blend in (BlendOptions("none"), FULL))
     assert (got - wanted).abs().max() < (1e-3 if change != "dtype" else 0.5)
 
 
@@ -180,7 +180,7 @@ def test_blended_kv_is_never_kept_neither_in_files_nor_in_memory(policy, tokeniz
         used.generate(builder.query(corpus, "What?"), SHORT, BlendOptions(policy, 0.3))
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == before
     prompt = builder.query(known[::-1], "Which?")
-    got, wanted = (each.prefill_logits(prompt, BlendOptions("none")) for each in (used, engine()))
+    got, wanted = (each.prefill(prompt, BlendOptions("none")).logits for each in (used, engine()))
     assert torch.equal(got, wanted)
 
 
@@ -454,5 +454,5 @@ def test_an_unsupported_family_is_named_and_answers_without_blending(parts, docu
     answer = rag.ask("What?", blend=FULL)
     assert answer.completion.token_ids
     assert not answer.stats.blended
-    logits = engine.prefill_logits(builder.query(["some text"], "What?"), FULL)
+    logits = engine.prefill(builder.query(["some text"], "What?"), FULL).logits
     assert logits.shape == (49152,)

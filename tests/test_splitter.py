@@ -211,13 +211,13 @@ def test_a_long_text_does_not_make_the_tokenizer_warn_of_its_length(
 ) -> None:
     from transformers import PreTrainedTokenizerFast
 
-    from lmcache_rag.prompt import PartTokenizer
+    from lmcache_rag.prompt import SafeTokenizer
 
     short = PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=16, eos_token="<|end|>")
     transformers = logging.getLogger("transformers")
     transformers.addHandler(caplog.handler)
     try:
-        chunks = Splitter(PartTokenizer(short).text, chunk_tokens=64).split("<|end|> one two three " * 2000)
+        chunks = Splitter(SafeTokenizer(short).text, chunk_tokens=64).split("<|end|> one two three " * 2000)
     finally:
         transformers.removeHandler(caplog.handler)
     assert len(chunks) > 10

@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 
 from lmcache_rag import VLLMEngine, Workspace
 from lmcache_rag.cli.app import app
-from lmcache_rag.engines import vllm_tokenizer
+from lmcache_rag.engines import hf_model
 from lmcache_rag.engines.base import BlendOptions, Completion, Engine, Sampling, TextDelta
 from lmcache_rag.engines.vllm_client import server_urls, vllm_block
 from lmcache_rag.errors import (
@@ -943,7 +943,7 @@ def test_the_ingest_key_comes_from_environment_or_file(connect, builder, server,
         with monkeypatch.context() as patched:
             patched.setenv(name, value)
             assert list(connect(server.url, patience=1).precompute([builder.ingest(chunks[0])]))
-    monkeypatch.setattr(vllm_tokenizer, "open_tokenizer", lambda path: server.tokenizer)
+    monkeypatch.setattr(hf_model, "open_tokenizer", lambda path: server.tokenizer)
     with Workspace.open(tmp_path / "s", engine=server.url, ingest_key_file=file) as workspace:
         assert list(workspace.engine.precompute([builder.ingest(chunks[1])]))
 

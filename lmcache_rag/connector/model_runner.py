@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from operator import sub
 from typing import TYPE_CHECKING, Any
 
-from lmcache_rag.architectures import MODEL_CLASSES
 from lmcache_rag.connector import vllm_internals, vllm_patches
 from lmcache_rag.connector.attention import NoAttention, PagedSequence, keys_and_values, to_device_async
 from lmcache_rag.connector.cuda_graph import ROWS, CapturedQueryPass, CudaGraph
 from lmcache_rag.connector.metadata import Match
 from lmcache_rag.policies import QueryPolicy
-from lmcache_rag.protocol import CannotBlend, Unsupported
+from lmcache_rag.protocol import MODEL_CLASSES, CannotBlend, Unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, TypeVar
 from lmcache_rag.demo.record import ArmName, Problem, Turn
 from lmcache_rag.demo.traffic import Traffic
 from lmcache_rag.engines.base import BlendOptions, Completion, Sampling, StreamEvent, TextDelta
-from lmcache_rag.rag import fit
+from lmcache_rag.rag import fit_context
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine, QueryPrompt
     from lmcache_rag.prompt import PromptBuilder
     from lmcache_rag.prompt import Turn as HistoryTurn
-    from lmcache_rag.rag import Fitted
+    from lmcache_rag.rag import FittedContext
     from lmcache_rag.store import Hit
 
 T = TypeVar("T")
@@ -121,7 +121,7 @@ class Arm:
                 self._builders.popitem(last=False)
         return made
 
-    def prompt(self, request: Request) -> tuple[QueryPrompt, Fitted]:
+    def prompt(self, request: Request) -> tuple[QueryPrompt, FittedContext]:
         """The prompt of a request, and which of its passages fit.
 
         Raises:
@@ -129,7 +129,7 @@ class Arm:
             LMCacheRAGError: The engine cannot be opened.
         """
         prompts = self.prompts(request.wording, request.tenant)
-        fitted = fit(
+        fitted = fit_context(
             prompts,
             request.question,
             request.hits,

@@ -18,7 +18,7 @@ from lmcache_rag.demo.arms import Arm, Request, Wording
 from lmcache_rag.demo.record import ARMS, ArmName, Check, Problem, Turn, Uploaded
 from lmcache_rag.engines.base import BlendOptions, Sampling
 from lmcache_rag.errors import LMCacheRAGError
-from lmcache_rag.kv_manager import KVKeeper
+from lmcache_rag.kv_manager import KVManager
 from lmcache_rag.prompt import INSTRUCTION, SYSTEM
 from lmcache_rag.prompt import Turn as HistoryTurn
 
@@ -296,7 +296,7 @@ class Session:
             prompts = stack.blended.prompts(wording, tenant)
             with stack.blended.traffic.work():
                 if prompts.fingerprint == stack.workspace.prompts.fingerprint:
-                    KVKeeper(stack.workspace.store, stack.blended.engine, prompts).keep([hit.text for hit in hits])
+                    KVManager(stack.workspace.store, stack.blended.engine, prompts).keep([hit.text for hit in hits])
                     return len(hits)
                 ingest = [prompts.ingest(hit.text) for hit in hits]
                 self._own_kv |= {(prompt.fingerprint, prompt.key) for prompt in ingest}

@@ -30,7 +30,7 @@ class Splitter:
 
     Args:
         encode: Token ids of a text in which nothing is special, and no token is added:
-            ``PartTokenizer(tokenizer).text``.
+            ``SafeTokenizer(tokenizer).text``.
         chunk_tokens: Most tokens of a chunk; at least 32.
         overlap_tokens: Most tokens that a chunk repeats from the end of the one before; whole words, at most half of
             chunk_tokens. KV is kept for the repeated tokens twice.

@@ -24,7 +24,7 @@ class EngineInfo:
     Attributes:
         engine: "embedded" or "vllm".
         model: Name or folder of the model.
-        revision: What tells two sets of weights of one name apart (commit, or a digest of the files).
+        revision: Distinguishes weights of one name (commit, or a digest of the files).
         dtype: Element type of the KV, for example "float32".
         tokenizer: Digest of the tokenizer.
         kv_block: Unit of KV reuse in tokens; the shared prefix is padded to a multiple of it.
@@ -33,8 +33,8 @@ class EngineInfo:
         can_blend: Whether chunk KV can be reused at all.
         why_not: The reason when it cannot.
         falls_back: What an engine that cannot blend does when it is asked to: True, it answers by full prefills, and
-            the caller says so once; False, it raises UnsupportedModelError.
-        said_why: Whether the engine has said in the log that it does not blend, so that nobody else needs to.
+            the caller logs that once; False, it raises UnsupportedModelError.
+        said_why: Whether the engine has logged that it does not blend, so that its caller need not.
     """
 
     engine: str
@@ -72,7 +72,7 @@ def kv_key(fingerprint: str, chunk_ids: Sequence[int]) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ChunkSpan:
-    """Where a chunk stands in a prompt: token_ids[start:end], with the name of its KV."""
+    """Where a chunk is in a prompt: token_ids[start:end], with the name of its KV."""
 
     start: int
     end: int
@@ -204,7 +204,7 @@ class ChunkReuse:
     Attributes:
         prefix_tokens: Taken from an exact prefix hit.
         reused_tokens: Taken from cached KV as they are; with those selected, where `recomputed_tokens` is None.
-        recomputed_tokens: In cached KV, selected and computed again; None where the engine does not say for each chunk.
+        recomputed_tokens: In cached KV, selected and computed again; None where the engine reports no number per chunk.
         computed_tokens: Never cached.
     """
 
@@ -235,7 +235,7 @@ class Completion:
         stats: What was reused.
         warnings: What the user should know.
         missed: Which of the prompt's chunks were looked for, could have been kept, and were not there.
-        chunks: For each of the prompt's chunks, what was done with it; empty where the engine does not say.
+        chunks: For each of the prompt's chunks, what was done with it; empty where the engine does not report it.
     """
 
     text: str
@@ -272,7 +272,7 @@ class PrecomputeResult:
 
 @dataclass(frozen=True, slots=True)
 class ForgetResult:
-    """Whether one chunk's KV left a server; `why` says why not."""
+    """Whether one chunk's KV left a server; `why` is the reason where it did not."""
 
     key: str
     forgotten: bool
@@ -294,7 +294,7 @@ class Engine(Protocol):
     """Computes, keeps and blends chunk KV. Implementations are safe to call from several threads.
 
     stream() yields TextDelta events and ends with one Completion. A query whose KV is missing or damaged is answered
-    by computing it, and its statistics say so: no state of the KV store makes a query fail.
+    by computing it, which its statistics show: no state of the KV store makes a query fail.
     """
 
     @property
@@ -322,7 +322,7 @@ class Engine(Protocol):
         ...
 
     def missing(self, prompts: Sequence[IngestPrompt]) -> list[bool]:
-        """For each prompt, whether its KV is absent (True) as far as this engine can tell."""
+        """For each prompt, whether its KV is absent (True) as far as this engine knows."""
         ...
 
     def forget(self, prompts_or_keys: Iterable[tuple[str, str]]) -> None:
@@ -346,11 +346,11 @@ class Engine(Protocol):
         ...
 
     async def agenerate(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Completion:
-        """Async twin of generate."""
+        """Async version of generate."""
         ...
 
     def astream(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> AsyncIterator[StreamEvent]:
-        """Async twin of stream."""
+        """Async version of stream."""
         ...
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Chunk KV of one model: computed behind the shared prefix, kept, found again, checked."""
+"""Chunk KV of one model: computed once after the shared prefix, kept in memory and on disk, verified."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class ChunkCache:
         return [not self._store.has(p.fingerprint, p.key) for p in prompts]
 
     def forget(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Drop the KV of (fingerprint, key) pairs. The prefix's KV goes when no chunk behind it is left."""
+        """Drop the KV of (fingerprint, key) pairs. The prefix's KV goes with the last chunk that follows it."""
         pairs = list(pairs)
         self._store.forget(pairs)
         for fingerprint in dict.fromkeys(fingerprint for fingerprint, _ in pairs):
@@ -140,7 +140,7 @@ class ChunkCache:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _compute(self, prompts: list[IngestPrompt]) -> dict[str, ChunkKV]:
-        """Chunk KV behind the prefix. A batch is padded on the right, where causal attention never looks."""
+        """Chunk KV after the prefix. A batch is padded on the right, where causal attention never looks."""
         import torch
 
         start = prompts[0].prefix_tokens

@@ -1,4 +1,4 @@
-"""The engine that runs anywhere: a transformers model in this process. It is the default, and the reference."""
+"""The embedded engine: a transformers model in this process. It is the default, and the reference."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
     from lmcache_rag.engines.base import BlendOptions, ChunkSpan, EngineInfo, QueryPrompt
     from lmcache_rag.engines.chunk_cache import ChunkCache
-    from lmcache_rag.engines.hf_blend import Prefilled
-    from lmcache_rag.engines.hf_generate import PrefilledPrompt
+    from lmcache_rag.engines.hf_blend import BlendedPrefill
+    from lmcache_rag.engines.hf_generate import PromptState
     from lmcache_rag.engines.hf_model import HFModel, KVBuffer
 
 log = logging.getLogger("lmcache_rag")
@@ -48,8 +48,8 @@ GB = 1_000_000_000
 class EmbeddedEngine(AsyncFromStream):
     """Answers with a transformers model, on the CPU in float32 or on one GPU in bfloat16.
 
-    Chunk KV is computed behind the shared prefix and kept in files below `kv_dir`; hot chunks also in memory. Safe to
-    use from several threads; requests are computed one after another.
+    Chunk KV is computed after the shared prefix and kept in files below `kv_dir`; the chunks used last also in memory.
+    Safe to use from several threads; requests are computed one after another.
 
     Args:
         model: Folder or name, see lmcache_rag.weights.find_model; None: the default model.
@@ -99,7 +99,7 @@ class EmbeddedEngine(AsyncFromStream):
     def from_model(
         cls, model: HFModel, *, name: str, revision: str, kv_dir: str | Path, **options: Any
     ) -> EmbeddedEngine:
-        """An engine over a model that is loaded already; `revision` must tell its weights from any others."""
+        """An engine over a model that is loaded already; `revision` must be unique to its weights."""
         engine = cls.__new__(cls)
         engine._setup(model, name=name, revision=revision, kv_dir=kv_dir, **options)
         return engine
@@ -206,8 +206,8 @@ class EmbeddedEngine(AsyncFromStream):
         check_request(self._info, prompt, blend)
         return self._stream(prompt, sampling, blend)
 
-    def prefill(self, prompt: QueryPrompt, blend: BlendOptions, *, room: int = 0) -> PrefilledPrompt:
-        """Prefill one prompt and hand back the model's state, to look at logits. Errors as for stream.
+    def prefill(self, prompt: QueryPrompt, blend: BlendOptions, *, room: int = 0) -> PromptState:
+        """Prefill one prompt and return the model's state, to read logits. Errors as for stream.
 
         Args:
             prompt: The prompt.
@@ -216,18 +216,14 @@ class EmbeddedEngine(AsyncFromStream):
         """
         import torch
 
-        from lmcache_rag.engines.hf_generate import PrefilledPrompt
+        from lmcache_rag.engines.hf_generate import PromptState
 
         check_request(self._info, prompt, blend)
         ids = torch.tensor(prompt.token_ids, device=self._model.device)
         with self._lock, torch.inference_mode():
-            cache, _, spent = filled_cache(self._model, self._chunks, prompt, ids, blend, room=room)
+            cache, _, spent = fill_cache(self._model, self._chunks, prompt, ids, blend, room=room)
         rest = ids if cache is None else ids[cache.get_seq_length() :]
-        return PrefilledPrompt(self._model, rest, cache, self._lock, spent)
-
-    def prefill_logits(self, prompt: QueryPrompt, blend: BlendOptions) -> Tensor:
-        """Logits of the first token of the answer, [vocabulary]; arguments and errors as for prefill."""
-        return self.prefill(prompt, blend).logits
+        return PromptState(self._model, rest, cache, self._lock, spent)
 
     def _stream(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Iterator[StreamEvent]:
         import torch
@@ -239,7 +235,7 @@ class EmbeddedEngine(AsyncFromStream):
         counts: dict[str, Any] = {"computed_tokens": len(prompt), "chunks_missed": len(prompt.chunks)}
 
         def prepare() -> KVBuffer | None:
-            cache, done, _ = filled_cache(self._model, self._chunks, prompt, ids, blend, room=sampling.max_tokens)
+            cache, done, _ = fill_cache(self._model, self._chunks, prompt, ids, blend, room=sampling.max_tokens)
             counts.update(done)
             return cache
 
@@ -264,7 +260,7 @@ class EmbeddedEngine(AsyncFromStream):
 
 
 def check_request(info: EngineInfo, prompt: QueryPrompt, blend: BlendOptions) -> None:
-    """See that a request can be answered, before any work.
+    """Check that a request can be answered, before any work.
 
     Raises:
         ConfigError: There is no such policy.
@@ -281,7 +277,7 @@ def check_request(info: EngineInfo, prompt: QueryPrompt, blend: BlendOptions) ->
         )
 
 
-def filled_cache(
+def fill_cache(
     model: HFModel, chunks: ChunkCache, prompt: QueryPrompt, ids: Tensor, blend: BlendOptions, *, room: int
 ) -> tuple[KVBuffer | None, dict[str, Any], dict[str, float]]:
     """A cache with room for the prompt and `room` more tokens; what it does not hold is left to the caller.
@@ -297,8 +293,8 @@ def filled_cache(
         room: How many tokens may follow.
 
     Returns:
-        The cache, None where the model makes its own; those fields of ReuseStats that say what was done; and where the
-        time went, in milliseconds by step.
+        The cache, None where the model makes its own; the fields of ReuseStats that report what was done; and
+        the milliseconds of each step.
     """
     if model.why_not:
         return None, {}, {}
@@ -331,19 +327,19 @@ def _blend(
         "chunks": tuple(_reuse(span, span in found, done) for span in prompt.chunks),
         "lookup_ms": lookup_ms,
         "load_ms": done.load_ms + done.shift_ms,
-        "blend_ms": done.select_ms + done.redo_ms,
+        "blend_ms": done.select_ms + done.recompute_ms,
     }
     spent = {
         "look-up": lookup_ms,
         "load": done.load_ms,
         "key shift": done.shift_ms,
         "selection": done.select_ms,
-        "selected layers": done.redo_ms,
+        "selected layers": done.recompute_ms,
     }
     return stats, spent
 
 
-def _reuse(span: ChunkSpan, found: bool, done: Prefilled) -> ChunkReuse:
+def _reuse(span: ChunkSpan, found: bool, done: BlendedPrefill) -> ChunkReuse:
     tokens = span.end - span.start
     if not found:
         return ChunkReuse(computed_tokens=tokens)

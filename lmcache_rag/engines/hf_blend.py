@@ -1,4 +1,4 @@
-"""Fill a request's KV cache from chunk KV, as far as there is any."""
+"""Blend chunk KV into a request's cache: place it, select tokens, recompute them."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Prefilled:
-    """What was done. The cache holds `length` tokens; everything from there on is still to be computed.
+class BlendedPrefill:
+    """What a blend did. The cache holds `length` tokens; the caller computes everything from there on.
 
-    Times in milliseconds: `load_ms` copies KV to its place, `shift_ms` turns keys (in part while they are copied),
-    `select_ms` is the policy with its pass, `redo_ms` computes the selected tokens and the gaps. `selected` are the
-    positions of the recomputed tokens.
+    Times in milliseconds: `load_ms` copies KV to its place, `shift_ms` rotates keys (in part while they are copied),
+    `select_ms` is the policy with its pass, `recompute_ms` computes the selected tokens and the gaps. `selected` are
+    the positions of the recomputed tokens.
     """
 
     length: int
@@ -36,7 +36,7 @@ class Prefilled:
     load_ms: float
     shift_ms: float = 0.0
     select_ms: float = 0.0
-    redo_ms: float = 0.0
+    recompute_ms: float = 0.0
     selected: tuple[int, ...] = ()
 
 
@@ -49,12 +49,12 @@ def blended_prefill(
     hits: Sequence[tuple[ChunkSpan, ChunkKV]],
     policy: Policy,
     ratio: float,
-) -> Prefilled:
-    """Place the prefix's and the chunks' KV, compute the selected tokens and the gaps anew.
+) -> BlendedPrefill:
+    """Place the prefix's and the chunks' KV, then recompute the selected tokens and the gaps.
 
-    The gaps are what stands between the hits without KV: separators and missed chunks. What follows the last hit is
-    left to the caller. A first chunk that stands right behind the prefix stands where its KV was computed: it is exact
-    and no candidate for recomputation.
+    The gaps are the tokens without KV between the hits: separators and missed chunks. What follows the last hit is
+    left to the caller. A first chunk right after the prefix stands where its KV was computed: it is exact and no
+    candidate for recomputation.
 
     Args:
         model: The model.
@@ -76,7 +76,7 @@ def blended_prefill(
         exact = span.end
     if not cached:
         cache.set_length(exact)
-        return Prefilled(exact, exact, 0, 0, _ms_since(begin))
+        return BlendedPrefill(exact, exact, 0, 0, _ms_since(begin))
 
     layout = Layout.of([(span.start, span.end) for span, _ in cached], device=str(ids.device))
     end = cached[-1][0].end
@@ -99,18 +99,18 @@ def blended_prefill(
     begin = time.perf_counter()
     redo = _merge(chosen, gaps)
     if len(redo):
-        model.forward(ids[redo][None], redo, cache, RedoPass(redo))
+        model.forward(ids[redo][None], redo, cache, RecomputeAttention(redo))
     cache.set_length(end)
     kept, redone = len(layout.cached) - len(chosen), len(chosen)
-    redo_ms = _ms_since(begin)
+    recompute_ms = _ms_since(begin)
     selected = tuple(chosen.tolist())
-    return Prefilled(end, exact, kept, redone, load_ms, shift_ms, select_ms, redo_ms, selected)
+    return BlendedPrefill(end, exact, kept, redone, load_ms, shift_ms, select_ms, recompute_ms, selected)
 
 
 def _place(cache: KVBuffer, kv: ChunkKV, start: int, cos: Tensor | None = None, sin: Tensor | None = None) -> float:
-    """Write one chunk's KV to the cache at `start`, its keys turned by the given angles; returns the ms of turning."""
+    """Write one chunk's KV to the cache at `start`, its keys rotated by these angles; returns the ms of rotating."""
     end = start + kv.tokens
-    turning = 0.0
+    rotating = 0.0
     for index, layer in enumerate(cache.layers):
         keys = layer.all_keys[0, :, start:end]
         if cos is None or sin is None:
@@ -118,9 +118,9 @@ def _place(cache: KVBuffer, kv: ChunkKV, start: int, cos: Tensor | None = None, 
         else:
             begin = time.perf_counter()
             shift_keys(kv.keys[index].to(keys.device), cos, sin, out=keys)
-            turning += _ms_since(begin)
+            rotating += _ms_since(begin)
         layer.all_values[0, :, start:end].copy_(kv.values[index])
-    return turning
+    return rotating
 
 
 def _gaps(layout: Layout, start: int, end: int) -> Tensor:
@@ -146,12 +146,12 @@ def _ms_since(begin: float) -> float:
 # -- forward passes ---------------------------------------------------------------------------------------------------
 
 
-class _Stop(Exception):  # noqa: N818 - not an error: ends a forward pass early
-    """Raised inside a layer once all that was wanted is known."""
+class _StopForward(Exception):  # noqa: N818 - not an error: ends a forward pass early
+    """Raised inside a layer to end a forward pass whose result is complete."""
 
 
-class RedoPass:
-    """Computes the selected tokens anew, each seeing everything before it."""
+class RecomputeAttention:
+    """Recomputes the selected tokens: each sees everything before it."""
 
     def __init__(self, positions: Tensor) -> None:
         self._attention = PositionAttention(positions)
@@ -161,8 +161,8 @@ class RedoPass:
         return self._attention(query, key, value, scale)
 
 
-class _MassPass:
-    """The suffix's rows over the placed KV; from a layer on, counts what they look at."""
+class ObserveAttention:
+    """Runs the suffix's rows over the placed KV; from one layer on, adds up their attention to each token."""
 
     def __init__(self, positions: Tensor, hidden: Tensor, first_layer: int, last_layer: int, reduce: str) -> None:
         self._attention = PositionAttention(positions, rows=len(positions), hidden=hidden)
@@ -171,7 +171,7 @@ class _MassPass:
         self.mass: Tensor | None = None
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Attention; the upper layers' probabilities are added up."""
+        """Attention; in the upper layers the probabilities are added up."""
         import torch
 
         if layer < self._first:
@@ -185,12 +185,12 @@ class _MassPass:
         else:
             self.mass = torch.maximum(self.mass, mass)
         if layer == self._last:
-            raise _Stop
+            raise _StopForward
         return out
 
 
-class _CheckPass:
-    """All tokens through the first layers; stops where the check layer's fresh KV exists."""
+class DeviationCheck:
+    """Runs all tokens through the first layers and measures how far the check layer's KV deviates; stops there."""
 
     def __init__(self, positions: Tensor, layer: int, key: Tensor, value: Tensor) -> None:
         self._attention = PositionAttention(positions)
@@ -209,11 +209,11 @@ class _CheckPass:
             total = distance if total is None else total + distance
             fresh.copy_(cached)
         self.deviation = total
-        raise _Stop
+        raise _StopForward
 
 
 class ModelPasses:
-    """What a policy may ask of the model; see lmcache_rag.policies.Passes.
+    """The passes that a policy may run, on a transformers model; see lmcache_rag.policies.Passes.
 
     Args:
         model: The model.
@@ -239,31 +239,31 @@ class ModelPasses:
         rows = torch.arange(first, len(self._ids), device=self._ids.device)
         unseen = torch.arange(self._suffix_start, first, device=self._ids.device)
         layers = self._model.layers
-        run = _MassPass(rows, torch.cat([self._gaps, unseen]), int(from_layer * layers), layers - 1, reduce)
+        run = ObserveAttention(rows, torch.cat([self._gaps, unseen]), int(from_layer * layers), layers - 1, reduce)
         self._run(rows, run)
-        assert run.mass is not None  # noqa: S101 - the last layer always counts
+        assert run.mass is not None  # noqa: S101 - the last layer always adds up
         return run.mass[self._layout.cached]
 
     def deviation(self, *, layer: int) -> Tensor:
         """See Passes."""
         import torch
 
-        places = torch.arange(self._start, self._suffix_start, device=self._ids.device)
+        positions = torch.arange(self._start, self._suffix_start, device=self._ids.device)
         at = self._cache.layers[layer]
-        run = _CheckPass(places, layer, at.all_keys, at.all_values)
-        self._run(places, run)
+        run = DeviationCheck(positions, layer, at.all_keys, at.all_values)
+        self._run(positions, run)
         assert run.deviation is not None  # noqa: S101 - the check layer always stops the pass
         return run.deviation[self._layout.cached]
 
-    def _run(self, places: Tensor, run: _MassPass | _CheckPass) -> None:
-        with contextlib.suppress(_Stop):
-            self._model.forward(self._ids[places][None], places, self._cache, run)
+    def _run(self, positions: Tensor, run: ObserveAttention | DeviationCheck) -> None:
+        with contextlib.suppress(_StopForward):
+            self._model.forward(self._ids[positions][None], positions, self._cache, run)
 
 
 # -- moving keys ------------------------------------------------------------------------------------------------------
 #
-# A cached key was turned by RoPE to the position where it was computed. At position b instead of a it is the same key
-# turned by the angle between the two. That angle comes from the model's own rotary embedding, so every kind of scaling
+# A cached key was rotated by RoPE to the position where it was computed. At position b instead of a it is the same key
+# rotated by the angle between the two. That angle comes from the model's own rotary embedding, so every kind of scaling
 # (linear, llama3, yarn) is right by construction.
 
 
@@ -292,7 +292,7 @@ def shift_tables(rotary: Any, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]
 
 
 def shift_keys(keys: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
-    """Turn keys by the angles of `shift_tables`, half-split layout (Llama, Mistral, Qwen).
+    """Rotate keys by the angles of `shift_tables`, half-split layout (Llama, Mistral, Qwen).
 
     Args:
         keys: [..., n, size].

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from lmcache_rag.engines.hf_model import HFModel, KVBuffer
 
 
-class StopCutter:
-    """Ends a streamed text before the first stop string, and never lets a part of one out."""
+class StopStringFilter:
+    """Ends a streamed text before the first stop string, and never emits a part of one."""
 
     def __init__(self, stop: tuple[str, ...]) -> None:
         self._stop = tuple(s for s in stop if s)
@@ -28,7 +28,7 @@ class StopCutter:
         self.stopped = False
 
     def push(self, piece: str, *, end: bool = False) -> str:
-        """Take a piece of text; returns what may be shown by now."""
+        """Take a piece of text; returns what may be emitted by now."""
         if self.stopped:
             return ""
         text = self._held + piece
@@ -42,7 +42,7 @@ class StopCutter:
 
 
 class _QueueStreamer(TextStreamer):  # type: ignore[misc]
-    """transformers' incremental detokenisation, into a queue, noting when the first token came."""
+    """transformers' incremental detokenisation into a queue; records when the first token came."""
 
     def __init__(self, tokenizer: Any, out: queue.Queue[Any]) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -157,7 +157,7 @@ def decode(
 
     thread = threading.Thread(target=work, name="lmcache-rag-decode", daemon=True)
     thread.start()
-    cutter = StopCutter(sampling.stop)
+    cutter = StopStringFilter(sampling.stop)
     try:
         while (item := pieces.get()) is not None:
             if isinstance(item, BaseException):
@@ -187,8 +187,8 @@ def _reason(model: HFModel, ids: list[int], stopped: bool, limit: int) -> Finish
 # -- logits -----------------------------------------------------------------------------------------------------------
 
 
-class PrefilledPrompt:
-    """The state of a model behind a prompt; see EmbeddedEngine.prefill.
+class PromptState:
+    """The state of a model after a prompt, to read logits: for measurements and tests. See EmbeddedEngine.prefill.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""A transformers decoder, and whether its KV can be blended."""
+"""A transformers decoder with our KV cache and attention function, and whether its KV can be blended."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2 and Qwen2.5"
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
-def why_not_blendable(config: Any) -> str:
-    """Why a model of this configuration cannot be blended; empty when it can."""
+def unsupported_reason(config: Any) -> str:
+    """Why a model of this configuration cannot be blended; "" when it can."""
     if config.model_type not in FAMILIES:
         return f"models of type {config.model_type!r} are not supported (supported: {', '.join(FAMILIES.values())})"
     rope = getattr(config, "rope_parameters", None) or {}
@@ -31,7 +31,7 @@ def why_not_blendable(config: Any) -> str:
     if kind not in ROPE_TYPES:
         return f"RoPE scaling {kind!r} changes with the prompt's length (supported: {', '.join(ROPE_TYPES)})"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        return "only a part of each head is turned by RoPE"
+        return "only a part of each head is rotated by RoPE"
     window = getattr(config, "sliding_window", None)
     types = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
     if types != {"full_attention"}:
@@ -40,7 +40,7 @@ def why_not_blendable(config: Any) -> str:
 
 
 class HFModel:
-    """A model, with what the blend needs to know of it. The weights are loaded when they are first needed.
+    """A transformers model and the facts that the blend needs. The weights are loaded when they are first used.
 
     Args:
         config: The model's transformers configuration.
@@ -57,7 +57,7 @@ class HFModel:
         self.tokenizer = tokenizer
         self.dtype = dtype
         self.device = device
-        self.why_not = why_not_blendable(config)
+        self.why_not = unsupported_reason(config)
         self.layers = int(config.num_hidden_layers)
         self.kv_heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
         self.head_size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
@@ -67,7 +67,7 @@ class HFModel:
 
     @classmethod
     def open(cls, path: Path | str, *, device: str | None = None, dtype: str | None = None) -> HFModel:
-        """Open a folder: float32 on a CPU, bfloat16 on a GPU, unless told otherwise.
+        """Open a folder: by default float32 on a CPU, bfloat16 on a GPU.
 
         Raises:
             EngineError: The folder holds no usable model.
@@ -156,11 +156,11 @@ class HFModel:
             blend_pass: Attention of this pass; the KV is then written at `positions`. None: plain causal, appended.
 
         Returns:
-            The hidden states behind the last norm, [batch, m, width].
+            The hidden states after the last norm, [batch, m, width].
         """
         import torch
 
-        cache.set_places(positions if blend_pass is not None else None)
+        cache.set_positions(positions if blend_pass is not None else None)
         try:
             with torch.inference_mode():
                 output = self.model.model(
@@ -173,7 +173,7 @@ class HFModel:
                 states: torch.Tensor = output.last_hidden_state
                 return states
         finally:
-            cache.set_places(None)
+            cache.set_positions(None)
 
 
 def _no_model(path: Path | str, problem: Exception) -> EngineError:
@@ -181,6 +181,42 @@ def _no_model(path: Path | str, problem: Exception) -> EngineError:
         f"No model could be loaded from {path}: {problem}",
         remedy="Name a folder with config.json, *.safetensors and a tokenizer.",
     )
+
+
+# -- models that run elsewhere ----------------------------------------------------------------------------------------
+
+
+def open_tokenizer(path: Path) -> Any:
+    """The transformers tokenizer of a folder.
+
+    Raises:
+        EngineError: It cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError) as problem:
+        raise EngineError(
+            f"No tokenizer could be loaded from {path}: {problem}", remedy="Name a folder with a tokenizer.json."
+        ) from problem
+
+
+def kv_bytes_per_token(path: Path) -> int:
+    """Keys and values of one token over all layers, by the model's configuration; 0 where there is none.
+
+    An estimate: a server may keep its KV in fewer bits than the model's own.
+    """
+    import torch
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(path, local_files_only=True)
+        dtype = getattr(torch, str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch."))
+        unused: Callable[[], Any] = lambda: None  # noqa: E731 - never called: there are no weights
+        return HFModel(config, None, dtype=dtype, device=torch.device("cpu"), load=unused).kv_bytes_per_token
+    except (OSError, ValueError, AttributeError, TypeError):
+        return 0
 
 
 # -- the KV cache of one request --------------------------------------------------------------------------------------
@@ -194,11 +230,11 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
         self.dtype, self.device = keys.dtype, keys.device
         self.is_initialized = True
         self.all_keys, self.all_values = keys, values
-        self.places: torch.Tensor | None = None
+        self.positions: torch.Tensor | None = None
         self.set_length(0)
 
     def set_length(self, length: int) -> None:
-        """Let the first `length` tokens be the ones that exist."""
+        """Declare that the first `length` tokens exist."""
         self.keys, self.values = self.all_keys[:, :, :length], self.all_values[:, :, :length]
 
     def get_seq_length(self) -> int:
@@ -208,10 +244,10 @@ class _Layer(DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append; or, while a pass says places, write there and return everything up to the capacity."""
-        if self.places is not None:
-            self.all_keys.index_copy_(2, self.places, key_states)
-            self.all_values.index_copy_(2, self.places, value_states)
+        """Append; or, while a pass sets positions, write there and return everything up to the capacity."""
+        if self.positions is not None:
+            self.all_keys.index_copy_(2, self.positions, key_states)
+            self.all_values.index_copy_(2, self.positions, value_states)
             return self.all_keys, self.all_values
         start = self.get_seq_length()
         end = start + key_states.shape[2]
@@ -242,27 +278,27 @@ class KVBuffer(DynamicCache):  # type: ignore[misc]
         self.layer_class_to_replicate = None
 
     def set_length(self, length: int) -> None:
-        """Let the first `length` tokens be the ones that exist."""
+        """Declare that the first `length` tokens exist."""
         for layer in self.layers:
             layer.set_length(length)
 
-    def clear(self, places: torch.Tensor, start: int, end: int) -> None:
-        """Zero these places and [start, end): a mask hides what is not there yet, but NaN would pass through it."""
+    def clear(self, positions: torch.Tensor, start: int, end: int) -> None:
+        """Zero these positions and [start, end): a mask hides missing KV, but NaN would pass through it."""
         for layer in self.layers:
             for memory in (layer.all_keys, layer.all_values):
-                memory.index_fill_(2, places, 0)
+                memory.index_fill_(2, positions, 0)
                 memory[:, :, start:end] = 0
 
-    def set_places(self, places: torch.Tensor | None) -> None:
-        """Make the next forward pass write its KV to these places, int64 [m]; None: append again."""
+    def set_positions(self, positions: torch.Tensor | None) -> None:
+        """Make the next forward pass write its KV to these positions, int64 [m]; None: append again."""
         for layer in self.layers:
-            layer.places = places
+            layer.positions = positions
 
 
 # -- attention --------------------------------------------------------------------------------------------------------
 #
 # The model's own forward runs unchanged; only the attention itself is ours. A pass that needs more than plain causal
-# attention hands a `ForwardPass` to the model's forward as ``blend_pass=``, and it arrives here.
+# attention gives the model's forward a `ForwardPass` as ``blend_pass=``, which transformers passes on to `attention`.
 
 NAME = "lmcache_rag"
 
@@ -310,7 +346,7 @@ def attention(
 
 
 def register() -> str:
-    """Make the function known to transformers; returns its name. Without a mask function no mask is ever built."""
+    """Register the function with transformers; returns its name. Without a mask function no mask is ever built."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     ALL_ATTENTION_FUNCTIONS.register(NAME, attention)
@@ -322,7 +358,7 @@ def register() -> str:
 # The mask must follow positions. The causal masks of the usual kernels follow places in the batch (top-left or
 # bottom-right aligned), with which a scattered query would see later tokens.
 
-_MASK_ELEMENTS = 1 << 26  # masks up to this size in all are kept from layer to layer, larger ones are made anew
+_MASK_ELEMENTS = 1 << 26  # masks up to this size in all are kept from layer to layer, larger ones are made again
 
 
 class PositionAttention:
@@ -334,7 +370,7 @@ class PositionAttention:
     Args:
         positions: int64 [m], ascending, on the queries' device.
         rows: Queries per block. Few waste the kernel, many compute keys that most of the block may not see.
-        hidden: Positions of keys that nobody may see (their KV does not exist yet), int64, or None.
+        hidden: Positions of keys that no query may see (their KV does not exist yet), int64, or None.
     """
 
     def __init__(self, positions: Tensor, *, rows: int = 0, hidden: Tensor | None = None) -> None:
@@ -392,7 +428,7 @@ class PositionAttention:
 def attention_with_mass(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, reduce: str
 ) -> tuple[Tensor, Tensor]:
-    """Attention that also says how much each key was looked at.
+    """Attention that also returns how much attention each key got.
 
     Args:
         query: [1, heads, m, size].

@@ -98,7 +98,7 @@ class KVFiles:
         """Map one chunk's KV into memory and check it; None when there is none.
 
         Raises:
-            StoreCorruptError: The file is damaged or is not what its name says.
+            StoreCorruptError: The file is damaged or does not belong to its name.
             StoreError: It cannot be read, at least not now.
         """
         from safetensors import SafetensorError, safe_open
@@ -186,10 +186,10 @@ class KVFiles:
 
 
 def _readable(path: Path) -> bool:
-    """Whether the file is there. Never waits: not for a writer at a pipe's other end, not for whoever has a lease.
+    """Whether the file is there. Never waits: not for a writer at a pipe's other end, not for the holder of a lease.
 
     Raises:
-        StoreCorruptError: Something else than a file stands there.
+        StoreCorruptError: There is something else than a file.
         StoreError: It cannot be opened.
     """
     try:
@@ -225,7 +225,7 @@ def _checksum(tensors: dict[str, Any]) -> str:
 
 def _damaged(path: Path, why: str) -> StoreCorruptError:
     return StoreCorruptError(
-        f"The KV file {path} is damaged: {why}.", remedy="It is computed anew; run `lmcache-rag verify` for the others."
+        f"The KV file {path} is damaged: {why}.", remedy="It is recomputed; run `lmcache-rag verify` for the others."
     )
 
 

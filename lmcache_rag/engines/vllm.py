@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
 from collections import deque
@@ -10,6 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lmcache_rag import lazy_fill, protocol
@@ -28,8 +30,7 @@ from lmcache_rag.engines.base import (
     TextDelta,
     VerifyResult,
 )
-from lmcache_rag.engines.vllm_client import KVNotStoredError, RefusedError, VLLMClient
-from lmcache_rag.engines.vllm_tokenizer import tokenizer_of
+from lmcache_rag.engines.vllm_client import KVNotStoredError, RefusedError, ServedModel, VLLMClient
 from lmcache_rag.errors import ContextLengthError, EngineError, EngineUnavailableError, LMCacheRAGError, PrecomputeError
 
 log = logging.getLogger("lmcache_rag")
@@ -51,17 +52,17 @@ class VLLMEngine:
     client of the server shares the KV.
 
     Whether the server blends is learned from its answers: `info.can_blend` is true until one shows that it does not.
-    The API key, if any, comes from the environment: LMCACHE_RAG_API_KEY, or VLLM_API_KEY. One that an LLM object of the
-    user's holds for this very server can be given instead.
+    The API key, if any, comes from the environment: LMCACHE_RAG_API_KEY, or VLLM_API_KEY. The key of a user's LLM
+    object for the same server can be passed instead.
 
     Args:
         urls: The servers, for example "http://localhost:8000"; a text with commas, or a list.
-        model: Name or root of the served model, which must be it; None: whatever the server serves.
+        model: Name or root of the served model, which the server must serve; None: any.
         tokenizer: The model's transformers tokenizer, or the folder or Hugging Face name to take it from; None: found
             by the model's name.
         timeout: Longest silence of a server, in seconds.
         concurrency: Chunks that are precomputed at once, over all servers.
-        kv_block: Tokens of an LMCache chunk; None: what the server says, or 64 where it does not.
+        kv_block: Tokens of an LMCache chunk; None: what the server reports, or 64.
         attempts: How often a question is tried while the server cannot be reached or is overloaded.
         patience: The same for each chunk at ingestion.
         backoff: Longest first wait between two tries, in seconds; it doubles from try to try.
@@ -100,7 +101,7 @@ class VLLMEngine:
         )
         try:
             served = self._client.served_model(model)
-            self._tokenizer, digest, kv_bytes = tokenizer_of(served, tokenizer)
+            self._tokenizer, digest, kv_bytes = _tokenizer_of(served, tokenizer)
             self._client.check_tokenizer(served.name, self._tokenizer)
         except BaseException:
             self.close()
@@ -156,7 +157,7 @@ class VLLMEngine:
     def missing(self, prompts: Sequence[IngestPrompt]) -> list[bool]:
         """For each prompt, whether this process does not know that the server has its KV.
 
-        No API tells what a server holds, and it can forget. So a new process takes nothing for granted, and `warm`
+        No API reports what a server holds, and it evicts KV. So a new process assumes nothing, and `warm`
         sends all: an exact prefix hit is cheap, and enters the chunk into the server's index again. A question whose
         chunks were not there takes them off the list, so that they are sent again.
         """
@@ -171,15 +172,15 @@ class VLLMEngine:
             self._chunks.known.discard(key)
 
     def forget_chunks(self, prompts: Iterable[IngestPrompt]) -> Iterator[ForgetResult]:
-        """Have the KV of these chunks deleted on the servers, from memory and tiers; yields in the prompts' order.
+        """Delete the KV of these chunks on the servers, from memory and tiers; yields in the prompts' order.
 
-        Call it for chunks only that nobody needs any more: a server does not know which documents hold a chunk.
+        Call it only for chunks that no document holds any more: a server does not know which documents hold a chunk.
         A server that cannot do it, or whose connector is not there, keeps the KV until LMCache evicts it; the result
-        says so.
+        has the reason.
 
         Raises:
             EngineUnavailableError: A server, or its KV store, cannot be reached.
-            EngineError: A server wants another key.
+            EngineError: A server rejected the key.
         """
         return self._chunks.forget(prompts)
 
@@ -191,13 +192,13 @@ class VLLMEngine:
     def verify(self, prompt: IngestPrompt) -> VerifyResult:
         """Ask the server for one chunk: "ok" if it had the exact KV of its whole blocks, "missing" if not.
 
-        KV cannot be fetched from a server, so no values are compared. LMCache is told to keep nothing of this request;
-        vLLM's own prefix cache may.
+        KV cannot be fetched from a server, so no values are compared. LMCache is asked to store nothing of this
+        request; vLLM's own prefix cache may.
         """
         return self._chunks.verify(prompt)
 
     def usage(self) -> KVUsage:
-        """Nothing that can be known from here but the servers' names."""
+        """Only the servers' names: what they hold is not known here."""
         return KVUsage(details={"servers": list(self._client.urls), "known": len(self._chunks.known)})
 
     # -- queries --------------------------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ class VLLMEngine:
 
         Raises:
             ContextLengthError: The prompt is longer than the context.
-            EngineUnavailableError: No server can be reached, or it said nothing for too long.
+            EngineUnavailableError: No server can be reached, or it sent nothing for too long.
             EngineError: The server refused.
         """
         request = self.request(prompt, sampling, blend)
@@ -236,7 +237,7 @@ class VLLMEngine:
         yield self.finished(gathered, prompt, blend, streamed=True, stops=bool(sampling.stop))
 
     async def agenerate(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Completion:
-        """Async twin of generate."""
+        """Async version of generate."""
         request = self.request(prompt, sampling, blend)
         gathered = vllm_answer.Gathered()
         if not self._streams_may_have_stats:
@@ -248,7 +249,7 @@ class VLLMEngine:
         return self.finished(gathered, prompt, blend, streamed=True, stops=bool(sampling.stop))
 
     async def astream(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> AsyncIterator[StreamEvent]:
-        """Async twin of stream."""
+        """Async version of stream."""
         request = self.request(prompt, sampling, blend)
         gathered = vllm_answer.Gathered()
         async with self._client.astreaming(request) as parts:
@@ -260,7 +261,7 @@ class VLLMEngine:
     # -- for other clients ------------------------------------------------------------------------------------------
 
     def request(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> dict[str, Any]:
-        """Arguments of completions.create for a prompt, for whichever OpenAI client sends it.
+        """Arguments of completions.create for a prompt, for any OpenAI client.
 
         Raises:
             ContextLengthError: The prompt is longer than the context.
@@ -278,7 +279,7 @@ class VLLMEngine:
         return self._requests.build(prompt, sampling, vllm_answer.blend_params(blend, prompt))
 
     def check(self) -> None:
-        """See that the servers are there and still serve this model.
+        """Check that the servers are there and still serve this model.
 
         Raises:
             EngineUnavailableError: One cannot be reached.
@@ -287,7 +288,7 @@ class VLLMEngine:
         served = self._client.served_model(self._model)
         if served.root != self._info.model:
             raise EngineError(
-                f"{self.urls[0]} serves {served.root} now, not {self._info.model}.", remedy="Open the engine anew."
+                f"{self.urls[0]} serves {served.root} now, not {self._info.model}.", remedy="Open the engine again."
             )
 
     @property
@@ -297,14 +298,14 @@ class VLLMEngine:
 
     @property
     def headers(self) -> dict[str, str]:
-        """What a plain HTTP client must send to be let in."""
+        """The headers with which a plain HTTP client authenticates."""
         return self._client.headers
 
     def complete(self, request: dict[str, Any]) -> Any:
-        """Send a request, made by request() and changed at will; the server's own response.
+        """Send a request that request() built, changed or not; returns the server's own response.
 
         Raises:
-            EngineUnavailableError: No server can be reached, or it said nothing for too long.
+            EngineUnavailableError: No server can be reached, or it sent nothing for too long.
             EngineError: The server refused.
         """
         return self._client.complete(request)
@@ -318,14 +319,14 @@ class VLLMEngine:
         streamed: bool,
         stops: bool = False,
     ) -> Completion:
-        """The answer with what the server told of it, whichever OpenAI client got it.
+        """The answer with the server's statistics, whichever OpenAI client received it.
 
         Args:
             gathered: What came.
             prompt: What was asked.
             blend: How KV was to be reused.
             streamed: Whether the answer came as a stream.
-            stops: Whether stop strings were given.
+            stops: Whether the request had stop strings.
 
         Raises:
             EngineUnavailableError: The answer broke off.
@@ -336,7 +337,7 @@ class VLLMEngine:
             )
         if streamed and gathered.stats is not None and len(self._client.urls) == 1:
             self._streams_have_stats = self._streams_may_have_stats = (
-                True  # by our plugin, where the version alone would not
+                True  # by our plugin, where vLLM's version alone would not
             )
         elif streamed and gathered.stats is None and not (stops or self._streams_have_stats):
             self._streams_may_have_stats = False  # the plugin is not there
@@ -351,7 +352,7 @@ class VLLMEngine:
             streamed=streamed,
             ids=ids,
         )
-        # Where the server could not look, nobody knows what it still has.
+        # Where the server could not look anything up, what it still has is unknown.
         unsure = blend.enabled and done.stats.chunks_missed and (gathered.stats or {}).get(protocol.FAILURE)
         for index in range(len(prompt.chunks)) if unsure else done.missed:
             self._chunks.known.discard(prompt.chunks[index].key)
@@ -361,6 +362,28 @@ class VLLMEngine:
         """Close the connections. Safe to call twice."""
         lazy_fill.cancel(self)
         self._client.close()
+
+
+def _tokenizer_of(served: ServedModel, tokenizer: Any) -> tuple[Any, str, int]:
+    """(tokenizer, its digest, bytes of one token's KV) of a model that a server runs; 0 bytes where they are unknown.
+
+    Args:
+        served: The model.
+        tokenizer: A transformers tokenizer, or the folder or name to take it from; None: found by the model's names.
+
+    Raises:
+        SourceError: No source has it.
+        EngineError: It cannot be read.
+    """
+    from lmcache_rag.engines import hf_model
+    from lmcache_rag.weights import find_tokenizer, tokenizer_digest
+
+    if tokenizer is not None and not isinstance(tokenizer, str | Path):
+        content = f"{tokenizer.backend_tokenizer.to_str()}{tokenizer.chat_template}"
+        return tokenizer, hashlib.sha256(content.encode()).hexdigest()[:32], 0
+    names = [str(tokenizer)] if tokenizer is not None else [served.local, served.root, served.name]
+    path = find_tokenizer(names)
+    return hf_model.open_tokenizer(path), tokenizer_digest(path), hf_model.kv_bytes_per_token(path)
 
 
 # -- requests, and what their answers show ----------------------------------------------------------------------------
@@ -520,7 +543,7 @@ class ChunkPrecomputer:
             stop.set()  # those in flight end by themselves; they are not waited for
 
     def _forget(self, prompt: IngestPrompt, stop: threading.Event) -> str:
-        """Have a chunk's KV deleted on every server, each of which may hold a copy; returns why not, "" if it was."""
+        """Delete a chunk's KV on every server, each of which may hold a copy; returns why it was not, or ""."""
         request = self._request(prompt, {protocol.FORGET: True, protocol.MAX_OFFLOAD_TOKENS: 0})
         for home in range(len(self.client.urls)):
             try:
@@ -534,7 +557,7 @@ class ChunkPrecomputer:
         return ""
 
     def _send(self, prompt: IngestPrompt, stop: threading.Event) -> bool:
-        """Have a chunk's KV computed; returns whether it was there already."""
+        """Have a server compute a chunk's KV; returns whether it was there already."""
         response = self.client.complete(
             self._request(prompt, {protocol.INGEST: True}),
             home=_home(prompt),
@@ -569,7 +592,7 @@ def _home(prompt: IngestPrompt) -> int:
 
 
 def _kept(response: Any) -> None:
-    """The server computes the prompt also when its KV store is out of reach; then nothing is kept."""
+    """Raise where the server's KV store was out of reach: it computed the prompt, but stored nothing."""
     gathered = vllm_answer.Gathered()
     gathered.take(response)
     failure = (gathered.stats or {}).get("failure")
@@ -580,7 +603,7 @@ def _kept(response: Any) -> None:
 
 
 def _forgotten(response: Any) -> None:
-    """A server that could not reach its KV store says so; another try may help."""
+    """Raise where the server reports that it could not reach its KV store: another attempt may help."""
     if (protocol.answer_statistics(response) or {}).get(protocol.FORGOTTEN) is False:
         raise KVNotStoredError(
             "the server could not delete a chunk's KV: its KV store did not answer",

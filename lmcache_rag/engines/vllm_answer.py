@@ -24,8 +24,8 @@ from lmcache_rag.engines.base import (
 def blend_params(blend: BlendOptions, prompt: QueryPrompt | None = None) -> dict[str, Any]:
     """How a request reuses KV, as our connector reads it; see lmcache_rag.protocol.
 
-    The chunks' places are named, so that the server can copy what it still holds: lmcache_rag.connector.gpu_chunks.
-    And the answer is to say which places it reused, so that it is known which chunks were missing; see chunks_found.
+    The chunks' spans are sent, so that the server can copy chunks that are still in its own cache. The answer is to
+    report which spans it reused, which shows the chunks that were missing; see chunks_found.
     """
     if not blend.enabled:
         return dict(protocol.NO_BLEND)
@@ -39,7 +39,7 @@ def request(
 ) -> dict[str, Any]:
     """Arguments of completions.create.
 
-    Everything about sampling is said: vLLM would take what is left out from the model's generation_config.json.
+    Every sampling parameter is set: vLLM would take missing ones from the model's generation_config.json.
 
     Args:
         model: Name by which the server knows the model.
@@ -57,7 +57,7 @@ def request(
     }
     if salt:
         extra["cache_salt"] = salt
-    given: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "model": model,
         "prompt": list(token_ids),
         "max_tokens": max(1, min(sampling.max_tokens, room)),
@@ -66,10 +66,10 @@ def request(
         "extra_body": extra,
     }
     if sampling.stop:
-        given["stop"] = list(sampling.stop)
+        arguments["stop"] = list(sampling.stop)
     if sampling.seed is not None:
-        given["seed"] = sampling.seed
-    return given
+        arguments["seed"] = sampling.seed
+    return arguments
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Gathered:
 
     @property
     def unsupported_reason(self) -> str:
-        """Why the server cannot blend any request, as it reports; "" where it can or does not say."""
+        """Why the server cannot blend any request, as it reports; "" where it can or reports nothing."""
         return str(protocol.cannot_blend(self.stats) or "")
 
     def take(self, part: Any) -> str:
@@ -139,7 +139,7 @@ def already_held(gathered: Gathered, prompt: IngestPrompt, *, kv_block: int, vll
 def completion(
     gathered: Gathered, prompt: QueryPrompt, *, kv_block: int, blending: bool, streamed: bool, ids: tuple[int, ...]
 ) -> Completion:
-    """The finished answer with its statistics; what the server did not say is not made up.
+    """The finished answer with its statistics; what the server did not report is not made up.
 
     Args:
         gathered: What came.
@@ -193,14 +193,14 @@ def _counts(reported: Mapping[str, Any], length: int) -> dict[str, Any] | None:
 
 
 def chunk_reuse(prompt: QueryPrompt, stats: ReuseStats, spans: Any) -> tuple[ChunkReuse, ...]:
-    """What was done with each chunk; empty where it does not follow from what the server said.
+    """What was done with each chunk; empty where it does not follow from the server's statistics.
 
-    A server says where it placed KV, and how many of those tokens it recomputed in all, but not where these are.
+    A server reports where it placed KV, and how many of those tokens it recomputed in all, but not which.
 
     Args:
         prompt: What was asked.
         stats: The counts.
-        spans: The placed parts of the prompt as [start, end] pairs; None: the server did not say.
+        spans: The placed parts of the prompt as [start, end] pairs; None: not reported.
     """
     cached = stats.reused_tokens + stats.recomputed_tokens
     if cached and spans is None:
@@ -222,9 +222,9 @@ def kept_tokens(span: ChunkSpan, kv_block: int) -> int:
 
 
 def chunks_found(prompt: QueryPrompt, reported: Mapping[str, Any], kv_block: int) -> list[bool] | None:
-    """For each chunk, whether its KV was found; None where it does not follow from what the server said.
+    """For each chunk, whether its KV was found; None where it does not follow from the server's statistics.
 
-    `spans`, the placed parts of the prompt as [start, end] pairs, says it; a server sends them when it is asked to.
+    `spans`, the placed parts of the prompt as [start, end] pairs, answer this; a server sends them on request.
     Without them there are token counts only: all that can be kept was found, or nothing. A chunk shorter than a block
     is never kept and so never found.
     """

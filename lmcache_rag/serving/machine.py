@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from lmcache_rag.architectures import ARCHITECTURES
+from lmcache_rag.protocol import ARCHITECTURES
 
 State = Literal["ok", "warning", "failed", "skipped"]
 

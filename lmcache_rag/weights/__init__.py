@@ -14,6 +14,7 @@ from lmcache_rag.weights.find import (
     content_digest,
     find_embedder,
     find_model,
+    find_tokenizer,
     revision_of,
     tokenizer_digest,
 )
@@ -27,6 +28,7 @@ __all__ = [
     "content_digest",
     "find_embedder",
     "find_model",
+    "find_tokenizer",
     "revision_of",
     "tokenizer_digest",
 ]

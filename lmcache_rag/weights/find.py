@@ -10,7 +10,7 @@ import logging
 import mmap
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -18,9 +18,10 @@ from urllib.parse import quote
 
 from lmcache_rag.errors import SourceError
 from lmcache_rag.weights import packages
-from lmcache_rag.weights.packages import Kind, UnavailableError, is_whole
+from lmcache_rag.weights.packages import UnavailableError, is_whole
 
 Origin: TypeAlias = Literal["folder", "hub", "package"]
+Part: TypeAlias = Literal["model", "embedder", "tokenizer"]  # what is searched for; a tokenizer needs no weights
 
 log = logging.getLogger("lmcache_rag")
 
@@ -28,6 +29,7 @@ DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model", "spiece.model"]
 DUPLICATES = ["consolidated*", "original/*", "onnx/*", "openvino/*"]  # the same weights in another form
+WEIGHTS = ["*.safetensors", "*.index.json"]
 PROBE_SECONDS = 3.0
 CONFIG_FILES = frozenset(
     {"config.json", "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"}
@@ -43,6 +45,7 @@ TOKENIZER_FILES = VOCABULARY_FILES | {
     "special_tokens_map.json",
     "tokenizer_config.json",
 }
+_NO_TOKENIZER = "there is no tokenizer (tokenizer.json)"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -87,35 +90,55 @@ def find_embedder(name: str | Path | None = None, *, revision: str | None = None
     return _find(name, "embedder", revision)
 
 
-def _find(name: str, kind: Kind, revision: str | None) -> Source:
+def find_tokenizer(names: Sequence[str]) -> Path:
+    """Find the folder of a language model's tokenizer, without its weights where a package does not carry both.
+
+    Args:
+        names: Folders or Hugging Face names of the model, the most likely first; empty ones are skipped.
+
+    Raises:
+        SourceError: No source has it under any name; the message lists what was tried.
+    """
+    failed = []
+    for name in dict.fromkeys(filter(None, names)):
+        try:
+            return _find(name, "tokenizer", None).path
+        except SourceError as problem:
+            failed.append(problem.message)
+    raise SourceError(
+        " ".join(failed),
+        remedy="Name the model as the Hugging Face hub does, or a folder with its tokenizer.json (--model).",
+    )
+
+
+def _find(name: str, kind: Part, revision: str | None) -> Source:
     if _is_path(name):
         return _folder(name, kind)
-    package = packages.package_for(name, kind) if revision is None else None
+    package = packages.package_for(name, "model" if kind == "tokenizer" else kind) if revision is None else None
+    label = f"{kind} of {name}" if kind == "tokenizer" else f"{kind} {name}"
     failed: list[str] = []
 
-    def attempt(label: str, look: Callable[[], Path]) -> Path | None:
+    def attempt(place: str, look: Callable[[], Path]) -> Path | None:
         try:
             return look()
         except UnavailableError as reason:
-            failed.append(f"{label}: {reason}")
+            failed.append(f"{place}: {reason}")
             return None
 
     if path := attempt("Hugging Face cache", lambda: cached_snapshot(name, kind, revision=revision)):
-        return _served(Source(path, "hub", name, f"The {kind} {name} is served by the Hugging Face cache."))
+        return _served(Source(path, "hub", name, f"The {label} is served by the Hugging Face cache."))
     # A copy that was prepared before comes before the network: the same weights every time, and no waiting.
     if package and is_whole(package.target):
         return _served(Source(package.target, "package", name, _by_package(package)))
     if path := attempt("Hugging Face hub", lambda: download_snapshot(name, kind, revision=revision)):
-        return _served(Source(path, "hub", name, f"The {kind} {name} is served by the Hugging Face hub."))
+        return _served(Source(path, "hub", name, f"The {label} is served by the Hugging Face hub."))
     if package and (path := attempt(f"package {package.label}", lambda: packages.prepare(package))):
         message = f"{_by_package(package)} Tried before: {'; '.join(failed)}."
         return _served(Source(path, "package", name, message), logging.WARNING)
-    raise SourceError(
-        f"No source has the {kind} {name}. Tried: {'; '.join(failed)}.", remedy=_remedy(kind, package, failed)
-    )
+    raise SourceError(f"No source has the {label}. Tried: {'; '.join(failed)}.", remedy=_remedy(kind, package, failed))
 
 
-def _folder(name: str, kind: Kind) -> Source:
+def _folder(name: str, kind: Part) -> Source:
     """The folder that the user names; nothing else is tried, since the user meant this one."""
     path = Path(name).expanduser()
     problem = what_is_missing(path, kind) if path.is_dir() else "there is no such folder"
@@ -146,7 +169,7 @@ def _by_package(package: packages.WeightsPackage) -> str:
     )
 
 
-def _remedy(kind: Kind, package: packages.WeightsPackage | None, failed: list[str]) -> str:
+def _remedy(kind: Part, package: packages.WeightsPackage | None, failed: list[str]) -> str:
     options = [f"name a folder that holds the {kind}", "run once with network"]
     if any("HF_HUB_OFFLINE" in reason for reason in failed):
         options[-1] = "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"
@@ -160,8 +183,10 @@ def _remedy(kind: Kind, package: packages.WeightsPackage | None, failed: list[st
 # Whether a folder is whole
 
 
-def what_is_missing(folder: Path, kind: Kind) -> str:
+def what_is_missing(folder: Path, kind: Part) -> str:
     """Describe what a folder lacks before it can be loaded; "" when it is whole."""
+    if kind == "tokenizer":
+        return "" if any((folder / name).is_file() for name in VOCABULARY_FILES) else _NO_TOKENIZER
     heads = ("config.json",) if kind == "model" else ("modules.json", "config.json")
     if not any((folder / head).is_file() for head in heads):
         return f"there is no {' or '.join(heads)}"
@@ -175,7 +200,7 @@ def what_is_missing(folder: Path, kind: Kind) -> str:
         if absent:
             return f"{absent[0]} is missing ({len(absent)} files in all)"
     if names.isdisjoint(VOCABULARY_FILES):
-        return "there is no tokenizer (tokenizer.json)"
+        return _NO_TOKENIZER
     return ""
 
 
@@ -190,7 +215,7 @@ def _shards(index: Path) -> set[str]:
 # The Hugging Face cache and hub: only files that hold data are taken, no pickle and no code
 
 
-def cached_snapshot(name: str, kind: Kind, *, revision: str | None) -> Path:
+def cached_snapshot(name: str, kind: Part, *, revision: str | None) -> Path:
     """The snapshot in the Hugging Face cache, without network.
 
     Raises:
@@ -198,7 +223,7 @@ def cached_snapshot(name: str, kind: Kind, *, revision: str | None) -> Path:
     """
     from huggingface_hub import constants
 
-    path = _snapshot(name, revision=revision, local_files_only=True)
+    path = _snapshot(name, kind, revision=revision, local_files_only=True)
     if path is None:
         raise UnavailableError(f"not in {constants.HF_HUB_CACHE}")
     missing = what_is_missing(path, kind)
@@ -207,7 +232,7 @@ def cached_snapshot(name: str, kind: Kind, *, revision: str | None) -> Path:
     return path
 
 
-def download_snapshot(name: str, kind: Kind, *, revision: str | None) -> Path:
+def download_snapshot(name: str, kind: Part, *, revision: str | None) -> Path:
     """Fetch a snapshot into the Hugging Face cache.
 
     Raises:
@@ -220,7 +245,7 @@ def download_snapshot(name: str, kind: Kind, *, revision: str | None) -> Path:
     if reason := probe_error(constants.ENDPOINT, f"{quote(name)}/resolve/{revision or 'main'}/config.json"):
         raise UnavailableError(reason)
     log.info("Getting %s from %s.", name, constants.ENDPOINT)
-    path = _snapshot(name, revision=revision, local_files_only=False)
+    path = _snapshot(name, kind, revision=revision, local_files_only=False)
     assert path is not None  # noqa: S101 (only local look-ups give None)
     missing = what_is_missing(path, kind)
     if missing:
@@ -248,7 +273,7 @@ def _probe(endpoint: str, page: str, seconds: float) -> str:
     return f"{endpoint} answered with error {status}" if status >= 500 else ""
 
 
-def _snapshot(name: str, *, revision: str | None, local_files_only: bool) -> Path | None:
+def _snapshot(name: str, kind: Part, *, revision: str | None, local_files_only: bool) -> Path | None:
     """The snapshot folder; None if a local look-up finds nothing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
@@ -259,7 +284,7 @@ def _snapshot(name: str, *, revision: str | None, local_files_only: bool) -> Pat
             revision=revision,
             local_files_only=local_files_only,
             allow_patterns=PATTERNS,
-            ignore_patterns=DUPLICATES,
+            ignore_patterns=DUPLICATES + WEIGHTS if kind == "tokenizer" else DUPLICATES,
         )
     except LocalEntryNotFoundError as problem:
         if local_files_only:
