@@ -60,7 +60,7 @@ class PagedModel:
         """Write [kv heads, tokens, size] from position `start` on."""
         slots = sequence.slots(torch.arange(start, start + keys.shape[1]))
         for cache, fresh in zip(self.caches[layer], (keys, values), strict=True):
-            cache[slots // sequence.block, slots % sequence.block] = self._own(fresh.transpose(0, 1))
+            cache[slots // sequence.block_size, slots % sequence.block_size] = self._own(fresh.transpose(0, 1))
 
     def _own(self, heads: torch.Tensor) -> torch.Tensor:
         """This rank's share of [m, heads, size]."""

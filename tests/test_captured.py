@@ -145,7 +145,7 @@ def captured(model: SmallModel, **changes: Any) -> Any:
         model.forward,
         layers=LAYERS,
         kv_heads=KV_HEADS,
-        block=BLOCK,
+        block_size=BLOCK,
         longest=LONGEST,
         device=model.device,
         graph=graph,

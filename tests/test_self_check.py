@@ -46,7 +46,7 @@ class Exact:
 class CheckedModel(PagedModel):
     """See lmcache_rag.connector.self_check.CheckedModel."""
 
-    block = BLOCK
+    block_size = BLOCK
 
     def __init__(self, model: HFModel, blocks: int = BLOCKS, layout: str = "NHD", **given: Any) -> None:
         super().__init__(model, layout=layout, block=BLOCK, blocks=blocks, **given)

@@ -26,7 +26,7 @@ BLOCK = 16
 class Model(PagedModel):
     """A paged model with what else a worker asks of it."""
 
-    block = BLOCK
+    block_size = BLOCK
     device = torch.device("cpu")
 
     def cache(self, layer: int) -> Any:

@@ -21,31 +21,31 @@ class PagedSequence:
 
     Attributes:
         blocks: Ids of the sequence's blocks in order, int32 [blocks], on the cache's device.
-        block: Tokens in a block.
+        block_size: Tokens in a block.
     """
 
     blocks: Tensor
-    block: int
+    block_size: int
 
     @classmethod
-    def of(cls, blocks: Sequence[int], block: int, device: str) -> PagedSequence:
+    def of(cls, blocks: Sequence[int], block_size: int, device: str) -> PagedSequence:
         """A sequence from a list of block ids."""
         import torch
 
-        return cls(to_device_async(blocks, torch.int32, device), block)
+        return cls(to_device_async(blocks, torch.int32, device), block_size)
 
     @property
     def capacity(self) -> int:
         """Number of tokens that fit into the blocks."""
-        return len(self.blocks) * self.block
+        return len(self.blocks) * self.block_size
 
     def slots(self, positions: Tensor) -> Tensor:
         """Slot of each position in the flattened cache, int64 [m]: block id * block size + offset."""
-        return self.blocks[positions // self.block].long() * self.block + positions % self.block
+        return self.blocks[positions // self.block_size].long() * self.block_size + positions % self.block_size
 
     def gather(self, cache: Tensor, length: int) -> Tensor:
         """The first `length` keys or values, contiguous: [blocks, block, heads, size] -> [length, heads, size]."""
-        count = -(-length // self.block)
+        count = -(-length // self.block_size)
         return cache[self.blocks[:count].long()].flatten(0, 1)[:length]
 
 
@@ -64,7 +64,7 @@ def keys_and_values(cache: Tensor) -> tuple[Tensor, Tensor]:
     if cache.dim() == 4 and cache.shape[3] % 2 == 0:
         both, size = cache.transpose(1, 2), cache.shape[3] // 2
         return both[..., :size], both[..., size:]
-    raise ValueError(f"unknown KV cache shape {tuple(cache.shape)}")
+    raise ValueError(f"a KV cache of shape {tuple(cache.shape)} is not supported")
 
 
 class StopForward(Exception):  # noqa: N818 - not an error: ends a forward pass early
@@ -275,7 +275,7 @@ class FixedAttention:
 
     Attributes:
         blocks: The sequence's blocks, int32, sized for the longest sequence.
-        block: Tokens in a block.
+        block_size: Tokens in a block.
         positions: Positions of the queries, int32 [rows], at most 64; padding rows come last, at -1, and attend to
             nothing.
         end: Largest position + 1, int32 [1].
@@ -283,7 +283,7 @@ class FixedAttention:
     """
 
     blocks: Tensor
-    block: int
+    block_size: int
     positions: Tensor
     end: Tensor
     visible: Tensor
@@ -321,7 +321,7 @@ class FixedAttention:
     def _own(self) -> tuple[PagedAttention, int]:
         """The same attention without padding, and its number of rows. Synchronises, so it is not used on a GPU."""
         rows, end = int((self.positions >= 0).sum()), int(self.end)
-        own = PagedAttention(PagedSequence(self.blocks, self.block), self.positions[:rows], end)
+        own = PagedAttention(PagedSequence(self.blocks, self.block_size), self.positions[:rows], end)
         own.visible = self.visible[:end]
         return own, rows
 

@@ -88,7 +88,7 @@ class CapturedQueryPass:
         forward: The model's forward pass; see lmcache_rag.connector.blend_pass.Model. A slot of -1 is not written.
         layers: Number of layers of the model.
         kv_heads: Key and value heads of this rank.
-        block: Tokens in a block of the cache.
+        block_size: Tokens in a block of the cache.
         longest: Maximum length of a sequence, in tokens.
         device: Device of the cache.
         from_layer: First layer that counts, as a share of the model's depth.
@@ -102,7 +102,7 @@ class CapturedQueryPass:
         *,
         layers: int,
         kv_heads: int,
-        block: int,
+        block_size: int,
         longest: int,
         device: Any,
         from_layer: float,
@@ -121,8 +121,8 @@ class CapturedQueryPass:
         self._positions = filled(0, ROWS, dtype=torch.int64)  # the rotary table has no row -1
         self._slots = filled(-1, ROWS, dtype=torch.int64)
         self._attention = FixedAttention(
-            blocks=filled(0, -(-longest // block), dtype=torch.int32),
-            block=block,
+            blocks=filled(0, -(-longest // block_size), dtype=torch.int32),
+            block_size=block_size,
             positions=filled(-1, ROWS, dtype=torch.int32),
             end=filled(1, 1, dtype=torch.int32),
             visible=filled(1, longest, dtype=torch.uint8),
@@ -167,7 +167,7 @@ class CapturedQueryPass:
         ):
             buffer[:count].copy_(values)
             buffer[count:].fill_(padding)
-        blocks = sequence.blocks[: -(-end // fixed.block)]
+        blocks = sequence.blocks[: -(-end // fixed.block_size)]
         fixed.blocks[: len(blocks)].copy_(blocks)
         fixed.visible[:end].fill_(1).index_fill_(0, hidden, 0)
         fixed.end.fill_(end)

@@ -170,11 +170,11 @@ class BlendJob:
             if plan.exact > plan.local:
                 self._futures.append(loader.submit_exact(plan))
         blocks = plan.block_ids
-        if plan.background and len(blocks) * model.block < len(plan.token_ids):
+        if plan.background and len(blocks) * model.block_size < len(plan.token_ids):
             # The last token has no block yet, but its query drives the selection: its KV goes to vLLM's null block,
             # which is never read.
             blocks = (*blocks, NULL_BLOCK)
-        self._sequence = PagedSequence.of(blocks, model.block, str(model.device))
+        self._sequence = PagedSequence.of(blocks, model.block_size, str(model.device))
         if resident and resources.gpu_copy is None:
             failure = failure or Fallback.NO_HOT_COPY
         elif resident and not failure and resources.gpu_copy is not None:
@@ -218,7 +218,7 @@ class BlendJob:
                 failure = failure or Fallback.LOAD_FAILED
         unanswered = tuple(each for each in self._futures if not (loader.answered(each, 0.0) and loader.there(each)))
         if unanswered:
-            blocks = plan.block_ids[plan.local // model.block :]
+            blocks = plan.block_ids[plan.local // model.block_size :]
             since = time.monotonic() - (time.perf_counter() - self.timer.started)
             self._resources.timed_out.add(TimedOutLoad(plan.request_id, tuple(blocks), unanswered, since))
         ready = not failure and self.has_memory()
@@ -376,7 +376,7 @@ class BlendJob:
         unchecked = [cache for pair in caches for cache in pair] if observed_sum is None else [caches[-1][1]]
         loaded = torch.cat([torch.arange(plan.local, plan.exact, device=model.device), cached])
         slots = sequence.slots(loaded)
-        blocks, within = slots // sequence.block, slots % sequence.block
+        blocks, within = slots // sequence.block_size, slots % sequence.block_size
         total = torch.zeros((), device=model.device) if observed_sum is None else observed_sum.clone()
         for cache in unchecked:  # a sum is not finite as soon as one of its terms is not
             total += cache[blocks, within].sum(dtype=torch.float32)
@@ -395,9 +395,9 @@ class BlendJob:
 
     def claimed_blocks(self) -> set[int]:
         """The blocks that vLLM has to recompute if the job failed."""
-        block = self._resources.model.block
-        first = self.plan.local // block
-        return set(self.plan.block_ids[first : -(-self.plan.end // block)])
+        block_size = self._resources.model.block_size
+        first = self.plan.local // block_size
+        return set(self.plan.block_ids[first : -(-self.plan.end // block_size)])
 
     def result(self) -> BlendResult:
         """What was done, with its times. Waits for the GPU."""

@@ -116,15 +116,15 @@ def _unsupported_attention(name: str, layer: Any) -> str:
     return ""
 
 
-def _unsupported_cache(layer: Any, block: int) -> str:
+def _unsupported_cache(layer: Any, block_size: int) -> str:
     if layer.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
         return f"a KV cache of type {layer.kv_cache_dtype} is not supported"
     try:
         keys, values = keys_and_values(layer.kv_cache)
     except ValueError as problem:
         return str(problem)
-    if keys.shape[1] != block:  # plans name vLLM's blocks, and the cache would be read by those of the backend
-        return f"blocks of {block} tokens that the attention backend divides into blocks of {keys.shape[1]}"
+    if keys.shape[1] != block_size:  # plans name vLLM's blocks, and the cache would be read by those of the backend
+        return f"blocks of {block_size} tokens that the attention backend divides into blocks of {keys.shape[1]}"
     if {keys.shape[3], values.shape[3]} != {layer.head_size}:
         return f"a KV cache of heads of {keys.shape[3]} where the model's are of {layer.head_size} is not supported"
     return ""
@@ -215,7 +215,7 @@ class VLLMModel:
         return int(self._layers[0].impl.num_heads)
 
     @property
-    def block(self) -> int:
+    def block_size(self) -> int:
         """Tokens in a block of the cache."""
         return int(self._caches[0][0].shape[1])
 
@@ -339,7 +339,7 @@ class VLLMModel:
                 functools.partial(self._pass, as_graphs=False),
                 layers=self.layers,
                 kv_heads=self.kv_heads,
-                block=self.block,
+                block_size=self.block_size,
                 longest=int(self._config.model_config.max_model_len),
                 device=self.device,
                 from_layer=policy.from_layer,
@@ -475,7 +475,7 @@ class GpuCopy:
         import torch
 
         device = self._table.device
-        block = sequence.block
+        block = sequence.block_size
         new_starts, _, old_starts, _, _, old_blocks = zip(*matches, strict=True)
         columns = [*old_blocks, *new_starts, *map(sub, new_starts, old_starts)]
         blocks, starts, deltas = to_device_async(columns, torch.int64, device).view(3, -1)

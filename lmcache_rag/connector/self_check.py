@@ -43,7 +43,7 @@ class CheckedModel(Model, Protocol):
     """What the check needs of a model in addition to what a blend does."""
 
     @property
-    def block(self) -> int:
+    def block_size(self) -> int:
         """Tokens in a block of the cache."""
         ...
 
@@ -185,11 +185,13 @@ def compare_with_prefill(model: CheckedModel, *, vocabulary: int, longest: int) 
     import torch
 
     keys = model.cache(0)[0]
-    prompt = Prompt.of(vocabulary=vocabulary, block=model.block, longest=longest)
-    whole = -(-len(prompt.ids) // model.block)
-    alone = -(-(prompt.prefix + prompt.spans[0][1] - prompt.spans[0][0]) // model.block)
+    prompt = Prompt.of(vocabulary=vocabulary, block=model.block_size, longest=longest)
+    whole = -(-len(prompt.ids) // model.block_size)
+    alone = -(-(prompt.prefix + prompt.spans[0][1] - prompt.spans[0][0]) // model.block_size)
     if keys.shape[0] < 1 + whole + alone:  # block 0 is vLLM's null block
-        raise ValueError(f"a KV cache of {keys.shape[0]} blocks of {model.block} tokens is too small for the check")
+        raise ValueError(
+            f"a KV cache of {keys.shape[0]} blocks of {model.block_size} tokens is too small for the check"
+        )
     with torch.inference_mode():
         check = _Check(model, prompt, range(1, 1 + whole), range(1 + whole, 1 + whole + alone))
         try:
@@ -205,8 +207,8 @@ class _Check:
         device = model.cache(0)[0].device
         self._model, self._prompt = model, prompt
         self._ids = torch.tensor(prompt.ids, dtype=torch.int64, device=device)
-        self._sequence = PagedSequence.of(whole, model.block, str(device))
-        self._alone = PagedSequence.of(alone, model.block, str(device))
+        self._sequence = PagedSequence.of(whole, model.block_size, str(device))
+        self._alone = PagedSequence.of(alone, model.block_size, str(device))
         self._blocks = torch.cat([self._sequence.blocks, self._alone.blocks]).long()
         self._tail = range(len(prompt.ids) - _SUFFIX, len(prompt.ids))  # what is compared
 
@@ -251,7 +253,7 @@ class _Check:
         import torch
 
         self.fill(_STALE)
-        prefix, block, many = self._prompt.prefix, self._model.block, len(self._ids)
+        prefix, block, many = self._prompt.prefix, self._model.block_size, len(self._ids)
         self._prefill(self._ids[:prefix], self._sequence, 0, many)
         for start, end in self._prompt.spans:
             self._prefill(torch.cat([self._ids[:prefix], self._ids[start:end]]), self._alone, 0, many)
