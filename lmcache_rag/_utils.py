@@ -1,4 +1,4 @@
-"""Helpers that several modules share: faster imports, async from sync."""
+"""Helpers that several modules share: faster imports, async from sync, text that a screen can show."""
 
 from __future__ import annotations
 
@@ -76,3 +76,13 @@ class AsyncFromStream:
         """Async version of stream."""
         async for event in iterate_in_thread(self.stream(prompt, sampling, blend)):
             yield event
+
+
+# A document or a model may hold terminal commands; on a screen they are shown, not executed.
+_CONTROLS = {n: chr(0x2400 + n) for n in range(0x20) if chr(n) not in "\n\t"}
+_CONTROLS |= dict.fromkeys(range(0x7F, 0xA0), "\N{REPLACEMENT CHARACTER}")
+
+
+def clean(text: str) -> str:
+    """Text that can be written to any terminal."""
+    return text.translate(_CONTROLS).encode("utf-8", "backslashreplace").decode()

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lmcache_rag._utils import clean
 from lmcache_rag.cli.console import PARTLY, Terminated, as_error, forget_signal
 from lmcache_rag.cli.render import (
     answer_as_dict,
-    clean,
     comparison_as_dict,
     show,
     show_answer_end,

@@ -173,7 +173,7 @@ class _ConsoleHandler(logging.Handler):
         ours = record.name.partition(".")[0] == OURS
         if not (ours or self._verbose or record.levelno >= logging.ERROR):
             return
-        from lmcache_rag.cli.render import clean
+        from lmcache_rag._utils import clean
 
         try:
             text = clean(self.format(record))

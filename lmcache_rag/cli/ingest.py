@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
+from lmcache_rag._utils import clean
 from lmcache_rag.cli.console import PARTLY
-from lmcache_rag.cli.render import clean, count, duration, facts, place, plain, show, size
+from lmcache_rag.cli.render import count, duration, facts, place, plain, show, size
 from lmcache_rag.cli.run import EMBED, PLACE, SPLIT, CommandContext, IngestBars, command
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.text import Text
 
+from lmcache_rag._utils import clean
 from lmcache_rag.cli.console import PARTLY
-from lmcache_rag.cli.render import clean, count, facts, plain, show, show_status, size
+from lmcache_rag.cli.render import count, facts, plain, show, show_status, size
 from lmcache_rag.cli.run import (
     ANSWER,
     EMBED,

@@ -13,6 +13,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from lmcache_rag._utils import clean
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -21,15 +23,7 @@ if TYPE_CHECKING:
     from lmcache_rag.rag import Answer, Comparison
     from lmcache_rag.store import FingerprintStats, Hit
 
-# A document or a model may hold terminal commands; on a screen they are shown, not executed.
-_CONTROLS = {n: chr(0x2400 + n) for n in range(0x20) if chr(n) not in "\n\t"}
-_CONTROLS |= dict.fromkeys(range(0x7F, 0xA0), "\N{REPLACEMENT CHARACTER}")
 _SHORTEST_TITLE = 12  # characters; less is not worth showing
-
-
-def clean(text: str) -> str:
-    """Text that can be written to any terminal."""
-    return text.translate(_CONTROLS).encode("utf-8", "backslashreplace").decode()
 
 
 def one_line(text: str, limit: int | None = None) -> str:

@@ -25,9 +25,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TaskID, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
+from lmcache_rag._utils import clean
 from lmcache_rag.cli import console
 from lmcache_rag.cli.console import quiet_libraries
-from lmcache_rag.cli.render import clean
 from lmcache_rag.settings import Settings
 
 if TYPE_CHECKING:

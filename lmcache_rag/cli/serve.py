@@ -18,8 +18,9 @@ from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
 
+from lmcache_rag._utils import clean
 from lmcache_rag.cli.console import INTERRUPTED, PARTLY, TERMINATED, Terminated, ignore_signals
-from lmcache_rag.cli.render import clean, plain, show
+from lmcache_rag.cli.render import plain, show
 from lmcache_rag.cli.run import CommandContext, command, serve_commands
 from lmcache_rag.credentials import (
     LMCACHE_KEY_FILES,

@@ -7,7 +7,7 @@ from typing import Any
 
 from nicegui import ui
 
-from lmcache_rag.cli.render import clean
+from lmcache_rag._utils import clean
 from lmcache_rag.demo.record import Problem
 
 PRIMARY = "#1d4ed8"
