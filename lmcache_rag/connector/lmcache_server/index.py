@@ -65,7 +65,7 @@ class ChunkIndex:
     def __init__(self, chunk: int, size: int) -> None:
         self._lock = threading.Lock()
         self.size = size
-        self.asked = 0
+        self.looked_up = 0
         self.found = 0
         self._warned = False
         self.reset(chunk)
@@ -178,7 +178,7 @@ class ChunkIndex:
             tokens: The prompt; see `as_tokens`.
             salt: The namespace; None: any.
         """
-        self.asked += len(tokens) // self.chunk
+        self.looked_up += len(tokens) // self.chunk
         if len(tokens) < self.chunk or not self._count:
             return []
         rolling = self._polynomials(tokens)

@@ -114,7 +114,7 @@ class Guard:
     def _in_time(self, load: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(load)  # LMCache's marks on a handler come along
         def guarded(module: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
-            if _late(key):
+            if _past_deadline(key):
                 log.warning("request %s: load deadline passed, load skipped", key.request_id)
                 try:
                     self._unlock(module, key, args[0])
@@ -133,10 +133,10 @@ class Guard:
         """
         release = getattr(module, "_release_failed_retrieve_locks", None)
         session = self.context.session_manager.get(key.request_id)
-        if release is None or session is None or (asked := session.lookup_ipc_key) is None:
+        if release is None or session is None or (lookup := session.lookup_ipc_key) is None:
             return
         name = "token_bytes" if hasattr(key, "token_bytes") else "token_ids"  # LMCache 0.5.7's, 0.5.6's
-        looked_up, loaded = getattr(asked, name), getattr(key, name)
+        looked_up, loaded = getattr(lookup, name), getattr(key, name)
         if looked_up[: len(loaded)] == loaded:
             release(dataclasses.replace(key, **{name: looked_up}), instance_id)
 
@@ -146,7 +146,7 @@ class Guard:
 
         @functools.wraps(stock)
         def guarded(module: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
-            if _late(key):
+            if _past_deadline(key):
                 log.warning("request %s: store deadline passed, store skipped", key.request_id)
                 return refused
             ingested = _flag(key, protocol.INGEST)
@@ -172,7 +172,7 @@ class Guard:
 
         def guarded(objects: Any) -> Any:
             key = getattr(self._thread, "storing", None)
-            if key is not None and _late(key):
+            if key is not None and _past_deadline(key):
                 raise TimeoutError(f"request {key.request_id}: store deadline passed while its KV was copied")
             return prepare(objects)
 
@@ -382,7 +382,7 @@ def _ignore(*_: Any) -> None:
     pass
 
 
-def _late(key: Any) -> bool:
+def _past_deadline(key: Any) -> bool:
     until = (key.request_configs or {}).get(protocol.UNTIL)
     return isinstance(until, float) and time.time() > until
 
@@ -420,7 +420,9 @@ def _report(index: ChunkIndex) -> None:
         protocol.INDEX_SIZE, reading(lambda: index.size), description="Most chunks that the index takes"
     )
     meter.create_observable_counter(
-        protocol.INDEX_ASKED, reading(lambda: index.asked), description="Whole chunks in prompts that were looked up"
+        protocol.INDEX_ASKED,
+        reading(lambda: index.looked_up),
+        description="Whole chunks in prompts that were looked up",
     )
     meter.create_observable_counter(
         protocol.INDEX_FOUND, reading(lambda: index.found), description="Chunks that the index found in them"
