@@ -76,7 +76,7 @@ def watch(rank: int, ranks: int, folder: Path) -> None:
     """Write down what this rank says, and let its loads fail when asked: nothing real makes one rank alone fail."""
     import logging
 
-    from lmcache_rag.connector.lmcache_transfers import WorkerLink
+    from lmcache_rag.connector.lmcache_transfers import LMCacheLoader
 
     log = logging.getLogger("lmcache_rag")
     handler = logging.FileHandler(folder / f"rank{rank}.log")
@@ -86,12 +86,12 @@ def watch(rank: int, ranks: int, folder: Path) -> None:
     weigh(rank, folder / "full" if rank == ranks - 1 else None)
     if rank != ranks - 1:
         return
-    arrived = WorkerLink.arrived
+    arrived = LMCacheLoader.arrived
 
-    def arrived_or_not(self: WorkerLink, future: Any, seconds: float) -> bool:
+    def arrived_or_not(self: LMCacheLoader, future: Any, seconds: float) -> bool:
         return arrived(self, future, seconds) and not (folder / "fault").exists()
 
-    WorkerLink.arrived = arrived_or_not  # type: ignore[method-assign]
+    LMCacheLoader.arrived = arrived_or_not  # type: ignore[method-assign]
 
 
 class RankWorker(Worker):

@@ -335,4 +335,4 @@ def test_ranks_record_together_and_all_replay_or_none(monkeypatch: pytest.Monkey
     monkeypatch.setattr(model, "all_ranks", lambda fine: votes.append(fine) or (fine and others))
     assert (model._capture(QueryPolicy()) is not None) == others
     assert votes == [True]
-    assert given[0].func is model_module.vllm_internals.recording
+    assert given[0].func is model_module.vllm_internals.graph_capture_stream

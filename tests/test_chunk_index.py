@@ -44,7 +44,7 @@ def test_chunks_are_found_at_any_place() -> None:
         Match(hashes[2], 32, 13),
         Match(hashes[0], 16, 26),
     ]
-    assert (index.asked, index.found) == (len(prompt) // CHUNK, 3)
+    assert (index.looked_up, index.found) == (len(prompt) // CHUNK, 3)
     assert index.match(from_ids(tokens[: CHUNK - 1]), "") == []
 
 

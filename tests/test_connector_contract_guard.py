@@ -227,7 +227,7 @@ def test_an_adapter_is_made_without_a_server_and_takes_none_of_other_chunks(
     stock = adapters.get_lmcache_chunk_size
 
     def make(chunk: int) -> Any:
-        with lmcache_client.may_be_absent(chunk) as absent:
+        with lmcache_client.allow_missing_server(chunk) as absent:
             made = adapters.LMCacheMPSchedulerAdapter([url], zmq.Context.instance(), "m", 16, strategy, mq_timeout=1.0)
         assert absent
         return made
@@ -235,16 +235,16 @@ def test_an_adapter_is_made_without_a_server_and_takes_none_of_other_chunks(
     adapter = make(2 * CHUNK)
     assert adapters.get_lmcache_chunk_size is stock
     assert adapter.lmcache_tokens_per_chunk == 2 * CHUNK
-    lmcache_client.is_absent(adapter)
+    lmcache_client.mark_unhealthy(adapter)
     assert not adapter.is_healthy
-    assert not lmcache_client.same_chunks(adapter, client), f"it has {CHUNK}"
-    assert f"chunks of {CHUNK} tokens now, not {2 * CHUNK}" in caplog.text
-    assert lmcache_client.same_chunks(make(CHUNK), client)
+    assert not lmcache_client.has_same_chunk_size(adapter, client), f"it has {CHUNK}"
+    assert f"chunk size {CHUNK}, expected {2 * CHUNK}" in caplog.text
+    assert lmcache_client.has_same_chunk_size(make(CHUNK), client)
     assert lmcache_client.handshake(client, 10.0) == ""
     with pytest.raises(ConnectionError):
         make(0)
     # The heartbeat asks us before it takes a server that is back for healthy.
-    lmcache_client.watch(adapter, lambda: True)
+    lmcache_client.watch_server(adapter, lambda: True)
     for heartbeat in adapter._heartbeats.values():
         assert not heartbeat._recover_callback()
         heartbeat.stop()
@@ -253,10 +253,10 @@ def test_an_adapter_is_made_without_a_server_and_takes_none_of_other_chunks(
 def test_a_worker_whose_caches_nobody_took_goes_on() -> None:
     adapter = SimpleNamespace(_mq_timeout=60.0, is_healthy=False, _health_event=threading.Event())
     adapter._health_event.set()
-    with lmcache_client.registering(adapter, may_fail=True) as failed:
+    with lmcache_client.allow_failed_registration(adapter, may_fail=True) as failed:
         assert adapter._mq_timeout == lmcache_client.FIRST_WAIT_S
         raise ConnectionError("no answer")
     assert len(failed) == 1
     assert (adapter._mq_timeout, adapter._health_event.is_set()) == (60.0, False)
-    with pytest.raises(ConnectionError), lmcache_client.registering(adapter, may_fail=False):
+    with pytest.raises(ConnectionError), lmcache_client.allow_failed_registration(adapter, may_fail=False):
         raise ConnectionError

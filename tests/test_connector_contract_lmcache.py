@@ -228,7 +228,7 @@ def test_lmcache_is_told_of_blocks_behind_the_load_and_before_the_session_ends()
     assert told == [["first step"]]
     one.request_finished(request("r", [1], None), [])
     assert told == [["first step"], ["second step"], "r"]
-    one._client._reports.tell()
+    one._client._reports.send()
     assert len(told) == 3
 
 
@@ -249,12 +249,12 @@ def test_a_request_is_freed_once_whatever_lmcache_says_of_it() -> None:
     output = KVConnectorOutput(finished_recving={"a"}, finished_sending={"a", "b"})
     one.update_connector_output(output)
     assert (output.finished_recving, output.finished_sending) == ({"a"}, {"b"})
-    one._can_store, one._worker, one._in_flight = True, None, SimpleNamespace(look=lambda: {"s"})
+    one._can_store, one._worker, one._in_flight = True, None, SimpleNamespace(requests_in_use=lambda: {"s"})
     one.worker_adapter = SimpleNamespace(get_finished=lambda ids: (ids, None), retrieve_futures={"c": None})
     assert one.get_finished({"c", "d"}) == ({"d"}, None)
     one.worker_adapter.retrieve_futures.clear()
     assert one.get_finished({"s"}) == ({"c"}, None), "s is still being stored"
-    one._in_flight = SimpleNamespace(look=set)
+    one._in_flight = SimpleNamespace(requests_in_use=set)
     assert one.get_finished(set()) == ({"s"}, None)
 
     ended: set[str] = set()
@@ -328,9 +328,9 @@ def test_a_prefix_is_named_by_the_tokens_up_to_its_end(monkeypatch: pytest.Monke
         _create_key=create, transfer_ctx=transfer, kv_caches={}, lmcache_tokens_per_chunk=64, blocks_in_chunk=4
     )
     plan = BlendPlan("r", tuple(range(500)), 80, 191, (), 400, tuple(range(25)), "query", 0.15)
-    lmcache_transfers.WorkerLink(worker, 1.0).submit_exact(plan)
+    lmcache_transfers.LMCacheLoader(worker, 1.0).submit_exact(plan)
     assert sent == [(list(range(192)), 64, 192, 16), "GIL"]
-    lmcache_transfers.WorkerLink(worker, 1.0).give_back(plan)
+    lmcache_transfers.LMCacheLoader(worker, 1.0).give_back(plan)
     assert sent[2:] == sent[:2]
     del sent[2:]
 
@@ -477,7 +477,7 @@ class Backend:
 @pytest.fixture
 def link(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("torch.cuda.current_stream", lambda: "stream")
-    return lmcache_transfers.WorkerLink(SimpleNamespace(), 0.05)
+    return lmcache_transfers.LMCacheLoader(SimpleNamespace(), 0.05)
 
 
 def asked(backend: Backend) -> tuple[Any, Any]:
@@ -562,8 +562,8 @@ def test_an_error_at_start_is_a_reason(monkeypatch: pytest.MonkeyPatch, problem:
     )
     again = adapter._reregister_kv_caches_callback
     monkeypatch.setattr("lmcache.v1.platform.kv_wrap.wrap_one_kv_cache", lambda tensor: tensor)
-    link = lmcache_transfers.WorkerLink(adapter, 0.01)
-    assert handshake in link.why_not().detail
+    link = lmcache_transfers.LMCacheLoader(adapter, 0.01)
+    assert handshake in link.unsupported_reason().detail
     assert "did not take the rotary table" in link.register_rope(torch.zeros(2, 2), 2, True)
     assert adapter._reregister_kv_caches_callback is again
 
@@ -580,7 +580,7 @@ def test_a_server_that_hangs_at_start_is_asked_when_it_answers(monkeypatch: pyte
 
         return ask
 
-    monkeypatch.setattr("lmcache_rag.connector.lmcache_client._ASK_S", 0.01)
+    monkeypatch.setattr("lmcache_rag.connector.lmcache_client._CALL_S", 0.01)
     monkeypatch.setattr("lmcache.v1.platform.kv_wrap.wrap_one_kv_cache", lambda tensor: tensor)
     client = SimpleNamespace(
         cb_protocol_handshake=asked("handshake", (1, True)),
@@ -599,15 +599,15 @@ def test_a_server_that_hangs_at_start_is_asked_when_it_answers(monkeypatch: pyte
         is_healthy=True,
         _reregister_kv_caches_callback=lambda: True,
     )
-    link = lmcache_transfers.WorkerLink(adapter, 0.01)
-    assert link.why_not() is None
+    link = lmcache_transfers.LMCacheLoader(adapter, 0.01)
+    assert link.unsupported_reason() is None
     assert not healthy.is_set()
     assert link.register_rope(torch.zeros(2, 2), 2, True) == ""
     back = adapter._reregister_kv_caches_callback
     for more, healed in (("size", True), ("handshake", False), ("table", True)):
         answers.append(more)
         if more == "size":  # it answers, and not the handshake: no blend server, but one for exact prefixes
-            other = lmcache_transfers.WorkerLink(adapter, 0.01, absent=True)
+            other = lmcache_transfers.LMCacheLoader(adapter, 0.01, absent=True)
             adapter._reregister_kv_caches_callback = lambda: True
             assert other.register_rope(torch.zeros(2, 2), 2, True) == ""
             assert adapter._reregister_kv_caches_callback() is healed
@@ -641,7 +641,7 @@ def test_a_server_that_comes_back_gets_the_table_again_or_stays_away(monkeypatch
         _reregister_kv_caches_callback=lambda: True,
     )
     monkeypatch.setattr("lmcache.v1.platform.kv_wrap.wrap_one_kv_cache", lambda tensor: tensor)
-    link = lmcache_transfers.WorkerLink(adapter, 0.01)
+    link = lmcache_transfers.LMCacheLoader(adapter, 0.01)
     assert link.register_rope(torch.zeros(2, 2), 2, True) == ""
     back = adapter._reregister_kv_caches_callback
     assert [back(), back()] == [False, True]

@@ -28,7 +28,7 @@ with warnings.catch_warnings():
     from vllm_scheduler_kit import Engine, without_server
 
     from lmcache_rag import protocol
-    from lmcache_rag.connector.lmcache_client import BlendLookup, is_absent
+    from lmcache_rag.connector.lmcache_client import BlendLookup, mark_unhealthy
     from lmcache_rag.connector.metadata import Match
 
     OFF = protocol.Unsupported(protocol.CannotBlend.ERROR, "a test")
@@ -65,7 +65,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     def make(**options: Any) -> Engine:
         with without_server() as port:
             engine = Engine(port, tmp_path_factory.mktemp("model"), **options)
-        is_absent(engine.connector.scheduler_adapter)
+        mark_unhealthy(engine.connector.scheduler_adapter)
         finish = engine.connector.request_finished
 
         def finished(request: Any, blocks: Any) -> Any:

@@ -426,7 +426,7 @@ def test_what_lmcaches_connector_never_asked_for_is_given_back(
 
     from lmcache_rag.connector import lmcache_client
 
-    monkeypatch.setattr(lmcache_client.LaterReleases, "AGAIN_S", 0.5)
+    monkeypatch.setattr(lmcache_client.DeferredReleases, "REPEAT_S", 0.5)
     engine = make()
     engine.connector._scheduler.unsupported = Unsupported(CannotBlend.ERROR, "a test")
     adapter = engine.connector.scheduler_adapter
@@ -461,7 +461,7 @@ def test_a_connection_that_fails_as_locks_are_given_back_ends_nothing(
 ) -> None:
     from lmcache_rag.connector import lmcache_client
 
-    monkeypatch.setattr(lmcache_client.LaterReleases, "AGAIN_S", 0.0)
+    monkeypatch.setattr(lmcache_client.DeferredReleases, "REPEAT_S", 0.0)
     engine = make()
     releases, adapter = engine.connector._client._releases, engine.connector.scheduler_adapter
     tried: list[Any] = []
@@ -474,8 +474,8 @@ def test_a_connection_that_fails_as_locks_are_given_back_ends_nothing(
     client.free_lookup_locks = client.end_session = fails
     tracker = SimpleNamespace(get_token_ids=lambda: list(range(CHUNK)), cache_salt="s", request_configs=None)
     with contextlib.suppress(ConnectionError):
-        releases.unused("r", tracker)
-    releases._again.append((0.0, "r", fails))
+        releases.release_unused("r", tracker)
+    releases._repeated.append((0.0, "r", fails))
     releases.send()
     assert len(tried) >= 2
-    assert not releases.waiting
+    assert not releases.pending

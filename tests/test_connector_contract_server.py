@@ -148,7 +148,7 @@ def test_what_is_indexed_is_counted(make: Make, draw: random.Random) -> None:
     server.store(prefix + chunk, ingest=True)
     server.chunks([5] * 7 + chunk)
     index = server.guard.index
-    assert (len(index), index.asked, index.found) == (2, 2, 2)
+    assert (len(index), index.looked_up, index.found) == (2, 2, 2)
 
 
 def test_wrong_settings_end_the_start(make: Make) -> None:

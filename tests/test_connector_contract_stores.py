@@ -71,7 +71,7 @@ class Worker:
     def __init__(self) -> None:
         strategy = adapters.ParallelStrategy(**{field.name: 1 for field in fields(adapters.ParallelStrategy)})
         url = f"tcp://localhost:{free_port()}"
-        with lmcache_client.may_be_absent(CHUNK):
+        with lmcache_client.allow_missing_server(CHUNK):
             self.adapter = adapters.LMCacheMPWorkerAdapter(
                 url, zmq.Context.instance(), "m", 16, strategy, mq_timeout=LONG
             )
@@ -89,7 +89,9 @@ class Worker:
         self.connector.lazy_offload = self.connector._enable_kv_events = False
         self.connector._report_request_errors = False
         self.connector._kv_events_hook_called = True
-        self.connector._in_flight = lmcache_transfers.Stores(self.adapter, lambda: self.ended, self._is_unknown)
+        self.connector._in_flight = lmcache_transfers.InFlightTransfers(
+            self.adapter, lambda: self.ended, self._is_unknown
+        )
 
     def _is_unknown(self) -> None:
         self.unknown += 1
@@ -184,7 +186,7 @@ def test_blocks_are_kept_until_the_fence(worker: Worker, quick: None, healthy: b
 
 def test_a_server_that_ended_reads_nothing(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lmcache_transfers, "STORE_S", LONG)
-    monkeypatch.setattr(lmcache_transfers, "_LOOK_S", 0.0)
+    monkeypatch.setattr(lmcache_transfers, "_ENDED_POLL_S", 0.0)
     worker.store("r")
     worker.adapter._health_event.clear()
     assert worker.stored("r") == set()
@@ -358,11 +360,11 @@ def test_a_transfer_that_raises_does_not_end_the_worker(worker: Worker, quick: N
     worker.adapter.transfer_ctx._req_client = SimpleNamespace(store=fails, retrieve=fails)
     op = adapters.LoadStoreOp(to_lmcache(range(CHUNK)), [[1, 2, 3, 4]], 0, CHUNK)
     worker.adapter.batched_submit_store_requests(["r"], [op], "event")
-    assert worker.connector._in_flight.look() == {"r"}
+    assert worker.connector._in_flight.requests_in_use() == {"r"}
     assert worker.adapter._completed_store_requests == ({"r": 1} if lazy else {})
     worker.load("loads")
     settle()
-    assert worker.connector._in_flight.look() == set()
+    assert worker.connector._in_flight.requests_in_use() == set()
     worker.adapter.lazy_offload = False
     assert worker.loaded() == ({"loads"}, {1, 2, 3, 4})
     assert worker.stored("r") == {"r"}
@@ -382,7 +384,7 @@ def test_an_engine_driven_worker_waits_no_longer(worker: Worker, monkeypatch: py
 
 def test_what_the_adapter_remembers_is_bounded(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmcache_rag.connector.lmcache_client.REMEMBERED", 50)
-    lmcache_client.bound(worker.adapter)
+    lmcache_client.bound_memory(worker.adapter)
     for number in range(100):
         assert worker.stored(f"r{number}") == {f"r{number}"}
     assert len(worker.adapter._returned_finished) == 50

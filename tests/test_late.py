@@ -98,11 +98,11 @@ def test_blocks_are_kept_until_every_rank_is_done_with_them() -> None:
 def test_whether_a_server_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         where = server.getsockname()
-        link = lmcache_transfers.WorkerLink(SimpleNamespace(), 5.0, where)
+        link = lmcache_transfers.LMCacheLoader(SimpleNamespace(), 5.0, where)
         assert not link.lost(0.0), "it may be stopped only"
-        assert not lmcache_transfers.WorkerLink(SimpleNamespace(), 5.0).lost(0.0)
+        assert not lmcache_transfers.LMCacheLoader(SimpleNamespace(), 5.0).lost(0.0)
     assert link.lost(0.0)
-    again = lmcache_transfers.WorkerLink(SimpleNamespace(), 5.0, where)
+    again = lmcache_transfers.LMCacheLoader(SimpleNamespace(), 5.0, where)
     again._recovered = time.monotonic()
     assert not again.lost(0.0), "it may still have work from before"
     monkeypatch.setattr(lmcache_transfers, "_BACKLOG_S", 0.0)
@@ -111,7 +111,7 @@ def test_whether_a_server_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_where_the_server_is() -> None:
     def of(**given: Any) -> Any:
-        return lmcache_client.address(lambda key, default: given.get(key.rpartition(".")[2], default))
+        return lmcache_client.server_address(lambda key, default: given.get(key.rpartition(".")[2], default))
 
     assert of(host="tcp://localhost", port=5600) == ("localhost", 5600)
     assert of() == ("localhost", 5555)
@@ -123,5 +123,5 @@ def test_where_the_server_is() -> None:
 @pytest.mark.parametrize("urls", [["tcp://a:1", "tcp://b:2"], "a:1, b:2"])
 def test_which_of_several_servers_a_worker_uses(urls: Any) -> None:
     """As in LMCache's connector: the first half of the ranks uses the first of two."""
-    found = [lmcache_client.address(lambda key, default: urls, rank, 4) for rank in range(4)]
+    found = [lmcache_client.server_address(lambda key, default: urls, rank, 4) for rank in range(4)]
     assert found == [("a", 1), ("a", 1), ("b", 2), ("b", 2)]

@@ -37,7 +37,7 @@ class World:
         monkeypatch.setattr(vllm_patches, "patch_execute_model", lambda: self.does("wrap"))
         monkeypatch.setattr(vllm_patches, "patch_run_fullgraph", lambda: None)
         monkeypatch.setattr(
-            worker_module.lmcache_transfers, "WorkerLink", lambda adapter, deadline, address, absent: self
+            worker_module.lmcache_transfers, "LMCacheLoader", lambda adapter, deadline, address, absent: self
         )
         monkeypatch.setattr(worker_module, "VLLMModel", lambda config, runner: self)
         monkeypatch.setattr(worker_module, "rotary_of", lambda model: SimpleNamespace(
@@ -51,7 +51,7 @@ class World:
         if what == self.fails:
             raise ValueError("arange's range must be a power of 2")
 
-    def why_not(self) -> None:
+    def unsupported_reason(self) -> None:
         """The server can."""
 
     def register_rope(self, *given: Any) -> str:

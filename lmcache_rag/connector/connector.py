@@ -46,12 +46,12 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         if not secret:  # nothing is blended then, see plugin.py
             log.warning("There is no secret: LMCache gets token ids by a mapping that anybody can compute")
         cache_salt.use_secret(secret)
-        with lmcache_client.may_be_absent(self._options.chunk_size) as absent:
+        with lmcache_client.allow_missing_server(self._options.chunk_size) as absent:
             super().__init__(vllm_config, role, kv_cache_config)
         adapter = self.scheduler_adapter if role == KVConnectorRole.SCHEDULER else self.worker_adapter
         if absent:
             log.warning("LMCache does not answer: prompts are computed in full until it does")
-            lmcache_client.is_absent(adapter)
+            lmcache_client.mark_unhealthy(adapter)
         if not self._enable_kv_events:  # who reads LMCache's events expects the prompts' own tokens
             lmcache_client.renumber_tokens(adapter)
         self._connector_stats = BlendStats()
@@ -82,17 +82,17 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             ingest_key=IngestKey.read(options.ingest_key_file),
             alignment=self._hit_alignment_tokens,
         )
-        lmcache_client.watch(adapter, self._scheduler.can_blend)
+        lmcache_client.watch_server(adapter, self._scheduler.can_blend)
 
     def _init_worker(self, vllm_config: Any) -> None:
         adapter = self.worker_adapter
         parallel, get = adapter.parallel_strategy, vllm_config.kv_transfer_config.get_from_extra_config
-        address = lmcache_client.address(get, parallel.vllm_worker_id, parallel.vllm_world_size)
+        address = lmcache_client.server_address(get, parallel.vllm_worker_id, parallel.vllm_world_size)
         registration = lmcache_client.Registration(adapter)
-        self._in_flight = lmcache_transfers.Stores(
-            adapter, partial(lmcache_client.has_ended, address), registration.renew
+        self._in_flight = lmcache_transfers.InFlightTransfers(
+            adapter, partial(lmcache_client.server_has_ended, address), registration.renew
         )
-        lmcache_client.bound(adapter)
+        lmcache_client.bound_memory(adapter)
         self._stores = FinishedGate()
         self._handshake = BlendHandshakeMetadata(NOT_READY)
         self._worker: Any = None
@@ -101,12 +101,14 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
 
     def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
         """Worker: register the caches with LMCache, then find out whether this worker can blend."""
-        with lmcache_client.registering(self.worker_adapter, may_fail=self._options.chunk_size > 0) as failed:
+        with lmcache_client.allow_failed_registration(
+            self.worker_adapter, may_fail=self._options.chunk_size > 0
+        ) as failed:
             super().register_kv_caches(kv_caches)
         found = start_worker(self._vllm_config, self.worker_adapter, self._options, absent=bool(failed))
         self._worker = found.worker
         self._handshake = BlendHandshakeMetadata(found.unsupported_reason, found.self_check)
-        lmcache_client.ensure_heartbeat(self.worker_adapter)
+        lmcache_client.start_heartbeat(self.worker_adapter)
         if found.unsupported_reason is not None:
             log.warning(
                 "KV is not blended: %s. Exact prefixes are reused, everything else is computed.",
@@ -280,7 +282,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             self._worker.cancel(finished_req_ids)
             self._worker.finish()
             loaded, receiving = set(loaded or ()) | self._worker.take_received(), self._worker.receiving
-        in_use = lmcache_client.loading(self.worker_adapter) | receiving | self._in_flight.look()
+        in_use = lmcache_client.loading_requests(self.worker_adapter) | receiving | self._in_flight.requests_in_use()
         return self._stores.report(stored or (), in_use), loaded
 
     def get_block_ids_with_load_errors(self) -> set[int]:
@@ -292,7 +294,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
 
     def build_connector_worker_meta(self) -> Any:
         """What this worker did in this step."""
-        self._in_flight.hold_receipts()
+        self._in_flight.defer_receipts()
         meta = BlendWorkerMetadata(lmcache=super().build_connector_worker_meta())
         if self._worker is not None:
             meta.results, (timed_out, meta.ended) = self._worker.take_results(), self._worker.take_timed_out()

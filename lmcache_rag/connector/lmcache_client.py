@@ -1,7 +1,8 @@
-"""Every private part of LMCache's client that we touch; tests/test_connector_contract*.py check each against LMCache.
+"""Everything private of LMCache's client that the connector calls, reads or replaces, but for transfers of KV.
 
-Written for LMCache 0.5.6 and 0.5.7, which are imported in the functions. The server sends no answer at all when a call
-fails, so each wait has a deadline. A worker's loads and stores stand in lmcache_rag.connector.lmcache_transfers.
+Written for LMCache 0.5.6 and 0.5.7; tests/test_connector_contract*.py check each part against LMCache, which is
+imported in the functions. The server sends no answer at all when a call fails, so each wait has a deadline. A worker's
+loads and stores stand in lmcache_rag.connector.lmcache_transfers.
 """
 
 from __future__ import annotations
@@ -24,8 +25,42 @@ import numpy as np
 
 from lmcache_rag.connector.cache_salt import as_numbers, renumbering
 from lmcache_rag.connector.metadata import Match
+from lmcache_rag.connector.patching import Patch, patch_object, patched
 
 log = logging.getLogger("lmcache_rag")
+
+ADAPTERS = "lmcache.integration.vllm.vllm_multi_process_adapter"
+_SCHEDULER, _WORKER = f"{ADAPTERS}:LMCacheMPSchedulerAdapter", f"{ADAPTERS}:LMCacheMPWorkerAdapter"
+
+_START_WHY = "vLLM starts while no LMCache server responds, and waits for one 10 s at most."
+_START_UNTIL = "LMCache's adapters can be made without a server"
+GET_CHUNK_SIZE = Patch(f"{ADAPTERS}:get_lmcache_chunk_size", _START_WHY, _START_UNTIL)
+GET_EXPERIMENTAL = Patch(f"{ADAPTERS}:get_experimental", _START_WHY, _START_UNTIL)
+MQ_TIMEOUT = Patch(f"{_WORKER}._mq_timeout", _START_WHY, _START_UNTIL)
+_KEY_WHY = "Token ids are renumbered by a secret table, so that nobody can plant KV for the text of others."
+_KEY_UNTIL = "LMCache matches chunks by a keyed hash"
+SCHEDULER_KEY = Patch(f"{_SCHEDULER}._create_key", _KEY_WHY, _KEY_UNTIL)
+WORKER_KEY = Patch(f"{_WORKER}._create_key", _KEY_WHY, _KEY_UNTIL)
+_BOUND_WHY = "The newest 4,096 entries are kept; LMCache keeps each for good."
+_BOUND_UNTIL = "LMCache forgets finished requests and unanswered calls"
+RETURNED_FINISHED = Patch(f"{_WORKER}._returned_finished", _BOUND_WHY, _BOUND_UNTIL)
+PENDING_FUTURES = Patch(
+    "lmcache.v1.multiprocess.transport.zmq_impl.mq:MessageQueueClient.pending_futures", _BOUND_WHY, _BOUND_UNTIL
+)
+BLOCK_REPORTS = Patch(
+    f"{_SCHEDULER}.report_block_allocations",
+    "Block reports are sent after a step's loads, which would otherwise wait for them.",
+    "LMCache sends block reports after the loads",
+)
+_LOCKS_WHY = "Read locks are released once the server is healthy again; LMCache drops these calls while it is not."
+_LOCKS_UNTIL = "LMCache releases the locks of aborted look-ups"
+FREE_LOOKUP_LOCKS = Patch(f"{_SCHEDULER}.free_lookup_locks", _LOCKS_WHY, _LOCKS_UNTIL)
+END_SESSION = Patch(f"{_SCHEDULER}.end_session", _LOCKS_WHY, _LOCKS_UNTIL)
+PING = Patch(
+    "lmcache.v1.multiprocess.transport.base:RequestClient.ping",
+    "A worker that LMCache does not know any more registers again: one heartbeat is taken as failed.",
+    "a heartbeat's answer says whether the worker is registered",
+)
 
 
 # -- token ids: a list until 0.5.6, packed in bytes (big-endian, 32 bits each) from 0.5.7 on ---------------------------
@@ -44,7 +79,7 @@ def to_lmcache(token_ids: Any) -> Any:
 
 
 def from_lmcache(tokens: Any) -> Sequence[int]:
-    """Token ids that LMCache's connector gave to its adapter, or that we did."""
+    """Token ids in the form that LMCache's adapters take, as a sequence of integers."""
     if not isinstance(tokens, bytes):
         ids: Sequence[int] = tokens
         return ids
@@ -52,7 +87,7 @@ def from_lmcache(tokens: Any) -> Sequence[int]:
 
 
 def without_tokens(key: Any) -> Any:
-    """The key with no tokens in it."""
+    """A key of LMCache's without its tokens."""
     name = next(name for name in _FIELDS if hasattr(key, name))
     return dataclasses.replace(key, **{name: type(getattr(key, name))()}, end=0)
 
@@ -66,30 +101,39 @@ def _packed() -> bool:
 
 # -- adapters ----------------------------------------------------------------------------------------------------------
 
-
 REMEMBERED = 4096  # more than vLLM runs at once, and than LMCache answers in a minute
 
 
-def loading(adapter: Any) -> set[str]:
+def loading_requests(adapter: Any) -> set[str]:
     """Requests whose exact prefix LMCache's own connector is loading."""
     return set(adapter.retrieve_futures)
 
 
-def keep_out(tracker: Any) -> None:
-    """Have a new request of LMCache's connector neither look anything up nor store anything.
+def server_address(get: Callable[[str, Any], Any], worker: int = 0, workers: int = 1) -> tuple[str, int] | None:
+    """(host, port) of the server that a worker's LMCache adapter uses; None where that is no TCP address.
 
-    For prompts of embeddings, whose token ids are all the same. No namespace of another request is like this one's, for
-    what looks KV up all the same.
+    Args:
+        get: vLLM's get_from_extra_config(key, default).
+        worker: The worker's rank, by which LMCache selects one of several servers.
+        workers: Number of workers.
     """
-    from lmcache.integration.vllm.lmcache_mp_metadata import LMCacheMPRequestState
+    urls = get("lmcache.mp.server_urls", None)
+    if urls:
+        listed = urls.split(",") if isinstance(urls, str) else list(urls)
+        url = str(listed[worker * len(listed) // workers]).strip()
+    else:
+        url = f"{get('lmcache.mp.host', 'tcp://localhost')}:{get('lmcache.mp.port', 5555)}"
+    host, _, port = url.rpartition("://")[2].rpartition(":")
+    return (host.strip("[]"), int(port)) if host and port.isdigit() else None
 
-    tracker.state = LMCacheMPRequestState.BYPASS_LMCACHE
-    tracker.max_offload_tokens = 0
-    tracker.cache_salt = uuid.uuid4().hex
+
+def chunk_tokens(adapter: Any) -> int:
+    """Number of tokens in an LMCache chunk."""
+    return int(adapter.lmcache_tokens_per_chunk)
 
 
 def renumber_tokens(adapter: Any) -> None:
-    """Have an adapter of LMCache's name tokens by other numbers, see lmcache_rag.connector.cache_salt."""
+    """Have an adapter of LMCache's use other token ids; see lmcache_rag.connector.cache_salt."""
     create = adapter._create_key
 
     def create_key(
@@ -98,24 +142,24 @@ def renumber_tokens(adapter: Any) -> None:
         numbers = renumbering().numbers(from_lmcache(tokens), cache_salt)
         return create(to_lmcache(numbers), start, end, request_id, cache_salt, request_configs)
 
-    adapter._create_key = create_key
+    patch_object(WORKER_KEY if hasattr(adapter, "retrieve_futures") else SCHEDULER_KEY, adapter, create_key)
 
 
-def bound(adapter: Any) -> None:
-    """Bound what a worker adapter and its client remember; in LMCache it only grows.
+def bound_memory(adapter: Any) -> None:
+    """Bound the memory of a worker adapter and its client, which grows for good in LMCache.
 
-    Patches: LMCacheMPWorkerAdapter._returned_finished, of each request that ever ended, against reports that vLLM
-    repeats within a few steps; MessageQueueClient.pending_futures, of each call that was never answered.
+    The adapter keeps the id of each request that ever finished, against reports that vLLM repeats within a few steps.
+    The client keeps each call that was never answered.
     """
-    adapter._returned_finished = _Recent(dict.fromkeys(adapter._returned_finished))
+    patch_object(RETURNED_FINISHED, adapter, _Recent(dict.fromkeys(adapter._returned_finished)))
     bound_client(adapter.req_client)
 
 
 def bound_client(client: Any) -> None:
-    """Bound the calls of a client for which an answer is expected; see `bound`."""
+    """Bound the number of calls for which a client expects an answer; see `bound_memory`."""
     queue = getattr(client, "_message_queue_client", None)  # gRPC's client keeps none
     if queue is not None:
-        queue.pending_futures = _Recent(queue.pending_futures)
+        patch_object(PENDING_FUTURES, queue, _Recent(queue.pending_futures))
 
 
 class _Recent(dict[Any, Any]):
@@ -135,70 +179,70 @@ class _Recent(dict[Any, Any]):
             self[key] = None
 
 
-class LaterReports:
-    """Tells LMCache which blocks vLLM gave to which tokens a moment later than its connector does.
+class DeferredBlockReports:
+    """Sends LMCache's block reports, for metrics, after the step's loads instead of before.
 
-    It does so, for metrics, before the workers are given the step: all tokens of a new prompt would be on the wire, and
-    be read and counted by the server, before the prompt's KV is asked for.
+    LMCache's connector sends them before the workers get the step: all tokens of a new prompt would be on the wire, and
+    be read and counted by the server, before the prompt's KV is requested.
 
     Args:
         adapter: LMCache's scheduler adapter.
     """
 
     def __init__(self, adapter: Any) -> None:
-        self._tell: Callable[[list[Any]], None] = adapter.report_block_allocations
-        self._kept: list[Any] = []
-        adapter.report_block_allocations = self._keep
+        self._deferred: list[Any] = []
+        self._report: Callable[[list[Any]], None] = adapter.report_block_allocations
+        patch_object(BLOCK_REPORTS, adapter, self._defer)
 
-    def _keep(self, records: list[Any]) -> None:
-        self.tell()  # of earlier steps
-        self._kept = records
+    def _defer(self, records: list[Any]) -> None:
+        self.send()  # of earlier steps
+        self._deferred = records
 
-    def tell(self) -> None:
-        """Tell what is left; before a request's session ends, or its blocks would count as used for ever."""
-        kept, self._kept = self._kept, []
-        if kept:
-            self._tell(kept)
+    def send(self) -> None:
+        """Send what was deferred; before a request's session ends, or its blocks would count as used for ever."""
+        deferred, self._deferred = self._deferred, []
+        if deferred:
+            self._report(deferred)
 
 
-class LaterReleases:
-    """Gives back read locks that LMCache's adapter would leave to their end by time, five minutes later.
+class DeferredReleases:
+    """Releases read locks that LMCache's adapter would leave to expire, five minutes later.
 
     While the server is unhealthy the adapter drops `free_lookup_locks` and `end_session`. A server that was only paused
-    goes on with the look-ups it was sent before, and locks what they find. So these calls are kept, in their order, and
-    made when the server is healthy again. One that was restarted does not know the sessions, and does nothing.
+    goes on with the look-ups that were sent before, and locks what they find. So these calls are deferred, in their
+    order, until the server is healthy again. One that was restarted does not know the sessions, and does nothing.
 
     Args:
         adapter: LMCache's scheduler adapter.
     """
 
-    SECONDS = 300.0  # older locks have ended by themselves
-    KEPT = 65_536  # calls
-    AGAIN_S = 1.0
+    EXPIRY_S = 300.0  # older locks have expired
+    MAX_CALLS = 65_536
+    REPEAT_S = 1.0
 
     def __init__(self, adapter: Any) -> None:
         self._adapter = adapter
-        self._kept: deque[tuple[float, Callable[[], object]]] = deque()
-        self._again: deque[tuple[float, str, Callable[[], object]]] = deque()  # when, whose session, what
-        for name in ("free_lookup_locks", "end_session"):
-            setattr(adapter, name, partial(self._call, getattr(adapter, name)))
+        self._deferred: deque[tuple[float, Callable[[], object]]] = deque()
+        self._repeated: deque[tuple[float, str, Callable[[], object]]] = deque()  # when, whose session, what
+        for patch in (FREE_LOOKUP_LOCKS, END_SESSION):
+            patch_object(patch, adapter, partial(self._call, getattr(adapter, patch.name)))
 
     def _call(self, call: Callable[..., object], *args: Any, **named: Any) -> None:
         if self._adapter.is_healthy:
             self.send()
             call(*args, **named)
-        elif len(self._kept) < self.KEPT:
-            self._kept.append((time.monotonic(), partial(call, *args, **named)))
+        elif len(self._deferred) < self.MAX_CALLS:
+            self._deferred.append((time.monotonic(), partial(call, *args, **named)))
 
-    def unused(self, request_id: str, tracker: Any) -> None:
-        """A request ended, and what LMCache's own connector looked up for it was never asked for.
+    def release_unused(self, request_id: str, tracker: Any) -> None:
+        """Release the locks of a request that ended, and whose look-up by LMCache's own connector was never polled.
 
-        The connector forgets the look-up on this side only. The server gives locks back if the look-up has its result.
-        So the calls are made twice: now, and a moment later, when the request's session has ended; then they do nothing
-        unless the result came meanwhile.
+        The connector forgets the look-up on this side only. The server releases the locks if the look-up has its
+        result. So the calls are made twice: now, and a moment later, when the request's session has ended; then they do
+        nothing unless the result came meanwhile.
         """
         tokens = tracker.get_token_ids()
-        give_back = partial(
+        release = partial(
             self._adapter.free_lookup_locks,
             tokens,
             0,
@@ -207,61 +251,51 @@ class LaterReleases:
             tracker.cache_salt,
             tracker.request_configs,
         )
-        give_back()
-        if len(self._again) < self.KEPT:
-            self._again.append((time.monotonic() + self.AGAIN_S, request_id, give_back))
+        release()
+        if len(self._repeated) < self.MAX_CALLS:
+            self._repeated.append((time.monotonic() + self.REPEAT_S, request_id, release))
 
     @property
-    def waiting(self) -> bool:
-        """Whether an engine without requests should go on, to say something that is due in a moment."""
-        return bool(self._again) and bool(self._adapter.is_healthy)
+    def pending(self) -> bool:
+        """Whether an engine without requests has to run another step, for a call that is due in a moment."""
+        return bool(self._repeated) and bool(self._adapter.is_healthy)
 
     def send(self) -> None:
-        """Make the calls that are due, and those that were kept, if the server is healthy; in every step."""
-        while self._again and self._again[0][0] < time.monotonic():
-            _, request_id, give_back = self._again.popleft()
-            self._safely(give_back)
+        """Make the calls that are due, and the deferred ones if the server is healthy; in every step."""
+        while self._repeated and self._repeated[0][0] < time.monotonic():
+            _, request_id, release = self._repeated.popleft()
+            self._safely(release)
             self._safely(partial(self._adapter.end_session, request_id))
-        while self._kept and self._adapter.is_healthy:
-            since, call = self._kept.popleft()
-            if since > time.monotonic() - self.SECONDS:
+        while self._deferred and self._adapter.is_healthy:
+            since, call = self._deferred.popleft()
+            if since > time.monotonic() - self.EXPIRY_S:
                 self._safely(call)
 
     def _safely(self, call: Callable[[], object]) -> None:
         try:
             call()
         except Exception:  # the connection's; an error here would end vLLM's engine
-            log.debug("A read lock is left to its end by time", exc_info=True)
+            log.debug("A read lock was not released, and will expire", exc_info=True)
 
 
-def address(get: Callable[[str, Any], Any], worker: int = 0, workers: int = 1) -> tuple[str, int] | None:
-    """(host, port) of the server that a worker's LMCache adapter uses; None where that is no TCP address.
+# -- trackers: what LMCache's connector knows of a request -------------------------------------------------------------
 
-    Args:
-        get: vLLM's get_from_extra_config(key, default).
-        worker: The worker's rank, which is what LMCache chooses one of several servers by.
-        workers: How many there are.
+
+def bypass_lmcache(tracker: Any) -> None:
+    """Have LMCache's connector neither look up nor store anything of a new request.
+
+    For prompts of embeddings, whose token ids are all the same. Its cache_salt is that of no other request, for
+    whatever looks KV up all the same.
     """
-    urls = get("lmcache.mp.server_urls", None)
-    if urls:
-        listed = urls.split(",") if isinstance(urls, str) else list(urls)
-        url = str(listed[worker * len(listed) // workers]).strip()
-    else:
-        url = f"{get('lmcache.mp.host', 'tcp://localhost')}:{get('lmcache.mp.port', 5555)}"
-    host, _, port = url.rpartition("://")[2].rpartition(":")
-    return (host.strip("[]"), int(port)) if host and port.isdigit() else None
+    from lmcache.integration.vllm.lmcache_mp_metadata import LMCacheMPRequestState
 
-
-def chunk_tokens(adapter: Any) -> int:
-    """Tokens in one LMCache chunk."""
-    return int(adapter.lmcache_tokens_per_chunk)
-
-
-# -- what LMCache's connector knows of a request, where a request must not decide it -----------------------------------
+    tracker.state = LMCacheMPRequestState.BYPASS_LMCACHE
+    tracker.max_offload_tokens = 0
+    tracker.cache_salt = uuid.uuid4().hex
 
 
 def plain_tracker(request: Any) -> Any:
-    """A tracker of a request of which nothing is read but its tokens; LMCache's own could not be made."""
+    """A tracker of a request of which only the tokens are read; for one of which LMCache's own could not be made."""
     from lmcache.integration.vllm.lmcache_mp_metadata import LMCacheMPRequestTracker
 
     return LMCacheMPRequestTracker(
@@ -276,17 +310,20 @@ def plain_tracker(request: Any) -> Any:
     )
 
 
-def to_be_loaded(trackers: Iterable[Any]) -> list[Any]:
-    """Trackers of requests whose load is asked for in this step."""
+def waiting_for_load(trackers: Iterable[Any]) -> list[Any]:
+    """Trackers of requests whose load is requested in this step."""
     from lmcache.integration.vllm.lmcache_mp_metadata import LMCacheMPRequestState
 
     return [tracker for tracker in trackers if tracker.state == LMCacheMPRequestState.WAITING_FOR_LOAD]
 
 
-def empty_step(again: Iterable[Any]) -> Any:
-    """Metadata of a step in which nothing is stored or loaded; the loads of these trackers are asked for in the next.
+def empty_metadata(again: Iterable[Any]) -> Any:
+    """Metadata of a step in which nothing is loaded or stored.
 
-    The workers see to stores under way before anything else: a preempted request's blocks may be among the step's.
+    The workers wait for stores in flight before anything else: a preempted request's blocks may be among the step's.
+
+    Args:
+        again: Trackers of requests whose loads are requested in the next step.
     """
     from lmcache.integration.vllm.lmcache_mp_metadata import LMCacheMPConnectorMetadata, LMCacheMPRequestState
 
@@ -297,105 +334,104 @@ def empty_step(again: Iterable[Any]) -> Any:
     return metadata
 
 
-# -- the server as a whole: not there yet, gone, back, and whether it is the one that is needed ------------------------
-
+# -- server ------------------------------------------------------------------------------------------------------------
 
 PROTOCOL = 1
-FIRST_WAIT_S = 10.0  # vLLM's start waits so long for a server that is not there yet
-_ASK_S = 5.0
-_SILENT_S = 20.0  # LMCache forgets a worker that it did not hear of for 30 s or more
+FIRST_WAIT_S = 10.0  # vLLM's start waits that long for a server that does not respond yet
+_CALL_S = 5.0
+_SILENT_S = 20.0  # LMCache forgets a worker that sent no heartbeat for 30 s or more
 
 
 @contextlib.contextmanager
-def may_be_absent(chunk_size: int) -> Iterator[list[Any]]:
-    """Have LMCache's adapters made also while no server answers, which they wait for and then give up vLLM's start.
+def allow_missing_server(chunk_size: int) -> Iterator[list[Any]]:
+    """Have LMCache's adapters made also while no server responds; they would wait for one and then end vLLM's start.
 
     Args:
-        chunk_size: Tokens of an LMCache chunk to go by until it answers; 0: none, and no start.
+        chunk_size: Tokens of an LMCache chunk to assume until the server responds; 0: a server is needed.
 
     Yields:
-        The clients that were not answered.
+        The clients that got no answer.
     """
     from lmcache.integration.vllm import vllm_multi_process_adapter as adapters
 
-    ask, experimental = adapters.get_lmcache_chunk_size, adapters.get_experimental
-    absent: list[Any] = []
+    get_chunk_size, get_experimental = adapters.get_lmcache_chunk_size, adapters.get_experimental
+    unanswered: list[Any] = []
 
     def size(client: Any, timeout: float = FIRST_WAIT_S, **more: Any) -> int:
         try:
-            return int(ask(client, timeout=min(timeout, FIRST_WAIT_S) if chunk_size else timeout, **more))
+            wait = min(timeout, FIRST_WAIT_S) if chunk_size else timeout
+            return int(get_chunk_size(client, timeout=wait, **more))
         except TimeoutError:
             if not chunk_size:
                 raise
-            absent.append(client)
+            unanswered.append(client)
             return chunk_size
 
-    adapters.get_lmcache_chunk_size = size
-    adapters.get_experimental = lambda client, timeout: set() if absent else experimental(client, timeout=timeout)
-    try:
-        yield absent
-    finally:
-        adapters.get_lmcache_chunk_size, adapters.get_experimental = ask, experimental
+    def experimental(client: Any, timeout: float) -> Any:
+        return set() if unanswered else get_experimental(client, timeout=timeout)
+
+    with patched(GET_CHUNK_SIZE, adapters, size), patched(GET_EXPERIMENTAL, adapters, experimental):
+        yield unanswered
 
 
 @contextlib.contextmanager
-def registering(adapter: Any, *, may_fail: bool) -> Iterator[list[Exception]]:
-    """Have the KV caches registered, or else later, when the server comes: LMCache's heartbeat does that.
+def allow_failed_registration(adapter: Any, *, may_fail: bool) -> Iterator[list[Exception]]:
+    """Have the KV caches registered now, or else by LMCache's heartbeat when the server responds.
 
     Args:
         adapter: LMCache's worker adapter.
         may_fail: Whether to go on without a server.
 
     Yields:
-        What went wrong.
+        The error, where there was one.
     """
     failed: list[Exception] = []
     wait = adapter._mq_timeout
-    if not adapter.is_healthy:
-        adapter._mq_timeout = min(wait, FIRST_WAIT_S)
-    try:
-        yield failed
-    except ConnectionError as problem:
-        if not may_fail:
-            raise
-        failed.append(problem)
-        is_absent(adapter)
-    finally:
-        adapter._mq_timeout = wait
+    with patched(MQ_TIMEOUT, adapter, wait if adapter.is_healthy else min(wait, FIRST_WAIT_S)):
+        try:
+            yield failed
+        except ConnectionError as problem:
+            if not may_fail:
+                raise
+            failed.append(problem)
+            mark_unhealthy(adapter)
 
 
-def is_absent(adapter: Any) -> None:
-    """The adapter is to take its server for dead until a heartbeat is answered."""
+def mark_unhealthy(adapter: Any) -> None:
+    """Mark the server unhealthy until a heartbeat succeeds."""
     for event in getattr(adapter, "_health_events", {}).values() or [adapter._health_event]:
         event.clear()
 
 
-def watch(adapter: Any, blends: Callable[[], bool]) -> None:
-    """Scheduler side: watch the server from now on; one that comes back as another is not used.
+def watch_server(adapter: Any, blends: Callable[[], bool]) -> None:
+    """Scheduler side: start the heartbeat; a server that comes back with another chunk size stays unhealthy.
 
     Args:
         adapter: LMCache's scheduler adapter.
         blends: Whether the workers blend, and a blend server is needed.
     """
-    adapter._ensure_heartbeat_started()
+    start_heartbeat(adapter)
     for url, heartbeat in adapter._heartbeats.items():
         client = adapter.req_clients[url]
         heartbeat.register_recover_callback(
-            lambda client=client: same_chunks(adapter, client) and (not blends() or not handshake(client, _ASK_S))
+            lambda client=client: (
+                has_same_chunk_size(adapter, client) and (not blends() or not handshake(client, _CALL_S))
+            )
         )
 
 
-def same_chunks(adapter: Any, client: Any) -> bool:
-    """Whether a server that is back has the chunk size that the adapter goes by."""
-    alignment = getattr(adapter, "_required_chunk_alignment", None)  # since 0.5.7 the chunk size is agreed on
+def has_same_chunk_size(adapter: Any, client: Any) -> bool:
+    """Whether a server that is back has the chunk size that the adapter uses."""
+    alignment = getattr(adapter, "_required_chunk_alignment", None)  # since 0.5.7 the chunk size is negotiated
     try:
-        asked = client.get_chunk_size() if alignment is None else client.negotiate_chunk_size(alignment)
-        found = asked.result(_ASK_S)
-    except Exception:  # it is asked again with the next heartbeat
+        answer = client.get_chunk_size() if alignment is None else client.negotiate_chunk_size(alignment)
+        found = answer.result(_CALL_S)
+    except Exception:  # tried again with the next heartbeat
         return False
     if found != adapter.lmcache_tokens_per_chunk:
         log.error(
-            "LMCache has chunks of %d tokens now, not %d, and is not used: start it, or vLLM, again with the other's.",
+            "LMCache restarted with chunk size %d, expected %d: ignoring it. "
+            "Restart LMCache or vLLM with matching sizes.",
             found,
             adapter.lmcache_tokens_per_chunk,
         )
@@ -403,47 +439,49 @@ def same_chunks(adapter: Any, client: Any) -> bool:
 
 
 def handshake(client: Any, seconds: float) -> str:
-    """Why the server does not blend with us; empty when it does."""
+    """Agree on LMCache's blend protocol.
+
+    Returns:
+        Why the server does not blend with us; empty when it does.
+    """
     try:
         version, agreed = client.cb_protocol_handshake(PROTOCOL).result(seconds)
     except TimeoutError:
         return "the LMCache server did not answer the blend handshake: start it with --engine-type blend"
     except Exception as problem:
-        return f"the blend handshake with the LMCache server failed: {said(problem)}"
+        return f"the blend handshake with the LMCache server failed: {format_exception(problem)}"
     return "" if agreed else f"the LMCache server speaks blend protocol {version}, not {PROTOCOL}"
 
 
-def ensure_heartbeat(adapter: Any) -> None:
-    """Watch the server from now on rather than from the first transfer on."""
+def start_heartbeat(adapter: Any) -> None:
+    """Start the heartbeat now; LMCache starts it with the first transfer."""
     adapter._ensure_heartbeat_started()
 
 
 class Registration:
-    """Has a worker registered again when LMCache no longer knows it.
+    """Registers a worker again when LMCache does not know it any more.
 
-    LMCache forgets a worker that was not heard of for some time (vLLM was paused), or is another process since the last
-    heartbeat, and answers heartbeats all the same. It then stores nothing.
-
-    Patches RequestClient.ping of the worker's client: one heartbeat is taken as failed, so that LMCache's adapter
-    registers at the next.
+    LMCache forgets a worker that sent no heartbeat for some time (vLLM was paused), or was restarted since the last
+    heartbeat, and answers heartbeats all the same. It then stores nothing. So one heartbeat is taken as failed, and
+    LMCache's adapter registers at the next.
 
     Args:
         adapter: LMCache's worker adapter.
     """
 
     def __init__(self, adapter: Any) -> None:
-        self._ping = adapter.req_client.ping
         self._silent = max(_SILENT_S, 2.5 * adapter._heartbeat_interval)
         self._last: float | None = None
         self._unknown = False
-        adapter.req_client.ping = self.ping
+        self._ping = adapter.req_client.ping
+        patch_object(PING, adapter.req_client, self.ping)
 
     def renew(self) -> None:
-        """LMCache answered that it does not know this worker."""
+        """Register again: LMCache answered that it does not know this worker."""
         self._unknown = True
 
     def ping(self, instance_id: int | None) -> Any:
-        """LMCache's heartbeat, which fails once when the worker has to be registered again."""
+        """LMCache's heartbeat, which fails once when the worker has to register again."""
         from lmcache.v1.multiprocess.futures import MessagingFuture
 
         now = time.monotonic()
@@ -452,8 +490,8 @@ class Registration:
         if not silent and not self._unknown:
             return self._ping(instance_id)
         log.warning(
-            "This worker is registered with LMCache again: %s",
-            "LMCache did not know it" if self._unknown else f"it sent no heartbeat for over {self._silent:.0f} s",
+            "Registering this worker with LMCache again: %s",
+            "LMCache does not know it" if self._unknown else f"it sent no heartbeat for over {self._silent:.0f} s",
         )
         self._unknown = False
         failed: Any = MessagingFuture()
@@ -461,8 +499,8 @@ class Registration:
         return failed
 
 
-def has_ended(address: tuple[str, int] | None) -> bool:
-    """Whether no process listens there; False where that cannot be seen."""
+def server_has_ended(address: tuple[str, int] | None) -> bool:
+    """Whether no process listens at an address; False where that cannot be seen."""
     if address is None:
         return False
     try:
@@ -474,19 +512,20 @@ def has_ended(address: tuple[str, int] | None) -> bool:
     return False
 
 
-def said(problem: Exception) -> str:
+def format_exception(problem: Exception) -> str:
     """An error in one line."""
     return f"{type(problem).__name__}: {problem}" if str(problem) else type(problem).__name__
 
 
-# -- looking up where in a prompt cached KV lies, and the session on the server that this opens ------------------------
+# -- look-ups ----------------------------------------------------------------------------------------------------------
 
-
-_PAUSE = 0.0002  # between two questions for a look-up
+_POLL_PAUSE_S = 0.0002
 
 
 class BlendLookup:
-    """Scheduler side: where in a prompt cached KV lies. Asked again until the server has it in memory.
+    """Scheduler side: looks up where in a prompt there is cached KV, and opens a session on the server.
+
+    The lookup is repeated until the server has the KV in memory.
 
     Args:
         adapter: LMCache's scheduler adapter.
@@ -505,29 +544,29 @@ class BlendLookup:
         self._client = next(iter(adapter.req_clients.values()))
         tokens = to_lmcache(token_ids)
         key = adapter._create_key(tokens, 0, len(token_ids), request_id, salt, configs).no_worker_id_version()
-        # The server knows the prompt from the first question on: 30,900 tokens again and again would keep both busy.
-        # Had it forgotten them, for it was restarted, it would find nothing, and all is computed.
-        self._again = without_tokens(key)
+        # The server knows the prompt from the first call on: 30,900 tokens again and again would keep both busy.
+        # If it forgot them, since it was restarted, it finds nothing, and the whole prompt is computed.
+        self._repeat = without_tokens(key)
         self._future: Any = None
-        self._ask(key)
+        self._send(key)
 
-    def _ask(self, key: Any) -> None:
+    def _send(self, key: Any) -> None:
         try:
             self._future = self._client.cb_unified_lookup(key, self._adapter.tp_size)
         except Exception as problem:
-            self._fails(problem)
+            self._on_error(problem)
 
-    def _fails(self, problem: Exception) -> None:
-        """An error of LMCache's client: nothing is found. Over gRPC that is how a server that has ended answers."""
-        log.warning("LMCache did not look up request %s: %s", self.request_id, said(problem))
-        self._found(0, ())
+    def _on_error(self, problem: Exception) -> None:
+        """Take an error of LMCache's client as nothing found. Over gRPC a server that has ended answers so."""
+        log.warning("LMCache did not look up request %s: %s", self.request_id, format_exception(problem))
+        self._set_result(0, ())
 
-    def _found(self, prefix: int, matches: tuple[Match, ...]) -> None:
+    def _set_result(self, prefix: int, matches: tuple[Match, ...]) -> None:
         self.result = (prefix, matches)
-        self._prefix, self._future = self._prefix[:prefix], None  # the rest of the prompt is not needed any more
+        self._prefix, self._future = self._prefix[:prefix], None  # the rest of the prompt is needed no more
 
     def poll(self, seconds: float) -> bool:
-        """Whether the result is there, waiting for it at most that long."""
+        """Whether the result is there, waiting at most that long."""
         until = time.perf_counter() + seconds
         while self.result is None:
             try:
@@ -535,35 +574,32 @@ class BlendLookup:
                     return False
                 found = self._future.result(0.001)
             except Exception as problem:
-                self._fails(problem)
+                self._on_error(problem)
                 return True
             if found is not None:
                 matches = (Match(m.cur_st, m.cur_ed, m.old_st, m.old_ed, m) for m in found.non_prefix_segments)
-                self._found(int(found.prefix_coverage_tokens), tuple(matches))
+                self._set_result(int(found.prefix_coverage_tokens), tuple(matches))
                 return True
-            self._ask(self._again)  # the server is still at it
+            self._send(self._repeat)  # the server is not done yet
             if time.perf_counter() >= until:
                 return self.result is not None
-            time.sleep(_PAUSE)
+            time.sleep(_POLL_PAUSE_S)
         return True
 
     def release_prefix(self, start: int, end: int) -> None:
-        """Give back the read locks of exact prefix chunks that are not going to be loaded."""
-        if end > start:  # the server hashes up to there: the rest of a prompt would keep it from the load that follows
+        """Release the read locks of exact prefix chunks that are not going to be loaded."""
+        if end > start:  # the server hashes up to there: the rest of a prompt would delay the load that follows
             tokens = to_lmcache(self._prefix[:end])
             self._adapter.free_lookup_locks(tokens, start, end, self.request_id, self.salt, self.configs)
 
     def end_session(self) -> None:
-        """Give back what was looked up and not loaded."""
+        """Release the read locks of what was found and not loaded."""
         self._adapter.end_session(self.request_id)
 
 
 @contextlib.contextmanager
-def session_goes_on(adapter: Any, request_id: str) -> Iterator[None]:
-    """Keep LMCache's connector from ending this request's session: whoever holds its look-up is going to."""
+def keep_session_open(adapter: Any, request_id: str) -> Iterator[None]:
+    """Keep LMCache's connector from ending this request's session: the owner of its look-up is going to."""
     end = adapter.end_session
-    adapter.end_session = lambda name: None if name == request_id else end(name)
-    try:
+    with patched(END_SESSION, adapter, lambda name: None if name == request_id else end(name)):
         yield
-    finally:
-        adapter.end_session = end

@@ -161,7 +161,7 @@ class SchedulerClient:
     """The scheduler's half of LMCache's connector: its adapter, and what it records of each request (its trackers).
 
     Patches the adapter: block reports are sent after a step's loads, and read locks that cannot be released now are
-    released later, see lmcache_client.LaterReports and LaterReleases.
+    released later, see lmcache_client.DeferredBlockReports and DeferredReleases.
 
     Args:
         adapter: LMCache's scheduler adapter.
@@ -173,8 +173,8 @@ class SchedulerClient:
     def __init__(self, adapter: Any, trackers: dict[str, Any], salts: CacheSalts, options: ConnectorOptions) -> None:
         self._adapter, self._trackers, self._options = adapter, trackers, options
         self._salts, self._lora_adapters = salts, Adapters()
-        self._reports = lmcache_client.LaterReports(adapter)
-        self._releases = lmcache_client.LaterReleases(adapter)
+        self._reports = lmcache_client.DeferredBlockReports(adapter)
+        self._releases = lmcache_client.DeferredReleases(adapter)
         self._unused: set[str] = set()  # requests whose look-up by LMCache's own connector has no result that was used
 
     # -- a request's tracker ------------------------------------------------------------------------------------------
@@ -197,7 +197,7 @@ class SchedulerClient:
         adapter = self._lora_adapters.of(getattr(request, "lora_request", None))
         tracker.cache_salt = self._salts.of(prompt, request.cache_salt or "", params, adapter=adapter)
         if has_embeddings(request):
-            lmcache_client.keep_out(tracker)
+            lmcache_client.bypass_lmcache(tracker)
             return
         configs = {MAX_OFFLOAD_TOKENS: params[MAX_OFFLOAD_TOKENS]} if MAX_OFFLOAD_TOKENS in params else {}
         forgets = params.get(FORGET) is True
@@ -249,13 +249,13 @@ class SchedulerClient:
 
     def waiting_loads(self) -> list[Any]:
         """Trackers of requests whose loads by LMCache's own connector are submitted in this step."""
-        return lmcache_client.to_be_loaded(self._trackers.values())
+        return lmcache_client.waiting_for_load(self._trackers.values())
 
     def empty_step(self, scheduled: Iterable[str], loads: Iterable[Any]) -> Any:
         """Metadata for a step for which LMCache's connector could make none; `loads` are submitted in the next one."""
         for request_id in scheduled:
             self.stop_storing(request_id)  # which blocks it has may not have been noted
-        return lmcache_client.empty_step(loads)
+        return lmcache_client.empty_metadata(loads)
 
     def send_releases(self) -> None:
         """Release the read locks that could not be released before; in every step."""
@@ -264,7 +264,7 @@ class SchedulerClient:
     @property
     def has_releases(self) -> bool:
         """Whether an engine without requests should go on, to release read locks in a moment."""
-        return self._releases.waiting
+        return self._releases.pending
 
     @contextlib.contextmanager
     def ending(self, request_id: str, *, keep_session: bool) -> Iterator[None]:
@@ -274,11 +274,11 @@ class SchedulerClient:
             request_id: The request.
             keep_session: Whether its session goes on, since a look-up is still in flight.
         """
-        self._reports.tell()
+        self._reports.send()
         if request_id in self._unused:
             self._unused.discard(request_id)
-            self._releases.unused(request_id, self._trackers[request_id])
+            self._releases.release_unused(request_id, self._trackers[request_id])
         with contextlib.ExitStack() as stack:
             if keep_session:
-                stack.enter_context(lmcache_client.session_goes_on(self._adapter, request_id))
+                stack.enter_context(lmcache_client.keep_session_open(self._adapter, request_id))
             yield

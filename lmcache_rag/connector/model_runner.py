@@ -332,7 +332,7 @@ class VLLMModel:
             log.info("The query pass is not captured as a CUDA graph: %s", reason)
             return None
         ranks = self._config.parallel_config.tensor_parallel_size
-        capture_context = functools.partial(vllm_internals.recording, self.device) if ranks > 1 else None
+        capture_context = functools.partial(vllm_internals.graph_capture_stream, self.device) if ranks > 1 else None
         captured: CapturedQueryPass | None = None
         try:
             captured = CapturedQueryPass(

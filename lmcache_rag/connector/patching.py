@@ -77,21 +77,27 @@ def patch_once(patch: Patch, wrap: Callable[[Any], Any], owner: Any = None) -> N
     setattr(owner, patch.name, wrapped)
 
 
-def patch_object(patch: Patch, owner: Any, replacement: Any) -> Any:
-    """Replace an attribute of one object.
-
-    Returns:
-        What was there before.
-    """
-    stock = getattr(owner, patch.name)
+def patch_object(patch: Patch, owner: Any, replacement: Any) -> None:
+    """Replace an attribute of one object. Another thread may call the replacement at once."""
     setattr(owner, patch.name, replacement)
-    return stock
+
+
+def patch_methods(owner: Any, methods: dict[str, Any]) -> None:
+    """Replace methods and properties of one object, by a subclass of its class.
+
+    Args:
+        owner: The object.
+        methods: The replacements by name; each has a Patch.
+    """
+    kind = type(owner)
+    owner.__class__ = type(kind.__name__, (kind,), methods)
 
 
 @contextlib.contextmanager
 def patched(patch: Patch, owner: Any, replacement: Any) -> Iterator[None]:
     """Replace an attribute of an object, or of a module, within a `with` block."""
-    stock = patch_object(patch, owner, replacement)
+    stock = getattr(owner, patch.name)
+    setattr(owner, patch.name, replacement)
     try:
         yield
     finally:

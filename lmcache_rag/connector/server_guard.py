@@ -1,7 +1,7 @@
 """Loaded by LMCache's server through its option --server-module; see lmcache_rag.connector.lmcache_server.
 
-LMCache 0.5.6 calls `build_server_modules`. 0.5.7 looks for classes of its own kind in here: `ServerGuard`, which is
-made when it is asked for, since this module is imported where LMCache is not, or should not be loaded.
+LMCache 0.5.6 calls `build_server_modules`. 0.5.7 looks for subclasses of its DiscoverableModule here: `ServerGuard`,
+which is made on first access, since this module is imported where LMCache is not, or should not be loaded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MODULE = "lmcache_rag.connector.server_guard"
 
 
 def build_server_modules(context: Any) -> None:
-    """LMCache 0.5.6's hook: patches the modules that are built; adds none.
+    """LMCache 0.5.6's hook: patches the modules that were built; adds none.
 
     Args:
         context: LMCache's ExtServerModuleBuildContext.
@@ -32,14 +32,14 @@ def _server_guard() -> Any:
     from lmcache.v1.multiprocess.engine_module import DiscoverableModule
 
     class ServerGuard(DiscoverableModule):  # type: ignore[misc]
-        """LMCache 0.5.7's hook: patches the modules that are built; adds none."""
+        """LMCache 0.5.7's hook: patches the modules that were built; adds none."""
 
         module_name = "lmcache_rag"
         deferred = True  # built when the others are
 
         @classmethod
         def create(cls, build_ctx: Any) -> None:
-            """Patch.
+            """Patch LMCache's modules.
 
             Args:
                 build_ctx: LMCache's ModuleBuildContext.

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 class KVLoader(Protocol):
-    """Loads KV from LMCache; see lmcache_rag.connector.lmcache_transfers.WorkerLink."""
+    """Loads KV from LMCache; see lmcache_rag.connector.lmcache_transfers.LMCacheLoader."""
 
     @property
     def is_healthy(self) -> bool:

@@ -1,7 +1,7 @@
-"""Private parts of vLLM that are called and read; tests/test_connector_contract*.py check each against vLLM.
+"""Private parts of vLLM that are called and read; lmcache_rag.connector.vllm_patches has those that are replaced.
 
-Written for vLLM 0.25.1 and 0.33. vLLM is imported in the functions: this is loaded in each of vLLM's processes. What is
-replaced in vLLM stands in lmcache_rag.connector.vllm_patches.
+Written for vLLM 0.25.1 to 0.33; tests/test_connector_contract*.py check each part against vLLM. vLLM is imported in the
+functions: this module is loaded in each of vLLM's processes.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-# -- blocks of KV: how vLLM names them ---------------------------------------------------------------------------------
+# -- block pool --------------------------------------------------------------------------------------------------------
 
 
 class CachedBlocks:
-    """vLLM's blocks by the keys that its prefix cache files them under.
+    """vLLM's block pool, by the keys of its prefix cache.
 
-    Its own get_cached_block makes the key from the hash each time, and a list for each block: six times as long.
+    vLLM's get_cached_block makes the key from the hash each time, and a list for each block: it is six times slower.
     """
 
     def __init__(self, pool: Any) -> None:
@@ -26,37 +26,37 @@ class CachedBlocks:
         self._pool, self._key = pool, make_block_hash_with_group_id
 
     def key(self, block_hash: Any) -> Any:
-        """The key of a block with that hash."""
+        """The prefix cache's key of a block hash."""
         return self._key(block_hash, 0)
 
     def get(self, keys: Iterable[Any]) -> Iterator[Any]:
-        """The block under each key; None where there is none."""
-        return map(self._pool.cached_block_hash_to_block.get_one_block, keys)  # a reset puts another map there
+        """Yield the cached block of each key; None where there is none."""
+        return map(self._pool.cached_block_hash_to_block.get_one_block, keys)  # a reset replaces the map
 
     @property
     def blocks(self) -> Sequence[Any]:
-        """All blocks, by their ids."""
+        """All blocks, by id."""
         blocks: Sequence[Any] = self._pool.blocks
         return blocks
 
     def touch(self, blocks: Sequence[Any]) -> None:
-        """Keep blocks from being evicted."""
+        """Take a reference to blocks, which keeps them from being evicted."""
         self._pool.touch(blocks)
 
     def free_blocks(self, blocks: Sequence[Any]) -> None:
-        """Let go of them."""
+        """Drop a reference to blocks."""
         self._pool.free_blocks(blocks)
 
     def remove(self, hashes: Iterable[Any]) -> int:
-        """Take every block with one of these hashes out of the prefix cache; requests that use one keep it.
+        """Evict every block with one of these hashes from the prefix cache; requests that use a block keep it.
 
         Returns:
-            How many.
+            Number of blocks.
         """
         removed = 0
         for block_hash in hashes:
             key = self.key(block_hash)
-            # One hash may have several blocks. One that stays would be found again and again.
+            # One hash may have several blocks. A block that stays would be found again and again.
             while (block := self._pool.cached_block_hash_to_block.get_one_block(key)) is not None:
                 self._pool.evict_blocks({block.block_id})
                 if self._pool.cached_block_hash_to_block.contain(key, block.block_id):
@@ -66,22 +66,23 @@ class CachedBlocks:
 
 
 def hide_from_prefix_cache(request: Any, first_token: int, hash_block: int) -> None:
-    """Make every block from the one that holds `first_token` on unreachable for other requests, decoded ones too.
+    """Hide the block that holds `first_token`, and all later ones, decoded ones too, from other requests.
 
-    vLLM files blocks under the request's chained hashes. Random ones in the place of those of the blocks that are full
-    by now make all later hashes random too; a preempted request still finds its own blocks.
+    vLLM caches blocks under the request's chained hashes. Random hashes for the blocks that are full by now make all
+    later hashes random too; a preempted request still finds its own blocks.
     """
     first = first_token // hash_block
     if not request.block_hashes and getattr(request, "_block_hasher", None) is None:
         return  # prefix caching is off
     del request.block_hashes[first:]
     full = request.num_tokens // hash_block
-    # Not one and the others chained to it by vLLM: at 7 us each that is 13 ms in a prompt of 30,900 tokens.
+    # A random hash for each, not one with the others chained to it by vLLM: at 7 us each those take 13 ms for 30,900
+    # tokens.
     random = os.urandom(32 * max(full - first, 0))
     request.block_hashes.extend([random[at : at + 32] for at in range(0, len(random), 32)])
 
 
-# -- a pass of ours through the model that vLLM loaded -----------------------------------------------------------------
+# -- forward passes and ranks ------------------------------------------------------------------------------------------
 
 
 def attention_layers(vllm_config: Any) -> dict[str, Any]:
@@ -90,7 +91,9 @@ def attention_layers(vllm_config: Any) -> dict[str, Any]:
 
 
 class OwnMetadata:
-    """Attention metadata of a pass of ours: vLLM's attention then calls `attention` instead of its kernel.
+    """Attention metadata of a blend's pass: vLLM's attention calls `attention` instead of its kernel.
+
+    See lmcache_rag.connector.vllm_patches.patch_attention.
 
     Attributes:
         attention: Called as attention(layer, query, key, value, out) with the layer's name.
@@ -101,7 +104,7 @@ class OwnMetadata:
 
 
 def write_kv(layer: Any, key: Any, value: Any, slots: Any) -> None:
-    """Write fresh KV [m, kv heads, size] to slots, int64 [m], by the backend's own operation."""
+    """Write computed KV [m, kv heads, size] to slots, int64 [m], by the backend's own operation."""
     layer.impl.do_kv_cache_update(layer, key, value, layer.kv_cache, slots)
 
 
@@ -115,11 +118,11 @@ def run_pass(
     *,
     as_graphs: bool = True,
 ) -> Any:
-    """Run the model over some tokens in a forward context of our own; the one that was there is restored.
+    """Run the model over some tokens in a forward context of our own; the previous context is restored.
 
-    No layer has a slot mapping, so vLLM writes no KV: the pass writes it itself, when it has looked at the old one.
-    Few tokens run as vLLM's own piecewise CUDA graphs, padded to a captured size. Those read the runner's input
-    buffers, which may hold the inputs of the step that is about to run: they are put back.
+    No layer has a slot mapping, so vLLM writes no KV: the pass writes it itself, after it has read the old KV. Few
+    tokens run as vLLM's own piecewise CUDA graphs, padded to a captured size. Those read the runner's input buffers,
+    which may hold the inputs of the step that is about to run: these are restored.
 
     Args:
         vllm_config: vLLM's configuration.
@@ -128,7 +131,7 @@ def run_pass(
         metadata: Our attention.
         ids: int32 [m]: vLLM compiles for that type and drops torch's guards.
         positions: int64 [m].
-        as_graphs: Whether vLLM's graphs may be used; not while a graph of ours is captured.
+        as_graphs: Whether vLLM's graphs may be used; not while our own graph is captured.
 
     Returns:
         Hidden states [m, width]; the next pass may overwrite them.
@@ -146,10 +149,10 @@ def run_pass(
             slot_mapping={},
         )
 
-    def inputs(token_ids: Any, places: Any) -> dict[str, Any]:
+    def inputs(token_ids: Any, token_positions: Any) -> dict[str, Any]:
         return {
             "input_ids": token_ids,
-            "positions": places,
+            "positions": token_positions,
             "inputs_embeds": None,
             "intermediate_tensors": None,
         }
@@ -159,7 +162,7 @@ def run_pass(
         with context(len(ids), CUDAGraphMode.NONE, None):
             return runner.get_model()(**inputs(ids, positions))
     buffers = (runner.input_buffers.input_ids[:padded], runner.input_buffers.positions[:padded])
-    before = [buffer.clone() for buffer in buffers]
+    saved = [buffer.clone() for buffer in buffers]
     for buffer, own in zip(buffers, (ids, positions), strict=True):
         buffer[: len(own)] = own
         buffer[len(own) :] = 0
@@ -167,20 +170,20 @@ def run_pass(
         with context(padded, CUDAGraphMode.PIECEWISE, BatchDescriptor(num_tokens=padded)):
             return runner.cudagraph_manager.run_pw_graph(runner.get_model(), inputs(*buffers))[: len(ids)]
     finally:
-        for buffer, was in zip(buffers, before, strict=True):
-            buffer.copy_(was)
+        for buffer, previous in zip(buffers, saved, strict=True):
+            buffer.copy_(previous)
 
 
 def run_prefill(vllm_config: Any, runner: Any, ids: Any, positions: Any, blocks: Any, slots: Any) -> Any:
-    """Run the model over a piece of one sequence as vLLM's own step does: its attention, its writes of KV.
+    """Run the model over a part of one sequence as vLLM's own step does: with its attention and its writes of KV.
 
     Args:
         vllm_config: vLLM's configuration.
         runner: The model runner, its KV caches made.
         ids: int32 [m].
-        positions: int64 [m], consecutive; KV of what stands before them is in the cache.
+        positions: int64 [m], consecutive; the KV of all tokens before them is in the cache.
         blocks: The sequence's blocks, int32 [blocks].
-        slots: Where the KV goes, int64 [m].
+        slots: Slots that the KV is written to, int64 [m].
 
     Returns:
         Hidden states [m, width]; the next pass may overwrite them.
@@ -217,7 +220,7 @@ def run_prefill(vllm_config: Any, runner: Any, ids: Any, positions: Any, blocks:
 
 
 def graph_size(runner: Any, tokens: int) -> int:
-    """Size of the piecewise CUDA graph that takes so many tokens; 0 when there is none."""
+    """Size of the piecewise CUDA graph for a number of tokens; 0 when there is none."""
     from vllm.config import CUDAGraphMode
 
     manager = getattr(runner, "cudagraph_manager", None)
@@ -228,7 +231,7 @@ def graph_size(runner: Any, tokens: int) -> int:
 
 
 def exact_rotary_table(rotary: Any) -> Any:
-    """Cosines, then sines, of each position in float32: the model's own table may be in its own, coarser type."""
+    """Cosines, then sines, of each position in float32; the table in the model may be in a type of lower precision."""
     return rotary._compute_cos_sin_cache().float()
 
 
@@ -240,7 +243,7 @@ def tensor_parallel_ranks() -> int:
 
 
 def tensor_parallel_rank() -> int:
-    """Which tensor-parallel rank this process is."""
+    """Tensor-parallel rank of this process."""
     from vllm.distributed import get_tensor_model_parallel_rank
 
     return int(get_tensor_model_parallel_rank())
@@ -254,10 +257,11 @@ def tensor_parallel_sum(tensor: Any) -> Any:
 
 
 @contextlib.contextmanager
-def recording(device: Any) -> Iterator[Any]:
-    """A stream to record a CUDA graph on, while tensor-parallel ranks record theirs: vLLM's all-reduce wants to know.
+def graph_capture_stream(device: Any) -> Iterator[Any]:
+    """A stream to capture a CUDA graph on, while all tensor-parallel ranks capture theirs.
 
-    It exchanges addresses between the ranks when the recording is over, so all of them must be here.
+    vLLM's all-reduce has to know of the capture, and exchanges addresses between the ranks at its end: all of them have
+    to take part.
     """
     from vllm.distributed.parallel_state import graph_capture
 
@@ -266,7 +270,7 @@ def recording(device: Any) -> Iterator[Any]:
 
 
 def true_on_all_ranks(fine: bool) -> bool:
-    """Whether `fine` holds on every tensor-parallel rank. Their hosts say so to each other: none waits for its GPU."""
+    """Whether `fine` is true on every tensor-parallel rank. Uses the CPU process group: no GPU synchronisation."""
     import torch
     from vllm.distributed import get_tp_group
 
@@ -279,7 +283,7 @@ def true_on_all_ranks(fine: bool) -> bool:
 
 
 def in_multi_connector() -> bool:
-    """Whether this worker's connector is vLLM's MultiConnector, and ours one of several inside it."""
+    """Whether the connector of this worker is vLLM's MultiConnector, with ours inside it."""
     from vllm.distributed.kv_transfer import get_kv_transfer_group, has_kv_transfer_group
     from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 

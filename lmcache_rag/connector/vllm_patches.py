@@ -28,7 +28,7 @@ log = logging.getLogger("lmcache_rag")
 LOAD_MODEL = Patch(
     "vllm.v1.worker.gpu_worker:Worker.load_model",
     "Finds the worker of the process, and with it the model.",
-    "a connector is given the model",
+    "a connector gets the model",
 )
 EXECUTE_MODEL = Patch(
     "vllm.v1.worker.gpu_worker:Worker.execute_model",

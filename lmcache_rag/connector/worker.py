@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from lmcache_rag.connector.model_runner import GpuCopy
     from lmcache_rag.connector.transfers import KVLoader
 
-    Parts = tuple[VLLMModel, lmcache_transfers.WorkerLink, GpuCopy | None]
+    Parts = tuple[VLLMModel, lmcache_transfers.LMCacheLoader, GpuCopy | None]
 
 log = logging.getLogger("lmcache_rag")
 
@@ -282,9 +282,9 @@ def _rank_parts(vllm_config: Any, runner: Any, adapter: Any, options: ConnectorO
     loaded = runner.get_model()
     get = vllm_config.kv_transfer_config.get_from_extra_config
     parallel = adapter.parallel_strategy
-    address = lmcache_client.address(get, parallel.vllm_worker_id, parallel.vllm_world_size)
-    loader = lmcache_transfers.WorkerLink(adapter, options.deadline, address, absent=absent)
-    if reason := loader.why_not() or unsupported_reason(vllm_config, loaded):
+    address = lmcache_client.server_address(get, parallel.vllm_worker_id, parallel.vllm_world_size)
+    loader = lmcache_transfers.LMCacheLoader(adapter, options.deadline, address, absent=absent)
+    if reason := loader.unsupported_reason() or unsupported_reason(vllm_config, loaded):
         raise _NotSupported(reason)
     rotary = rotary_of(loaded)
     if detail := loader.register_rope(rotary.cos_sin_cache, rotary.head_size, rotary.is_neox_style):

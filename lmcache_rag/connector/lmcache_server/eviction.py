@@ -5,14 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lmcache_rag.connector.patching import Patch, patch_object
+
+_CONTROLLER = "lmcache.v1.distributed.storage_controllers.eviction_controller"
+_LISTENERS = "lmcache.v1.distributed.eviction"
+_WHY = "The KV of ingested chunks is evicted last."
+_UNTIL = "LMCache's eviction knows priorities"
+MEMORY_POLICY = Patch(f"{_CONTROLLER}:L1EvictionController._eviction_policy", _WHY, _UNTIL)
+TIER_POLICY = Patch(f"{_CONTROLLER}:L2AdapterEvictionState.eviction_policy", _WHY, _UNTIL)
+MEMORY_LISTENER_POLICY = Patch(f"{_LISTENERS}:L1EvictionPolicy._policy", _WHY, _UNTIL)
+TIER_LISTENER_POLICY = Patch(f"{_LISTENERS}:L2EvictionPolicy._policy", _WHY, _UNTIL)
+
 
 class IngestedLast:
-    """In the place of one of LMCache's eviction policies: two of them, and ingested keys go when nothing else is left.
+    """Replaces one of LMCache's eviction policies by two: ingested keys are evicted when no others are left.
 
     Args:
         others: LMCache's policy, as it was made.
-        ingested: Another one of the same kind, for ingested keys.
-        is_ingested: Whether a key is one of an ingested chunk.
+        ingested: Another one of the same class, for ingested keys.
+        is_ingested: Whether a key belongs to an ingested chunk.
     """
 
     def __init__(self, others: Any, ingested: Any, is_ingested: Callable[[Any], bool]) -> None:
@@ -22,25 +33,25 @@ class IngestedLast:
         return getattr(self._others, name)
 
     def register_eviction_destination(self, destination: Any) -> None:
-        """Both policies evict to there."""
+        """Register it with both policies."""
         self._others.register_eviction_destination(destination)
         self._ingested.register_eviction_destination(destination)
 
     def on_keys_created(self, keys: list[Any]) -> None:
-        """Keys are stored."""
+        """Add stored keys."""
         self._route("on_keys_created", keys)
 
     def on_keys_reserved(self, keys: list[Any]) -> None:
-        """Keys are about to be stored."""
+        """Add keys that are about to be stored."""
         self._route("on_keys_reserved", keys)
 
     def on_keys_touched(self, keys: list[Any]) -> None:
-        """Keys were used."""
+        """Mark keys as used."""
         self._others.on_keys_touched(keys)
         self._ingested.on_keys_touched(keys)
 
     def on_keys_removed(self, keys: list[Any]) -> None:
-        """Keys are gone."""
+        """Remove keys."""
         self._others.on_keys_removed(keys)
         self._ingested.on_keys_removed(keys)
 
@@ -50,9 +61,9 @@ class IngestedLast:
         key_eligible_filter: Callable[[Any], bool] | None = None,
         cache_salt: str | None = None,
     ) -> list[Any]:
-        """What to evict: of the others as long as any of them may go."""
+        """Select keys to evict: not ingested ones as long as there are others."""
 
-        def other(key: Any) -> bool:  # one that was ingested since it was stored is still among the others
+        def other(key: Any) -> bool:  # a key that was ingested after it was stored is still among the others
             return not self._is_ingested(key) and (key_eligible_filter is None or key_eligible_filter(key))
 
         for policy, eligible in (
@@ -77,11 +88,11 @@ class IngestedLast:
 
 
 def evict_ingested_last(storage: Any, is_ingested: Callable[[Any], bool]) -> None:
-    """Patch: the policies of LMCache's memory and of the second tiers that there are now.
+    """Replace the eviction policies of LMCache's memory and of the second tiers that there are now.
 
     Args:
         storage: LMCache's StorageManager.
-        is_ingested: Whether a key is one of an ingested chunk.
+        is_ingested: Whether a key belongs to an ingested chunk.
     """
     from lmcache.v1.distributed.eviction_policy import CreateEvictionPolicy
 
@@ -89,6 +100,10 @@ def evict_ingested_last(storage: Any, is_ingested: Callable[[Any], bool]) -> Non
         return IngestedLast(policy, CreateEvictionPolicy(config), is_ingested)
 
     for memory in storage._eviction_controllers:
-        memory._listener._policy = memory._eviction_policy = wrapped(memory._eviction_policy, memory._eviction_config)
+        policy = wrapped(memory._eviction_policy, memory._eviction_config)
+        patch_object(MEMORY_POLICY, memory, policy)
+        patch_object(MEMORY_LISTENER_POLICY, memory._listener, policy)
     for tier in storage._l2_eviction_controller._adapter_states:
-        tier.listener._policy = tier.eviction_policy = wrapped(tier.eviction_policy, tier.eviction_config)
+        policy = wrapped(tier.eviction_policy, tier.eviction_config)
+        patch_object(TIER_POLICY, tier, policy)
+        patch_object(TIER_LISTENER_POLICY, tier.listener, policy)

@@ -1,4 +1,4 @@
-"""Takes a chunk's KV out of memory, second tiers and the index."""
+"""Removes a chunk's KV from memory, second tiers and the index."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from lmcache_rag.connector.patching import Patch, patch_object
+
 log = logging.getLogger("lmcache_rag")
+
+_MEMORY = "lmcache.v1.distributed.l1_manager:L1Manager"
+_WHY = "KV that is being removed is not read, nor loaded from a second tier again."
+_UNTIL = "LMCache's protocol can remove KV"
+RESERVE_READ = Patch(f"{_MEMORY}.reserve_read", _WHY, _UNTIL)
+RESERVE_WRITE = Patch(f"{_MEMORY}.reserve_write", _WHY, _UNTIL)
 
 PASSES_S = (0.0, 1.0, 5.0, 30.0)  # after an object has left memory: a second tier may still have been writing it
 PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0  # between two attempts at what is being read
 
 
 class Forgetting:
-    """Removes objects, at once or when their locks end, and until then keeps them from being read again.
+    """Removes objects, at once or when their locks end, and keeps them from being read until then.
 
-    A thread does the removing. A key is held back until the last of the PASSES_S is over: what was on the way from or
-    to a second tier when its removal was asked for is removed by a later pass. Storing it anew ends that.
+    A thread removes them. A key is blocked until the last of the PASSES_S is over: an object that was on the way from
+    or to a second tier when its removal was requested is removed by a later pass. Storing it anew ends that.
 
     Args:
         storage: LMCache's StorageManager.
@@ -32,10 +40,10 @@ class Forgetting:
         self._thread: threading.Thread | None = None
 
     def forget(self, keys: Iterable[Any]) -> threading.Event:
-        """Have objects removed.
+        """Remove objects.
 
         Returns:
-            Set when each of them is gone, but for those that a request is reading at present.
+            Set when all of them are removed, but for those that a request is reading at present.
         """
         keys = list(dict.fromkeys(keys))
         done = threading.Event()
@@ -50,7 +58,7 @@ class Forgetting:
         return done
 
     def keep(self, keys: Iterable[Any]) -> None:
-        """These objects are stored anew."""
+        """Stop removing these objects: they are stored anew."""
         if self._held:
             with self._lock:
                 for key in keys:
@@ -58,11 +66,11 @@ class Forgetting:
                         removal.done.set()
 
     def holds(self, key: Any) -> bool:
-        """Whether an object is not to be read any more."""
+        """Whether an object must not be read any more."""
         return key in self._held
 
     def __len__(self) -> int:
-        """Objects that are held back."""
+        """Number of objects that are being removed."""
         return len(self._held)
 
     def _run(self) -> None:
@@ -72,10 +80,10 @@ class Forgetting:
             try:
                 self.step(time.monotonic())
             except Exception:
-                log.exception("KV that is to be forgotten could not be removed; it is tried again")
+                log.exception("KV could not be removed; trying again")
 
     def step(self, now: float) -> None:
-        """Do what is due."""
+        """Remove the objects that are due."""
         with self._lock:
             due = [key for key, removal in self._held.items() if removal.next <= now]
             removals = {self._held[key] for key in due}
@@ -86,8 +94,8 @@ class Forgetting:
         for _, tier in self._storage.l2_adapters():
             try:
                 tier.delete(due)
-            except Exception:  # the passes to come try again
-                log.warning("A second tier did not delete what is to be forgotten", exc_info=True)
+            except Exception:  # later passes try again
+                log.warning("A second tier did not delete KV; trying again", exc_info=True)
         with self._lock:
             for removal in removals:
                 keys = {key for key in due if self._held.get(key) is removal}
@@ -107,32 +115,32 @@ class Forgetting:
         return any(memory.get_object_state(key) is not None for memory in self._storage._l1_managers_by_id.values())
 
     def guard(self) -> None:
-        """Patch: LMCache's memory does not give out objects that are held back, nor load them from a second tier."""
+        """Have LMCache's memory neither give out objects that are being removed, nor load them from a second tier."""
         from lmcache.v1.distributed.error import L1Error
 
         for memory in self._storage._l1_managers_by_id.values():
-            _without(memory, "reserve_read", self.holds, (L1Error.KEY_NOT_EXIST, None), ())
-            _without(memory, "reserve_write", self.holds, (L1Error.KEY_NOT_WRITABLE, None), ("is_temporary",))
+            _without(memory, RESERVE_READ, self.holds, (L1Error.KEY_NOT_EXIST, None), ())
+            _without(memory, RESERVE_WRITE, self.holds, (L1Error.KEY_NOT_WRITABLE, None), ("is_temporary",))
 
 
 class _Removal:
-    """What was asked for in one go."""
+    """Objects whose removal was requested together."""
 
     def __init__(self, done: threading.Event) -> None:
         self.done, self.passed, self.next, self.pause = done, 0, 0.0, PAUSE_S
 
 
-def _without(memory: Any, name: str, holds: Callable[[Any], bool], answer: Any, beside: tuple[str, ...]) -> None:
-    """Have a method of `memory` be called without the keys that are held back, whose answer is `answer`.
+def _without(memory: Any, patch: Patch, holds: Callable[[Any], bool], answer: Any, beside: tuple[str, ...]) -> None:
+    """Have a method of `memory` called without the keys that are being removed, for which it returns `answer`.
 
     Args:
         memory: LMCache's L1Manager.
-        name: The method; it is given `keys`, and returns a dictionary by key.
-        holds: Whether a key is held back.
-        answer: What is returned for one.
+        patch: The method; it takes `keys`, and returns a dictionary by key.
+        holds: Whether a key is being removed.
+        answer: What is returned for such a key.
         beside: Arguments that are lists as long as `keys`.
     """
-    call = getattr(memory, name)
+    call = getattr(memory, patch.name)
 
     def guarded(keys: list[Any], *args: Any, **kwargs: Any) -> dict[Any, Any]:
         held = [key for key in keys if holds(key)]
@@ -144,4 +152,4 @@ def _without(memory: Any, name: str, holds: Callable[[Any], bool], answer: Any, 
         kwargs |= {one: [kwargs[one][at] for at in free] for one in beside if one in kwargs}
         return {**call([keys[at] for at in free], *args, **kwargs), **dict.fromkeys(held, answer)}
 
-    setattr(memory, name, guarded)
+    patch_object(patch, memory, guarded)

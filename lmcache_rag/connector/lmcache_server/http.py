@@ -1,7 +1,7 @@
-"""Cuts LMCache's HTTP API down to what is needed.
+"""Cuts LMCache's HTTP API down to the routes that are needed.
 
-It asks nobody for a key by default, and would hand out the environment and the second tier's password, run scripts, and
-change the server's settings.
+By default it needs no key, and shows the environment and the second tier's password, runs scripts, and changes the
+server's settings.
 """
 
 from __future__ import annotations
@@ -12,9 +12,16 @@ import re
 import sys
 from typing import Any
 
+from lmcache_rag.connector.patching import Patch
+
 log = logging.getLogger("lmcache_rag")
 
 HTTP_SERVER = "lmcache.v1.multiprocess.http_server"
+ROUTES = Patch(
+    f"{HTTP_SERVER}:app.routes",
+    "The HTTP port has only harmless routes, and /config shows no secret.",
+    "LMCache's HTTP API has a key and shows no secret",
+)
 KEPT = frozenset(
     {
         "/",
@@ -40,13 +47,13 @@ _IN_ADDRESS = re.compile(r"(?<=://)[^/\s@]*@")
 
 
 def cut_routes(app: Any = None) -> list[str]:
-    """Patch: take out every route but those in KEPT, and have /config mask what is secret.
+    """Remove every route but those in KEPT, and have /config mask secrets.
 
     Args:
         app: A FastAPI application; default: that of LMCache's HTTP server, where this process has one.
 
     Returns:
-        The paths that were taken out.
+        The paths that were removed.
     """
     if app is None:
         app = getattr(sys.modules.get(HTTP_SERVER), "app", None)

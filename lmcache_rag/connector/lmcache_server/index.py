@@ -1,8 +1,8 @@
 """Which chunks may be blended, and where they are found in a prompt.
 
-LMCache's own table of chunk fingerprints has one entry per slot, which later chunks overwrite, never gives a slot back,
-and takes a 64-bit polynomial for the text. This index takes its place: chunks leave it when their KV is evicted or
-forgotten, ingested ones never make room for others, and a match is compared by a keyed hash of all its tokens.
+LMCache's own table of chunk fingerprints has one entry per slot, which later chunks overwrite, never frees a slot, and
+compares chunks by a 64-bit polynomial. This index replaces it: chunks leave it when their KV is evicted or removed,
+ingested ones are never evicted for others, and a match is compared by a keyed hash of all its tokens.
 """
 
 from __future__ import annotations
@@ -65,16 +65,16 @@ class ChunkIndex:
     def __init__(self, chunk: int, size: int) -> None:
         self._lock = threading.Lock()
         self.size = size
-        self.asked = 0
+        self.looked_up = 0
         self.found = 0
-        self._told = False
+        self._warned = False
         self.reset(chunk)
 
     def reset(self, chunk: int) -> None:
-        """Begin anew, with chunks of so many tokens."""
+        """Empty the index, and set the number of tokens in a chunk."""
         with self._lock:
             self.chunk = chunk
-            # Drawn afresh: nobody can prepare texts that collide.
+            # Random: no one can prepare texts that collide.
             self._base = np.uint64(secrets.randbits(64) | 1)
             self._spread = np.uint64(secrets.randbits(64) | 1)
             self._key = secrets.token_bytes(32)
@@ -90,18 +90,18 @@ class ChunkIndex:
             self._count = 0
 
     def __len__(self) -> int:
-        """Chunks that can be found."""
+        """Number of chunks that can be found."""
         return self._count
 
-    # -- what is stored -----------------------------------------------------------------------------------------------
+    # -- stored chunks ------------------------------------------------------------------------------------------------
 
     def declare(self, salt: str, hashes: Iterable[bytes], *, ingested: bool) -> None:
-        """Chunks are about to be stored; `register` makes them findable.
+        """Add chunks that are about to be stored; they can be found after `register`.
 
         Args:
             salt: Their namespace.
             hashes: LMCache's hashes of them.
-            ingested: Whether a client declared them; else they only may take what room is left.
+            ingested: Whether a client declared them; others only take room that is left.
         """
         with self._lock:
             for chunk_hash in hashes:
@@ -116,7 +116,7 @@ class ChunkIndex:
             self._bound()
 
     def register(self, salt: str, tokens: Any, hashes: Sequence[bytes], start: int) -> int:
-        """Make declared chunks findable. Those that left the index since they were declared are passed over.
+        """Make declared chunks findable. Those that left the index since they were declared are skipped.
 
         Args:
             salt: Their namespace.
@@ -125,7 +125,7 @@ class ChunkIndex:
             start: Token at which the first begins in its prompt.
 
         Returns:
-            How many were not findable before.
+            Number of chunks that could not be found before.
         """
         new = 0
         if not hashes:
@@ -155,7 +155,7 @@ class ChunkIndex:
             return entry is not None and entry.ingested
 
     def remove(self, salt: str, hashes: Iterable[bytes]) -> None:
-        """Their KV is gone."""
+        """Remove chunks of a namespace: their KV was removed."""
         with self._lock:
             for chunk_hash in hashes:
                 entry = self._entry(salt, chunk_hash)
@@ -163,22 +163,22 @@ class ChunkIndex:
                     self._drop(entry)
 
     def remove_everywhere(self, hashes: Iterable[bytes]) -> None:
-        """Their KV is gone, in whichever namespace."""
+        """Remove chunks of every namespace: their KV was removed."""
         with self._lock:
             for chunk_hash in hashes:
                 for entry in list(self._entries.get(chunk_hash, ())):
                     self._drop(entry)
 
-    # -- what is asked ------------------------------------------------------------------------------------------------
+    # -- look-ups -----------------------------------------------------------------------------------------------------
 
     def match(self, tokens: Any, salt: str | None) -> list[Match]:
-        """Where chunks of a namespace are in a prompt: each chunk once, at its first place.
+        """Find chunks of a namespace in a prompt: each chunk once, at its first position.
 
         Args:
             tokens: The prompt; see `as_tokens`.
             salt: The namespace; None: any.
         """
-        self.asked += len(tokens) // self.chunk
+        self.looked_up += len(tokens) // self.chunk
         if len(tokens) < self.chunk or not self._count:
             return []
         rolling = self._polynomials(tokens)
@@ -215,8 +215,8 @@ class ChunkIndex:
 
     def _bound(self) -> None:
         while len(self._ingested) + len(self._others) > self.size:
-            if not self._others and not self._told:
-                self._told = True
+            if not self._others and not self._warned:
+                self._warned = True
                 log.warning(
                     "The index is full with %d ingested chunks: the least recently used ones leave it and are not "
                     "blended any more. Raise --index-size.",

@@ -1,13 +1,6 @@
-"""Puts the index, its modes, deadlines and forgetting into LMCache's modules.
+"""Patches of LMCache's server modules: deadlines of transfers, the chunk index, removal of KV.
 
-Patches of LMCache 0.5.6 and 0.5.7, each of an object that the server has made, by a subclass of its class:
-
-- loads (`retrieve`, `cb_retrieve_pre_computed`) and stores (`store`, `commit_store`) are refused after the key's
-  deadline, and stores of what is not ingested where that is asked for;
-- `StorageManager.prepare_write_completion` looks at the deadline once more, after the copy;
-- `BlendModule.store` enters chunks into our index instead of LMCache's table of fingerprints;
-- `BlendModule._match_fingerprints` and `_token_range_matcher` ask our index;
-- `BlendModule.cb_unified_lookup` takes KV out for a key that says so.
+For LMCache 0.5.6 and 0.5.7, each of an object that the server has made, by a subclass of its class.
 """
 
 from __future__ import annotations
@@ -26,13 +19,40 @@ from lmcache_rag.connector.lmcache_server import eviction, http
 from lmcache_rag.connector.lmcache_server.forget import Forgetting
 from lmcache_rag.connector.lmcache_server.index import ChunkIndex, as_tokens, from_ids
 from lmcache_rag.connector.lmcache_server.settings import ServerSettings
+from lmcache_rag.connector.patching import Patch, patch_methods, patch_object
 
 log = logging.getLogger("lmcache_rag")
 
+_MODULES = "lmcache.v1.multiprocess.modules"
+_BLEND = f"{_MODULES}.blend.module:BlendModule"
+_DEADLINE_WHY = "Loads and stores are refused after their deadline; a store's is checked again after the copy."
+_DEADLINE_UNTIL = "LMCache refuses late transfers"
+RETRIEVE = Patch(
+    f"{_MODULES}.lmcache_driven_transfer:LMCacheDrivenTransferModule.retrieve", _DEADLINE_WHY, _DEADLINE_UNTIL
+)
+BLEND_RETRIEVE = Patch(f"{_BLEND}.cb_retrieve_pre_computed", _DEADLINE_WHY, _DEADLINE_UNTIL)
+STORE = Patch(f"{_MODULES}.lmcache_driven_transfer:LMCacheDrivenTransferModule.store", _DEADLINE_WHY, _DEADLINE_UNTIL)
+COMMIT_STORE = Patch(
+    f"{_MODULES}.engine_driven_transfer:EngineDrivenTransferModule.commit_store", _DEADLINE_WHY, _DEADLINE_UNTIL
+)
+WRITE_COMPLETION = Patch(
+    "lmcache.v1.distributed.storage_manager:StorageManager.prepare_write_completion", _DEADLINE_WHY, _DEADLINE_UNTIL
+)
+_INDEX_WHY = "Chunks are entered into, and found by, an index that forgets what is evicted and compares keyed hashes."
+_INDEX_UNTIL = "LMCache's chunk index frees evicted chunks and compares keyed hashes"
+BLEND_STORE = Patch(f"{_BLEND}.store", _INDEX_WHY, _INDEX_UNTIL)
+MATCH = Patch(f"{_BLEND}._match_fingerprints", _INDEX_WHY, _INDEX_UNTIL)
+MATCHER = Patch(f"{_BLEND}._token_range_matcher", _INDEX_WHY, _INDEX_UNTIL)
+LOOKUP = Patch(
+    f"{_BLEND}.cb_unified_lookup",
+    "A look-up with the key `lmcache_rag.forget` removes the KV of its prompt.",
+    "LMCache's protocol can remove KV",
+)
+
 _REGISTER = "lmcache_rag_register"  # kind of a callback of LMCache's device stream
-_LOADS = ("retrieve", "cb_retrieve_pre_computed")
-_STORES = ("store", "commit_store")
-_WAIT_S = 0.2  # for a removal, before the client is to ask again
+_LOADS = (RETRIEVE.name, BLEND_RETRIEVE.name)
+_STORES = (STORE.name, COMMIT_STORE.name)
+_WAIT_S = 0.2  # for a removal, before the client has to call again
 
 
 def install(context: Any, modules: Sequence[Any], config: Mapping[str, Any]) -> Guard:
@@ -57,11 +77,11 @@ def install(context: Any, modules: Sequence[Any], config: Mapping[str, Any]) -> 
 
 
 class Guard:
-    """What the patched modules of one server share.
+    """State that the patched modules of one server share.
 
     Args:
         context: LMCache's MPCacheServerContext.
-        settings: What was asked for.
+        settings: The "config" of --server-module.
     """
 
     def __init__(self, context: Any, settings: ServerSettings) -> None:
@@ -77,7 +97,7 @@ class Guard:
     # -- patches ------------------------------------------------------------------------------------------------------
 
     def patch(self, module: Any) -> None:
-        """Give a module's loads, stores and look-ups what they lack."""
+        """Patch a module's loads, stores and look-ups."""
         kind = type(module)
         methods: dict[str, Any] = {}
         if hasattr(kind, "_match_fingerprints"):
@@ -89,35 +109,35 @@ class Guard:
             if hasattr(kind, name):
                 methods[name] = self._stores(methods.get(name, getattr(kind, name)), getattr(kind, name))
         if methods:
-            module.__class__ = type(kind.__name__, (kind,), methods)
+            patch_methods(module, methods)
 
     def _in_time(self, load: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(load)  # LMCache's marks on a handler come along
         def guarded(module: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
-            if _late(key):
+            if _past_deadline(key):
                 log.warning("request %s: load deadline passed, load skipped", key.request_id)
                 try:
                     self._unlock(module, key, args[0])
-                except Exception:  # an answer is waited for
-                    log.exception("request %s: read locks are left to their end by time", key.request_id)
+                except Exception:  # the worker waits for an answer
+                    log.exception("request %s: read locks were not released, and will expire", key.request_id)
                 return b"", False
             return load(module, key, *args, **kwargs)
 
         return guarded
 
     def _unlock(self, module: Any, key: Any, instance_id: int) -> None:
-        """Give back the read locks that a refused load of an exact prefix would have given back, of one worker.
+        """Release one worker's read locks that a refused load of an exact prefix would have released.
 
         LMCache does so for workers that it does not know any more, where the load's tokens are the look-up's. Ours ends
-        with the prefix. What a chunk's load leaves locked is given back when its session ends.
+        with the prefix. What a chunk's load leaves locked is released when its session ends.
         """
         release = getattr(module, "_release_failed_retrieve_locks", None)
         session = self.context.session_manager.get(key.request_id)
-        if release is None or session is None or (asked := session.lookup_ipc_key) is None:
+        if release is None or session is None or (lookup := session.lookup_ipc_key) is None:
             return
         name = "token_bytes" if hasattr(key, "token_bytes") else "token_ids"  # LMCache 0.5.7's, 0.5.6's
-        looked_up, given = getattr(asked, name), getattr(key, name)
-        if looked_up[: len(given)] == given:
+        looked_up, loaded = getattr(lookup, name), getattr(key, name)
+        if looked_up[: len(loaded)] == loaded:
             release(dataclasses.replace(key, **{name: looked_up}), instance_id)
 
     def _stores(self, store: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
@@ -126,7 +146,7 @@ class Guard:
 
         @functools.wraps(stock)
         def guarded(module: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
-            if _late(key):
+            if _past_deadline(key):
                 log.warning("request %s: store deadline passed, store skipped", key.request_id)
                 return refused
             ingested = _flag(key, protocol.INGEST)
@@ -148,11 +168,11 @@ class Guard:
         return guarded
 
     def _commit_in_time(self, prepare: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """A server may stand still while it copies: LMCache commits nothing of a store where this raises."""
+        """Check the deadline after the copy too: a server may stand still in it. An error keeps it from committing."""
 
         def guarded(objects: Any) -> Any:
             key = getattr(self._thread, "storing", None)
-            if key is not None and _late(key):
+            if key is not None and _past_deadline(key):
                 raise TimeoutError(f"request {key.request_id}: store deadline passed while its KV was copied")
             return prepare(objects)
 
@@ -166,7 +186,7 @@ class Guard:
             handle, stored, _ = module._transfer_module.store_with_chunk_mask(
                 key, instance_id, gpu_block_ids, event_ipc_handle
             )
-            if stored and guard._indexes(key) and key.worker_id in (0, None):  # one rank's word is enough
+            if stored and guard._indexes(key) and key.worker_id in (0, None):  # one rank is enough
                 guard.register_later(module, key, instance_id)
             return handle, stored
 
@@ -181,17 +201,17 @@ class Guard:
 
         matcher = _Matcher(self)
         return {
-            "store": store,
-            "_match_fingerprints": match,
-            "cb_unified_lookup": cb_unified_lookup,
-            # 0.5.7 makes another when it agrees on the size of a chunk with the first worker
-            "_token_range_matcher": property(lambda _: matcher, lambda _, made: guard.index.reset(made.chunk_size)),
+            BLEND_STORE.name: store,
+            MATCH.name: match,
+            LOOKUP.name: cb_unified_lookup,
+            # 0.5.7 makes another when it negotiates the chunk size with the first worker
+            MATCHER.name: property(lambda _: matcher, lambda _, made: guard.index.reset(made.chunk_size)),
         }
 
     def watch(self) -> None:
-        """Hear what leaves memory and tiers, evict ingested KV last, and report."""
+        """Follow what leaves memory and tiers, evict ingested KV last, and publish metrics."""
         self.forgetting.guard()
-        self.storage.prepare_write_completion = self._commit_in_time(self.storage.prepare_write_completion)
+        patch_object(WRITE_COMPLETION, self.storage, self._commit_in_time(self.storage.prepare_write_completion))
         listener = _Listener(self)
         for memory in self._memories:
             memory.register_listener(listener)
@@ -221,7 +241,7 @@ class Guard:
         return self.settings.index == "all" or _flag(key, protocol.INGEST)
 
     def register_later(self, blend: Any, key: Any, instance_id: int) -> None:
-        """Make a store's chunks findable once the device has copied them.
+        """Enter a store's chunks into the index once the device has copied them.
 
         All of them that are in memory then: one that another request stored before is not stored again.
         """
@@ -258,13 +278,13 @@ class Guard:
             job()
 
     def left_memory(self, keys: Sequence[Any]) -> None:
-        """Objects left memory. Where second tiers may hold them, LMCache's look-ups find out."""
+        """Remove evicted objects from the index. Where second tiers may hold them, LMCache's look-ups find out."""
         if len(self._memories) == 1 and not self.storage.l2_adapters():
             for key in keys:
                 self.index.remove(key.cache_salt, (key.chunk_hash,))
 
     def left_tier(self, keys: Sequence[Any]) -> None:
-        """Objects left a second tier."""
+        """Remove objects from the index that were evicted from a second tier."""
         if len(self.storage.l2_adapters()) == 1:
             for key in keys:
                 if not self._in_memory(key):
@@ -280,10 +300,10 @@ class Guard:
     # -- forgetting ---------------------------------------------------------------------------------------------------
 
     def forget(self, key: Any) -> Any:
-        """Have a prompt's KV after its prefix removed.
+        """Remove a prompt's KV after its prefix.
 
         Returns:
-            What a look-up returns that found nothing; None: ask again, it is not removed yet.
+            The result of a look-up that found nothing; None: it is not removed yet, call again.
         """
         from lmcache.v1.multiprocess.custom_types import CBUnifiedLookupResult
 
@@ -295,7 +315,7 @@ class Guard:
                 return nothing
             self.index.remove(key.cache_salt, {each.chunk_hash for each in keys})
             done = self.forgetting.forget(keys)
-            log.info("request %s: %d objects are forgotten", key.request_id, len(keys))
+            log.info("request %s: removing %d objects", key.request_id, len(keys))
         if done.wait(_WAIT_S):
             return nothing
         self._removals = {request: each for request, each in self._removals.items() if not each.is_set()}
@@ -303,13 +323,13 @@ class Guard:
         return None
 
     def _chunk_objects(self, key: Any) -> list[Any]:
-        """Every object of a prompt but those of its prefix alone."""
+        """All objects of a prompt, but for those of its prefix."""
         from lmcache.v1.distributed.api import ipc_key_to_object_keys
 
         tokens = as_tokens(key)
         prefix = protocol.named_prefix(key.request_configs, len(tokens))
         if not prefix:
-            log.warning("request %s names no %s: nothing is forgotten", key.request_id, protocol.PREFIX)
+            log.warning("request %s has no valid %s: nothing is removed", key.request_id, protocol.PREFIX)
             return []
         hasher = self.context.token_hasher
         packed = getattr(key, "token_bytes", None)
@@ -326,7 +346,7 @@ class Guard:
 
 
 class _Matcher:
-    """In the place of LMCache's BlendTokenRangeMatcher, for what else uses that."""
+    """Replaces LMCache's BlendTokenRangeMatcher for its other users."""
 
     def __init__(self, guard: Guard) -> None:
         self._guard = guard
@@ -339,14 +359,14 @@ class _Matcher:
         return self._guard.matches(from_ids(token_ids), None)
 
     def on_new_token_hashes(self, *_: Any, **__: Any) -> int:
-        return 0  # BlendModule.store, which would ask for it, is replaced
+        return 0  # BlendModule.store, which would call it, is replaced
 
     def remove_chunks(self, token_hashes: Sequence[bytes]) -> None:
         self._guard.index.remove_everywhere(token_hashes)
 
 
 class _Listener:
-    """Hears of LMCache's memory and second tiers what leaves them."""
+    """A listener of LMCache's memory and second tiers."""
 
     def __init__(self, guard: Guard) -> None:
         self.on_l1_keys_deleted_by_manager = guard.left_memory
@@ -362,7 +382,7 @@ def _ignore(*_: Any) -> None:
     pass
 
 
-def _late(key: Any) -> bool:
+def _past_deadline(key: Any) -> bool:
     until = (key.request_configs or {}).get(protocol.UNTIL)
     return isinstance(until, float) and time.time() > until
 
@@ -383,7 +403,7 @@ def _runs(wanted: Sequence[bool]) -> list[tuple[int, int]]:
 
 
 def _report(index: ChunkIndex) -> None:
-    """Our numbers on LMCache's /metrics, by OpenTelemetry as its own are."""
+    """Publish the index's metrics on LMCache's /metrics, by OpenTelemetry as its own."""
     try:
         from opentelemetry import metrics
     except ImportError:
@@ -400,7 +420,9 @@ def _report(index: ChunkIndex) -> None:
         protocol.INDEX_SIZE, reading(lambda: index.size), description="Most chunks that the index takes"
     )
     meter.create_observable_counter(
-        protocol.INDEX_ASKED, reading(lambda: index.asked), description="Whole chunks in prompts that were looked up"
+        protocol.INDEX_ASKED,
+        reading(lambda: index.looked_up),
+        description="Whole chunks in prompts that were looked up",
     )
     meter.create_observable_counter(
         protocol.INDEX_FOUND, reading(lambda: index.found), description="Chunks that the index found in them"

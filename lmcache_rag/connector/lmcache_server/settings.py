@@ -1,4 +1,4 @@
-"""What `lmcache-rag serve` says in LMCache's --server-module."""
+"""Settings in LMCache's --server-module, as `lmcache-rag serve` writes them."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ class ServerSettings:
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> ServerSettings:
-        """From the "config" of --server-module.
+        """Read the "config" of --server-module.
 
         Raises:
-            ValueError: It is wrong; LMCache does not start then.
+            ValueError: A setting is invalid; LMCache does not start then.
         """
         known = {field.name for field in fields(cls)}
         if unknown := sorted(set(config) - known):
@@ -45,6 +45,6 @@ class ServerSettings:
         return found
 
     def config(self) -> dict[str, Any]:
-        """The "config" of --server-module: what is not as usual."""
-        usual = asdict(ServerSettings())
-        return {name: value for name, value in asdict(self).items() if value != usual[name]}
+        """The "config" of --server-module: settings that are not the defaults."""
+        defaults = asdict(ServerSettings())
+        return {name: value for name, value in asdict(self).items() if value != defaults[name]}
