@@ -14,7 +14,7 @@ import torch
 from models import tiny_model
 from paged_kit import PagedModel
 
-from lmcache_rag.connector import passed, self_check
+from lmcache_rag.connector import self_check
 from lmcache_rag.connector.attention import PagedAttention, PagedSequence
 from lmcache_rag.connector.model_runner import GpuCopy
 from lmcache_rag.connector.self_check import Finding, Prompt, compare_with_prefill
@@ -321,33 +321,40 @@ def test_a_folder_that_cannot_be_written_costs_a_check_only(
 
 
 def test_old_files_are_removed(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    monkeypatch.setattr(passed, "_MOST", 3)
+    monkeypatch.setattr(self_check, "_MOST_PASSED", 3)
     for number in range(6):
-        passed.remember(f"check{number}")
+        self_check.remember_passed(f"check{number}")
         os.utime(cache / f"check{number}", (number, number))
-    assert [passed.is_known(f"check{number}") for number in range(6)] == [False] * 3 + [True] * 3
+    assert [self_check.has_passed(f"check{number}") for number in range(6)] == [False] * 3 + [True] * 3
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        lambda patch: patch.setattr(passed, "identity", lambda config: "other weights"),
-        lambda patch: patch.setattr(passed, "_version", lambda package: "9.9"),
-        lambda patch: patch.setattr(passed, "_code", lambda: "other code"),
+        lambda patch: patch.setattr(self_check, "identity", lambda config: "other weights"),
+        lambda patch: patch.setattr(self_check, "_installed_version", lambda package: "9.9"),
+        lambda patch: patch.setattr(self_check, "_code_digest", lambda: "other code"),
         lambda patch: patch.setattr(CONFIG.parallel_config, "tensor_parallel_size", 2),
         lambda patch: patch.setattr(torch.version, "cuda", "99.0"),
     ],
 )
 def test_another_model_or_build_is_checked(monkeypatch: pytest.MonkeyPatch, change: Callable[[Any], None]) -> None:
-    name = passed.name_of(CONFIG)
-    assert name == passed.name_of(CONFIG) != ""
+    name = self_check.check_name(CONFIG)
+    assert name == self_check.check_name(CONFIG) != ""
     change(monkeypatch)
-    assert passed.name_of(CONFIG) != name
+    assert self_check.check_name(CONFIG) != name
 
 
 def test_what_cannot_be_named_is_not_remembered(cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    assert passed.name_of(SimpleNamespace()) == ""
+    assert self_check.check_name(SimpleNamespace()) == ""
     assert "at each start" in caplog.text
-    passed.remember("")
-    assert not passed.is_known("")
+    self_check.remember_passed("")
+    assert not self_check.has_passed("")
     assert not cache.exists()
+
+
+def test_changed_policies_and_kernels_are_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(self_check.Path, "read_bytes", lambda file: read.append(file.name) or b"")
+    self_check._code_digest()
+    assert {"policies.py", "blend_pass.py", "kernels.py"} <= set(read)

@@ -8,19 +8,25 @@ model or a build on which blending is wrong must not be discovered by wrong answ
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
+import json
 import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lmcache_rag.connector import passed
+from lmcache_rag.connector import vllm_internals
 from lmcache_rag.connector.attention import PagedSequence
 from lmcache_rag.connector.blend_pass import BlendPass, Model, StepIterator, T
+from lmcache_rag.connector.identity import identity
 from lmcache_rag.connector.metadata import Match
 from lmcache_rag.policies import QueryPolicy
 from lmcache_rag.protocol import CannotBlend, Unsupported
+from lmcache_rag.weights.packages import cache_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,6 +43,8 @@ _CHUNKS, _GAP, _SUFFIX, _UNIT = 3, 3, 33, 64
 _WORDS = (300, 15000)  # ids of plain text in the usual vocabularies; no special tokens
 _STALE = 7.0  # fills blocks before they are written, so that missing writes show
 _RATIO = 0.15
+_FOLDER, _MOST_PASSED = "self-check", 200
+_PACKAGES = ("vllm", "torch", "triton", "lmcache-rag")
 
 
 class CheckedModel(Model, Protocol):
@@ -138,8 +146,8 @@ def run_self_check(vllm_config: Any, model: CheckedModel, on_all_ranks: Callable
     Returns:
         Why blends must not be trusted on this model and build; None if they equal a full prefill.
     """
-    name = passed.name_of(vllm_config)
-    if on_all_ranks(passed.is_known(name)):
+    name = check_name(vllm_config)
+    if on_all_ranks(has_passed(name)):
         log.info("Self-check: passed at an earlier start of this model and build")
         return None
     begun, reason = time.perf_counter(), None
@@ -165,7 +173,7 @@ def run_self_check(vllm_config: Any, model: CheckedModel, on_all_ranks: Callable
         log.error("BLENDING IS OFF: %s. Prompts are computed in full.", reason)
         return reason
     log.info("Self-check: passed, a blend equals a full prefill (%.1f s)", time.perf_counter() - begun)
-    passed.remember(name)
+    remember_passed(name)
     return None
 
 
@@ -322,3 +330,78 @@ def _allowed(values: Tensor, least: float, eps: float) -> float:
     import torch
 
     return max(least, eps * torch.finfo(values.dtype).eps)
+
+
+# -- checks that passed, by model and build, in the user's cache folder: later starts need not run them again ----------
+# Only what passed is remembered: a start that failed is checked again. A file that is lost or damaged costs a check.
+
+
+def check_name(vllm_config: Any) -> str:
+    """A name for this model on this build; "", which is not remembered, where it cannot be made. Never raises."""
+    try:
+        return _check_name(vllm_config)
+    except Exception:
+        log.warning("The self-check will run at each start", exc_info=True)
+        return ""
+
+
+def has_passed(name: str) -> bool:
+    """Whether that check passed at an earlier start."""
+    try:
+        return bool(name) and _passed_file(name).read_text(encoding="ascii") == name
+    except (OSError, ValueError):
+        return False
+
+
+def remember_passed(name: str) -> None:
+    """Remember that it passed. Ranks of one machine write the same."""
+    if not name:
+        return
+    file = _passed_file(name)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(name, encoding="ascii")
+        others = sorted(file.parent.iterdir(), key=lambda other: other.stat().st_mtime)
+        for old in others[:-_MOST_PASSED]:  # a model that cannot be identified has a new name at each start
+            old.unlink()
+    except OSError as problem:
+        log.info("The self-check will run again at the next start: %s", problem)
+
+
+def _check_name(vllm_config: Any) -> str:
+    """Weights, versions, our own code, GPU, ranks and attention backend in one hash."""
+    import torch
+
+    layers = vllm_internals.attention_layers(vllm_config).values()
+    facts = {
+        "model": identity(vllm_config),
+        "versions": {package: _installed_version(package) for package in _PACKAGES},
+        "cuda": str(torch.version.cuda),
+        "code": _code_digest(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "ranks": vllm_config.parallel_config.tensor_parallel_size,
+        "eager": bool(vllm_config.model_config.enforce_eager),
+        "block": vllm_config.cache_config.block_size,
+        "backends": sorted({type(getattr(layer, "impl", None)).__name__ for layer in layers}),
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def _passed_file(name: str) -> Path:
+    return cache_folder() / _FOLDER / name
+
+
+def _installed_version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def _code_digest() -> str:
+    """What an editable install changes without a new version."""
+    contents = hashlib.sha256()
+    package = Path(__file__).parents[1]
+    for file in [package / "policies.py", *sorted((package / "connector").rglob("*.py"))]:
+        contents.update(file.read_bytes())
+    return contents.hexdigest()
