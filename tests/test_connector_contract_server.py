@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from lmcache_server_kit import TOKENS, LMCacheServer, key
 
 from lmcache_rag import protocol
 from lmcache_rag.connector.lmcache_server import forget as forget_module
+from lmcache_rag.connector.lmcache_server.http import HTTP_SERVER
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -29,7 +31,9 @@ Make = Callable[..., LMCacheServer]
 
 
 @pytest.fixture
-def make() -> Iterator[Make]:
+def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    if http := sys.modules.get(HTTP_SERVER):  # a server cuts its routes, which other tests look at
+        monkeypatch.setattr(http.app.router, "routes", list(http.app.router.routes))
     servers: list[LMCacheServer] = []
 
     def made(*args: Any, **kwargs: Any) -> LMCacheServer:
