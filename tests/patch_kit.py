@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 
 from lmcache_rag.connector.patching import Patch
 
@@ -15,6 +16,9 @@ def patches() -> list[Patch]:
     """Every patch, in the order of the code."""
     found: list[Patch] = []
     for name in MODULES:
-        for value in vars(importlib.import_module(f"lmcache_rag.connector.{name}")).values():
+        with warnings.catch_warnings():  # of vLLM's and LMCache's own imports
+            warnings.simplefilter("ignore")
+            module = importlib.import_module(f"lmcache_rag.connector.{name}")
+        for value in vars(module).values():
             found += [each for each in (value if isinstance(value, tuple) else (value,)) if isinstance(each, Patch)]
     return list(dict.fromkeys(found))
