@@ -51,8 +51,7 @@ def demo(
       lmcache-rag demo --engine http://localhost:8000
       lmcache-rag demo --engine http://gpu:8000 --baseline http://gpu:8001
     """
-    from lmcache_rag.demo.password import page_password
-    from lmcache_rag.demo.server import listen, open_browser, require_nicegui, serve
+    from lmcache_rag.demo.server import listen, open_browser, page_password, require_nicegui, serve
 
     require_nicegui()
     settings = context.settings()
