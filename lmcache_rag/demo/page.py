@@ -28,9 +28,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 from nicegui import events, ui
 
 from lmcache_rag.demo import samples
+from lmcache_rag.demo.hub import MOST_UPLOAD_BYTES
 from lmcache_rag.demo.page_answers import CheckView, Panes, RepeatView
 from lmcache_rag.demo.page_parts import CSS, PRIMARY, button, error, heading, icon_button, label, put
-from lmcache_rag.demo.record import MOST_UPLOAD_BYTES, Problem, source_name
+from lmcache_rag.demo.record import Problem, source_name
 from lmcache_rag.errors import LMCacheRAGError
 from lmcache_rag.policies import POLICIES
 

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 ArmName: TypeAlias = Literal["blended", "baseline"]
 ARMS: tuple[ArmName, ArmName] = ("blended", "baseline")
 FORMAT = 1  # of the export
-MOST_UPLOAD_BYTES = 32 * 2**20  # of one file
 
 
 @dataclass(frozen=True, slots=True)
