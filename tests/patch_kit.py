@@ -7,7 +7,7 @@ import importlib
 from lmcache_rag.connector.patching import Patch
 
 MODULES = ("vllm_patches", "lmcache_client", "lmcache_transfers", *(
-    f"lmcache_server.{name}" for name in ("modules", "eviction", "forget", "http")
+    f"lmcache_server.{name}" for name in ("modules", "removal")
 ))  # fmt: skip
 
 
