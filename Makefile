@@ -27,10 +27,11 @@ test-full:  ## run everything that needs no GPU, with real vLLM and LMCache serv
 mutants: $(STAMP)  ## take each fix out and see its test fail; ARGS="--needs none", ARGS="--only A1"
 	$(BIN)/python tests/mutants/run.py $(ARGS)
 
-lint: $(STAMP)  ## check style and types
+lint: $(STAMP)  ## check style, types, and how modules import each other
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy lmcache_rag integrations
+	$(BIN)/python .ci/modules.py --check
 
 format: $(STAMP)  ## format the code and mend what can be mended
 	$(BIN)/ruff format .

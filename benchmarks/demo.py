@@ -26,8 +26,9 @@ import psutil
 
 from lmcache_rag.demo import samples
 from lmcache_rag.demo.hub import Hub
-from lmcache_rag.demo.record import ARMS, Turn, first_difference
+from lmcache_rag.demo.record import ARMS, Turn
 from lmcache_rag.demo.session import Session
+from lmcache_rag.rag import first_difference
 from lmcache_rag.settings import Settings
 
 

@@ -8,7 +8,7 @@ import warnings
 from lmcache_rag.connector.patching import Patch
 
 MODULES = ("vllm_patches", "lmcache_client", "lmcache_transfers", *(
-    f"lmcache_server.{name}" for name in ("modules", "eviction", "forget", "http")
+    f"lmcache_server.{name}" for name in ("modules", "removal")
 ))  # fmt: skip
 
 

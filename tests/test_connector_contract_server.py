@@ -22,8 +22,8 @@ if missing():
 from lmcache_server_kit import TOKENS, LMCacheServer, key
 
 from lmcache_rag import protocol
-from lmcache_rag.connector.lmcache_server import forget as forget_module
-from lmcache_rag.connector.lmcache_server.http import HTTP_SERVER
+from lmcache_rag.connector.lmcache_server import removal as removal_module
+from lmcache_rag.connector.lmcache_server.modules import HTTP_SERVER
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -312,7 +312,7 @@ def test_a_chunk_that_is_read_is_forgotten_when_that_ends(make: Make, draw: rand
 def test_a_chunk_that_is_being_stored_is_forgotten(
     make: Make, draw: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forget_module, "PASSES_S", (0.0, 0.5, 1.0))
+    monkeypatch.setattr(removal_module, "PASSES_S", (0.0, 0.5, 1.0))
     server = make()
     prefix, chunk = text(draw, 1), text(draw, 2)
     monkeypatch.setattr(server, "copying", lambda: server.look_up(prefix + chunk, forget=True, prefix=CHUNK))
@@ -327,7 +327,7 @@ def test_a_chunk_that_is_being_stored_is_forgotten(
 def test_a_chunk_on_its_way_to_a_second_tier_is_forgotten_there(
     make: Make, draw: random.Random, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forget_module, "PASSES_S", (0.0, 0.2, 0.4))
+    monkeypatch.setattr(removal_module, "PASSES_S", (0.0, 0.2, 0.4))
     server = make(l2=tmp_path)
     for _ in range(10):
         prefix, chunk = text(draw, 1), text(draw, 4)
@@ -340,7 +340,7 @@ def test_a_chunk_on_its_way_to_a_second_tier_is_forgotten_there(
 def test_a_chunk_on_its_way_from_a_second_tier_is_forgotten(
     make: Make, draw: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forget_module, "PASSES_S", (0.0, 1.0, 2.0, 6.0))
+    monkeypatch.setattr(removal_module, "PASSES_S", (0.0, 1.0, 2.0, 6.0))
     server = make(l2={"type": "mock", "max_size_gb": 1, "mock_bandwidth_gb": 2e-4})  # 0.3 s for a chunk
     prefix, chunk = text(draw, 1), text(draw, 3)
     server.store(prefix + chunk, ingest=True)
@@ -365,22 +365,22 @@ def test_only_routes_that_are_needed_are_left(make: Make, monkeypatch: pytest.Mo
     from fastapi.testclient import TestClient
     from lmcache.v1.multiprocess.http_server import app
 
-    from lmcache_rag.connector.lmcache_server import http
+    from lmcache_rag.connector.lmcache_server import modules
 
     monkeypatch.setattr(app.router, "routes", list(app.router.routes))
     monkeypatch.setattr(app.state, "configs", {"tier": {"host": "h", "password": "s3cret"}}, raising=False)
-    gone = {route.path for route in app.router.routes} - http.KEPT
+    gone = {route.path for route in app.router.routes} - modules.KEPT_ROUTES
     make()
     assert {"/env", "/run_script", "/threads", "/loglevel", "/metrics/reset", "/openapi.json"} <= gone
-    assert {getattr(route, "path", None) for route in app.router.routes} == http.KEPT
+    assert {getattr(route, "path", None) for route in app.router.routes} == modules.KEPT_ROUTES
     client = TestClient(app)
     for path in gone:
         assert client.get(path).status_code == client.post(path).status_code == 404
-    assert client.get("/config").json() == {"tier": {"host": "h", "password": http.MASK}}
+    assert client.get("/config").json() == {"tier": {"host": "h", "password": modules.MASK}}
 
 
 def test_secrets_are_masked_in_settings() -> None:
-    from lmcache_rag.connector.lmcache_server.http import masked
+    from lmcache_rag.connector.lmcache_server.modules import masked
 
     shown = masked(
         {

@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 
 import lmcache_rag.demo
-from lmcache_rag.demo import differences, samples
-from lmcache_rag.demo.password import VARIABLE, is_loopback, matches, page_password
-from lmcache_rag.demo.server import listen
+from lmcache_rag.demo import record, samples
+from lmcache_rag.demo.server import PASSWORD_VARIABLE, is_loopback, listen, matches, page_password
 from lmcache_rag.errors import ConfigError
 
 LONG = "correct horse battery"
@@ -18,7 +17,7 @@ LONG = "correct horse battery"
 
 def test_differing_words_are_found_and_texts_stay_whole() -> None:
     first, second = "The  Nile is long.\nVery.", "The Amazon is long. Very wide."
-    left, right = differences.compare(first, second)
+    left, right = record.compare_words(first, second)
     assert "".join(piece.text for piece in left) == first
     assert "".join(piece.text for piece in right) == second
     assert [piece.text.strip() for piece in left if piece.differs] == ["Nile", "Very."]
@@ -26,19 +25,19 @@ def test_differing_words_are_found_and_texts_stay_whole() -> None:
 
 
 def test_equal_texts_have_no_difference() -> None:
-    left, right = differences.compare("The same words.", "The  same\nwords.")
-    assert differences.differing(left) == differences.differing(right) == 0
+    left, right = record.compare_words("The same words.", "The  same\nwords.")
+    assert record.differing_words(left) == record.differing_words(right) == 0
 
 
 def test_other_machines_need_a_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv(PASSWORD_VARIABLE, raising=False)
     assert page_password("127.0.0.1", None) == ""
     for host in ("0.0.0.0", "::", "192.168.0.7", "example.org"):
         with pytest.raises(ConfigError, match="no password"):
             page_password(host, None)
-    monkeypatch.setenv(VARIABLE, LONG)
+    monkeypatch.setenv(PASSWORD_VARIABLE, LONG)
     assert page_password("0.0.0.0", None) == LONG
-    monkeypatch.setenv(VARIABLE, "short")
+    monkeypatch.setenv(PASSWORD_VARIABLE, "short")
     with pytest.raises(ConfigError, match="shorter"):
         page_password("127.0.0.1", None)
 

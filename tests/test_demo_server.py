@@ -14,7 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from lmcache_rag.demo.password import VARIABLE
+from lmcache_rag.demo.server import PASSWORD_VARIABLE
 
 PASSWORD = "correct horse battery"
 GONE = "http://127.0.0.1:9"  # no server: the page opens all the same
@@ -23,7 +23,7 @@ GONE = "http://127.0.0.1:9"  # no server: the page opens all the same
 @contextmanager
 def running(folder: Path, *options: str, **environment: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The process and the page's address."""
-    kept = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    kept = {name: value for name, value in os.environ.items() if name != PASSWORD_VARIABLE}
     demo = ["demo", "--port", "0", "--no-browser", "--store", "s", "--engine", GONE, *options]
     process = subprocess.Popen(
         [sys.executable, "-m", "lmcache_rag", *demo],
@@ -70,7 +70,7 @@ def test_names_of_other_machines_are_refused(tmp_path: Path) -> None:
 
 
 def test_password_comes_before_everything_else(tmp_path: Path) -> None:
-    with running(tmp_path, "--host", "0.0.0.0", **{VARIABLE: PASSWORD}) as (_, url):
+    with running(tmp_path, "--host", "0.0.0.0", **{PASSWORD_VARIABLE: PASSWORD}) as (_, url):
         page = httpx.get(url.replace("0.0.0.0", "127.0.0.1"))
         assert page.status_code == 200
         assert "Password" in page.text
@@ -80,7 +80,7 @@ def test_password_comes_before_everything_else(tmp_path: Path) -> None:
 
 
 def test_other_machines_are_not_served_without_a_password(tmp_path: Path) -> None:
-    kept = {name: value for name, value in os.environ.items() if name != VARIABLE}
+    kept = {name: value for name, value in os.environ.items() if name != PASSWORD_VARIABLE}
     done = subprocess.run(
         [sys.executable, "-m", "lmcache_rag", "demo", "--host", "0.0.0.0", "--no-browser"],
         cwd=tmp_path,
@@ -89,7 +89,7 @@ def test_other_machines_are_not_served_without_a_password(tmp_path: Path) -> Non
         text=True,
     )
     assert done.returncode == 2
-    assert VARIABLE in done.stderr
+    assert PASSWORD_VARIABLE in done.stderr
     assert not list(tmp_path.iterdir())
 
 

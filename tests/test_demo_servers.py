@@ -11,8 +11,8 @@ import pytest
 from openai_kit import FakeVLLM, vllm_serving
 
 from lmcache_rag import protocol
-from lmcache_rag.demo import bars, samples
 from lmcache_rag.demo import hub as hubs
+from lmcache_rag.demo import record, samples
 from lmcache_rag.demo.hub import Hub
 from lmcache_rag.demo.session import Session
 from lmcache_rag.settings import Settings
@@ -105,7 +105,7 @@ async def test_another_order_loses_the_prefix_and_keeps_the_blend(hub: Hub) -> N
     assert blended.completion.chunks
     cached = blended.completion.stats.reused_tokens + blended.completion.stats.recomputed_tokens
     assert sum(chunk.reused_tokens for chunk in blended.completion.chunks) == cached
-    shown = bars.segments(blended)
+    shown = record.segments(blended)
     assert sum(segment.tokens for segment in shown) == blended.completion.stats.prompt_tokens
     assert sum(segment.tokens for segment in shown if segment.kind == "cached") == cached
 

@@ -12,12 +12,11 @@ from typing import Any
 
 import pytest
 
-from lmcache_rag.demo import bars, samples
-from lmcache_rag.demo.arms import join_threads
+from lmcache_rag.demo import record, samples
+from lmcache_rag.demo.arms import Traffic, join_threads
 from lmcache_rag.demo.hub import Hub
 from lmcache_rag.demo.record import speedup_words
 from lmcache_rag.demo.session import Session
-from lmcache_rag.demo.traffic import Traffic
 from lmcache_rag.settings import Settings
 
 QUESTION = "Which of the mountains is the highest?"
@@ -113,10 +112,10 @@ async def test_counts_by_passage_add_up(session: Session) -> None:
         stats = turn.completion.stats
         assert sum(chunk.reused_tokens for chunk in turn.completion.chunks) == stats.reused_tokens
         assert sum(chunk.recomputed_tokens or 0 for chunk in turn.completion.chunks) == stats.recomputed_tokens
-        shown = dict.fromkeys(bars.KINDS, 0)
-        for segment in bars.segments(turn):
+        shown = dict.fromkeys(record.KINDS, 0)
+        for segment in record.segments(turn):
             shown[segment.kind] += segment.tokens
-        assert shown == bars.totals(turn)
+        assert shown == record.totals(turn)
 
 
 async def test_bar_shows_each_part_at_its_place(session: Session) -> None:
@@ -133,7 +132,7 @@ async def test_bar_shows_each_part_at_its_place(session: Session) -> None:
                 at = chunk.end
             wanted.append((None, len(prompt) - at))
             shown: list[tuple[int | None, int]] = []
-            for segment in bars.segments(turn):
+            for segment in record.segments(turn):
                 if shown and shown[-1][0] == segment.passage:
                     shown[-1] = (segment.passage, shown[-1][1] + segment.tokens)
                 else:

@@ -65,3 +65,12 @@ def test_make_targets_of_the_documents_exist(document: Path) -> None:
     asked = re.findall(r"`make ([a-z-]+)", document.read_text())
     asked += re.findall(r"^make ([a-z-]+)", "\n".join(code(document)), re.MULTILINE)
     assert set(asked) <= targets
+
+
+def test_files_of_the_architecture_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"[\w./]*\w\.py\b|\b(?:\w+/)+(?=`)", text))
+    assert len(named) > 60
+    assert [
+        name for name in sorted(named) if not any((top / name).exists() for top in (ROOT, ROOT / "lmcache_rag"))
+    ] == []

@@ -419,7 +419,7 @@ def test_a_pdf_that_unpacks_to_very_much_is_refused_at_once(tmp_path: Path, filt
 
 
 def test_a_pdf_with_too_much_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmcache_rag.documents.pdf.MAX_PDF_CHARACTERS", 100)
+    monkeypatch.setattr("lmcache_rag.documents.formats.MAX_PDF_CHARACTERS", 100)
     assert "holds more than 100 characters" in refused(PDF)
 
 

@@ -6,7 +6,7 @@
     run       from a function to a command: options, context, progress, errors
     console   signals, exit statuses, the standard streams, the log on stderr
     render    what results look like
-    ask, ingest, maintain, demo, serve, bench, bench_checks    the commands
+    ask, ingest, maintain, serve, bench, bench_checks    the commands
 """
 
 from __future__ import annotations

@@ -8,11 +8,10 @@ import typer
 
 from lmcache_rag import __version__
 from lmcache_rag.cli import maintain
-from lmcache_rag.cli.ask import ask, chat
+from lmcache_rag.cli.ask import ask, chat, demo
 from lmcache_rag.cli.bench import speed
 from lmcache_rag.cli.bench_checks import exact, soak
 from lmcache_rag.cli.console import EXIT_STATUS
-from lmcache_rag.cli.demo import demo
 from lmcache_rag.cli.ingest import ingest
 from lmcache_rag.cli.serve import ServeCommand, doctor, serve
 

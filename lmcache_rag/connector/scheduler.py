@@ -18,9 +18,8 @@ from lmcache_rag.connector import metrics, vllm_internals, vllm_patches
 from lmcache_rag.connector.admission import Admission, Allowance, BlendBudget
 from lmcache_rag.connector.authorization import IngestKey
 from lmcache_rag.connector.config import ConnectorOptions
-from lmcache_rag.connector.forgetting import Forgetting
 from lmcache_rag.connector.gpu_chunks import GpuChunks, PrefixCache, ResidentChunks, UncomputedBlocks, without_overlap
-from lmcache_rag.connector.lookup import AbortedLookups, LookupClient, LookupWindow
+from lmcache_rag.connector.lookup import AbortedLookups, Forgetting, LookupClient, LookupWindow
 from lmcache_rag.connector.metadata import (
     NOT_READY,
     BlendHandshakeMetadata,

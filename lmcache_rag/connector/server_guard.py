@@ -9,11 +9,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from lmcache_rag.connector.lmcache_server.settings import MODULE
 from lmcache_rag.protocol import UNTIL
 
 __all__ = ["MODULE", "UNTIL", "build_server_modules"]
-
-MODULE = "lmcache_rag.connector.server_guard"
 
 
 def build_server_modules(context: Any) -> None:

@@ -2,17 +2,14 @@
 
 The logic needs no NiceGUI; the page only shows it::
 
-    samples      the documents and questions that come with the package
-    traffic      who computes on an engine at the same time
-    arms         one way to answer: an engine, and whether it blends
-    hub          what all sessions share: store, engines, ingestion
-    session      what one browser sees and does: passages, panes, controls
-    record       what was asked and answered, as JSON
-    repeating    both arms many times, in random order
-    differences  which words of two answers differ
-    password     who may open the page from elsewhere
+    samples       the documents and questions that come with the package
+    arms          one way to answer: an engine, whether it blends, and what else runs on it
+    hub           what all sessions share: store, engines, ingestion
+    session       what one browser sees and does: passages, panes, controls, repetitions
+    record        what was asked and answered, as JSON, as a bar over the prompt, and as differing words
 
-    server       the page's web server
-    page         the page, put together from
-    page_panes, page_passages, page_controls, page_extras, page_parts
+    server        the page's web server, and its password
+    page          the page: question, passages, settings, uploads, export
+    page_answers  the page's answers: both panes, the check, repetitions
+    page_parts    the page's small parts and its style
 """

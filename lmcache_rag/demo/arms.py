@@ -1,4 +1,4 @@
-"""One way to answer: an engine, and whether it blends. Each request goes to the library's own engine."""
+"""One way to answer: an engine, whether it blends, and what else runs on it. Requests go to the library's engine."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from lmcache_rag.demo.record import ArmName, Problem, Turn
-from lmcache_rag.demo.traffic import Traffic
 from lmcache_rag.engines.base import BlendOptions, Completion, Sampling, StreamEvent, TextDelta
 from lmcache_rag.rag import fit_context
 
@@ -27,6 +26,59 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
 _BUILDERS = 16  # prompt builders of one arm that are kept
+
+
+@dataclass(eq=False)
+class Visit:
+    """One request's time on an engine.
+
+    Attributes:
+        alone: Whether nothing else was computed there from its sending to its first token.
+        measured: Whether it has its first token; what comes later changes nothing.
+    """
+
+    alone: bool = True
+    measured: bool = False
+
+
+class Traffic:
+    """Requests and ingestion on one engine, of all sessions.
+
+    Args:
+        exclusive: Let requests in one after the other. For an engine that computes them so: the wait for others is no
+            part of a time to a first token then.
+        settle: Called in a thread before an exclusive request is let in: waits for what was left behind.
+    """
+
+    def __init__(self, *, exclusive: bool, settle: Callable[[], None] = lambda: None) -> None:
+        self._gate = asyncio.Lock() if exclusive else None
+        self._settle = settle
+        self._lock = threading.Lock()
+        self._active: set[Visit] = set()
+
+    @asynccontextmanager
+    async def request(self) -> AsyncIterator[Visit]:
+        """A request that is sent now."""
+        async with self._gate or nullcontext():
+            if self._gate is not None:
+                await asyncio.to_thread(self._settle)
+            with self.work() as visit:
+                yield visit
+
+    @contextmanager
+    def work(self) -> Iterator[Visit]:
+        """Something is computed; from any thread."""
+        visit = Visit()
+        with self._lock:
+            visit.alone = not self._active
+            for other in self._active:
+                other.alone = other.alone and other.measured
+            self._active.add(visit)
+        try:
+            yield visit
+        finally:
+            with self._lock:
+                self._active.discard(visit)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lmcache_rag.demo import samples
-from lmcache_rag.demo.arms import Arm, Wording, join_threads
+from lmcache_rag.demo.arms import Arm, Traffic, Wording, join_threads
 from lmcache_rag.demo.record import Problem
-from lmcache_rag.demo.traffic import Traffic
 from lmcache_rag.errors import DocumentError, EngineError, LMCacheRAGError
 from lmcache_rag.workspace import Workspace
 
@@ -27,8 +26,8 @@ log = logging.getLogger("lmcache_rag")
 
 Phase: TypeAlias = Literal["new", "opening", "ingesting", "warming", "ready", "failed"]
 CLOSE_S = 60.0  # longest wait for what is being computed
+MOST_UPLOAD_BYTES = 32 * 2**20  # of one file
 WARM_CHUNKS = 512  # a store with more is not sent to a server anew at the start; its questions do it
-MOST_UPLOAD_BYTES = 32 * 2**20
 
 
 @dataclass(frozen=True, slots=True)

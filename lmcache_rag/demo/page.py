@@ -1,4 +1,4 @@
-"""The page, put together. It only shows a session, and hands on what the user does.
+"""The page: question, passages, settings, uploads, export. It only shows a session, and hands on what the user does.
 
 Elements that show a figure or take an action have a `data-testid`:
 
@@ -21,21 +21,27 @@ Once both answers are there, a differing word has `data-differs`, and a bar's pa
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+import json
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
-from nicegui import ui
+from nicegui import events, ui
 
-from lmcache_rag.demo.page_controls import Question, Settings
-from lmcache_rag.demo.page_extras import CheckView, RepeatView, Uploads, export
-from lmcache_rag.demo.page_panes import Panes
+from lmcache_rag.demo import samples
+from lmcache_rag.demo.hub import MOST_UPLOAD_BYTES
+from lmcache_rag.demo.page_answers import CheckView, Panes, RepeatView
 from lmcache_rag.demo.page_parts import CSS, PRIMARY, button, error, heading, icon_button, label, put
-from lmcache_rag.demo.page_passages import Passages
+from lmcache_rag.demo.record import Problem, source_name
+from lmcache_rag.errors import LMCacheRAGError
+from lmcache_rag.policies import POLICIES
 
 if TYPE_CHECKING:
     from lmcache_rag.demo.hub import Hub, Start
     from lmcache_rag.demo.session import Session
+    from lmcache_rag.store import Hit
 
 _TICK_S = 0.1
+_MOST_FILES = 20
 _PHASES = {
     "new": "Starting",
     "opening": "Opening the engine and the store",
@@ -44,6 +50,11 @@ _PHASES = {
     "ready": "Ready",
     "failed": "It could not start",
 }
+
+
+# A field that grows measures its text when that changes; while it was folded away it had no height.
+_GROW = """() => document.querySelectorAll(".d-words textarea").forEach(
+    field => field.dispatchEvent(new Event("input", {bubbles: true})))"""
 
 
 class _Part(Protocol):
@@ -123,3 +134,348 @@ class Page:
         if self._dark.value is None:
             self._dark.value = False
         self._dark.value = not self._dark.value
+
+
+class Question:
+    """The question, the tokens of the prompt to come, and the buttons that begin and stop."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._counted: object = None
+        with ui.element("section").classes("d-card").props('aria-label="Question"'):
+            with ui.element("div").classes("d-row"):
+                self._text = (
+                    ui.input("Your question", value=session.question)
+                    .props("outlined dense data-testid=question")
+                    .classes("d-grow")
+                )
+                self._text.on("keydown.enter", self._ask)
+                self._ask_button = button("Ask both", self._ask, test_id="ask", icon="play_arrow", main=True)
+                self._stop = button("Stop", session.stop, test_id="stop", icon="stop")
+            with ui.element("div").classes("d-row"):
+                for number, text in enumerate(samples.questions(), start=1):
+                    button(text, self._takes(text), test_id=f"sample-{number}").props("flat").classes("d-sample")
+            with ui.element("div").classes("d-row"):
+                self._tokens = label("", classes="d-soft d-number", test_id="context-tokens")
+                self._at_once = ui.switch(
+                    "At the same time",
+                    value=session.controls.at_once,
+                    on_change=lambda event: session.set(at_once=bool(event.value)),
+                ).props("dense data-testid=at-once")
+                self._follow = ui.switch(
+                    "Follow-up: send earlier turns",
+                    value=session.controls.follow_up,
+                    on_change=lambda event: session.set(follow_up=bool(event.value)),
+                ).props("dense data-testid=follow-up")
+                button("New conversation", session.new_conversation, test_id="new-conversation")
+            self._note = label("", classes="d-note", test_id="note")
+            self._problem = ui.element("div")
+
+    def update(self) -> None:
+        """Show what is new."""
+        session = self.session
+        ready = session.hub.start.phase == "ready"
+        self._ask_button.set_enabled(ready and not session.busy)
+        self._stop.set_enabled(bool(session.busy))
+        put(self._note, session.note)
+        self._note.set_visibility(bool(session.note))
+        self._problem.clear()
+        if session.problem:
+            with self._problem:
+                error(session.problem, test_id="problem")
+
+    async def count(self) -> None:
+        """Count the tokens of the prompt to come, where something has changed."""
+        session = self.session
+        if session.busy or session.hub.start.phase != "ready":
+            return
+        session.question = str(self._text.value or "").strip()
+        chosen = session.controls
+        key = (
+            session.question,
+            [hit.chunk_id for hit in session.passages],
+            chosen,
+            len(session.panes["blended"].turns),
+        )
+        if key == self._counted:
+            return
+        self._counted = key
+        try:
+            found = await session.tokens()
+        except LMCacheRAGError:  # asking shows it
+            return
+        if found is not None:
+            fits = "" if found[0] < found[1] else "; that is too long, so the lowest scores are left out"
+            put(self._tokens, f"The prompt has {found[0]:,} tokens of {found[1]:,} in the context{fits}.")
+
+    def _ask(self) -> None:
+        self.session.ask(str(self._text.value or ""))
+
+    def _takes(self, text: str) -> Callable[[], None]:
+        def take() -> None:
+            self._text.value = text
+            if not self.session.busy:
+                self.session.set(retrieve=True)
+
+        return take
+
+
+class _Slider(ui.slider):
+    """A slider that moves in the browser; NiceGUI's own goes back to what the server knew when a key was pressed."""
+
+    LOOPBACK = False
+
+
+class Settings:
+    """What else can be set: blending, sampling, words, caches, the model."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        chosen = session.controls
+        with ui.element("section").classes("d-card").props('aria-label="Settings"'):
+            heading("Settings")
+            self._models = ui.element("div")
+            policy = ui.select(
+                list(POLICIES), value=chosen.policy, label="Recompute policy", on_change=self._sets("policy")
+            )
+            policy.props("dense outlined data-testid=policy")
+            with ui.element("div").classes("d-row"):
+                label("Recompute ratio", classes="d-soft")
+                self._ratio = label(f"{chosen.ratio:.2f}", classes="d-number text-weight-bold", test_id="ratio-value")
+            self._slider = _Slider(min=0, max=1, step=0.05, value=chosen.ratio, on_change=self._set_ratio)
+            self._slider.props('data-testid=ratio aria-label="Recompute ratio"')
+            with ui.element("div").classes("d-row"):
+                self._number("Passages (top-k)", "top_k", chosen.top_k, 1, 32, 1)
+                self._number("Most tokens", "max_tokens", chosen.max_tokens, 1, 4096, 16)
+                self._number("Temperature", "temperature", chosen.temperature, 0, 2, 0.1)
+            with ui.expansion("Words before the passages").props("dense data-testid=words") as words:
+                words.classes("d-words").on("after-show", js_handler=_GROW)
+                for name, title in (("system", "System prompt"), ("instruction", "Instruction")):
+                    area = ui.textarea(title, value=getattr(chosen, name), on_change=self._sets(name))
+                    area.props(f"dense outlined autogrow debounce=500 data-testid={name}").classes("full-width")
+                label(
+                    "Other words mean other KV: the first answer computes the passages and keeps them.",
+                    classes="d-soft",
+                )
+            with ui.element("div").classes("d-row"):
+                self._cold = button("Cold", session.cold, test_id="cold", icon="ac_unit")
+                self._warm = button("Warm", session.warm, test_id="warm", icon="local_fire_department")
+                label("Empty or fill the caches of this session.", classes="d-soft d-grow")
+        self._models_shown: list[str] = []
+        self._picker: ui.select | None = None
+
+    def update(self) -> None:
+        """Show what is new."""
+        session = self.session
+        for each in (self._cold, self._warm):
+            each.set_enabled(session.hub.start.phase == "ready" and not session.busy)
+        if round(self._slider.value or 0.0, 2) != session.controls.ratio:  # another page of this session moved it
+            self._slider.value = session.controls.ratio
+        if session.hub.models != self._models_shown:
+            self._models_shown = list(session.hub.models)
+            self._models.clear()
+            with self._models:
+                self._picker = ui.select(
+                    self._models_shown, value=self._model(), label="Model", on_change=self._choose
+                ).props("dense outlined data-testid=model")
+        if self._picker is not None and not session.busy and self._picker.value != self._model():
+            self._picker.value = self._model()  # the chosen one could not be opened
+
+    def _model(self) -> str:
+        return self.session.controls.model or self._models_shown[0]
+
+    def _choose(self, event: events.ValueChangeEventArguments[Any]) -> None:
+        if event.value != self._model():
+            self.session.choose(event.value)
+
+    def _number(self, title: str, name: str, value: float, least: float, most: float, step: float) -> None:
+        whole = isinstance(value, int)
+
+        def changed(event: events.ValueChangeEventArguments[Any]) -> None:
+            if event.value is not None and least <= event.value <= most:
+                self.session.set(**{name: int(event.value) if whole else float(event.value)})
+
+        field = ui.number(title, value=value, min=least, max=most, step=step, on_change=changed)
+        field.props(f"dense outlined data-testid={name.replace('_', '-')}").style("width: 7.5rem")
+
+    def _sets(self, name: str) -> Callable[[events.ValueChangeEventArguments[Any]], Any]:
+        return lambda event: self.session.set(**{name: event.value})
+
+    def _set_ratio(self, event: events.ValueChangeEventArguments[Any]) -> None:
+        self.session.set(ratio=round(float(event.value), 2))
+        put(self._ratio, f"{event.value:.2f}")
+
+
+class Passages:
+    """Shows the passages of a session and lets the user change them."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._shown: object = None
+        self._found: list[Hit] = []
+        with ui.element("section").classes("d-card").props('aria-label="Passages" data-testid=passages'):
+            with ui.element("div").classes("d-row"):
+                heading("Passages")
+                self._count = label("", classes="d-soft", test_id="passage-count")
+            self._mode = ui.switch("Retrieve for each question", on_change=self._retrieve).props(
+                "dense data-testid=retrieve"
+            )
+            self._hint = label("", classes="d-soft", test_id="order-hint")
+            with ui.element("div").classes("d-row"):
+                self._shuffle = button("Shuffle", session.shuffle, test_id="shuffle", icon="shuffle")
+            self._list = ui.column().classes("d-list full-width").props("role=list data-testid=passage-list")
+            self._list.make_sortable(handle=".d-handle", on_end=self._dragged)
+            with ui.expansion("Add a passage").props("dense data-testid=add-passage"):
+                with ui.element("div").classes("d-row"):
+                    self._query = (
+                        ui.input("Search the documents").props("dense outlined data-testid=find").classes("d-grow")
+                    )
+                    self._query.on("keydown.enter", self._find)
+                    button("Search", self._find, test_id="find-button")
+                self._results = ui.element("div").classes("d-list d-scroll").props("tabindex=0")
+
+    def update(self) -> None:
+        """Show what is new."""
+        session = self.session
+        key = ([hit.chunk_id for hit in session.passages], session.busy)
+        if self._mode.value != session.controls.retrieve:
+            self._mode.value = session.controls.retrieve
+        if key == self._shown:
+            return
+        self._shown = key
+        busy = bool(session.busy)
+        self._shuffle.set_enabled(not busy and len(session.passages) > 1)
+        put(self._count, f"{len(session.passages)}, {sum(hit.tokens for hit in session.passages):,} tokens")
+        self._hint.set_visibility(len(session.passages) > 1)
+        if session.passages:
+            put(self._hint, session.stack.hint)
+        self._list.clear()
+        with self._list:
+            for index, hit in enumerate(session.passages):
+                self._card(index, hit)
+
+    def _card(self, index: int, hit: Hit) -> None:
+        name, last = source_name(hit), len(self.session.passages) - 1
+        card = (
+            ui.element("div").classes("d-passage").props(f"role=listitem data-testid=passage data-chunk={hit.chunk_id}")
+        )
+        with card:
+            with ui.element("div").classes("d-row no-wrap"):
+                ui.icon("drag_indicator", size="20px").classes("d-handle").props("aria-hidden=true data-testid=drag")
+                label(f"{index + 1}", classes="text-weight-bold", test_id="passage-rank")
+                label(_title(hit), classes="d-grow text-weight-bold", test_id="passage-source")
+            with ui.element("div").classes("d-row"):
+                score = f"score {hit.score:.2f}, " if hit.score else ""
+                label(f"{score}{hit.tokens:,} tokens", classes="d-soft d-number d-grow", test_id="passage-facts")
+                up = icon_button("arrow_upward", f"Move {name} up", self._moves(index, -1), test_id="up")
+                down = icon_button("arrow_downward", f"Move {name} down", self._moves(index, 1), test_id="down")
+                away = icon_button("close", f"Remove {name}", lambda: self.session.remove(index), test_id="remove")
+                busy = bool(self.session.busy)
+                up.set_enabled(index > 0 and not busy)
+                down.set_enabled(index < last and not busy)
+                away.set_enabled(not busy)
+            with ui.expansion("Text").props("dense data-testid=passage-open"):
+                label(hit.text, classes="d-scroll", test_id="passage-text").props("dir=auto tabindex=0")
+
+    def _moves(self, index: int, by: int) -> Callable[[], None]:
+        def move() -> None:
+            client = ui.context.client  # the button itself is gone after the move
+            moved = self.session.passages[index].chunk_id
+            self.session.move(index, index + by)
+            at_end = index + by in (0, len(self.session.passages) - 1)
+            direction = ("down" if by < 0 else "up") if at_end else ("up" if by < 0 else "down")
+            # The list is new: the keyboard goes on where it was.
+            place = f"[data-chunk='{moved}'] [data-testid={direction}]"
+            client.run_javascript(f'setTimeout(() => document.querySelector("{place}")?.focus(), 60)')
+
+        return move
+
+    def _dragged(self, event: events.SortableEventArguments) -> None:
+        if self.session.busy:
+            self._shown = None
+            self.update()
+            return
+        self.session.move(event.old_index, event.new_index)
+
+    def _retrieve(self, event: events.ValueChangeEventArguments[Any]) -> None:
+        self.session.set(retrieve=bool(event.value))
+
+    async def _find(self) -> None:
+        self._results.clear()
+        try:
+            self._found = await self.session.find(str(self._query.value or ""))
+        except Exception as problem:
+            with self._results:
+                error(Problem.of(problem), test_id="find-error")
+            return
+        with self._results:
+            for hit in self._found:
+                with ui.element("div").classes("d-passage").props("data-testid=found"):
+                    with ui.element("div").classes("d-row no-wrap"):
+                        label(_title(hit), classes="d-grow text-weight-bold")
+                        icon_button("add", f"Add {source_name(hit)}", self._adds(hit), test_id="add")
+                    label(f"score {hit.score:.2f}", classes="d-soft")
+                    label(hit.text[:160], classes="d-soft").props("dir=auto")
+
+    def _adds(self, hit: Hit) -> Callable[[], None]:
+        return lambda: None if self.session.busy else self.session.add(hit)
+
+
+def _title(hit: Hit) -> str:
+    part = f", part {hit.documents[0].ordinal + 1}" if hit.documents else ""
+    return f"{source_name(hit)}{part}"
+
+
+class Uploads:
+    """Files of the user's."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._shown: object = None
+        with ui.element("section").classes("d-card").props('aria-label="Your files"'):
+            heading("Your files")
+            label("They go into the store of this page, where everyone who can open it finds them.", classes="d-soft")
+            # Its own look has parts without a name; the button opens its file picker.
+            self._upload = ui.upload(
+                multiple=True,
+                auto_upload=True,
+                max_files=_MOST_FILES,
+                max_file_size=MOST_UPLOAD_BYTES,
+                on_multi_upload=self._take,
+                on_rejected=self._rejected,
+            )
+            self._upload.props("data-testid=upload").style("display: none")
+            self._add = button("Add files", lambda: None, test_id="add-files", icon="upload")
+            self._add.on("click", js_handler=f"() => getElement({self._upload.id}).pickFiles()")
+            self._rows = ui.element("div").classes("d-list")
+
+    def update(self) -> None:
+        """Show what is new."""
+        session = self.session
+        self._add.set_enabled(session.hub.start.phase == "ready" and not session.busy)
+        key = [(row.name, row.state, row.detail, row.kv) for row in session.uploads]
+        if key == self._shown:
+            return
+        self._shown = key
+        self._rows.clear()
+        with self._rows:
+            for row in session.uploads:
+                kv = f" KV of {row.kv[0]} of {row.kv[1]} passages." if row.kv[1] and row.state == "ingesting" else ""
+                style = "d-error" if row.state == "failed" else "d-soft"
+                label(f"{row.name}: {row.detail or row.state}{kv}", classes=style, test_id=f"upload-{row.state}")
+
+    async def _take(self, event: events.MultiUploadEventArguments) -> None:
+        files = [(file.name, await file.read()) for file in event.files]
+        self._upload.reset()
+        if self.session.upload(files) is None:
+            ui.notify("Something else is going on; upload it again afterwards.", type="warning")
+
+    def _rejected(self) -> None:
+        words = f"At most {_MOST_FILES} files, each of at most {MOST_UPLOAD_BYTES >> 20} MiB, are taken at once."
+        ui.notify(words, type="warning")
+
+
+def export(session: Session) -> None:
+    """Have the browser save the session as JSON."""
+    document = json.dumps(session.as_dict(), ensure_ascii=False, indent=1)
+    ui.download.content(document, f"lmcache-rag-demo-{session.id[:8]}.json", "application/json")

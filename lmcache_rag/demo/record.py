@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from difflib import SequenceMatcher
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 from lmcache_rag.errors import LMCacheRAGError
 
@@ -194,8 +196,106 @@ def source_name(hit: Hit) -> str:
     return Path(hit.documents[0].source).name if hit.documents else f"chunk {hit.chunk_id}"
 
 
-def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
-    """Index of the first place in which two answers differ, or None."""
-    from lmcache_rag.rag import first_difference as found
+# -- the bar over a prompt: what was done with each part of it, in the prompt's order ----------------------------------
 
-    return found(first, second)
+Kind: TypeAlias = Literal["prefix", "reused", "recomputed", "computed", "cached"]
+KINDS: tuple[Kind, ...] = ("prefix", "reused", "recomputed", "computed")
+KIND_WORDS: dict[Kind, str] = {
+    "prefix": "exact prefix",
+    "reused": "reused",
+    "recomputed": "recomputed",
+    "computed": "computed",
+    "cached": "reused, some of them recomputed",  # where a server does not say which
+}
+
+
+class Segment(NamedTuple):
+    """Some tokens of a prompt with which the same was done; `passage` counts from 0, None is what is around them."""
+
+    kind: Kind
+    tokens: int
+    passage: int | None
+
+
+def totals(turn: Turn) -> dict[Kind, int]:
+    """The counts over the whole prompt; empty where the engine gave none."""
+    if turn.completion is None:
+        return {}
+    stats = turn.completion.stats
+    return {
+        "prefix": stats.prefix_tokens,
+        "reused": stats.reused_tokens,
+        "recomputed": stats.recomputed_tokens,
+        "computed": stats.computed_tokens,
+    }
+
+
+def segments(turn: Turn) -> list[Segment]:
+    """The bar's segments, in the prompt's order: passages, and what is before, between and after them.
+
+    Inside a passage they stand by kind, as recomputed tokens are spread over it.
+    """
+    sums = totals(turn)
+    chunks = turn.completion.chunks if turn.completion else ()
+    if turn.completion is None or not chunks:
+        return [Segment(kind, count, None) for kind, count in sums.items() if count]
+    inner: list[list[Segment]] = []
+    for index, chunk in enumerate(chunks):
+        counts: dict[Kind, int] = {"prefix": chunk.prefix_tokens}
+        if chunk.recomputed_tokens is None:
+            counts["cached"] = chunk.reused_tokens
+        else:
+            counts |= {"reused": chunk.reused_tokens, "recomputed": chunk.recomputed_tokens}
+        counts["computed"] = chunk.computed_tokens
+        inner.append([Segment(kind, count, index) for kind, count in counts.items() if count])
+    # Around the passages an exact prefix comes first, and all else is computed.
+    exact = sums["prefix"] - sum(chunk.prefix_tokens for chunk in chunks)
+    length = turn.completion.stats.prompt_tokens
+    found: list[Segment] = []
+    at = 0
+    for (start, end), pieces in zip([*turn.spans, (length, length)], [*inner, []], strict=True):
+        prefix = min(exact, start - at)
+        exact -= prefix
+        around: dict[Kind, int] = {"prefix": prefix, "computed": start - at - prefix}
+        found += [Segment(kind, count, None) for kind, count in around.items() if count]
+        found += pieces
+        at = end
+    return found
+
+
+# -- which words of two answers differ ---------------------------------------------------------------------------------
+
+_WORD = re.compile(r"\s*\S+|\s+")  # a word with the space before it
+
+
+class Piece(NamedTuple):
+    """A part of a text, and whether its words are not in the other text at this place."""
+
+    text: str
+    differs: bool
+
+
+def compare_words(first: str, second: str) -> tuple[list[Piece], list[Piece]]:
+    """Both texts in pieces, words compared without the space around them; joined, the pieces give the texts."""
+    one, two = _WORD.findall(first), _WORD.findall(second)
+    matcher = SequenceMatcher(None, [word.strip() for word in one], [word.strip() for word in two], autojunk=False)
+    left: list[Piece] = []
+    right: list[Piece] = []
+    for kind, begin, end, other_begin, other_end in matcher.get_opcodes():
+        _add_piece(left, one[begin:end], kind != "equal")
+        _add_piece(right, two[other_begin:other_end], kind != "equal")
+    return left, right
+
+
+def differing_words(pieces: Sequence[Piece]) -> int:
+    """How many words differ."""
+    return sum(len(piece.text.split()) for piece in pieces if piece.differs)
+
+
+def _add_piece(pieces: list[Piece], words: Sequence[str], differs: bool) -> None:
+    text = "".join(words)
+    space = text[: len(text) - len(text.lstrip())] if differs else ""
+    if space:  # is no part of a word
+        pieces.append(Piece(space, False))
+    if text := text.removeprefix(space):
+        pieces.append(Piece(text, differs))

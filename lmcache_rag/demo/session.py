@@ -6,14 +6,15 @@ import asyncio
 import datetime
 import logging
 import random
+import statistics
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lmcache_rag import __version__
-from lmcache_rag.demo import record, repeating
+from lmcache_rag.demo import record
 from lmcache_rag.demo.arms import Arm, Request, Wording
 from lmcache_rag.demo.record import ARMS, ArmName, Check, Problem, Turn, Uploaded
 from lmcache_rag.engines.base import BlendOptions, Sampling
@@ -21,6 +22,7 @@ from lmcache_rag.errors import LMCacheRAGError
 from lmcache_rag.kv_manager import KVManager
 from lmcache_rag.prompt import INSTRUCTION, SYSTEM
 from lmcache_rag.prompt import Turn as HistoryTurn
+from lmcache_rag.rag import first_difference
 
 if TYPE_CHECKING:
     from lmcache_rag.demo.hub import Hub, Stack
@@ -82,6 +84,90 @@ class Pane:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """One repetition: both times to the first token in milliseconds, what was reused, whether the answers differ.
+
+    `alone` says whether nothing else was computed before the first tokens.
+    """
+
+    order: tuple[int, ...]
+    first: ArmName
+    blended_ms: float
+    baseline_ms: float
+    reused_tokens: int
+    prefix_tokens: int
+    baseline_prefix_tokens: int
+    differ: bool
+    alone: bool = True
+
+
+@dataclass
+class Repeats:
+    """A run of repetitions.
+
+    Attributes:
+        question: The question.
+        wanted: How many repetitions.
+        passages: The chunks, in the page's order.
+        pairs: Those done so far.
+        problem: Why it ended early.
+        finished: Whether it has ended.
+    """
+
+    question: str
+    wanted: int
+    passages: list[int]
+    pairs: list[Pair] = field(default_factory=list)
+    problem: Problem | None = None
+    finished: bool = False
+
+    @property
+    def medians(self) -> tuple[float, float] | None:
+        """Median times to the first token, blended and baseline, in milliseconds, of what was computed alone."""
+        alone = [pair for pair in self.pairs if pair.alone]
+        if not alone:
+            return None
+        return (
+            statistics.median(pair.blended_ms for pair in alone),
+            statistics.median(pair.baseline_ms for pair in alone),
+        )
+
+    @property
+    def disturbed(self) -> int:
+        """How many pairs are no part of the medians, since something else was computed at the same time."""
+        return sum(not pair.alone for pair in self.pairs)
+
+    @property
+    def speedup(self) -> float | None:
+        """Baseline's median by the blended one; None before the first pair, and where nothing was reused."""
+        if self.medians is None or not any(pair.reused_tokens for pair in self.pairs):
+            return None
+        blended, baseline = self.medians
+        return baseline / blended if blended > 0 else None
+
+    @property
+    def differing(self) -> int:
+        """How many of the answers differ."""
+        return sum(pair.differ for pair in self.pairs)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        medians = self.medians
+        return {
+            "question": self.question,
+            "wanted": self.wanted,
+            "passages": self.passages,
+            "pairs": [asdict(pair) for pair in self.pairs],
+            "median_blended_ms": medians[0] if medians else None,
+            "median_baseline_ms": medians[1] if medians else None,
+            "speedup": self.speedup,
+            "differing": self.differing,
+            "disturbed": self.disturbed,
+            "error": asdict(self.problem) if self.problem else None,
+        }
+
+
 class Session:
     """The state of one browser's demo. All methods are to be called in the event loop.
 
@@ -107,7 +193,7 @@ class Session:
         self.panes: dict[ArmName, Pane] = {name: Pane() for name in ARMS}
         self.turns: list[Turn] = []  # of the whole session, for the export
         self.checks: list[Check] = []
-        self.repeats: list[repeating.Repeats] = []
+        self.repeats: list[Repeats] = []
         self.uploads: list[Uploaded] = []
         self.note = ""  # about the latest action
         self.problem: Problem | None = None  # of an action that belongs to no pane
@@ -324,7 +410,7 @@ class Session:
                 return
             turns.append(turn)
         ids = [turn.completion.token_ids for turn in turns if turn.completion]
-        differs = record.first_difference(*ids)
+        differs = first_difference(*ids)
         self.checks.append(Check(question, differs is None, differs, min(map(len, ids)), *turns))
 
     def repeat(self, times: int) -> asyncio.Task[None] | None:
@@ -334,9 +420,9 @@ class Session:
     async def _repeat(self, times: int) -> None:
         question, hits = await self._current()
         requests = {name: replace(self._request(name, question, hits), history=()) for name in ARMS}
-        run = repeating.Repeats(question, times, [hit.chunk_id for hit in hits])
+        run = Repeats(question, times, [hit.chunk_id for hit in hits])
         self.repeats.append(run)
-        await repeating.repeat(run, {name: self._arm(name) for name in ARMS}, requests, self.changed)
+        await run_repeats(run, {name: self._arm(name) for name in ARMS}, requests, self.changed)
 
     def cold(self) -> asyncio.Task[None] | None:
         """Empty this session's caches: fresh cache salts for both panes."""
@@ -490,3 +576,52 @@ class Session:
         own, self._own_kv = self._own_kv, set()
         if own and self.hub.start.phase == "ready":
             await asyncio.to_thread(self.stack.blended.engine.forget, own)
+
+
+async def run_repeats(
+    run: Repeats, arms: Mapping[ArmName, Arm], requests: Mapping[ArmName, Request], on_change: Callable[[], None]
+) -> None:
+    """Fill a run, one request at a time; each pair of requests has one order of passages.
+
+    Args:
+        run: Is filled.
+        arms: The arms.
+        requests: What each is asked.
+        on_change: Called after each pair.
+
+    Raises:
+        CancelledError: It was stopped; the pairs so far stay.
+    """
+    try:
+        for _ in range(run.wanted):
+            hits = list(requests["blended"].hits)
+            random.shuffle(hits)
+            names = list(ARMS)
+            random.shuffle(names)
+            turns, alone = {}, True
+            for name in names:
+                turn = await arms[name].answer(replace(requests[name], hits=tuple(hits)))
+                if turn.stopped:
+                    raise asyncio.CancelledError
+                if turn.problem or turn.completion is None:
+                    run.problem = turn.problem
+                    return
+                turns[name], alone = turn.completion, alone and turn.alone
+            blended, baseline = turns["blended"], turns["baseline"]
+            run.pairs.append(
+                Pair(
+                    tuple(hit.chunk_id for hit in hits),
+                    names[0],
+                    blended.stats.ttft_ms,
+                    baseline.stats.ttft_ms,
+                    blended.stats.reused_tokens,
+                    blended.stats.prefix_tokens,
+                    baseline.stats.prefix_tokens,
+                    blended.text != baseline.text,
+                    alone,
+                )
+            )
+            on_change()
+    finally:
+        run.finished = True
+        on_change()

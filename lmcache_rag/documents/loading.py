@@ -10,8 +10,7 @@ from typing import Any
 
 from lmcache_rag.documents.access import access_error, quoted, special_error
 from lmcache_rag.documents.decoding import decode, tidy
-from lmcache_rag.documents.html import MAX_HTML_BYTES, html_text
-from lmcache_rag.documents.pdf import pdf_text
+from lmcache_rag.documents.formats import MAX_HTML_BYTES, html_text, pdf_text
 from lmcache_rag.documents.types import Document
 from lmcache_rag.errors import DocumentError
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 
-from lmcache_rag.documents.borders import cut_before
 from lmcache_rag.documents.types import Chunk
 from lmcache_rag.errors import ConfigError
 
 MIN_CHUNK_TOKENS = 32
 _ALGORITHM = 1  # raise when the same text and parameters give other chunks: stores then know that they are stale
 
-# From the strongest border to the weakest. Sentences and words are ours (borders.py): the library would tokenise each.
+# From the strongest border to the weakest. Sentences and words are ours (cut_before): the library would tokenise each.
 _SEPARATORS = [r"\n#{1,6} ", r"\n```\n", r"\n(?:\*\*\*+|---+|___+)\n", r"\n\n", r"\n"]
 _CHARACTERS_PER_TOKEN = 4.0  # first guess; every chunk is counted
 _MOST_PER_TOKEN = 16  # a piece with more characters than this for each token of a chunk is cut without being counted
 _WINDOW = 64  # characters for each token of a chunk: some 16 chunks of English
+_SENTENCE_ENDS = (". ", "! ", "? ", "。", "！", "？", "; ")
+_JOINERS = ("\u200d", "\ufe0e", "\ufe0f")
 
 
 class Splitter:
@@ -201,3 +203,37 @@ def _stripped(text: str, start: int, stop: int) -> tuple[int, int]:
     while stop > start and text[stop - 1].isspace():
         stop -= 1
     return start, stop
+
+
+def cut_before(text: str, start: int, stop: int, end: int) -> int:
+    """The best place to end a piece that begins at start and may reach up to stop.
+
+    The last paragraph's end in the second half of the span, else the last line's, sentence's or word's end, else a hard
+    cut that keeps a letter with its accents and an emoji with its parts.
+
+    Args:
+        text: The whole text.
+        start: Begin of the piece.
+        stop: Furthest end; start < stop.
+        end: End of what is to be cut; a stop at or behind it needs no cut.
+
+    Returns:
+        A position in (start, stop], or end.
+    """
+    if stop >= end:
+        return end
+    low = start + (stop - start) // 2
+    for marks in (("\n\n",), ("\n",), _SENTENCE_ENDS, (" ",)):
+        found = max((place + len(mark) for mark in marks if (place := text.rfind(mark, low, stop)) >= 0), default=-1)
+        if found > start:
+            return found
+    for place in range(stop, max(start + 1, stop - 32), -1):
+        if not _inside_character(text, place):
+            return place
+    return stop
+
+
+def _inside_character(text: str, place: int) -> bool:
+    """Whether the code points before and after a place are drawn as one character."""
+    after = text[place]
+    return unicodedata.combining(after) != 0 or after in _JOINERS or text[place - 1] == "\u200d"

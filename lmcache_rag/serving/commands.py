@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lmcache_rag.connector.authorization import MIDDLEWARE
-from lmcache_rag.connector.lmcache_server.settings import ServerSettings
+from lmcache_rag.connector.lmcache_server.settings import MODULE, ServerSettings
 from lmcache_rag.connector.secret import FILE_VARIABLE, VARIABLE
-from lmcache_rag.connector.server_guard import MODULE
 from lmcache_rag.credentials import api_key, read_ingest_key, state_file
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.protocol import DEFAULT_POLICY, DEFAULT_RATIO, LMCACHE_CHUNK, VLLM_BLOCK

@@ -1,4 +1,4 @@
-"""Patches of LMCache's server modules: deadlines of transfers, the chunk index, removal of KV.
+"""Patches of LMCache's server modules: deadlines of transfers, the chunk index, removal of KV, and its HTTP routes.
 
 For LMCache 0.5.6 and 0.5.7, each of an object that the server has made, by a subclass of its class.
 """
@@ -8,16 +8,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import json
 import logging
+import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lmcache_rag import protocol
-from lmcache_rag.connector.lmcache_server import eviction, http
-from lmcache_rag.connector.lmcache_server.forget import Forgetting
 from lmcache_rag.connector.lmcache_server.index import ChunkIndex, as_tokens, from_ids
+from lmcache_rag.connector.lmcache_server.removal import Forgetting, evict_ingested_last
 from lmcache_rag.connector.lmcache_server.settings import ServerSettings
 from lmcache_rag.connector.patching import Patch, patch_methods, patch_object
 
@@ -49,6 +51,35 @@ LOOKUP = Patch(
     "LMCache's protocol can remove KV",
 )
 
+HTTP_SERVER = "lmcache.v1.multiprocess.http_server"
+ROUTES = Patch(
+    f"{HTTP_SERVER}:app.routes",
+    "The HTTP port has only harmless routes, and /config shows no secret.",
+    "LMCache's HTTP API has a key and shows no secret",
+)
+KEPT_ROUTES = frozenset(
+    {
+        "/",
+        "/healthcheck",
+        "/status",
+        "/config",
+        "/config/adapters",
+        "/metrics",
+        "/version",
+        "/lmc_version",
+        "/commit_id",
+        "/cache/clear",
+        "/cache/objects",
+        "/cache/prefetches",
+        "/cache/prefetches/{request_id}",
+        "/quota",
+        "/quota/{cache_salt}",
+    }
+)
+MASK = "***"
+_SECRET = re.compile(r"pass|secret|token|credential|key|auth|user|sas|dsn|connection_string", re.IGNORECASE)
+_IN_ADDRESS = re.compile(r"(?<=://)[^/\s@]*@")
+
 _REGISTER = "lmcache_rag_register"  # kind of a callback of LMCache's device stream
 _LOADS = (RETRIEVE.name, BLEND_RETRIEVE.name)
 _STORES = (STORE.name, COMMIT_STORE.name)
@@ -70,7 +101,7 @@ def install(context: Any, modules: Sequence[Any], config: Mapping[str, Any]) -> 
     for module in modules:
         guard.patch(module)
     guard.watch()
-    http.cut_routes()
+    cut_routes()
     settings = guard.settings
     log.info("lmcache_rag: index %s, store %s, at most %d chunks", settings.index, settings.store, settings.index_size)
     return guard
@@ -216,7 +247,7 @@ class Guard:
         for memory in self._memories:
             memory.register_listener(listener)
         self.storage.register_l2_listener(listener)
-        eviction.evict_ingested_last(self.storage, lambda key: self.index.is_ingested(key.cache_salt, key.chunk_hash))
+        evict_ingested_last(self.storage, lambda key: self.index.is_ingested(key.cache_salt, key.chunk_hash))
         _report(self.index)
 
     # -- the index ----------------------------------------------------------------------------------------------------
@@ -427,3 +458,60 @@ def _report(index: ChunkIndex) -> None:
     meter.create_observable_counter(
         protocol.INDEX_FOUND, reading(lambda: index.found), description="Chunks that the index found in them"
     )
+
+
+# -- the HTTP API ------------------------------------------------------------------------------------------------------
+
+
+def cut_routes(app: Any = None) -> list[str]:
+    """Remove every route but those in KEPT_ROUTES, and have /config mask secrets.
+
+    By default the API needs no key, shows the environment and the second tier's password, runs scripts, and changes
+    the server's settings.
+
+    Args:
+        app: A FastAPI application; default: that of LMCache's HTTP server, where this process has one.
+
+    Returns:
+        The paths that were removed.
+    """
+    if app is None:
+        app = getattr(sys.modules.get(HTTP_SERVER), "app", None)
+    if app is None:
+        return []
+    routes = app.router.routes
+    gone = sorted(
+        {str(getattr(route, "path", "")) for route in routes if getattr(route, "path", None) not in KEPT_ROUTES}
+    )
+    config = [route for route in routes if getattr(route, "path", None) == "/config"]
+    routes[:] = [route for route in routes if getattr(route, "path", None) in KEPT_ROUTES and route not in config]
+    for route in config:
+        app.add_api_route("/config", _masking(route.endpoint), methods=["GET"], response_model=None)
+    app.openapi_schema = None
+    log.info("LMCache's HTTP API does not offer %s", ", ".join(gone))
+    return gone
+
+
+def _masking(endpoint: Any) -> Any:
+    from fastapi import Request, Response
+
+    async def config(request: Request) -> Response:
+        """LMCache's settings, secrets masked."""
+        answer: Response = await endpoint(request)
+        body = json.dumps(masked(json.loads(bytes(answer.body))), indent=2)
+        return Response(body, answer.status_code, media_type="application/json")
+
+    # FastAPI reads the annotations, which are names of this function's here.
+    config.__annotations__ = {"request": Request, "return": Response}
+    return config
+
+
+def masked(value: Any, *, secret: bool = False) -> Any:
+    """A JSON document with secrets replaced: texts under keys that sound like one, and users in addresses."""
+    if isinstance(value, dict):
+        return {name: masked(each, secret=secret or bool(_SECRET.search(str(name)))) for name, each in value.items()}
+    if isinstance(value, list):
+        return [masked(each, secret=secret) for each in value]
+    if not isinstance(value, str) or not value:
+        return value
+    return MASK if secret else _IN_ADDRESS.sub(f"{MASK}@", value)

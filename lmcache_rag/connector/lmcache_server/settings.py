@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+MODULE = "lmcache_rag.connector.server_guard"  # what --server-module loads
 INDEX_MODES = ("declared", "all")
 STORE_MODES = ("ingest", "all")
 INDEX_SIZE = 1 << 20

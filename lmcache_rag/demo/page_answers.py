@@ -1,4 +1,4 @@
-"""Both panes: timer, time to the first token, bar, counts, answer with differing words, notes, errors, history."""
+"""What the page shows of answers: both panes, the check against full recompute, repetitions with a plot."""
 
 from __future__ import annotations
 
@@ -7,12 +7,23 @@ from typing import TYPE_CHECKING
 
 from nicegui import ui
 
-from lmcache_rag.demo import bars, differences
-from lmcache_rag.demo.page_parts import error, heading, label, ms, put
-from lmcache_rag.demo.record import ARMS, ArmName, Turn, source_name, speedup_words
+from lmcache_rag.demo.page_parts import button, error, heading, label, ms, put
+from lmcache_rag.demo.record import (
+    ARMS,
+    KIND_WORDS,
+    KINDS,
+    ArmName,
+    Turn,
+    compare_words,
+    segments,
+    source_name,
+    speedup_words,
+    totals,
+)
 
 if TYPE_CHECKING:
-    from lmcache_rag.demo.session import Pane, Session
+    from lmcache_rag.demo.record import Check
+    from lmcache_rag.demo.session import Pane, Repeats, Session
 
 TITLES: dict[ArmName, str] = {"blended": "With blended KV", "baseline": "Without: full prefill"}
 STATES = {
@@ -24,6 +35,9 @@ STATES = {
     "stopped": "Stopped.",
     "failed": "Failed.",
 }
+
+
+_COLOURS = {"blended": "#1f9d55", "baseline": "#7a8696"}
 
 
 class Panes:
@@ -133,20 +147,20 @@ class _PaneView:
         self._facts.clear()
         if turn is None or turn.completion is None:
             return
-        sums, name = bars.totals(turn), self.name
+        sums, name = totals(turn), self.name
         with self._facts:
-            words = ", ".join(f"{count:,} {bars.WORDS[kind]}" for kind, count in sums.items())
+            words = ", ".join(f"{count:,} {KIND_WORDS[kind]}" for kind, count in sums.items())
             bar = ui.element("div").classes("d-bar").props(f"data-testid={name}-bar role=img")
             bar.props["aria-label"] = f"Tokens of the prompt: {words}"
             with bar:
                 last: int | None = None
-                for segment in bars.segments(turn):
+                for segment in segments(turn):
                     piece = ui.element("div").classes(f"k-{segment.kind}").style(f"flex: {segment.tokens} 1 0")
                     passage = "" if segment.passage is None else segment.passage + 1
                     piece.props(f'data-kind={segment.kind} data-tokens={segment.tokens} data-passage="{passage}"')
                     where = f"passage {passage}" if passage else "around the passages"
                     with piece:
-                        ui.tooltip(f"{segment.tokens:,} tokens {bars.WORDS[segment.kind]}, {where}")
+                        ui.tooltip(f"{segment.tokens:,} tokens {KIND_WORDS[segment.kind]}, {where}")
                     if segment.passage is not None and segment.passage != last:
                         piece.classes("d-start")
                     last = segment.passage
@@ -155,7 +169,7 @@ class _PaneView:
                     with ui.element("div"):
                         ui.element("div").classes(f"d-swatch k-{kind}")
                         label(f"{count:,}", classes="d-number", test_id=f"{name}-{kind}")
-                        label(bars.WORDS[kind])
+                        label(KIND_WORDS[kind])
                 with ui.element("div"):
                     label("of")
                     label(f"{turn.completion.stats.prompt_tokens:,}", classes="d-number", test_id=f"{name}-prompt")
@@ -171,7 +185,7 @@ class _PaneView:
             assert turn.completion is not None  # noqa: S101 - the caller looked
             for index, (hit, chunk) in enumerate(zip(turn.passages, turn.completion.chunks, strict=False), start=1):
                 label(f"{index} {source_name(hit)}", classes="d-name")
-                for kind in bars.KINDS:
+                for kind in KINDS:
                     count = getattr(chunk, f"{kind}_tokens")
                     words = "in those" if count is None else f"{count:,}"
                     label(words, classes="d-n", test_id=f"{self.name}-passage-{index}-{kind}")
@@ -183,7 +197,7 @@ class _PaneView:
             if not both or turn is None or other is None or not (turn.text and other.text):
                 self._text = label(self.pane.text, classes="d-piece")
                 return
-            mine, _ = differences.compare(turn.text, other.text)
+            mine, _ = compare_words(turn.text, other.text)
             for piece in mine:
                 made = label(piece.text, classes="d-piece d-differs" if piece.differs else "d-piece")
                 if piece.differs:
@@ -218,3 +232,121 @@ class _PaneView:
                         test_id=f"{self.name}-turn-ttft",
                     )
                     label(turn.problem.message if turn.problem else turn.text)
+
+
+class CheckView:
+    """Ratio 1 and a full prefill: are they equal?"""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._shown = -1
+        with ui.element("section").classes("d-card").props('aria-label="Check against full recompute"'):
+            with ui.element("div").classes("d-row"):
+                heading("Check against full recompute")
+                self._button = button("Check", session.check, test_id="check", icon="fact_check")
+            label("Blends this prompt with ratio 1, computes it in full, and compares the answers.", classes="d-soft")
+            self._result = ui.element("div").classes("d-list")
+
+    def update(self) -> None:
+        """Show what is new."""
+        session = self.session
+        self._button.set_enabled(session.hub.start.phase == "ready" and not session.busy and bool(session.question))
+        if len(session.checks) != self._shown:
+            self._shown = len(session.checks)
+            self._result.clear()
+            if session.checks:
+                with self._result:
+                    self._show(session.checks[-1])
+
+    def _show(self, check: Check) -> None:
+        if check.equal:
+            label(f"Equal: all {check.tokens} tokens of both answers.", classes="d-good", test_id="check-result")
+            return
+        place = (check.first_difference or 0) + 1
+        label(f"Different from token {place} of the answer on.", classes="d-note", test_id="check-result")
+        for turn, title in ((check.recomputed, "Ratio 1"), (check.full, "Full prefill")):
+            label(title, classes="text-weight-bold")
+            label(turn.text)
+
+
+class RepeatView:
+    """Both arms many times: medians, a plot, how many answers differ."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._shown: object = None
+        with ui.element("section").classes("d-card").props('aria-label="Repeat"'):
+            with ui.element("div").classes("d-row"):
+                heading("Repeat in random order")
+                self._times = (
+                    ui.number("Times", value=20, min=1, max=200, step=1)
+                    .props("dense outlined data-testid=repeat-times")
+                    .style("width: 6rem")
+                )
+                self._button = button("Repeat", self._begin, test_id="repeat", icon="repeat")
+            label("The passages are shuffled each time, and so is which pane comes first.", classes="d-soft")
+            self._progress = label("", classes="d-soft d-number", test_id="repeat-progress")
+            self._medians = label("", classes="d-number text-weight-bold", test_id="repeat-medians")
+            self._factor = label("", classes="d-good", test_id="repeat-speedup")
+            self._differ = label("", classes="d-number", test_id="repeat-differing")
+            self._problem = ui.element("div")
+            self._plot = ui.echart(_options(None)).props("data-testid=repeat-plot role=img").style("height: 220px")
+            self._plot.props["aria-label"] = "Times to the first token of both panes, each repetition a point"
+
+    def update(self) -> None:
+        """Show what is new."""
+        session = self.session
+        self._button.set_enabled(session.hub.start.phase == "ready" and not session.busy and bool(session.question))
+        run = session.repeats[-1] if session.repeats else None
+        self._plot.set_visibility(bool(run and run.pairs))
+        key = (len(session.repeats), len(run.pairs), run.finished) if run else None
+        if run is None or key == self._shown:
+            return
+        self._shown = key
+        words = (
+            "done" if run.finished and len(run.pairs) == run.wanted else "ended early" if run.finished else "under way"
+        )
+        left_out = f"; {run.disturbed} left out, since other requests ran then" if run.disturbed else ""
+        put(self._progress, f"{len(run.pairs)} of {run.wanted}, {words}{left_out}")
+        medians = run.medians
+        put(
+            self._medians,
+            f"Median first token: {ms(medians[0])} blended, {ms(medians[1])} full prefill" if medians else "",
+        )
+        put(self._factor, speedup_words(run.speedup) if run.speedup else "")
+        put(self._differ, f"{run.differing} of {len(run.pairs)} answers differ" if run.pairs else "")
+        self._problem.clear()
+        if run.problem:
+            with self._problem:
+                error(run.problem, test_id="repeat-error")
+        self._plot.options.clear()
+        self._plot.options.update(_options(run))
+        self._plot.update()
+
+    def _begin(self) -> None:
+        if self._times.value:
+            self.session.repeat(max(1, min(200, int(self._times.value))))
+
+
+def _options(run: Repeats | None) -> dict[str, object]:
+    pairs = run.pairs if run else []
+    series = [
+        {
+            "name": "blended" if name == "blended" else "full prefill",
+            "type": "scatter",
+            "symbolSize": 8,
+            "itemStyle": {"color": _COLOURS[name]},
+            "data": [[at, round(getattr(pair, f"{name}_ms"), 1)] for at, pair in enumerate(pairs, start=1)],
+        }
+        for name in ARMS
+    ]
+    grey = {"color": "#7a8696"}
+    axis = {"nameTextStyle": grey, "axisLabel": grey, "splitLine": {"lineStyle": {"color": "rgba(128,140,155,.3)"}}}
+    return {
+        "animation": False,
+        "grid": {"left": 60, "right": 12, "top": 34, "bottom": 30},
+        "legend": {"textStyle": grey, "top": 0, "right": 12, "bottom": "auto", "left": "auto"},
+        "xAxis": {**axis, "type": "value", "minInterval": 1, "min": 0, "splitLine": {"show": False}},
+        "yAxis": {**axis, "type": "value", "name": "first token, ms", "min": 0},
+        "series": series,
+    }
