@@ -5,6 +5,7 @@ Each figure on the page is compared with the exported JSON, which has what the e
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -182,7 +183,7 @@ def sources(page: Any) -> list[str]:
 
 
 def chunks(page: Any) -> list[int]:
-    return [int(card.get_attribute("data-chunk")) for card in page.get_by_test_id("passage").all()]
+    return page.get_by_test_id("passage").evaluate_all("each => each.map(card => Number(card.dataset.chunk))")
 
 
 def figure(page: Any, name: str) -> float:
@@ -370,17 +371,26 @@ def test_times_are_those_of_another_clock(
 def test_passages_are_dragged_shuffled_removed_and_added(page: Any) -> None:
     ask(page)
     before = chunks(page)
+    after = [*before[1:], before[0]]
     handle, target = page.get_by_test_id("drag").first, page.get_by_test_id("passage").last
     start, end = handle.bounding_box(), target.bounding_box()
-    page.mouse.move(start["x"] + 8, start["y"] + 8)
+    across, top, bottom = start["x"] + 8, start["y"] + 8, end["y"] + end["height"] - 4
+    page.mouse.move(across, top)
     page.mouse.down()
     for step in range(1, 11):  # by small steps, as a hand does
-        page.mouse.move(start["x"] + 8, start["y"] + 8 + (end["y"] + end["height"] - start["y"] - 12) * step / 10)
+        page.mouse.move(across, top + (bottom - top) * step / 10)
         page.wait_for_timeout(40)
+
+    def lies_there() -> bool:
+        page.mouse.move(across, bottom - next(steps) % 2)
+        return chunks(page) == after
+
+    steps = itertools.count()
+    wait_for(lies_there, "the card lies at the end, before it is let go")
     page.mouse.up()
-    after = [*before[1:], before[0]]
-    wait_for(lambda: chunks(page) == after, "the order after the drag")
-    assert page.get_by_test_id("passage-rank").all_inner_texts() == ["1", "2", "3"]
+    ranks = page.get_by_test_id("passage-rank")
+    wait_for(lambda: ranks.all_inner_texts() == ["1", "2", "3"], "the ranks of the new order")
+    assert chunks(page) == after
     ask(page)
     assert last_turns(compare(page))["blended"]["stats"]["reused_tokens"] > 0
 
