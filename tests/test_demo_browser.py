@@ -5,6 +5,7 @@ Each figure on the page is compared with the exported JSON, which has what the e
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import browser_kit as kit
+import httpx
 import pytest
 from browser_kit import export, number, ready, visit, wait_for
 
@@ -129,6 +131,18 @@ def clocks_of(server: Any, monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return clocks
 
 
+def plain_ms(client: httpx.Client, server: Any) -> float:
+    """Send the latest request once more, by a client that does nothing else: milliseconds to its first text."""
+    body = dict(server.questions[-1])
+    path, first_ms = body.pop("path"), 0.0
+    begin = time.perf_counter()
+    with client.stream("POST", f"{server.url}{path}", json=body) as answer:
+        for line in answer.iter_lines():
+            if not first_ms and '"text": "' in line and '"text": ""' not in line:
+                first_ms = (time.perf_counter() - begin) * 1e3
+    return first_ms
+
+
 def ask(page: Any, question: str = QUESTION) -> None:
     """Ask, and wait in the browser for both answers, so that this process leaves its cores to a server in it."""
     from playwright.sync_api import expect
@@ -169,7 +183,7 @@ def sources(page: Any) -> list[str]:
 
 
 def chunks(page: Any) -> list[int]:
-    return [int(card.get_attribute("data-chunk")) for card in page.get_by_test_id("passage").all()]
+    return page.get_by_test_id("passage").evaluate_all("each => each.map(card => Number(card.dataset.chunk))")
 
 
 def figure(page: Any, name: str) -> float:
@@ -319,22 +333,34 @@ def test_times_are_those_of_another_clock(
     """The server is in this process; its clock runs from a request's arrival until its first text is about to leave.
 
     The page's time begins before that and ends after it, so it is never less. What it has more is a connection on this
-    machine: on a busy one a wait for a core, too. So each answer is compared with its own clock, and the nearest
-    counts: other programs delay some of them, while a wrong figure is wrong in all.
+    machine, and on a busy one a wait for a core. Other programs delay some answers, while a wrong figure is wrong in
+    all: the nearest one counts. It is within 20 ms, or, on a slow machine, within five times what a plain client needs.
     """
     clocks = clocks_of(server, monkeypatch)
     small = ("--max-tokens", "2", "--top-k", "1")  # so that many can be asked
-    with served(browser, small_store, tmp_path, "--engine", server.url, *small) as (page, _):
+    with (
+        served(browser, small_store, tmp_path, "--engine", server.url, *small) as (page, _),
+        httpx.Client(timeout=kit.LIMIT_S) as client,
+    ):
         more: dict[str, list[float]] = {arm: [] for arm in ARMS}
-        until = time.monotonic() + kit.LIMIT_S
-        while time.monotonic() < until and not all(min(each, default=20) < 20 for each in more.values()):
+        plain: list[float] = []
+
+        def near() -> bool:
+            return all(min(each) < max(20, 5 * min(plain)) for each in more.values())
+
+        for _ in range(30):
             clocks.clear()
             ask(page)
+            turns = last_turns(export(page))
+            plain.append(plain_ms(client, server) - clocks.pop())
             assert len(clocks) == 2  # blended first
             for arm, clock in zip(ARMS, clocks, strict=True):
-                more[arm].append(figure(page, f"{arm}-timer") - clock)
-        assert all(each > -1 for arm in ARMS for each in more[arm]), more  # the page shows whole milliseconds
-        assert all(min(more[arm]) < 20 for arm in ARMS), more
+                assert figure(page, f"{arm}-timer") == round(turns[arm]["ttft_ms"])
+                more[arm].append(turns[arm]["ttft_ms"] - clock)
+            assert all(each > 0 for each in (*plain, *more["blended"], *more["baseline"])), (more, plain)
+            if near():
+                break
+        assert near(), (more, plain)
         document = compare(page)
         assert document["one_engine"]
         salts = {body.get("cache_salt") for body in server.questions}
@@ -345,17 +371,26 @@ def test_times_are_those_of_another_clock(
 def test_passages_are_dragged_shuffled_removed_and_added(page: Any) -> None:
     ask(page)
     before = chunks(page)
+    after = [*before[1:], before[0]]
     handle, target = page.get_by_test_id("drag").first, page.get_by_test_id("passage").last
     start, end = handle.bounding_box(), target.bounding_box()
-    page.mouse.move(start["x"] + 8, start["y"] + 8)
+    across, top, bottom = start["x"] + 8, start["y"] + 8, end["y"] + end["height"] - 4
+    page.mouse.move(across, top)
     page.mouse.down()
     for step in range(1, 11):  # by small steps, as a hand does
-        page.mouse.move(start["x"] + 8, start["y"] + 8 + (end["y"] + end["height"] - start["y"] - 12) * step / 10)
+        page.mouse.move(across, top + (bottom - top) * step / 10)
         page.wait_for_timeout(40)
+
+    def lies_there() -> bool:
+        page.mouse.move(across, bottom - next(steps) % 2)
+        return chunks(page) == after
+
+    steps = itertools.count()
+    wait_for(lies_there, "the card lies at the end, before it is let go")
     page.mouse.up()
-    after = [*before[1:], before[0]]
-    wait_for(lambda: chunks(page) == after, "the order after the drag")
-    assert page.get_by_test_id("passage-rank").all_inner_texts() == ["1", "2", "3"]
+    ranks = page.get_by_test_id("passage-rank")
+    wait_for(lambda: ranks.all_inner_texts() == ["1", "2", "3"], "the ranks of the new order")
+    assert chunks(page) == after
     ask(page)
     assert last_turns(compare(page))["blended"]["stats"]["reused_tokens"] > 0
 
@@ -438,8 +473,8 @@ def test_each_of_many_quick_key_presses_counts(page: Any) -> None:
             page.wait_for_timeout(pause_ms)
         ratio = round(ratio + (0.05 if key == "ArrowRight" else -0.05) * presses, 2)
         wait_for(lambda wanted=ratio: export(page)["controls"]["ratio"] == wanted, f"{ratio} in the session", 60)
-        page.wait_for_timeout(500)  # nothing comes after it
-        assert shown() == ratio == export(page)["controls"]["ratio"]
+        assert export(page)["controls"]["ratio"] == ratio  # all that the server said of the keys came before this
+        assert shown() == ratio
         assert page.get_by_test_id("ratio-value").inner_text() == f"{ratio:.2f}"
     page.reload()
     ready(page)
@@ -742,6 +777,16 @@ def test_a_narrow_window_needs_no_scrolling_sideways(browser: Any, page_url: str
         assert page.get_by_test_id("blended-passage-1-reused").is_visible()
         assert broken_words(page) == []
         assert page.evaluate("document.documentElement.scrollWidth") <= 360
+        table = """each => {
+            const right = cell => {
+                const range = document.createRange();
+                range.selectNodeContents(cell);
+                return Math.round(range.getBoundingClientRect().right);
+            };
+            const ends = [...each.querySelectorAll(":scope > .d-n")].map(right);
+            return ends.length > 4 && ends.every((end, at) => Math.abs(end - ends[at % 4]) <= 1);
+        }"""
+        assert all(each.evaluate(table) for each in page.locator(".d-table").all()), "numbers end under their heads"
         table = "each => each.scrollWidth <= each.clientWidth"
         assert all(each.evaluate(table) for each in page.locator(".d-table").all()), "the table needs no scrolling"
 
@@ -854,6 +899,8 @@ def test_a_first_start_ingests_the_samples_and_shows_how_far_it_is(browser: Any,
 @pytest.mark.full
 def test_pictures_of_the_three_minutes(browser: Any, samples: Any, tmp_path: Path) -> None:
     """The steps of docs/demo.md; what they measured is beside the pictures."""
+    from playwright.sync_api import expect
+
     url, _ = samples
     to = Path(os.environ.get(kit.PICTURES) or tmp_path)
     to.mkdir(parents=True, exist_ok=True)
@@ -862,6 +909,7 @@ def test_pictures_of_the_three_minutes(browser: Any, samples: Any, tmp_path: Pat
         def picture(name: str, element: str = "") -> None:
             page.mouse.move(0, 0)
             page.wait_for_timeout(500)
+            expect(page.locator(".q-tooltip")).to_have_count(0)  # that of a button that was pressed
             if element:
                 page.locator(element).screenshot(path=to / f"{name}.png")
             else:

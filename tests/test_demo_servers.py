@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,13 +147,21 @@ async def test_server_that_is_down_says_so_and_comes_back(hub: Hub, server: Fake
     assert [pane.state for pane in session.panes.values()] == ["done", "done"]
 
 
-async def test_panes_of_one_server_at_once_are_not_compared(hub: Hub, server: FakeVLLM) -> None:
+async def test_panes_of_one_server_at_once_are_not_compared(
+    hub: Hub, server: FakeVLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server answers neither request before both are there: in turn, they would wait for ever."""
     session = Session("a" * 16, hub)
     session.set(at_once=True)
-    server.pause = 0.2
+    both, told = threading.Barrier(2), server.told
+
+    def wait_and_tell(number: int, body: dict[str, Any]) -> dict[str, Any] | None:
+        both.wait(hub.settings.engine_timeout_s)
+        return told(number, body)
+
+    monkeypatch.setattr(server, "told", wait_and_tell)
     await done(session.ask(QUESTION))
     assert {pane.state for pane in session.panes.values()} == {"done"}
-    assert server.most_active == 2
     assert not any(turn.alone for turn in session.turns)
     assert session.speedup is None
 
