@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from blend_kit import Case
 from models import tiny_model
 from paged_kit import PagedModel, drained
 
@@ -15,7 +16,6 @@ from lmcache_rag.engines import hf_blend
 from lmcache_rag.engines.hf_blend import ModelPasses
 from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.policies import HKVDPolicy, Layout, QueryPolicy, get_policy, how_many, pool_inside_chunks, select
-from tests.connector.test_blend_pass import Case
 
 SPANS = [(10, 20), (25, 29)]  # 10 and 4 tokens
 ATTENTION = [*(0.1, 0.0, 0.0, 0.9, 0.0, 0.0, 0.0, 0.2, 0.0, 0.3), *(0.8, 0.0, 0.0, 0.4)]

@@ -21,6 +21,7 @@ import httpx
 import pytest
 from api_kit import ApiHandler
 from openai_kit import FakeVLLM, vllm_serving
+from soak_kit import AT_REST, GAUGES, STATUS
 from typer.testing import CliRunner
 
 from lmcache_rag import protocol
@@ -32,7 +33,6 @@ from lmcache_rag.cli.app import app
 from lmcache_rag.engines.vllm import VLLMEngine
 from lmcache_rag.prompt import PromptBuilder
 from lmcache_rag.serving.process import descendants
-from tests.bench.test_soak import AT_REST, GAUGES, STATUS
 
 
 def ordinary() -> dict[str, Any]:

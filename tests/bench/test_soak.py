@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import pytest
 from openai_kit import FakeVLLM, vllm_serving
+from soak_kit import AT_REST, GAUGES, MEMORY, STATUS
 from typer.testing import CliRunner
 
 from lmcache_rag.bench import soak as soak_module
@@ -28,18 +29,6 @@ from lmcache_rag.cli.app import app
 from lmcache_rag.engines.base import BlendOptions
 from lmcache_rag.engines.vllm import VLLMEngine
 from lmcache_rag.prompt import PromptBuilder
-
-GAUGES = dict.fromkeys(soak_module.VLLM_GAUGES, 0.0)
-MEMORY = {"read_locked_count": 0, "write_locked_count": 0, "memory_used_bytes": 4096}
-PREFETCH = ("in_flight_request_count", "submission_queue_size", "pending_queue_size", "completed_results_count")
-STATUS: dict[str, Any] = {  # of LMCache 0.5.6 at rest, as far as it matters here
-    "is_healthy": True,
-    "active_sessions": 0,
-    "active_prefetch_jobs": 0,
-    "active_cb_lookups": 0,
-    "storage_manager": {"l1_managers": {"_default": MEMORY}, "prefetch_controller": dict.fromkeys(PREFETCH, 0)},
-}
-AT_REST = dict.fromkeys(soak_module.GAUGES, 0.0)
 
 
 @pytest.fixture

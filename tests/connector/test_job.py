@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from blend_kit import PREFIX
 from models import tiny_model
+from worker_kit import BLOCK, World
 
 from lmcache_rag.connector import job, metrics
 from lmcache_rag.connector.admission import Allowance
 from lmcache_rag.connector.job import NULL_BLOCK, Throttle
 from lmcache_rag.connector.metadata import BlendResult
 from lmcache_rag.engines.hf_model import HFModel
-from tests.connector.test_worker import BLOCK, PREFIX, World
 
 BUSY, IDLE = Allowance(20), Allowance(200, idle=True)
 

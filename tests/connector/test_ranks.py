@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from blend_kit import PREFIX
 from models import tiny_model
 from rank_kit import RANKS, SCENARIOS
+from worker_kit import World
 
 from lmcache_rag.connector.job import SMALLEST
 from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.policies import get_policy, select
-from tests.connector.test_worker import PREFIX, World
 
 Outcome = dict[str, Any]
 

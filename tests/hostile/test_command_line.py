@@ -17,21 +17,21 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
+import cli_kit
 import pytest
+from cli_kit import QUESTION, TEXTS, Call, Stocked, document, kv_files
+from document_kit import PDF, write_pdf
 from kill_kit import kv_checksums
+from store_kit import overwrite
 from typer.testing import CliRunner
 
-import tests.cli.test_cli as test_cli
 from lmcache_rag.cli.app import app
 from lmcache_rag.cli.run import Services
 from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.settings import Settings
 from lmcache_rag.workspace import Workspace
-from tests.cli.test_cli import QUESTION, TEXTS, Call, Stocked, document, kv_files
-from tests.hostile.test_documents import PDF, written
-from tests.store.test_damage import overwrite
 
-copy, make_tiny, stocked = test_cli.copy, test_cli.make_tiny, test_cli.stocked
+copy, make_tiny, stocked = cli_kit.copy, cli_kit.make_tiny, cli_kit.stocked
 
 EXACT = ("--policy", "all", "--max-tokens", "8", "--json")  # the answer is then the same whatever was reused
 
@@ -120,7 +120,7 @@ def hostile(tmp_path: Path) -> Path:
     (folder / "binary.txt").write_bytes(random.Random(0).randbytes(5000))
     (folder / "broken.txt").write_bytes(b"A caf\xe9 and " + "später".encode())
     (folder / "truncated.pdf").write_bytes(PDF.read_bytes()[:2000])
-    written(folder / "encrypted.pdf", lambda pdf: pdf.encrypt("secret", algorithm="AES-256"))
+    write_pdf(folder / "encrypted.pdf", lambda pdf: pdf.encrypt("secret", algorithm="AES-256"))
     (folder / "scripts.html").write_text("<html><script>document.write('x')</script></html>")
     os.mkfifo(folder / "pipe.txt")
     (folder / "loop").symlink_to(folder / "loop")
@@ -426,7 +426,7 @@ def test_a_question_whose_kv_finds_no_room_is_answered_with_a_warning(call: Call
         assert result.exit_code == 0, result.output
         assert document(result)["text"] == wanted["text"]
         assert document(result)["stats"]["chunks_missed"] == 1
-        assert "The KV that was missing is not kept" in result.stderr
+        assert "Could not store the missing KV" in result.stderr
         assert "no space is left on the device" in result.stderr
         ballast.unlink()
         call("ask", QUESTION, "--store", copy, *EXACT)

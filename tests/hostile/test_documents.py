@@ -9,16 +9,14 @@ import socket
 import tempfile
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from pypdf import PdfReader, PdfWriter
+from document_kit import PDF, write_pdf
 
 from lmcache_rag.documents import Splitter, find_files, load_document
 from lmcache_rag.errors import DocumentError
-
-PDF = Path(__file__).parents[2] / "examples" / "data" / "documents" / "oceans.pdf"
 
 
 def refused(path: Path | str, **options: int) -> str:
@@ -49,13 +47,6 @@ def raw_pdf(content: bytes, filters: bytes = b"/FlateDecode", pages: int = 1) ->
         table,
         len(out),
     )
-
-
-def written(pdf: Path, change: Callable[[PdfWriter], object]) -> Path:
-    writer = PdfWriter(clone_from=PdfReader(PDF))
-    change(writer)
-    writer.write(pdf)
-    return pdf
 
 
 # Text files
@@ -360,7 +351,7 @@ def test_a_page_that_declares_an_odd_encoding_is_refused_not_decoded_by_it(tmp_p
 
 @pytest.mark.parametrize("algorithm", ["RC4-128", "AES-256"])
 def test_an_encrypted_pdf_asks_for_its_password(tmp_path: Path, algorithm: str) -> None:
-    path = written(tmp_path / "a.pdf", lambda pdf: pdf.encrypt("secret", algorithm=algorithm))
+    path = write_pdf(tmp_path / "a.pdf", lambda pdf: pdf.encrypt("secret", algorithm=algorithm))
     message = refused(path)
     assert "is encrypted and needs a password" in message
     assert "qpdf --decrypt" in message
@@ -368,7 +359,7 @@ def test_an_encrypted_pdf_asks_for_its_password(tmp_path: Path, algorithm: str) 
 
 @pytest.mark.parametrize("algorithm", ["RC4-128", "AES-256"])
 def test_a_pdf_that_is_encrypted_with_an_empty_user_password_opens(tmp_path: Path, algorithm: str) -> None:
-    path = written(tmp_path / "a.pdf", lambda pdf: pdf.encrypt("", "owner", algorithm=algorithm))
+    path = write_pdf(tmp_path / "a.pdf", lambda pdf: pdf.encrypt("", "owner", algorithm=algorithm))
     assert load_document(path).text == load_document(PDF).text
 
 
@@ -395,7 +386,7 @@ def test_a_pdf_without_text_points_to_text_recognition(tmp_path: Path) -> None:
 
 
 def test_pages_without_text_are_counted_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = written(tmp_path / "a.pdf", lambda pdf: pdf.add_blank_page(100, 100))
+    path = write_pdf(tmp_path / "a.pdf", lambda pdf: pdf.add_blank_page(100, 100))
     assert load_document(path).metadata["pages_without_text"] == 1
     assert "1 of 2 pages hold no text" in caplog.text
 

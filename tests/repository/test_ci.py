@@ -18,7 +18,6 @@ import pytest
 from packaging.requirements import Requirement
 
 from lmcache_rag.serving.machine import TESTED
-from tests import conftest
 
 ROOT = Path(__file__).parents[2]
 SLEEP = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(150)'])"
@@ -244,7 +243,11 @@ def test_the_watchdog_names_the_part_and_ends_it(ci: ModuleType, capfd: pytest.C
 
 
 @pytest.mark.parametrize(("must_run", "gpu", "outcome"), [(0, 0, "skipped"), (1, 0, "failed"), (1, 1, "skipped")])
-def test_a_skip_fails_where_everything_must_run(must_run: bool, gpu: bool, outcome: str) -> None:
+def test_a_skip_fails_where_everything_must_run(
+    must_run: bool, gpu: bool, outcome: str, pytestconfig: pytest.Config
+) -> None:
+    conftest = pytestconfig.pluginmanager.get_plugin(str(ROOT / "tests" / "conftest.py"))
+    assert conftest is not None
     item = SimpleNamespace(
         config=SimpleNamespace(getoption={"--must-run": must_run}.get), get_closest_marker={"gpu": gpu or None}.get
     )

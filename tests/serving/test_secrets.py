@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from serve_kit import fake_packages
+from serve_kit import alive, fake_packages, free_ports
 from typer.testing import CliRunner
 
 from lmcache_rag.cli.app import app
@@ -22,9 +22,10 @@ from lmcache_rag.serving.commands import ServeOptions, commands, lmcache_environ
 from lmcache_rag.serving.lmcache_server import arguments
 from lmcache_rag.serving.process import descendants
 from lmcache_rag.serving.tiers import filled, second_tier
-from tests.serving.test_serve import PATIENCE_S, TESTS, alive, free_ports
 
 PASSWORD = "hunter2-and-more"
+TESTS = Path(__file__).parents[1]
+PATIENCE_S = 60.0
 
 
 # -- second tiers -----------------------------------------------------------------------------------------------------

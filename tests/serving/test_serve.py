@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import random
 import re
 import shlex
 import signal
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from serve_kit import UNDEFINED, fake_packages
+from serve_kit import UNDEFINED, alive, fake_packages, free_ports
 from typer.testing import CliRunner
 
 from lmcache_rag.cli.app import app
@@ -389,24 +387,6 @@ def commands(options):
 timeouts = lambda longest: Timeouts(20, longest, 0.02, 0.1, 1.0, 0.1, 0.5, 3.0)
 main(Services(serve_commands=commands, serve_timeouts=timeouts))
 """
-
-
-def free_ports(count: int) -> list[int]:
-    """Below those that the system gives to whoever asks for any, so that no other test gets one in the meantime."""
-    ports: set[int] = set()
-    while len(ports) < count:
-        port = random.SystemRandom().randrange(10_000, 32_000)
-        with socket.socket() as one, suppress(OSError):
-            one.bind(("127.0.0.1", port))
-            ports.add(port)
-    return list(ports)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def until(what: Callable[[], Any], seconds: float = PATIENCE_S) -> Any:

@@ -21,11 +21,13 @@ import pytest
 from store_kit import (
     EMBEDDER,
     FP,
+    TEXTS,
     child,
     document,
     finish,
     found,
     kv_keys,
+    overwrite,
     problems,
     put,
     refuses_every_write,
@@ -42,8 +44,6 @@ from lmcache_rag.errors import (
 )
 from lmcache_rag.store import KVRow, Store, connections
 from lmcache_rag.store import store as store_module
-
-TEXTS = [f"text number {n} " + "and more " * 300 for n in range(60)]
 
 
 def made(path: Path) -> Path:
@@ -63,12 +63,6 @@ def use_everything(path: Path) -> None:
 
 
 # Damaged database
-
-
-def overwrite(file: Path, start: int, data: bytes) -> None:
-    with file.open("r+b") as handle:
-        handle.seek(start)
-        handle.write(data)
 
 
 def test_a_destroyed_header_is_corruption_with_a_remedy(tmp_path: Path) -> None:
@@ -204,7 +198,6 @@ AS_NOBODY = """
 from store_kit import *
 from lmcache_rag.errors import StoreReadOnlyError
 import logging, os, tempfile
-from tests.store.test_damage import TEXTS
 with tempfile.TemporaryDirectory() as folder:
     for _ in range(2):  # loads everything that the other user cannot load
         with Store.open(folder) as store:

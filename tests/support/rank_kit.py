@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from models import tiny_model
+from worker_kit import BLOCK, Model, World
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from lmcache_rag.connector import blend_pass, vllm_internals
 from lmcache_rag.connector.admission import Allowance
 from lmcache_rag.engines.hf_model import HFModel
-from tests.connector.test_worker import BLOCK, Model, World
 
 RANKS = 2
 SCENARIOS: dict[str, dict[str, Any]] = {

@@ -12,11 +12,14 @@ from __future__ import annotations
 import http.server
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +207,24 @@ def fake_packages(folder: Path, *, cuda: str | None = "13.0", code: str = "print
         (place / name).parent.mkdir(parents=True, exist_ok=True)
         (place / name).write_text(text)
     return place
+
+
+def free_ports(count: int) -> list[int]:
+    """Below those that the system gives to whoever asks for any, so that no other test gets one in the meantime."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            ports.add(port)
+    return list(ports)
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def main(role: str, port: int, folder: Path) -> None:

@@ -154,3 +154,12 @@ def finish(process: subprocess.Popen[str], timeout: float = 60) -> str:
     out, err = process.communicate(timeout=timeout)
     assert process.returncode == 0, err
     return out
+
+
+def overwrite(file: Path, start: int, data: bytes) -> None:
+    with file.open("r+b") as handle:
+        handle.seek(start)
+        handle.write(data)
+
+
+TEXTS = [f"text number {n} " + "and more " * 300 for n in range(60)]
