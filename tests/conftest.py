@@ -20,7 +20,11 @@ hypothesis.settings.load_profile("untimed")
 pytest_plugins = ("engine_fixtures", "rag_kit", "vllm_cpu_kit")
 
 # The files that take longest, longest first: begun last, one of them would keep one process busy and the others idle.
-LONGEST = ("wheel", "exact", "kill", "cli_signals", "serve", "packages", "ranks", "bench_exact", "store_damage")
+LONGEST = (
+    *("repository/test_wheel.py", "invariants/test_exact.py", "invariants/test_kill.py", "cli/test_signals.py"),
+    *("serving/test_serve.py", "weights/test_packages.py", "connector/test_ranks.py", "bench/test_exact.py"),
+    "store/test_damage.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,10 +34,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first; `make test` gives each process one file after another. What ends servers comes last."""
-    ranks = {f"test_{name}.py": rank for rank, name in enumerate(LONGEST)}
-    items.sort(
-        key=lambda item: (item.get_closest_marker("ends_servers") is not None, ranks.get(item.path.name, len(ranks)))
-    )
+    folder = Path(__file__).parent
+    ranks = {folder / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: (item.get_closest_marker("ends_servers") is not None, ranks.get(item.path, len(ranks))))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from blend_kit import Case
 from models import tiny_model
 from paged_kit import PagedModel, drained
-from test_blend_pass import Case
 
 from lmcache_rag.connector import blend_pass
 from lmcache_rag.connector.attention import PagedSequence

@@ -1,6 +1,6 @@
 """Everything private of LMCache's client that the connector calls, reads or replaces, but for transfers of KV.
 
-Written for LMCache 0.5.6 and 0.5.7; tests/test_connector_contract*.py check each part against LMCache, which is
+Written for LMCache 0.5.6 and 0.5.7; the tests in tests/contracts check each part against LMCache, which is
 imported in the functions. The server sends no answer at all when a call fails, so each wait has a deadline. A worker's
 loads and stores stand in lmcache_rag.connector.lmcache_transfers.
 """

@@ -1,7 +1,8 @@
 """How functions of vLLM and LMCache are replaced while they run: each replacement is a Patch.
 
-A Patch says what is replaced, why, and when it can go. docs/serving.md lists all of them; tests/test_patches.py
-compares the list with the code. Neither vLLM nor LMCache is imported before a patch is applied.
+A Patch says what is replaced, why, and when it can go. docs/serving.md lists all of them;
+tests/connector/test_patching.py compares the list with the code. Neither vLLM nor LMCache is imported before
+a patch is applied.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Private parts of vLLM that are called and read; lmcache_rag.connector.vllm_patches has those that are replaced.
 
-Written for vLLM 0.25.1 to 0.33; tests/test_connector_contract*.py check each part against vLLM. vLLM is imported in the
+Written for vLLM 0.25.1 to 0.33; the tests in tests/contracts check each part against vLLM. vLLM is imported in the
 functions: this module is loaded in each of vLLM's processes.
 """
 

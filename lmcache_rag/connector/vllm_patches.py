@@ -1,6 +1,6 @@
 """All functions of vLLM that are replaced while it runs, each with the version at which the patch can go.
 
-Written for vLLM 0.25.1 to 0.33; tests/test_connector_contract*.py check each patch against vLLM. vLLM is imported in
+Written for vLLM 0.25.1 to 0.33; the tests in tests/contracts check each patch against vLLM. vLLM is imported in
 the functions: this module is loaded in each of vLLM's processes. Each `patch_*` function can be called twice.
 """
 

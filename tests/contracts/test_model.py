@@ -1,0 +1,360 @@
+"""Which models of vLLM are blended: a real one on a CPU, and what must not be, one change at a time.
+
+See test_internals.py. The weights are random; the attention implementation is FlashAttention's, never run.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from contract_kit import vllm_folder
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import torch
+    from models import tiny_config
+    from vllm import distributed
+    from vllm.config import (
+        CacheConfig,
+        CompilationConfig,
+        CompilationMode,
+        KVTransferConfig,
+        ModelConfig,
+        ParallelConfig,
+        SchedulerConfig,
+        VllmConfig,
+        set_current_vllm_config,
+    )
+    from vllm.distributed import parallel_state
+    from vllm.distributed.kv_transfer import kv_transfer_state
+    from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+    from vllm.model_executor.layers import rotary_embedding
+    from vllm.model_executor.layers.attention import attention
+    from vllm.model_executor.models import registry
+    from vllm.model_executor.models.registry import ModelRegistry
+    from vllm.v1.attention.backends.flash_attn import FlashAttentionBackend
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+    from vllm.v1.worker.utils import AttentionGroup
+
+    from lmcache_rag.connector import model_runner, vllm_internals
+    from lmcache_rag.connector.attention import PagedSequence, keys_and_values
+    from lmcache_rag.connector.self_check import compare_with_prefill
+    from lmcache_rag.protocol import ARCHITECTURES, MODEL_CLASSES, CannotBlend
+
+pytestmark = [pytest.mark.filterwarnings("ignore")]
+BLOCK = 16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One rank, as a worker has it."""
+    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
+    with set_current_vllm_config(VllmConfig()):
+        distributed.init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
+        distributed.initialize_model_parallel(1)
+    yield
+    parallel_state.cleanup_dist_env_and_memory()
+
+
+class World:
+    """A model as vLLM loads it, with KV caches."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, family: str = "llama", **changes: Any) -> None:
+        tiny_config(family, changes.pop("scaling", "default"), **changes).save_pretrained(folder)
+        monkeypatch.setattr(attention, "get_attn_backend", lambda *given, **more: FlashAttentionBackend)
+        self.config = VllmConfig(
+            model_config=ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="bfloat16", max_model_len=512),
+            cache_config=CacheConfig(block_size=BLOCK),
+            compilation_config=CompilationConfig(mode=CompilationMode.NONE),
+        )
+        self.config.cache_config.block_size = BLOCK  # vLLM's CPU platform has one of its own
+        # As EngineArgs.create_engine_config does.
+        self.config.cache_config.sliding_window = self.config.model_config.get_sliding_window()
+        (architecture,) = self.config.model_config.architectures
+        kind, _ = ModelRegistry.resolve_model_cls(architecture, self.config.model_config)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with set_current_vllm_config(self.config):
+                self.model = kind(vllm_config=self.config)
+        finally:
+            torch.set_default_dtype(before)
+        self.layers = list(vllm_internals.attention_layers(self.config).values())
+        for layer in self.layers:
+            layer.kv_cache = torch.zeros(4, 2, BLOCK, layer.num_kv_heads, layer.head_size)
+
+    @property
+    def why_not(self) -> str:
+        return str(model_runner.unsupported_reason(self.config, self.model) or "")
+
+    @property
+    def code(self) -> str:
+        found = model_runner.unsupported_reason(self.config, self.model)
+        return "" if found is None else str(found.code)
+
+
+@pytest.mark.parametrize("scaling", ["default", "linear", "llama3", "yarn"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_what_we_know_is_blended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, scaling: str) -> None:
+    assert World(tmp_path, monkeypatch, family, scaling=scaling).why_not == ""
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("llama", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"], "sliding_window": 64}, "sliding"),
+        ("mistral", {"sliding_window": 64}, "sliding window"),
+        ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+         "a part of each head"),
+        ("llama", {"rope_parameters": {
+            "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 128,
+            "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
+        }}, "Phi3LongRoPEScaledRotaryEmbedding is not supported"),
+    ],
+)  # fmt: skip
+def test_models_that_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, changes: dict[str, Any], reason: str
+) -> None:
+    assert reason in World(tmp_path, monkeypatch, family, **changes).why_not
+
+
+def last(change: Callable[[Any], Any]) -> Callable[[World], Any]:
+    """A change of the last layer alone."""
+    return lambda world: change(world.layers[-1])
+
+
+def table(world: World) -> None:
+    """The last layer's angles are its own."""
+    with set_current_vllm_config(world.config):
+        own = rotary_embedding.get_rope(
+            16, max_position=4096, rope_parameters={"rope_type": "default", "rope_theta": 5e5}, dtype=torch.bfloat16
+        )
+    world.model.model.layers[-1].self_attn.rotary_emb = own
+
+
+ONE_CHANGE: dict[str, Callable[[World], Any]] = {
+    "sleep mode": lambda world: setattr(world.config.model_config, "enable_sleep_mode", True),
+    "expert parallelism": lambda world: setattr(world.config.parallel_config, "enable_expert_parallel", True),
+    "data parallelism of a model with experts": lambda world: (
+        setattr(world.config.parallel_config, "data_parallel_size", 2),
+        setattr(world.config.parallel_config, "is_moe_model", None),
+    ),
+    "OddForCausalLM is not supported": lambda world: setattr(
+        world.model, "__class__", type("OddForCausalLM", (type(world.model),), {})
+    ),
+    "pipeline": lambda world: setattr(world.config.parallel_config, "pipeline_parallel_size", 2),
+    "context parallelism": lambda world: setattr(world.config.parallel_config, "decode_context_parallel_size", 2),
+    "context parallelism ": lambda world: setattr(world.config.parallel_config, "prefill_context_parallel_size", 2),
+    "speculative": lambda world: setattr(world.config, "speculative_config", object()),
+    "LoRA": lambda world: setattr(world.config, "lora_config", object()),
+    "fused": lambda world: setattr(world.config.compilation_config.pass_config, "fuse_attn_quant", True),
+    "no attention layer": last(lambda layer: delattr(layer, "impl")),
+    "no causal attention": last(lambda layer: setattr(layer, "attn_type", "encoder_only")),
+    "no causal attention ": last(lambda layer: setattr(layer, "__class__", type("CrossAttention", (type(layer),), {}))),
+    "soft caps": last(lambda layer: setattr(layer.impl, "logits_soft_cap", 30.0)),
+    "ALiBi": last(lambda layer: setattr(layer.impl, "alibi_slopes", torch.ones(4))),
+    "sinks": last(lambda layer: setattr(layer.impl, "sinks", torch.ones(4))),
+    "share their KV": last(
+        lambda layer: setattr(layer, "kv_sharing_target_layer_name", "model.layers.0.self_attn.attn")
+    ),
+    "backend Odd": last(lambda layer: setattr(layer, "impl", type("Odd", (), {})())),
+    "a KV cache of type fp8": last(lambda layer: setattr(layer, "kv_cache_dtype", "fp8_e4m3")),
+    "a KV cache of shape": last(lambda layer: setattr(layer, "kv_cache", torch.zeros(2, 4, BLOCK, 2, 16))),
+    "heads of 32": last(lambda layer: setattr(layer, "kv_cache", torch.zeros(4, 2, BLOCK, 2, 32))),
+    "differ": last(lambda layer: setattr(layer, "kv_cache", torch.zeros(4, 2, BLOCK, 1, 16))),
+    "divides into blocks of 16": lambda world: setattr(world.config.cache_config, "block_size", 64),
+    "rotary embeddings of their own": table,
+    "other layers with KV": lambda world: setattr(world.config.model_config.hf_text_config, "num_hidden_layers", 3),
+}
+
+
+@pytest.mark.parametrize("reason", ONE_CHANGE)
+def test_each_of_these_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    world = World(tmp_path, monkeypatch)
+    assert world.why_not == ""
+    ONE_CHANGE[reason](world)
+    assert reason.strip() in world.why_not
+    assert world.code in set(CannotBlend) - {CannotBlend.ERROR}
+
+
+def test_data_parallelism_of_dense_models_is_blended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path, monkeypatch)
+    world.config.parallel_config.data_parallel_size = 2
+    world.config.parallel_config.is_moe_model = False
+    assert world.why_not == ""
+
+
+def test_amd_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(tmp_path, monkeypatch)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert (world.code, "ROCm" in world.why_not) == ("ROCm", True)
+
+
+def test_inside_vllms_multi_connector_nothing_is_blended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's worker makes the outermost connector before it makes the KV caches."""
+    world = World(tmp_path, monkeypatch)
+    monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", object())
+    assert world.why_not == ""
+    monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", object.__new__(MultiConnector))
+    assert (world.code, "MultiConnector" in world.why_not) == ("MultiConnector", True)
+
+
+@pytest.mark.own_version
+def test_the_table_of_architectures_is_vllms_registry() -> None:
+    classes = {name: kind for name, (_, kind) in registry._TEXT_GENERATION_MODELS.items()}
+    blended = {name for name, kind in classes.items() if kind in MODEL_CLASSES}
+    assert blended <= set(ARCHITECTURES)
+    assert all(classes.get(name, MODEL_CLASSES[0]) in MODEL_CLASSES for name in ARCHITECTURES)
+    assert set(MODEL_CLASSES) <= blended
+
+
+# -- the self-check, on vLLM's own model, forward context and attention metadata -----------------------------------
+
+
+class TorchAttention:
+    """An attention backend in plain torch: what vLLM's own does on a GPU, by the metadata that vLLM makes."""
+
+    def __init__(self, scale: float, num_heads: int) -> None:
+        self.scale, self.num_heads = scale, num_heads
+
+    def forward(
+        self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, metadata: Any, output: Any, **given: Any
+    ) -> Any:
+        keys, values = keys_and_values(kv_cache)
+        end = int(metadata.seq_lens[0])
+        sequence = PagedSequence(metadata.block_table_tensor[0], BLOCK)
+        own = [sequence.gather(cache, end).transpose(0, 1)[None] for cache in (keys, values)]
+        positions = torch.arange(end - len(query), end)
+        mask = torch.arange(end)[None] <= positions[:, None]
+        rows = query.transpose(0, 1)[None]
+        found = torch.nn.functional.scaled_dot_product_attention(
+            rows, *own, attn_mask=mask, scale=self.scale, enable_gqa=True
+        )
+        output.view(query.shape).copy_(found[0].transpose(0, 1))
+        return output
+
+    def do_kv_cache_update(self, layer: Any, key: Any, value: Any, kv_cache: Any, slots: Any) -> None:
+        for cache, fresh in zip(keys_and_values(kv_cache), (key, value), strict=True):
+            cache[slots // BLOCK, slots % BLOCK] = fresh
+
+
+class Loaded(World):
+    """A model that runs: random weights, attention in torch, and a runner as far as a pass asks for one."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, family: str = "llama", **changes: Any) -> None:
+        super().__init__(folder, monkeypatch, family, **changes)
+        torch.manual_seed(1)
+        for name, weight in self.model.named_parameters():
+            weight.data = torch.ones_like(weight) if "norm" in name else torch.randn_like(weight) * 0.2
+        for module in self.model.modules():  # as vLLM does when it has loaded them
+            if hasattr(module, "quant_method"):
+                module.quant_method.process_weights_after_loading(module)
+        for layer in self.layers:
+            layer.kv_cache = torch.zeros(64, 2, BLOCK, layer.num_kv_heads, layer.head_size, dtype=torch.bfloat16)
+            layer.impl = TorchAttention(layer.impl.scale, layer.impl.num_heads)
+        spec = FullAttentionSpec(
+            block_size=BLOCK, num_kv_heads=self.layers[0].num_kv_heads, head_size=16, dtype=torch.bfloat16
+        )
+        names = [layer.layer_name for layer in self.layers]
+
+        def build(common_prefix_len: int, common_attn_metadata: Any, **given: Any) -> Any:
+            return common_attn_metadata
+
+        builder = SimpleNamespace(build=build, supports_update_block_table=False)
+        group = AttentionGroup(FlashAttentionBackend, names, spec, 0, metadata_builders=[builder])
+        runner = SimpleNamespace(
+            get_model=lambda: self.model,
+            attn_groups=[[group]],
+            kv_cache_config=KVCacheConfig(64, [], [KVCacheGroupSpec(names, spec)]),
+        )
+        self.blendable = model_runner.VLLMModel(self.config, runner)
+
+    def check(self) -> list[Any]:
+        with set_current_vllm_config(self.config):
+            return compare_with_prefill(self.blendable, vocabulary=49152, longest=512)
+
+
+@pytest.mark.own_version
+@pytest.mark.parametrize(
+    ("family", "scaling"), [("llama", "llama3"), ("mistral", "yarn"), ("qwen2", "linear"), ("qwen3", "default")]
+)
+def test_vllms_own_model_passes_the_self_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, scaling: str
+) -> None:
+    findings = Loaded(tmp_path, monkeypatch, family, scaling=scaling).check()
+    assert {finding.name for finding in findings} >= {
+        "KV moved by LMCache's rotary table",
+        "KV moved by the exact rotary table",
+        "hidden states of a blend",
+        "logits of a blend",
+    }
+    assert [str(finding) for finding in findings if not finding.holds] == []
+
+
+@pytest.mark.own_version
+def test_a_model_whose_passes_are_wrong_fails_the_self_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a fused kernel leaves out the keys of a pass that has no slot mapping."""
+    world = Loaded(tmp_path, monkeypatch)
+    write = vllm_internals.write_kv
+    monkeypatch.setattr(
+        vllm_internals, "write_kv", lambda layer, key, value, slots: write(layer, key * 0, value, slots)
+    )
+    assert {finding.name for finding in world.check() if not finding.holds} >= {"logits of a blend"}
+
+
+@pytest.mark.own_version
+def test_a_rotary_table_that_is_not_the_models_fails_the_self_check(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = Loaded(tmp_path, monkeypatch)
+    right = vllm_internals.exact_rotary_table
+    monkeypatch.setattr(vllm_internals, "exact_rotary_table", lambda rotary: right(rotary).roll(1, 0))
+    assert [finding.name for finding in world.check() if not finding.holds] == ["KV moved by the exact rotary table"]
+
+
+def test_what_is_looked_at_is_there() -> None:
+    assert {"decode_context_parallel_size", "prefill_context_parallel_size", "pipeline_parallel_size"} <= set(
+        ParallelConfig.__dataclass_fields__
+    )
+    config = VllmConfig()
+    assert hasattr(config.compilation_config.pass_config, "fuse_attn_quant")
+    for name in model_runner.ROTARIES:
+        assert name == "RotaryEmbedding" or hasattr(rotary_embedding, name), f"{name} is named"
+    backends = "".join(path.read_text() for path in (vllm_folder() / "v1/attention/backends").glob("*.py"))
+    for name in model_runner.BACKENDS:
+        assert f"class {name}(" in backends
+
+
+def test_vllm_schedules_asynchronously_unless_told_otherwise_and_says_so_by_the_time_workers_start() -> None:
+    text = (vllm_folder() / "config/vllm.py").read_text()
+    assert "elif self.scheduler_config.async_scheduling is None:" in text
+    assert "self.scheduler_config.async_scheduling = True" in text
+    transfer = KVTransferConfig(
+        kv_connector="CacheBlendConnector",
+        kv_connector_module_path="lmcache_rag.connector.connector",
+        kv_role="kv_both",
+        kv_load_failure_policy="recompute",
+    )
+    for told, takes in ((True, False), (None, False), (False, True)):
+        scheduler = SchedulerConfig(
+            max_num_batched_tokens=512,
+            max_num_seqs=8,
+            max_model_len=512,
+            is_encoder_decoder=False,
+            async_scheduling=told,
+        )
+        assert (
+            model_runner.recomputes_reported_blocks(
+                SimpleNamespace(kv_transfer_config=transfer, scheduler_config=scheduler)
+            )
+            == takes
+        )
+    transfer.kv_load_failure_policy = "fail"
+    assert not model_runner.recomputes_reported_blocks(
+        SimpleNamespace(kv_transfer_config=transfer, scheduler_config=scheduler)
+    )

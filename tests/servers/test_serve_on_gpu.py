@@ -1,0 +1,292 @@
+"""`lmcache-rag serve` on a GPU: answers over HTTP beside a full prefill's, with real weights. Skipped without CUDA.
+
+In float32 with whole products, so that near ties decide nothing; torch.compile and CUDA graphs on, as users have them.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from vllm_cpu_kit import Process, answers, free_port, until
+
+LACKING = not torch.cuda.is_available() or not all(map(importlib.util.find_spec, ("vllm", "lmcache")))
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(LACKING, reason="no CUDA device, vLLM and LMCache")]
+
+DATA = Path(__file__).parents[2] / "examples" / "data" / "documents"
+PREFIX, TOKENS = 64, 48
+ALL = {"lmcache_rag.policy": "query", "lmcache_rag.ratio": 1.0}
+
+
+class Served:
+    """The command, and prompts of real text in chunks."""
+
+    def __init__(self, model: Path, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self.lmcache, self.health, self.tier = free_port(), free_port(), folder / "kv"
+        url = f"http://127.0.0.1:{free_port()}"
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        text = " ".join(path.read_text() for path in sorted(DATA.rglob("*")) if path.suffix in (".txt", ".md"))
+        ids = tokenizer.encode(text)
+        self._rng = random.Random(0)
+        self._prefix, self._gap = ids[:PREFIX], tokenizer.encode("\n\n")
+        self._question = tokenizer.encode("\n\nQuestion: what do these passages say? Answer:")
+        self.chunks = [ids[at : at + self._rng.randrange(200, 300)] for at in range(PREFIX, PREFIX + 300 * 20, 300)]
+        options = f"--port {url.rpartition(':')[2]} --lmcache-port {self.lmcache} --lmcache-http-port {self.health}"
+        options += f" --l2 {self.tier}"
+        options += " --l1-gb 4 --dtype float32 --attention-backend TRITON_ATTN --max-model-len 8192"
+        options += " --gpu-memory-utilization 0.05 --kv-cache-memory-bytes 2000000000"
+        options += " --max-cudagraph-capture-size 2048"  # as several ranks get it: passes as padded graphs
+        self._client = httpx.Client(base_url=url, timeout=120)
+        self.process = Process(
+            [sys.executable, "-m", "lmcache_rag", "serve", str(model), *options.split(), "--log-dir", str(folder)],
+            folder / "serve.log",
+            CUDA_VISIBLE_DEVICES=os.environ.get("CUDA_VISIBLE_DEVICES", "0"),
+            TRITON_F32_DEFAULT="ieee",
+        )
+        self.process.wait_for(lambda: answers(f"{url}/health"), 500)
+        self.name = self._client.get("/v1/models").json()["data"][0]["id"]
+
+    def ask(self, prompt: list[int], tokens: int = TOKENS, salt: str = "", **params: Any) -> tuple[list[int], Any]:
+        """Greedy tokens, and what was reused."""
+        body: dict[str, Any] = {"model": self.name, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+        body |= {"ignore_eos": True, "return_token_ids": True, "kv_transfer_params": params}
+        answer = self._client.post("/v1/completions", json=body | ({"cache_salt": salt} if salt else {}))
+        assert answer.status_code == 200, answer.text
+        found = answer.json()
+        return found["choices"][0]["token_ids"], (found.get("kv_transfer_params") or {}).get("lmcache_rag")
+
+    def full(self, prompt: list[int]) -> list[int]:
+        """The answer of a full prefill: the salt shares no KV with anything."""
+        return self.ask(prompt, salt=f"full {self._rng.random()}", **{"lmcache_rag.blend": "off"})[0]
+
+    def ingest(self) -> int:
+        """As our client does; returns how many tokens were there already."""
+        params = {"lmcache_rag.blend": "off", "lmcache_rag.ingest": True, "lmcache_rag.prefix": PREFIX}
+        told = [self.ask(self._prefix + chunk, 1, **params)[1] for chunk in self.chunks]
+        return sum(one["prefix_tokens"] for one in told)
+
+    def prompt(self, prefix: list[int] | None = None) -> tuple[list[int], list[list[int]]]:
+        """Four to eight chunks in random order, and where they stand."""
+        prompt, spans = list(prefix or self._prefix), []
+        for chunk in self._rng.sample(self.chunks, self._rng.randrange(4, 9)):
+            spans.append([len(prompt), len(prompt) + len(chunk)])
+            prompt += chunk + self._gap
+        return prompt + self._question, spans
+
+    def forget(self, *, force: bool = False) -> None:
+        """LMCache lets go of what its memory holds; with force also of what is being read. Its second tier keeps it."""
+        body = {"tier": "l1", "force": force}
+        assert httpx.post(f"http://127.0.0.1:{self.health}/cache/clear", json=body, timeout=30).is_success
+
+    def reused(self) -> bool:
+        return bool(self.ask(self.prompt()[0], 1)[1]["reused_tokens"])
+
+    def signal(self, number: int) -> None:
+        """Send it to the LMCache server."""
+        pattern = f"lmcache.cli.main server.*--port {self.lmcache}"
+        found = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True)
+        for pid in found.stdout.split():
+            os.kill(int(pid), number)
+
+
+@pytest.fixture(scope="module")
+def served(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    served = Served(smollm2_path, tmp_path_factory.mktemp("served"))
+    try:
+        served.ingest()
+        assert until(served.reused), "LMCache stores behind the answer"
+        yield served
+    finally:
+        served.process.kill()
+        served._client.close()
+
+
+def parted(told: dict[str, Any], prompt: list[int]) -> bool:
+    names = ("prefix_tokens", "reused_tokens", "recomputed_tokens", "computed_tokens")
+    return sum(told[name] for name in names) == len(prompt)
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_everything_computed_again_is_a_full_prefill(served: Served, named: bool) -> None:
+    for _ in range(10):
+        prompt, spans = served.prompt()
+        got, told = served.ask(prompt, **ALL, **({"lmcache_rag.chunks": spans} if named else {}))
+        assert got == served.full(prompt)
+        assert parted(told, prompt)
+        assert told["recomputed_tokens"] > len(prompt) / 2
+        assert bool(told["hot_tokens"]) == named
+
+
+def test_reused_kv_would_be_noticed(served: Served) -> None:
+    prompts = [served.prompt()[0] for _ in range(5)]
+    none = {"lmcache_rag.policy": "none", "lmcache_rag.ratio": 0.0}
+    assert any(served.ask(prompt, **none)[0] != served.full(prompt) for prompt in prompts)
+
+
+def test_another_prefix_and_another_tenant_get_nothing(served: Served) -> None:
+    other = served.chunks[0][:PREFIX]
+    longer = served.chunks[0][: 2 * PREFIX]
+    for prefix, salt, named in ((other, "", PREFIX), (longer, "", 2 * PREFIX), (None, "another tenant", PREFIX)):
+        prompt, _ = served.prompt(prefix)
+        told = served.ask(prompt, 1, salt=salt, **{"lmcache_rag.prefix": named})[1]
+        assert (told["reused_tokens"], told["recomputed_tokens"], told["failure"]) == (0, 0, "")
+        assert parted(told, prompt)
+    for named in ({}, {"lmcache_rag.prefix": PREFIX}):  # a client that knows nothing of prefixes gets it all the same
+        assert served.ask(served.prompt()[0], 1, **named)[1]["reused_tokens"]
+
+
+def test_requests_in_flight_together_answer_as_each_alone(served: Served) -> None:
+    prompts = [served.prompt()[0] for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        got = list(pool.map(lambda prompt: served.ask(prompt, **ALL), prompts))
+    assert [tokens for tokens, _ in got] == [served.full(prompt) for prompt in prompts]
+    assert all(
+        told["recomputed_tokens"] and parted(told, prompt) for (_, told), prompt in zip(got, prompts, strict=True)
+    )
+
+
+def test_a_server_that_hangs_costs_a_deadline_and_changes_no_answer(served: Served) -> None:
+    prompts = [served.prompt()[0] for _ in range(8)]
+    wanted = [served.full(prompt) for prompt in prompts]
+    with ThreadPoolExecutor(8) as pool:
+        running = [pool.submit(served.ask, prompt, 200, **ALL) for prompt in prompts]
+        time.sleep(0.05)
+        served.signal(signal.SIGSTOP)  # while some are looked up and some are loaded
+        try:
+            _, told = served.ask(served.prompt()[0], **ALL)
+            assert told["reused_tokens"] + told["recomputed_tokens"] == 0
+            assert told["failure"]
+        finally:
+            served.signal(signal.SIGCONT)
+        assert [task.result()[0][:TOKENS] for task in running] == wanted
+    assert until(served.reused, 60), "it blends again"
+    for _ in range(5):
+        prompt, _ = served.prompt()
+        assert served.ask(prompt, **ALL)[0] == served.full(prompt)
+
+
+def test_kv_that_goes_between_look_up_and_load_is_computed(served: Served) -> None:
+    failures: set[str] = set()
+    for attempt in range(30):
+        prompts = [served.prompt(served._prefix + served._gap)[0] for _ in range(8)]
+        wanted = [served.full(prompt) for prompt in prompts]
+        time.sleep(1)  # LMCache stores behind the answer, and is not to be disturbed there
+        with ThreadPoolExecutor(8) as pool:
+            running = [pool.submit(served.ask, prompt, **ALL) for prompt in prompts]
+            for _ in range(10):
+                time.sleep(0.005 + 0.001 * attempt)
+                served.forget(force=True)
+            got = [task.result() for task in running]
+        assert [tokens for tokens, _ in got] == wanted
+        assert all(parted(told, prompt) for (_, told), prompt in zip(got, prompts, strict=True))
+        failures |= {told["failure"] for _, told in got}
+        if "load failed" in failures:
+            break
+    assert "load failed" in failures
+    served.forget()
+    assert until(served.reused, 60), "it blends again, from the second tier"
+
+
+def test_kv_that_is_damaged_on_disk_changes_no_answer(served: Served) -> None:
+    files = [path for path in served.tier.rglob("*") if path.is_file()]
+    sound = {path: path.read_bytes() for path in files}
+    assert len(files) > 20
+    try:
+        for path, content in sound.items():
+            path.write_bytes(b"\xff" * len(content))  # each number of it is NaN
+        served.forget()
+        for _ in range(3):
+            prompt, _ = served.prompt()
+            got, told = served.ask(prompt)
+            assert got == served.full(prompt)
+            assert told["failure"] == "damaged KV"
+            assert told["reused_tokens"] == told["recomputed_tokens"] == 0
+            assert parted(told, prompt)
+    finally:
+        for path, content in sound.items():
+            path.write_bytes(content)
+        served.forget()
+    assert until(served.reused, 60), "it blends again, with what is sound"
+    prompt, _ = served.prompt()
+    assert served.ask(prompt, **ALL)[0] == served.full(prompt)
+
+
+def test_without_lmcache_answers_are_a_full_prefills_until_it_is_back(served: Served) -> None:
+    served.signal(signal.SIGKILL)
+    for _ in range(3):
+        prompt, _ = served.prompt()
+        got, told = served.ask(prompt, **ALL)
+        assert got == served.full(prompt)
+        assert told["reused_tokens"] + told["recomputed_tokens"] == 0
+    assert until(lambda: answers(f"http://127.0.0.1:{served.health}/healthcheck"), 90), "serve starts it again"
+
+    def blends() -> bool:
+        nonlocal there
+        there = served.ingest()
+        return served.reused()
+
+    there = 0
+    assert until(blends, 60), "its index is empty, and is filled again with what the second tier has"
+    assert there > sum(map(len, served.chunks)) / 2
+
+
+def test_a_chunk_that_is_to_be_forgotten_is_gone_from_memory_and_tier(served: Served) -> None:
+    gone, first, *others = served.chunks[:4]
+
+    def found() -> list[bool]:  # never at the beginning: vLLM keeps what it computed itself there
+        prompt, at = list(served._prefix), []
+        for chunk in [first, *served._rng.sample([gone, *others], 3)]:
+            at.append((served.chunks.index(chunk), len(prompt), len(prompt) + len(chunk)))
+            prompt += chunk + served._gap
+        told = served.ask(prompt + served._question, 1, **{"lmcache_rag.spans": True})[1]
+        held = {token for start, end in [(0, told["prefix_tokens"]), *told["spans"]] for token in range(start, end)}
+        return [len(held & set(range(start, end))) > 100 for _, start, end in sorted(at)]
+
+    served.ingest()
+    assert until(lambda: all(found()), 60)
+    files = len([path for path in served.tier.rglob("*") if path.is_file()])
+    params = {"lmcache_rag.forget": True, "lmcache_rag.prefix": PREFIX, "lmcache.max_offload_tokens": 0}
+    assert served.ask(served._prefix + gone, 1, **params)[1]["forgotten"]
+    for _ in range(5):
+        assert found() == [False, True, True, True]
+    assert len([path for path in served.tier.rglob("*") if path.is_file()]) < files
+    served.forget()
+    assert until(lambda: any(found()), 60), "the others come from the second tier"
+    assert not found()[0]
+    served.ingest()
+    assert until(lambda: all(found()), 60), "and it can be ingested again"
+
+
+def test_passages_never_ingested_are_blended_after_their_second_use(
+    served: Served, smollm2_path: Path, tmp_path: Path, sentences: list[str]
+) -> None:
+    from lmcache_rag.integrations.blender import Blender
+
+    from lmcache_rag import VLLMEngine, Workspace
+
+    engine = VLLMEngine(str(served._client.base_url).rstrip("/"), tokenizer=smollm2_path)
+    texts = [" ".join(sentences[start::7][:12]) for start in range(3)]
+    with Workspace.open(tmp_path / "store", engine=engine, max_tokens=4) as workspace:
+        blender = Blender(workspace)
+        for missed in (3, 3):
+            assert blender.answer(blender.build_prompt(texts, "What?")).stats.chunks_missed == missed
+            texts = texts[::-1]
+            assert blender.drain(120)
+        counts = blender.fill_counts
+        assert counts.ingested + counts.held == 3, "what began a question is in vLLM's own cache already"
+        assert until(lambda: blender.answer(blender.build_prompt(texts, "What?")).stats.chunks_missed == 0)
+    engine.close()
