@@ -1,4 +1,4 @@
-"""The modules of a package and how they import each other; `--check` fails where a limit is exceeded.
+"""The modules of a package and how they import each other; `--check` fails if a limit is exceeded.
 
     python .ci/modules.py [--check] [NAME=FOLDER ...]
 
@@ -14,7 +14,7 @@ here; in a circle, the imports between the two packages with the fewest are the 
 A module whose only importer is another module could be a section of that one. A package's `__init__` is no such
 importer: it only offers what its modules hold. `__init__` and `__main__` modules themselves are not counted.
 
-Nothing outside the standard library.
+Uses only the standard library.
 """
 
 from __future__ import annotations

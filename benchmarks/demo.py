@@ -4,7 +4,7 @@
 
 What the page's *Ask*, *Shuffle*, *Check* and *Repeat* call, with the sample documents: every question gets its own
 passages, in random order, first with one pane after the other and then with both at the same time. The export has,
-beside what the page's *Export* saves, the GPU of each server on this machine.
+in addition to what the page's *Export* saves, the GPU of each server on this machine.
 
 Needs `lmcache-rag[demo]` without NiceGUI, psutil, and nvidia-smi for the GPUs' ids.
 """
@@ -87,13 +87,13 @@ def row_of(turns: list[Turn], mode: str) -> dict[str, Any]:
     }
 
 
-async def run(hub: Hub, given: argparse.Namespace) -> dict[str, Any]:
-    """Everything, and the export."""
+async def run(hub: Hub, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Ask all questions, and write the export."""
     session = Session("benchmark", hub)
-    session.set(top_k=given.passages, max_tokens=given.max_tokens)
-    questions = all_questions(given.questions)
+    session.set(top_k=arguments.passages, max_tokens=arguments.max_tokens)
+    questions = all_questions(arguments.questions)
     rows = []
-    await ask_all(session, questions[:2], at_once=False)  # the servers compile what they have not met yet
+    await ask_all(session, questions[:2], at_once=False)  # warm-up: the servers compile kernels
     for mode, at_once in (("in turn", False), ("at the same time", True)):
         before = len(session.turns)
         await ask_all(session, questions, at_once=at_once)
@@ -101,10 +101,10 @@ async def run(hub: Hub, given: argparse.Namespace) -> dict[str, Any]:
         print(json.dumps(rows[-1]), flush=True)
     if task := session.check():
         await task
-    if task := session.repeat(given.questions):
+    if task := session.repeat(arguments.questions):
         await task
     export = session.as_dict()
-    urls = {"blended": given.engine, "baseline": given.baseline or given.engine}
+    urls = {"blended": arguments.engine, "baseline": arguments.baseline or arguments.engine}
     export["servers"] = {name: {"url": url, **gpus(url)} for name, url in urls.items()}
     export["summary"] = rows
     check, repeats = export["checks"][-1:], export["repeats"][-1]
@@ -123,19 +123,19 @@ def main() -> None:
     parser.add_argument("--passages", type=int, default=20)
     parser.add_argument("--max-tokens", type=int, default=48)
     parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     random.seed(0)
     with tempfile.TemporaryDirectory() as store:
-        settings = Settings.load(store, engine=given.engine, embedder=given.embedder, device="cpu")
-        hub = Hub(settings, baseline=given.baseline)
+        settings = Settings.load(store, engine=arguments.engine, embedder=arguments.embedder, device="cpu")
+        hub = Hub(settings, baseline=arguments.baseline)
         hub.open()
         try:
             if hub.start.problem:
                 raise SystemExit(f"{hub.start.problem.message} {hub.start.problem.remedy}")
-            export = asyncio.run(run(hub, given))
+            export = asyncio.run(run(hub, arguments))
         finally:
             hub.close()
-    given.out.write_text(json.dumps(export, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    arguments.out.write_text(json.dumps(export, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

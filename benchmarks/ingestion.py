@@ -3,7 +3,7 @@
 python benchmarks/ingestion.py             # the sample documents, SmolLM2 in float32 on the CPU
 
 Ingestion starts from files and an empty store: it reads, splits, embeds, indexes, computes and writes KV. Raw prefill
-is transformers' own model, attention function and cache with token ids at hand, one chunk at a time: once behind a
+is transformers' own model, attention function and cache with token ids at hand, one chunk at a time: once after a
 cached prefix, which is the shape that ingestion computes, and once the chunk alone. A machine's speed drifts; so each
 chunk is prefilled raw right after ingestion has computed it, and that time is taken off the ingestion's.
 """
@@ -97,10 +97,10 @@ class Raw:
         with torch.inference_mode():
             self._prefix = self._model(torch.tensor([prefix_ids]), use_cache=True, logits_to_keep=1).past_key_values
 
-    def seconds(self, tokens: int, *, behind_prefix: bool) -> float:
+    def seconds(self, tokens: int, *, after_prefix: bool) -> float:
         """Prefill so many tokens; copying the prefix's KV is not counted."""
         with torch.inference_mode():
-            cache = copy.deepcopy(self._prefix) if behind_prefix else None
+            cache = copy.deepcopy(self._prefix) if after_prefix else None
             begin = time.perf_counter()
             self._model(self._text[:, :tokens], past_key_values=cache, use_cache=True, logits_to_keep=1)
             return time.perf_counter() - begin
@@ -113,21 +113,21 @@ class Measured:
     tokens: int
     chunks: int
     ingestion: float
-    behind_prefix: float
+    after_prefix: float
     alone: float
     parts: dict[str, float]
 
 
 def measure(files: list[Path], hf: HFModel, embedder: Any, revision: str, raw: Raw) -> Measured:
     """Ingest into a new store, and prefill each chunk raw as soon as its KV is kept."""
-    watch, behind, alone = Stopwatch(), 0.0, 0.0
+    watch, after, alone = Stopwatch(), 0.0, 0.0
 
     def each(progress: Progress) -> None:
-        nonlocal behind, alone
+        nonlocal after, alone
         if progress.step == "kv":
             with watch.part("raw"):
-                behind += raw.seconds(progress.tokens, behind_prefix=True)
-                alone += raw.seconds(progress.tokens, behind_prefix=False)
+                after += raw.seconds(progress.tokens, after_prefix=True)
+                alone += raw.seconds(progress.tokens, after_prefix=False)
 
     with tempfile.TemporaryDirectory() as folder:
         engine = EmbeddedEngine.from_model(hf, name="benchmark", revision=revision, kv_dir=Path(folder) / "kv")
@@ -151,7 +151,7 @@ def measure(files: list[Path], hf: HFModel, embedder: Any, revision: str, raw: R
     if report.failed or not report.kv.computed:
         raise SystemExit(f"The ingestion did not do its work: {report}")
     spent = report.seconds - watch.seconds.pop("raw")
-    return Measured(report.kv.tokens, report.kv.computed, spent, behind, alone, dict(watch.seconds))
+    return Measured(report.kv.tokens, report.kv.computed, spent, after, alone, dict(watch.seconds))
 
 
 def main() -> None:
@@ -186,9 +186,9 @@ def main() -> None:
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     print(f"{source.name}, float32, {embedder.name}, {machine}, {versions}")
     print(f"{len(files)} documents, {chunks} chunks of {tokens / chunks:.0f} tokens on average, ", end="")
-    print(f"{tokens} tokens, behind a prefix of {len(prefix_ids)}; {args.repeats} repeats\n")
+    print(f"{tokens} tokens, after a prefix of {len(prefix_ids)}; {args.repeats} repeats\n")
     arms = {
-        "raw, behind the prefix": [run.behind_prefix for run in runs],
+        "raw, after the prefix": [run.after_prefix for run in runs],
         "raw, the chunk alone": [run.alone for run in runs],
         "ingestion": [run.ingestion for run in runs],
     }
@@ -199,7 +199,7 @@ def main() -> None:
         print(f"| {arm} | {low:.2f} | {middle:.2f} | {tokens / low:.0f} | {tokens / middle:.0f} |")
     print("\n| tokens/s of ingestion as a share of | minimum | median | every repeat |")
     print("| --- | --- | --- | --- |")
-    for arm in ("raw, behind the prefix", "raw, the chunk alone"):
+    for arm in ("raw, after the prefix", "raw, the chunk alone"):
         shares = [base / ours for base, ours in zip(arms[arm], arms["ingestion"], strict=True)]
         every = ", ".join(f"{share:.2f}" for share in shares)
         print(f"| {arm} | {min(shares):.2f} | {statistics.median(shares):.2f} | {every} |")

@@ -1,6 +1,6 @@
 """vLLM workers whose tensor-parallel ranks share one GPU, to try several ranks where there is only one.
 
-NCCL refuses two ranks on one device, so gloo carries what they say to each other: right, and slow. It cannot be
+NCCL does not support two ranks on one device, so they communicate by gloo: correct, but slow. It cannot be
 recorded in a CUDA graph; use it with `enforce_eager=True`, `distributed_executor_backend="mp"` and
 VLLM_DISABLE_PYNCCL=1.
 """
@@ -14,7 +14,7 @@ from typing import Any
 from vllm.v1.worker.gpu_worker import Worker
 
 FOLDER = "LMCACHE_RAG_BENCHMARK_FOLDER"
-"""Environment variable: where ranks write what they say at debug level (`rank0.log`, ...), and look for files. While
+"""Environment variable: folder for the ranks' debug logs (`rank0.log`, ...) and for files that cause faults. While
 `fault` is there, KV never arrives on the last rank; while `full` is there, something else holds that rank's memory, but
 for what passes of few tokens take."""
 
@@ -33,7 +33,7 @@ def all_but(left: int) -> Any:
 
 
 def weigh(rank: int, full: Path | None) -> None:
-    """Write down what memory passes were said to take and what they took; have little while the file is there."""
+    """Log how much memory passes reserved and used; leave little memory while the file exists."""
     import logging
 
     import torch
@@ -46,7 +46,7 @@ def weigh(rank: int, full: Path | None) -> None:
 
     def has_memory_or_not(self: BlendJob) -> bool:
         memory, prompt = self._resources.model._memory, len(self.plan.token_ids)
-        need = memory.need if memory is not None else lambda tokens, length: 0  # one rank alone does not ask
+        need = memory.need if memory is not None else lambda tokens, length: 0  # a single rank reserves nothing
         if full is not None and full.exists() and not held:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
@@ -57,7 +57,7 @@ def weigh(rank: int, full: Path | None) -> None:
             torch.cuda.empty_cache()
         asked[self.plan.request_id] = need(min(self.blend.chunk_size, prompt), prompt)
         fine = has_memory(self)
-        torch.cuda.reset_peak_memory_stats()  # what was asked for, and given back at once, is not what passes take
+        torch.cuda.reset_peak_memory_stats()  # without the reservation, which is freed at once
         return fine
 
     def advance_and_weigh(self: BlendJob, tokens: int) -> int:
@@ -73,7 +73,7 @@ def weigh(rank: int, full: Path | None) -> None:
 
 
 def watch(rank: int, ranks: int, folder: Path) -> None:
-    """Write down what this rank says, and let its loads fail when asked: nothing real makes one rank alone fail."""
+    """Write this rank's debug log, and make its loads fail on request: no real fault affects one rank alone."""
     import logging
 
     from lmcache_rag.connector.lmcache_transfers import LMCacheLoader

@@ -87,7 +87,7 @@ def make_prompt(
         while len(builder.encode(text)) < room:
             text += " " + rng.choice(texts)[1]
         ids = builder.encode(text)[:room]
-        # The planted sentence goes behind the subject's own text or to the chunk's end, whichever comes first.
+        # The planted sentence goes after the subject's own text or to the chunk's end, whichever comes first.
         head = builder.encode(pairs[index][1])[:room]
         chunks.append(tokenizer.decode(head) + fact + tokenizer.decode(ids[len(head) :]))
     rng.shuffle(chunks)
@@ -95,17 +95,17 @@ def make_prompt(
 
 
 def logits_along(engine: EmbeddedEngine, prompt: Any, options: BlendOptions, answer: list[int]) -> torch.Tensor:
-    """Log-probabilities [len(answer), vocabulary] of each next token behind the prompt and the answer so far."""
-    behind = engine.prefill(prompt, options, room=ANSWER_TOKENS)
-    return torch.cat([behind.logits[None], behind.extend(answer[:-1])]).float().log_softmax(-1)
+    """Log-probabilities [len(answer), vocabulary] of each next token after the prompt and the answer so far."""
+    state = engine.prefill(prompt, options, room=ANSWER_TOKENS)
+    return torch.cat([state.logits[None], state.extend(answer[:-1])]).float().log_softmax(-1)
 
 
 def full_answer(engine: EmbeddedEngine, prompt: Any) -> list[int]:
     """The full prefill's first greedy tokens, whether or not an end token is among them."""
-    behind = engine.prefill(prompt, BlendOptions(enabled=False), room=ANSWER_TOKENS)
-    tokens = [int(behind.logits.argmax())]
+    state = engine.prefill(prompt, BlendOptions(enabled=False), room=ANSWER_TOKENS)
+    tokens = [int(state.logits.argmax())]
     while len(tokens) < ANSWER_TOKENS:
-        tokens.append(int(behind.extend(tokens[-1:])[-1].argmax()))
+        tokens.append(int(state.extend(tokens[-1:])[-1].argmax()))
     return tokens
 
 
@@ -159,7 +159,7 @@ def main() -> None:
             for policy, ratio in arms:
                 got = logits_along(engine, prompt, BlendOptions(policy, ratio), answer)
                 kl = (wanted.exp() * (wanted - got)).sum(-1)
-                # Greedy decoding gives the same tokens exactly if each is the likeliest behind those before it.
+                # Greedy decoding gives the same tokens exactly if each is the likeliest after those before it.
                 same = got.argmax(-1).tolist() == answer
                 row = rows[f"{policy} {ratio:.2f}"]
                 for name, value in zip(MEASURES, (float(kl[0]), float(kl.mean()), float(same)), strict=True):

@@ -101,8 +101,8 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--format", choices=sorted(FORMATS), required=True)
     parser.add_argument("--group", type=int, default=64, help="inputs that share a scale")
-    given = parser.parse_args()
-    print(f"{write(given.model, given.out, given.format, given.group)} layers in {given.out}")
+    arguments = parser.parse_args()
+    print(f"{write(arguments.model, arguments.out, arguments.format, arguments.group)} layers in {arguments.out}")
 
 
 if __name__ == "__main__":

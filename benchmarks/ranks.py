@@ -1,16 +1,16 @@
-"""Do tensor-parallel ranks blend as one? Selection, failures and answers of two ranks, beside the same shape on one.
+"""Do tensor-parallel ranks agree? Selection, failures and answers of two ranks, against the same model on one.
 
     python benchmarks/ranks.py MODEL_FOLDER               # a GPU for each rank
-    python benchmarks/ranks.py MODEL_FOLDER --one-gpu     # both ranks on one GPU, over gloo: right, and slow
+    python benchmarks/ranks.py MODEL_FOLDER --one-gpu     # both ranks on one GPU, over gloo: correct, but slow
     python benchmarks/ranks.py MODEL_FOLDER --only-faults # the third part alone
 
 The tokenizer is MODEL_FOLDER's, the weights are random: a Llama of 8 heads and 4 KV heads, in float32 with vLLM's
-Triton backend, so that near ties decide nothing. Needs vLLM and LMCache; starts an LMCache server of its own.
+Triton backend, so that near ties decide nothing. Needs vLLM and LMCache; starts an LMCache server.
 
-1. Ratio 1 from LMCache, and copied inside vLLM's cache, beside a full prefill by the same ranks and by one rank.
-2. Requests in batches, with `query` and `hkvd`: each rank's own word of what it selected.
-3. Loads that fail on the last rank only, then memory that only that rank has not: all must compute everything. Behind
-   each, without the fault again. And what memory each rank asked for, beside what its passes took.
+1. Ratio 1 from LMCache, and copied inside vLLM's cache, against a full prefill by the same ranks and by one rank.
+2. Requests in batches, with `query` and `hkvd`: what each rank logs of its selection.
+3. Loads that fail on the last rank only, then memory that only that rank lacks: all must compute everything. After
+   each, without the fault again. And the memory that each rank reserved, against what its passes used.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def first_difference(one: Sequence[int], other: Sequence[int]) -> int | None:
 class Material:
     """Chunks of the sample documents, and prompts of four to eight of them in random order.
 
-    Each seed has prompts of its own: vLLM reuses the exact KV of one that it has computed, and blends nothing.
+    Each seed has different prompts: vLLM reuses the exact KV of one that it has computed, and blends nothing.
     """
 
     def __init__(self, tokenizer: Any, seed: int = 0) -> None:
@@ -166,7 +166,7 @@ def make_model(source: Path, out: Path) -> None:
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
@@ -205,7 +205,7 @@ def ingest(engine: Engine) -> None:
     """Every chunk's KV into LMCache, exact."""
     for prompt in Material(engine.tokenizer).ingestions():
         engine.answer(prompt, 1, INGEST)
-    time.sleep(1.5)  # LMCache stores behind the answer
+    time.sleep(1.5)  # LMCache stores KV after the answer
 
 
 def answers(engine: Engine, prompts: int, folder: Path) -> dict[str, Any]:
@@ -237,8 +237,8 @@ def answers(engine: Engine, prompts: int, folder: Path) -> dict[str, Any]:
     return arms
 
 
-def said(folder: Path, rank: int) -> dict[str, str]:
-    """What a rank said of each request."""
+def logged(folder: Path, rank: int) -> dict[str, str]:
+    """What a rank logged of each request."""
     found = {}
     for line in (folder / f"rank{rank}.log").read_text().splitlines():
         if line.startswith("request ") and f" on rank {rank}: " in line:
@@ -248,8 +248,8 @@ def said(folder: Path, rank: int) -> dict[str, str]:
 
 
 def agreement(engine: Engine, requests: int, folder: Path, ranks: int) -> dict[str, Any]:
-    """Batches with two policies, chunks named and not: do all ranks say the same?"""
-    before = [set(said(folder, rank)) for rank in range(ranks)]
+    """Batches with two policies, chunks named and not: do all ranks log the same?"""
+    before = [set(logged(folder, rank)) for rank in range(ranks)]
     material = Material(engine.tokenizer, seed=1)
     kinds = [
         {protocol.POLICY: policy, protocol.RATIO: ratio, "named": named}
@@ -270,22 +270,24 @@ def agreement(engine: Engine, requests: int, folder: Path, ranks: int) -> dict[s
             why = answer.stats.get("failure")
             if why:
                 failures[why] = failures.get(why, 0) + 1
-    told = [{r: w for r, w in said(folder, rank).items() if r not in before[rank]} for rank in range(ranks)]
-    same = sum(all(told[rank].get(request) == words for rank in range(ranks)) for request, words in told[0].items())
+    reports = [{r: w for r, w in logged(folder, rank).items() if r not in before[rank]} for rank in range(ranks)]
+    same = sum(
+        all(reports[rank].get(request) == words for rank in range(ranks)) for request, words in reports[0].items()
+    )
     return {
         "requests": requests,
         "blended": blended,
         "failures": failures,
-        "told by ranks": [len(one) for one in told],
+        "told by ranks": [len(one) for one in reports],
         "same on all": same,
-        "different digests": len(set(told[0].values())),
+        "different digests": len(set(reports[0].values())),
     }
 
 
 def memory(folder: Path, rank: int) -> dict[str, Any]:
-    """What this rank asked for before its passes, and took."""
-    said = (folder / f"rank{rank}.log").read_text().splitlines()
-    words = [line.split() for line in said if line.startswith("memory on rank")]
+    """Memory that this rank reserved for its passes, and that they used."""
+    log = (folder / f"rank{rank}.log").read_text().splitlines()
+    words = [line.split() for line in log if line.startswith("memory on rank")]
     pairs = [(int(word[4]), int(word[6])) for word in words]
     shares = sorted(taken / asked for asked, taken in pairs if asked)
     most = {"most taken of what was asked for": round(shares[-1], 3)} if shares else {}
@@ -293,7 +295,7 @@ def memory(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def faults(engine: Engine, prompts: int, folder: Path, fault: str, seed: int) -> dict[str, Any]:
-    """What goes wrong on the last rank only; see one_gpu.py."""
+    """Faults on the last rank only; see one_gpu.py."""
     material = Material(engine.tokenizer, seed=seed)
     row: dict[str, Any] = {"computed in full": 0, "equal": 0, "gaps": [], "reasons": set(), "blended after": 0}
     asked, others = ([material.prompt()[0] for _ in range(prompts)] for _ in range(2))
@@ -314,34 +316,34 @@ def faults(engine: Engine, prompts: int, folder: Path, fault: str, seed: int) ->
     return {**row, "prompts": prompts, "reasons": sorted(map(str, row["reasons"]))}
 
 
-def part(given: argparse.Namespace, folder: Path) -> None:
-    """One engine's share, in a process of its own."""
+def part(arguments: argparse.Namespace, folder: Path) -> None:
+    """One engine's share, in a separate process."""
     os.environ.setdefault("TRITON_F32_DEFAULT", "ieee")
     os.environ["LMCACHE_RAG_BENCHMARK_FOLDER"] = str(folder)
     found: dict[str, Any] = {}
-    options = OPTIONS | {"enforce_eager": given.one_gpu}  # gloo cannot be recorded in a CUDA graph
-    options["worker_cls"] = "one_gpu.OneGPUWorker" if given.one_gpu else "one_gpu.RankWorker"
-    if given.part > 1:
-        options |= {"tensor_parallel_size": given.part, "distributed_executor_backend": "mp"}
-        if given.one_gpu:
+    options = OPTIONS | {"enforce_eager": arguments.one_gpu}  # gloo cannot be recorded in a CUDA graph
+    options["worker_cls"] = "one_gpu.OneGPUWorker" if arguments.one_gpu else "one_gpu.RankWorker"
+    if arguments.part > 1:
+        options |= {"tensor_parallel_size": arguments.part, "distributed_executor_backend": "mp"}
+        if arguments.one_gpu:
             options["disable_custom_all_reduce"] = True
             os.environ |= {"VLLM_DISABLE_PYNCCL": "1", "VLLM_ALLREDUCE_USE_SYMM_MEM": "0"}
-    engine = Engine(str(folder / "model"), given.port, f"ranks {given.part}", options)
+    engine = Engine(str(folder / "model"), arguments.port, f"ranks {arguments.part}", options)
     ingest(engine)
     measures: dict[str, Callable[[], Any]] = {}
-    if not given.only_faults:
-        measures["answers"] = lambda: answers(engine, given.prompts, folder)
-    if given.part > 1:
-        if not given.only_faults:
-            measures["agreement"] = lambda: agreement(engine, given.requests, folder, given.part)
-        measures["fault on the last rank"] = lambda: faults(engine, given.prompts, folder, "fault", 2)
-    if not given.one_gpu:  # there the other rank has the same memory
-        measures["no memory on the last rank"] = lambda: faults(engine, given.prompts, folder, "full", 3)
-    if given.part > 1:
-        measures["memory"] = lambda: [memory(folder, rank) for rank in range(given.part)]
+    if not arguments.only_faults:
+        measures["answers"] = lambda: answers(engine, arguments.prompts, folder)
+    if arguments.part > 1:
+        if not arguments.only_faults:
+            measures["agreement"] = lambda: agreement(engine, arguments.requests, folder, arguments.part)
+        measures["fault on the last rank"] = lambda: faults(engine, arguments.prompts, folder, "fault", 2)
+    if not arguments.one_gpu:  # there the other rank has the same memory
+        measures["no memory on the last rank"] = lambda: faults(engine, arguments.prompts, folder, "full", 3)
+    if arguments.part > 1:
+        measures["memory"] = lambda: [memory(folder, rank) for rank in range(arguments.part)]
     for name, measure in measures.items():
         found[name] = measure()
-        (folder / f"part{given.part}.json").write_text(json.dumps(found))  # of what is cut off too
+        (folder / f"part{arguments.part}.json").write_text(json.dumps(found))  # of what is cut off too
 
 
 def main() -> None:
@@ -357,16 +359,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.part:
-        part(given, given.folder)
+    arguments = parser.parse_args()
+    if arguments.part:
+        part(arguments, arguments.folder)
         return
-    folder = given.folder or Path(tempfile.mkdtemp(prefix="ranks-"))
+    folder = arguments.folder or Path(tempfile.mkdtemp(prefix="ranks-"))
     folder.mkdir(parents=True, exist_ok=True)
-    make_model(given.model, folder / "model")
-    found: dict[str, Any] = {"ranks": given.ranks, "one GPU": given.one_gpu, "shape": SHAPE}
-    with lmcache(given.ranks, folder / "lmcache.log") as port:
-        for ranks in (1, given.ranks):
+    make_model(arguments.model, folder / "model")
+    found: dict[str, Any] = {"ranks": arguments.ranks, "one GPU": arguments.one_gpu, "shape": SHAPE}
+    with lmcache(arguments.ranks, folder / "lmcache.log") as port:
+        for ranks in (1, arguments.ranks):
             begin = time.monotonic()
             own = ["--part", str(ranks), "--port", str(port), "--folder", str(folder)]
             with (folder / f"part{ranks}.log").open("wb") as log:
@@ -379,8 +381,8 @@ def main() -> None:
             print(f"{ranks} ranks, {time.monotonic() - begin:.0f} s")
             for name, row in found[f"{ranks} ranks"].items():
                 print(f"  {name}: {json.dumps(row)}", flush=True)
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

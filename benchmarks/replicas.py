@@ -20,13 +20,13 @@ import httpx
 
 from lmcache_rag import protocol
 
-PREFIX, CHUNK, QUESTION = 256, 256, 24  # a prefix of whole LMCache chunks, whatever their usual size
+PREFIX, CHUNK, QUESTION = 256, 256, 24  # a prefix of whole LMCache chunks, of any usual size
 OFF = {protocol.BLEND: "off", protocol.MAX_OFFLOAD_TOKENS: 64}
 COUNTS = ("prefix_tokens", "reused_tokens", "recomputed_tokens", "computed_tokens", "hot_tokens")
 
 
 class Replicas:
-    """Replicas behind one address, asked by their number."""
+    """Replicas at one address, selected by their number."""
 
     def __init__(self, url: str) -> None:
         self._client = httpx.Client(base_url=url, timeout=120)
@@ -45,8 +45,8 @@ class Replicas:
         }
         headers = {"X-data-parallel-rank": str(replica)}
         answer = self._client.post("/v1/completions", json=body, headers=headers).raise_for_status().json()
-        told = (answer.get("kv_transfer_params") or {}).get("lmcache_rag") or {}
-        return answer["choices"][0]["token_ids"], told
+        statistics = (answer.get("kv_transfer_params") or {}).get("lmcache_rag") or {}
+        return answer["choices"][0]["token_ids"], statistics
 
 
 def measure(replicas: Replicas, count: int, prompts: int, tokens: int, ratio: float) -> list[dict[str, Any]]:
@@ -59,7 +59,7 @@ def measure(replicas: Replicas, count: int, prompts: int, tokens: int, ratio: fl
     prefix, chunks = drawn(PREFIX), [drawn(CHUNK) for _ in range(8)]
     for chunk in chunks:
         replicas.ask(0, prefix + chunk, 1, {protocol.BLEND: "off", protocol.INGEST: True, protocol.PREFIX: PREFIX})
-    time.sleep(2)  # LMCache stores behind the answer
+    time.sleep(2)  # LMCache stores KV after the answer
     rows = []
     for replica in reversed(range(count)):
         row: dict[str, Any] = {"replica": replica, "prompts": prompts, "blended": 0, "equal": 0}
@@ -67,15 +67,15 @@ def measure(replicas: Replicas, count: int, prompts: int, tokens: int, ratio: fl
         for _ in range(prompts):
             order = rng.sample(range(len(chunks)), 5)
             prompt = prefix + [token for number in order for token in (*chunks[number], 11, 12)] + drawn(QUESTION)
-            answer, told = replicas.ask(
+            answer, statistics = replicas.ask(
                 replica, prompt, tokens, {protocol.POLICY: "query", protocol.RATIO: ratio, protocol.PREFIX: PREFIX}
             )
             full, _ = replicas.ask(replica, prompt, tokens, OFF)
-            row["blended"] += told.get("reused_tokens", 0) + told.get("recomputed_tokens", 0) > 0
+            row["blended"] += statistics.get("reused_tokens", 0) + statistics.get("recomputed_tokens", 0) > 0
             row["equal"] += answer == full
             row["prompt_tokens"] += len(prompt)
             for name in COUNTS:
-                row[name] += told.get(name, 0)
+                row[name] += statistics.get(name, 0)
         rows.append(row)
     return rows
 
@@ -89,12 +89,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--ratio", type=float, default=1.0)
     parser.add_argument("--out", type=Path)
-    given = parser.parse_args()
-    rows = measure(Replicas(given.url), given.replicas, given.prompts, given.tokens, given.ratio)
+    arguments = parser.parse_args()
+    rows = measure(Replicas(arguments.url), arguments.replicas, arguments.prompts, arguments.tokens, arguments.ratio)
     for row in rows:
         print(json.dumps(row))
-    if given.out:
-        given.out.write_text(json.dumps(rows, indent=1))
+    if arguments.out:
+        arguments.out.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

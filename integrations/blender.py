@@ -114,7 +114,7 @@ class Blender:
             max_tokens: Limit of the answer.
 
         Raises:
-            PromptError: The question is empty, or the history is out of order.
+            PromptError: The question is empty, or the roles in the history do not alternate.
             ContextLengthError: The question alone is longer than the context.
         """
         from lmcache_rag.store import Hit
@@ -213,7 +213,7 @@ class Blender:
         return self._vllm().chat_takes_ids
 
     def request_chat(self, prompt: BlendPrompt, *, blend: BlendOptions | None = None) -> dict[str, Any]:
-        """The same for chat completions: the server takes the token ids instead of rendering the messages.
+        """As `request`, for chat completions: the server takes the token ids instead of rendering the messages.
 
         Raises:
             EngineError: The workspace's engine is not a server, or its chat completions take no token ids.
@@ -307,7 +307,7 @@ def counts(stats: ReuseStats) -> dict[str, Any]:
 
 
 def join_turns(turns: Iterable[Turn]) -> list[Turn]:
-    """Join neighbouring turns of one role by an empty line: chat templates want the roles to alternate."""
+    """Join neighbouring turns of one role by an empty line: chat templates require roles to alternate."""
     joined: list[Turn] = []
     for turn in turns:
         if joined and joined[-1].role == turn.role:

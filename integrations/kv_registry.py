@@ -87,7 +87,7 @@ class KVRegistry:
                 ids = [self._head + key for key, _ in items[start : start + _BATCH]]
                 todo = self.store.registry.chunks_without_kv(self.prompts.fingerprint, doc_ids=ids)
                 totals += self._manager.compute(self._computable(todo))
-            # Last: where KV could not be computed, the caller may want to restore the earlier texts.
+            # Last: if KV cannot be computed, the caller may want to restore the earlier texts.
             self._manager.empty_trash()
         return totals
 
@@ -126,7 +126,7 @@ class KVRegistry:
         """Compute the KV of every registered text for which the engine has none.
 
         Raises:
-            PrecomputeError: KV could not be computed; call it again to go on.
+            PrecomputeError: KV could not be computed; call it again to continue.
         """
         with self.store.writing(timeout=self.lock_timeout):
             chunks = self._computable(list(self.store.registry.stored_texts(self.texts().values()).values()))
@@ -183,7 +183,7 @@ class KVRegistry:
         return [chunk for chunk, size in zip(chunks, sizes, strict=True) if 0 < size < limit]
 
 
-# -- the workspace of what a user has ---------------------------------------------------------------------------------
+# -- the workspace of an LLM object, URL or engine --------------------------------------------------------------------
 
 _lock = threading.Lock()
 _by_server: dict[tuple[str, str | None, str | None, str], Workspace] = {}
@@ -250,7 +250,7 @@ def _for_server(url: str, key: Any, model: str | None, store: str) -> Workspace:
 
 
 def _is_current(workspace: Workspace) -> bool:
-    """Return whether the server was not restarted with another model. A server that is down may come back as it was."""
+    """Return whether the server still serves the same model. A server that is down may come back with it."""
     engine: Any = workspace.engine
     try:
         engine.check()

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def without_garbage_collection() -> Iterator[None]:
-    """Import without looking for garbage: what torch and transformers make on import stays, and there is a lot of it.
+    """Import without garbage collection: the many objects that torch and transformers make on import stay alive.
 
-    Later collections leave it alone too (gc.freeze). Measured with torch 2.13 and transformers 5.24: the imports take
+    Later collections skip them too (gc.freeze). Measured with torch 2.13 and transformers 5.24: the imports take
     about a sixth less time.
     """
     was_on = gc.isenabled()
@@ -39,7 +39,7 @@ async def iterate_in_thread(iterator: Iterator[T]) -> AsyncIterator[T]:
     try:
         while True:
             step = asyncio.ensure_future(asyncio.to_thread(next, iterator, done))
-            # Not cancelled with us: its thread goes on, and a generator that runs cannot be closed.
+            # Not cancelled with us: its thread continues, and a generator that runs cannot be closed.
             item = await asyncio.shield(step)
             if item is done:
                 return
@@ -53,7 +53,7 @@ async def iterate_in_thread(iterator: Iterator[T]) -> AsyncIterator[T]:
 
 
 class Streams(Protocol):
-    """What AsyncFromStream is mixed into: something that answers piece by piece, blocking."""
+    """A class that AsyncFromStream can be mixed into: it answers piece by piece, blocking."""
 
     def stream(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Iterator[StreamEvent]:
         """Answer one prompt piece by piece; the last piece is a Completion."""
@@ -78,7 +78,7 @@ class AsyncFromStream:
             yield event
 
 
-# A document or a model may hold terminal commands; on a screen they are shown, not executed.
+# A document or an answer may contain terminal control sequences; they are shown, not executed.
 _CONTROLS = {n: chr(0x2400 + n) for n in range(0x20) if chr(n) not in "\n\t"}
 _CONTROLS |= dict.fromkeys(range(0x7F, 0xA0), "\N{REPLACEMENT CHARACTER}")
 

@@ -69,7 +69,7 @@ def ensure_secret(path: Path) -> str:
     try:
         if not os.path.lexists(path):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with contextlib.suppress(FileExistsError):  # another process was first: its secret counts
+            with contextlib.suppress(FileExistsError):  # another process was first: its secret is used
                 _make(path, f"{secrets.token_hex(_BYTES)}\n".encode())
     except OSError as problem:
         raise ConfigError(
@@ -80,7 +80,7 @@ def ensure_secret(path: Path) -> str:
 
 
 def _make(path: Path, text: bytes) -> None:
-    """Have the whole file appear at once, and only where there is none."""
+    """Create the file in one step with its whole content, and only if there is none."""
     draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     handle = os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600)
     try:
@@ -95,7 +95,7 @@ def _make(path: Path, text: bytes) -> None:
 
 def _check(path: Path, facts: os.stat_result) -> None:
     if not stat.S_ISREG(facts.st_mode):
-        raise ConfigError(f"The secret file {path} is no ordinary file.", remedy="Name another.")
+        raise ConfigError(f"The secret file {path} is not a regular file.", remedy="Name another.")
     if facts.st_uid not in (os.geteuid(), 0):
         raise ConfigError(
             f"The secret file {path} belongs to another user, who knows it.", remedy="Name a file of your own."
@@ -116,7 +116,7 @@ def _text(text: bytes) -> str | None:
     return secret if fits else None
 
 
-# -- keys that servers ask for: vLLM's API, and from LMCache 0.5.7 on LMCache's HTTP API ------------------------------
+# -- API keys of servers: vLLM's API, and from LMCache 0.5.7 on LMCache's HTTP API ------------------------------------
 #
 # vLLM's comes from the environment: a variable of ours, or the one that vLLM itself reads. OPENAI_API_KEY is not read:
 # it is a secret that no other server should see. LMCache's comes from the variables that LMCache itself reads, or from
@@ -136,7 +136,7 @@ def api_key(first: str = API_KEY_NAMES[0], environment: Mapping[str, str] | None
     """The key, "" where there is none.
 
     Args:
-        first: Which of the two variables counts where both are set.
+        first: The variable that takes precedence if both are set.
         environment: Variables; default: this process's.
     """
     found = os.environ if environment is None else environment
@@ -149,7 +149,7 @@ def lmcache_key_file() -> Path:
 
 
 def lmcache_headers(url: str, environment: Mapping[str, str] | None = None) -> dict[str, str]:
-    """What a request to LMCache's HTTP API needs to carry; empty where there is no key.
+    """The headers that a request to LMCache's HTTP API needs; empty if there is no key.
 
     Args:
         url: Its address. The key that `serve` made is sent to this machine only.
@@ -199,7 +199,7 @@ def ingest_key(environment: Mapping[str, str] | None = None) -> str:
         environment: Variables; default: this process's.
 
     Raises:
-        ConfigError: What is there is no key, or its file cannot be used.
+        ConfigError: The value is not a valid key, or its file cannot be used.
     """
     found = os.environ if environment is None else environment
     if key := found.get(INGEST_KEY_VARIABLE):
@@ -212,13 +212,13 @@ def ingest_key_for(settings: Settings) -> str:
     """The key from the environment, else from the file that the settings name; "" where there is none.
 
     Raises:
-        ConfigError: What is there is no key, or its file cannot be used.
+        ConfigError: The value is not a valid key, or its file cannot be used.
     """
     return ingest_key() or (read_ingest_key(settings.ingest_key_file) if settings.ingest_key_file else "")
 
 
 def check_ingest_key(key: str, where: str = "The ingest key") -> str:
-    """A key without the space around it.
+    """Check a key; returns it without surrounding white space.
 
     Raises:
         ConfigError: It is too short, or cannot be sent as a header.

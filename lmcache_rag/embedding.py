@@ -31,7 +31,7 @@ class Embedder(Protocol):
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Name of the model, to show."""
         ...
 
     @property
@@ -41,7 +41,7 @@ class Embedder(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Names everything that its vectors depend on: vectors of two fingerprints are never compared."""
+        """Identifies everything that its vectors depend on: vectors of two fingerprints are never compared."""
         ...
 
     def embed_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -56,7 +56,7 @@ class Embedder(Protocol):
 class SentenceTransformerEmbedder:
     """An embedding model of sentence-transformers, found and loaded when it is first used.
 
-    A model that wants a prompt before queries or documents gets it. A plain BERT on a CPU is computed without the
+    If a model has prompts for queries or documents, they are used. A plain BERT on a CPU is computed without the
     library, which takes longer to import than the model to load; the vectors are the same.
 
     Args:
@@ -173,7 +173,7 @@ class ForeignEmbedder:
 
     @property
     def fingerprint(self) -> str:
-        """Its name and dimension: all that can be known from outside."""
+        """Its name and dimension: an object of another library reveals no more."""
         return f"{self.name}@{self.dimension}"
 
     @cached_property
@@ -196,7 +196,7 @@ class ForeignEmbedder:
 
 
 def as_embedder(obj: Any, *, name: str | None = None) -> Embedder:
-    """Make an Embedder of what a user has.
+    """Make an Embedder of any embedding object, or of a model's name.
 
     Args:
         obj: An Embedder, a LangChain Embeddings, a LlamaIndex BaseEmbedding, or the folder or name of a model.
@@ -246,9 +246,9 @@ class BertEncoder:
     """Texts to vectors that are not yet of length 1.
 
     Args:
-        path: The model's folder; open() says whether it is of this kind.
+        path: The model's folder; open() checks whether it is of this kind.
         pooling: "mean" over the tokens, or the "first" token.
-        max_tokens: What is longer is cut.
+        max_tokens: Longer texts are truncated.
     """
 
     def __init__(self, path: Path, pooling: str, max_tokens: int) -> None:
@@ -260,7 +260,7 @@ class BertEncoder:
 
     @classmethod
     def open(cls, path: Path) -> BertEncoder | None:
-        """The encoder of this folder, or None if it asks for anything besides a BERT, a pooling and a normalisation."""
+        """The encoder of this folder, or None if it needs anything besides a BERT, a pooling and a normalisation."""
         plan = _plan(path)
         return None if plan is None else cls(path, *plan)
 
@@ -293,7 +293,7 @@ class BertEncoder:
 
 
 def _plan(path: Path) -> tuple[str, int] | None:
-    """Pooling and longest text, or None if the folder is not certain to be of the plain kind."""
+    """Pooling and longest text, or None if the folder may not be of the plain kind."""
     try:
         modules = _read(path / "modules.json")
         if [module["type"].rsplit(".", 1)[-1] for module in modules] not in _MODULES or modules[0]["path"]:

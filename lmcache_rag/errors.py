@@ -1,12 +1,12 @@
-"""Every error that this library raises on purpose. Each says what happened and what to do about it.
+"""All errors of this library. Each has a message (what happened) and a remedy (what to do about it).
 
 ::
 
     LMCacheRAGError
-    ├── ConfigError                a setting or argument has no meaning
+    ├── ConfigError                a setting or argument is not valid
     ├── PromptError                a prompt cannot be built from this template or text
     │   └── ContextLengthError     the prompt is longer than the model's context
-    ├── DocumentError              one document cannot be read (the others go on)
+    ├── DocumentError              one document cannot be read (the others are ingested)
     ├── SourceError                no source has the model or the embedder
     ├── StoreError                 the store on disk
     │   ├── StoreLockedError       another process is writing to it
@@ -16,7 +16,7 @@
     │   └── StoreFullError         no space left on the device
     ├── EngineError                the inference engine
     │   ├── UnsupportedModelError  this model cannot be blended
-    │   ├── PrecomputeError        a chunk's KV could not be computed or kept
+    │   ├── PrecomputeError        a chunk's KV could not be computed or stored
     │   └── EngineUnavailableError the engine cannot be reached
     └── OptionalDependencyError    an extra is not installed (also an ImportError)
 """
@@ -42,7 +42,7 @@ class LMCacheRAGError(Exception):
 
 
 class ConfigError(LMCacheRAGError, ValueError):
-    """A setting or argument has no meaning."""
+    """A setting or argument is not valid."""
 
 
 class PromptError(LMCacheRAGError, ValueError):
@@ -54,7 +54,7 @@ class ContextLengthError(PromptError):
 
 
 class DocumentError(LMCacheRAGError):
-    """One document cannot be read; the others go on."""
+    """One document cannot be read; the others are ingested."""
 
 
 class SourceError(LMCacheRAGError):
@@ -94,7 +94,7 @@ class UnsupportedModelError(EngineError):
 
 
 class PrecomputeError(EngineError):
-    """A chunk's KV could not be computed or kept; nothing was recorded."""
+    """A chunk's KV could not be computed or stored; nothing was recorded."""
 
 
 class EngineUnavailableError(EngineError):

@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 log = logging.getLogger("lmcache_rag.ingest")
 
 _BATCH_CHUNKS = 64  # new chunks that are embedded and committed together
-_BATCH_DOCUMENTS = 256  # documents between two commits, however few chunks they gave
+_BATCH_DOCUMENTS = 256  # documents between two commits, even if they have few chunks
 
 Step: TypeAlias = Literal["document", "kv"]
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Something got done: a document was read (tokens 0), or a chunk's KV exists now.
+    """Progress of one step: a document was read (tokens 0), or a chunk's KV exists now.
 
     Attributes:
-        step: Which.
-        done: How many by now.
-        known: How many there will be, as far as is known yet.
+        step: The step.
+        done: How many are done.
+        known: How many are known to be done in all, so far.
         tokens: Tokens of this step.
     """
 
@@ -57,7 +57,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class IngestReport:
-    """What an ingestion did, by outcome.
+    """Result of an ingestion.
 
     Attributes:
         added: Ids of new documents.
@@ -93,7 +93,7 @@ class IngestPlan:
 
 
 class Ingestor:
-    """Fills a store. Can be killed at any moment and run again: what was finished is not done again.
+    """Fills a store. It can be killed at any time and run again: finished work is not repeated.
 
     Args:
         store: The store.
@@ -101,7 +101,7 @@ class Ingestor:
         embedder: Embeds chunks.
         prompts: Makes the prompts.
         splitter: Cuts documents into chunks.
-        kv: False only indexes; KV then comes on first use, or by warm.
+        kv: False only indexes; KV is then computed on first use, or by `warm`.
         on_progress: Called after each step, in the calling thread.
         lock_timeout: Seconds to wait for another writer.
     """
@@ -131,7 +131,7 @@ class Ingestor:
         Raises:
             StoreLockedError: Another process is writing to the store.
             StoreError: The store cannot be written, or was made with another embedder.
-            PrecomputeError: KV could not be computed or kept; run again to go on.
+            PrecomputeError: KV could not be computed or stored; run again to continue.
         """
         with_kv = self.kv if kv is None else kv
         begin = time.perf_counter()
@@ -147,7 +147,7 @@ class Ingestor:
         return await asyncio.to_thread(self.ingest, sources, kv=kv)
 
     def plan(self, sources: Iterable[str | Path | Document]) -> IngestPlan:
-        """Say what ingest would do. Writes nothing."""
+        """Return what ingest would do. Writes nothing."""
         documents = unchanged = 0
         failed: list[Failure] = []
         new: dict[str, int] = {}
@@ -207,7 +207,7 @@ class _Run:
             self._add(unchanged=self._report.unchanged + 1)
             self._without_kv.append(item.doc_id)
         else:
-            if item.doc_id in self._pending:  # ingested twice: the later one counts
+            if item.doc_id in self._pending:  # ingested twice: the later one is stored
                 self.flush()
             self._pending[item.doc_id] = (item, self._by.splitter.split(item.text))
         self._by.on_progress(Progress("document", self._documents, self._documents_known))
@@ -275,7 +275,7 @@ class _Run:
 def expand(
     sources: Iterable[str | Path | Document], *, on_found: Callable[[int], None] | None = None
 ) -> Iterator[Document | Failure]:
-    """Turn files, folders, globs and documents into documents, and what cannot be read into failures.
+    """Read files, folders, globs and documents as documents; yields a Failure for each that cannot be read.
 
     Args:
         sources: What to ingest.

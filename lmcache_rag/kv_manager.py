@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 log = logging.getLogger("lmcache_rag")
 
 _PAGE = 256  # chunks whose texts are in memory at once
-_RECORD_EVERY = 8  # chunks between two commits: a killed run computes at most none of them again, see KVManager
+_RECORD_EVERY = 8  # chunks between two commits; a killed run repeats no computation, see KVManager
 
 
 @dataclass(frozen=True, slots=True)
 class KVTotals:
-    """What a run of KV computation did. `existed` were there already and only needed recording."""
+    """Result of a run of KV computation. `existed`: chunks whose KV existed already and was only recorded."""
 
     computed: int = 0
     existed: int = 0
@@ -45,10 +45,10 @@ class KVTotals:
 
 @dataclass(frozen=True, slots=True)
 class ForgetReport:
-    """What a forget did.
+    """Result of a forget.
 
     Attributes:
-        removed: What left the store.
+        removed: Documents and chunks that were removed from the store.
         deleted: Chunks whose KV was deleted on the server; 0 for an engine that keeps its KV itself.
         staying: Chunks whose KV stays on the server until it is evicted there.
         why: Why it stays.
@@ -63,8 +63,8 @@ class ForgetReport:
 class KVManager:
     """Computes KV through the engine and records it.
 
-    The engine keeps KV before the registry records it. A process killed between the two leaves KV that the next run
-    finds by its key and records without computing it again. The other way round, KV whose last chunk left is in
+    The engine stores KV before the registry records it. If a process is killed between the two, the next run
+    finds the KV by its key and records it without computing it again. Conversely, KV whose last chunk was removed is in
     the registry's trash until the engine has dropped it.
 
     Args:
@@ -123,14 +123,14 @@ class KVManager:
             return self.compute([chunk for chunk, gone in zip(known, absent, strict=True) if gone])
 
     def fill(self, text: str, stop: threading.Event) -> PrecomputeResult | None:
-        """Compute the KV of a text that a question used; it is recorded where the text is in the store.
+        """Compute the KV of a text that a question used; it is recorded if the text is in the store.
 
         Args:
             text: The text.
-            stop: Once it is set, what failed is not tried again.
+            stop: Once it is set, failed chunks are not retried.
 
         Returns:
-            What the engine did; None where it has the KV by now, or where nothing may be written.
+            The engine's result; None if it has the KV already, or if the store cannot be written.
 
         Raises:
             StoreLockedError: Another process writes to the store.
@@ -150,10 +150,10 @@ class KVManager:
         return done[0] if done else None
 
     def forget(self, doc_ids: Sequence[str], *, on_chunk: Callable[[int, int], None] | None = None) -> ForgetReport:
-        """Remove documents, and have the KV of chunks that only they hold deleted where the engine keeps it.
+        """Remove documents, and delete the KV of chunks that only they hold, on the server too.
 
-        The KV goes first: a run that is killed or fails leaves the documents, and the next one goes on. Needs the
-        store's writing lock.
+        The KV is deleted first: a run that is killed or fails leaves the documents, and the next one continues. Needs
+        the store's writing lock.
 
         Args:
             doc_ids: The documents.
@@ -161,7 +161,7 @@ class KVManager:
 
         Raises:
             EngineUnavailableError: The engine, or its KV store, cannot be reached. The documents stay.
-            EngineError: The engine does not let us.
+            EngineError: The engine rejects it.
         """
         from lmcache_rag.engines.base import ForgetsChunks
 
@@ -207,11 +207,11 @@ _BATCH = 256  # chunks whose texts are in memory at once
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What is in a store.
+    """Status of a store.
 
     Attributes:
         store: Counts by the registry.
-        usage: What the engine really holds.
+        usage: KV that the engine holds.
         fingerprint: The current one: KV of others is stale.
         model: The engine's model.
         can_blend: Whether it can be blended.
@@ -231,9 +231,9 @@ class VerifyReport:
     """Outcome of checking stored KV.
 
     Attributes:
-        checked: Chunks looked at.
-        bad: Those that were missing, damaged or different.
-        repaired: How many of them are right now.
+        checked: Chunks that were checked.
+        bad: Chunks whose KV was missing, damaged or different.
+        repaired: How many of them were repaired.
     """
 
     checked: int
@@ -276,7 +276,7 @@ class Maintainer:
 
         Raises:
             StoreLockedError: Another process is writing.
-            PrecomputeError: KV could not be computed or kept; run again to go on.
+            PrecomputeError: KV could not be computed or stored; run again to continue.
         """
         with self.store.writing(timeout=self.lock_timeout):
             self._kv.empty_trash()
@@ -303,7 +303,7 @@ class Maintainer:
         seed: int | None = None,
         on_chunk: Callable[[int, int, VerifyResult], None] | None = None,
     ) -> VerifyReport:
-        """Compute the KV of some chunks again and compare; what is wrong is dropped and, if wanted, recomputed.
+        """Compute the KV of some chunks again and compare; wrong KV is dropped and, with `repair`, recomputed.
 
         Args:
             sample: How many chunks; None: all whose KV is recorded.
@@ -331,14 +331,14 @@ class Maintainer:
         return VerifyReport(done, tuple(results), repaired)
 
     def remove(self, doc_ids: Sequence[str]) -> RemoveResult:
-        """Remove documents. A chunk and its KV leave with the last document that holds them."""
+        """Remove documents. A chunk and its KV are removed with the last document that holds them."""
         with self.store.writing(timeout=self.lock_timeout):
             result = self.store.registry.remove_documents(doc_ids)
             self._kv.empty_trash()
         return result
 
     def forget(self, doc_ids: Sequence[str], *, on_chunk: Callable[[int, int], None] | None = None) -> ForgetReport:
-        """Remove documents, and have the KV of chunks that only they hold deleted on the server too, at once.
+        """Remove documents, and delete the KV of chunks that only they hold, on the server too, at once.
 
         After remove(), a server keeps that KV until it evicts it. KV that another prefix, model or tenant has of the
         same chunks is not touched.

@@ -1,6 +1,6 @@
 """Lazy fill: passages that questions used and whose KV was missing are ingested in the background.
 
-A server indexes the KV of ingested chunks only. A passage that never went through ingestion would be computed for every
+A server indexes the KV of ingested chunks only. A passage that was never ingested would be computed for every
 question. So it is ingested after an answer, when it has been used often enough: on the second use, by default.
 """
 
@@ -26,7 +26,7 @@ log = logging.getLogger("lmcache_rag")
 
 LazyFillMode: TypeAlias = Literal["first", "second", "never"]
 
-QUEUE = 256  # passages that wait; one that finds the queue full is taken at a later use
+QUEUE = 256  # passages in the queue; if it is full, a passage is queued at a later use
 REMEMBERED = 20_000  # passages whose uses are counted, the latest: about 4 MB
 QUIET_S = 0.1  # an ingestion waits for a pause between questions of this length,
 PATIENCE_S = 2.0  # but no longer than this
@@ -50,14 +50,14 @@ def mode_of(name: str) -> LazyFillMode:
 
 @dataclass(frozen=True, slots=True)
 class FillCounts:
-    """What a LazyFill did so far.
+    """Counts of a LazyFill so far.
 
     Attributes:
         ingested: Passages whose KV was computed.
-        held: Passages whose KV the engine had after all.
+        held: Passages whose KV the engine turned out to have.
         tokens: Their tokens, of both kinds.
         failed: Ingestions that failed.
-        dropped: Passages that found the queue full.
+        dropped: Passages that were not queued, since the queue was full.
     """
 
     ingested: int = 0
@@ -86,8 +86,8 @@ class _Job:
 class LazyFill:
     """Ingests passages for one engine, one at a time, in a daemon thread that lives while there is work.
 
-    Questions go first: an ingestion waits for a pause between them (for PATIENCE_S at most), and after each the thread
-    rests for as long as it took. No failure reaches an answer. Safe to use from several threads.
+    Questions have priority: an ingestion waits for a pause between them (for PATIENCE_S at most), and after each the
+    thread pauses for as long as it took. No failure affects an answer. Safe to use from several threads.
 
     Args:
         queue: Most passages that wait.
@@ -114,22 +114,22 @@ class LazyFill:
         self._thread: threading.Thread | None = None
         self._uses: OrderedDict[bytes, _Uses] = OrderedDict()
         self._counts = FillCounts()
-        self._asked = float("-inf")  # when the last question began or ended
+        self._last_question = float("-inf")  # when the last question began or ended
         self._failures = 0  # in a row
         self._not_before = float("-inf")
 
     # -- questions ------------------------------------------------------------------------------------------------
 
     def question(self) -> None:
-        """A question begins: ingestion waits a little."""
-        self._asked = time.monotonic()
+        """A question begins: ingestion waits for a pause."""
+        self._last_question = time.monotonic()
 
     def offer(
         self, key: str, ingest: Callable[[threading.Event], PrecomputeResult | None], *, uses: int, owner: object
     ) -> bool:
-        """A question used a passage that has no KV. Queues its ingestion where it was used often enough.
+        """A question used a passage that has no KV. Queues its ingestion if it was used often enough.
 
-        A passage whose KV was missing again after an ingestion must be used twice as often before the next one: where
+        A passage whose KV was missing again after an ingestion must be used twice as often before the next one: if
         the server has no room for it, ingesting it at each use would only cost time.
 
         Args:
@@ -143,7 +143,7 @@ class LazyFill:
         """
         name = bytes.fromhex(key)
         with self._changed:
-            self._asked = time.monotonic()
+            self._last_question = time.monotonic()
             if any(job.key == name for job in (*self._queue, *([self._running] if self._running else []))):
                 return False
             known = self._uses.setdefault(name, _Uses())
@@ -151,7 +151,7 @@ class LazyFill:
             while len(self._uses) > self._most_remembered:
                 self._uses.popitem(last=False)
             known.seen += 1
-            if known.seen < uses << min(known.fills, _MOST_DOUBLINGS) or self._asked < self._not_before:
+            if known.seen < uses << min(known.fills, _MOST_DOUBLINGS) or self._last_question < self._not_before:
                 return False
             if len(self._queue) >= self._most_queued:
                 self._counts = replace(self._counts, dropped=self._counts.dropped + 1)
@@ -162,24 +162,24 @@ class LazyFill:
                 self._thread.start()
             return True
 
-    # -- what became of it ------------------------------------------------------------------------------------------
+    # -- results ----------------------------------------------------------------------------------------------------
 
     @property
     def counts(self) -> FillCounts:
-        """What was done so far."""
+        """Counts so far."""
         return self._counts
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Wait until all that is queued is done; False when the time is over before."""
+        """Wait until the queue is done; returns False on timeout."""
         with self._changed:
             return self._changed.wait_for(lambda: self._thread is None, timeout)
 
     def cancel(self, owner: object = None, *, timeout: float = CLOSE_S) -> None:
-        """Drop what is queued, and wait for the ingestion in flight. New offers are taken as before.
+        """Drop queued passages, and wait for the ingestion in flight. New offers are still taken.
 
         Args:
             owner: Only its passages; None: all.
-            timeout: Most seconds to wait. What has not ended by then ends by itself: its thread is a daemon.
+            timeout: Most seconds to wait. An ingestion that takes longer continues; its thread is a daemon.
         """
         with self._changed:
             self._queue = deque(job for job in self._queue if owner is not None and job.owner is not owner)
@@ -223,7 +223,7 @@ class LazyFill:
 
     def _wait_for_pause(self, stop: threading.Event) -> None:
         end = time.monotonic() + self._patience
-        while (now := time.monotonic()) < end and (left := self._asked + self._quiet - now) > 0:
+        while (now := time.monotonic()) < end and (left := self._last_question + self._quiet - now) > 0:
             if stop.wait(min(left, end - now)):
                 return
 
@@ -253,7 +253,7 @@ class LazyFill:
                 )
 
     def _failed(self, problem: Exception) -> None:
-        """The rest of the queue would most likely fail as well."""
+        """Drop the queue and pause: the rest would most likely fail as well."""
         with self._changed:
             self._queue.clear()
             pause = min(self._cool_down * 2**self._failures, LONGEST_COOL_DOWN_S)
@@ -274,7 +274,7 @@ _hooked = False
 
 
 def fill_of(engine: Engine) -> LazyFill:
-    """The one of this engine. A process that was forked has its own."""
+    """The LazyFill of this engine. A forked process has its own."""
     global _hooked
     with _guard:
         if not _hooked:
@@ -289,7 +289,7 @@ def fill_of(engine: Engine) -> LazyFill:
 
 
 def cancel(engine: Engine, owner: object = None, *, timeout: float = CLOSE_S) -> None:
-    """Cancel what an engine has to do, if anything; see LazyFill.cancel."""
+    """Cancel the lazy fill of an engine, if it has one; see LazyFill.cancel."""
     with _guard:
         found = _fills.get(engine)
     if found is not None:
@@ -304,6 +304,6 @@ def _at_exit() -> None:
 
 
 def _after_fork() -> None:
-    """The threads of the parent are not here, and their locks may be held for ever."""
+    """Start with an empty table: the parent's threads do not exist here, and locks they held stay locked."""
     global _fills, _guard
     _fills, _guard = weakref.WeakKeyDictionary(), threading.Lock()

@@ -1,8 +1,8 @@
-"""Which cached tokens to compute again.
+"""Recompute policies: which cached tokens to compute again.
 
-Reused chunk KV is wrong only as far as a chunk's tokens would have looked at the other chunks. Computing a share
+Reused chunk KV is wrong only as far as a chunk's tokens would have attended to the other chunks. Computing a share
 `ratio` of the tokens again repairs about half of that or more (docs/results/quality-smollm2-h100.md), if they are the
-right ones. A policy ranks them; it may ask for a pass of its own over the model first, see `Passes`.
+right ones. A policy ranks them; it may first request a pass over the model, see `Passes`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Layout:
 
     Attributes:
         cached: Positions in the prompt, int64 [n], ascending.
-        offset: For each, its place in its chunk, int64 [n].
+        offset: For each, its position in its chunk, int64 [n].
         length: For each, the length of its chunk, int64 [n].
     """
 
@@ -47,13 +47,13 @@ class Layout:
 
 
 class Passes(Protocol):
-    """What an engine can run over the placed KV before the selection. Each result is float32 [cached tokens]."""
+    """Passes that an engine can run over the placed KV before the selection. Each returns float32 [cached tokens]."""
 
     def suffix_attention(self, *, window: int, from_layer: float, reduce: str) -> Tensor:
         """Attention probability that each cached token gets from the prompt's last tokens.
 
         Args:
-            window: How many of the prompt's last tokens look (at most the suffix).
+            window: How many of the prompt's last tokens are observed (at most the suffix).
             from_layer: First layer that counts, as a share of the model's depth.
             reduce: "sum" or "max" over rows, heads and layers.
         """
@@ -67,8 +67,8 @@ class Passes(Protocol):
 class Policy(Protocol):
     """Ranks cached tokens.
 
-    One that asks for a deviation names its layer in `check_layer` too: an engine then runs that pass beforehand, in
-    pieces.
+    A policy that requests a deviation returns its layer as `check_layer` too: an engine then runs that pass beforehand,
+    in pieces.
     """
 
     name: ClassVar[str]
@@ -84,7 +84,7 @@ class QueryPolicy:
 
     The question's own attention over the placed KV shows which tokens the answer depends on. Known from ProphetKV
     (arXiv 2602.02579), CacheClip (2510.10129) and A3 (2511.17560); pooling from SnapKV (2404.14469). Upper layers
-    only, since lower ones look at neighbours rather than at meaning.
+    only, since lower ones attend to neighbours rather than to meaning.
     """
 
     name: ClassVar[str] = "query"
@@ -118,7 +118,7 @@ class HKVDPolicy:
 
 @dataclass(frozen=True)
 class HeadPolicy:
-    """The first tokens of each chunk (LegoLink of EPIC, arXiv 2410.15332): they saw a false beginning."""
+    """The first tokens of each chunk (LegoLink of EPIC, arXiv 2410.15332): computed as if first in the prompt."""
 
     name: ClassVar[str] = "head"
 
@@ -134,18 +134,18 @@ class NonePolicy:
     name: ClassVar[str] = "none"
 
     def scores(self, layout: Layout, passes: Passes) -> Tensor:
-        """Never used: `select` knows this policy."""
+        """Never called: `select` handles this policy itself."""
         return layout.offset.float()
 
 
 @dataclass(frozen=True)
 class AllPolicy:
-    """Everything is computed again: equals a full prefill, and so tests the machinery."""
+    """Everything is computed again: equals a full prefill, which tests the blend."""
 
     name: ClassVar[str] = "all"
 
     def scores(self, layout: Layout, passes: Passes) -> Tensor:
-        """Never used: `select` knows this policy."""
+        """Never called: `select` handles this policy itself."""
         return layout.offset.float()
 
 
@@ -169,14 +169,14 @@ def get_policy(name: str) -> Policy:
 
 
 def how_many(policy: Policy, ratio: float, total: int) -> int:
-    """How many of so many cached tokens are computed again."""
+    """How many of `total` cached tokens are computed again."""
     return {"none": 0, "all": total}.get(policy.name, round(ratio * total))
 
 
 def select(policy: Policy, ratio: float, layout: Layout, passes: Passes) -> Tensor:
     """Positions to compute again: the top `ratio` of the cached tokens, int64, ascending.
 
-    A pass is only asked for when its result matters. Ties go to the earlier token, so that every rank and every run
+    A pass is run only if its result matters. Ties go to the earlier token, so that every rank and every run
     selects the same.
     """
     total = len(layout.cached)

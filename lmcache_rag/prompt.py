@@ -27,7 +27,7 @@ from lmcache_rag.errors import PromptError
 SYSTEM = "You answer questions from the passages that you are given."
 INSTRUCTION = "Answer the question with the passages below. If they do not hold the answer, say so."
 
-# Stand-ins that the chat template carries to the places of the real parts. Letters only: no template changes them.
+# Placeholders that the chat template puts where the real parts go. Letters only: no template changes them.
 _CONTEXT, _TURN = "QXCONTEXTXQ", "QXTURN{}XQ"
 _CACHED_CHUNKS = 8192
 
@@ -45,10 +45,10 @@ class Turn:
 
 @dataclass(frozen=True)
 class PromptFormat:
-    """The words around chunks and question. All text before the first chunk is part of the KV's fingerprint.
+    """The text around chunks and question. All text before the first chunk is part of the KV's fingerprint.
 
     Attributes:
-        system: System text; folded into the user's turn where the template knows no system role.
+        system: System text; put into the user's turn if the template has no system role.
         instruction: Stands before the passages.
         context_head: Between instruction and first chunk.
         separator: Between chunks, always recomputed; ``{rank}`` becomes the number of the chunk that follows.
@@ -77,7 +77,7 @@ class PromptBuilder:
     Args:
         tokenizer: A transformers tokenizer with a fast (tokenizers) backend.
         info: The engine's facts; kv_block decides how the prefix is padded.
-        format: The words around chunks and question.
+        format: The text around chunks and question.
         tenant: KV of different tenants is never shared.
 
     Raises:
@@ -106,7 +106,7 @@ class PromptBuilder:
         return self._fold_system
 
     def chunk_ids(self, text: str) -> tuple[int, ...]:
-        """Token ids of a chunk; special tokens in it are plain text. A list of the latest is kept."""
+        """Token ids of a chunk; special tokens in it are plain text. The latest are cached."""
         return tuple(self._chunk(text)[1])
 
     def chunk_key(self, text: str) -> str:
@@ -114,13 +114,13 @@ class PromptBuilder:
         return self._chunk(text)[0]
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of any text as it stands: no special tokens are added, and none is recognised."""
+        """Token ids of any text as it is: no special tokens are added, and none is recognised."""
         return self._parts.text(text)
 
     def suffix_ids(self, question: str, history: Sequence[Turn] = ()) -> list[int]:
         """Token ids of everything after the last chunk: question, earlier turns, the template's tail.
 
-        Earlier turns stand after the chunks, in order, the new question last: so the chunks stay reusable.
+        Earlier turns come after the chunks, in order, the new question last, so that the chunks stay reusable.
         """
         turns = [turn.content for turn in history] + [question]
         roles: list[Role] = [turn.role for turn in history] + ["user"]
@@ -162,7 +162,8 @@ class PromptBuilder:
     def messages(self, chunks: Sequence[str], question: str, history: Sequence[Turn] = ()) -> list[dict[str, str]]:
         """The prompt as chat messages, chunks in the first user message; the filler of the prefix is in it too.
 
-        For callbacks, traces and servers that render the chat template themselves. The token ids of `query` decide.
+        For callbacks, traces and servers that render the chat template themselves. The prompt itself is the ids of
+        `query`.
         """
         passages = "".join(
             text if rank == 1 else self.format.separator.replace("{rank}", str(rank)) + text
@@ -229,7 +230,7 @@ class PromptBuilder:
         )
 
     def _split(self, roles: Sequence[Role]) -> tuple[str, str]:
-        """The rendered template before and after the chunks; the turns' stand-ins are in the second part."""
+        """The rendered template before and after the chunks; the turns' placeholders are in the second part."""
         return _cut(self._render(roles, fold=self._fold_system), _CONTEXT)
 
     def _needs_folding(self) -> bool:
@@ -252,7 +253,7 @@ class PromptBuilder:
 
 
 def _cut(text: str, mark: str, *, last: bool = False) -> tuple[str, str]:
-    """Text before and after the mark, which must be in it once (or: at its last place)."""
+    """Text before and after the mark, which must occur once (with `last`: after its last occurrence)."""
     if mark not in text or (not last and text.count(mark) != 1):
         raise PromptError(
             f"The chat template shows {mark!r} {text.count(mark)} times where once was expected.",
@@ -272,14 +273,14 @@ class SafeTokenizer:
     """Two views of one tokenizer.
 
     A document or a question may contain text such as ``<|im_end|>``. Only the template may produce that *token*: a
-    document that could would end the user's turn and speak as the system. So text goes through a copy of the
-    tokenizer that knows no added tokens (those of white space alone stay: they are ordinary text), and its result is
-    checked besides.
+    document that could do so would end the user's turn and pose as the system. So text goes through a copy of the
+    tokenizer without added tokens (those of white space alone stay: they are ordinary text), and the result is
+    checked too.
     """
 
     @classmethod
     def of(cls, tokenizer: Any) -> SafeTokenizer:
-        """The one of this tokenizer; making it copies the whole vocabulary, which takes most of a second."""
+        """The SafeTokenizer of a tokenizer; making it copies the whole vocabulary, which takes most of a second."""
         with _lock:
             size, made = _made.get(tokenizer, (-1, None))
             if made is None or size != len(tokenizer):  # tokens may have been added since

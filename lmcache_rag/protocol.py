@@ -3,7 +3,7 @@
 Request keys and what may stand in them, reason codes, the statistics in an answer, metric names and defaults. Server,
 client, command line, doctor, benchmarks and integrations take them from here. Needs neither vLLM nor PyTorch.
 
-A code is what programs compare; a sentence is made from it where a person reads it (`fallback_sentence`,
+Programs compare codes; a sentence is made from a code where a person reads it (`fallback_sentence`,
 `cannot_blend_sentence`). Existing keys, codes, answer fields, metric names and label values never change.
 """
 
@@ -20,7 +20,7 @@ from lmcache_rag.policies import POLICIES
 
 # -- request keys, in kv_transfer_params ------------------------------------------------------------------------------
 
-NAMESPACE: Final = "lmcache_rag."  # every key of ours begins so
+NAMESPACE: Final = "lmcache_rag."  # prefix of all our keys
 POLICY: Final = "lmcache_rag.policy"  # recompute policy: a name of POLICIES
 RATIO: Final = "lmcache_rag.ratio"  # share of the cached tokens to recompute, 0 to 1
 BLEND: Final = "lmcache_rag.blend"  # "on", "off" or a boolean
@@ -32,9 +32,9 @@ SPANS: Final = "lmcache_rag.spans"  # true: the answer's statistics hold `spans`
 REQUEST_KEYS: Final = (POLICY, RATIO, BLEND, CHUNKS, PREFIX, INGEST, FORGET, SPANS)
 
 LMCACHE_NAMESPACE: Final = "lmcache."
-MAX_OFFLOAD_TOKENS: Final = "lmcache.max_offload_tokens"  # LMCache's: store no more than so many tokens of this request
+MAX_OFFLOAD_TOKENS: Final = "lmcache.max_offload_tokens"  # LMCache's: most tokens of this request to store
 LMCACHE_KEYS: Final = (MAX_OFFLOAD_TOKENS,)  # those of LMCache's keys that a request may hold
-# Disaggregated prefill and what goes with it: nothing here takes part in that.
+# Keys of disaggregated prefill, which our connector does not support.
 PD_KEYS: Final = ("do_remote_prefill", "do_remote_decode", "cached_token_stats")
 PD_PREFIX: Final = "remote_"
 
@@ -44,7 +44,9 @@ INGEST_KEY_HEADER: Final = "X-LMCache-RAG-Ingest-Key"
 
 # -- keys between the connector and LMCache's server, in the request_configs of LMCache's keys ------------------------
 
-UNTIL: Final = "lmcache_rag.until"  # time.time() after which the server must not carry out a load or a store any more
+UNTIL: Final = (
+    "lmcache_rag.until"  # deadline of a load or store, by time.time(): the server must not carry it out later
+)
 
 # -- defaults ---------------------------------------------------------------------------------------------------------
 
@@ -55,7 +57,7 @@ VLLM_BLOCK: Final = 16  # tokens of a block of vLLM's prefix cache, its default 
 NEAR_TIE: Final = (
     0.25  # nats: two steps of a bfloat16 logit between 16 and 32, so either token could have been the first
 )
-SPAN_TOKENS: Final = 16  # a prompt has at most one span for so many tokens
+SPAN_TOKENS: Final = 16  # a prompt has at most one span for each so many tokens
 MOST_TOKENS: Final = 2**31 - 1  # no prompt is longer
 WORDS: Final = 80  # characters of a client's value that a message or a log line shows
 _SHOWN_KEYS, _SHOWN_BITS = 3, 64
@@ -77,7 +79,7 @@ class Fallback(StrEnum):
 
     @classmethod
     def of(cls, failure: str) -> Fallback:
-        """The code of a `failure`; OTHER where it is none."""
+        """The code of a `failure`; OTHER if it is no code."""
         try:
             return cls(failure)
         except ValueError:
@@ -85,7 +87,7 @@ class Fallback(StrEnum):
 
 
 LOADS: Final = (Fallback.LOAD_FAILED, Fallback.LOAD_FAILED_ELSEWHERE)
-SERVER_FAULTS: Final = (Fallback.NO_SERVER, *LOADS)  # only a load that comes shows that they are over
+SERVER_FAULTS: Final = (Fallback.NO_SERVER, *LOADS)  # only a load that succeeds shows that they have ended
 
 _FALLBACKS: Final[Mapping[str, str]] = {
     Fallback.CANNOT_BLEND: "the server cannot blend",
@@ -107,7 +109,7 @@ def fallback_sentence(failure: str) -> str:
 
 
 class CannotBlend(StrEnum):
-    """Why a server blends no request at all: `reason` in the statistics of each of its answers."""
+    """Why a server cannot blend any request: `reason` in the statistics of each of its answers."""
 
     NOT_READY = "not ready"
     NO_WORKER = "no worker reported"
@@ -166,15 +168,15 @@ ARCHITECTURES: Final = (
 ANSWER: Final = "lmcache_rag"
 COUNTS: Final = ("prefix_tokens", "reused_tokens", "recomputed_tokens", "computed_tokens")  # they add up to the prompt
 TIMES: Final = ("lookup_ms", "load_ms", "blend_ms")
-FAILURE: Final = "failure"  # a Fallback, or where can_blend is false a sentence; "" where there is none
+FAILURE: Final = "failure"  # a Fallback, or a sentence if can_blend is false; "" if none
 FORGOTTEN: Final = "forgotten"  # in answers to lmcache_rag.forget only: whether the chunk's KV was removed
 CAN_BLEND: Final = "can_blend"  # false in answers of a server that cannot blend at all; else absent
-REASON: Final = "reason"  # a CannotBlend, beside can_blend
+REASON: Final = "reason"  # a CannotBlend, present with can_blend
 SELF_CHECK: Final = "self_check"  # a SelfCheck, in answers of a server that blends
 
 
 class SelfCheck(StrEnum):
-    """What came, at start, of comparing a blend with a full prefill; where they differ, the server cannot blend."""
+    """Result of the self-check at start: a blend against a full prefill. If they differ, the server cannot blend."""
 
     PASSED = "passed"
     SKIPPED = "skipped"  # lmcache_rag.self_check is false
@@ -192,17 +194,17 @@ def answer_statistics(document: Any) -> dict[str, Any] | None:
 
 
 def cannot_blend(statistics: Mapping[str, Any] | None) -> Unsupported | None:
-    """Why the server that sent these statistics blends nothing; None where it can, or does not say."""
+    """Why the server that sent these statistics cannot blend; None if it can, or does not report it."""
     if not statistics or statistics.get(CAN_BLEND) is not False:
         return None
     code = str(statistics.get(REASON) or "")
     known = CannotBlend(code) if code in {str(each) for each in CannotBlend} else CannotBlend.ERROR
-    return Unsupported(known, str(statistics.get(FAILURE) or "it does not say why"))
+    return Unsupported(known, str(statistics.get(FAILURE) or "it does not report why"))
 
 
 # -- metrics on vLLM's /metrics ---------------------------------------------------------------------------------------
 
-METRICS: Final = "vllm:lmcache_rag_"  # vLLM takes metrics back by "vllm:" when an engine is made anew
+METRICS: Final = "vllm:lmcache_rag_"  # vLLM unregisters metrics that begin with "vllm:" when an engine is made again
 SOURCES: Final = ("prefix", "reused", "recomputed", "computed")
 OUTCOMES: Final = ("blended", "prefix", "computed", "unblended")
 CHUNK_GAUGE: Final = METRICS + "chunk_tokens"
@@ -215,7 +217,7 @@ INDEX_SIZE: Final = "lmcache_rag.index_size"  # most chunks that the index takes
 
 
 def chunk_tokens(metrics: str) -> int:
-    """Tokens of an LMCache chunk, by the text of a server's /metrics; 0 when it does not say."""
+    """Tokens of an LMCache chunk, by the text of a server's /metrics; 0 if it is not there."""
     found = re.search(rf"^{CHUNK_GAUGE}\{{[^}}]*\}} (\d+)(?:\.0)?$", metrics, re.MULTILINE)
     return int(found[1]) if found else 0
 
@@ -228,7 +230,7 @@ def hit_tokens(metrics: str) -> int | None:
 
 
 def lmcache_number(metrics: str, name: str) -> int | None:
-    """A number of ours (INDEX_ENTRIES and the like) by the text of LMCache's /metrics; None where it is not there."""
+    """A metric of ours (INDEX_ENTRIES and the like) by the text of LMCache's /metrics; None if it is not there."""
     found = re.search(rf"^{name.replace('.', '_')}(?:_total)?(?:\{{[^}}]*\}})? (\S+)$", metrics, re.MULTILINE)
     try:
         return round(float(found[1])) if found else None
@@ -241,7 +243,7 @@ def lmcache_number(metrics: str, name: str) -> int | None:
 
 @dataclass(frozen=True)
 class RequestParams:
-    """What a request asks for.
+    """A request's parameters.
 
     Attributes:
         policy: Recompute policy.
@@ -278,7 +280,7 @@ def shown(value: Any) -> str:
 def read_params(
     params: Any, policy: str = DEFAULT_POLICY, ratio: float = DEFAULT_RATIO, blend: bool = True
 ) -> tuple[RequestParams, list[str]]:
-    """What a request asks for, defaults in the place of what is wrong, and what is wrong. Never raises.
+    """Parse a request's parameters. Invalid values are replaced by the defaults and reported. Never raises.
 
     Args:
         params: Its kv_transfer_params.
@@ -287,27 +289,27 @@ def read_params(
         blend: The server's default.
 
     Returns:
-        (what is asked for, complaints: a clause each).
+        (parameters, complaints: a clause each).
     """
-    given: Mapping[str, Any] = params if isinstance(params, Mapping) else {}
+    values: Mapping[str, Any] = params if isinstance(params, Mapping) else {}
     wrong: list[str] = []
-    if isinstance(wanted := given.get(POLICY, policy), str) and wanted in POLICIES:
+    if isinstance(wanted := values.get(POLICY, policy), str) and wanted in POLICIES:
         policy = wanted
     else:
         wrong.append(f"{POLICY} {shown(wanted)} is none of {', '.join(POLICIES)}")
-    number = given.get(RATIO, ratio)
+    number = values.get(RATIO, ratio)
     if isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number <= 1:
         ratio = float(number)
     else:
         wrong.append(f"{RATIO} {shown(number)} is not between 0 and 1")
-    switch = given.get(BLEND, blend)
+    switch = values.get(BLEND, blend)
     if isinstance(switch, bool) or (isinstance(switch, str) and switch in ("on", "off")):
         blend = switch in (True, "on")
     else:
         wrong.append(f"{BLEND} {shown(switch)} is neither on nor off")
     flags = {}
     for key in (INGEST, FORGET, SPANS):
-        flag = given.get(key, False)
+        flag = values.get(key, False)
         if not isinstance(flag, bool):
             wrong.append(f"{key} {shown(flag)} is neither true nor false")
         flags[key] = flag is True
@@ -315,13 +317,13 @@ def read_params(
 
 
 def complaints(params: Any, tokens: int = MOST_TOKENS) -> list[str]:
-    """What is wrong with a request's kv_transfer_params, a clause each; what is not ours is not looked at.
+    """Validate a request's kv_transfer_params: returns each error as a clause. Ignores keys that are not ours.
 
-    Never raises. Lists are measured before they are read, so a huge one costs no more than a short one.
+    Never raises. The length of a list is checked before it is read, so a huge one costs no more than a short one.
 
     Args:
         params: Its kv_transfer_params.
-        tokens: Length of its prompt; where that is not known, of the longest that the server takes.
+        tokens: Length of its prompt; if that is unknown, of the longest that the server takes.
     """
     if params is None:
         return []
@@ -342,11 +344,11 @@ def complaints(params: Any, tokens: int = MOST_TOKENS) -> list[str]:
 
 
 def accepted(params: Any, tokens: int = MOST_TOKENS, block: int = VLLM_BLOCK) -> dict[str, Any]:
-    """What of kv_transfer_params that have no `complaints` goes to the engine: keys of ours and of LMCache's.
+    """The part of kv_transfer_params without `complaints` that the engine gets: our keys and LMCache's.
 
-    Places that are not in the prompt are left out: who renders a chat template elsewhere may be off by some tokens.
-    Chunks shorter than a block of vLLM's cache are left out too, since none is found in it. The first stays: the prefix
-    ends where it begins.
+    Spans outside the prompt are left out: a client that renders a chat template itself may be off by some tokens.
+    Chunks shorter than a block of vLLM's cache are left out too, since it holds none of them. The first stays: the
+    prefix ends where it begins.
 
     Args:
         params: A request's kv_transfer_params.
@@ -364,7 +366,7 @@ def accepted(params: Any, tokens: int = MOST_TOKENS, block: int = VLLM_BLOCK) ->
 
 
 def _refused(key: Any) -> str:
-    """Why a key is not taken; "" where it is, or belongs to somebody else."""
+    """Why a key is rejected; "" if it is accepted, or is not ours."""
     if not isinstance(key, str) or key in REQUEST_KEYS or key in LMCACHE_KEYS:
         return ""
     if key.startswith(NAMESPACE):
@@ -403,16 +405,16 @@ def _is_span(span: Any) -> bool:
 
 
 def named_spans(params: Any, prompt: int) -> list[tuple[int, int]]:
-    """Where the chunks are in a prompt of that length, as the request says; empty when it makes no sense.
+    """The chunks' spans in a prompt of that length, as the request names them; empty if they are not valid.
 
-    More of them than `complaints` takes make no sense. Chunks shorter than a block are left out, as in `accepted`.
+    More spans than `complaints` accepts are not valid. Chunks shorter than a block are left out, as in `accepted`.
     """
-    given = params.get(CHUNKS) if isinstance(params, Mapping) else None
-    if not isinstance(given, list) or len(given) > prompt // SPAN_TOKENS:
+    named = params.get(CHUNKS) if isinstance(params, Mapping) else None
+    if not isinstance(named, list) or len(named) > prompt // SPAN_TOKENS:
         return []
     spans: list[tuple[int, int]] = []
     last = 0
-    for item in given:
+    for item in named:
         if not (isinstance(item, list | tuple) and len(item) == 2 and all(type(n) is int for n in item)):
             return []
         start, end = item
@@ -425,9 +427,9 @@ def named_spans(params: Any, prompt: int) -> list[tuple[int, int]]:
 
 
 def named_prefix(params: Any, prompt: int) -> int:
-    """Tokens of the prefix that the request names; 0 when it names none, or one that the prompt has not."""
-    given = params.get(PREFIX) if isinstance(params, Mapping) else None
-    return given if isinstance(given, int) and not isinstance(given, bool) and 0 < given <= prompt else 0
+    """Tokens of the prefix that the request names; 0 if it names none, or one longer than the prompt."""
+    prefix = params.get(PREFIX) if isinstance(params, Mapping) else None
+    return prefix if isinstance(prefix, int) and not isinstance(prefix, bool) and 0 < prefix <= prompt else 0
 
 
 def ingests(params: Any) -> bool:

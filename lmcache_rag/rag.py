@@ -34,14 +34,14 @@ log = logging.getLogger("lmcache_rag")
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """An answer with where it comes from.
+    """An answer with its sources.
 
     Attributes:
-        question: What was asked.
+        question: The question.
         text: The answer.
         sources: The chunks in the prompt, in their order.
         dropped: Retrieved chunks that did not fit the context, lowest score first.
-        completion: What the engine gave, with the reuse statistics.
+        completion: The engine's answer, with the reuse statistics.
     """
 
     question: str
@@ -52,7 +52,7 @@ class Answer:
 
     @property
     def stats(self) -> ReuseStats:
-        """What was reused, recomputed and computed."""
+        """The reuse statistics."""
         return self.completion.stats
 
 
@@ -90,7 +90,7 @@ class RAG:
         top_k: Chunks for a question, by default.
         sampling: How tokens are chosen, by default.
         blend: How KV is reused, by default.
-        keep_missing: Compute and keep the KV of chunks that had none, once the question that needed it is answered.
+        keep_missing: Compute and store the KV of chunks that had none, once the question that needed it is answered.
     """
 
     def __init__(
@@ -150,12 +150,12 @@ class RAG:
             question: The question.
             top_k: Chunks to retrieve.
             hits: Use these chunks in this order instead of retrieving.
-            history: Earlier turns of the conversation. They follow the chunks, which so stay reusable.
+            history: Earlier turns of the conversation. They follow the chunks, so that these stay reusable.
             sampling: How tokens are chosen.
             blend: How KV is reused.
 
         Raises:
-            PromptError: The question is empty, or the history out of order.
+            PromptError: The question is empty, or the roles in the history do not alternate.
             ContextLengthError: The question alone is longer than the model's context.
             LMCacheRAGError: See the store's and the engine's errors.
         """
@@ -177,7 +177,7 @@ class RAG:
     ) -> Iterator[RAGEvent]:
         """Answer piece by piece: TextDelta events, then one Answer. Arguments and errors as for ask.
 
-        After the Answer, missing KV is computed and kept; a caller that stops there skips this.
+        After the Answer, missing KV is computed and stored; a caller that stops at the Answer skips this.
         """
         sampling, blend = sampling or self.sampling, blend or self.blend
         found = list(hits) if hits is not None else self.retrieve(question, top_k=top_k)
@@ -233,7 +233,7 @@ class RAG:
             yield event
 
     def ask_batch(self, questions: Sequence[str], *, top_k: int | None = None) -> list[Answer | LMCacheRAGError]:
-        """Answer several questions, in order. One that fails gives its error instead; the others go on."""
+        """Answer several questions, in order. One that fails gives its error as result; the others are answered."""
         answers: list[Answer | LMCacheRAGError] = []
         for question in questions:
             try:
@@ -266,7 +266,7 @@ class RAG:
 
 
 def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
-    """Index of the first place in which two sequences differ, or None."""
+    """Index at which two sequences first differ, or None."""
     for index, (a, b) in enumerate(zip(first, second, strict=False)):
         if a != b:
             return index
@@ -277,14 +277,14 @@ def first_difference(first: Sequence[int], second: Sequence[int]) -> int | None:
 
 
 class AnswerStreamer:
-    """Streams an engine's answers, logs once that it does not blend, and stores the KV that a question missed.
+    """Streams an engine's answers, logs once if it cannot blend, and stores the KV that a question missed.
 
     Args:
         store: Where the chunks are registered.
         engine: Computes the answers.
         prompts: Makes the prompts.
         keep_missing: Compute and keep the KV of registered chunks that had none, once the question is answered.
-        lazy_fill: Ingest chunks without KV in the background instead, whether they are registered or not: at which use.
+        lazy_fill: At which use chunks without KV are ingested in the background instead, registered or not.
             None: not in the background.
     """
 
@@ -313,7 +313,7 @@ class AnswerStreamer:
         notes: Sequence[str] = (),
         registered: Sequence[bool] = (),
     ) -> Iterator[StreamEvent]:
-        """Answer piece by piece; missing KV is computed and kept after the Completion, or in the background.
+        """Answer piece by piece; missing KV is computed and stored after the Completion, or in the background.
 
         Args:
             texts: The chunks in the prompt.
@@ -334,7 +334,7 @@ class AnswerStreamer:
                 yield event
 
     def allowed(self, blend: BlendOptions) -> BlendOptions:
-        """The options for this engine: if it cannot blend and falls back, full prefills, which is logged once."""
+        """The options for this engine: full prefills if it cannot blend and falls back, which is logged once."""
         info = self._engine.info
         if blend.enabled and not info.can_blend and info.falls_back:
             with self._lock:
@@ -345,7 +345,7 @@ class AnswerStreamer:
         return blend
 
     def begin(self) -> None:
-        """A question begins: what is ingested in the background waits for it."""
+        """A question begins: ingestion in the background waits for it."""
         if self.lazy_fill not in (None, "never"):
             fill_of(self._engine).question()
 
@@ -359,7 +359,7 @@ class AnswerStreamer:
     ) -> Completion:
         """Queue the ingestion of chunks whose KV an answer missed; the answer gets a warning. Never waits.
 
-        A registered chunk was declared as one to keep, so it is ingested at its first use. An embedded engine keeps KV
+        A registered chunk is meant to have KV, so it is ingested at its first use. An embedded engine keeps KV
         of registered chunks only: nothing would ever delete the files of others.
         """
         if self.lazy_fill in (None, "never") or not (blend.enabled and done.missed):
@@ -379,13 +379,13 @@ class AnswerStreamer:
         return replace(done, warnings=(*done.warnings, f"{queued} passage(s) without KV are ingested now."))
 
     def keep(self, texts: Sequence[str], done: Completion, blend: BlendOptions) -> None:
-        """Keep the KV that a question missed; not worth failing an answer for."""
+        """Store the KV that a question missed. An error is logged, and does not fail the answer."""
         if not (self.keep_missing and blend.enabled and done.stats.chunks_missed):
             return
         try:
             self._kv.keep(texts)
         except StoreLockedError:
-            log.debug("another writer is at work; the missing KV stays for the next question")
+            log.debug("another process writes to the store; the missing KV is stored at a later question")
         except LMCacheRAGError as problem:
             log.warning("Could not store the missing KV: %s", problem)
 
@@ -410,7 +410,7 @@ def fit_context(
     history: Sequence[Turn] = (),
     max_tokens: int = 0,
 ) -> FittedContext:
-    """Choose the chunks that fit the context beside question and answer; the lowest scores are dropped first.
+    """Choose the chunks that fit the context with question and answer; the lowest scores are dropped first.
 
     Args:
         prompts: Makes the prompt.
@@ -430,7 +430,7 @@ def fit_context(
             f"holds {limit}.",
             remedy="Ask a shorter question." if not history else "Ask a shorter question or start a new chat.",
         )
-    # An answer wants room too, but never so much that no passage is left.
+    # Reserve room for the answer, but never so much that no passage fits.
     room = limit - bare - min(max_tokens, (limit - bare) // 2)
     separator = max(len(prompts.encode(prompts.format.separator)), 1) + 2
     sizes = [len(prompts.chunk_ids(hit.text)) + separator for hit in hits]

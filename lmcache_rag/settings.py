@@ -15,13 +15,13 @@ FILE = "settings.toml"
 
 
 class Settings(BaseSettings):
-    """Everything that can be set. A change to a field marked (KV) makes new KV: the old is never used for it."""
+    """All settings. A change to a field marked (KV) needs new KV: existing KV is not reused for it."""
 
     model_config = SettingsConfigDict(env_prefix="LMCACHE_RAG_", env_ignore_empty=True, extra="forbid", frozen=True)
 
     store: Path = Field(Path("lmcache-rag-store"), description="Folder of the store.")
     engine: str = Field("embedded", description="embedded, or URLs of vLLM servers, with commas between them. (KV)")
-    engine_timeout_s: float = Field(120.0, gt=0, description="How long a vLLM server may say nothing.")
+    engine_timeout_s: float = Field(120.0, gt=0, description="How long a vLLM server may send nothing.")
     model: str | None = Field(None, description="Folder or Hugging Face name of the model. (KV)")
     embedder: str | None = Field(None, description="Folder or Hugging Face name of the embedding model.")
     device: str | None = Field(None, description='"cpu", "cuda", "cuda:1" …; default: a GPU if there is one.')
@@ -38,31 +38,31 @@ class Settings(BaseSettings):
     max_tokens: int = Field(256, ge=1, description="Most tokens of an answer.")
     temperature: float = Field(0.0, ge=0.0, description="0 is greedy.")
     system: str | None = Field(None, description="System text. (KV)")
-    instruction: str | None = Field(None, description="Stands before the passages. (KV)")
+    instruction: str | None = Field(None, description="Text before the passages. (KV)")
     tenant: str = Field("", description="KV of different tenants is never shared. (KV)")
     kv_budget_gb: float = Field(50.0, gt=0, description="Most gigabytes of KV files.")
     memory_budget_gb: float = Field(4.0, ge=0, description="Most gigabytes of hot KV in memory.")
-    ingest_key_file: Path | None = Field(None, description="File with the key that a server wants for ingestion.")
+    ingest_key_file: Path | None = Field(None, description="File with the key that a server requires for ingestion.")
     lock_timeout_s: float = Field(30.0, ge=0, description="How long to wait for another process that is writing.")
 
     @field_validator("engine", mode="before")
     @classmethod
-    def _servers(cls, given: Any) -> Any:
+    def _servers(cls, value: Any) -> Any:
         from lmcache_rag.engines.vllm_client import server_urls
 
-        if given in ("embedded", ["embedded"]):
+        if value in ("embedded", ["embedded"]):
             return "embedded"
-        if not isinstance(given, str | list | tuple):
-            return given
+        if not isinstance(value, str | list | tuple):
+            return value
         try:
-            return ",".join(server_urls(given))
+            return ",".join(server_urls(value))
         except ConfigError as problem:
             raise PydanticCustomError("engine", "{words}", {"words": str(problem)}) from None
 
     @field_validator("model", "embedder", mode="before")
     @classmethod
-    def _folder(cls, given: Any) -> Any:
-        return str(given) if isinstance(given, Path) else given
+    def _folder(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, Path) else value
 
     @field_validator("policy")
     @classmethod
@@ -71,22 +71,22 @@ class Settings(BaseSettings):
 
         try:
             return get_policy(name).name
-        except ConfigError as problem:  # as pydantic's own kind, or it would put "Value error" before the words
+        except ConfigError as problem:  # as pydantic's own error, or it would put "Value error" before the message
             raise PydanticCustomError("policy", "{words}", {"words": str(problem)}) from None
 
     @classmethod
     def load(cls, store: Path | str | None = None, **arguments: Any) -> Settings:
-        """Read all sources. Arguments that are None or an empty list count as not given.
+        """Read all sources. Arguments that are None or an empty list count as not set.
 
         Raises:
-            ConfigError: A value has no meaning, or the file has an unknown name.
+            ConfigError: A value is not valid, or the file has an unknown name.
         """
-        given = {name: value for name, value in arguments.items() if value is not None and value != []}
+        values = {name: value for name, value in arguments.items() if value is not None and value != []}
         if store is not None:
-            given["store"] = Path(store)
+            values["store"] = Path(store)
         try:
-            folder = given.get("store") or _Place().store
-            return _with_file(Path(folder) / FILE)(**given)
+            folder = values.get("store") or _Place().store
+            return _with_file(Path(folder) / FILE)(**values)
         except ValidationError as problem:
             raise ConfigError(
                 "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in problem.errors()),
@@ -97,7 +97,7 @@ class Settings(BaseSettings):
 
 
 class _Place(BaseSettings):
-    """Where the store is must be known before its settings file can be read."""
+    """The store's path, which must be known before its settings file can be read."""
 
     model_config = SettingsConfigDict(env_prefix="LMCACHE_RAG_", env_ignore_empty=True, extra="ignore")
     store: Path = Settings.model_fields["store"].default

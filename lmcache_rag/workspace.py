@@ -1,4 +1,4 @@
-"""Everything that a program needs, put together from settings: store, engine, embedder, and the verbs over them."""
+"""A workspace: store, engine and embedder made from settings, and what works on them (ingestor, RAG, maintainer)."""
 
 from __future__ import annotations
 
@@ -158,13 +158,13 @@ class Workspace:
 
     @cached_property
     def maintainer(self) -> Maintainer:
-        """Looks after the store."""
+        """Maintains the store: status, warm, verify, remove."""
         from lmcache_rag.kv_manager import Maintainer
 
         return Maintainer(self.store, self.engine, self.prompts, lock_timeout=self.settings.lock_timeout_s)
 
     def close(self) -> None:
-        """Close what was opened here; a given engine stays as it is. Safe to call twice."""
+        """Close what was opened here; an engine that was passed in stays open. Safe to call twice."""
         if {"engine", "store"} <= self.__dict__.keys():
             lazy_fill.cancel(self.engine, self.store)
         for name in ("engine", "store"):

@@ -194,7 +194,7 @@ class Blend(Runnable[dict[str, Any], Any]):
             if kwargs.get(name):
                 raise ConfigError(
                     f"The model is bound to {what}, which a blended prompt cannot carry.",
-                    remedy=f"Give blend() the model without {what}, and use {what} in a step of its own.",
+                    remedy=f"Give blend() the model without {what}, and use {what} in another step of the chain.",
                 )
         if api == "completions":
             call.body = blender.request(prompt, blend=options)
@@ -229,7 +229,7 @@ class Blend(Runnable[dict[str, Any], Any]):
         return patch_config(merge_configs(self._config, config), callbacks=run_manager.get_child())
 
     def _warn_unregistered(self, prompt: BlendPrompt) -> None:
-        """Warn once of texts that something changed after retrieval."""
+        """Warn once of texts that were changed after retrieval."""
         unregistered = [text for text, known in zip(prompt.texts, prompt.registered, strict=True) if not known]
         if unregistered and self._first("unregistered"):
             log.warning(

@@ -29,7 +29,7 @@ class EngineModel(BaseChatModel):
 
     if TYPE_CHECKING:
         call: BlendCall
-    else:  # pydantic does not look into it
+    else:  # pydantic does not validate it
         call: Any = Field(exclude=True)
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
@@ -104,7 +104,8 @@ class EngineModel(BaseChatModel):
         options = {name: value for name, value in kwargs.items() if value is not None and name != "stream"}
         if unknown := set(options) - _SAMPLING:
             raise ConfigError(
-                f"The engine knows no {sorted(unknown)[0]!r}.", remedy=f"It knows stop, {', '.join(sorted(_SAMPLING))}."
+                f"The engine does not support {sorted(unknown)[0]!r}.",
+                remedy=f"It supports stop, {', '.join(sorted(_SAMPLING))}.",
             )
         if stop:
             options["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)

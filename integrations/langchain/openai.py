@@ -1,6 +1,6 @@
 """The user's own langchain_openai object, copied for one question: token ids go out, statistics come back.
 
-LangChain drops what a server reports beside the answer. For chat, langchain_openai's own hooks see the request and the
+LangChain drops what a server reports besides the answer. For chat, langchain_openai's own hooks see the request and the
 raw answer (`_get_request_payload`, `_create_chat_result`, `_convert_chunk_to_generation_chunk`). Its completions model
 has no such hooks, so the copy's client is wrapped there.
 """
@@ -113,7 +113,7 @@ class BlendCall:
 
     @property
     def params(self) -> dict[str, Any]:
-        """What is known before the answer: for traces, and for the key of LangChain's cache."""
+        """Parameters that are known before the answer: for traces, and for the key of LangChain's cache."""
         blend, prompt = self.blend, self.prompt.prompt
         return {
             f"{KEY}_blend": blend.enabled,
@@ -201,7 +201,7 @@ def _blended_class(model: type[Any]) -> type[Any]:
 
 
 class _Blended:
-    """What both APIs have in common. `super()` is the user's model class."""
+    """Shared by both APIs. `super()` is the user's model class."""
 
     _call: BlendCall
     if TYPE_CHECKING:
@@ -258,7 +258,7 @@ class _BlendedChat:
     def _convert_chunk_to_generation_chunk(self, chunk: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         from openai.types.chat import ChatCompletionChunk
 
-        self._call.take(ChatCompletionChunk.construct(**chunk))  # LangChain made a dict of it
+        self._call.take(ChatCompletionChunk.construct(**chunk))  # LangChain converted it to a dict
         return super()._convert_chunk_to_generation_chunk(chunk, *args, **kwargs)  # type: ignore[misc]
 
     def _last_chunk(self) -> ChatGenerationChunk:
@@ -286,7 +286,7 @@ def _flat(generations: list[Any]) -> list[Any]:
 
 
 class _Completions:
-    """Wraps `client.completions`: adds to the request, and shows the raw answer to the call.
+    """Wraps `client.completions`: adds to the request, and passes the raw answer to the call.
 
     Args:
         client: The user's.
@@ -317,7 +317,7 @@ class _Completions:
 
 
 class _AsyncCompletions(_Completions):
-    """The same for an async client."""
+    """As _Completions, for an async client."""
 
     async def create(self, **payload: Any) -> Any:
         response = await self._client.create(**self._call.request(payload, self._model_body))

@@ -78,13 +78,13 @@ def parse_input(value: Any) -> BlendInput:
     if isinstance(documents, str) or not isinstance(documents, Sequence):
         raise ConfigError(
             f"The documents are {type(documents).__name__}.",
-            remedy="Hand over the list of Documents as the retriever gives it: joined into one text, no KV is found.",
+            remedy="Pass the list of Documents as the retriever returns it: joined into one text, no KV is found.",
         )
     question = _first(value, QUESTIONS)
     if isinstance(question, BaseMessage):
         question = question.text
     if not isinstance(question, str):
-        raise ConfigError(f"The question is {type(question).__name__}.", remedy="Hand over a text.")
+        raise ConfigError(f"The question is {type(question).__name__}.", remedy="Pass a text.")
     history = next((value[name] for name in HISTORIES if value.get(name)), ())
     return BlendInput(tuple(map(_text, documents)), _scores(documents), question, _turns(history))
 
@@ -122,7 +122,7 @@ def _text(document: Any) -> str:
         return document.page_content
     if isinstance(document, str):
         return document
-    raise ConfigError(f"A document is a {type(document).__name__}.", remedy="Hand over Documents or texts.")
+    raise ConfigError(f"A document is a {type(document).__name__}.", remedy="Pass Documents or texts.")
 
 
 def _scores(documents: Sequence[Any]) -> tuple[float, ...] | None:
@@ -148,7 +148,7 @@ class Segment(TypedDict):
 
 
 class ChunkedPromptValue(PromptValue):
-    """What is sent to the model. The token ids decide: the parts are tokenised one by one.
+    """A prompt as it is sent to the model: its token ids, since the parts are tokenised one by one.
 
     Attributes:
         text: What the model reads, special tokens included.

@@ -105,7 +105,7 @@ class LMCacheRetriever(BaseRetriever):
 
 
 def _drops_keywords(source: Runnable[str, list[Document]]) -> bool:
-    """Return whether a retriever has no async method of its own: LangChain's default one rejects keywords."""
+    """Return whether a retriever does not define an async method: LangChain's default one rejects keywords."""
     return (
         isinstance(source, BaseRetriever)
         and source._expects_other_args

@@ -37,7 +37,7 @@ def _forwarded(name: str) -> Any:
 
 
 def _aforwarded(name: str) -> Any:
-    """Return the same for an async method."""
+    """As _forwarded, for an async method."""
 
     async def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return await getattr(self.inner, name)(*args, **kwargs)
@@ -194,7 +194,7 @@ class LMCacheVectorStore(VectorStore):
         store cannot list what it holds.
 
         Raises:
-            PrecomputeError: KV could not be computed; call it again to go on.
+            PrecomputeError: KV could not be computed; call it again to continue.
         """
         register, live = self.register, _texts_of(self.inner)
         totals = KVTotals()

@@ -46,7 +46,7 @@ _MODES = (
 )
 _EMBEDDER = "llama-index"  # the vectors come with the nodes; the index knows the model
 _MMR_PREFETCH = 4  # times as many candidates as wanted, as in LlamaIndex's other stores
-# Not asyncio's own threads: all of them may be waiting for the lock, in a user's asyncio.to_thread(store.add, ...).
+# Not asyncio's own threads: all may be waiting for the lock, in a user's asyncio.to_thread(store.add, ...).
 _threads = ThreadPoolExecutor(max_workers=8, thread_name_prefix="lmcache-rag")
 
 
@@ -274,7 +274,7 @@ class FaissVectorStore(BasePydanticVectorStore):
 
 
 def _allowed(query: VectorStoreQuery) -> Callable[[DocumentRef], bool] | None:
-    """Return a function that says whether a node may be found; None: all may. Empty lists of ids allow all ids."""
+    """Return a function that decides whether a node may be found; None: all may. Empty lists of ids allow all ids."""
     nodes, documents, filters = set(query.node_ids or ()), set(query.doc_ids or ()), query.filters
     if not nodes and not documents and (filters is None or not filters.filters):
         return None

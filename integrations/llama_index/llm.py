@@ -209,7 +209,7 @@ def _as_chat(part: CompletionResponse) -> ChatResponse:
 
 
 def _turns(messages: Sequence[ChatMessage | Turn]) -> list[Turn]:
-    """Convert messages to turns that begin with a user's and alternate, as chat templates want them.
+    """Convert messages to turns that begin with a user's and alternate, as chat templates require.
 
     Messages of other roles (system, tool) and empty ones are left out, and so is an answer at the head: a memory that
     was cut can begin with one.

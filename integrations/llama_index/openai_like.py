@@ -18,7 +18,7 @@ from lmcache_rag.protocol import CHUNKS, PREFIX, SPANS
 from ..blender import Blender, BlendPrompt
 from .llm import EngineLLM
 
-_PROMPT_KEYS = (  # of kv_transfer_params: what belongs to the prompt itself
+_PROMPT_KEYS = (  # keys of kv_transfer_params that belong to the prompt itself
     "prompt_token_ids",
     CHUNKS,
     PREFIX,
@@ -30,7 +30,7 @@ _CONNECTION_ERRORS = ("APIConnectionError", "APITimeoutError", "InternalServerEr
 class BlendClient:
     """Answers blended prompts through an LLM of LlamaIndex, so that its settings, callbacks and events stay.
 
-    An OpenAILike object sends token ids: with is_chat_model=False as the prompt; else beside the messages if the
+    An OpenAILike object sends token ids: with is_chat_model=False as the prompt; else along with the messages if the
     server's chat takes them (vLLM 0.32 and later), or to the same server's completions. Its `additional_kwargs` are
     kept; the blend's parameters are merged into its `extra_body`.
 

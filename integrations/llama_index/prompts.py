@@ -1,4 +1,4 @@
-"""What a passage's node and a prompt template become in a blended prompt, and warnings of changed passages."""
+"""Nodes and prompt templates as parts of a blended prompt, and warnings of changed passages."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def _parts(template: BasePromptTemplate, system: str) -> tuple[str, str]:
     place = next((i for i, (_, text) in enumerate(messages) if _CONTEXT in text), len(messages))
     first, rest = messages[:place], messages[place:]
     if any(role != MessageRole.SYSTEM for role, _ in first) or any(role == MessageRole.ASSISTANT for role, _ in rest):
-        raise ConfigError("The prompt template has a conversation of its own.", remedy=_REMEDY)
+        raise ConfigError("The prompt template contains a conversation.", remedy=_REMEDY)
     return "\n\n".join(text for _, text in first), "\n\n".join(text for _, text in rest)
 
 

@@ -39,7 +39,7 @@ _PATIENCE_S = 60.0  # that a thread waits where there may be a deadlock
 
 @dataclass(frozen=True, slots=True)
 class _Holder:
-    """Who holds a SyncAsyncLock: a thread, or a task of an event loop."""
+    """The holder of a SyncAsyncLock: a thread, or a task of an event loop."""
 
     thread: int
     loop: asyncio.AbstractEventLoop | None = None
@@ -49,15 +49,15 @@ class _Holder:
 class SyncAsyncLock:
     """A lock for `with` and `async with`: changes from threads and event loops take turns.
 
-    A waiting event loop runs its other tasks. A waiting thread is refused where the holder may need it to go on:
+    A waiting event loop runs its other tasks. A waiting thread gets an error if the holder may need it to continue:
 
     - at once, if the holder is this thread, or a task of the event loop that runs in this thread;
     - after _PATIENCE_S, if the holder is a task, or an event loop runs in this thread.
 
-    Otherwise it waits without limit. Nothing ever goes on without the lock.
+    Otherwise it waits without limit. Nothing ever runs without the lock.
 
     Raises:
-        StoreLockedError: The wait is refused.
+        StoreLockedError: The thread may not wait.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class SyncAsyncLock:
     def __enter__(self) -> None:
         holder, since, pause = None, time.monotonic(), 0.0
         while not self._lock.acquire(timeout=pause):
-            if holder is not self._holder:  # another one: count anew
+            if holder is not self._holder:  # another holder: count again
                 holder, since = self._holder, time.monotonic()
             _refuse_deadlock(holder, time.monotonic() - since)
             pause = _CHECK_S
@@ -313,7 +313,7 @@ class LMCacheVectorStore(BasePydanticVectorStore):
 
         Raises:
             ConfigError: The wrapped store cannot list its nodes; give them.
-            PrecomputeError: KV could not be computed; call it again to go on.
+            PrecomputeError: KV could not be computed; call it again to continue.
         """
         if nodes is None and not self._inner.stores_text:
             raise ConfigError(
@@ -388,7 +388,7 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         return sorted(found), None
 
     def _gone(self, before: set[str]) -> set[str]:
-        """Return those of the nodes that the wrapped store no longer holds."""
+        """Return the nodes that the wrapped store no longer holds."""
         if isinstance(self._inner, SimpleVectorStore):
             return before - set(self._inner.data.embedding_dict)
         return before

@@ -1,1 +1,1 @@
-"""Measure a server: speed with and without blending, exactness, and soundness under every kind of request."""
+"""Measure a server: speed with and without blending, exactness, and stability under every kind of request."""

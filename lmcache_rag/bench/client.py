@@ -24,13 +24,13 @@ from lmcache_rag.protocol import INGEST_KEY_HEADER, answer_statistics, chunk_tok
 
 @dataclass(frozen=True)
 class Timed:
-    """What a request took.
+    """Times of one request.
 
     Attributes:
         ttft_ms: To the first token.
         gaps_ms: Between the following tokens.
         total_ms: To the end.
-        statistics: Reuse statistics, where the server sent them.
+        statistics: Reuse statistics, if the server sent them.
         text: The answer.
     """
 
@@ -60,7 +60,7 @@ class TimedClient:
         self.chunk = 0
 
     async def open(self) -> None:
-        """Find out which model it serves, and in chunks of how many tokens LMCache keeps KV there (0: unknown).
+        """Find out which model it serves, and the tokens of its LMCache chunks (0: unknown).
 
         Raises:
             EngineError: There is no such server.
@@ -72,7 +72,7 @@ class TimedClient:
         """Send a prompt of token ids and take the times of its tokens.
 
         Raises:
-            EngineError: The server refused or broke off.
+            EngineError: The server rejected the request or closed the connection.
         """
         body: dict[str, Any] = {
             "model": self.model,
@@ -128,11 +128,11 @@ class TimedClient:
 
 
 def _draw(seed: str, count: int, vocabulary: int) -> tuple[int, ...]:
-    rng = random.Random(seed)  # noqa: S311 - a workload, no secret
+    rng = random.Random(seed)  # noqa: S311 - a workload, not a secret
     return tuple(rng.randrange(300, vocabulary) for _ in range(count))
 
 
-# A client that draws numbers between two tokens of another answer measures itself.
+# Cached: drawing numbers between two tokens of another answer would count to its times.
 _drawn = lru_cache(maxsize=256)(_draw)
 
 
@@ -166,7 +166,7 @@ class Workload:
         return self._ids(self.prefix, "prefix") + self._ids(self.chunk, "chunk", index)
 
     def prompt(self, tokens: int, number: int) -> list[int]:
-        """A prompt of about so many tokens; each number has chunks, an order and a question of its own."""
+        """A prompt of about `tokens` tokens; each number gives different chunks, order and question."""
         order = self._order(tokens, number)
         ids = self._ids(self.prefix, "prefix")
         for place, index in enumerate(order):
@@ -176,11 +176,11 @@ class Workload:
         return ids + self._ids(self.question, "question", number)
 
     def fresh(self, tokens: int, number: int) -> list[int]:
-        """A prompt of exactly so many tokens that begins like no other and holds no chunk."""
+        """A prompt of exactly `tokens` tokens, without chunks and with a unique beginning."""
         return list(_draw(f"{self.seed}:fresh:{number}", tokens, self.vocabulary))
 
     def arrivals(self, per_second: float, count: int) -> list[float]:
-        """When to send so many requests, in seconds: a Poisson process that begins with one at 0."""
+        """When to send `count` requests, in seconds: a Poisson process that begins with one at 0."""
         rng = random.Random("arrivals")  # noqa: S311
         gaps = [rng.expovariate(per_second) for _ in range(count - 1)]
         return list(itertools.accumulate(gaps, initial=0.0))

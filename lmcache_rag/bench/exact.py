@@ -1,4 +1,4 @@
-"""How far blended answers are from those of a full prefill, and how much of the chunks they reuse: over any engine."""
+"""How much blended answers differ from those of a full prefill, and how much KV they reuse: for any engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 FULL = BlendOptions(enabled=False)
 AGAIN = "again, exact"
-TOP = 20  # likeliest tokens that are kept at each place: most that vLLM gives by default
+TOP = 20  # likeliest tokens recorded at each place: the most that vLLM gives by default
 
 
 # Answers token by token
@@ -51,7 +51,7 @@ class TracedEngine(Protocol):
         ...
 
     def trace(self, prompt: QueryPrompt, blend: BlendOptions, tokens: int) -> Trace:
-        """A greedy answer of so many tokens, whether or not an end token is among them."""
+        """A greedy answer of `tokens` tokens, whether or not an end token is among them."""
         ...
 
 
@@ -60,8 +60,8 @@ class TracedServer:
 
     Args:
         engine: Its client.
-        prompts: Made for it.
-        named: Whether requests name the chunks to the server, which then copies what it still holds itself.
+        prompts: The builder of its prompts.
+        named: Whether requests name the chunks' spans, so that the server copies what it still holds itself.
     """
 
     def __init__(self, engine: VLLMEngine, prompts: PromptBuilder, *, named: bool = True) -> None:
@@ -94,7 +94,7 @@ class TracedEmbeddedEngine:
 
     Args:
         engine: The engine.
-        prompts: Made for it.
+        prompts: The builder of its prompts.
     """
 
     def __init__(self, engine: EmbeddedEngine, prompts: PromptBuilder) -> None:
@@ -198,7 +198,7 @@ class Exactness:
 
 def questions(chunks: Sequence[str], count: int, *, least: int = 4, most: int = 8, seed: int = 0) -> list[Query]:
     """Questions over random chunks in random order: each asks to continue one of them and to explain another."""
-    rng = random.Random(seed)  # noqa: S311 - a workload, no secret
+    rng = random.Random(seed)  # noqa: S311 - a workload, not a secret
     queries = []
     for _ in range(count):
         own = rng.sample(list(chunks), min(len(chunks), rng.randint(least, most)))
@@ -208,7 +208,7 @@ def questions(chunks: Sequence[str], count: int, *, least: int = 4, most: int = 
 
 
 def permutations(chunks: Sequence[str], count: int, *, seed: int = 0) -> list[Query]:
-    """The same chunks in so many random orders."""
+    """The same chunks in `count` random orders."""
     rng = random.Random(f"{seed}:orders")  # noqa: S311
     return [Query(tuple(rng.sample(list(chunks), len(chunks))), "What do these passages say?") for _ in range(count)]
 
@@ -224,14 +224,14 @@ def compare(
 ) -> list[Exactness]:
     """Send every query once in each arm, and then without reuse.
 
-    In this order: a server keeps the exact KV of a prompt that was computed in full, and would go on from that.
+    In this order: a server keeps the exact KV of a prompt that was computed in full, and would reuse that.
 
     Args:
-        source: The engine; the chunks' KV must be there.
+        source: The engine; it must have the chunks' KV.
         queries: The questions.
         arms: Ways to reuse KV, by name.
         tokens: Length of the answers.
-        again: Ask without reuse a second time, as the last arm: a server goes on from the prompt's exact KV, so what
+        again: Ask without reuse a second time, as the last arm: a server reuses the prompt's exact KV, so what
             differs there is its own rounding.
         on_step: Called after each question.
     """
@@ -271,7 +271,7 @@ def divergence(full: dict[int, float], got: dict[int, float]) -> float:
 
 
 def cover(prompt: QueryPrompt, stats: dict[str, Any], kv_block: int) -> float | None:
-    """Share of the chunks' whole blocks that the server took from its cache; None where it sends no statistics."""
+    """Share of the chunks' whole blocks that the server took from its cache; None if it sends no statistics."""
     if "reused_tokens" not in stats:
         return None
     whole = sum((chunk.end - chunk.start) // kv_block * kv_block for chunk in prompt.chunks)

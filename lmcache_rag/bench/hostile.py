@@ -31,7 +31,7 @@ TOKENS = 100_000  # of a prompt that is too long for the model
 
 @dataclass(frozen=True)
 class HostileRequest:
-    """One of them.
+    """A hostile request.
 
     Attributes:
         kind: Its name in messages.
@@ -54,7 +54,7 @@ def values(rng: random.Random) -> Any:
 
 
 class Hostile:
-    """Draws them.
+    """Draws hostile requests.
 
     Args:
         ordinary: Makes the body of an ordinary blended request.
@@ -82,14 +82,14 @@ class Hostile:
         )
 
     def draw(self, rng: random.Random) -> HostileRequest:
-        """One of any kind."""
+        """A request of a random kind."""
         return rng.choice(self._kinds)(rng)
 
     def _completion(self, **more: Any) -> dict[str, Any]:
         return self._ordinary() | more
 
     def _with(self, params: Any, **more: Any) -> dict[str, Any]:
-        """An ordinary request with other or further params."""
+        """An ordinary request with changed or added params."""
         body = self._completion(**more)
         body["kv_transfer_params"] = {**body["kv_transfer_params"], **params} if isinstance(params, dict) else params
         return body
@@ -188,18 +188,18 @@ class HostileError(Exception):
     """A server's answer to a hostile request that no server should give."""
 
 
-class _Left(Exception):  # noqa: N818 - no error: the client leaves on purpose
+class _Left(Exception):  # noqa: N818 - not an error: the client disconnects on purpose
     """The client hangs up."""
 
 
 async def send(http: httpx.AsyncClient, request: HostileRequest, rng: random.Random) -> str:
-    """Send it: "200", "400", "aborted" where the client hung up, or "other": another status of a refusal.
+    """Send it; returns "200", "400", "aborted" if the client hung up, or "other" for another rejection.
 
     Raises:
         HostileError: The server failed.
         httpx.HTTPError: It does not answer.
     """
-    data = json.dumps(request.body).encode()  # with NaN and lone surrogates, which httpx would refuse to send
+    data = json.dumps(request.body).encode()  # with NaN and lone surrogates, which httpx would not send
     headers = {"Content-Type": "application/json", "Content-Length": str(len(data))} | request.headers
     seconds = rng.uniform(0.001, 0.05) if request.leave == "at once" else None
     try:
@@ -223,7 +223,7 @@ async def _send(
     async with http.stream("POST", request.path, content=content, headers=headers) as answer:
         status = answer.status_code
         async for line in answer.aiter_lines():
-            if line.startswith('data: {"error"'):  # of a stream that had begun
+            if line.startswith('data: {"error"'):  # an error in a stream that had begun
                 status = _code(line.removeprefix("data: "))
             if lines is not None and (lines := lines - 1) == 0:
                 raise _Left

@@ -27,12 +27,12 @@ from lmcache_rag.protocol import NEAR_TIE, answer_statistics
 from lmcache_rag.serving.process import descendants
 
 Kind: TypeAlias = Literal["blended", "ratio 1", "unblended", "aborted"]
-LMCACHE_URL = "http://127.0.0.1:8089"  # where lmcache-rag serve has it
+LMCACHE_URL = "http://127.0.0.1:8089"  # as lmcache-rag serve starts it
 MAY_GROW_MB = (
     64.0  # of a process, from a tenth of the time on: engines that leaked nothing grew by 14 and 21 in 6 minutes
 )
 LEAST = 20  # requests, however long they take
-MOST_NOISE = 1.0  # nats: a server that differs from itself by more is wrong, whatever the reason
+MOST_NOISE = 1.0  # nats: a server that differs from itself by more is wrong
 SHARES: dict[Kind, float] = {"blended": 0.45, "ratio 1": 0.15, "unblended": 0.2, "aborted": 0.2}
 OPTIONS: dict[Kind, BlendOptions] = {
     "blended": BlendOptions("query", 0.15),
@@ -56,7 +56,7 @@ LMCACHE_GAUGES = (
     "storage_manager.prefetch_controller.completed_results_count",
 )
 GAUGES = (*VLLM_GAUGES, *(f"lmcache:{place}" for place in LMCACHE_GAUGES))
-SETTLE_S = 15.0  # for what goes on after the last answer: KV is stored there, and aborted requests are taken apart
+SETTLE_S = 15.0  # for work after the last answer: KV is stored, and aborted requests are cleaned up
 PROC = Path("/proc")
 LISTENS = "0A"
 
@@ -66,8 +66,8 @@ class SoakReport:
     """The results.
 
     Attributes:
-        requests: How many of each kind came to their end.
-        failed: The errors of those that did not.
+        requests: How many of each kind completed.
+        failed: The errors of those that did not complete.
         reused: Requests that reused chunk KV.
         fallbacks: The server's reasons, of requests that it computed in full instead.
         differing: Answers at ratio 1 or without blending that differ from the full prefill's and not at a near tie:
@@ -77,8 +77,8 @@ class SoakReport:
         gauges: What should be zero at the end, from vLLM's /metrics and LMCache's /status, see
             GAUGES; None: it was not reported.
         memory_mb: Resident megabytes of the watched processes, at a tenth of the time and at the end.
-        may_grow_mb: So many megabytes more at the end are no leak.
-        hostile: Hostile requests by outcome: "200", "400", "aborted", or "other" for another refusal.
+        may_grow_mb: Growth up to this many megabytes is not a leak.
+        hostile: Hostile requests by outcome: "200", "400", "aborted", or "other" for another rejection.
         hostile_failed: The errors of those at which the server failed or did not answer in time.
         engine_cores: Process ids of vLLM's EngineCore below the watched processes, at the beginning and at the end.
         pauses: How often LMCache was paused, and how often it should have been.
@@ -101,28 +101,28 @@ class SoakReport:
 
     @property
     def noise(self) -> float:
-        """How far, in nats, the server differs from itself without blending: other batches sum in another order."""
+        """How much, in nats, the server differs from itself without blending: other batches sum in another order."""
         gaps = [abs(each["gap"]) for each in self.differing if each["kind"] == "unblended" and each["gap"] is not None]
         return max((gap for gap in gaps if gap <= MOST_NOISE), default=NEAR_TIE)
 
     @property
     def wrong(self) -> list[dict[str, Any]]:
-        """The differing answers that this does not explain."""
+        """The differing answers that `noise` does not explain."""
         return [each for each in self.differing if each["gap"] is None or abs(each["gap"]) > self.noise + 1e-4]
 
     @property
     def left(self) -> dict[str, float]:
-        """What is not zero at the end."""
+        """Gauges that are not zero at the end."""
         return {name: value for name, value in self.gauges.items() if value}
 
     @property
     def unknown(self) -> list[str]:
-        """What no server reported at the end: something may be left there."""
+        """Gauges that were not reported at the end: something may be left there."""
         return [name for name in GAUGES if self.gauges.get(name) is None]
 
     @property
     def grown(self) -> dict[int, list[float]]:
-        """Watched processes that grew by too much, or whose memory was not known each time: one that ended, say."""
+        """Watched processes that grew too much, or whose memory was unknown once, for example because they ended."""
         return {
             process: sizes
             for process, sizes in self.memory_mb.items()
@@ -131,13 +131,13 @@ class SoakReport:
 
     @property
     def ended(self) -> list[int]:
-        """EngineCore processes that did not live through it."""
+        """EngineCore processes that ended during the test."""
         everywhere = [each for ids in self.engine_cores for each in set(ids)]
         return sorted({each for each in everywhere if everywhere.count(each) < len(self.engine_cores)})
 
     @property
     def sound(self) -> bool:
-        """Nothing failed, was wrong, ended or was left, and everything that could be left was reported."""
+        """Whether nothing failed, was wrong, ended or was left, and all gauges were reported."""
         bad = self.failed or self.hostile_failed or self.wrong or self.left or self.unknown or self.grown or self.ended
         return not bad and self.pauses[0] == self.pauses[1]
 
@@ -159,13 +159,13 @@ class Soak:
     """Sends the requests.
 
     Args:
-        source: The server; the chunks' KV should be there.
+        source: The server; it should have the chunks' KV.
         chunks: Texts to ask about.
         tokens: Length of the answers.
         concurrency: Requests in flight.
         limit_s: A request that takes longer counts as failed.
         lmcache_url: HTTP address of the LMCache server.
-        watch: Process ids whose memory is noted; they must live on.
+        watch: Ids of processes whose memory is recorded; they must keep running.
         may_grow_mb: By how much that may grow.
         most: Most chunks of a question.
         different: Queries whose full prefill is computed first.
@@ -203,7 +203,7 @@ class Soak:
         self.report = SoakReport(may_grow_mb=may_grow_mb)
 
     def run(self, seconds: float, disturb: Sequence[Callable[[], None]] = ()) -> SoakReport:
-        """Go on for so long; what disturbs is called at equal distances in between."""
+        """Send requests for that many seconds; the disturbances are called at equal intervals."""
         for query in self._queries:
             if query in self.full:
                 continue
@@ -212,7 +212,7 @@ class Soak:
         return self.report
 
     def pause(self, seconds: float) -> None:
-        """Stop LMCache for so long; one of those that disturb."""
+        """Stop LMCache for that many seconds; a disturbance for `run`."""
         self.report.pauses[1] += 1
         port = urlsplit(self._lmcache_url).port or 80
         self.report.pauses[0] += pause_listener(port, seconds)
@@ -264,8 +264,8 @@ class Soak:
             self.report.hostile_failed.append(text[:300])
 
     def _new(self, query: Query, rng: random.Random) -> Query:
-        """The query over chunks in an order that was not used yet: what was computed in full is reused as it is."""
-        for attempt in range(100):  # a few chunks have few orders, and then others are taken
+        """The query over chunks in an order that was not used yet: the exact KV of a used one would be reused."""
+        for attempt in range(100):  # few chunks have few orders: then other chunks are taken
             pool = query.chunks if attempt < 10 else self._chunks
             order = tuple(rng.sample(pool, len(query.chunks)))
             if order not in self._orders:
@@ -279,7 +279,7 @@ class Soak:
         if kind == "aborted":
             async with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as answer:
                 answer.raise_for_status()
-                if rng.random() < 0.5:  # else at once, most likely before the look-up is through
+                if rng.random() < 0.5:  # else at once, most likely before the look-up is done
                     async for _ in answer.aiter_lines():
                         break
             return
@@ -295,7 +295,7 @@ class Soak:
             raise ValueError(f"{len(tokens)} tokens instead of {self._tokens}")
         if kind == "unblended":
             self._judge(kind, self.full[query], tokens)
-        elif kind == "ratio 1":  # everything was computed again: the answer is that of a full prefill, which runs now
+        elif kind == "ratio 1":  # everything was computed again: compare with a full prefill, which runs now
             full = await asyncio.to_thread(self._source.trace, prompt, OPTIONS["unblended"], self._tokens)
             self._judge(kind, full, tokens)
 
@@ -324,7 +324,7 @@ class Soak:
 
 
 async def settled(vllm: httpx.AsyncClient, lmcache_url: str, *, seconds: float) -> dict[str, float | None]:
-    """Values of all GAUGES, once all are 0 or so many seconds are over; None: the server does not report it."""
+    """Values of all GAUGES, once all are 0 or after `seconds`; None: the server does not report it."""
     end = time.monotonic() + seconds
     headers = lmcache_headers(lmcache_url)
     # Not vllm: that one sends vLLM's key.
@@ -369,7 +369,7 @@ def _number_at(status: Any, place: list[str]) -> float | None:
 
 
 def resident_mb(process: int) -> float:
-    """Resident memory of a process in megabytes; 0 where it is gone or the system has no /proc."""
+    """Resident memory of a process in megabytes; 0 if it has ended or the system has no /proc."""
     try:
         with open(f"/proc/{process}/status") as status:  # noqa: PTH123
             line = next(line for line in status if line.startswith("VmRSS:"))
@@ -382,7 +382,7 @@ def resident_mb(process: int) -> float:
 
 
 def engine_cores(watched: Iterable[int]) -> list[int]:
-    """VLLM's EngineCore processes among these and what they started."""
+    """VLLM's EngineCore processes among these and their descendants."""
     found = set()
     for process in watched:
         for each in (process, *descendants(process)):
@@ -393,7 +393,7 @@ def engine_cores(watched: Iterable[int]) -> list[int]:
 
 
 def listener(port: int) -> int | None:
-    """The process that listens at that port of this machine; of several the first that was started."""
+    """The process that listens on that port of this machine; of several the one that was started first."""
     sockets = set()
     for table in ("tcp", "tcp6"):
         with contextlib.suppress(OSError):
@@ -418,7 +418,7 @@ def _target(link: Path) -> str:
 
 @contextmanager
 def paused(process: int) -> Iterator[None]:
-    """Stop a process and its descendants; they go on at the end."""
+    """Stop a process and its descendants within a `with` block; they continue at its end."""
     all_ = [process, *descendants(process)]
     try:
         for each in all_:
@@ -435,7 +435,7 @@ def _signal(process: int, number: int) -> None:
 
 
 def pause_listener(port: int, seconds: float, *, wait_s: float = 60.0) -> bool:
-    """Pause what listens at that port; False: nothing does, even after a while in which it may be started again."""
+    """Pause the process that listens on that port; False if none does, even after `wait_s` for a restart."""
     end = time.monotonic() + wait_s
     while (process := listener(port)) is None:
         if time.monotonic() >= end:

@@ -1,4 +1,4 @@
-"""How fast a blending server is, one request at a time and under load, beside a baseline."""
+"""The speed of a blending server against a baseline, one request at a time and under load."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lmcache_rag import protocol
 from lmcache_rag.bench.client import Timed, TimedClient, Workload
 
 WARM = 2  # requests of each kind that are not counted
-INGESTIONS = 2  # of each server that count
-OF_BASELINE = 0.8  # of its throughput: a load that it carries
-_STORED_S = 0.3  # until LMCache has stored what it stores after the answers of an ingestion
+INGESTIONS = 2  # measured ingestions of each server
+OF_BASELINE = 0.8  # of its throughput: a load that it can sustain
+_STORED_S = 0.3  # until LMCache has stored the KV of an ingestion's last answers
 _STORED_S_PER_TOKEN = 15e-6  # the same for a single prompt
 STEPS = (
     "prefix_tokens",
@@ -36,12 +36,12 @@ class SpeedConfig:
 
     Attributes:
         tokens: Lengths of the prompts; under load the first one.
-        repeats: Requests of each kind that count.
+        repeats: Measured requests of each kind.
         throughput: Requests a second with in_flight requests at a time.
-        rate: At so many requests a second; 0: at 0.8 of the baseline's throughput; None: not at all.
+        rate: Requests a second; 0: 0.8 of the baseline's throughput; None: not measured.
         ingestion: Tokens per second of the chunks' prefill.
-        nothing_cached: Prompts of which nothing is cached.
-        floor: What HTTP and scheduling take.
+        nothing_cached: Prompts without any cached part.
+        floor: Time of HTTP and scheduling.
         requests: Of each arm under load.
         in_flight: Requests at a time.
     """
@@ -75,7 +75,7 @@ class Row:
         arm: Its name.
         tokens: Length of the prompts.
         ttft_ms: Each request's time to the first token.
-        sooner: The baseline's median over this one's; None for the baseline itself.
+        sooner: Speedup: the baseline's median over this one's; None for the baseline itself.
         steps: Medians of the server's statistics.
     """
 
@@ -96,7 +96,7 @@ class Row:
 
 
 def new_chunks(at_once: int) -> int:
-    """How many chunks an ingestion has: of fewer, those at its ends, which have no company, are too large a share."""
+    """How many chunks an ingestion needs, so that those at its ends, which run alone, are a small share."""
     return max(2 * at_once, 48)
 
 
@@ -146,11 +146,11 @@ async def measure(
     config: SpeedConfig,
     on_step: Callable[[int, int], None] = lambda done, total: None,
 ) -> SpeedResults:
-    """Measure everything that the configuration names, in an order in which no part disturbs a later one.
+    """Measure everything in the configuration, in an order in which no part affects a later one.
 
     Args:
         arms: What is compared; the first is the baseline.
-        engine: The blending server, used as a client that knows nothing of blending uses it.
+        engine: The blending server, used like any vLLM server.
         workload: The prompts.
         config: What is measured.
         on_step: Called after each request with how many are done and how many there are in all.
@@ -170,7 +170,7 @@ async def measure(
         pair = (bench.arms[0], engine)
         if config.floor:
             found.floor = await bench.floor(*pair, config.tokens, config.repeats, warm=WARM)
-        # From here on LMCache is filled with prompts that are not sent again.
+        # From here on LMCache fills up with prompts that are not sent again.
         if config.ingestion:
             found.ingestion = await bench.ingestion(*pair, at_once=config.in_flight, repeats=INGESTIONS)
         if config.nothing_cached:
@@ -200,9 +200,9 @@ def _throughput_arms(arms: Sequence[Arm], config: SpeedConfig) -> Sequence[Arm]:
 
 
 class SpeedBench:
-    """Sends every arm prompts of the same kind: in turn where only one request runs, one arm after another under load.
+    """Sends prompts of the same kind to every arm: in turn if one request runs at a time, arm after arm under load.
 
-    What fills LMCache, and so may drive the chunks out, comes last: ingestion() and nothing_cached().
+    Measurements that fill LMCache, and may evict the chunks, come last: ingestion() and nothing_cached().
 
     Args:
         arms: What is compared; the first is the baseline.
@@ -215,24 +215,24 @@ class SpeedBench:
         self._clients = {arm.url: TimedClient(arm.url) for arm in arms}
 
     async def open(self) -> None:
-        """Reach every server. The prompts' prefix is made to fill whole chunks of LMCache's."""
+        """Connect to every server. The prompts' prefix is padded to whole LMCache chunks."""
         await asyncio.gather(*(client.open() for client in self._clients.values()))
         chunk = max(client.chunk for client in self._clients.values())
         if chunk:
             self.workload = replace(self.workload, prefix=-(-self.workload.prefix // chunk) * chunk)
 
     async def close(self) -> None:
-        """Let go of the servers."""
+        """Close the connections."""
         await asyncio.gather(*(client.close() for client in self._clients.values()))
 
     async def ingest(self, url: str, *, at_once: int = 4) -> float:
-        """Have every chunk's KV computed; returns tokens per second."""
+        """Compute every chunk's KV; returns tokens per second."""
         return await self._ingest(Arm("", url), self.workload, at_once)
 
     async def _ingest(self, arm: Arm, workload: Workload, at_once: int) -> float:
         gate = asyncio.Semaphore(at_once)
         params = {**protocol.NO_BLEND, protocol.INGEST: True, protocol.PREFIX: workload.prefix} | arm.params
-        prompts = [workload.ingest(index) for index in range(workload.chunks)]  # their drawing is not measured
+        prompts = [workload.ingest(index) for index in range(workload.chunks)]  # drawn before the measurement
 
         async def one(prompt: list[int]) -> None:
             async with gate:
@@ -244,12 +244,12 @@ class SpeedBench:
         return workload.chunks * workload.chunk / (time.perf_counter() - begin)
 
     async def ingestion(self, base: Arm, ours: Arm, *, at_once: int = 16, repeats: int = 2) -> list[dict[str, Any]]:
-        """Tokens per second of ingesting new chunks, both in turn; the first time is not counted."""
+        """Tokens per second of ingesting new chunks, both arms in turn; the first ingestion is not counted."""
         chunks = new_chunks(at_once)
         rates: dict[str, list[float]] = {base.name: [], ours.name: []}
         for repeat in range(-1, repeats):
             for arm in (base, ours) if repeat % 2 else (ours, base):
-                # Each has chunks of its own: the two may be one server.
+                # Each has different chunks: the two may be one server.
                 seed = f"{self.workload.seed}:ingestion:{at_once}:{repeat}:{arm.name}"
                 rate = await self._ingest(arm, replace(self.workload, chunks=chunks, seed=seed), at_once)
                 if repeat >= 0:
@@ -273,7 +273,7 @@ class SpeedBench:
         number = tokens * 1000
         for repeat in range(-warm, repeats):
             for arm in self.arms:
-                # A prompt of its own for each arm: none may find another's in a prefix cache.
+                # A different prompt for each arm: none may find another's in a prefix cache.
                 number += 1
                 done = await self._ask(arm, tokens, number)
                 if repeat >= 0:
@@ -283,8 +283,8 @@ class SpeedBench:
         rows = []
         for arm in self.arms:
             times = tuple(t.ttft_ms for t in taken[arm.name])
-            sooner = None if arm is self.arms[0] else base / statistics.median(times)
-            rows.append(Row(arm.name, tokens, times, sooner, steps(taken[arm.name])))
+            speedup = None if arm is self.arms[0] else base / statistics.median(times)
+            rows.append(Row(arm.name, tokens, times, speedup, steps(taken[arm.name])))
         return rows
 
     async def _ask(self, arm: Arm, tokens: int, number: int, answer: int = 1) -> Timed:
@@ -295,7 +295,7 @@ class SpeedBench:
     async def throughput(
         self, arm: Arm, tokens: int, requests: int, *, at_once: int = 16, answer: int = 16
     ) -> dict[str, Any]:
-        """Requests per second with so many in flight, and the gaps between tokens."""
+        """Requests per second with `at_once` in flight, and the gaps between tokens."""
         gate, done = asyncio.Semaphore(at_once), []
 
         async def one(number: int) -> None:
@@ -319,7 +319,7 @@ class SpeedBench:
     async def rate(
         self, arm: Arm, tokens: int, requests: int, *, per_second: float, answer: int = 16
     ) -> dict[str, Any]:
-        """So many requests a second whether or not answers come: the same random moments for every arm.
+        """Send `per_second` requests a second, independent of the answers: at the same random times for every arm.
 
         Args:
             arm: The prompts.
@@ -329,7 +329,7 @@ class SpeedBench:
             answer: Tokens of an answer; the gaps between them are taken.
 
         Returns:
-            Times in milliseconds; `late_ms_max` is how much later than meant this client sent a request.
+            Times in milliseconds; `late_ms_max` is the largest delay with which this client sent a request.
         """
         done: list[Timed] = []
         delays: list[float] = []
@@ -366,12 +366,12 @@ class SpeedBench:
                 if pair >= 0:
                     times[arm.name].append(done.ttft_ms)
                 self._on_step()
-                # Storing the KV goes on after the answer; it is no part of the next one's time. Both wait alike.
+                # The KV is stored after the answer, which must not count to the next one's time. Both wait alike.
                 await asyncio.sleep(tokens * _STORED_S_PER_TOKEN)
         return Pairs("nothing cached", tokens, tuple(times[base.name]), tuple(times[ours.name]))
 
     async def floor(self, base: Arm, ours: Arm, lengths: Sequence[int], repeats: int, *, warm: int = 2) -> list[Pairs]:
-        """The time of HTTP and scheduling: 16 tokens, and prompts whose KV vLLM has to the last block."""
+        """The time of HTTP and scheduling: 16 tokens, and prompts whose KV vLLM has completely."""
         found = []
         for name, tokens in (("16 tokens", 16), *((f"{n} tokens again", n) for n in lengths)):
             prompt = self.workload.fresh(tokens, tokens)
@@ -390,13 +390,13 @@ class SpeedBench:
 
 
 def steps(done: Iterable[Timed]) -> dict[str, float]:
-    """Medians of the server's statistics; empty where it sent none."""
+    """Medians of the server's statistics; empty if it sent none."""
     found = [timed.statistics for timed in done if timed.statistics]
     return {step: statistics.median(each.get(step, 0) for each in found) for step in STEPS} if found else {}
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which that share of the values lies, one of them; 0 where there are none."""
+    """The value below which that share of the values lies, one of them; 0 without values."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0.0
 
@@ -436,12 +436,12 @@ class Pairs:
 
     @property
     def of_medians(self) -> float:
-        """How much more the other's median is, as a share of the baseline's: 0.03 is 3% more."""
+        """How much longer the other's median is, as a share of the baseline's: 0.03 is 3% longer."""
         return statistics.median(self.ours_ms) / statistics.median(self.base_ms) - 1
 
     @property
     def of_pairs(self) -> float:
-        """The median of the same share taken pair by pair: what drifts over minutes cancels out."""
+        """The median of the same share, pair by pair: drifts over minutes cancel out."""
         return statistics.median(ours / base for base, ours in zip(self.base_ms, self.ours_ms, strict=True)) - 1
 
     def as_dict(self) -> dict[str, Any]:

@@ -37,9 +37,9 @@ def _program(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """RAG that answers sooner: each chunk's KV is computed once, for any order.
+    """RAG with a lower TTFT: each chunk's KV is computed once, for any order.
 
-    [bold]The first steps[/bold]
+    [bold]First steps[/bold]
       lmcache-rag ingest docs/
       lmcache-rag ask 'What is a KV cache?'
 

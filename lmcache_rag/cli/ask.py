@@ -35,7 +35,7 @@ Question = Annotated[
     str | None, typer.Argument(metavar="QUESTION", help="The question; - reads it from stdin.", show_default=False)
 ]
 Compare = Annotated[
-    bool, typer.Option("--compare", help="Run a full prefill beside it: both TTFTs, and where the answers differ.")
+    bool, typer.Option("--compare", help="Run a full prefill too: both TTFTs, and where the answers differ.")
 ]
 Questions = Annotated[
     str | None,
@@ -66,7 +66,7 @@ HELP = """\
 /help      this list
 /sources   the passages that the last answer comes from
 /stats     what the last answer reused
-/reset     forget the conversation and begin anew
+/reset     forget the conversation and start a new one
 /quit      leave (so does Ctrl-D)
 Ctrl-C stops the answer that is being written and keeps the conversation."""
 
@@ -77,7 +77,7 @@ def ask(
 ) -> int | None:
     """Answer a question, then show the sources and what was reused.
 
-    The answer is written as it comes. Sources and statistics go to stdout too,
+    The answer is streamed. Sources and statistics go to stdout too,
     so that a file or a pipe gets them; --json gives all as one document. With
     --questions, one that fails gives its error and does not stop the others;
     the exit status is then 1.
@@ -159,7 +159,7 @@ def _lines(name: str) -> Iterator[str]:
 
 @command(*PLACE, *EMBED, *ANSWER)
 def chat(context: CommandContext) -> int:
-    r"""Ask one question after another; each sees the ones before.
+    r"""Ask questions in a conversation; each answer uses the earlier turns.
 
     In the chat, /help lists its commands. Questions may come from a pipe, one
     a line; the exit status is then 1 if one failed. With --json each answer is
@@ -229,11 +229,11 @@ class Chat:
                 raise
             forget_signal()
             self.context.write("\n")
-            self._note("Stopped. The conversation goes on.")
+            self._note("Stopped. The conversation continues.")
         except LMCacheRAGError as problem:
             self._failed(question, problem)
             return
-        # Half an answer is part of the conversation too; without any text the question is dropped as well.
+        # A partial answer is part of the conversation too; without any text the question is dropped as well.
         if text := "".join(pieces):
             self.history += [Turn("user", question), Turn("assistant", text)]
 
@@ -289,7 +289,7 @@ class Chat:
         return line
 
     def _note(self, text: str) -> None:
-        """Write a line that is no part of an answer to stderr."""
+        """Write a line that is not part of an answer to stderr."""
         self.context.message(text, style="dim")
 
     def _sources(self) -> None:
@@ -320,12 +320,12 @@ def stream_answer(
     pieces: list[str] | None = None,
     quiet: bool = False,
 ) -> None:
-    """Follow RAG.stream to its end; leaving early, by Ctrl-C too, stops the computation.
+    """Write RAG.stream's events as they come; leaving early, by Ctrl-C too, stops the computation.
 
     Args:
         context: The command.
         events: The events of RAG.stream.
-        on_answer: Called once the answer is whole. Missing KV is computed and kept after that.
+        on_answer: Called once the answer is complete. Missing KV is computed and stored after that.
         pieces: Takes the text as it comes.
         quiet: Do not write the text.
     """

@@ -1,4 +1,4 @@
-"""bench speed: measure a blending server beside a baseline; its tables and its plot."""
+"""bench speed: compare a blending server with a baseline; its tables and its plot."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Policies = Annotated[
 Ratios = Annotated[
     list[float], typer.Option("--at", metavar="RATIO", min=0, max=1, help="Recompute ratio; repeatable.")
 ]
-Repeats = Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Requests of each kind that count.")]
+Repeats = Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Measured requests of each kind.")]
 Chunks = Annotated[int, typer.Option("--chunks", metavar="N", min=1, help="Different chunks of 1024 tokens.")]
 Throughput = Annotated[bool, typer.Option("--throughput", help="Also requests a second, --in-flight at once.")]
 Rate = Annotated[
@@ -43,13 +43,13 @@ Rate = Annotated[
         "--rate",
         metavar="R",
         min=0,
-        help="Also at R requests a second, each arm; 0: 0.8 of the baseline's most.",
+        help="Also at R requests a second, each arm; 0: 0.8 of the baseline's throughput.",
         show_default=False,
     ),
 ]
 Ingestion = Annotated[bool, typer.Option("--ingestion", help="Also tokens a second of computing new chunks.")]
-NothingCached = Annotated[bool, typer.Option("--nothing-cached", help="Also prompts of which nothing is cached.")]
-Floor = Annotated[bool, typer.Option("--floor", help="Also what HTTP and scheduling alone take.")]
+NothingCached = Annotated[bool, typer.Option("--nothing-cached", help="Also prompts without any cached part.")]
+Floor = Annotated[bool, typer.Option("--floor", help="Also the time of HTTP and scheduling alone.")]
 Requests = Annotated[
     int, typer.Option("--requests", metavar="N", min=1, help="Requests of each arm for --throughput and --rate.")
 ]
@@ -83,7 +83,7 @@ def speed(
 ) -> None:
     """Time to the first token with and without blending, one request at a time.
 
-    Asks prompts of random chunks in random order, each arm in turn. Chunks are
+    Sends prompts of random chunks in random order, to each arm in turn. Chunks are
     computed first; "hot" names them to the server, which may still hold them:
     its cache must have room for --chunks of them.
     The options that begin with "also" measure more: --throughput and --rate
@@ -102,7 +102,7 @@ def speed(
     from lmcache_rag.policies import get_policy
 
     for name in policy:
-        get_policy(name)  # a server would take its own for one that it does not know
+        get_policy(name)  # a server would use its default for an unknown name
     if plot:
         _check_plot(plot)
     off = {**protocol.NO_BLEND, protocol.MAX_OFFLOAD_TOKENS: 64}
@@ -121,7 +121,7 @@ def speed(
         requests=requests,
         in_flight=in_flight,
     )
-    # New chunks in each run: what a server still has of an earlier one would make its full prefills short.
+    # New chunks in each run: KV that a server still has of an earlier run would shorten its full prefills.
     workload = Workload(chunks=chunks, seed=time.time_ns())
     with Bars(context, main="requests") as bars:
         found = asyncio.run(
@@ -171,13 +171,13 @@ def _ttft_table(rows: Sequence[Row]) -> Table:
     table = _table("Time to the first token", "arm", *columns)
     for row in rows:
         steps = [f"{row.steps[key]:.0f}" if row.steps else "" for key in ("lookup_ms", "load_ms", "blend_ms")]
-        sooner = f"{row.sooner:.2f}" if row.sooner else ""
-        table.add_row(row.arm, str(row.tokens), f"{row.median:.0f}", f"{min(row.ttft_ms):.0f}", sooner, *steps)
+        speedup = f"{row.sooner:.2f}" if row.sooner else ""
+        table.add_row(row.arm, str(row.tokens), f"{row.median:.0f}", f"{min(row.ttft_ms):.0f}", speedup, *steps)
     return table
 
 
 def _throughput_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """So many in flight; the first arm is the baseline."""
+    """Throughput with a fixed number in flight; the first arm is the baseline."""
     table = _table(f"Throughput, {rows[0]['at_once']} in flight", "arm", "requests/s", "times", *_LOAD)
     for row in rows:
         times = row["requests_per_second"] / rows[0]["requests_per_second"]
@@ -186,7 +186,7 @@ def _throughput_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _rate_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """So many requests a second."""
+    """Latency at a fixed rate of requests."""
     table = _table(f"At {rows[0]['per_second']:.2f} requests a second", "arm", *_LOAD)
     for row in rows:
         table.add_row(row["arm"], *_load(row))
@@ -221,7 +221,7 @@ def _pairs_table(title: str, rows: Sequence[Pairs]) -> Table:
 
 
 def _check_plot(path: Path) -> None:
-    """See that a plot can be drawn into this file: better before anything is measured than after.
+    """Check that a plot can be drawn into this file, before anything is measured.
 
     Raises:
         ConfigError: There is no matplotlib, or no such folder.

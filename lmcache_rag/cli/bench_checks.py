@@ -1,4 +1,4 @@
-"""bench exact and bench soak: are blended answers right, and does a server stay sound under every kind of request?"""
+"""bench exact and bench soak: are blended answers correct, and does a server survive every kind of request?"""
 
 from __future__ import annotations
 
@@ -39,20 +39,27 @@ Embedded = Annotated[
 ]
 Cold = Annotated[
     bool,
-    typer.Option("--cold", help="Do not tell the server where the chunks stand: all their KV comes from LMCache."),
+    typer.Option("--cold", help="Do not send the chunks' spans to the server: all their KV comes from LMCache."),
 ]
 
 Seconds = Annotated[float, typer.Option("--seconds", metavar="S", min=1, help="How long.")]
 Flight = Annotated[int, typer.Option("--in-flight", metavar="N", min=1, help="Requests at a time.")]
 Disturb = Annotated[
     list[str],
-    typer.Option("--disturb", metavar="COMMAND", help="CommandContext on the way; repeatable.", show_default=False),
+    typer.Option(
+        "--disturb", metavar="COMMAND", help="Command to run during the test; repeatable.", show_default=False
+    ),
 ]
 Watch = Annotated[
     list[int],
-    typer.Option("--watch", metavar="PID", help="Note its memory; it must live on. Repeatable.", show_default=False),
+    typer.Option(
+        "--watch",
+        metavar="PID",
+        help="Process whose memory is recorded; it must keep running. Repeatable.",
+        show_default=False,
+    ),
 ]
-MayGrow = Annotated[float, typer.Option("--may-grow", metavar="MB", min=0, help="Growth of a watched process.")]
+MayGrow = Annotated[float, typer.Option("--may-grow", metavar="MB", min=0, help="Allowed growth of a watched process.")]
 LMCacheURL = Annotated[str, typer.Option("--lmcache-url", metavar="URL", help="HTTP address of the LMCache server.")]
 AnswerTokens = Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Length of the answers.")]
 HostileShare = Annotated[
@@ -77,7 +84,7 @@ def exact(
     embedded: Embedded = False,
     cold: Cold = False,
 ) -> None:
-    """Blended answers beside those of a full prefill: are they the same?
+    """Compare blended answers with those of a full prefill.
 
     Cuts the documents into chunks, has their KV computed, and asks questions
     over random chunks in random order: without reuse, with everything computed
@@ -144,10 +151,10 @@ def exact(
 
 
 def max_chunks(server: VLLMEngine, builder: PromptBuilder, tokens: int, chunk_tokens: int) -> int:
-    """So many that the longest prompt and its answer fit the server's context; at most 8.
+    """How many chunks the longest prompt can have so that it fits the server's context; at most 8.
 
     Raises:
-        ConfigError: There is not even room for two.
+        ConfigError: Not even two fit.
     """
     most = min(8, (server.info.context_length - len(builder.prefix_ids) - tokens - 128) // (chunk_tokens + 4))
     if most < 2:
@@ -180,7 +187,7 @@ def read_chunks(documents: list[str], builder: PromptBuilder, size: int) -> list
 def _show_exact(context: CommandContext, found: dict[str, list[Exactness]], prompts: int) -> None:
     from rich.table import Table
 
-    table = Table(title=f"{count(prompts, 'question')}: blended beside a full prefill")
+    table = Table(title=f"{count(prompts, 'question')}: blended against a full prefill")
     for name in ("engine", "arm", "equal", "near ties", "other", "KL of the first token", "least cover"):
         table.add_column(name, justify="left" if name in ("engine", "arm") else "right")
     for engine, rows in found.items():
@@ -216,12 +223,12 @@ def soak(
 
     Answers without blending and at ratio 1 are compared with those of a full
     prefill. Commands given by --disturb are run at equal distances; kill
-    LMCache with one. --pause stops the LMCache of this machine for --pause-for
+    LMCache with one of them. --pause stops the LMCache of this machine for --pause-for
     seconds, in between. --hostile sends wrong, huge and forged requests and
     hangs up on some. The exit status is 1 if any other request failed, any
     answer differed by more than a near tie, the server failed at a hostile
     request, EngineCore below a watched process ended, vLLM or LMCache held
-    anything at the end or did not say so, or a watched process grew by more
+    anything at the end or did not report it, or a watched process grew by more
     than --may-grow from a tenth of the time to the end.
 
     [bold]Example[/bold]
@@ -263,7 +270,7 @@ def soak(
 
 
 def _disturb(command: str) -> None:
-    subprocess.run(shlex.split(command), check=False)  # whether it found anything to kill shows in what follows
+    subprocess.run(shlex.split(command), check=False)  # its effect shows in the requests that follow
 
 
 def _show_soak(context: CommandContext, report: SoakReport) -> None:
@@ -286,7 +293,7 @@ def _show_soak(context: CommandContext, report: SoakReport) -> None:
     for reason, number in report.fallbacks.most_common():
         context.out.print(f"Computed in full, {number}: {reason}")
     for name, value in report.gauges.items():
-        context.out.print(f"{name} at the end: {'not said' if value is None else f'{value:g}'}")
+        context.out.print(f"{name} at the end: {'not reported' if value is None else f'{value:g}'}")
     if report.pauses[1]:
         context.out.print(f"LMCache was paused {report.pauses[0]} times of {report.pauses[1]}")
     if any(report.engine_cores):

@@ -22,20 +22,20 @@ from lmcache_rag.errors import ConfigError, LMCacheRAGError
 if TYPE_CHECKING:
     from rich.console import Console
 
-PARTLY = 1  # done, but something was not right: the output says what
+PARTLY = 1  # done, but something failed: the output shows what
 USAGE = 2  # also typer's own
 FAILED = 3
 UNEXPECTED = 70  # EX_SOFTWARE
 INTERRUPTED, TERMINATED, BROKEN_PIPE = (128 + n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE))
 
 EXIT_STATUS = """[bold]Exit status[/bold]
-  0    all well
-  1    done in part: the output says what failed
-  2    wrong use or settings
-  3    it could not be done: the message says why
-  70   a fault of this program
+  0    success
+  1    done in part: the output shows what failed
+  2    wrong usage or settings
+  3    it could not be done: the message has the reason
+  70   an error in this program
   130  Ctrl-C
-  141  nobody reads the output any more
+  141  the output's reader has closed it
   143  terminated"""
 
 Report = Callable[[str, str, str], None]
@@ -51,11 +51,11 @@ _received: int | None = None
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM. Whatever cleans up after Ctrl-C cleans up after it too."""
+    """SIGTERM. Code that cleans up after Ctrl-C handles it too."""
 
 
 def install_signals() -> None:
-    """Take both signals, except where the parent process had them ignored (as nohup does)."""
+    """Handle both signals, unless the parent process had them ignored (as nohup does)."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _stop)
@@ -68,7 +68,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
 
 
 def received_signal() -> int | None:
-    """The signal that came and was not forgotten since.
+    """The last signal that was received and not forgotten since.
 
     Native code that a signal interrupts may raise some other exception; this is its true cause.
     """
@@ -76,13 +76,13 @@ def received_signal() -> int | None:
 
 
 def forget_signal() -> None:
-    """The interruption was meant for a part of the work only, which has stopped."""
+    """Forget the signal: it was meant for a part of the work only, which has stopped."""
     global _received
     _received = None
 
 
 def ignore_signals() -> None:
-    """Ignore signals while the process writes its last message: another Ctrl-C must not garble that."""
+    """Ignore signals while the process writes its last message: another Ctrl-C must not interrupt that."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is _stop:
             signal.signal(number, signal.SIG_IGN)
@@ -104,7 +104,7 @@ def status_of(problem: BaseException, report: Report) -> int:
     if isinstance(problem, KeyboardInterrupt) or received_signal() is not None:
         ignore_signals()
         terminated = isinstance(problem, Terminated) or received_signal() == signal.SIGTERM
-        report("Interrupted", "Stopped. The store is sound.", f"To go on: {command_line()}")
+        report("Interrupted", "Stopped. The store is intact.", f"To continue: {command_line()}")
         return TERMINATED if terminated else INTERRUPTED
     import typer  # not at the top: signals are installed before anything heavy is imported
 
@@ -125,7 +125,7 @@ def end(problem: BaseException) -> NoReturn:
 
 
 def flush_stdout() -> None:
-    """Write out what stdout still holds; raises BrokenPipeError where its reader is gone."""
+    """Flush stdout; raises BrokenPipeError if its reader is gone."""
     if sys.stdout is not None:
         sys.stdout.flush()
 
@@ -152,11 +152,11 @@ def as_error(kind: str, message: str, remedy: str) -> dict[str, Any]:
 
 
 def settle_streams() -> None:
-    """Make stdout fit to be written to, whatever we were started with."""
+    """Make stdout writable, however the process was started."""
     if sys.stdout is None:  # closed by the parent process
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     elif reconfigure := getattr(sys.stdout, "reconfigure", None):
-        reconfigure(errors="backslashreplace")  # an answer must not fail at a terminal without its letters
+        reconfigure(errors="backslashreplace")  # an answer must not fail on a terminal that cannot show its letters
 
 
 # Logs
@@ -188,14 +188,14 @@ class _ConsoleHandler(logging.Handler):
 
 @contextmanager
 def on_console(console: Console, *, verbose: bool) -> Iterator[None]:
-    """Show log records on a console, and put everything back at the end."""
+    """Show log records on a console within a `with` block; restore the loggers at its end."""
     handler = _ConsoleHandler(console, verbose=verbose)
     root, ours, ingestion = (logging.getLogger(name) for name in ("", OURS, f"{OURS}.ingest"))
     levels = ours.level, ingestion.level
     root.addHandler(handler)
     ours.setLevel(logging.DEBUG if verbose else logging.INFO)
     if not verbose:
-        ingestion.setLevel(logging.ERROR)  # what failed stands in the summary, all together
+        ingestion.setLevel(logging.ERROR)  # failures are listed in the summary
     try:
         with warnings.catch_warnings():
             if not verbose:
@@ -209,7 +209,7 @@ def on_console(console: Console, *, verbose: bool) -> Iterator[None]:
 
 def quiet_libraries(*, verbose: bool) -> None:
     """Load the heavy libraries, and switch off their own bars and hints for this process; downloads keep theirs."""
-    # Tokenizers are used by several threads here; their warning about forks is not for the user of a command line.
+    # Several threads use tokenizers here; their warning about forks is of no use on a command line.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_log

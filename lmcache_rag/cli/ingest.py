@@ -27,16 +27,16 @@ Paths = Annotated[
         show_default=False,
     ),
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Only say what would be done. Writes nothing.")]
-NoKV = Annotated[bool, typer.Option("--no-kv", help="Only index now; KV comes with the first use, or by warm.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be done. Writes nothing.")]
+NoKV = Annotated[bool, typer.Option("--no-kv", help="Only index now; KV is computed with the first use, or by warm.")]
 
 
 @command(*PLACE, *EMBED, *SPLIT)
 def ingest(context: CommandContext, paths: Paths, dry_run: DryRun = False, no_kv: NoKV = False) -> int:
     """Put documents into the store, and compute each chunk's KV once.
 
-    What is in the store and has not changed is skipped, so the same command
-    goes on after an interruption. A document that cannot be read never stops
+    Unchanged documents in the store are skipped, so the same command
+    continues after an interruption. A document that cannot be read never stops
     the others; the exit status is then 1.
 
     [bold]Examples[/bold]
@@ -70,7 +70,7 @@ def _listed(paths: list[str]) -> Iterator[str]:
 def _plan(context: CommandContext, sources: list[str]) -> IngestPlan:
     settings = context.settings()
     with tempfile.TemporaryDirectory(prefix="lmcache-rag-") as nowhere:
-        if not (Path(settings.store) / "store.db").exists():  # even an empty store would be something written
+        if not (Path(settings.store) / "store.db").exists():  # a dry run must not even create an empty store
             settings = settings.model_copy(update={"store": Path(nowhere) / "store"})
         with context.workspace(create=True, settings=settings) as workspace, context.waiting("Reading"):
             return workspace.ingestor.plan(sources)

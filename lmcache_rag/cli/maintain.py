@@ -1,4 +1,4 @@
-"""status, warm, verify, remove, forget, prune, settings: look after the store."""
+"""status, warm, verify, remove, forget, prune, settings: maintain the store."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ AllDocuments = Annotated[bool, typer.Option("--all", help="Remove every document
 
 @command(*PLACE)
 def status(context: CommandContext) -> None:
-    """Say what is in the store, what is missing and what is stale.
+    """Show what is in the store, what is missing and what is stale.
 
     Loads no weights and writes nothing.
 
@@ -72,10 +72,10 @@ def status(context: CommandContext) -> None:
 
 @command(*PLACE)
 def warm(context: CommandContext) -> None:
-    """Compute the KV that should exist and does not.
+    """Compute missing KV.
 
-    That is so after ingest --no-kv, when the KV budget was too small, or with
-    another model. Can be interrupted; the same command goes on.
+    KV is missing after ingest --no-kv, if the KV budget was too small, or with
+    another model. Can be interrupted; the same command continues.
 
     [bold]Examples[/bold]
       lmcache-rag warm
@@ -144,8 +144,8 @@ def verify(
 def remove(context: CommandContext, documents: Documents = None, all_documents: AllDocuments = False) -> int:
     """Remove documents; chunks that other documents hold stay.
 
-    A chunk and its KV leave with the last document that holds them. A folder
-    means all documents below it. An unknown document stops nothing; the exit
+    A chunk and its KV are removed with the last document that holds them. A folder
+    means all documents below it. An unknown document does not stop the command; the exit
     status is then 1.
 
     [bold]Examples[/bold]
@@ -209,8 +209,8 @@ def forget(context: CommandContext, documents: Documents = None, all_documents: 
 def prune(context: CommandContext) -> None:
     """Drop KV of another model, prefix or tenant.
 
-    This frees what status calls stale. Whoever still uses the other model on
-    this store must warm it again.
+    This frees what status calls stale. To use the other model on this store
+    again, run warm with it.
 
     [bold]Examples[/bold]
       lmcache-rag prune
@@ -268,9 +268,9 @@ def find_documents(registry: Registry, names: Sequence[str]) -> tuple[list[str],
 def settings(context: CommandContext) -> None:
     """List every setting: its value, where that comes from, what it does.
 
-    An option goes before the environment, that before settings.toml in the
-    store, that before the default. A change of a setting marked with * makes
-    new KV; the old is kept, and never used for it.
+    An option overrides the environment, which overrides settings.toml in the
+    store, which overrides the default. A change of a setting marked with *
+    needs new KV; existing KV is kept, but not used for it.
 
     [bold]Examples[/bold]
       lmcache-rag settings
@@ -290,11 +290,11 @@ def settings(context: CommandContext) -> None:
         line.append(f"  ({row['source']}; {row['variable']})", style="not bold dim")
         context.out.print(line, soft_wrap=True)
         context.out.print(f"    {row['description']}", style="dim", soft_wrap=True)
-    context.out.print(f"\n* A change makes new KV.\nSettings of this store: {file}", soft_wrap=True)
+    context.out.print(f"\n* A change needs new KV.\nSettings of this store: {file}", soft_wrap=True)
     known = {variable(name) for name in Settings.model_fields}
     for name in sorted(os.environ):
         if name.upper() not in known and (meant := get_close_matches(name.upper(), known, n=1, cutoff=0.9)):
-            context.message(f"The environment variable {name} does nothing: {meant[0]} may be meant.", style="yellow")
+            context.message(f"The environment variable {name} has no effect: did you mean {meant[0]}?", style="yellow")
 
 
 def _row(name: str, value: Any, source: str) -> dict[str, Any]:
@@ -309,7 +309,7 @@ def _row(name: str, value: Any, source: str) -> dict[str, Any]:
 
 
 def _origin(name: str, options: dict[str, Any], file: Path) -> str:
-    """Which of the sources a value comes from, in the order in which Settings asks them."""
+    """Which source a value comes from, in the order in which Settings reads them."""
     if options.get(name) is not None:
         return "argument"
     if any(known.upper() == variable(name) and value for known, value in os.environ.items()):

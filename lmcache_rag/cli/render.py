@@ -1,4 +1,4 @@
-"""How results look: words and numbers, answers and their reuse, the status of a store, and dictionaries for JSON."""
+"""Formats results: numbers, answers and their reuse, the status of a store, and dictionaries for JSON."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def comparison_as_dict(comparison: Comparison) -> dict[str, Any]:
 
 
 def show_answer_end(out: Console, answer: Answer) -> None:
-    """What follows the text of an answer: sources, reuse statistics, notes."""
+    """Show sources, reuse statistics and notes after the text of an answer."""
     out.print()
     show_sources(out, answer)
     show(out, stats_table(answer.stats))
@@ -129,7 +129,7 @@ def show_answer_end(out: Console, answer: Answer) -> None:
 
 
 def show_notes(out: Console, answer: Answer) -> None:
-    """The warnings of an answer; the one about dropped chunks stands with the sources already."""
+    """Show the warnings of an answer, except for the one about dropped chunks, which is with the sources."""
     notes = answer.completion.warnings[:-1] if answer.dropped else answer.completion.warnings
     for note in notes:
         out.print(f"Note: {clean(note)}", style="yellow")
@@ -139,7 +139,7 @@ def show_notes(out: Console, answer: Answer) -> None:
 
 def show_sources(out: Console, answer: Answer, *, passages: bool = False) -> None:
     """The chunks that the answer comes from, with or without their text."""
-    if not answer.sources and not answer.dropped:  # a search of a store that holds anything finds something
+    if not answer.sources and not answer.dropped:  # a search finds something unless the store is empty
         out.print("No sources: the store is empty. Fill it with: lmcache-rag ingest", style="bold")
     elif not answer.sources:
         out.print("No sources.", style="bold")
@@ -149,7 +149,7 @@ def show_sources(out: Console, answer: Answer, *, passages: bool = False) -> Non
     widest = max(map(cell_len, places), default=0)
     for rank, (hit, spot) in enumerate(zip(answer.sources, places, strict=True), start=1):
         line = Text(f"{rank:>2}  {hit.score:5.2f}  {spot}")
-        # The title takes what is left of the line; a long path goes without.
+        # The title gets the rest of the line; after a long path there is none.
         budget = min(out.width, 120) - len("99  -0.99    ") - widest
         if budget >= _SHORTEST_TITLE:
             line.append(f"{' ' * (widest - cell_len(spot))}  {hit_title(hit, budget)}", style="dim")
@@ -161,7 +161,7 @@ def show_sources(out: Console, answer: Answer, *, passages: bool = False) -> Non
 
 
 def hit_place(hit: Hit) -> str:
-    """Where a chunk stands, for example "notes.md, part 3, and 2 more"."""
+    """Place of a chunk, for example "notes.md, part 3, and 2 more"."""
     if not hit.documents:
         return f"chunk {hit.chunk_id}"
     first, others = hit.documents[0], len({d.doc_id for d in hit.documents}) - 1
@@ -182,7 +182,7 @@ def stats_table(stats: ReuseStats) -> Table:
         f"reused, {stats.recomputed_tokens:,} recomputed, {stats.computed_tokens:,} computed"
     )
     chunks = stats.chunks_hit + stats.chunks_missed
-    # A server reports tokens; which chunks they are of does not always follow.
+    # A server reports tokens; which chunks they belong to is not always known.
     reused = f"{stats.chunks_hit} of {count(chunks, 'chunk')} from the store" if chunks else "reused in part"
     parts = [("lookup", stats.lookup_ms), ("load", stats.load_ms), ("blend", stats.blend_ms)]
     inside = ", ".join(f"{name} {milliseconds(ms)}" for name, ms in parts if ms)
@@ -196,7 +196,7 @@ def stats_table(stats: ReuseStats) -> Table:
 
 
 def show_comparison(out: Console, comparison: Comparison) -> None:
-    """Both times to the first token, and where the answers part."""
+    """Show both times to the first token, and where the answers differ."""
     blended, full = comparison.blended, comparison.full
     out.print()
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -231,7 +231,7 @@ def show_comparison(out: Console, comparison: Comparison) -> None:
 
 
 def show_status(out: Console, path: Path, status: Status, *, read_only: bool) -> None:
-    """Write the status of a store, and what to do about it."""
+    """Show the status of a store, with remedies."""
     store = status.store
     current = next((part for part in store.kv if part.fingerprint == status.fingerprint), None)
     stale = [part for part in store.kv if part.stale]

@@ -1,4 +1,4 @@
-"""What every command is made of: common options, its context, progress bars, errors as messages and exit statuses.
+"""The frame of every command: common options, its context, progress bars, errors as messages and exit statuses.
 
 The common options are made from Settings, so that names, types, defaults and help agree with them. An option that is
 left out stays None: Settings.load then reads the environment, the store's file and the default.
@@ -55,7 +55,7 @@ def open_workspace(settings: Settings, *, create: bool) -> Workspace:
 
 
 def serve_commands(options: ServeOptions) -> tuple[Commands, list[str], list[str]]:
-    """What `serve` starts: (the commands to show, LMCache's to run, vLLM's to run)."""
+    """The commands of `serve`: (those to show, LMCache's to run, vLLM's to run)."""
     from lmcache_rag.serving.commands import commands
 
     made = commands(options)
@@ -71,7 +71,7 @@ def serve_timeouts(vllm_start: float) -> Timeouts:
 
 @dataclass(frozen=True)
 class Services:
-    """What commands take from the library. A program that embeds the command line may pass its own to main().
+    """The library functions that commands call. A program that embeds the command line may pass its own to main().
 
     Attributes:
         open_workspace: Opens the workspace of these settings.
@@ -85,7 +85,7 @@ class Services:
 
 
 class _PlainConsole(Console):
-    """A console that takes every text as it stands."""
+    """A console that writes every text unchanged."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__(highlight=False, markup=False, emoji=False, **options)
@@ -96,7 +96,7 @@ class _PlainConsole(Console):
 
 
 def _stdout() -> Console:
-    # Nothing is folded at 80 columns on its way into a file.
+    # In a file no line is wrapped at 80 columns.
     return _PlainConsole(file=sys.stdout, width=None if sys.stdout.isatty() else 200)
 
 
@@ -114,7 +114,7 @@ class CommandContext:
         verbose: Write more to stderr.
         out: stdout: results.
         err: stderr: everything else.
-        services: What it takes from the library.
+        services: The library functions that it calls.
     """
 
     options: dict[str, Any]
@@ -132,7 +132,7 @@ class CommandContext:
     @contextmanager
     def workspace(self, *, create: bool = False, settings: Settings | None = None) -> Iterator[Workspace]:
         """The workspace of these settings, closed at the end."""
-        settings = settings or self.settings()  # what is wrong with them shows before anything heavy is loaded
+        settings = settings or self.settings()  # so that wrong settings are reported before anything heavy is loaded
         with self.waiting("Starting"):
             quiet_libraries(verbose=self.verbose)
         with self.services.open_workspace(settings, create=create) as workspace:
@@ -146,7 +146,7 @@ class CommandContext:
         self.write(text.encode("utf-8", "backslashreplace").decode() + "\n")
 
     def write(self, text: str) -> None:
-        """Write text to stdout as it stands, at once."""
+        """Write text to stdout unchanged, and flush it."""
         sys.stdout.write(text)
         sys.stdout.flush()
 
@@ -161,7 +161,7 @@ class CommandContext:
             _ = workspace.embedder.fingerprint
 
     def load(self, workspace: Workspace, *, embedder: bool) -> None:
-        """Find and load model and embedder now: their loading is no part of the time to a first token."""
+        """Find and load model and embedder now, so that loading does not count to the time to the first token."""
         self.find(workspace, embedder=embedder)
         with self.waiting("Loading the model"):
             if callable(prepare := getattr(workspace.engine, "load", None)):
@@ -171,7 +171,7 @@ class CommandContext:
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[Callable[[], None]]:
-        """Show on a terminal's stderr that something takes a moment. Yields what ends that early."""
+        """Show a status line on a terminal's stderr. Yields a function that removes it early."""
         if not self.err.is_terminal:
             yield lambda: None
             return
@@ -277,17 +277,17 @@ def variable(field: str) -> str:
 
 
 def makes_new_kv(field: str) -> bool:
-    """Whether a change of this setting makes new KV."""
+    """Whether a change of this setting needs new KV."""
     return (Settings.model_fields[field].description or "").endswith("(KV)")
 
 
 def described(field: str) -> str:
-    """What a setting does, in a sentence."""
+    """A setting's description, in a sentence."""
     return (Settings.model_fields[field].description or "").removesuffix("(KV)").strip()
 
 
 def _option(field: str) -> inspect.Parameter:
-    """A setting as a parameter that typer makes an option of."""
+    """A setting as a parameter that typer turns into an option."""
     look = _LOOKS[field]
     facts = Settings.model_fields[field]
     note = f"[env: {variable(field)}]"
@@ -311,7 +311,7 @@ def _json_option() -> inspect.Parameter:
 
 def _verbose_option() -> inspect.Parameter:
     """--verbose."""
-    option = typer.Option("--verbose", "-v", help="Say more on stderr; errors come with a traceback.")
+    option = typer.Option("--verbose", "-v", help="Write more to stderr; errors come with a traceback.")
     return _parameter("verbose", Annotated[bool, option], False)
 
 
@@ -330,7 +330,7 @@ def _plain(annotation: Any) -> Any:
 
 
 class _TimeLeft(TimeRemainingColumn):
-    """The time left, for one bar only: that of the others would promise too much."""
+    """The time left, for one bar only: for the others it would be too optimistic."""
 
     def __init__(self, name: str) -> None:
         super().__init__(compact=True)
@@ -380,7 +380,7 @@ class Bars:
         rate = ""
         if name == self._main:
             self._begin = self._begin or now
-            if tokens and now > self._begin:  # the first chunk's own time is not known
+            if tokens and now > self._begin:  # the time of the first chunk is unknown
                 self._tokens += tokens
                 rate = f"{self._tokens / (now - self._begin):,.0f} tokens/s"
         if name not in self._tasks:

@@ -1,4 +1,4 @@
-"""serve and doctor: vLLM with LMCache's blend server, and what of them works."""
+"""serve and doctor: run vLLM with LMCache's blend server, and check them."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ _MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "failed": ("f
 
 
 class IndexMode(StrEnum):
-    """What may be blended."""
+    """Which KV may be blended."""
 
     DECLARED = "declared"
     ALL = "all"
 
 
 class StoreMode(StrEnum):
-    """Whose KV LMCache keeps."""
+    """Whose KV LMCache stores."""
 
     INGEST = "ingest"
     ALL = "all"
@@ -93,17 +93,17 @@ def serve(
     ],
     vllm: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="[VLLM OPTIONS]...", help="Given to vLLM as they stand; they win over ours.", show_default=False
-        ),
+        typer.Argument(metavar="[VLLM OPTIONS]...", help="Passed on to vLLM; they override ours.", show_default=False),
     ] = None,
     host: Annotated[
         str | None,
-        typer.Option(help="Where vLLM listens. [dim]\\[default: 127.0.0.1][/dim]", show_default=False),
+        typer.Option(help="Host on which vLLM listens. [dim]\\[default: 127.0.0.1][/dim]", show_default=False),
     ] = None,
     port: Annotated[
         int | None,
-        typer.Option(help="Where vLLM listens. [dim]\\[default: 8000][/dim]", min=1, max=65535, show_default=False),
+        typer.Option(
+            help="Port on which vLLM listens. [dim]\\[default: 8000][/dim]", min=1, max=65535, show_default=False
+        ),
     ] = None,
     l1_gb: Annotated[
         float | None,
@@ -140,14 +140,15 @@ def serve(
     index: Annotated[
         IndexMode,
         typer.Option(
-            help="What may be blended: chunks that a client ingested, or whatever any prompt held. all is for one "
+            help="What may be blended: chunks that a client ingested, or chunks of any prompt. all is for one "
             "application whose users may see each other's texts.",
         ),
     ] = IndexMode.DECLARED,
     store_mode: Annotated[
         StoreMode,
         typer.Option(
-            "--store", help="Whose KV LMCache keeps: only that of ingested chunks, or all, of which theirs goes last."
+            "--store",
+            help="Whose KV LMCache stores: only ingested chunks, or all prompts, with ingested chunks evicted last.",
         ),
     ] = StoreMode.ALL,
     index_size: Annotated[
@@ -167,7 +168,7 @@ def serve(
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="Secret that KV is kept under, made where there is none; servers that share --l2 need the same. "
+            help="Secret that KV is stored under, created if missing; servers that share --l2 need the same. "
             "[dim]\\[default: with --l2 one in the state folder][/dim]",
             show_default=False,
         ),
@@ -191,17 +192,17 @@ def serve(
     ] = None,
     log_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where both logs go. [dim]\\[default: a new one][/dim]", show_default=False),
+        typer.Option(metavar="DIR", help="Folder of both logs. [dim]\\[default: a new one][/dim]", show_default=False),
     ] = None,
     start_timeout: Annotated[float, typer.Option(metavar="S", help="Longest wait for vLLM's start.", min=1)] = 3600,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the two commands.")] = False,
 ) -> int:
-    """Serve a model: vLLM, and LMCache's blend server beside it.
+    """Serve a model with vLLM and LMCache's blend server.
 
     Waits for both, warms the look-up, and prints one line with the address.
-    If LMCache dies it is started again while vLLM goes on; when vLLM ends,
-    all ends, with its exit status. Both listen on this machine only, unless
-    --host says otherwise.
+    If LMCache dies it is started again while vLLM keeps running; when vLLM ends,
+    serve ends too, with its exit status. Both listen on this machine only, unless
+    --host names another address.
 
     [bold]Examples[/bold]
       lmcache-rag serve Qwen/Qwen3-8B
@@ -237,7 +238,7 @@ def serve(
     if dry_run:
         _print(context, made)
         return 0
-    if context.services.serve_commands is serve_commands:  # others may need nothing of this environment
+    if context.services.serve_commands is serve_commands:  # replaced commands may need nothing of this environment
         _check_environment(context)
     _ensure_secret(context, options, made)
     return _serve(context, options, made, lmcache_run, vllm_run, log_dir, start_timeout)
@@ -258,12 +259,12 @@ def _ensure_secret(context: CommandContext, options: ServeOptions, made: Command
         raise ConfigError(problem.message, remedy=problem.remedy + remedy) from None
     if options.l2:
         context.message(
-            f"KV is kept under the secret in {made.secret_file}: servers that share --l2 need the same file."
+            f"KV is stored under the secret in {made.secret_file}: servers that share --l2 need the same file."
         )
 
 
 def _lmcache_key(context: CommandContext) -> dict[str, str]:
-    """The variable by which LMCache's HTTP API gets a key, where its version knows one and the user has set none."""
+    """The variable that sets the key of LMCache's HTTP API, if its version has one and the user has set none."""
     from lmcache_rag.serving.machine import version
 
     numbers = [int(part) for part in re.findall(r"\d+", version("lmcache"))[:3]]
@@ -272,13 +273,13 @@ def _lmcache_key(context: CommandContext) -> dict[str, str]:
     try:
         ensure_secret(lmcache_key_file())
     except ConfigError as problem:
-        context.message(f"LMCache's HTTP port asks for no key. {problem}", style="yellow")
+        context.message(f"LMCache's HTTP port requires no key. {problem}", style="yellow")
         return {}
     return {LMCACHE_KEY_FILES[1]: str(lmcache_key_file())}
 
 
 def _check_environment(context: CommandContext) -> None:
-    """Fail now where vLLM or LMCache is missing; warn where serving would be without blending.
+    """Fail now if vLLM or LMCache is missing; warn if the servers could not blend.
 
     Raises:
         ConfigError: vLLM or LMCache is not installed.
@@ -424,7 +425,7 @@ def doctor(
 ) -> int:
     """Check GPU, versions, connector, servers, and a live round trip.
 
-    The round trip precomputes three random chunks, asks for them in another
+    The round trip precomputes three random chunks, queries them in another
     order, and compares ratio 1 with a run without reuse. The server's key, if
     any, is taken from the variable VLLM_API_KEY or LMCACHE_RAG_API_KEY, and
     its ingest key from LMCACHE_RAG_INGEST_KEY or LMCACHE_RAG_INGEST_KEY_FILE.

@@ -1,7 +1,7 @@
 """When a blend may run: a blend must not make other requests wait for long.
 
 An idle engine blends a request within one step (SYNC), which gives the lowest TTFT. While others run, KV is loaded in
-the background and blended in pieces, one in each step, beside their tokens (ASYNC; vLLM calls that an asynchronous
+the background and blended in pieces, one in each step, next to their tokens (ASYNC; vLLM calls that an asynchronous
 load). What fits neither is asked for again in the next step (DEFER).
 """
 
@@ -25,7 +25,7 @@ class Allowance:
     """What a step may blend in the background.
 
     Attributes:
-        tokens: Most tokens to compute; only the pass of a selection may exceed it a little.
+        tokens: Most tokens to compute; only a selection's pass over the suffix may exceed it a little.
         idle: Whether the step has nothing else to do.
     """
 
@@ -38,8 +38,9 @@ class BlendBudget:
     """Admits blends. Counts tokens that are computed, not those that are reused.
 
     Args:
-        step_tokens: Most tokens that the blends of a step compute, except for one within the step of an idle engine.
-        idle_tokens: Most tokens of that one.
+        step_tokens: Most tokens that the blends of a step compute, except for a blend within the step of an idle
+            engine.
+        idle_tokens: Most tokens of a blend within the step of an idle engine.
         overlap: Whether blends may run in the background at all.
         max_background: Most blends in the background.
     """
@@ -86,7 +87,7 @@ class BlendBudget:
             self._background.add(request_id)
 
     def on_step(self, scheduled: Collection[str]) -> Allowance:
-        """These requests run in this step; the next step begins. Returns what the step may blend in the background."""
+        """End the scheduling of a step that runs these requests. Returns what it may blend in the background."""
         allowance = Allowance(max(0, self.step_tokens - self._sync_tokens), not scheduled)
         self._running, self._claims = set(scheduled), {}
         return allowance
@@ -96,7 +97,7 @@ class BlendBudget:
         self._background.discard(request_id)
 
     def on_finished(self, request_id: str) -> None:
-        """A request ended. What a worker does for it goes on."""
+        """A request ended. A blend of it that is under way in a worker continues."""
         self._running.discard(request_id)
 
     @property

@@ -103,7 +103,7 @@ class IngestKey:
         return cls(read_ingest_key(path)) if path else None
 
     def refusal(self, params: Any) -> Refusal | None:
-        """Why the request that is being served may not do what it asks for; None where it may. API server."""
+        """API server: why the request that is being served lacks the permission it needs; None if it has it."""
         key = needs_key(params)
         if not key:
             return None
@@ -117,16 +117,16 @@ class IngestKey:
         return None
 
     def signature(self, params: Mapping[str, Any], prompt: Sequence[int] | None) -> str:
-        """What proves to the scheduler that this request was authorised. It is no use for another prompt."""
+        """Sign a request that is authorised, for the scheduler. The signature is not valid for another prompt."""
         named = params.get(PREFIX)
         prefix = named if isinstance(named, int) and 0 <= named <= MOST_TOKENS else -1
         signed = array("q", (params.get(INGEST) is True, params.get(FORGET) is True, prefix, *(prompt or ())))
         return hmac.new(self._digest, signed.tobytes(), hashlib.sha256).hexdigest()
 
     def permitted(self, params: Any, prompt: Sequence[int] | None) -> Any:
-        """What of a request's kv_transfer_params counts in the scheduler.
+        """The part of a request's kv_transfer_params that the scheduler may act on.
 
-        All but the signature; and where that is not valid, nothing that needs the key.
+        The signature is removed; if it is not valid, so is everything that needs the ingest key.
         """
         if not isinstance(params, Mapping) or not (needs_key(params) or SIGNATURE in params):
             return params
@@ -153,7 +153,7 @@ class RequestValidation:
 
     @classmethod
     def of(cls, vllm_config: Any) -> RequestValidation | None:
-        """Of an engine with this configuration; None for one without a KV connector.
+        """The validation for an engine with this configuration; None for one without a KV connector.
 
         Raises:
             ConfigError: The file of the ingest key cannot be used.
@@ -170,7 +170,7 @@ class RequestValidation:
         )
 
     def refusal(self, params: Any, tokens: int | None = None, *, beams: bool = False) -> Refusal | None:
-        """Why a request is rejected; None: it is not.
+        """Why a request is rejected; None if it is accepted.
 
         Args:
             params: Its kv_transfer_params.
@@ -185,9 +185,9 @@ class RequestValidation:
         return self.key.refusal(params) if self.key else None
 
     def for_engine(self, params: Any, prompt: Sequence[int] | None, tokens: int) -> dict[str, Any]:
-        """What the engine gets of kv_transfer_params that are not rejected.
+        """The kv_transfer_params that the engine gets, of a request that is not rejected.
 
-        Signed for the scheduler where they need the ingest key.
+        They are signed for the scheduler if they need the ingest key.
 
         Args:
             params: A request's kv_transfer_params.

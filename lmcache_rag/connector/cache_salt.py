@@ -1,41 +1,41 @@
-"""The cache_salt of a request, and token ids by other numbers in each salt's namespace.
+"""The cache_salt of a request, and token ids that are renumbered in each salt's namespace.
 
 Prompts may share KV if they are of one tenant and LoRA adapter, begin with the same prefix, and run on one and the same
 model. LMCache's key of a chunk holds the model's name, the tenant and all tokens before the chunk. A blend, though,
-looks chunks up by their own tokens, whatever stood before them, and a model's name does not identify its weights. So
+looks chunks up by their own tokens, without those before them, and a model's name does not identify its weights. So
 each request gets a namespace, whose name takes the place of the tenant's salt in LMCache's key (`CacheSalts`).
 
 Token ids are mapped to 32-bit ids that are secret and differ between namespaces (`Renumbering`). The reason:
 
 LMCache's index takes ``h = sum(t[i] * B ** (63 - i)) mod 2 ** 64``, with a published B, for the text of a chunk and
-compares nothing else. With plain token ids anybody can compute, by lattice reduction in less than a second, a chunk of
-mostly chosen text that has the h of somebody else's chunk, and have its KV served in that one's place. Adding a
-constant to all ids keeps such a collision. So the index gets T(t) in the place of t, with a secret T:
+compares nothing else. With plain token ids an attacker can compute, by lattice reduction in less than a second, a chunk
+of mostly chosen text that has the h of another client's chunk, and have its KV served instead of that one's. Adding a
+constant to all ids keeps such a collision. So the index gets T(t) instead of t, with a secret T:
 
 T is a Feistel network of six rounds over the two 16-bit halves of an id. The round functions are tables of 65,536
-16-bit numbers, drawn by SHAKE-256 from the secret, one set for each server. A namespace enters by six 16-bit keys,
-HMAC-SHA-256 of its name under the secret, which are xored with what goes into the tables. A new namespace so costs one
-HMAC and no table of its own.
+16-bit numbers, drawn by SHAKE-256 from the secret, one set for each server. A namespace adds six 16-bit keys,
+HMAC-SHA-256 of its name under the secret, which are xored with the tables' inputs. A new namespace thus costs one
+HMAC and no new table.
 
-- T is a permutation of the 32-bit numbers, whatever the tables hold: two tokens never share a number, and ids beyond
-  the vocabulary need no case of their own.
+- T is a permutation of the 32-bit numbers, for any tables: two tokens never share a number, and ids beyond
+  the vocabulary need no special case.
 - Two chunks collide if ``sum(c[v] * T(v)) = 0 mod 2 ** 64`` over the tokens v in which they differ, where c[v] is the
   sum of B's powers at the places of v in one chunk, less that in the other. To build such a pair one has to know T's
-  numbers, and these go to LMCache's index, and from there neither to clients nor to logs. To anybody without the secret
+  numbers, and these go to LMCache's index, and from there neither to clients nor to logs. To anyone without the secret
   the tables are random, and six rounds with random tables are the construction of Luby and Rackoff with two to spare:
   a pair that was chosen beforehand collides with a probability of about 2 ** -64, and each guess costs the ingestion of
   a chunk.
 - Two namespaces share the tables but not the keys, which change what is looked up in every round, so that their
-  permutations are not related in a simple way: even a collision that somebody happened upon does not hold in another.
-- What can be watched: an entry of LMCache's index drives out another with the same low 20 bits of h. Who ingests many
-  thousands of chunks can so learn of the low 20 bits of T, for these bits of h depend on no others; the other 44 bits
-  of h stay a guess.
-- What is left: two chunks of the same tokens, in which c[v] is 0 for every v, collide under any numbering. There are
+  permutations are not related in a simple way: even a collision found by chance does not hold in another namespace.
+- What an attacker can observe: an entry of LMCache's index evicts another with the same low 20 bits of h. By ingesting
+  many thousands of chunks one can learn the low 20 bits of T, for these bits of h depend on no others; the other 44
+  bits of h remain unknown.
+- What remains: two chunks of the same tokens, in which c[v] is 0 for every v, collide under any numbering. There are
   such pairs only among chunks of which nearly all places hold the same two or three tokens (two tokens at n places:
   2 ** n patterns for 64 bits), and both then consist of those tokens: no text of meaning can be replaced.
 
-The index that `lmcache-rag serve` puts in the place of LMCache's compares a keyed hash of all tokens, and has neither
-of the last two. The numbers guard an LMCache that was started without it, and what is kept in a second tier.
+The index with which `lmcache-rag serve` replaces LMCache's compares a keyed hash of all tokens, and has neither
+of the last two weaknesses. The numbers protect an LMCache that was started without it, and KV in a second tier.
 """
 
 from __future__ import annotations
@@ -101,14 +101,14 @@ class CacheSalts:
             adapter: Identity of its LoRA adapter; "" for the model itself.
         """
         tokens = len(prompt)
-        whose = f"{len(adapter)}\0{adapter}{tenant}".encode("utf-8", "surrogatepass")
-        tenant = hashlib.sha256(whose).hexdigest()  # a salt may be as long as its client likes
-        if given := named_prefix(params, tokens):
-            (name,) = self._names(prompt, tenant, [given])
-            if ingests(params) and given % self._chunk == 0:
-                self._remember(tenant, (given, name))
-            elif (given, name) in self._named.get(tenant, ()):
-                self._use(tenant, (given, name))
+        owner = f"{len(adapter)}\0{adapter}{tenant}".encode("utf-8", "surrogatepass")
+        tenant = hashlib.sha256(owner).hexdigest()  # a salt may be as long as its client likes
+        if length := named_prefix(params, tokens):
+            (name,) = self._names(prompt, tenant, [length])
+            if ingests(params) and length % self._chunk == 0:
+                self._remember(tenant, (length, name))
+            elif (length, name) in self._named.get(tenant, ()):
+                self._use(tenant, (length, name))
             return name
         if known := self._named.get(tenant):
             lengths = sorted({length for length, _ in known if length <= tokens})
@@ -147,7 +147,7 @@ class CacheSalts:
 
 
 class Renumbering:
-    """T of the module's docstring, of one secret.
+    """The permutation T of the module's docstring, for one secret.
 
     Args:
         secret: Any bytes; those who know them know T.
@@ -183,7 +183,7 @@ def use_secret(secret: bytes) -> None:
 
 
 def renumbering() -> Renumbering:
-    """That of this process; by the secret in the environment unless `use_secret` was called."""
+    """The renumbering of this process; by the secret in the environment unless `use_secret` was called."""
     if not _process:
         use_secret(find_secret())
     return _process[0]
@@ -195,7 +195,7 @@ def renumbered(token_ids: Sequence[int], namespace: str) -> list[int]:
 
 
 def as_numbers(token_ids: Sequence[int]) -> Any:
-    """Token ids as an array of uint32. What does not fit, as hashes of pictures may not, is cut rather than refused."""
+    """Token ids as an array of uint32. Larger numbers (hashes of images may be) are cut to 32 bits, not rejected."""
     if isinstance(token_ids, array):
         return np.asarray(token_ids).astype(np.uint32)
     try:

@@ -15,7 +15,7 @@ STORES = ("ingest", "all")
 
 @dataclass(frozen=True)
 class ConnectorOptions:
-    """Keys are ``lmcache_rag.<name>``.
+    """Settings of the connector; the key of each is ``lmcache_rag.<name>``.
 
     Attributes:
         policy: Recompute policy where a request names none.
@@ -25,9 +25,9 @@ class ConnectorOptions:
         lookup_deadline: Longest that a request waits for its look-up, in seconds.
         poll: How long a step waits for a look-up that is under way while nothing else runs, in seconds.
         least_tokens: Fewer matched tokens than this are not blended.
-        tail_tokens: A rest of the prompt after the last cached chunk, up to so long, is computed with the blend.
+        tail_tokens: The rest of the prompt after the last cached chunk is computed with the blend up to this length.
         hot: Whether chunks that are resident in vLLM's own KV cache are copied instead of loaded.
-        overlap: Whether KV is loaded and blended beside the steps of other requests. If not, a step waits for it.
+        overlap: Whether KV is loaded and blended during the steps of other requests. If not, a step waits for it.
         step_tokens: Most tokens that blends compute in one step while other requests run: a bound on how long these
             wait. Without overlap, the first blend of a step is not bounded.
         idle_tokens: A blend that computes more runs in pieces of step_tokens even while no other request does, so that

@@ -1,4 +1,4 @@
-"""CacheBlendConnector: vLLM's side of an LMCache blend server.
+"""CacheBlendConnector: the vLLM connector for an LMCache blend server.
 
 vllm serve MODEL --kv-transfer-config '{"kv_connector": "CacheBlendConnector",
     "kv_connector_module_path": "lmcache_rag.connector.connector", "kv_role": "kv_both"}'
@@ -52,7 +52,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         if absent:
             log.warning("LMCache does not answer: prompts are computed in full until it does")
             lmcache_client.mark_unhealthy(adapter)
-        if not self._enable_kv_events:  # who reads LMCache's events expects the prompts' own tokens
+        if not self._enable_kv_events:  # consumers of LMCache's events expect the prompts' own tokens
             lmcache_client.renumber_tokens(adapter)
         self._connector_stats = BlendStats()
         if role == KVConnectorRole.SCHEDULER:
@@ -168,7 +168,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         return 0, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Plan what was claimed."""
+        """Make the plan of what was claimed."""
         own: list[int] = list((blocks.get_block_ids() or ([],))[0])
         with self._scheduler.contain_errors(request.request_id):
             self._client.on_allocated(request.request_id, num_external_tokens)
@@ -191,14 +191,14 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         return meta
 
     def take_worker_meta(self, meta: Any) -> None:
-        """Take what the workers did, before vLLM finishes requests; see vllm_patches.patch_update_from_output.
+        """Take the workers' results, before vLLM finishes requests; see vllm_patches.patch_update_from_output.
 
         Inside another connector, `update_connector_output` alone calls this.
         """
         self._scheduler.take_worker_metadata(meta)
 
     def update_connector_output(self, connector_output: Any) -> None:
-        """Take what the workers did; see lmcache_rag.connector.transfers."""
+        """Take the workers' results; see lmcache_rag.connector.transfers."""
         meta = connector_output.kv_connector_worker_meta
         self.take_worker_meta(meta)
         if isinstance(meta, BlendWorkerMetadata):  # the rest is for LMCache's connector
@@ -210,7 +210,10 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         """Add the reuse statistics to the response."""
         name = request.request_id
         statistics = self._scheduler.request_finished(request, self.request_trackers.get(name))
-        delayed, params = True, None  # where this fails: until the workers report that they read the blocks no more
+        delayed, params = (
+            True,
+            None,
+        )  # if this fails, vLLM keeps the blocks until the workers report that they no longer read them
         with (
             self._scheduler.contain_errors(name),
             self._client.ending(name, keep_session=self._scheduler.keeps_session(name)),
@@ -224,7 +227,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         return delayed, params
 
     def has_pending_push_work(self) -> bool:
-        """Whether the engine has to go on without requests: for aborted look-ups and read locks."""
+        """Whether the engine must keep stepping without requests: for aborted look-ups and read locks."""
         if self._scheduler.has_recent_aborts or self._client.has_releases:
             return True
         return bool(super().has_pending_push_work())
@@ -232,15 +235,17 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
     # -- metrics ------------------------------------------------------------------------------------------------------
 
     def get_kv_connector_stats(self) -> Any:
-        """What was observed since the last call."""
+        """Observations since the last call."""
         if self.role == KVConnectorRole.SCHEDULER:
             self._connector_stats.records.extend(self._scheduler.take_records())
         return super().get_kv_connector_stats()
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> BlendStats:
-        """What the API server's log makes of the data that we send."""
-        return BlendStats(data={key: list(value) for key, value in (data or {}).items()})  # others read `data` too
+        """Statistics for the API server's log, from the data that the engine sends."""
+        return BlendStats(
+            data={key: list(value) for key, value in (data or {}).items()}
+        )  # other readers have `data` too
 
     @classmethod
     def build_prom_metrics(
@@ -252,9 +257,9 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
     # -- worker -------------------------------------------------------------------------------------------------------
 
     def begin_step(self, meta: Any) -> None:
-        """Blend what belongs to this step, before vLLM prepares it; see vllm_patches.patch_execute_model."""
+        """Start this step's blends before vLLM prepares the step; see vllm_patches.patch_execute_model."""
         plans = getattr(meta, "blend_plans", None)
-        # LMCache may have to read blocks first that were taken from a preempted request.
+        # LMCache may still have to read blocks that were taken from a preempted request.
         if self._worker is not None and plans and not getattr(meta, "need_flush_before_forward", False):
             now = [plan for plan in plans if not plan.background]
             meta.blend_plans = [plan for plan in plans if plan.background]
@@ -275,7 +280,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             vllm_patches.offer_hidden_state(hidden)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        """Requests whose stores, and whose loads, are done; see lmcache_rag.connector.transfers."""
+        """Requests whose stores are done, and those whose loads are; see lmcache_rag.connector.transfers."""
         stored, loaded = super().get_finished(finished_req_ids)
         receiving: set[str] = set()
         if self._worker is not None:

@@ -25,7 +25,7 @@ _match: Callable[[tuple[Any, ...]], Match] = partial(tuple.__new__, Match)
 
 
 class BlockPool(Protocol):
-    """What is used of vLLM's BlockPool; see vllm_internals.CachedBlocks."""
+    """The part of vLLM's BlockPool that is used here; see vllm_internals.CachedBlocks."""
 
     def key(self, block_hash: Any) -> Any:
         """The key under which a block with that hash is cached."""
@@ -93,7 +93,7 @@ class UncomputedBlocks:
         self._ids.clear()
 
     def computed(self, keys: Iterable[Any]) -> list[int]:
-        """Ids of the blocks under these keys, up to the first that is not there or whose KV is not."""
+        """Ids of the blocks under these keys, up to the first that is missing or whose KV is not computed yet."""
         uncomputed, found = self._ids, []
         for block in self._pool.get(keys):
             if block is None or block.block_id in uncomputed:
@@ -102,7 +102,7 @@ class UncomputedBlocks:
         return found
 
     def pending(self, hashes: Sequence[Any], tokens: int) -> bool:
-        """Whether some of a request's first tokens, which vLLM found in its cache, are computed in this step only."""
+        """Whether KV of a request's first tokens, which vLLM found in its cache, is not computed before this step."""
         if not self._ids:
             return False
         found = self._pool.get(map(self._pool.key, hashes[: tokens // self._block]))
@@ -121,8 +121,8 @@ class ChunkLocation(NamedTuple):
 class ResidentChunks:
     """Finds ingested chunks in vLLM's block pool.
 
-    Only chunks that were ingested here are known: their block hashes are vLLM's own, so that nothing is hashed block by
-    block, and a chunk that a query names costs one hash of its tokens.
+    Only chunks that were ingested by this vLLM are found: their block hashes are known, so that nothing is hashed block
+    by block, and a chunk in a query costs one hash of its tokens.
 
     Args:
         pool: The pool.
@@ -141,7 +141,7 @@ class ResidentChunks:
         self._uncomputed = UncomputedBlocks(pool, block) if uncomputed is None else uncomputed
 
     def remember(self, tokens: array[int], hashes: Sequence[Any], prefix: int) -> None:
-        """Know a chunk from now on, by the request that computed it.
+        """Remember a chunk, by the request that computed it.
 
         Args:
             tokens: Its prompt, prefix + chunk, as 64-bit numbers.
@@ -160,7 +160,7 @@ class ResidentChunks:
             self._forget(next(iter(self._known)))
 
     def forget(self, tokens: array[int], hashes: Sequence[Any], prefix: int) -> None:
-        """Stop knowing a chunk; the arguments are those of `remember`."""
+        """Forget a chunk; the arguments are those of `remember`."""
         if before := self._blocks_before(hashes, prefix):
             self._forget(self._name(hashes[before - 1], tokens[prefix:]))
 
@@ -207,7 +207,7 @@ class ResidentChunks:
         for start, _, old, keys in locations:
             blocks, size = self._uncomputed.computed(keys), self.block
             here, there = (range(at, at + (len(blocks) + 1) * size, size) for at in (start, old))
-            # By way of map and zip, which ends with the blocks: half of the time that 500 calls of Match take.
+            # With map and zip, which ends with the blocks: half of the time that 500 calls of Match take.
             found += map(_match, zip(here, here[1:], there, there[1:], repeat(None), blocks, strict=False))
         return found
 
@@ -247,12 +247,12 @@ class GpuChunks:
     """Resident chunks of the requests in the scheduler, pinned while they are in use.
 
     Blocks are pinned when they are claimed, since the allocation that follows may evict blocks that no request holds.
-    What was claimed and not allocated in the same step is unpinned; after two such steps a request goes on without, or
-    pins and allocation might wait for each other for ever in a small pool.
+    What was claimed and not allocated in the same step is unpinned; after two such steps a request continues without,
+    or pins and allocation might wait for each other for ever in a small pool.
 
     Args:
         resident: Finds the chunks.
-        share: This share of a request's chunks must be resident to do without LMCache's look-up.
+        share: Share of a request's chunks that must be resident to skip LMCache's look-up.
     """
 
     resident: ResidentChunks
@@ -275,7 +275,7 @@ class GpuChunks:
             self.resident.remember(array("q", prompt), request.block_hashes, prefix)
 
     def seems_enough(self, request: Any) -> bool:
-        """Whether so much seems to be resident that LMCache need not be asked."""
+        """Whether so much seems to be resident that a look-up at LMCache is not needed."""
         known = self._requests.get(request.request_id)
         return known is not None and self.resident.estimate(known.locations) >= self.share * known.tokens
 
@@ -290,7 +290,7 @@ class GpuChunks:
         return found
 
     def is_enough(self, request: Any, matches: Sequence[Match]) -> bool:
-        """Whether so much is resident that LMCache need not be asked."""
+        """Whether so much is resident that a look-up at LMCache is not needed."""
         known = self._requests.get(request.request_id)
         return known is not None and len(matches) * self.resident.block >= self.share * known.tokens
 

@@ -65,7 +65,7 @@ def _form(vllm_config: Any) -> dict[str, Any]:
     """The layout of KV in vLLM's cache, and how it is divided among workers.
 
     LMCache stores the bytes as they are and does not record their order, which depends on vLLM's version and attention
-    backend: KV of equal size and another order would be taken for sound.
+    backend: KV of equal size and another order would be loaded as if it were valid.
     """
     cache, parallel = vllm_config.cache_config, getattr(vllm_config, "parallel_config", None)
     attention = getattr(vllm_config, "attention_config", None)
@@ -94,8 +94,8 @@ def _version() -> str:
 def sample(place: Path) -> str:
     """A digest of the weights in a file, or in the files of a folder, by names, sizes and pieces; "" without a file.
 
-    A piece is read of each tensor, as far as a file's header names tensors, and at places all over each file that its
-    size decides, so that weights which differ in a few layers only differ here. The reads are few and small.
+    A piece is read of each tensor, as far as a file's header names tensors, and at places all over each file, chosen by
+    its size, so that weights which differ in only a few layers get different digests. The reads are few and small.
     """
     if place.is_file():
         files = [place]
@@ -136,7 +136,7 @@ def _offsets(size: int, tensors: Sequence[tuple[int, int]], most: int) -> Iterat
 
 
 def _tensors(handle: int, file: Path, size: int) -> list[tuple[int, int]]:
-    """Where the tensors of a safetensors file are; empty where its header is no such header."""
+    """Where the tensors of a safetensors file are; empty if the file has no valid header."""
     if file.suffix != ".safetensors":
         return []
     length = int.from_bytes(os.pread(handle, 8, 0), "little")
@@ -191,7 +191,7 @@ class Adapters:
 
 
 def _adapter_files(path: str) -> list[Path]:
-    """An adapter's configuration and weights; of the hub's cache where the path is a name there."""
+    """An adapter's configuration and weights; from the hub's cache if the path is a name there."""
     folder = Path(path)
     if not folder.is_dir():
         from huggingface_hub import try_to_load_from_cache

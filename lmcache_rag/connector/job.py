@@ -1,7 +1,7 @@
 """A blend in a worker, from its plan to its result: load -> blend -> verify -> report.
 
 `BlendJob` is written in that order. A job whose load or blend fails computes everything that was claimed instead. What
-it does on the GPU is only queued; the host waits as late as possible.
+it does on the GPU is only queued; the CPU waits for the GPU as late as possible.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class BlendJob:
         failure: Why everything is computed instead; empty if it is blended.
         queued_all: Whether all of its work is queued.
         cancelled: Whether its request ended, so that its result is not needed.
-        lost: Whether there was no memory even to compute everything.
+        lost: Whether GPU memory was too small even to compute everything in small chunks.
     """
 
     def __init__(self, plan: BlendPlan, resources: JobResources, *, chunk_size: int = 0) -> None:
@@ -164,8 +164,8 @@ class BlendJob:
             failure = Fallback.NO_SERVER
             if plan.exact > plan.local:
                 loader.give_back(plan)
-        else:  # before anything else: the server needs some milliseconds until the first byte is on its way
-            if remote:  # the larger part first: the server prepares the other while this one is on the bus
+        else:  # before anything else: the server needs some milliseconds before it sends the first byte
+            if remote:  # the larger part first: the server prepares the other while this one is transferred
                 self._futures.append(loader.submit_matches(plan, remote))
             if plan.exact > plan.local:
                 self._futures.append(loader.submit_exact(plan))
@@ -409,7 +409,7 @@ class BlendJob:
             counts = (plan.exact, covered - outcome.recomputed, outcome.recomputed, outcome.gaps)
             resident = sum(match.end - match.start for match in plan.matches if match.block >= 0)
         result = BlendResult(plan.request_id, *counts, *self.timer.read(), self.failure, resident)
-        if log.isEnabledFor(logging.DEBUG):  # shows whether tensor-parallel ranks agree
+        if log.isEnabledFor(logging.DEBUG):  # to compare tensor-parallel ranks
             what = self.failure or f"{outcome.recomputed} tokens selected, digest {outcome.digest()}"
             log.debug("request %s on rank %d: %s", plan.request_id, self._resources.model.rank, what)
         return result

@@ -1,8 +1,8 @@
-"""Everything private of LMCache's client that the connector calls, reads or replaces, but for transfers of KV.
+"""All private parts of LMCache's client that the connector calls, reads or replaces, except for transfers of KV.
 
 Written for LMCache 0.5.6 and 0.5.7; the tests in tests/contracts check each part against LMCache, which is
 imported in the functions. The server sends no answer at all when a call fails, so each wait has a deadline. A worker's
-loads and stores stand in lmcache_rag.connector.lmcache_transfers.
+loads and stores are in lmcache_rag.connector.lmcache_transfers.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def renumber_tokens(adapter: Any) -> None:
 
 
 def bound_memory(adapter: Any) -> None:
-    """Bound the memory of a worker adapter and its client, which grows for good in LMCache.
+    """Bound the memory of a worker adapter and its client, which LMCache lets grow without limit.
 
     The adapter keeps the id of each request that ever finished, against reports that vLLM repeats within a few steps.
     The client keeps each call that was never answered.
@@ -170,7 +170,7 @@ class _Recent(dict[Any, Any]):
         while len(self) > REMEMBERED:
             try:
                 del self[next(iter(self))]
-            except (KeyError, RuntimeError):  # another thread was faster
+            except (KeyError, RuntimeError):  # another thread has removed it
                 return
 
     def update(self, keys: Iterable[Any]) -> None:  # type: ignore[override]
@@ -195,11 +195,11 @@ class DeferredBlockReports:
         patch_object(BLOCK_REPORTS, adapter, self._defer)
 
     def _defer(self, records: list[Any]) -> None:
-        self.send()  # of earlier steps
+        self.send()  # the reports of earlier steps
         self._deferred = records
 
     def send(self) -> None:
-        """Send what was deferred; before a request's session ends, or its blocks would count as used for ever."""
+        """Send the deferred reports; before a request's session ends, or its blocks would count as used for ever."""
         deferred, self._deferred = self._deferred, []
         if deferred:
             self._report(deferred)
@@ -208,9 +208,9 @@ class DeferredBlockReports:
 class DeferredReleases:
     """Releases read locks that LMCache's adapter would leave to expire, five minutes later.
 
-    While the server is unhealthy the adapter drops `free_lookup_locks` and `end_session`. A server that was only paused
-    goes on with the look-ups that were sent before, and locks what they find. So these calls are deferred, in their
-    order, until the server is healthy again. One that was restarted does not know the sessions, and does nothing.
+    While the server is unhealthy the adapter drops `free_lookup_locks` and `end_session`. A server that was paused, not
+    restarted, still carries out earlier look-ups, and locks what they find. So these calls are deferred, in their
+    order, until the server is healthy again. A restarted server does not know the sessions, and ignores the calls.
 
     Args:
         adapter: LMCache's scheduler adapter.
@@ -223,7 +223,7 @@ class DeferredReleases:
     def __init__(self, adapter: Any) -> None:
         self._adapter = adapter
         self._deferred: deque[tuple[float, Callable[[], object]]] = deque()
-        self._repeated: deque[tuple[float, str, Callable[[], object]]] = deque()  # when, whose session, what
+        self._repeated: deque[tuple[float, str, Callable[[], object]]] = deque()  # (when, request, call)
         for patch in (FREE_LOOKUP_LOCKS, END_SESSION):
             patch_object(patch, adapter, partial(self._call, getattr(adapter, patch.name)))
 
@@ -235,11 +235,11 @@ class DeferredReleases:
             self._deferred.append((time.monotonic(), partial(call, *args, **named)))
 
     def release_unused(self, request_id: str, tracker: Any) -> None:
-        """Release the locks of a request that ended, and whose look-up by LMCache's own connector was never polled.
+        """Release the locks of a request that ended before LMCache's own connector polled its look-up.
 
-        The connector forgets the look-up on this side only. The server releases the locks if the look-up has its
-        result. So the calls are made twice: now, and a moment later, when the request's session has ended; then they do
-        nothing unless the result came meanwhile.
+        The connector drops the look-up on the client's side only. The server releases the locks if the look-up has its
+        result. So the calls are made twice: now, and again after the request's session has ended; then they do
+        nothing unless the result has arrived in between.
         """
         tokens = tracker.get_token_ids()
         release = partial(
@@ -257,11 +257,11 @@ class DeferredReleases:
 
     @property
     def pending(self) -> bool:
-        """Whether an engine without requests has to run another step, for a call that is due in a moment."""
+        """Whether an engine without requests has to run another step, for a call that is due soon."""
         return bool(self._repeated) and bool(self._adapter.is_healthy)
 
     def send(self) -> None:
-        """Make the calls that are due, and the deferred ones if the server is healthy; in every step."""
+        """Make the calls that are due, and the deferred ones if the server is healthy; called in every step."""
         while self._repeated and self._repeated[0][0] < time.monotonic():
             _, request_id, release = self._repeated.popleft()
             self._safely(release)
@@ -274,18 +274,19 @@ class DeferredReleases:
     def _safely(self, call: Callable[[], object]) -> None:
         try:
             call()
-        except Exception:  # the connection's; an error here would end vLLM's engine
+        except Exception:  # of the connection; raised here, it would end vLLM's engine
             log.debug("A read lock was not released, and will expire", exc_info=True)
 
 
-# -- trackers: what LMCache's connector knows of a request -------------------------------------------------------------
+# -- trackers: LMCache's record of each request
+# -------------------------------------------------------------------------
 
 
 def bypass_lmcache(tracker: Any) -> None:
     """Have LMCache's connector neither look up nor store anything of a new request.
 
-    For prompts of embeddings, whose token ids are all the same. Its cache_salt is that of no other request, for
-    whatever looks KV up all the same.
+    For prompts of embeddings, whose token ids are all the same. Its cache_salt is unique, in case KV is looked up
+    nevertheless.
     """
     from lmcache.integration.vllm.lmcache_mp_metadata import LMCacheMPRequestState
 
@@ -295,7 +296,7 @@ def bypass_lmcache(tracker: Any) -> None:
 
 
 def plain_tracker(request: Any) -> Any:
-    """A tracker of a request of which only the tokens are read; for one of which LMCache's own could not be made."""
+    """A tracker with only the request's tokens, for a request for which LMCache could not make one."""
     from lmcache.integration.vllm.lmcache_mp_metadata import LMCacheMPRequestTracker
 
     return LMCacheMPRequestTracker(
@@ -380,7 +381,7 @@ def allow_failed_registration(adapter: Any, *, may_fail: bool) -> Iterator[list[
 
     Args:
         adapter: LMCache's worker adapter.
-        may_fail: Whether to go on without a server.
+        may_fail: Whether to continue without a server.
 
     Yields:
         The error, where there was one.
@@ -426,7 +427,7 @@ def has_same_chunk_size(adapter: Any, client: Any) -> bool:
     try:
         answer = client.get_chunk_size() if alignment is None else client.negotiate_chunk_size(alignment)
         found = answer.result(_CALL_S)
-    except Exception:  # tried again with the next heartbeat
+    except Exception:  # retried with the next heartbeat
         return False
     if found != adapter.lmcache_tokens_per_chunk:
         log.error(
@@ -439,7 +440,7 @@ def has_same_chunk_size(adapter: Any, client: Any) -> bool:
 
 
 def handshake(client: Any, seconds: float) -> str:
-    """Agree on LMCache's blend protocol.
+    """Negotiate LMCache's blend protocol.
 
     Returns:
         Why the server does not blend with us; empty when it does.
@@ -462,7 +463,7 @@ class Registration:
     """Registers a worker again when LMCache does not know it any more.
 
     LMCache forgets a worker that sent no heartbeat for some time (vLLM was paused), or was restarted since the last
-    heartbeat, and answers heartbeats all the same. It then stores nothing. So one heartbeat is taken as failed, and
+    heartbeat, but still answers heartbeats. It then stores nothing. So one heartbeat is counted as failed, and
     LMCache's adapter registers at the next.
 
     Args:
@@ -544,8 +545,8 @@ class BlendLookup:
         self._client = next(iter(adapter.req_clients.values()))
         tokens = to_lmcache(token_ids)
         key = adapter._create_key(tokens, 0, len(token_ids), request_id, salt, configs).no_worker_id_version()
-        # The server knows the prompt from the first call on: 30,900 tokens again and again would keep both busy.
-        # If it forgot them, since it was restarted, it finds nothing, and the whole prompt is computed.
+        # The server knows the prompt from the first call on: sending 30,900 tokens each time would keep both busy.
+        # If it was restarted and does not know them, it finds nothing, and the whole prompt is computed.
         self._repeat = without_tokens(key)
         self._future: Any = None
         self._send(key)
@@ -557,13 +558,13 @@ class BlendLookup:
             self._on_error(problem)
 
     def _on_error(self, problem: Exception) -> None:
-        """Take an error of LMCache's client as nothing found. Over gRPC a server that has ended answers so."""
+        """Treat an error of LMCache's client as "nothing found". With gRPC a server that has ended causes one."""
         log.warning("LMCache did not look up request %s: %s", self.request_id, format_exception(problem))
         self._set_result(0, ())
 
     def _set_result(self, prefix: int, matches: tuple[Match, ...]) -> None:
         self.result = (prefix, matches)
-        self._prefix, self._future = self._prefix[:prefix], None  # the rest of the prompt is needed no more
+        self._prefix, self._future = self._prefix[:prefix], None  # the rest of the prompt is no longer needed
 
     def poll(self, seconds: float) -> bool:
         """Whether the result is there, waiting at most that long."""
@@ -593,13 +594,13 @@ class BlendLookup:
             self._adapter.free_lookup_locks(tokens, start, end, self.request_id, self.salt, self.configs)
 
     def end_session(self) -> None:
-        """Release the read locks of what was found and not loaded."""
+        """Release the read locks of KV that was found and not loaded."""
         self._adapter.end_session(self.request_id)
 
 
 @contextlib.contextmanager
 def keep_session_open(adapter: Any, request_id: str) -> Iterator[None]:
-    """Keep LMCache's connector from ending this request's session: the owner of its look-up is going to."""
+    """Keep LMCache's connector from ending this request's session: the owner of its look-up ends it."""
     end = adapter.end_session
     with patched(END_SESSION, adapter, lambda name: None if name == request_id else end(name)):
         yield

@@ -1,10 +1,10 @@
 """Transfers of KV between a worker and LMCache: loads for blends, and the loads and stores of LMCache's own connector.
 
-LMCache reads a request's blocks for a store and writes to them for a load, and vLLM may not give them to another
+LMCache reads a request's blocks for a store and writes to them for a load, and vLLM must not give them to another
 request meanwhile. LMCache's adapter keeps one answer for each request, so a prompt that is stored in two parts counts
-as stored after the first, and it forgets all answers when a heartbeat fails: vLLM gives the blocks to others, and
-LMCache stores what these write there under the first one's name. So each transfer has a time until which LMCache may
-begin it (checked in LMCache itself, see lmcache_rag.connector.server_guard), and it is over when it is answered, or
+as stored after the first, and it drops all answers when a heartbeat fails: vLLM gives the blocks to others, and
+LMCache stores their KV under the first request's key. So each transfer has a deadline until which LMCache may
+begin it (checked in LMCache itself, see lmcache_rag.connector.server_guard), and it ends when it is answered, or
 some time after that.
 
 Without device handles (vLLM for CPUs) the worker itself copies, and calls LMCache before and after: it waits for each
@@ -59,7 +59,7 @@ REGISTER_KV_CACHES = Patch(
 
 # -- loads of a blend --------------------------------------------------------------------------------------------------
 
-_BACKLOG_S = 30.0  # a server that is back carries out what was requested before within that time
+_BACKLOG_S = 30.0  # a server that is back carries out earlier requests within this time
 _HAND_OVER_S = 0.0005
 _COPY_POLL_S = 0.0001
 
@@ -84,7 +84,7 @@ class LMCacheLoader:
         self._handshake_done, self._refusal = not absent, ""
         self._table: Any = None
         self._recovered: float | None = None
-        self._warned = False  # of an error, since the last load that succeeded
+        self._warned = False  # whether an error was logged since the last load that succeeded
 
     def unsupported_reason(self) -> Unsupported | None:
         """Why the server cannot blend; None when it can."""
@@ -100,7 +100,7 @@ class LMCacheLoader:
         return Unsupported(CannotBlend.LMCACHE_HANDSHAKE, reason)
 
     def _server_unresponsive(self) -> bool:
-        """Whether the server answers nothing at all: then the handshake is made when it responds again."""
+        """Whether the server does not respond at all: then the handshake is made when it responds again."""
         if has_same_chunk_size(self._adapter, self._adapter.req_client):
             return False
         self._handshake_done = False
@@ -168,7 +168,7 @@ class LMCacheLoader:
     def lost(self, since: float) -> bool:
         """Whether a request sent at `since` (time.monotonic()) and not answered yet will never be carried out.
 
-        Either the server's process has ended: nothing listens at its port. Or a server has been answering again for so
+        Either the server's process has ended: nothing listens at its port. Or a server has been responding again for so
         long that requests from before would have been carried out.
         """
         if self._recovered is not None and self._recovered > since:
@@ -196,8 +196,8 @@ class LMCacheLoader:
         chunk = self._adapter.lmcache_tokens_per_chunk
         begin = plan.local // chunk * chunk
         end = -(-plan.exact // chunk) * chunk
-        # The server hashes up to there. It compares the tokens with the look-up's only where it does not know this
-        # worker any more: then the locks expire.
+        # The server hashes up to there. It compares the tokens with the look-up's only if it no longer knows this
+        # worker: then the locks expire.
         key = self._key(plan, plan.token_ids[:end], begin, end, until=0.0 if refused else None)
         transfer = self._adapter.transfer_ctx
         block = chunk // self._adapter.blocks_in_chunk
@@ -220,7 +220,7 @@ class LMCacheLoader:
         transfer = self._adapter.transfer_ctx
         event = transfer._event_backend.export_event(transfer.create_recorded_event(), transfer._device)
         future = self._adapter.req_client.cb_retrieve_pre_computed(
-            self._key(plan, (), 0, 0),  # the matches name all that it reads
+            self._key(plan, (), 0, 0),  # the matches name all KV that it reads
             [m.native for m in matches],
             [list(plan.block_ids)],
             self._adapter.instance_id,
@@ -279,7 +279,7 @@ class LMCacheLoader:
         except Exception as problem:
             self._warn(problem)
             return None
-        # A thread of LMCache's client sends it, and needs the GIL for that. This thread, with Python to run until it
+        # A thread of LMCache's client sends it, and needs the GIL for that. This thread, which runs Python until it
         # waits for the KV, would keep the GIL for up to 5 ms (sys.getswitchinterval) with each message.
         time.sleep(_HAND_OVER_S)
         return future
@@ -292,8 +292,8 @@ class LMCacheLoader:
 
 # -- transfers of LMCache's own connector ------------------------------------------------------------------------------
 
-STORE_S = 5.0  # LMCache may begin a transfer that long after it was sent
-GRACE_S = 1.0  # what it began in time is complete by then
+STORE_S = 5.0  # LMCache may begin a transfer up to this long after it was sent
+GRACE_S = 1.0  # a transfer that began in time is complete after this
 _ENDED_POLL_S = 0.5  # between two checks whether its process has ended
 _PAUSE_S = 0.05
 
@@ -307,7 +307,7 @@ class Transfer:
         future: LMCache's answer to come.
         until: When LMCache refuses to begin it, by time.time().
         loads: Whether it is a load, and writes to the blocks.
-        failed: Whether it is over without an answer.
+        failed: Whether it ended without an answer.
     """
 
     request_id: str
@@ -318,7 +318,7 @@ class Transfer:
     _answered: bool = field(default=False, repr=False)
 
     def query(self) -> bool:
-        """Whether the blocks are in use no more."""
+        """Whether the blocks are no longer in use."""
         if not self._answered and not self.failed:
             try:
                 self._answered = bool(self.future.query())
@@ -328,7 +328,7 @@ class Transfer:
         return self._answered or self.failed
 
     def result(self, timeout: float | None = None) -> bool:
-        """Whether it succeeded; False as well where that is not known."""
+        """Whether it succeeded; False also if that is unknown."""
         if self.failed:
             return False
         try:
@@ -427,7 +427,7 @@ class InFlightTransfers:
             self._transfers.append(load)
 
     def _on_error(self, request_id: str, until: float, problem: Exception) -> None:
-        """Count a transfer as in flight that raised an error: it may have been sent, and no answer will come."""
+        """Count a transfer that raised an error as in flight: it may have been sent, and no answer will come."""
         from lmcache.v1.multiprocess.futures import MessagingFuture
 
         log.warning("LMCache could not store or load KV of request %s: %s", request_id, format_exception(problem))
@@ -436,7 +436,7 @@ class InFlightTransfers:
     def _register_kv_caches(self, kv_caches: Any) -> None:
         self._register(kv_caches)
         context = getattr(self._adapter.transfer_ctx, "_engine_driven_context", None)
-        if context is not None:  # it keeps the worker, with all its requests, waiting
+        if context is not None:  # it would keep the worker, and all its requests, waiting
             context.mq_timeout = min(context.mq_timeout, STORE_S)
 
     def requests_in_use(self) -> set[str]:
@@ -472,11 +472,11 @@ class InFlightTransfers:
                 waited[0].wait(_PAUSE_S)
             transfer = self._adapter.transfer_ctx
             if hasattr(transfer, "_inflight_stores") and hasattr(transfer, "_event_backend"):
-                transfer._inflight_stores = []  # it would wait for each anew, and for `mq_timeout`
+                transfer._inflight_stores = []  # LMCache would wait for each again, up to `mq_timeout`
         self._preempt(need_flush_before_forward)
 
     def _of_preempted(self, in_use: set[str]) -> list[Transfer]:
-        """All transfers but loads that their requests still wait for: such a request has not lost its blocks."""
+        """All transfers except loads whose requests still wait for them: such a request keeps its blocks."""
         loading = {id(future) for future, *_ in self._adapter.retrieve_futures.values()}
         return [each for each in self._transfers if each.request_id in in_use and id(each) not in loading]
 

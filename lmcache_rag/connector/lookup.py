@@ -45,7 +45,7 @@ class AbortedLookups:
             self._lookups.pop()
 
     def poll(self, now: float) -> None:
-        """Close those that have their result by now, and those that never will."""
+        """Close those that have their result, and those that will never have one."""
         left = [(at, lookup) for at, lookup in self._lookups if not _closed(lookup, 0)]
         for at, lookup in left:
             if at <= now - LOCK_SECONDS:
@@ -72,7 +72,7 @@ def _closed(lookup: Lookup, wait: float) -> bool:
         assert lookup.result is not None  # noqa: S101 - poll returned True
         lookup.release_prefix(0, lookup.result[0])
         lookup.end_session()
-    except Exception:  # the connection's: it is tried again, until the locks expire
+    except Exception:  # of the connection: retried until the locks expire
         log.debug("A look-up could not be closed", exc_info=True)
         return False
     return True
@@ -86,7 +86,7 @@ class LookupWindow:
 
     Args:
         aborted: Aborted look-ups, which count as in flight.
-        deadline: But not those that were aborted longer ago: a dead server never answers them.
+        deadline: Aborted look-ups count for this long, in seconds: a dead server never answers them.
     """
 
     def __init__(self, aborted: AbortedLookups, deadline: float) -> None:
@@ -149,7 +149,7 @@ class LookupWindow:
 
 
 class LookupClient(Protocol):
-    """What the scheduler needs of LMCache; see SchedulerClient."""
+    """The calls to LMCache that the scheduler needs; see SchedulerClient."""
 
     def look_up(self, request: Any) -> Lookup | None:
         """Start a look-up for a request; None when LMCache cannot be reached."""
@@ -160,7 +160,7 @@ class LookupClient(Protocol):
         ...
 
     def on_failed_blend(self, request_id: str) -> None:
-        """A worker computed in full what was claimed of this request."""
+        """A worker computed this request's claim in full."""
         ...
 
 
@@ -222,7 +222,7 @@ class SchedulerClient:
             tracker.max_offload_tokens = 0
 
     def on_failed_blend(self, request_id: str) -> None:
-        """A worker computed in full what was claimed: vLLM may be going to compute it once more, in pieces."""
+        """A worker computed the claim in full: vLLM may compute it once more, in pieces."""
         if tracker := self._trackers.get(request_id):
             tracker.num_lmcache_hit_tokens = 0
 
@@ -261,25 +261,25 @@ class SchedulerClient:
     def empty_step(self, scheduled: Iterable[str], loads: Iterable[Any]) -> Any:
         """Metadata for a step for which LMCache's connector could make none; `loads` are submitted in the next one."""
         for request_id in scheduled:
-            self.stop_storing(request_id)  # which blocks it has may not have been noted
+            self.stop_storing(request_id)  # its blocks may not have been recorded
         return lmcache_client.empty_metadata(loads)
 
     def send_releases(self) -> None:
-        """Release the read locks that could not be released before; in every step."""
+        """Release the read locks that could not be released before; called in every step."""
         self._releases.send()
 
     @property
     def has_releases(self) -> bool:
-        """Whether an engine without requests should go on, to release read locks in a moment."""
+        """Whether an engine without requests must keep stepping, to release read locks soon."""
         return self._releases.pending
 
     @contextlib.contextmanager
     def ending(self, request_id: str, *, keep_session: bool) -> Iterator[None]:
-        """LMCache's connector ends a request in here.
+        """A `with` block in which LMCache's connector ends a request.
 
         Args:
             request_id: The request.
-            keep_session: Whether its session goes on, since a look-up is still in flight.
+            keep_session: Whether its session stays open, since a look-up is still in flight.
         """
         self._reports.send()
         if request_id in self._unused:

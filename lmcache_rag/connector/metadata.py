@@ -1,6 +1,6 @@
-"""What travels between scheduler and workers: plans to the workers; results, and what they report at start, back.
+"""Metadata between scheduler and workers: plans to the workers, results and handshakes to the scheduler.
 
-The two classes that vLLM itself carries are subclasses of vLLM's. Without vLLM the others can be used all the same.
+The two classes that vLLM itself transports are subclasses of vLLM's. The others can be used without vLLM.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Match(NamedTuple):
 
 
 def spans_of(matches: Sequence[Match]) -> list[tuple[int, int]]:
-    """Matches as chunks: adjacent matches that were adjacent where they were cached are one."""
+    """Matches merged to chunks: adjacent matches that were adjacent when they were cached count as one."""
     spans: list[tuple[int, int]] = []
     first = here = there = -1  # where the last chunk starts and ends, and where it ended in its cache
     for start, end, old_start, old_end, _, _ in matches:
@@ -61,7 +61,7 @@ class BlendPlan:
         exact: KV up to here comes from an exact prefix: vLLM's, and LMCache's from `local` on.
         matches: Pieces to place after that; ascending.
         end: vLLM counts everything up to here as computed.
-        block_ids: The request's blocks.
+        block_ids: The request's blocks, by id.
         policy: Name of the recompute policy.
         ratio: Share of the placed tokens to recompute.
         cache_salt: The request's cache_salt.
@@ -147,7 +147,7 @@ class Claim:
 
 
 def claim(prompt: int, local: int, prefix: int, matches: Sequence[Match], *, least: int = 64, tail: int = 0) -> Claim:
-    """What to claim of a prompt.
+    """Choose the part of a prompt to claim.
 
     The exact prefix comes first. Blending claims everything from there to the end of the last match, gaps included. At
     least one token is left to vLLM, which needs something to compute. A short rest of the prompt is claimed up to that
@@ -207,7 +207,7 @@ class BlendWorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
     lmcache: KVConnectorWorkerMetadata | None = None
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
-        """Add another rank's. Results of all ranks are the same but for their times; the rest differs."""
+        """Merge another rank's. Results of all ranks are the same except for their times; the rest differs."""
         if not isinstance(other, BlendWorkerMetadata):
             other = BlendWorkerMetadata(lmcache=other)
         lmcache = self.lmcache or other.lmcache

@@ -1,9 +1,9 @@
-"""Reuse statistics of a request, and what is counted of them for vLLM's log and its /metrics.
+"""Reuse statistics of a request, and the counts made from them for vLLM's log and its /metrics.
 
 The scheduler's process makes the statistics and one record for each request. vLLM carries the records as plain data
 (BlendStats, a KVConnectorStats) to the API server's process, which alone holds the counters (BlendPromMetrics, a
 KVConnectorPromMetrics), also where several API servers share a directory (Prometheus' multi-process mode). These two
-extend LMCache's own, whose look-up times stay as they are. Without vLLM the rest can be used all the same.
+extend LMCache's own, whose look-up times stay as they are. The rest can be used without vLLM.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def reuse_statistics(
     if result is not None:
         prefix, reused, recomputed = result.prefix_tokens, result.reused_tokens, result.recomputed_tokens
         failure = result.failure or failure
-    else:  # vLLM's own prefix is all there was
+    else:  # only vLLM's own prefix was reused
         prefix, reused, recomputed = min(local, prompt), 0, 0
     placed = result is not None and not result.failure
     found = {} if spans is None else {"spans": [list(span) for span in spans] if placed else []}
@@ -109,7 +109,7 @@ def unblended_statistics(
 
 
 def record(statistics: Mapping[str, Any]) -> dict[str, Any]:
-    """What is counted of a request's reuse statistics."""
+    """The record of a request that the metrics count, from its reuse statistics."""
     failure = str(statistics["failure"])
     blended = bool(statistics["blended"])
     found: dict[str, Any] = {source: int(statistics[f"{source}_tokens"]) for source in SOURCES}
@@ -117,13 +117,13 @@ def record(statistics: Mapping[str, Any]) -> dict[str, Any]:
     found["outcome"] = "blended" if blended else "prefix" if found["prefix"] else "computed"
     if failure:
         found["fallback"] = str(Fallback.of(failure))
-    # What was not done took no time; a load that failed did.
+    # A stage that did not run took no time; a load that failed did.
     seconds = {name: float(statistics[f"{name}_ms"]) / 1e3 for name in TIMES}
     return found | {name: value for name, value in seconds.items() if value > 0}
 
 
 def unblended_record(prompt: int, cached: int) -> dict[str, Any]:
-    """The record of a request that this server cannot blend: it was served as stock vLLM does.
+    """The record of a request on a server that cannot blend: it was served as by stock vLLM.
 
     Args:
         prompt: Tokens of the prompt.
@@ -135,7 +135,7 @@ def unblended_record(prompt: int, cached: int) -> dict[str, Any]:
 
 
 def summary(records: Iterable[Mapping[str, Any]]) -> dict[str, int | float]:
-    """What vLLM's log shows of the requests of an interval."""
+    """Summary of an interval's requests, for vLLM's log."""
     items = list(records)
     if not items:
         return {}
@@ -192,7 +192,7 @@ class Counters:
         engines: Mapping[int, list[Any]],
     ) -> None:
         def each(metric: Any, values: Iterable[str]) -> dict[tuple[int, str], Any]:
-            # Made at once, so that a counter which never moved can be read as 0.
+            # Made at start, so that a counter which was never incremented can be read as 0.
             return {(engine, one): metric.labels(*own, one) for engine, own in engines.items() for one in values}
 
         def counted(name: str, about: str, label: str, values: Iterable[str]) -> dict[tuple[int, str], Any]:
@@ -248,7 +248,7 @@ class BlendStats(LMCacheMPConnectorStats):  # type: ignore[misc]
         return found
 
     def clone_and_reset(self) -> BlendStats:
-        """What was observed; a new interval begins."""
+        """Return the observations of this interval, and begin a new one."""
         taken = BlendStats(data=self.data)
         self.reset()
         return taken
@@ -259,7 +259,7 @@ class BlendStats(LMCacheMPConnectorStats):  # type: ignore[misc]
         self.data[RECORDS] = []
 
     def aggregate(self, other: Any) -> BlendStats:
-        """Add another interval's, or another rank's."""
+        """Merge the observations of another interval, or another rank."""
         super().aggregate(other)
         self.records.extend(other.data.get(RECORDS, ()))
         return self
@@ -286,6 +286,6 @@ class BlendPromMetrics(LMCacheMPPromMetrics):  # type: ignore[misc]
             publish_chunk_size(self._gauge_cls, labelnames, per_engine_labelvalues, options.chunk_size)
 
     def observe(self, transfer_stats_data: dict[str, Any], engine_idx: int = 0) -> None:
-        """Count what ended in a step."""
+        """Count the requests that ended in a step."""
         super().observe(transfer_stats_data, engine_idx)
         self._counters.observe(transfer_stats_data.get(RECORDS, ()), engine_idx)

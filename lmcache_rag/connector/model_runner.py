@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("lmcache_rag")
 
 BACKENDS = ("FlashAttentionImpl", "FlashInferImpl", "TritonAttentionImpl")
-# Their angles depend on the position alone and are in a table: a key is moved by rotating it.
+# Rotary embeddings whose angles depend on the position alone and are in a table: a key is moved by rotating it.
 ROTARIES = (
     "RotaryEmbedding",
     "LinearScalingRotaryEmbedding",
@@ -79,7 +79,7 @@ def _unsupported_machine(vllm_config: Any) -> Unsupported | None:
         detail = "sleep mode releases GPU memory that a blend needs and LMCache has mapped"
         return Unsupported(CannotBlend.SLEEP_MODE, detail)
     if vllm_internals.in_multi_connector():
-        detail = "beside other connectors (MultiConnector) KV that is approximate would be stored as exact"
+        detail = "with other connectors (MultiConnector) approximate KV would be stored as exact"
         return Unsupported(CannotBlend.MULTI_CONNECTOR, detail)
     return None
 
@@ -100,9 +100,9 @@ def _unsupported_parallelism(parallel: Any) -> Unsupported | None:
 def _unsupported_attention(name: str, layer: Any) -> str:
     impl = getattr(layer, "impl", None)
     if impl is None:
-        return f"{name} is no attention layer"
+        return f"{name} is not an attention layer"
     if type(layer).__name__ != "Attention" or layer.attn_type != "decoder":
-        return f"{name} is no causal attention ({type(layer).__name__}, {layer.attn_type})"
+        return f"{name} is not causal attention ({type(layer).__name__}, {layer.attn_type})"
     if layer.sliding_window is not None:
         return "sliding window attention is not supported"
     if getattr(impl, "logits_soft_cap", None) not in (None, 0, 0.0):
@@ -123,7 +123,7 @@ def _unsupported_cache(layer: Any, block_size: int) -> str:
         keys, values = keys_and_values(layer.kv_cache)
     except ValueError as problem:
         return str(problem)
-    if keys.shape[1] != block_size:  # plans name vLLM's blocks, and the cache would be read by those of the backend
+    if keys.shape[1] != block_size:  # plans have vLLM's block ids, but the cache is read by the backend's blocks
         return f"blocks of {block_size} tokens that the attention backend divides into blocks of {keys.shape[1]}"
     if {keys.shape[3], values.shape[3]} != {layer.head_size}:
         return f"a KV cache of heads of {keys.shape[3]} where the model's are of {layer.head_size} is not supported"
@@ -137,9 +137,9 @@ def _unsupported_rotary(rotary: Any, first: Any, cache: Any) -> str:
     if name not in ROTARIES:
         return f"{name} is not supported"
     if (rotary.rotary_dim, rotary.head_size) != (size, size):
-        return "a rotary embedding that turns a part of each head is not supported"
+        return "a rotary embedding that rotates only part of each head is not supported"
     same = rotary.is_neox_style == first.is_neox_style and torch.equal(rotary.cos_sin_cache, first.cos_sin_cache)
-    return "" if rotary is first or same else "layers with rotary embeddings of their own are not supported"
+    return "" if rotary is first or same else "layers with different rotary embeddings are not supported"
 
 
 def recomputes_reported_blocks(vllm_config: Any) -> bool:
@@ -347,7 +347,7 @@ class VLLMModel:
                 graph=CudaGraph(capture_context),
             )
             captured.capture()
-        except Exception as error:  # something that the backend cannot do during a capture; without a graph it works
+        except Exception as error:  # the backend cannot do something during a capture; the pass works without a graph
             log.warning(
                 "The query pass could not be captured as a CUDA graph: %s. It is launched layer by layer.", error
             )

@@ -1,4 +1,4 @@
-"""What the scheduler side knows of one request."""
+"""The scheduler's state of one request."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Lookup(Protocol):
 
 @dataclass
 class RequestState:
-    """One request, from its arrival to its end. Its prompt is dropped when a worker has its plan."""
+    """State of one request, from its arrival to its end. The prompt is dropped when a worker has its plan."""
 
     policy: str
     ratio: float
@@ -46,7 +46,7 @@ class RequestState:
     prefix: int = 0  # tokens that LMCache holds from the prompt's beginning on
     claim: Claim | None = None
     local: int = 0
-    background: bool = False  # the claim is blended beside other requests' steps
+    background: bool = False  # the claim is blended during other requests' steps
     planned: bool = False  # blocks were allocated: there is nothing more to decide
     loads: tuple[int, int] = (0, 0)  # exact prefix chunks that a worker loads, which releases their locks
     unused: tuple[int, int] = (0, 0)  # those whose locks are to be released here
@@ -65,7 +65,7 @@ class RequestState:
         return (self.lookup.result if self.lookup else None) or (0, ())
 
     def on_plan_sent(self) -> None:
-        """A worker has the plan: the statistics need little of what it was made from."""
+        """A worker has the plan: drop what only the plan needed, and keep what the statistics need."""
         if self.claim is not None:
             self.blocks_hit = len(self.claim.matches)
             self.spans = spans_of(self.claim.matches) if self.spans is not None else None
@@ -89,7 +89,7 @@ class RequestState:
 
 
 def has_embeddings(request: Any) -> bool:
-    """Whether embeddings are part of a prompt: its token ids then have no meaning in their places."""
+    """Whether a prompt contains embeddings: token ids at their positions have no meaning."""
     return getattr(request, "prompt_embeds", None) is not None or request.prompt_token_ids is None
 
 

@@ -1,6 +1,6 @@
 """Scheduler side: looks up what of a prompt is cached, claims it, admits the blend and sends plans to the workers.
 
-Knows vLLM's requests by few attributes only, and LMCache by LookupClient, so that it can be tested without either.
+It reads few attributes of vLLM's requests, and calls LMCache by LookupClient, so that it can be tested without either.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ class BlendScheduler:
         self._window = LookupWindow(self._aborted, options.lookup_deadline)
         self.forgetting = Forgetting(client, prefix_cache, self._aborted, options.lookup_deadline)
         self._states: dict[str, RequestState] = {}
-        self._failed: set[str] = set()  # requests that something raised for: vLLM computes them, none of it is kept
+        self._failed: set[str] = (
+            set()
+        )  # requests for which an error was raised: vLLM computes them, and nothing of them is stored
         self._plans: list[BlendPlan] = []
         self._silent_since: float | None = None  # since when LMCache has not answered; None: it answers
         self._patience = options.poll  # seconds that this step may still wait for look-ups
@@ -130,7 +132,7 @@ class BlendScheduler:
 
     @contextlib.contextmanager
     def contain_errors(self, request_id: str) -> Iterator[None]:
-        """Whatever is raised in here: the engine and its other requests go on, and this one is computed in full."""
+        """A `with` block in which an error affects this request only: it is computed in full, the engine continues."""
         try:
             yield
         except Exception as error:
@@ -159,7 +161,7 @@ class BlendScheduler:
         return request_id in self._failed
 
     def drop(self, request_id: str) -> None:
-        """Do not blend a request, and release what it holds here, but for what a worker has its plan for."""
+        """Do not blend a request, and release what it holds, except for what a worker's plan uses."""
         state = self._states.get(request_id)
         if state is None:
             state = RequestState(self.options.policy, self.options.ratio, blend=False)
@@ -183,7 +185,7 @@ class BlendScheduler:
     # -- a new request ------------------------------------------------------------------------------------------------
 
     def on_new_request(self, request: Any) -> bool:
-        """Check a new request's parameters: what is kept can be read by us, by LMCache and by vLLM's scheduler.
+        """Check a new request's parameters, so that our code, LMCache and vLLM's scheduler can read what remains.
 
         Returns:
             Whether it can be looked up at once.
@@ -194,7 +196,7 @@ class BlendScheduler:
             prompt = request.prompt_token_ids or ()
             if self._ingest_key is not None:
                 params = self._ingest_key.permitted(params, request.prompt_token_ids)
-            if wrong := complaints(params, len(prompt)):  # the API server refuses what is; this came another way
+            if wrong := complaints(params, len(prompt)):  # the API server rejects these: this request bypassed it
                 log.warning("request %s is neither blended nor stored: %s", shown(name), joined(wrong))
                 request.kv_transfer_params = {MAX_OFFLOAD_TOKENS: 0}
                 self._exclude(request, Fallback.REQUEST_ERROR)
@@ -207,7 +209,7 @@ class BlendScheduler:
         return False
 
     def start_early(self, request: Any) -> None:
-        """Look a new request up while it waits, unless those before it wait for their look-ups to start."""
+        """Start a new request's look-up while it waits, unless earlier requests wait for theirs to start."""
         if request.request_id in self._failed:
             return
         with self.contain_errors(request.request_id):
@@ -216,7 +218,7 @@ class BlendScheduler:
                 self._start(request, state)
 
     def _exclude(self, request: Any, failure: str = "") -> None:
-        """Neither look up nor blend this request; the statistics say what it computed, and why."""
+        """Neither look up nor blend this request; its statistics report what it computed, and why."""
         state = self._register(request)
         state.closed, state.failure = True, failure
 
@@ -273,8 +275,9 @@ class BlendScheduler:
         """How many tokens after the `local` first ones are claimed; None: ask again in the next step."""
         state = self._states.get(request.request_id) or self._register(request)
         if state.planned:
-            # Planned and asked again means preempted: the request goes on from vLLM's own blocks and is not blended
-            # again. LMCache's share was loaded and its locks are gone; the statistics are those of the first run.
+            # A request with a plan that vLLM asks for again was preempted: it continues from vLLM's blocks, and is not
+            # blended again. LMCache's share was loaded and its locks are gone; the statistics are those of the first
+            # run.
             return 0
         state.local, state.step = local, self._window.step
         if not self._looked_up(request, state):
@@ -300,7 +303,7 @@ class BlendScheduler:
             return None
         state.background = how is Admission.ASYNC
         if state.background and wanted.matches:
-            # The request waits without blocks for more than is claimed, so all but the last token is.
+            # The request waits without blocks for more than is claimed, so all tokens except the last are claimed.
             wanted = claim(prompt, local, wanted.exact, wanted.matches, least=0, tail=prompt)
         state.claim = wanted
         self.budget.claim(request.request_id, how, tokens)
@@ -346,16 +349,16 @@ class BlendScheduler:
             return 0
         return state.prefix if state else 0
 
-    # -- when look-ups start, and how long they are waited for --------------------------------------------------------
+    # -- when look-ups start, and how long a request waits for them ----------------------------------------------------
 
     def _looked_up(self, request: Any, state: RequestState) -> bool:
-        """Whether it is known what is cached of a request; else it waits for that, or nothing is claimed any more."""
+        """Whether a request's look-up has its result; if not, the request waits for it, or nothing is claimed."""
         if not state.started and not state.closed:
-            self._start_in_turn(request, state)
+            self._start_queued(request, state)
         return state.started and not state.closed and self._has_result(request, state)
 
-    def _start_in_turn(self, request: Any, state: RequestState) -> None:
-        """Look a request of the queue up, if it may start now."""
+    def _start_queued(self, request: Any, state: RequestState) -> None:
+        """Start the look-up of a queued request, if it may start now."""
         now = time.perf_counter()
         state.waiting_since = state.waiting_since or now
         if self._window.may_start(request, now):
@@ -400,14 +403,14 @@ class BlendScheduler:
         return False
 
     def _poll(self, poll: Callable[[float], Any]) -> Any:
-        """Ask for a result; an idle engine waits a little for it, for all look-ups of a step together."""
+        """Poll for a result; an idle engine waits briefly, once for all look-ups of a step."""
         began = time.perf_counter()
         found = poll(self._patience if self.budget.idle else 0.0)
         self._patience = max(0.0, self._patience - (time.perf_counter() - began))
         return found
 
     def _warn(self, message: str) -> None:
-        if self._silent_since is None:  # once, until it answers something that it is asked from now on
+        if self._silent_since is None:  # logged once, until LMCache answers a later request
             log.warning("%s: prompts are computed in full until it does", message)
         self._silent_since = time.perf_counter()
 
@@ -424,14 +427,14 @@ class BlendScheduler:
     def keeps_session(self, request_id: str) -> bool:
         """Whether an aborted look-up of this request is still in flight, and its session must not be ended before.
 
-        The server may have taken its locks already, while its answer is on the way. It notes them in the session: were
-        that ended now, they could not be released any more.
+        The server may have locked KV already, while its answer is on the way. It records the locks in the session: if
+        that ended now, they could no longer be released.
         """
         return self._aborted.has(request_id)
 
     @property
     def has_recent_aborts(self) -> bool:
-        """Whether look-ups were aborted a moment ago: an engine without requests should go on for them.
+        """Whether look-ups were aborted recently: an engine without requests must keep stepping for them.
 
         Not for long: a server that was restarted never answers them.
         """
@@ -440,7 +443,7 @@ class BlendScheduler:
     # -- plans --------------------------------------------------------------------------------------------------------
 
     def update_state_after_alloc(self, request: Any, block_ids: list[int], external: int, tracker: Any) -> None:
-        """Plan what was claimed.
+        """Make the plan of what was claimed.
 
         Args:
             request: vLLM's request.
@@ -450,7 +453,7 @@ class BlendScheduler:
         """
         if self.unsupported is not None:
             return
-        if external > 0:  # what is claimed is not scheduled, and is to be stored like what is
+        if external > 0:  # claimed tokens are not scheduled, but must be stored like scheduled ones
             state = self._states.get(request.request_id)
             tracker.num_lmcache_hit_tokens = state.claim.end if state and state.claim else 0
         self.on_allocated(request, block_ids, external, tracker.request_configs, salt=tracker.cache_salt)
@@ -458,7 +461,7 @@ class BlendScheduler:
     def on_allocated(
         self, request: Any, block_ids: list[int], external: int, configs: dict[str, Any] | None, *, salt: str = ""
     ) -> None:
-        """Blocks were allocated for a claim of `external` tokens: plan it, and release what is not needed."""
+        """Blocks were allocated for a claim of `external` tokens: make its plan, and release what is not needed."""
         state = self._states.get(request.request_id)
         if state is None or state.planned:
             return
@@ -481,7 +484,7 @@ class BlendScheduler:
             state.on_plan_sent()
 
     def compute_if_failed(self, request: Any, block_ids: list[int], external: int) -> None:
-        """Plan to compute what vLLM counts as computed, and allocated blocks for, though it could not be planned."""
+        """If planning failed, plan to compute the tokens that vLLM counts as computed and allocated blocks for."""
         name = request.request_id
         if external <= 0 or name not in self._failed or self.unsupported is not None:
             return
@@ -528,13 +531,13 @@ class BlendScheduler:
         state.unused = (0, 0)
 
     def _withdraw(self, state: RequestState) -> None:
-        """No worker is going to load what was planned."""
+        """Withdraw a plan that no worker has: release what it would have loaded."""
         first, end = 0 if state.unused[1] else state.loads[0], state.loads[1]
         state.unused, state.loads = (first, end), (end, end)
         self._release(state)
 
     def build_plans(self, scheduled: Mapping[str, int] | None = None) -> tuple[list[BlendPlan], Allowance]:
-        """The plans of this step, and how much its workers may blend in the background; the next step begins.
+        """Return the plans of this step, and how much its workers may blend in the background; end its scheduling.
 
         Args:
             scheduled: The requests that vLLM runs in this step, and how many tokens of each.
@@ -559,7 +562,7 @@ class BlendScheduler:
     # -- what workers report ------------------------------------------------------------------------------------------
 
     def take_worker_metadata(self, meta: Any) -> None:
-        """Take what the workers did in a step. vLLM may bring the same metadata twice: it is taken once."""
+        """Take the workers' metadata of a step. vLLM may deliver the same metadata twice: it is taken once."""
         if meta is self._taken:
             return
         self._taken = meta
@@ -583,8 +586,8 @@ class BlendScheduler:
             if state := self._states.get(result.request_id):
                 state.result = result
             if result.failure in LOADS:
-                # The server did not answer for a whole deadline, in which vLLM may have stood still: look-ups that were
-                # sent then have waited as long, though nothing could poll them.
+                # The server did not answer for a whole deadline, during which vLLM may have been blocked: look-ups that
+                # were sent then have waited as long, though nothing could poll them.
                 for state in self._states.values():
                     state.waiting_since = state.asked_at
 
@@ -618,14 +621,14 @@ class BlendScheduler:
         return statistics
 
     def finish(self, request: Any) -> dict[str, Any] | None:
-        """A request ended, in whatever way: its reuse statistics, or None when nothing was looked up."""
+        """A request ended or was aborted: its reuse statistics, or None when nothing was looked up."""
         self.budget.on_finished(request.request_id)
         state = self._states.get(request.request_id)
         if state is None:
             return None
         self._window.remove(request.request_id)
         self.budget.withdraw(request.request_id)
-        # vLLM waits until a worker reports what is loaded in the background: that is not taken back.
+        # vLLM waits until a worker reports a background load as done: that one is not withdrawn.
         plans = [plan for plan in self._plans if plan.request_id != request.request_id or plan.background]
         withdrawn = len(plans) < len(self._plans)
         self._plans = plans
@@ -669,7 +672,7 @@ class BlendScheduler:
         if request_id in self._failed:
             self._failed.discard(request_id)
             with contextlib.suppress(Exception):
-                self.drop(request_id)  # what `finish` could not do, since something raised
+                self.drop(request_id)  # if an error kept `finish` from doing it
                 self._states.pop(request_id, None)
         if delayed:
             self._freed.ends(request_id)

@@ -4,7 +4,8 @@ A worker that stops waiting for a load computes the tokens itself. The server ma
 that vLLM may have given to another request by then. So the blocks of such a load are fenced until nothing can be
 written to them any more.
 
-vLLM receives two notices for a request whose exact prefix LMCache's connector loads, or that is blended in the
+vLLM receives two completion notices for a request whose exact prefix LMCache's connector loads, or that is blended in
+the
 background: that its load is done (finished_recving) and that its stores are (finished_sending), in any order. It frees
 the blocks at the first and fails an assertion at the second, which ends the engine. So a worker holds
 finished_sending back while blocks are still being written to (`FinishedGate`), and the scheduler drops the second

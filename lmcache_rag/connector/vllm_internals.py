@@ -1,4 +1,4 @@
-"""Private parts of vLLM that are called and read; lmcache_rag.connector.vllm_patches has those that are replaced.
+"""Private parts of vLLM that are called or read; lmcache_rag.connector.vllm_patches has those that are replaced.
 
 Written for vLLM 0.25.1 to 0.33; the tests in tests/contracts check each part against vLLM. vLLM is imported in the
 functions: this module is loaded in each of vLLM's processes.
@@ -17,7 +17,7 @@ from typing import Any
 class CachedBlocks:
     """vLLM's block pool, by the keys of its prefix cache.
 
-    vLLM's get_cached_block makes the key from the hash each time, and a list for each block: it is six times slower.
+    vLLM's get_cached_block makes the key from the hash on each call, and a list for each block: it is six times slower.
     """
 
     def __init__(self, pool: Any) -> None:

@@ -171,9 +171,9 @@ def offer_hidden_state(hidden: Any) -> None:
 def patch_run_fullgraph() -> None:
     """Return the offered hidden state instead of replaying the CUDA graph of a step.
 
-    A pass over one token takes as long as reading all weights. A step that has nothing else to do but a prompt's last
-    token, which the blend before it computed with its last piece, needs none. vLLM runs one token as such a graph in
-    its default settings; in others (eager, the older model runner) it computes the token once more. Does nothing where
+    A pass over one token takes as long as reading all weights. A step that computes only a prompt's last
+    token, which the blend has already computed with its last piece, needs no pass. vLLM runs one token as such a graph
+    in its default settings; in others (eager, the older model runner) it computes the token once more. Does nothing if
     vLLM has no such class.
     """
 
@@ -277,7 +277,7 @@ def patch_stream_kv_params() -> None:
     """Have streams of completions and of chats carry kv_transfer_params in the chunk that ends them.
 
     vLLM 0.33 does that by itself; older versions return them in whole answers only. Does nothing in a process that is
-    no API server, where these modules would cost their import.
+    no API server, where importing these modules would only cost time.
     """
     if API_SERVER not in sys.modules:
         return
@@ -307,7 +307,7 @@ def _with_kv_params(stream: Callable[..., AsyncIterator[str]]) -> Callable[..., 
 
         bound = signature.bind(*args, **kwargs)
         bound.arguments["result_generator"] = observed(bound.arguments["result_generator"])
-        # Closed with ours: a client that leaves ends its request.
+        # Closed with our generator, so that a client that disconnects ends its request.
         async with contextlib.aclosing(stream(*bound.args, **bound.kwargs)) as events:  # type: ignore[type-var]
             async for event in events:
                 yield _with_params(event, params) if params else event
@@ -331,7 +331,7 @@ def patch_detokenizer_start() -> None:
     vLLM gives the whole prompt to tokenizers' DecodeStream, which decodes all of it twice when the first token comes:
     24 ms for 30,900 tokens (tokenizers 0.23), in the process and the thread that also serve all other streams. What a
     token adds to a text depends on the few tokens before it; where it may depend on more, vLLM's way is kept. Does
-    nothing in a process that makes no texts, where the module would cost its import.
+    nothing in a process that makes no texts, where importing the module would only cost time.
     """
     if API_SERVER not in sys.modules and "vllm.v1.engine.detokenizer" not in sys.modules:
         return
@@ -352,7 +352,7 @@ def patch_detokenizer_start() -> None:
 
 
 def _stands_alone(tokenizer: Any, tokens: list[int], *, skip_special: bool) -> bool:
-    """Whether text after these tokens is the same whatever tokens come before them."""
+    """Whether the text after these tokens does not depend on the tokens before them."""
     if tokenizer.decode(tokens, skip_special_tokens=skip_special).endswith("\N{REPLACEMENT CHARACTER}"):
         return False  # in the middle of a character
     # Spaces at a beginning may be dropped, and a row of bytes is read as a whole: a word must stand before them.
@@ -366,7 +366,7 @@ def _stands_alone(tokenizer: Any, tokens: list[int], *, skip_special: bool) -> b
 # -- request validation ------------------------------------------------------------------------------------------------
 
 PARAMS = "kv_transfer_params"
-_VLLM_KEYS = ("prompt_token_ids",)  # vLLM's own: its chat takes the prompt from it, and passes it on to nothing
+_VLLM_KEYS = ("prompt_token_ids",)  # vLLM's own key: its chat reads the prompt from it, and does not pass it on
 _ENGINES = ("vllm.v1.engine.async_llm", "vllm.v1.engine.llm_engine")  # one of them is loaded where requests come in
 
 Make = Callable[[Any], Any]  # vllm_config -> a RequestValidation, or None

@@ -1,7 +1,7 @@
 """The worker half of the connector: loads and blends a step's plans before vLLM computes the rest.
 
 `start_worker` runs before the first request, so that no request waits for it: it finds out whether this worker can
-blend, and prepares that. Any error there is a reason not to blend; vLLM starts, and serves as it does without blending.
+blend, and prepares that. On any error there vLLM starts without blending.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class BlendWorker:
 
     A plan's work is queued on the GPU. If vLLM recomputes blocks that are reported as failed, the KV is verified after
     the model's forward pass, and damage is reported. Otherwise it is verified right before that pass, once vLLM has
-    prepared it, and repaired here: the host waits for the end of the selection, and goes on while the GPU recomputes.
+    prepared it, and repaired here: the CPU waits for the end of the selection, and continues while the GPU recomputes.
     In the background no request of the step waits, and damage is always repaired here.
 
     Args:
@@ -73,7 +73,7 @@ class BlendWorker:
     # -- a step, in the order of the calls ----------------------------------------------------------------------------
 
     def run_now(self, plans: Sequence[BlendPlan]) -> None:
-        """As `run`, for plans that are not in the background, before vLLM has prepared the step.
+        """Start the plans that are not in the background, before vLLM has prepared the step; `run` does the rest.
 
         If damage may not be reported, `run` verifies the KV: it must be called too, before the forward pass.
         """
@@ -83,9 +83,9 @@ class BlendWorker:
             self._queue([self._start(plan) for plan in plans])
 
     def run(self, plans: Sequence[BlendPlan], allowance: Allowance) -> None:
-        """Make the KV of the plans' claims correct in any case: by blending, or else by computing all of it.
+        """Compute the KV that the plans claim: by blending or, if that fails, by computing all of it.
 
-        All work of plans that are not in the background is queued at once; of those that are, as much as is allowed.
+        All work of plans that are not in the background is queued now; of background plans, as much as the step allows.
         """
         import torch
 
@@ -99,7 +99,7 @@ class BlendWorker:
             if self._model.ranks == 1:
                 ready = [job for job in self._background if not job.queued_all]
             self._advance(ready, allowance)
-            if not self._may_report:  # last, so that the GPU has all of its work while the host waits for a part
+            if not self._may_report:  # last, so that the GPU has all of its work queued while the CPU waits for a part
                 self._verify_before_forward()
 
     def _start(self, plan: BlendPlan) -> BlendJob:
@@ -143,7 +143,7 @@ class BlendWorker:
             self._hidden = job.outcome.hidden
 
     def take_hidden(self) -> Any:
-        """The hidden state [1, width] of what vLLM is going to compute in this step, if a blend has computed it.
+        """The hidden state [1, width] of the token that vLLM would compute in this step, if a blend has computed it.
 
         If damage is reported, the KV is not verified yet: vLLM discards the output as it does its own. Otherwise there
         is no hidden state before the KV is verified.
@@ -235,7 +235,7 @@ class WorkerStart(NamedTuple):
     self_check: SelfCheck | None = None
 
 
-class _NotSupported(Exception):  # noqa: N818 - not an error: a known reason
+class _NotSupported(Exception):  # noqa: N818 - not an error: an expected reason
     """Blending is not supported here."""
 
     def __init__(self, reason: Unsupported) -> None:
@@ -250,7 +250,7 @@ def start_worker(vllm_config: Any, adapter: Any, options: ConnectorOptions, *, a
         vllm_config: vLLM's configuration.
         adapter: LMCache's worker adapter; its KV caches are registered.
         options: The connector's options.
-        absent: Whether LMCache's server does not answer yet: it is asked and configured once it does.
+        absent: Whether LMCache's server does not respond yet: handshake and configuration then wait until it does.
     """
     vllm_worker = vllm_patches.worker()
     if vllm_worker is None:

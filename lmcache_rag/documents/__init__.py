@@ -3,7 +3,7 @@
 ::
 
     find_files(paths) ─► Path ─► load_document ─► Document ─► Splitter.split ─► Chunk, Chunk, …
-                     └─► DocumentError (a path that cannot be read; the rest goes on)
+                     └─► DocumentError (a path that cannot be read; the others are read)
 """
 
 from lmcache_rag.documents.finding import find_files

@@ -1,4 +1,4 @@
-"""Say why a path cannot be read."""
+"""Errors for paths that cannot be read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def quoted(path: str | os.PathLike[str]) -> str:
 
 
 def access_error(path: str | os.PathLike[str], error: OSError) -> DocumentError:
-    """The DocumentError for what the operating system said about a path."""
+    """The DocumentError for an error of the operating system about a path."""
     name = quoted(path)
     match error.errno:
         case errno.ELOOP:

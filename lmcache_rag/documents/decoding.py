@@ -1,4 +1,4 @@
-"""Bytes to text: never a guess, never a replaced character without saying so."""
+"""Bytes to text: the encoding is never guessed, and no character is replaced silently."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 
 from lmcache_rag.errors import DocumentError
 
-# UTF-32 stands before UTF-16: its little-endian mark begins with that of UTF-16.
+# UTF-32 comes before UTF-16: its little-endian mark begins with that of UTF-16.
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -45,7 +45,7 @@ def decode(data: bytes, name: str, *, declared: str | None = None) -> str:
         declared: Encoding that the document names inside itself (HTML), used when the bytes are not UTF-8.
 
     Raises:
-        DocumentError: The bytes are not text, or broken; the message says at which byte.
+        DocumentError: The bytes are not text, or broken; the message has the byte's position.
     """
     for mark, marked in _BYTE_ORDER_MARKS:
         if data.startswith(mark):

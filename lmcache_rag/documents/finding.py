@@ -1,4 +1,4 @@
-"""From what a user names (files, folders, globs) to the files meant."""
+"""Find the files that a user names by files, folders and globs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lmcache_rag.errors import DocumentError
 
 logger = logging.getLogger("lmcache_rag.documents")
 
-# Files with no text in them that commonly lie beside documents. In a folder they are passed over, since an error for
-# each would hide the real ones; named outright they are tried, and refused with a message.
+# Files without text that are common in folders of documents. In a folder they are skipped, since an error for
+# each would hide the real ones; if named themselves they are read, and rejected with a message.
 # ruff: noqa: SIM905  (a list of quoted names would fill the screen)
 _NOT_DOCUMENTS = frozenset(
     ".png .jpg .jpeg .gif .webp .bmp .ico .tif .tiff .heic .mp3 .wav .ogg .flac .m4a .mp4 .mkv .mov .avi .webm"
@@ -26,7 +26,7 @@ def find_files(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path | Docum
     """Find the files that paths mean, in a stable order, each once.
 
     A folder means all files below it, sorted by name; hidden ones (a name that begins with a dot) and images, sound,
-    video, fonts and compiled code are passed over. Links are followed, loops end. A name that exists is taken as it
+    video, fonts and compiled code are skipped. Links are followed, loops end. A name that exists is taken as it
     is; else ``*``, ``?``, ``[`` and ``**`` make it a glob, and a folder that a glob matches means its files.
 
     Args:
@@ -36,8 +36,8 @@ def find_files(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path | Docum
         Resolved absolute paths, and a DocumentError for each path that cannot be followed or means no file.
     """
     finder = _Finder()
-    for given in paths:
-        yield from finder.find(os.fspath(given))
+    for pattern in paths:
+        yield from finder.find(os.fspath(pattern))
 
 
 class _Finder:
@@ -47,21 +47,25 @@ class _Finder:
         self._files: set[str] = set()
         self._folders: set[tuple[int, int]] = set()
 
-    def find(self, given: str) -> Iterator[Path | DocumentError]:
-        if not given or "\0" in given:
-            yield DocumentError(f"{given!r} is not a path.", remedy="Name a file, a folder or a glob.")
+    def find(self, pattern: str) -> Iterator[Path | DocumentError]:
+        if not pattern or "\0" in pattern:
+            yield DocumentError(f"{pattern!r} is not a path.", remedy="Name a file, a folder or a glob.")
             return
-        expanded = os.path.expanduser(given)  # noqa: PTH111  (Path("") would mean the current folder)
+        expanded = os.path.expanduser(pattern)  # noqa: PTH111  (Path("") would mean the current folder)
         if os.path.lexists(expanded):
             yield from self._below(expanded)
         elif any(character in expanded for character in "*?["):
             matches = _glob(expanded)
             if not matches:
-                yield DocumentError(f"The glob {given!r} matches nothing.", remedy="Check it, and quote it in a shell.")
+                yield DocumentError(
+                    f"The glob {pattern!r} matches nothing.", remedy="Check it, and quote it in a shell."
+                )
             for match in matches:
                 yield from self._below(match)
         else:
-            yield DocumentError(f"{quoted(given)} does not exist.", remedy="Check the spelling and the current folder.")
+            yield DocumentError(
+                f"{quoted(pattern)} does not exist.", remedy="Check the spelling and the current folder."
+            )
 
     def _below(self, top: str) -> Iterator[Path | DocumentError]:
         """Yield the file itself, or all files of a folder."""
@@ -72,7 +76,7 @@ class _Finder:
             try:
                 status = os.stat(path)  # noqa: PTH116
                 if stat.S_ISDIR(status.st_mode):
-                    # Device and inode tell a folder apart whatever its path: a link to a parent ends here.
+                    # Device and inode identify a folder under any path: a link to a parent ends here.
                     if (status.st_dev, status.st_ino) in self._folders:
                         anything = True
                         continue
@@ -96,13 +100,13 @@ class _Finder:
 
 
 def _listing(folder: str) -> list[str]:
-    """What a folder holds, sorted by name, without what is hidden or surely not text."""
+    """The entries of a folder, sorted by name, without hidden files and files that are not text."""
     kept = []
     for name in sorted(os.listdir(folder)):  # noqa: PTH208
         if name.startswith("."):
             continue
         if os.path.splitext(name)[1].lower() in _NOT_DOCUMENTS:  # noqa: PTH122
-            logger.debug("passed over %s: not a kind of document", quoted(os.path.join(folder, name)))  # noqa: PTH118
+            logger.debug("skipped %s: not a kind of document", quoted(os.path.join(folder, name)))  # noqa: PTH118
             continue
         kept.append(os.path.join(folder, name))  # noqa: PTH118
     return kept

@@ -1,4 +1,4 @@
-"""One file to one Document."""
+"""Load one file as one Document."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def load_document(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -
         max_bytes: Largest file that is read, in bytes.
 
     Raises:
-        DocumentError: The file cannot be opened, is no regular file, is too large, is binary, is not valid in its
+        DocumentError: The file cannot be opened, is not a regular file, is too large, is binary, is not valid in its
             encoding, is empty, or is a PDF file that cannot be read. The message names the file and the remedy.
     """
     name = quoted(path)
@@ -93,7 +93,7 @@ def _read(path: str | os.PathLike[str], max_bytes: int) -> tuple[Path, bytes]:
         real.encode()
         if refusal := special_error(path, os.stat(real).st_mode):  # noqa: PTH116
             raise refusal
-        # Should a pipe take the file's place just now, opening it would wait for ever without O_NONBLOCK.
+        # If a pipe replaced the file just now, opening it without O_NONBLOCK would wait for ever.
         flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
         with open(os.open(real, flags), "rb") as file:  # noqa: PTH123
             status = os.fstat(file.fileno())

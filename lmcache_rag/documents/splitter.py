@@ -12,12 +12,14 @@ from lmcache_rag.documents.types import Chunk
 from lmcache_rag.errors import ConfigError
 
 MIN_CHUNK_TOKENS = 32
-_ALGORITHM = 1  # raise when the same text and parameters give other chunks: stores then know that they are stale
+_ALGORITHM = 1  # raise when the same text and parameters give other chunks, so that stored ones count as stale
 
 # From the strongest border to the weakest. Sentences and words are ours (cut_before): the library would tokenise each.
 _SEPARATORS = [r"\n#{1,6} ", r"\n```\n", r"\n(?:\*\*\*+|---+|___+)\n", r"\n\n", r"\n"]
 _CHARACTERS_PER_TOKEN = 4.0  # first guess; every chunk is counted
-_MOST_PER_TOKEN = 16  # a piece with more characters than this for each token of a chunk is cut without being counted
+_MOST_PER_TOKEN = (
+    16  # a piece with more characters than this for each token of a chunk is cut before its tokens are counted
+)
 _WINDOW = 64  # characters for each token of a chunk: some 16 chunks of English
 _SENTENCE_ENDS = (". ", "! ", "? ", "。", "！", "？", "; ")
 _JOINERS = ("\u200d", "\ufe0e", "\ufe0f")
@@ -28,7 +30,7 @@ class Splitter:
 
     ``langchain_text_splitters`` finds the structure. It sees a window of the text at a time, and pieces without
     structure (one long line) are cut here, since it would count the tokens of every word of them: 50 MB on one line
-    take 30 to 40 s on one core. The same text always gives the same chunks, whatever was split before.
+    take 30 to 40 s on one core. The same text always gives the same chunks, independent of earlier calls.
 
     Args:
         encode: Token ids of a text in which nothing is special, and no token is added:
@@ -38,7 +40,7 @@ class Splitter:
             chunk_tokens. KV is kept for the repeated tokens twice.
 
     Raises:
-        ConfigError: A size has no meaning.
+        ConfigError: A size is not valid.
     """
 
     def __init__(
@@ -59,7 +61,7 @@ class Splitter:
         self.overlap_tokens = overlap_tokens
         # The library asks for the size of each piece three times.
         self._count = lru_cache(maxsize=2048)(lambda text: len(encode(text)))
-        self._limit = chunk_tokens - overlap_tokens  # what is left for a chunk's own text
+        self._limit = chunk_tokens - overlap_tokens  # without the overlap
         self._structure = RecursiveCharacterTextSplitter(
             separators=_SEPARATORS,
             is_separator_regex=True,
@@ -72,7 +74,7 @@ class Splitter:
 
     @property
     def fingerprint(self) -> str:
-        """Everything besides the tokenizer that decides where a text is cut."""
+        """Identifies everything besides the tokenizer that determines where a text is cut."""
         library = f"langchain-text-splitters {version('langchain-text-splitters')}"
         return f"{library}, algorithm {_ALGORITHM}, {self.chunk_tokens} tokens, overlap {self.overlap_tokens}"
 
@@ -81,7 +83,7 @@ class Splitter:
 
         Returns:
             Chunks in the text's order, none blank and none above chunk_tokens; every character of the text that is not
-            white space, and has tokens, stands in one of them. A blank text has none.
+            white space, and has tokens, is in one of them. A blank text has none.
 
         Raises:
             ConfigError: One character alone has more tokens than a chunk may.
@@ -105,7 +107,7 @@ class Splitter:
             stop = cut_before(text, position, position + _WINDOW * self.chunk_tokens, len(text))
             spans = list(self._window(text, position, stop))
             if stop < len(text) and len(spans) > 1:
-                # What ends at the window's border ends by chance: it is split again with what follows.
+                # A piece that ends at the window's border ends by chance: it is split again with what follows.
                 stop = spans.pop()[0]
             yield from spans
             position = stop
@@ -121,7 +123,7 @@ class Splitter:
                 continue
             start, end = _stripped(text, start, position)
             spans = list(self._fitted(text, scrap[0] if scrap else start, end))
-            # A heading before a long paragraph would stand alone: it is cut together with what follows.
+            # A heading before a long paragraph would be alone: it is cut together with what follows.
             scrap = spans.pop() if spans[-1][2] < self._limit // 8 else None
             yield from spans
         if scrap is not None:
@@ -137,7 +139,7 @@ class Splitter:
                 return
             parts = math.ceil(tokens / self._limit)
             per_token = (stop - start) / tokens
-            goal = min(self._limit, tokens / parts * 1.05)  # no scrap at the end: 260 tokens become two of 130
+            goal = min(self._limit, tokens / parts * 1.05)  # no small rest at the end: 260 tokens become two of 130
         while start < stop:
             cut, tokens, per_token = self._next_cut(text, start, stop, goal, per_token)
             yield *_stripped(text, start, cut), tokens
@@ -174,7 +176,7 @@ class Splitter:
         return cut, tokens, min(float(_MOST_PER_TOKEN), (cut - start) / max(1, tokens) * 0.97)
 
     def _extended(self, text: str, previous: int, start: int, stop: int, tokens: int) -> tuple[int, int]:
-        """Begin a chunk up to overlap_tokens earlier, at a word, but behind the begin of the chunk before."""
+        """Begin a chunk up to overlap_tokens earlier, at a word, but after the beginning of the chunk before."""
         reach = int(self.overlap_tokens * (stop - start) / tokens)
         while reach > 0:
             begin = max(previous + 1, start - reach)
@@ -190,7 +192,7 @@ class Splitter:
         return start, tokens
 
     def _length(self, text: str) -> int:
-        """What the library sizes pieces by. Pure, so that equal pieces are cut alike wherever they stand."""
+        """Length of a piece for the library. A pure function, so that equal pieces are cut alike everywhere."""
         if len(text) > _MOST_PER_TOKEN * self._limit:
             return len(text) // _MOST_PER_TOKEN
         return self._count(text)

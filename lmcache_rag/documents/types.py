@@ -1,4 +1,4 @@
-"""What travels between loading, splitting and ingestion."""
+"""Data types of loading, splitting and ingestion."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Document:
     r"""One readable document. Equal bytes under the same name give an equal Document: no time stamp is in it.
 
     Attributes:
-        doc_id: What names the document in a store; for a file its resolved absolute path.
+        doc_id: Identifies the document in a store; for a file its resolved absolute path.
         text: The text, with line ends as ``\n``, never blank.
         content_hash: SHA-256 of the raw bytes, as 64 hex digits.
         source: Where a reader finds it; for a file its path.

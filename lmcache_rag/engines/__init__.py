@@ -1,1 +1,1 @@
-"""Engines: what computes chunk KV and answers from it."""
+"""Engines: they compute chunk KV and answer from it."""

@@ -1,6 +1,6 @@
-"""What an engine is: something that computes chunk KV once and answers prompts from it.
+"""The interface of an engine, which computes chunk KV once and answers prompts from it.
 
-Everything that travels between the prompt, the engine and the caller is a frozen dataclass from this module.
+All data between the prompt, the engine and the caller are frozen dataclasses from this module.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class EngineInfo:
         kv_bytes_per_token: Size of one token's KV over all layers, in bytes.
         can_blend: Whether chunk KV can be reused at all.
         why_not: The reason when it cannot.
-        falls_back: What an engine that cannot blend does when it is asked to: True, it answers by full prefills, and
-            the caller logs that once; False, it raises UnsupportedModelError.
+        falls_back: What an engine that cannot blend does with a request to blend: if True, it answers by full prefills,
+            and the caller logs that once; if False, it raises UnsupportedModelError.
         said_why: Whether the engine has logged that it does not blend, so that its caller need not.
     """
 
@@ -51,7 +51,7 @@ class EngineInfo:
     said_why: bool = False
 
     def fingerprint(self, prefix_ids: Sequence[int], tenant: str = "") -> str:
-        """Name everything that a chunk's KV depends on besides the chunk, as 64 hex digits."""
+        """A hash of everything that a chunk's KV depends on besides the chunk, as 64 hex digits."""
         facts = {
             "format": KV_FORMAT,
             "model": self.model,
@@ -81,7 +81,7 @@ class ChunkSpan:
 
 @dataclass(frozen=True, slots=True)
 class IngestPrompt:
-    """prefix ⧺ chunk: the prompt whose chunk part is kept as KV."""
+    """prefix ⧺ chunk: the prompt whose chunk part is stored as KV."""
 
     token_ids: tuple[int, ...]
     prefix_tokens: int
@@ -154,7 +154,7 @@ class BlendOptions:
 
 @dataclass(frozen=True, slots=True)
 class ReuseStats:
-    """What the engine really did for one request; the four token counts add up to prompt_tokens.
+    """What the engine reused and computed for one request; the four token counts add up to prompt_tokens.
 
     Attributes:
         prompt_tokens: Length of the prompt.
@@ -199,7 +199,7 @@ class ReuseStats:
 
 @dataclass(frozen=True, slots=True)
 class ChunkReuse:
-    """What was done with one chunk of a prompt; the four counts add up to its tokens.
+    """What was reused and computed of one chunk of a prompt; the four counts add up to its tokens.
 
     Attributes:
         prefix_tokens: Taken from an exact prefix hit.
@@ -234,8 +234,8 @@ class Completion:
         finish_reason: Why it ended.
         stats: What was reused.
         warnings: What the user should know.
-        missed: Which of the prompt's chunks were looked for, could have been kept, and were not there.
-        chunks: For each of the prompt's chunks, what was done with it; empty where the engine does not report it.
+        missed: The prompt's chunks that were looked up, could have been stored, and were not found.
+        chunks: Reuse of each of the prompt's chunks; empty if the engine does not report it.
     """
 
     text: str
@@ -272,7 +272,7 @@ class PrecomputeResult:
 
 @dataclass(frozen=True, slots=True)
 class ForgetResult:
-    """Whether one chunk's KV left a server; `why` is the reason where it did not."""
+    """Whether one chunk's KV was removed from a server; `why` is the reason if it was not."""
 
     key: str
     forgotten: bool
@@ -314,7 +314,7 @@ class Engine(Protocol):
 
         Args:
             prompts: The chunks.
-            stop: Once it is set, what failed is not tried again.
+            stop: Once it is set, failed chunks are not retried.
 
         Raises:
             PrecomputeError: A chunk's KV could not be computed or kept. What was yielded before is kept.
@@ -322,7 +322,7 @@ class Engine(Protocol):
         ...
 
     def missing(self, prompts: Sequence[IngestPrompt]) -> list[bool]:
-        """For each prompt, whether its KV is absent (True) as far as this engine knows."""
+        """For each prompt, whether its KV is missing (True), as far as this engine knows."""
         ...
 
     def forget(self, prompts_or_keys: Iterable[tuple[str, str]]) -> None:
@@ -360,13 +360,13 @@ class Engine(Protocol):
 
 @runtime_checkable
 class ForgetsChunks(Protocol):
-    """An engine whose KV is kept elsewhere, by what the chunks are and not by name. Others forget by Engine.forget."""
+    """An engine whose KV is stored elsewhere, by the chunks' tokens and not by key. Others forget by Engine.forget."""
 
     def forget_chunks(self, prompts: Iterable[IngestPrompt]) -> Iterator[ForgetResult]:
-        """Have each chunk's KV deleted where it is kept; yields in the order of the prompts.
+        """Delete each chunk's KV where it is stored; yields in the order of the prompts.
 
         Raises:
             EngineUnavailableError: It cannot be reached, or cannot reach its KV store.
-            EngineError: It does not let us.
+            EngineError: It rejects the request.
         """
         ...

@@ -1,4 +1,4 @@
-"""Chunk KV of one model: computed once after the shared prefix, kept in memory and on disk, verified."""
+"""Chunk KV of one model: computed once after the shared prefix, stored in memory and on disk, verified."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class ChunkCache:
         return [not self._store.has(p.fingerprint, p.key) for p in prompts]
 
     def forget(self, pairs: Iterable[tuple[str, str]]) -> None:
-        """Drop the KV of (fingerprint, key) pairs. The prefix's KV goes with the last chunk that follows it."""
+        """Drop the KV of (fingerprint, key) pairs. The prefix's KV is dropped with the last chunk that follows it."""
         pairs = list(pairs)
         self._store.forget(pairs)
         for fingerprint in dict.fromkeys(fingerprint for fingerprint, _ in pairs):
@@ -111,7 +111,7 @@ class ChunkCache:
         return [(span, kv) for span, kv in found if kv is not None and kv.tokens == span.end - span.start]
 
     def prefix(self, fingerprint: str, prefix_ids: tuple[int, ...]) -> tuple[ChunkKV, bool]:
-        """KV of the prefix, and whether it was there already. Computed once for each fingerprint.
+        """KV of the prefix, and whether it existed already. Computed once for each fingerprint.
 
         The caller holds the lock and is in inference mode.
         """
@@ -140,7 +140,7 @@ class ChunkCache:
     # -- inside -------------------------------------------------------------------------------------------------
 
     def _compute(self, prompts: list[IngestPrompt]) -> dict[str, ChunkKV]:
-        """Chunk KV after the prefix. A batch is padded on the right, where causal attention never looks."""
+        """Compute chunk KV after the prefix. A batch is padded on the right, which causal attention never reads."""
         import torch
 
         start = prompts[0].prefix_tokens
@@ -170,7 +170,8 @@ class ChunkCache:
                 }
         except RuntimeError as problem:
             raise PrecomputeError(
-                f"A chunk's KV could not be computed: {problem}", remedy="Run the command again; it goes on from here."
+                f"A chunk's KV could not be computed: {problem}",
+                remedy="Run the command again; it continues from here.",
             ) from problem
 
 
@@ -179,7 +180,7 @@ def require_blendable(info: EngineInfo) -> None:
     if not info.can_blend:
         raise UnsupportedModelError(
             f"{info.model} cannot be blended: {info.why_not}.",
-            remedy="Use another model, or go without: --no-kv for ingestion, --no-blend for questions.",
+            remedy="Use another model, or turn KV reuse off: --no-kv for ingestion, --no-blend for questions.",
         )
 
 
@@ -189,7 +190,7 @@ def require_blendable(info: EngineInfo) -> None:
 class KVStore:
     """Finds chunk KV: in memory first, then in the files. Thread-safe.
 
-    On a CPU the memory tier holds files that are mapped and checked already, so that the operating system's page
+    On a CPU the memory tier holds files that are already mapped and checked, so that the operating system's page
     cache is not copied; on a GPU it holds copies in the GPU's memory.
 
     Args:

@@ -48,8 +48,8 @@ GB = 1_000_000_000
 class EmbeddedEngine(AsyncFromStream):
     """Answers with a transformers model, on the CPU in float32 or on one GPU in bfloat16.
 
-    Chunk KV is computed after the shared prefix and kept in files below `kv_dir`; the chunks used last also in memory.
-    Safe to use from several threads; requests are computed one after another.
+    Chunk KV is computed after the shared prefix and stored in files below `kv_dir`; recently used chunks also in
+    memory. Safe to use from several threads; requests are computed one after another.
 
     Args:
         model: Folder or name, see lmcache_rag.weights.find_model; None: the default model.
@@ -58,9 +58,9 @@ class EmbeddedEngine(AsyncFromStream):
         dtype: Element type of weights and KV; None: float32 on a CPU, bfloat16 on a GPU.
         kv_budget: Most bytes of KV files.
         memory_budget: Most bytes of hot KV in memory.
-        kv_block: The prefix is padded to a multiple of so many tokens, as LMCache wants it.
+        kv_block: The prefix is padded to a multiple of this number of tokens, as LMCache requires.
         batch: Chunks computed at once at ingestion. 1 on a CPU, where more gains nothing and a chunk's KV is then the
-            same to the bit whatever is ingested beside it; 16 on a GPU.
+            same to the bit, independent of the other chunks; 16 on a GPU.
 
     Raises:
         SourceError: The model was not found.
@@ -160,7 +160,7 @@ class EmbeddedEngine(AsyncFromStream):
         return str(self._model.device)
 
     def load(self) -> None:
-        """Load the weights now rather than with the first computation, whose times would contain it."""
+        """Load the weights now, so that the times of the first computation do not include it."""
         _ = self._model.model
 
     # -- ingestion ----------------------------------------------------------------------------------------------
@@ -280,7 +280,7 @@ def check_request(info: EngineInfo, prompt: QueryPrompt, blend: BlendOptions) ->
 def fill_cache(
     model: HFModel, chunks: ChunkCache, prompt: QueryPrompt, ids: Tensor, blend: BlendOptions, *, room: int
 ) -> tuple[KVBuffer | None, dict[str, Any], dict[str, float]]:
-    """A cache with room for the prompt and `room` more tokens; what it does not hold is left to the caller.
+    """Fill a KV cache for the prompt from chunk KV, with room for `room` more tokens; the caller computes the rest.
 
     The caller holds the model's lock and is in inference mode.
 
@@ -293,7 +293,7 @@ def fill_cache(
         room: How many tokens may follow.
 
     Returns:
-        The cache, None where the model makes its own; the fields of ReuseStats that report what was done; and
+        The cache, or None if the model makes its own; the fields of ReuseStats for this prompt; and
         the milliseconds of each step.
     """
     if model.why_not:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BlendedPrefill:
-    """What a blend did. The cache holds `length` tokens; the caller computes everything from there on.
+    """The result of a blend. The cache holds `length` tokens; the caller computes everything from there on.
 
     Times in milliseconds: `load_ms` copies KV to its place, `shift_ms` rotates keys (in part while they are copied),
     `select_ms` is the policy with its pass, `recompute_ms` computes the selected tokens and the gaps. `selected` are
@@ -151,7 +151,7 @@ class _StopForward(Exception):  # noqa: N818 - not an error: ends a forward pass
 
 
 class RecomputeAttention:
-    """Recomputes the selected tokens: each sees everything before it."""
+    """Recomputes the selected tokens: each attends to everything before it."""
 
     def __init__(self, positions: Tensor) -> None:
         self._attention = PositionAttention(positions)

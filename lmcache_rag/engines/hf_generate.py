@@ -1,4 +1,4 @@
-"""Decode with transformers' own generation, streamed from a thread, after a prefill that may be ours."""
+"""Decode with transformers' own generation, streamed from a thread, from a KV cache that a blend may have filled."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class _Cancelled(StoppingCriteria):  # type: ignore[misc]
 
 @dataclass
 class Decoded:
-    """What a decode gave, complete once its iterator is exhausted."""
+    """The result of a decode, complete once its iterator is exhausted."""
 
     ids: list[int] = field(default_factory=list)
     text: str = ""
@@ -122,7 +122,7 @@ def decode(
     Args:
         model: The model.
         ids: The prompt, int64 [n].
-        prepare: Called in the thread, under the lock: returns the KV cache to go on from, or None to start afresh.
+        prepare: Called in the thread, under the lock: returns the KV cache to continue from, or None for a new one.
         sampling: How tokens are chosen.
         lock: One generation at a time.
         result: Is filled.
@@ -192,14 +192,14 @@ class PromptState:
 
     Args:
         model: The model.
-        ids: What the cache does not hold yet, int64 [n], on the model's device, n at least 1.
+        ids: Tokens that the cache does not hold yet, int64 [n], on the model's device, n at least 1.
         cache: The KV cache; None: a new one.
         lock: Held while the model computes.
-        spent: Milliseconds of what was done before, by step.
+        spent: Milliseconds of the work before, by step.
 
     Attributes:
         logits: Of the token that follows the prompt, [vocabulary], as the model gives them.
-        spent: Milliseconds by step; "suffix" is what the cache did not hold.
+        spent: Milliseconds by step; "suffix" is the computation of what the cache did not hold.
     """
 
     def __init__(

@@ -83,7 +83,7 @@ class HFModel:
         kind: torch.dtype = getattr(torch, name)
 
         def load() -> Any:
-            # Imports a lot, and a process that only retrieves never comes here.
+            # Imports much, which a process that only retrieves does not need.
             from transformers import AutoModelForCausalLM
 
             return AutoModelForCausalLM.from_pretrained(path, dtype=kind, local_files_only=True, use_safetensors=True)

@@ -45,7 +45,7 @@ class ChunkKV:
 
 
 class KVFiles:
-    """A folder of chunk KV under a byte budget; the least recently used files leave first.
+    """A folder of chunk KV under a byte budget; the least recently used files are evicted first.
 
     Files are named ``<fingerprint>/<two digits>/<key>.safetensors``. The time of last use is the file's own
     modification time, so it is shared between processes and survives them.
@@ -67,7 +67,7 @@ class KVFiles:
         return self.folder / fingerprint[:32] / key[:2] / f"{key}{_SUFFIX}"
 
     def exists(self, fingerprint: str, key: str) -> bool:
-        """Whether the file is there; not whether it is sound."""
+        """Whether the file exists; not whether it is valid."""
         return self.path(fingerprint, key).exists()
 
     def save(self, fingerprint: str, key: str, kv: ChunkKV) -> int:
@@ -99,7 +99,7 @@ class KVFiles:
 
         Raises:
             StoreCorruptError: The file is damaged or does not belong to its name.
-            StoreError: It cannot be read, at least not now.
+            StoreError: It cannot be read now.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -118,7 +118,7 @@ class KVFiles:
             raise _damaged(path, "it belongs to another chunk")
         if facts.get("checksum") != _checksum(tensors):
             raise _damaged(path, "its checksum is wrong")
-        with contextlib.suppress(OSError):  # a read-only store keeps no time of use
+        with contextlib.suppress(OSError):  # a read-only store cannot record the time of use
             os.utime(path)
         return ChunkKV(tensors["keys"], tensors["values"])
 
@@ -158,7 +158,7 @@ class KVFiles:
         assert self.budget is not None  # noqa: S101 - only called with a budget
         files = sorted(self._scan())
         total = sum(size for _, size, _ in files)
-        for _, size, path in files[:-1]:  # never the newest: it was just asked for
+        for _, size, path in files[:-1]:  # never the newest: it was just used
             if total <= self.budget * 0.95:
                 break
             path.unlink(missing_ok=True)
@@ -173,7 +173,7 @@ class KVFiles:
             )
 
     def _scan(self) -> list[tuple[float, int, Path]]:
-        """(time of last use, size, path) of every file; leftovers of dead processes are removed on the way."""
+        """(time of last use, size, path) of every file; temporary files of dead processes are removed."""
         found = []
         for path in self.folder.glob("*/*/*"):
             with contextlib.suppress(OSError):
@@ -189,7 +189,7 @@ def _readable(path: Path) -> bool:
     """Whether the file is there. Never waits: not for a writer at a pipe's other end, not for the holder of a lease.
 
     Raises:
-        StoreCorruptError: There is something else than a file.
+        StoreCorruptError: It is not a regular file.
         StoreError: It cannot be opened.
     """
     try:
@@ -233,7 +233,7 @@ def _cannot_write(path: Path, problem: Exception) -> PrecomputeError:
     full = getattr(problem, "errno", None) == errno.ENOSPC or "No space left" in str(problem)
     return PrecomputeError(
         f"The KV file {path} cannot be written: {'no space is left on the device' if full else problem}.",
-        remedy="Free space or lower --kv-budget, then run the command again: it goes on where it stopped."
+        remedy="Free space or lower --kv-budget, then run the command again: it continues where it stopped."
         if full
         else "Check that the store can be written, then run the command again.",
     )

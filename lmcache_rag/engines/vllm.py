@@ -1,4 +1,4 @@
-"""The engine that sends its prompts to vLLM servers which run our connector. It never imports vLLM."""
+"""The engine that sends its prompts to vLLM servers with our connector. It never imports vLLM."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class VLLMEngine:
     """Answers through the completions API of one or several vLLM servers that serve one model.
 
     Several servers take turns; a chunk is precomputed on one of them, chosen by its key. So they should share one
-    LMCache server, as the replicas of `serve --data-parallel-size` do: its index knows only what went through it.
-    Prompts go as token ids. KV of a tenant carries a `cache_salt`; without a tenant there is none, so that any other
-    client of the server shares the KV.
+    LMCache server, as the replicas of `serve --data-parallel-size` do: its index has only chunks that it stored.
+    Prompts are sent as token ids. Requests of a tenant carry a `cache_salt`; without a tenant there is none, so that
+    any other client of the server shares the KV.
 
     Whether the server blends is learned from its answers: `info.can_blend` is true until one shows that it does not.
     The API key, if any, comes from the environment: LMCACHE_RAG_API_KEY, or VLLM_API_KEY. The key of a user's LLM
@@ -64,11 +64,11 @@ class VLLMEngine:
         concurrency: Chunks that are precomputed at once, over all servers.
         kv_block: Tokens of an LMCache chunk; None: what the server reports, or 64.
         attempts: How often a question is tried while the server cannot be reached or is overloaded.
-        patience: The same for each chunk at ingestion.
+        patience: How often each chunk is tried at ingestion.
         backoff: Longest first wait between two tries, in seconds; it doubles from try to try.
         api_key: Of these servers; None: from the environment.
-        ingest_key: What these servers want for ingestion and forgetting, and sent with nothing else; None: from the
-            environment, LMCACHE_RAG_INGEST_KEY or LMCACHE_RAG_INGEST_KEY_FILE.
+        ingest_key: Key that these servers require for ingestion and forgetting, sent with no other request; None: from
+            the environment, LMCACHE_RAG_INGEST_KEY or LMCACHE_RAG_INGEST_KEY_FILE.
 
     Raises:
         EngineUnavailableError: A server cannot be reached.
@@ -107,7 +107,7 @@ class VLLMEngine:
             self.close()
             raise
         self._model = served.name
-        self._streams_have_stats = served.streams_have_stats  # surely
+        self._streams_have_stats = served.streams_have_stats  # known, not only possible
         self._streams_may_have_stats = served.streams_may_have_stats
         self.chat_takes_ids = served.chat_takes_ids
         self._info = EngineInfo(
@@ -133,7 +133,7 @@ class VLLMEngine:
 
     @property
     def info(self) -> EngineInfo:
-        """What this engine serves, by what is known of the server."""
+        """What this engine serves, as far as the server's answers show it."""
         if self._support.can_blend is False:
             return replace(self._info, can_blend=False, why_not=self._support.reason, said_why=True)
         return self._info
@@ -150,21 +150,21 @@ class VLLMEngine:
     ) -> Iterator[PrecomputeResult]:
         """Send each prefix ⧺ chunk once, several at a time, so that the server keeps its KV; see Engine.precompute.
 
-        Results come in the order of the prompts. KV that the server had already costs it the last tokens only.
+        Results come in the order of the prompts. For KV that it has already the server computes only the last tokens.
         """
         return self._chunks.precompute(prompts, stop=stop)
 
     def missing(self, prompts: Sequence[IngestPrompt]) -> list[bool]:
-        """For each prompt, whether this process does not know that the server has its KV.
+        """For each prompt, whether its KV is missing on the server (True), as far as this process knows.
 
-        No API reports what a server holds, and it evicts KV. So a new process assumes nothing, and `warm`
-        sends all: an exact prefix hit is cheap, and enters the chunk into the server's index again. A question whose
-        chunks were not there takes them off the list, so that they are sent again.
+        No API reports which KV a server holds, and it evicts KV. So a new process assumes nothing, and `warm`
+        sends all chunks: an exact prefix hit is cheap, and enters the chunk into the server's index again. If a
+        question does not find a chunk, it counts as missing, and is sent again.
         """
         return [prompt.key not in self._chunks.known for prompt in prompts]
 
     def forget(self, prompts_or_keys: Iterable[tuple[str, str]]) -> None:
-        """Take (fingerprint, key) pairs off the list of what the server is known to have.
+        """Count the KV of (fingerprint, key) pairs as missing on the server.
 
         Their KV stays there until LMCache evicts it; see forget_chunks.
         """
@@ -175,7 +175,7 @@ class VLLMEngine:
         """Delete the KV of these chunks on the servers, from memory and tiers; yields in the prompts' order.
 
         Call it only for chunks that no document holds any more: a server does not know which documents hold a chunk.
-        A server that cannot do it, or whose connector is not there, keeps the KV until LMCache evicts it; the result
+        A server that cannot do it, or has no connector of ours, keeps the KV until LMCache evicts it; the result
         has the reason.
 
         Raises:
@@ -185,7 +185,7 @@ class VLLMEngine:
         return self._chunks.forget(prompts)
 
     def forget_chunk(self, prompt: IngestPrompt) -> ForgetResult:
-        """The same for one chunk."""
+        """As `forget_chunks`, for one chunk."""
         [result] = self.forget_chunks([prompt])
         return result
 
@@ -198,15 +198,15 @@ class VLLMEngine:
         return self._chunks.verify(prompt)
 
     def usage(self) -> KVUsage:
-        """Only the servers' names: what they hold is not known here."""
+        """Only the servers' names: how much KV they hold is unknown."""
         return KVUsage(details={"servers": list(self._client.urls), "known": len(self._chunks.known)})
 
     # -- queries --------------------------------------------------------------------------------------------------
 
     def generate(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Completion:
-        """Answer one prompt, however long the answer takes: the timeout is for the server's silence.
+        """Answer one prompt. The timeout limits how long the server may send nothing, not the length of the answer.
 
-        Streams inside where streams carry the statistics: from vLLM 0.33 on, or where our connector runs. Elsewhere the
+        Uses a stream if streams carry the statistics: from vLLM 0.33 on, or with our connector. Otherwise the
         answer comes in one piece, and the timeout grows with its length.
 
         Raises:
@@ -279,7 +279,7 @@ class VLLMEngine:
         return self._requests.build(prompt, sampling, vllm_answer.blend_params(blend, prompt))
 
     def check(self) -> None:
-        """Check that the servers are there and still serve this model.
+        """Check that the servers can be reached and still serve this model.
 
         Raises:
             EngineUnavailableError: One cannot be reached.
@@ -322,14 +322,14 @@ class VLLMEngine:
         """The answer with the server's statistics, whichever OpenAI client received it.
 
         Args:
-            gathered: What came.
-            prompt: What was asked.
+            gathered: The answer.
+            prompt: The prompt that was sent.
             blend: How KV was to be reused.
             streamed: Whether the answer came as a stream.
             stops: Whether the request had stop strings.
 
         Raises:
-            EngineUnavailableError: The answer broke off.
+            EngineUnavailableError: The answer is incomplete.
         """
         if gathered.reason is None:
             raise EngineUnavailableError(
@@ -341,7 +341,7 @@ class VLLMEngine:
             )
         elif streamed and gathered.stats is None and not (stops or self._streams_have_stats):
             self._streams_may_have_stats = False  # the plugin is not there
-        # A stop string is found in vLLM's front end, which aborts the request: its statistics never come.
+        # vLLM's front end finds a stop string and aborts the request: its statistics are never sent.
         self._support.observe(gathered, conclusive=not stops and (self._streams_have_stats or not streamed))
         ids = tuple(gathered.ids) or tuple(self._tokenizer.encode(gathered.text, add_special_tokens=False))
         done = vllm_answer.completion(
@@ -352,7 +352,7 @@ class VLLMEngine:
             streamed=streamed,
             ids=ids,
         )
-        # Where the server could not look anything up, what it still has is unknown.
+        # If the server could not look anything up, it is unknown which KV it has.
         unsure = blend.enabled and done.stats.chunks_missed and (gathered.stats or {}).get(protocol.FAILURE)
         for index in range(len(prompt.chunks)) if unsure else done.missed:
             self._chunks.known.discard(prompt.chunks[index].key)
@@ -386,7 +386,7 @@ def _tokenizer_of(served: ServedModel, tokenizer: Any) -> tuple[Any, str, int]:
     return hf_model.open_tokenizer(path), tokenizer_digest(path), hf_model.kv_bytes_per_token(path)
 
 
-# -- requests, and what their answers show ----------------------------------------------------------------------------
+# -- requests, and what their answers reveal of the servers -----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -425,7 +425,7 @@ class BlendSupport:
 
     Attributes:
         can_blend: None until an answer shows it.
-        reason: Why not, where it is False.
+        reason: Why not, if it is False.
     """
 
     def __init__(self, model: str) -> None:
@@ -438,7 +438,7 @@ class BlendSupport:
         """Learn from an answer.
 
         Args:
-            gathered: What came.
+            gathered: The answer.
             conclusive: Whether missing statistics mean that the server makes none.
         """
         with self._lock:
@@ -446,11 +446,11 @@ class BlendSupport:
                 self.can_blend = True
             elif (conclusive or gathered.unsupported_reason) and self.can_blend is not False:
                 self.can_blend, self.reason = False, gathered.unsupported_reason or NO_CONNECTOR
-                log.warning("%s is not blended: %s. It answers as it does to any client.", self._model, self.reason)
+                log.warning("%s is not blended: %s. Prompts are computed in full.", self._model, self.reason)
 
 
 class KeySet:
-    """Keys of KV that a server had when it was last asked. Safe to use from several threads."""
+    """Keys of KV that a server had at the last request. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._keys: set[bytes] = set()  # 32 bytes each rather than 64 letters: there may be millions
@@ -466,7 +466,7 @@ class KeySet:
         self._keys.add(bytes.fromhex(key))
 
     def discard(self, key: str) -> None:
-        """Record that it is not there, or not known."""
+        """Record that this key's KV is missing, or may be."""
         self._keys.discard(bytes.fromhex(key))
 
 
@@ -475,16 +475,16 @@ class KeySet:
 
 @dataclass(frozen=True)
 class ChunkPrecomputer:
-    """Sends each prefix ⧺ chunk once and records what the servers then hold. Safe to use from several threads.
+    """Sends each prefix ⧺ chunk once and records whose KV the servers hold. Safe to use from several threads.
 
     Args:
-        client: Of the servers.
+        client: Client of the servers.
         requests: Builds the requests.
-        support: Is shown each answer.
+        support: Observes each answer.
         vllm_block: Tokens of a block of vLLM's own prefix cache.
         concurrency: Chunks sent at once.
         patience: How often each is sent at most.
-        known: Keys of the chunks whose KV the servers had when they were last asked.
+        known: Keys of the chunks whose KV the servers had at the last request.
     """
 
     client: VLLMClient
@@ -498,14 +498,14 @@ class ChunkPrecomputer:
     def precompute(
         self, prompts: Iterable[IngestPrompt], *, stop: threading.Event | None = None
     ) -> Iterator[PrecomputeResult]:
-        """See VLLMEngine.precompute. More prompts are taken than were answered: as many as are sent at once."""
+        """See VLLMEngine.precompute. Reads ahead in `prompts` by as many as are sent at once."""
         for prompt, future in self._at_once(prompts, self._send, stop or threading.Event()):
             try:
                 held = future.result()
             except LMCacheRAGError as problem:
                 raise PrecomputeError(
                     f"A chunk's KV could not be computed: {problem.message}",
-                    remedy=f"{problem.remedy} Run the command again; it goes on from here.".strip(),
+                    remedy=f"{problem.remedy} Run the command again; it continues from here.".strip(),
                 ) from problem
             self.known.add(prompt.key)
             tokens = len(prompt.chunk_ids)
@@ -529,7 +529,7 @@ class ChunkPrecomputer:
     def _at_once(
         self, prompts: Iterable[IngestPrompt], work: Callable[[IngestPrompt, threading.Event], T], stop: threading.Event
     ) -> Iterator[tuple[IngestPrompt, Future[T]]]:
-        """Do something with each prompt, several at a time; in the order of the prompts."""
+        """Run `work` on each prompt, several at a time; yields the futures in the order of the prompts."""
         source = iter(prompts)
         running: deque[tuple[IngestPrompt, Future[T]]] = deque()
         try:
@@ -540,10 +540,10 @@ class ChunkPrecomputer:
                     return
                 yield running.popleft()
         finally:
-            stop.set()  # those in flight end by themselves; they are not waited for
+            stop.set()  # requests in flight end by themselves; this does not wait for them
 
     def _forget(self, prompt: IngestPrompt, stop: threading.Event) -> str:
-        """Delete a chunk's KV on every server, each of which may hold a copy; returns why it was not, or ""."""
+        """Delete a chunk's KV on every server, since each may hold a copy; returns why it was not deleted, or ""."""
         request = self._request(prompt, {protocol.FORGET: True, protocol.MAX_OFFLOAD_TOKENS: 0})
         for home in range(len(self.client.urls)):
             try:
@@ -557,7 +557,7 @@ class ChunkPrecomputer:
         return ""
 
     def _send(self, prompt: IngestPrompt, stop: threading.Event) -> bool:
-        """Have a server compute a chunk's KV; returns whether it was there already."""
+        """Have a server compute a chunk's KV; returns whether it had the KV already."""
         response = self.client.complete(
             self._request(prompt, {protocol.INGEST: True}),
             home=_home(prompt),
@@ -592,27 +592,27 @@ def _home(prompt: IngestPrompt) -> int:
 
 
 def _kept(response: Any) -> None:
-    """Raise where the server's KV store was out of reach: it computed the prompt, but stored nothing."""
+    """Raise if the server could not reach its KV store: it computed the prompt, but stored nothing."""
     gathered = vllm_answer.Gathered()
     gathered.take(response)
     failure = (gathered.stats or {}).get("failure")
     if failure and not gathered.unsupported_reason:  # a server that cannot blend keeps exact prefixes
         raise KVNotStoredError(
-            f"the server could not reach its KV store ({failure})", remedy="Look after the LMCache server."
+            f"the server could not reach its KV store ({failure})", remedy="Check the LMCache server."
         )
 
 
 def _forgotten(response: Any) -> None:
-    """Raise where the server reports that it could not reach its KV store: another attempt may help."""
+    """Raise if the server reports that it could not reach its KV store: another attempt may help."""
     if (protocol.answer_statistics(response) or {}).get(protocol.FORGOTTEN) is False:
         raise KVNotStoredError(
             "the server could not delete a chunk's KV: its KV store did not answer",
-            remedy="Look after the LMCache server, and run the command again.",
+            remedy="Check the LMCache server, and run the command again.",
         )
 
 
 def _in_thread(work: Callable[[], T]) -> Future[T]:
-    """Run something in a daemon thread, which the end of the process does not wait for: a server may hang."""
+    """Run `work` in a daemon thread, for which the process does not wait at its end: a server may hang."""
     future: Future[T] = Future()
 
     def run() -> None:

@@ -24,8 +24,8 @@ from lmcache_rag.engines.base import (
 def blend_params(blend: BlendOptions, prompt: QueryPrompt | None = None) -> dict[str, Any]:
     """How a request reuses KV, as our connector reads it; see lmcache_rag.protocol.
 
-    The chunks' spans are sent, so that the server can copy chunks that are still in its own cache. The answer is to
-    report which spans it reused, which shows the chunks that were missing; see chunks_found.
+    The chunks' spans are sent, so that the server can copy chunks that are still in its own cache. The request asks it
+    to report which spans it reused, which reveals the missing chunks; see chunks_found.
     """
     if not blend.enabled:
         return dict(protocol.NO_BLEND)
@@ -74,7 +74,7 @@ def request(
 
 @dataclass
 class Gathered:
-    """An answer while it comes: takes the chunks of a stream, or one whole response."""
+    """Collects an answer: from the chunks of a stream, or from one whole response."""
 
     begin: float = field(default_factory=time.perf_counter)
     first: float | None = None
@@ -121,11 +121,11 @@ class Gathered:
 
 
 def already_held(gathered: Gathered, prompt: IngestPrompt, *, kv_block: int, vllm_block: int) -> bool:
-    """Whether the server had the KV of all of this prompt that it can keep, and so computed the last tokens only.
+    """Whether the server had all KV of this prompt that it can store, and so computed only the last tokens.
 
     Args:
-        gathered: What came.
-        prompt: What was sent.
+        gathered: The answer.
+        prompt: The prompt that was sent.
         kv_block: Tokens of an LMCache chunk.
         vllm_block: Tokens of a block of vLLM's own prefix cache.
     """
@@ -139,11 +139,11 @@ def already_held(gathered: Gathered, prompt: IngestPrompt, *, kv_block: int, vll
 def completion(
     gathered: Gathered, prompt: QueryPrompt, *, kv_block: int, blending: bool, streamed: bool, ids: tuple[int, ...]
 ) -> Completion:
-    """The finished answer with its statistics; what the server did not report is not made up.
+    """The finished answer with its statistics; what the server did not report counts as computed.
 
     Args:
-        gathered: What came.
-        prompt: What was asked.
+        gathered: The answer.
+        prompt: The prompt that was sent.
         kv_block: Tokens of the unit of KV reuse.
         blending: Whether the server may have blended this request.
         streamed: Whether the answer came as a stream.
@@ -166,15 +166,17 @@ def completion(
         elif blending and missed:
             warnings.append(f"The KV of {missed} chunk(s) was missing; they were computed.")
     else:
-        # cached_tokens holds what was blended beside what is exact, so it is a prefix only where nothing can be blended
+        # cached_tokens includes blended tokens, so it is the exact prefix only on servers that cannot blend
         prefix = 0 if blending else min(gathered.cached or 0, len(prompt))
         counts = {"prefix_tokens": prefix, "computed_tokens": len(prompt) - prefix}
         if reported is not None:
-            warnings.append("The server's reuse statistics make no sense, so they are left out.")
+            warnings.append("The server's reuse statistics are not consistent, so they are left out.")
         elif blending:
             how = "in a stream (vLLM 0.33 does, and older ones with our plugin)" if streamed else "for this request"
             known = "" if gathered.cached is None else f"; {gathered.cached} tokens were cached, exact or blended"
-            warnings.append(f"The server does not say what it reused {how}{known}. All tokens are counted as computed.")
+            warnings.append(
+                f"The server does not report what it reused {how}{known}. All tokens are counted as computed."
+            )
     if not streamed and len(ids) > 1:
         warnings.append("The answer came in one piece: its time to the first token is that of the whole answer.")
     stats = ReuseStats(len(prompt), ttft_ms=gathered.ttft_ms, **counts)
@@ -193,12 +195,12 @@ def _counts(reported: Mapping[str, Any], length: int) -> dict[str, Any] | None:
 
 
 def chunk_reuse(prompt: QueryPrompt, stats: ReuseStats, spans: Any) -> tuple[ChunkReuse, ...]:
-    """What was done with each chunk; empty where it does not follow from the server's statistics.
+    """Reuse of each chunk; empty if it cannot be derived from the server's statistics.
 
     A server reports where it placed KV, and how many of those tokens it recomputed in all, but not which.
 
     Args:
-        prompt: What was asked.
+        prompt: The prompt that was sent.
         stats: The counts.
         spans: The placed parts of the prompt as [start, end] pairs; None: not reported.
     """
@@ -217,16 +219,16 @@ def chunk_reuse(prompt: QueryPrompt, stats: ReuseStats, spans: Any) -> tuple[Chu
 
 
 def kept_tokens(span: ChunkSpan, kv_block: int) -> int:
-    """Tokens of a chunk that a server can keep: whole blocks."""
+    """Tokens of a chunk that a server can store: whole blocks."""
     return (span.end - span.start) // kv_block * kv_block
 
 
 def chunks_found(prompt: QueryPrompt, reported: Mapping[str, Any], kv_block: int) -> list[bool] | None:
-    """For each chunk, whether its KV was found; None where it does not follow from the server's statistics.
+    """For each chunk, whether its KV was found; None if it cannot be derived from the server's statistics.
 
     `spans`, the placed parts of the prompt as [start, end] pairs, answer this; a server sends them on request.
-    Without them there are token counts only: all that can be kept was found, or nothing. A chunk shorter than a block
-    is never kept and so never found.
+    Without them there are only token counts, which show no more than whether all or none of the chunks were found. A
+    chunk shorter than a block is never stored and so never found.
     """
     keep = [kept_tokens(span, kv_block) for span in prompt.chunks]
     exact = int(reported["prefix_tokens"])

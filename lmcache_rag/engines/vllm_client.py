@@ -34,8 +34,8 @@ STREAMS_WITH_STATS = (0, 33)  # first vLLM whose streams carry kv_transfer_param
 CHAT_TAKES_IDS = (0, 32)  # first whose chat completions take kv_transfer_params.prompt_token_ids
 CONNECT_SECONDS = 5.0
 LONGEST_WAIT_S = 20.0  # between two attempts
-# An answer in one piece is waited for as long as a server may take that gives so many tokens in each timeout: one a
-# second, with the usual 120 s. A stream is waited for from part to part.
+# The timeout of an answer in one piece grows by one timeout for this many tokens: one token per
+# second, with the default of 120 s. In a stream the timeout applies to each part.
 TOKENS_IN_TIMEOUT = 120
 _STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 _PROBE = "The KV cache of 12,345 tokens: naïve façade, 日本語.\n\n  def f(x): return x"
@@ -49,7 +49,7 @@ class ModelCard:
     Attributes:
         name: Its name in requests.
         root: Hugging Face name or folder from which the server loaded it.
-        context_length: Longest prompt and answer together, in tokens; 0 where the server does not say.
+        context_length: Longest prompt and answer together, in tokens; 0 if the server does not report it.
         adapter: Whether it is an adapter of another model.
     """
 
@@ -70,9 +70,9 @@ class ServedModel:
         streams_have_stats: Whether its streams carry reuse statistics.
         streams_may_have_stats: Whether they do if our plugin is loaded there, as it is where our connector runs.
         chat_takes_ids: Whether its chat completions take token ids.
-        chunk: Tokens of an LMCache chunk; 0 where the server does not say.
-        block: Tokens of a block of vLLM's own prefix cache; 0 where the server does not say.
-        local: Folder on this machine that the user named for it; "" where there is none.
+        chunk: Tokens of an LMCache chunk; 0 if the server does not report it.
+        block: Tokens of a block of vLLM's own prefix cache; 0 if the server does not report it.
+        local: Folder on this machine that the user named for it; "" if none.
     """
 
     name: str
@@ -97,7 +97,7 @@ def server_urls(urls: str | Sequence[str]) -> tuple[str, ...]:
     for url in parts or [""]:
         if not re.fullmatch(r"https?://[^\s/?#]+(/[^\s?#]*)?", url):
             raise ConfigError(
-                f"{url!r} is no URL of a server.",
+                f"{url!r} is not the URL of a server.",
                 remedy="Write for example http://localhost:8000; several with commas between them.",
             )
     return tuple(dict.fromkeys(parts))
@@ -120,7 +120,7 @@ class _Wait:
 class VLLMClient:
     """Client of one or several vLLM servers that serve the same model. Use it as a context manager.
 
-    Safe to use from several threads and event loops. Sync and async requests take the same course, see `_course`.
+    Safe to use from several threads and event loops. Sync and async requests run the same steps, see `_steps`.
 
     Args:
         urls: The servers, for example "http://localhost:8000"; a text with commas, or a list.
@@ -132,7 +132,7 @@ class VLLMClient:
         verify: Whether to check the servers' certificates.
 
     Raises:
-        ConfigError: A URL is none.
+        ConfigError: A URL is not valid.
     """
 
     def __init__(
@@ -200,22 +200,23 @@ class VLLMClient:
 
         Args:
             request: Arguments of completions.create.
-            home: Index of the server to ask first; None: they take turns. An attempt after a failure goes to the next.
-            attempts: Other than the client's number of attempts.
+            home: Index of the server to use first; None: round robin. After a failure the next attempt uses the next
+                server.
+            attempts: Number of attempts; None: the client's.
             stop: Ends the waiting between attempts, and the attempts.
             check: Called with the response; what it raises may lead to another attempt.
-            ingest: Whether the request ingests or forgets, for which a server may want the ingest key.
+            ingest: Whether the request ingests or forgets, for which a server may require the ingest key.
             only: Send every attempt to `home`.
 
         Raises:
             LMCacheRAGError: See `translated`.
         """
-        course = self._course(request, home, attempts or self._attempts, stop, check, ingest=ingest, only=only)
-        return self._run(course, request, ingest=ingest, sleep=stop.wait if stop is not None else time.sleep)
+        steps = self._steps(request, home, attempts or self._attempts, stop, check, ingest=ingest, only=only)
+        return self._run(steps, request, ingest=ingest, sleep=stop.wait if stop is not None else time.sleep)
 
     @contextmanager
     def streaming(self, request: dict[str, Any]) -> Iterator[Iterator[Any]]:
-        """The chunks of a streamed completion. Leaving closes the connection, and so stops the computation."""
+        """The chunks of a streamed completion. Leaving the block closes the connection and stops the computation."""
         with translate_errors("The server", self.timeout):
             stream = self.complete(request | _STREAM)
             try:
@@ -238,7 +239,7 @@ class VLLMClient:
                 finally:
                     await stream.close()
 
-    def _course(
+    def _steps(
         self,
         request: dict[str, Any],
         home: int | None,
@@ -249,7 +250,7 @@ class VLLMClient:
         ingest: bool,
         only: bool,
     ) -> Generator[_Send | _Wait, Any, Any]:
-        """The course of a request, for sync and async callers: which server is asked, when again, what errors mean.
+        """The steps of a request, for sync and async callers: which server, when to retry, how to translate errors.
 
         Does no I/O itself. Yields each step; is sent a response, or thrown the error of a step; returns the response.
         """
@@ -266,12 +267,12 @@ class VLLMClient:
                     raise_translated(problem, url, seconds, ingest=ingest)
                 log.debug("%s: another attempt follows: %s", url, problem)
             longest = min(LONGEST_WAIT_S, self._backoff * 2 ** (attempt - 1))
-            yield _Wait(random.uniform(0, longest))  # noqa: S311 - no secret: clients shall not come all at once
+            yield _Wait(random.uniform(0, longest))  # noqa: S311 - not a secret: spreads the retries of many clients
         raise AssertionError("the attempts end with a response or an error")
 
     def _run(
         self,
-        course: Generator[_Send | _Wait, Any, Any],
+        steps: Generator[_Send | _Wait, Any, Any],
         request: dict[str, Any],
         *,
         ingest: bool,
@@ -284,30 +285,30 @@ class VLLMClient:
                 return sleep(step.seconds)
             return self._client(step.url, ingest=ingest).completions.create(**request, timeout=limits)
 
-        step = next(course)
+        step = next(steps)
         while True:
             try:
                 outcome = take(step)
             except Exception as problem:
-                step = course.throw(problem)
+                step = steps.throw(problem)
                 continue
             try:
-                step = course.send(outcome)
+                step = steps.send(outcome)
             except StopIteration as ended:
                 return ended.value
 
     async def _arun(
-        self, course: Generator[_Send | _Wait, Any, Any], take: Callable[[_Send | _Wait], Awaitable[Any]]
+        self, steps: Generator[_Send | _Wait, Any, Any], take: Callable[[_Send | _Wait], Awaitable[Any]]
     ) -> Any:
-        step = next(course)
+        step = next(steps)
         while True:
             try:
                 outcome = await take(step)
             except Exception as problem:
-                step = course.throw(problem)
+                step = steps.throw(problem)
                 continue
             try:
-                step = course.send(outcome)
+                step = steps.send(outcome)
             except StopIteration as ended:
                 return ended.value
 
@@ -326,7 +327,7 @@ class VLLMClient:
                 return await client.completions.create(**request, timeout=limits)
 
             yield await self._arun(
-                self._course(request, None, self._attempts, None, None, ingest=False, only=False), take
+                self._steps(request, None, self._attempts, None, None, ingest=False, only=False), take
             )
 
     def _order(self, home: int | None, *, only: bool = False) -> Iterator[str]:
@@ -336,7 +337,7 @@ class VLLMClient:
         return itertools.islice(itertools.cycle(self.urls), start % len(self.urls), None)
 
     def _seconds(self, request: dict[str, Any]) -> float:
-        """Longest silence that a request is waited for."""
+        """The request's timeout, in seconds."""
         tokens = 1 if request.get("stream") else int(request.get("max_tokens") or 1)
         return self.timeout * (1 + (tokens - 1) / TOKENS_IN_TIMEOUT)
 
@@ -347,7 +348,7 @@ class VLLMClient:
 
         Raises:
             EngineUnavailableError: It cannot be reached.
-            EngineError: It is no OpenAI server.
+            EngineError: It is not an OpenAI server.
         """
         url = url or self.url
         with translate_errors(url, self.timeout):
@@ -385,7 +386,7 @@ class VLLMClient:
             wanted: If given, it must be the model's name or root, or a folder here whose name they end with.
 
         Raises:
-            EngineError: A server serves another model than wanted, or than the first server, or is no vLLM.
+            EngineError: A server serves another model than wanted, or than the first server, or is not vLLM.
             EngineUnavailableError: It cannot be reached.
         """
         first, *others = [self._served(url, wanted) for url in self.urls]
@@ -408,7 +409,7 @@ class VLLMClient:
             streams_may_have_stats=all(each.streams_may_have_stats for each in every),
             chat_takes_ids=all(each.chat_takes_ids for each in every),
             chunk=max(each.chunk for each in every),
-            # Where they differ, the smaller: a chunk that is held may then count as missing, and is sent once more.
+            # If they differ, the smaller: a stored chunk may then count as missing, and is sent once more.
             block=min(each.block for each in every),
         )
 
@@ -443,10 +444,10 @@ class VLLMClient:
         )
 
     def check_tokenizer(self, model: str, tokenizer: Any) -> None:
-        """Check that the servers tokenize as this tokenizer does, where they have an endpoint for that.
+        """Check that the servers tokenize as this tokenizer does, if they have an endpoint for that.
 
         Raises:
-            EngineError: One does not: prompts would mean something else over there.
+            EngineError: One does not: it would read other text from the prompts' token ids.
         """
         body = {"model": model, "prompt": _PROBE, "add_special_tokens": False}
         expected = list(tokenizer(_PROBE, add_special_tokens=False)["input_ids"])
@@ -459,13 +460,13 @@ class VLLMClient:
                 )
 
     def version(self, url: str = "") -> str:
-        """VLLM's version on a server, the first one by default; "" where it does not say."""
+        """VLLM's version on a server, the first one by default; "" if it does not report it."""
         url = url or self.url
         answer = _optional_json(partial(self._client(url).get, f"{url}/version", cast_to=str))
         return str(answer.get("version", ""))
 
     def metrics(self, url: str = "") -> str:
-        """The Prometheus page of a server, the first one by default; "" where there is none."""
+        """The Prometheus page of a server, the first one by default; "" if it has none."""
         url = url or self.url
         return _optional(partial(self._client(url).get, f"{url}/metrics", cast_to=str)) or ""
 
@@ -498,7 +499,7 @@ class VLLMClient:
 
     @cached_property
     def _options(self) -> dict[str, Any]:
-        key = self._api_key or api_key() or "none"  # the client will not do without
+        key = self._api_key or api_key() or "none"  # the client requires one
         return {"api_key": key, "max_retries": 0, "timeout": self._limits}
 
     @cached_property
@@ -519,7 +520,7 @@ class VLLMClient:
 
 
 def vllm_block(metrics: str) -> int:
-    """Tokens of a block of vLLM's prefix cache, by the text of its /metrics; 0 when it does not say."""
+    """Tokens of a block of vLLM's prefix cache, by the text of its /metrics; 0 if it is not there."""
     found = re.search(r'^vllm:cache_config_info\{(?:[^}]*,)?block_size="(\d+)"', metrics, re.MULTILINE)
     return int(found[1]) if found else 0
 
@@ -529,16 +530,16 @@ def _matches(wanted: str, local: Path | None, names: Sequence[str]) -> bool:
 
 
 def _optional(ask: Callable[[], str]) -> str | None:
-    """Ask for a page that a server need not have; None where it fails."""
+    """Request a page that a server need not have; None if that fails."""
     try:
         return ask()
-    except Exception as problem:  # what it is shows as soon as it matters
+    except Exception as problem:  # a real problem shows in the next request that matters
         log.debug("%s: %s", type(problem).__name__, problem)
         return None
 
 
 def _optional_json(ask: Callable[[], str]) -> dict[str, Any]:
-    """The same for a JSON object; empty where it fails."""
+    """As `_optional`, for a JSON object; empty if that fails."""
     try:
         answer = json.loads(_optional(ask) or "null")
     except ValueError:
@@ -559,7 +560,7 @@ class KVNotStoredError(EngineError):
 
 @contextmanager
 def translate_errors(url: str, timeout: float) -> Iterator[None]:
-    """Translate the openai client's errors to ours; others pass."""
+    """Translate the openai client's errors to ours; other errors pass unchanged."""
     try:
         yield
     except Exception as problem:
@@ -567,7 +568,7 @@ def translate_errors(url: str, timeout: float) -> Iterator[None]:
 
 
 def raise_translated(problem: Exception, url: str, timeout: float, *, ingest: bool = False) -> NoReturn:
-    """Raise our error for a problem, or the problem itself where the server did not cause it."""
+    """Raise our error for a problem, or the problem itself if the server did not cause it."""
     ours = translated(problem, url, timeout, ingest=ingest)
     if ours is None:
         raise problem
@@ -575,13 +576,13 @@ def raise_translated(problem: Exception, url: str, timeout: float, *, ingest: bo
 
 
 def translated(problem: Exception, url: str, timeout: float, *, ingest: bool = False) -> LMCacheRAGError | None:
-    """Our error for a problem of the openai client; None where the server did not cause it.
+    """Our error for a problem of the openai client; None if the server did not cause it.
 
     Args:
         problem: The problem.
         url: The server.
-        timeout: How long it was waited for, in seconds.
-        ingest: Whether the request was one for which a server may want the ingest key.
+        timeout: The timeout that applied, in seconds.
+        ingest: Whether the request was one for which a server may require the ingest key.
     """
     import openai
 
@@ -606,7 +607,7 @@ def translated(problem: Exception, url: str, timeout: float, *, ingest: bool = F
     if isinstance(problem, openai.NotFoundError):
         return EngineError(
             f"{url} does not know this request: {reason}",
-            remedy="See what it serves now; a vLLM server's URL has the form http://host:8000.",
+            remedy="Check which model it serves now; a vLLM server's URL has the form http://host:8000.",
         )
     if isinstance(problem, openai.BadRequestError):
         if _TOO_LONG.search(reason):
@@ -620,7 +621,7 @@ def translated(problem: Exception, url: str, timeout: float, *, ingest: bool = F
 
 
 def is_retryable(problem: BaseException) -> bool:
-    """Whether another attempt may help. A server that accepts a request and sends nothing is not asked again."""
+    """Whether another attempt may help. A request to a server that accepts it and sends nothing is not retried."""
     import openai
 
     if isinstance(problem, KVNotStoredError):

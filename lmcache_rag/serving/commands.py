@@ -1,4 +1,4 @@
-"""What to run: LMCache's blend server, and vLLM with our connector, each with every flag and its environment."""
+"""The command lines of LMCache's blend server and of vLLM with our connector, with every flag and environment."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lmcache_rag.protocol import DEFAULT_POLICY, DEFAULT_RATIO, LMCACHE_CHUNK, V
 from lmcache_rag.serving.tiers import OPTION, placeholders, second_tier, variables
 
 PLUGIN = "lmcache_rag"
-FILLS_IN = "lmcache_rag.serving.lmcache_server"  # LMCache's own program, which knows nothing of placeholders, in this
+FILLS_IN = "lmcache_rag.serving.lmcache_server"  # runs LMCache's own program, with placeholders filled in
 CONNECTOR = {
     "kv_connector": "CacheBlendConnector",
     "kv_connector_module_path": "lmcache_rag.connector.connector",
@@ -30,8 +30,8 @@ CONNECTOR = {
     "kv_load_failure_policy": "recompute",  # vLLM's own default ends the request
 }
 MOST_BATCHED_TOKENS = 8192  # a pass over a whole prompt of usual length fits into one
-MOST_GRAPH_TOKENS = 2048  # a blend's longest piece: launched kernel by kernel, several ranks wait for the host
-GPU_SHARE = 0.85  # LMCache's server needs memory of its own on the GPU
+MOST_GRAPH_TOKENS = 2048  # a blend's longest piece: launched kernel by kernel, several ranks would wait for the CPU
+GPU_SHARE = 0.85  # LMCache's server needs GPU memory too
 HOST, PORT = "127.0.0.1", 8000
 WAIT_S, HEARTBEAT_S = 60, 5  # LMCache's own defaults let vLLM wait for minutes
 L1_GB, L1_SHARE = 20.0, 0.4
@@ -98,21 +98,21 @@ class ServeOptions:
 
     Attributes:
         model: Folder or Hugging Face name.
-        vllm: Options for vLLM as they stand; they win over ours.
-        host: Where vLLM listens; None: by its own file of options, or 127.0.0.1.
-        port: Where vLLM listens; None: by its own file of options, or 8000.
+        vllm: Options passed on to vLLM; they override ours.
+        host: Host on which vLLM listens; None: by its own file of options, or 127.0.0.1.
+        port: Port on which vLLM listens; None: by its own file of options, or 8000.
         policy: Recompute policy where a request names none.
         ratio: Share of the cached tokens to recompute.
         l1_gb: Gigabytes of CPU memory for KV; None: 20, or 40% of the machine's memory where that is less.
         l2: Second tiers: a folder, redis://host:port, or LMCache's JSON.
         chunk_size: Tokens of an LMCache chunk.
-        lmcache_port: Where LMCache listens for vLLM.
-        lmcache_http_port: Where LMCache listens for health checks.
+        lmcache_port: Port on which LMCache listens for vLLM.
+        lmcache_http_port: Port on which LMCache listens for health checks.
         step_tokens: Most tokens that blends compute in a step while other requests run; None: the connector's default.
-        connector: More keys of kv_connector_extra_config, as KEY=VALUE; they win over what we set.
-        keeps: What KV LMCache stores and indexes.
+        connector: More keys of kv_connector_extra_config, as KEY=VALUE; they override ours.
+        keeps: Which KV LMCache stores and indexes.
         prefix_tokens: First tokens by which prompts of clients that name no prefix share KV; None: one chunk.
-        secret_file: File with the secret that KV is kept under; None: by the environment, or with second tiers one in
+        secret_file: File with the secret that KV is stored under; None: by the environment, or with second tiers one in
             the user's state folder, or a new secret for each start.
         ingest_key_file: File of the key that ingesting and forgetting need; None: they need none.
     """
@@ -138,7 +138,7 @@ class ServeOptions:
 
 @dataclass(frozen=True)
 class Commands:
-    """Two commands and where their servers answer.
+    """Two commands, and the addresses of their servers.
 
     Attributes:
         lmcache: Arguments of ``lmcache``.
@@ -146,9 +146,9 @@ class Commands:
         environment: Variables for vLLM on top of the present ones.
         url: vLLM's address as seen from this machine.
         lmcache_url: LMCache's address for health checks.
-        api_key: Key that vLLM asks for, or "".
+        api_key: Key that vLLM requires, or "".
         blends: Whether vLLM is started with our connector.
-        note: What the user should know of these commands; may be empty.
+        note: A note on these commands for the user; may be empty.
         l1_gb: Gigabytes of CPU memory for KV.
         secret_file: File with the secret of both; None: vLLM finds it in its environment, or draws one.
     """
@@ -192,7 +192,7 @@ class Commands:
 
 
 def commands(options: ServeOptions, environment: Mapping[str, str] | None = None) -> Commands:
-    """Work out both commands.
+    """Build both commands.
 
     Args:
         options: The user's options.
@@ -207,12 +207,12 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
     _check_chunk(options, vllm_args)
     if name := vllm_args.dotted(_TRANSFER):
         raise ConfigError(
-            f"{name}: vLLM would put parts of --kv-transfer-config in the place of ours, not into it.",
+            f"{name}: vLLM would replace our --kv-transfer-config by these parts, not merge them.",
             remedy="Give a key of kv_connector_extra_config as --connector KEY=VALUE, or all of --kv-transfer-config.",
         )
     host, port = _place(options, vllm_args)
     if not port.isdigit():
-        raise ConfigError(f"--port {port!r} is no number.", remedy=f"For example --port {PORT}.")
+        raise ConfigError(f"--port {port!r} is not a number.", remedy=f"For example --port {PORT}.")
     l1_gb = _default_l1_gb() if options.l1_gb is None else options.l1_gb
     if l1_gb <= 0:
         remedy = "Gigabytes of CPU memory, for example --l1-gb 20."
@@ -287,7 +287,7 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
 
 
 def _ingest_key_file(path: Path, vllm_args: VLLMArgs) -> str:
-    read_ingest_key(path)  # complains now, rather than in vLLM's log
+    read_ingest_key(path)  # fails now, rather than in vLLM's log
     if vllm_args.has(_TRANSFER):
         raise ConfigError(
             "--ingest-key-file has no effect with a --kv-transfer-config of your own.",
@@ -303,7 +303,7 @@ def _server_config(options: ServeOptions) -> dict[str, Any]:
 
 
 def _place(options: ServeOptions, vllm_args: VLLMArgs) -> tuple[str, str]:
-    """Where vLLM listens: by its own options on the command line, by ours, by its file, by default."""
+    """Host and port of vLLM: from its options on the command line, ours, its file, or the defaults."""
     found = []
     for name, ours, usual in (("--host", options.host, HOST), ("--port", options.port, PORT)):
         own = "" if ours is not None and not vllm_args.on_line(name) else vllm_args.value(name)
@@ -312,7 +312,7 @@ def _place(options: ServeOptions, vllm_args: VLLMArgs) -> tuple[str, str]:
 
 
 def _checked(settings: tuple[str, ...]) -> dict[str, Any]:
-    """Keys and values of KEY=VALUE texts, those of the connector's own keys checked as it does at its start."""
+    """Keys and values of KEY=VALUE texts; the connector's keys are validated as at its start."""
     from lmcache_rag.connector.config import ConnectorOptions
 
     found: dict[str, Any] = {}
@@ -356,7 +356,7 @@ def _check_secrets(vllm_args: VLLMArgs) -> None:
 
 
 def _secret_file(options: ServeOptions, environment: Mapping[str, str]) -> Path | None:
-    """Where the secret is. With a second tier it must outlive vLLM, or nothing there would be found again."""
+    """The secret's file. With a second tier the secret must outlive vLLM, or KV there would not be found again."""
     if options.secret_file is not None:
         return options.secret_file.expanduser().absolute()
     if named := environment.get(FILE_VARIABLE):
@@ -405,7 +405,7 @@ def _default_l1_gb() -> float:
 
 
 class VLLMArgs:
-    """Options of vLLM by name. It takes --a-b, --a_b and --a-b=value; the command line wins over its file.
+    """Options of vLLM by name. It takes --a-b, --a_b and --a-b=value; the command line overrides its file.
 
     Args:
         words: The command line after the model.
@@ -463,7 +463,7 @@ def _has(known: Mapping[str, str], name: str) -> bool:
 
 
 def _dashes(name: str) -> str:
-    """As vLLM does, up to the first dot."""
+    """Replace underscores by dashes up to the first dot, as vLLM does."""
     head, dot, rest = name.partition(".")
     return head.replace("_", "-") + dot + rest
 
@@ -474,7 +474,7 @@ def _read(file: str) -> dict[str, str]:
 
     remedy = "vLLM takes a YAML file with one option a line, such as `max-model-len: 8192`."
     if not file.endswith((".yaml", ".yml")):
-        raise ConfigError(f"--config {file} is no .yaml or .yml.", remedy=remedy)
+        raise ConfigError(f"--config {file} is not a .yaml or .yml file.", remedy=remedy)
     try:
         found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as problem:
@@ -493,13 +493,13 @@ def _word(value: Any) -> str:
 
 
 def lmcache_environment(environment: Mapping[str, str], tiers: Sequence[str] = ()) -> dict[str, str]:
-    """The environment of LMCache: what it needs, and no passwords of others.
+    """The environment of LMCache: the variables that it needs, and no passwords for other programs.
 
-    Any client of LMCache's HTTP port can have it show its environment.
+    Any client of LMCache's HTTP port can read its environment.
 
     Args:
         environment: All variables.
-        tiers: LMCache's JSON of each second tier; some need variables of their own, and any may name some.
+        tiers: LMCache's JSON of each second tier; some kinds need certain variables, and any may name some.
     """
     kinds = {str(json.loads(tier).get("type")) for tier in tiers}
     prefixes = (*_LMCACHE_PREFIXES, *(prefix for kind in kinds for prefix in _PREFIXES_BY_TIER.get(kind, ())))

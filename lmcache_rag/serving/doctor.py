@@ -1,6 +1,6 @@
-"""Every check of `lmcache-rag doctor`, in order: this machine, running servers, and a live round trip.
+"""The checks of `lmcache-rag doctor`, in order: this machine, running servers, and a live round trip.
 
-The round trip precomputes random chunks behind a prefix and then queries them in another order.
+The round trip precomputes random chunks after a prefix and then queries them in another order.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ IDS = range(300, 15000)  # ids of plain text in the usual vocabularies; none of 
 CHUNKS = 3
 BLOCKS = (4, 3, 2)  # LMCache chunks in each of ours
 ANSWER = 16
-TOP = 5  # log-probabilities asked for with each token
-ATTEMPTS, PAUSE_S = 5, 1.0  # LMCache indexes what it stored a moment later
+TOP = 5  # log-probabilities requested with each token
+ATTEMPTS, PAUSE_S = 5, 1.0  # LMCache indexes stored KV with a short delay
 
 
 def examine(
@@ -62,7 +62,7 @@ def examine(
         ingest_key: Its key for ingestion, or "".
 
     Raises:
-        ConfigError: An address has no meaning.
+        ConfigError: An address is not valid.
     """
     here = not url or _host(url) in LOOPBACK
     if here:
@@ -102,7 +102,7 @@ def _host(url: str) -> str:
     except ValueError:
         host = None
     if host is None or parts.scheme not in ("http", "https"):
-        raise ConfigError(f"{url!r} is no address of a server.", remedy="For example http://127.0.0.1:8000.")
+        raise ConfigError(f"{url!r} is not the address of a server.", remedy="For example http://127.0.0.1:8000.")
     return host
 
 
@@ -110,11 +110,11 @@ def _host(url: str) -> str:
 
 
 def lmcache_checks(url: str, *, needed: bool) -> tuple[list[Check], dict[str, Any]]:
-    """LMCache's server: (checks, its status; empty when it does not answer).
+    """Check LMCache's server: returns (checks, its status; empty if it does not answer).
 
     Args:
         url: Its HTTP address.
-        needed: Whether it is a fault when it does not answer.
+        needed: Whether it is a failure if it does not answer.
     """
     if not answers(url, "/healthcheck"):
         remedy = "lmcache-rag serve MODEL starts it. On another machine or port: --lmcache-url."
@@ -167,22 +167,20 @@ def index_check(metrics: str) -> Check:
         for name in (protocol.INDEX_ENTRIES, protocol.INDEX_ASKED, protocol.INDEX_FOUND, protocol.INDEX_SIZE)
     )
     if entries is None:
-        return Check("Chunk index", "skipped", "LMCache's /metrics does not say")
+        return Check("Chunk index", "skipped", "LMCache's /metrics does not report it")
     result = f"{entries:,} chunks" + (f" of at most {size:,}" if size else "")
     if asked:
         result += f"; {found or 0:,} of {asked:,} chunks of prompts were found"
     if size and entries >= NEARLY_FULL * size:
-        remedy = (
-            "New chunks take the place of those that were not used for longest: serve --index-size gives room for more."
-        )
+        remedy = "New chunks replace the least recently used ones: serve --index-size makes room for more."
         return Check("Chunk index", "warning", f"{result}: it is nearly full", remedy)
     return Check("Chunk index", "ok", result)
 
 
 def rank_checks(status: dict[str, Any]) -> list[Check]:
-    """Whether all tensor-parallel ranks of each vLLM are registered; nothing where no vLLM has several.
+    """Check that all tensor-parallel ranks of each vLLM are registered; no check if no vLLM has several.
 
-    Without one of them every prompt is computed in full on all: no rank may blend alone.
+    If one is missing, every prompt is computed in full on all ranks: no rank may blend alone.
     """
     sizes: Counter[tuple[str, int]] = Counter()
     for one in (status.get("cache_context_meta") or {}).values():
@@ -201,10 +199,10 @@ def rank_checks(status: dict[str, Any]) -> list[Check]:
 
 
 def get_json(url: str, path: str) -> dict[str, Any] | None:
-    """A JSON document from an LMCache server; None when it does not answer as it should.
+    """A JSON document from an LMCache server; None if there is no valid answer.
 
     Raises:
-        EngineError: It asks for a key.
+        EngineError: It requires a key.
     """
     try:
         response = httpx.get(
@@ -215,7 +213,7 @@ def get_json(url: str, path: str) -> dict[str, Any] | None:
             headers=lmcache_headers(url),
         )
         if response.status_code in (401, 403):
-            raise EngineError(f"{url}{path} asks for a key.", remedy=LMCACHE_KEY_REMEDY)
+            raise EngineError(f"{url}{path} requires a key.", remedy=LMCACHE_KEY_REMEDY)
         document = response.raise_for_status().json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return None
@@ -223,7 +221,7 @@ def get_json(url: str, path: str) -> dict[str, Any] | None:
 
 
 def get_text(url: str, path: str) -> str:
-    """A page of an LMCache server; "" when it does not answer as it should."""
+    """A page of an LMCache server; "" if there is no valid answer."""
     headers = lmcache_headers(url)
     try:
         response = httpx.get(url + path, timeout=PAGE_SECONDS, verify=False, trust_env=False, headers=headers)  # noqa: S501
@@ -242,11 +240,11 @@ def answers(url: str, path: str) -> bool:
 
 
 def vllm_checks(server: VLLMClient, here: str = "") -> tuple[list[Check], ModelCard | None]:
-    """The vLLM server: (checks, what it serves).
+    """Check the vLLM server: returns (checks, its model).
 
     Args:
-        server: To ask.
-        here: Version of vLLM in this environment, "" where it does not matter.
+        server: Client of the server.
+        here: Version of vLLM in this environment, "" if it does not matter.
     """
     try:
         served = server.first_model()
@@ -269,11 +267,11 @@ def chunk_size(server: VLLMClient, status: dict[str, Any]) -> int:
 
 
 def chunk_and_block(server: VLLMClient, status: dict[str, Any]) -> Check:
-    """LMCache's chunk against vLLM's block."""
+    """Check LMCache's chunk size against vLLM's block size."""
     chunk = chunk_size(server, status)
     block = vllm_block(server.metrics())
     if not chunk or not block:
-        return Check("Chunk and block", "skipped", "the servers do not say")
+        return Check("Chunk and block", "skipped", "the servers do not report it")
     result = f"chunks of {chunk} tokens, blocks of {block}"
     if chunk % block == 0:
         return Check("Chunk and block", "ok", result)
@@ -281,7 +279,7 @@ def chunk_and_block(server: VLLMClient, status: dict[str, Any]) -> Check:
 
 
 def round_trip_checks(server: VLLMClient, served: ModelCard, status: dict[str, Any]) -> list[Check]:
-    """The round trip."""
+    """Run the round trip and judge it."""
     before = hit_tokens(server.metrics())
     try:
         outcome = round_trip(server, served, chunk_size(server, status) or LMCACHE_CHUNK)
@@ -292,7 +290,7 @@ def round_trip_checks(server: VLLMClient, served: ModelCard, status: dict[str, A
 
 
 def counter_check(server: VLLMClient, before: int | None) -> Check:
-    """Whether the hits of a round trip show on /metrics, where they appear a moment after the answer."""
+    """Check that the hits of a round trip appear on /metrics, which happens shortly after the answer."""
     if before is None:
         return Check("Hit counters", "skipped", "the server has none; vLLM's --disable-log-stats turns them off")
     until = time.monotonic() + COUNTED_S
@@ -301,11 +299,13 @@ def counter_check(server: VLLMClient, before: int | None) -> Check:
     result = f"{after - before:,} tokens more on /metrics"
     if after > before:
         return Check("Hit counters", "ok", result)
-    return Check("Hit counters", "failed", result, "Are several servers behind this address? Ask each by its own.")
+    return Check(
+        "Hit counters", "failed", result, "Do several servers share this address? Check each by its own address."
+    )
 
 
 def judge(outcome: Outcome) -> Iterator[Check]:
-    """The checks that follow from a round trip."""
+    """The checks that result from a round trip."""
     found = outcome.reused
     if found is None:
         remedy = "Start vLLM by lmcache-rag serve, or with the --kv-transfer-config of its --dry-run."
@@ -339,7 +339,7 @@ def judge(outcome: Outcome) -> Iterator[Check]:
         return
     result = f"{outcome.same} of {outcome.compared} tokens equal a run without reuse"
     if outcome.near_tie and outcome.same < outcome.compared:
-        result += "; the first difference is a tie but for rounding"
+        result += "; at the first difference both tokens are equally likely within rounding"
     remedy = "" if outcome.agrees else "Answers may be wrong. Set lmcache_rag.blend to off and report this, please."
     yield Check("Ratio 1", "ok" if outcome.agrees else "failed", result, remedy)
 
@@ -352,13 +352,13 @@ def self_check(found: Mapping[str, Any]) -> Check:
     if outcome == SelfCheck.SKIPPED:
         remedy = "Start the server without lmcache_rag.self_check=false."
         return Check("Self-check", "warning", "blends were not compared with a full prefill at start", remedy)
-    return Check("Self-check", "skipped", "the server does not say")
+    return Check("Self-check", "skipped", "the server does not report it")
 
 
 _SELF_CHECKS = (CannotBlend.SELF_CHECK, CannotBlend.SELF_CHECK_ERROR)
-_STOCK = "Everything is served as stock vLLM does. Leave out the option, or take a model, that is named."
+_STOCK = "Prompts are served as by stock vLLM. Remove the unsupported option, or use a supported model."
 _LMCACHE = "Start LMCache's server as lmcache-rag serve does, and vLLM after it."
-_WORKERS = "See vLLM's log: its workers did not get as far as the connector."
+_WORKERS = "See vLLM's log: its workers failed before they started the connector."
 _REPORT = "vLLM's log has the error: please report it."
 _REMEDIES = {
     CannotBlend.NOT_READY: _WORKERS,
@@ -394,8 +394,8 @@ class Prompts:
 
     @classmethod
     def draw(cls, chunk_size: int, most_tokens: int = 0, seed: int | None = None) -> Prompts:
-        """New random text, so that nothing of it is cached yet. Shorter where the model's context is short."""
-        dice = random.Random(seed)  # noqa: S311 - no secret
+        """New random text, so that nothing of it is cached yet. Shorter if the model's context is short."""
+        dice = random.Random(seed)  # noqa: S311 - not a secret
         blocks = BLOCKS if not most_tokens or most_tokens > chunk_size * 12 else (1, 2, 1)
         return cls(_ids(dice, chunk_size), tuple(_ids(dice, chunk_size * n) for n in blocks))
 
@@ -405,7 +405,7 @@ class Prompts:
 
     def query(self) -> list[int]:
         """All chunks in the opposite order, with new separators and a new question."""
-        dice = random.Random()  # noqa: S311 - no secret
+        dice = random.Random()  # noqa: S311 - not a secret
         prompt = list(self.prefix)
         for chunk in reversed(self.chunks):
             prompt += [*_ids(dice, 3), *chunk]
@@ -419,7 +419,7 @@ class Answer:
     Attributes:
         tokens: Ids of the answer.
         top: For each of them the most likely ids and their log-probabilities.
-        statistics: What our connector did; None without it.
+        statistics: Reuse statistics of our connector; None without it.
     """
 
     tokens: tuple[int, ...]
@@ -431,7 +431,7 @@ def ask(server: VLLMClient, model: str, prompt: list[int], *, params: dict[str, 
     """Greedy completion of a prompt of token ids, with these kv_transfer_params.
 
     Raises:
-        EngineError: The server refused it, or does not answer as vLLM does.
+        EngineError: The server rejected it, or does not answer as vLLM does.
     """
     request = {
         "model": model,
@@ -464,15 +464,15 @@ def ask(server: VLLMClient, model: str, prompt: list[int], *, params: dict[str, 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a round trip showed.
+    """Result of a round trip.
 
     Attributes:
         reused: Statistics of the best query with the server's own policy; None when the connector sent none.
-        queries: How many queries it took.
+        queries: Number of queries until KV was reused.
         exact: Statistics of the query with every token recomputed; None without reuse.
         same: Tokens in which it agrees with a run without reuse, out of `compared`.
         compared: Tokens compared.
-        near_tie: Whether the first difference is a tie but for rounding.
+        near_tie: Whether both tokens at the first difference are equally likely within rounding.
     """
 
     reused: dict[str, Any] | None
@@ -484,7 +484,7 @@ class Outcome:
 
     @property
     def hit(self) -> bool:
-        """Whether KV of cached chunks was found and used, be it only to select what is recomputed."""
+        """Whether KV of cached chunks was found and used, even if only to select what to recompute."""
         return found_again(self.reused) > 0
 
     @property
@@ -507,7 +507,7 @@ def round_trip(
     compare: bool = True,
     pause: Callable[[float], None] = time.sleep,
 ) -> Outcome:
-    """Run it.
+    """Run the round trip.
 
     Args:
         server: The vLLM server.
@@ -517,10 +517,10 @@ def round_trip(
         pause: For waiting between two attempts.
 
     Raises:
-        EngineError: The server refused a request, or answers in a way that is not vLLM's.
+        EngineError: The server rejected a request, or does not answer as vLLM does.
     """
     prompts = Prompts.draw(chunk_size, served.context_length)
-    # The queries' KV is not to be stored: an attempt that finds nothing must not help the next one.
+    # The queries' KV must not be stored: an attempt that finds nothing must not help the next one.
     keep_out = {MAX_OFFLOAD_TOKENS: chunk_size}
     for prompt in prompts.ingest():
         ask(server, served.name, prompt, params={**NO_BLEND, INGEST: True})
@@ -557,7 +557,7 @@ def _agree(one: tuple[int, ...], other: tuple[int, ...]) -> int:
 
 
 def _near_tie(plain: Answer, blended: Answer, at: int) -> bool:
-    """Whether the run without reuse found both tokens about equally likely where the two part."""
+    """Whether, at the first difference, the run without reuse found both tokens about equally likely."""
     if at >= min(len(plain.top), len(plain.tokens), len(blended.tokens)):
         return False
     row, ours, theirs = plain.top[at], blended.tokens[at], plain.tokens[at]

@@ -1,8 +1,8 @@
-"""LMCache's command line, with passwords that stand on none.
+"""LMCache's command line, with passwords that do not appear on it.
 
 ``python -m lmcache_rag.serving.lmcache_server server ... --l2-adapter '{"password": "${NAME}", ...}'`` is ``lmcache
 server ...`` with the placeholders of lmcache_rag.serving.tiers filled in after the process has started: what `ps` shows
-stays as it was. The variables are taken out of the process's environment then.
+is unchanged. The variables are then removed from the process's environment.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from lmcache_rag.serving.tiers import OPTION, filled, placeholders, variables
 
 
 def arguments(command_line: Sequence[str]) -> list[str]:
-    """Arguments for LMCache. Takes the variables out of the environment.
+    """Arguments for LMCache. Removes the variables from the environment.
 
     Raises:
         LMCacheRAGError: A variable is not set, or a file cannot be read.

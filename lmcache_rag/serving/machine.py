@@ -1,4 +1,4 @@
-"""What can be checked on this machine without a server: GPU, versions, CUDA code, connector, plugin, model."""
+"""The checks of this machine, without a server: GPU, versions, CUDA code, connector, plugin, model."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ _FIELDS = "name,driver_version,memory.total,memory.free"
 INSTALL = 'pip install "lmcache-rag[gpu]"'
 FITTING = "vllm==0.32.0"  # pins torch 2.13, which LMCache 0.5.6's wheel is compiled for
 IMPORT_S = 180
-# In a process of its own: an extension that does not fit can do worse than raise.
-_SAYS = "lmcache-rag: "  # others may write to stdout too
+# In a separate process: an incompatible extension may crash instead of raising an error.
+_MARK = "lmcache-rag: "  # begins our lines; other code may write to stdout too
 _CODE = f"""
 def say(*words):
-    print("\\n{_SAYS}", *words, sep="", flush=True)
+    print("\\n{_MARK}", *words, sep="", flush=True)
 try:
     import torch
     say(torch.version.cuda and torch.__version__)
@@ -53,7 +53,7 @@ class Check:
 
     Attributes:
         name: What was checked.
-        state: How it is.
+        state: The outcome.
         result: What was found.
         remedy: What to do about it; empty when all is well.
     """
@@ -85,7 +85,7 @@ def gpu() -> Iterator[Check]:
     for number, (name, driver, total, free, *more) in enumerate(rows):
         yield _fitness(number, name, driver, more[0] if more else "")
         if not (total.isdigit() and free.isdigit()):  # "[N/A]" where GPU and CPU share their memory
-            yield Check(f"GPU {number} memory", "skipped", "the driver does not say")
+            yield Check(f"GPU {number} memory", "skipped", "the driver does not report it")
             continue
         scarce = int(free) < LEAST_FREE_MIB
         yield Check(
@@ -97,7 +97,7 @@ def gpu() -> Iterator[Check]:
 
 
 def _ask(program: str, fields: str) -> tuple[list[list[str]], str]:
-    """nvidia-smi's fields for each GPU, and its message where it gives none."""
+    """nvidia-smi's fields for each GPU, and its message if it reports none."""
     query = [program, f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     done = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
     commas = fields.count(",")
@@ -113,7 +113,7 @@ def _fitness(number: int, name: str, driver: str, capability: str) -> Check:
     if (parts := _numbers(capability)) and parts < LEAST_CAPABILITY:
         remedies.append("bfloat16 and the kernels of the blend need compute capability 8.0 (Ampere) or newer.")
     if (parts := _numbers(driver)) and parts[0] < LEAST_DRIVER:
-        remedies.append(f"What PyPI has is built for CUDA 13, which needs driver {LEAST_DRIVER} or newer.")
+        remedies.append(f"The wheels on PyPI are built for CUDA 13, which needs driver {LEAST_DRIVER} or newer.")
     return Check(f"GPU {number}", "warning" if remedies else "ok", result, " ".join(remedies))
 
 
@@ -175,7 +175,7 @@ def model(name: str) -> Check:
     file = _config_file(name)
     if file is None:
         return Check(
-            "Model", "skipped", f"{name}: its config.json is not on this machine", "The round trip says whether it is."
+            "Model", "skipped", f"{name}: its config.json is not on this machine", "The round trip shows whether it is."
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -183,11 +183,11 @@ def model(name: str) -> Check:
     except (OSError, ValueError, AttributeError) as problem:
         return Check("Model", "failed", f"{file} cannot be read: {problem}", "Download the model again.")
     if not set(families) & set(ARCHITECTURES):
-        remedy = f"It is served as stock vLLM does, without blending. Blended: {', '.join(ARCHITECTURES)}."
+        remedy = f"It is served as by stock vLLM, without blending. Supported: {', '.join(ARCHITECTURES)}."
         return Check("Model", "failed", f"{name}: {families[0]} is not supported", remedy)
     window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if window:
-        remedy = "It is served as stock vLLM does, without blending."
+        remedy = "It is served as by stock vLLM, without blending."
         return Check("Model", "failed", f"{name}: sliding window attention is not supported", remedy)
     return Check("Model", "ok", f"{name}: {families[0]}")
 
@@ -210,10 +210,10 @@ def _config_file(name: str) -> Path | None:
 
 @dataclass(frozen=True)
 class CUDACode:
-    """LMCache's compiled extension, without which its server loads no KV for a blend and reports that in its log only.
+    """State of LMCache's compiled extension. Without it LMCache's server loads no KV for a blend, and only logs that.
 
     Attributes:
-        state: "failed" when it cannot be loaded; "skipped" where there is nothing to try.
+        state: "failed" if it cannot be loaded; "skipped" if there is none to load.
         result: What was found.
         remedy: What to do about it; empty when all is well.
     """
@@ -230,7 +230,7 @@ def missing_packages() -> list[str]:
 
 
 def version(name: str) -> str:
-    """Of an installed package; "" where it is not."""
+    """The version of an installed package; "" if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -240,7 +240,7 @@ def version(name: str) -> str:
 def cuda_code(python: str = sys.executable) -> CUDACode:
     """Load LMCache's extension, as its server does. Takes seconds: PyTorch is imported.
 
-    A wheel of LMCache is compiled for one version of PyTorch, and its metadata does not say which.
+    A wheel of LMCache is compiled for one version of PyTorch, which its metadata does not name.
 
     Args:
         python: Interpreter of the environment.
@@ -251,7 +251,7 @@ def cuda_code(python: str = sys.executable) -> CUDACode:
         done = subprocess.run([python, "-c", _CODE], capture_output=True, text=True, timeout=IMPORT_S, check=False)
     except subprocess.TimeoutExpired:
         return CUDACode("failed", f"was not loaded within {IMPORT_S} s", "Is the disk very slow? Try again.")
-    reported = [line.removeprefix(_SAYS) for line in done.stdout.splitlines() if line.startswith(_SAYS)]
+    reported = [line.removeprefix(_MARK) for line in done.stdout.splitlines() if line.startswith(_MARK)]
     if reported[:1] == ["None"]:
         return CUDACode("skipped", "PyTorch is built without CUDA")
     torch, problem, *_ = *reported, "", ""

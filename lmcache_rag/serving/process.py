@@ -1,9 +1,10 @@
-"""One server as a process behind a guard, its output in a file.
+"""One server as a process under a guard, with its output in a file.
 
-Whatever happens to the program that started the server, nothing of the server is left. The guard is this module, run as
+However the program that started the server ends, no process of the server is left. The guard is this module, run as
 ``python -m lmcache_rag.serving.process PARENT GRACE COMMAND...`` between that program and the server. A signal is
 passed on to the server; a second one, or GRACE seconds, kill it. The parent's death counts as SIGTERM. When the server
-has ended, all that it started is ended too: orphans come to the guard, since it is their subreaper.
+has ended, all processes that it started are ended too: orphans become the guard's children, since it is their
+subreaper.
 
 The guard's exit status is that of the server, 128 + n when signal n ended it.
 """
@@ -38,7 +39,7 @@ class Server:
         log: File that its output is appended to.
         grace: How long it may take to end before it is killed, in seconds.
         environment: Variables on top of the inherited ones.
-        inherited: Variables of ours that it gets; None: all.
+        inherited: Names of our variables that it inherits; None: all.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Server:
     environment: Mapping[str, str] = field(default_factory=dict)
     inherited: Mapping[str, str] | None = None
     _process: subprocess.Popen[bytes] | None = None
-    _begin: int = 0  # where in the log its present run begins
+    _begin: int = 0  # offset in the log at which its present run begins
 
     def start(self) -> None:
         """Start it. Call this from the main thread: on Linux a server ends with the thread that started it."""
@@ -84,10 +85,10 @@ class Server:
     def kill(self) -> None:
         """Kill it and all its children."""
         self.send(signal.SIGTERM)
-        self.send(signal.SIGHUP)  # another one: two of a kind may arrive as one
+        self.send(signal.SIGHUP)  # another signal: two of a kind may be delivered as one
 
     def wait(self) -> None:
-        """Wait for its end; send() or kill() must come first."""
+        """Wait for its end; call send() or kill() first."""
         if self._process is not None:
             self._process.wait()
 
@@ -116,12 +117,12 @@ def main(arguments: list[str]) -> int:
 
     def with_the_guard() -> None:
         _prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
-        if os.getppid() != guard:  # it died before that was set
+        if os.getppid() != guard:  # the guard died before the death signal was set
             os._exit(1)
 
     if os.getppid() != parent:
         return 128 + signal.SIGTERM
-    # Its own session: Ctrl-C on a terminal reaches the parent only, which decides what that means.
+    # A new session: Ctrl-C on a terminal reaches the parent only, which decides what to do.
     server = subprocess.Popen(command, start_new_session=True, preexec_fn=with_the_guard)
     status, killed = _until_it_ends(server.pid, parent, grace, came)
     server.returncode = status
@@ -176,7 +177,7 @@ def _reap() -> dict[int, int]:
 
 
 def _rest(group: int) -> list[int]:
-    """What still runs of everything that came from this process, in whatever session."""
+    """Running descendants of this process, in any session."""
     if Path("/proc/self/stat").exists():
         return descendants(os.getpid())
     with contextlib.suppress(ProcessLookupError, PermissionError):

@@ -1,4 +1,4 @@
-"""Both servers together: LMCache first, then vLLM; LMCache is started again when it dies, vLLM's end ends all."""
+"""Supervises both servers: starts LMCache, then vLLM; restarts LMCache if it dies; stops both when vLLM ends."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Timeouts:
     Attributes:
         lmcache_start: LMCache's start.
         vllm_start: vLLM's start: loading a model, compiling, capturing graphs.
-        poll: Between two looks at the processes.
+        poll: Between two checks of the processes.
         health: Between two health checks of LMCache once it runs.
-        hang: LMCache without a healthy answer for so long is killed and started again.
+        hang: LMCache is killed and started again after this time without a healthy answer.
         first_pause: Before the first restart; doubled with each that follows.
         longest_pause: Between two restarts at most.
         grace: For a server between a signal and its kill.
@@ -40,7 +40,7 @@ class Timeouts:
 
 
 class VLLMEndError(Exception):
-    """vLLM is over, and with it everything."""
+    """VLLM has ended, which ends the supervision."""
 
     def __init__(self, status: int) -> None:
         super().__init__(status)
@@ -49,13 +49,13 @@ class VLLMEndError(Exception):
 
 @dataclass
 class Supervisor:
-    """Starts, watches and ends the two servers. Signals arrive as KeyboardInterrupt in the main thread.
+    """Starts, monitors and ends the two servers. Signals arrive as KeyboardInterrupt in the main thread.
 
     Attributes:
         lmcache: The LMCache server.
         vllm: The vLLM server.
         report: Called with each line for the user.
-        timeouts: How long things may take.
+        timeouts: Time limits and intervals.
         signal_of: Which signal a KeyboardInterrupt stands for; it is passed on to both servers.
     """
 
@@ -103,12 +103,12 @@ class Supervisor:
             status = self.lmcache.ended()
             if status is not None:
                 self._show_end(self.lmcache, status)
-                raise EngineError("LMCache did not start.", remedy=f"Its log says why: {self.lmcache.log}")
+                raise EngineError("LMCache did not start.", remedy=f"See its log: {self.lmcache.log}")
             if time.monotonic() - begin > self.timeouts.lmcache_start:
                 self._show_tail(self.lmcache)
                 raise EngineError(
                     f"LMCache was not healthy after {self.timeouts.lmcache_start:g} s.",
-                    remedy=f"Its log may say why: {self.lmcache.log}",
+                    remedy=f"See its log: {self.lmcache.log}",
                 )
             time.sleep(self.timeouts.poll)
         self._healthy_at = self._up_since = time.monotonic()
@@ -124,13 +124,13 @@ class Supervisor:
                 self._show_tail(self.vllm)
                 raise EngineError(
                     f"vLLM was not healthy after {self.timeouts.vllm_start:g} s.",
-                    remedy=f"Its log may say why: {self.vllm.log}. Give it longer with --start-timeout.",
+                    remedy=f"See its log: {self.vllm.log}. Allow more time with --start-timeout.",
                 )
             time.sleep(self.timeouts.poll)
         self.report(f"vLLM is healthy after {time.monotonic() - begin:.1f} s.")
 
     def _look(self) -> None:
-        """One look at both."""
+        """Check both processes once."""
         if (status := self.vllm.ended()) is not None:
             raise VLLMEndError(status)
         now = time.monotonic()
@@ -145,7 +145,7 @@ class Supervisor:
             self._again_at = now + self._pause
             self._show_end(self.lmcache, status, 5)
             self.report(
-                f"LMCache is started again in {self._pause:g} s. vLLM goes on: until then every prompt is computed."
+                f"LMCache is started again in {self._pause:g} s. vLLM keeps running, and computes every prompt."
             )
         elif now - self._checked_at >= self.timeouts.health or self._down:
             self._check_lmcache(now)
@@ -154,10 +154,12 @@ class Supervisor:
         self._checked_at = now
         if self.lmcache.healthy():
             if self._down:
-                self.report("LMCache is healthy again, its memory empty: KV comes back with use, or from --l2.")
+                self.report(
+                    "LMCache is healthy again, its memory empty: KV is stored again with use, or loaded from --l2."
+                )
                 self._up_since = now
             if now - self._up_since > self.timeouts.longest_pause:
-                self._pause = 0.0  # what happened is over: the next end is the first again
+                self._pause = 0.0  # it has recovered: the next failure counts as the first again
             self._down, self._healthy_at = False, now
         elif now - self._healthy_at > (self.timeouts.lmcache_start if self._down else self.timeouts.hang):
             self.report(f"LMCache has not answered for {now - self._healthy_at:.0f} s: it is killed.")
@@ -165,7 +167,7 @@ class Supervisor:
             self.lmcache.wait()
 
     def _stop(self, number: int) -> None:
-        """End both: vLLM first, since it would complain about LMCache's end. A signal meanwhile kills them."""
+        """End both: vLLM first, since it would report LMCache's end as an error. A signal meanwhile kills them."""
         for server in (self.vllm, self.lmcache):
             with contextlib.suppress(KeyboardInterrupt):
                 server.send(number)

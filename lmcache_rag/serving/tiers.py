@@ -1,8 +1,8 @@
-"""Second tiers for KV: what --l2 means, and how their passwords reach LMCache without standing on a command line.
+"""Second tiers for KV: the values of --l2, and how passwords reach LMCache without appearing on a command line.
 
 A text in LMCache's JSON may hold ``${NAME}``, a variable of the environment, or ``${file:PATH}``, the text in a file.
-They stand so on the command line, in `--dry-run` and in logs; lmcache_rag.serving.lmcache_server fills them in inside
-LMCache's own process.
+They appear unfilled on the command line, in `--dry-run` and in logs; lmcache_rag.serving.lmcache_server fills them in
+inside LMCache's own process.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def second_tier(text: str) -> str:
     """LMCache's JSON for a second tier: from a folder, redis://host:port, or that JSON itself. Placeholders stay.
 
     Raises:
-        ConfigError: It is none of them, or a password stands in it. The message does not repeat the text.
+        ConfigError: It is none of them, or contains a password. The message does not repeat the text.
     """
     if text.lstrip().startswith("{"):
         try:
@@ -41,13 +41,13 @@ def second_tier(text: str) -> str:
             where = (
                 f"{problem.msg}, character {problem.pos}" if isinstance(problem, json.JSONDecodeError) else "invalid"
             )
-            raise ConfigError(f"--l2 is no JSON: {where}.", remedy=_FORMS) from None
+            raise ConfigError(f"--l2 is not valid JSON: {where}.", remedy=_FORMS) from None
         if not isinstance(tier.get("type"), str):
             raise ConfigError('--l2 has no "type".', remedy=_FORMS)
     else:
         tier = _short(text)
     if found := next(_plain_secrets(tier), ""):
-        raise ConfigError(f"--l2: {found} stands on the command line, where `ps` shows it to all.", remedy=_HIDE)
+        raise ConfigError(f"--l2: {found} is on the command line, where `ps` shows it to all users.", remedy=_HIDE)
     for name, is_file in placeholders(json.dumps(tier)):
         if not is_file and not _NAME.fullmatch(name):
             raise ConfigError(f"--l2: ${{{name}}} names no variable.", remedy=_HIDE)
@@ -71,7 +71,7 @@ def _short(text: str) -> dict[str, Any]:
 
 
 def _plain_secrets(value: Any, name: str = "") -> Iterator[str]:
-    """Names of passwords and keys that are written out."""
+    """Names of passwords and keys that are in plain text."""
     if isinstance(value, dict):
         for key, one in value.items():
             yield from _plain_secrets(one, str(key))
@@ -99,7 +99,7 @@ def placeholders(text: str) -> list[tuple[str, bool]]:
 
 
 def filled(text: str, environment: Mapping[str, str]) -> str:
-    """LMCache's JSON with what its placeholders stand for.
+    """LMCache's JSON with its placeholders filled in.
 
     Raises:
         ConfigError: A variable is not set, or a file cannot be read.

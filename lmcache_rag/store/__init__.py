@@ -3,7 +3,7 @@
 ::
 
     store/
-      store.db       SQLite: the truth, embeddings included
+      store.db       SQLite: the source of truth, embeddings included
       index.faiss    built from it, saved to start faster; may be deleted
       kv/            the engine's files
       lock           held by the process that writes

@@ -24,7 +24,7 @@ from lmcache_rag.errors import (
 
 logger = logging.getLogger("lmcache_rag.store")
 
-_BUSY_SECONDS = 30  # our own writers take turns by a lock; this is for other programs that look into the file
+_BUSY_SECONDS = 30  # our own writers take turns by a lock; this is for other programs that use the file
 
 # SQLite's errors when it cannot create its -shm file: the folder cannot be written, or the disk is full.
 _NO_SHM = {sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_FULL}
@@ -42,7 +42,7 @@ class ConnectionSource(Protocol):
         ...
 
     def close(self) -> None:
-        """Remove what the source made for itself."""
+        """Remove temporary files of the source."""
         ...
 
 
@@ -57,7 +57,7 @@ def _connect(path: Path, options: str) -> sqlite3.Connection:
         connection.execute("PRAGMA foreign_keys = ON")
         connection.execute("PRAGMA cell_size_check = ON")  # a damaged page is detected before it is used
         connection.execute("PRAGMA trusted_schema = OFF")
-        connection.execute("SELECT 1 FROM sqlite_master").fetchone()  # the first look at the file itself
+        connection.execute("SELECT 1 FROM sqlite_master").fetchone()  # the first read of the file itself
     except BaseException:
         connection.close()
         raise
@@ -203,7 +203,7 @@ def _no_room(path: Path) -> bool:
 
 
 def from_sqlite(error: sqlite3.Error, path: Path) -> StoreError:
-    """The store error that an error of SQLite on the file path stands for."""
+    """The store error for an error of SQLite on the file `path`."""
     code = getattr(error, "sqlite_errorcode", None)
     primary = code & 0xFF if code is not None else None
     if primary in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or "Could not decode" in str(error):
@@ -225,7 +225,7 @@ def from_sqlite(error: sqlite3.Error, path: Path) -> StoreError:
 
 
 def from_os(error: OSError, path: Path) -> StoreError:
-    """The store error that an error of the file system stands for."""
+    """The store error for an error of the file system."""
     if error.errno in _FULL:
         return full(path)
     if error.errno in _READ_ONLY:
@@ -264,8 +264,8 @@ _VERSION_1 = (
         metadata TEXT NOT NULL,
         updated_at REAL NOT NULL
     ) WITHOUT ROWID""",
-    # AUTOINCREMENT: an id that left never comes back for another text, so an index that lags cannot confuse the two.
-    # The embedding comes last, so that reading a text does not walk over it.
+    # AUTOINCREMENT: the id of a deleted chunk is never used for another text, so an outdated index cannot confuse them.
+    # The embedding is the last column, so that reading a text does not read it.
     """CREATE TABLE chunks (
         chunk_id INTEGER PRIMARY KEY AUTOINCREMENT,
         text_hash TEXT NOT NULL UNIQUE,
@@ -307,7 +307,7 @@ _VERSION_1 = (
     ) WITHOUT ROWID""",
     "CREATE INDEX kv_chunks_by_kv ON kv_chunks (kv_id)",
     "CREATE TABLE trash (fingerprint TEXT NOT NULL, key TEXT NOT NULL, PRIMARY KEY (fingerprint, key)) WITHOUT ROWID",
-    # Triggers, so that no path through the code can lose track of KV: it stands either in kv or in the trash.
+    # Triggers, so that no code path can lose track of KV: it is either in kv or in the trash.
     """CREATE TRIGGER kv_unused AFTER DELETE ON kv_chunks
         WHEN NOT EXISTS (SELECT 1 FROM kv_chunks WHERE kv_id = OLD.kv_id)
         BEGIN DELETE FROM kv WHERE kv_id = OLD.kv_id; END""",

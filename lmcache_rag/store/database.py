@@ -99,7 +99,7 @@ class WriterLock:
                 self._lock.release()
 
     def _write_owner(self) -> None:
-        # Only for the message to waiting processes: it must not stop the work, for example on a full disk.
+        # Only for messages of waiting processes: an error here, such as a full disk, must not stop the work.
         facts = {"pid": os.getpid(), "host": platform.node(), "program": Path(sys.argv[0]).name, "since": time.time()}
         with suppress(OSError):
             self._owner.write_text(json.dumps(facts), encoding="utf-8")
@@ -125,7 +125,7 @@ class Database:
         lock: What a writer must hold.
         read_only: Refuse every write.
         lock_timeout: Most seconds that a write waits for the lock.
-        refusal: Makes the error of a refused write from the store's folder.
+        refusal: Makes the error of a rejected write from the store's folder.
 
     Raises:
         StoreError: Or one of its subclasses, when the file cannot be used.
@@ -173,7 +173,7 @@ class Database:
                     migrate(connection, self.path)
                 finally:
                     connection.close()
-        # Not "rwc" from here on: a store that was deleted under us must not come back empty.
+        # Not "rwc" from here on: a store that is deleted while open must not be created again, empty.
         return LiveSource(self.path, "rw")
 
     def _is_old(self) -> bool:
@@ -207,7 +207,7 @@ class Database:
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
-        """A connection whose changes are kept together at the end of the block, or not at all when it raises.
+        """A connection whose changes are committed together at the end of the block, or rolled back if it raises.
 
         Raises:
             StoreLockedError: Another process is writing.
@@ -226,10 +226,10 @@ class Database:
                     self._roll_back(connection)
 
     def require_writable(self) -> None:
-        """Check that writes are not refused.
+        """Check that the store can be written.
 
         Raises:
-            StoreReadOnlyError, StoreFullError: They are.
+            StoreReadOnlyError, StoreFullError: It cannot.
         """
         if self.read_only:
             raise self._refusal(self.path.parent)
@@ -299,7 +299,7 @@ class Database:
         try:
             connection.execute("ROLLBACK")
         except sqlite3.Error:
-            # What was not committed is undone by the next connection that looks at the file.
+            # The next connection that reads the file rolls back what was not committed.
             self._writer = None
             with suppress(sqlite3.Error):
                 connection.close()

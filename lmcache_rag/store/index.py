@@ -1,9 +1,9 @@
-"""Search: a FAISS index in memory that follows the database, and a file that saves building it again.
+"""Search: a FAISS index in memory that is kept in step with the database, and a file that avoids rebuilding it.
 
 The file is derived data, used only when it is whole and fits the database. It is what faiss.write_index() makes,
-followed by a trailer: facts as JSON, their length in 8 bytes, a magic word. faiss.read_index() reads it as well, since
+followed by a trailer: facts as JSON, their length in 8 bytes, a magic word. faiss.read_index() can read it too, since
 it ignores what follows. The checksum is compared first: FAISS trusts the sizes that it reads, so random bytes could
-make it ask for any amount of memory.
+make it allocate any amount of memory.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ _import_lock = threading.Lock()
 class VectorIndex:
     """Finds the chunks whose embeddings have the largest inner product with a query's.
 
-    The database is the truth. Before each search the index takes over what any process has committed since; a missing,
-    damaged or foreign file costs the time to rebuild the index, and a warning. Safe to use from several threads.
+    The database is the source of truth. Before each search the index takes in what any process has committed since; a
+    missing, damaged or foreign file only means that the index is rebuilt, with a warning. Safe to use from several
+    threads.
 
     Args:
         path: The index file.
@@ -64,7 +65,7 @@ class VectorIndex:
             return 0 if self._index is None else int(self._index.ntotal)
 
     def refresh(self) -> None:
-        """Take over what has been committed; search() does so itself.
+        """Take in what has been committed; search() does so itself.
 
         Raises:
             StoreCorruptError: The database is damaged.
@@ -99,11 +100,11 @@ class VectorIndex:
         Args:
             vector: Shape [dimension], made by the store's embedder.
             k: How many.
-            where: Only chunks that fulfil it: values by name (see sql.Condition; hits then name only the documents
-                that fulfil it), or a function that gets each hit.
+            where: Only chunks that match it: values by name (see sql.Condition; hits then name only the documents
+                that match it), or a function that gets each hit.
 
         Raises:
-            ConfigError: k is below 1, or the filter has no meaning.
+            ConfigError: k is below 1, or the filter is not valid.
             StoreError: The vector does not fit the store.
         """
         return self.search_batch([vector], k, where=where)[0]
@@ -121,7 +122,7 @@ class VectorIndex:
             return self._ranked(vectors, k, condition)[0]
         wanted = 4 * k
         while True:
-            # The function sees the best hits first; ask for more of them only while it turns too many down.
+            # The function gets the best hits first; more are searched only while it rejects too many.
             found, exhausted = self._ranked(vectors, wanted, None)
             kept = [[hit for hit in hits if where(hit)][:k] for hits in found]
             if exhausted or all(len(hits) == k for hits in kept):
@@ -129,7 +130,7 @@ class VectorIndex:
             wanted *= 4
 
     def save(self) -> None:
-        """Write the index file if it lags. The caller holds the writer lock.
+        """Write the index file if it is out of date. The caller holds the writer lock.
 
         A file that cannot be written is no error: it only costs the time to rebuild the index.
         """
@@ -140,7 +141,7 @@ class VectorIndex:
                     return
                 facts = IndexFacts(uuid.uuid4().hex, self._generation, self._index.d, self._index.ntotal)
                 write_index(self._path, self._index, facts)
-                # Only a file that the database knows is used, so that a restored backup of either is detected.
+                # Only a file whose stamp is in the database is used, so that a restored backup of either is detected.
                 with self._database.write() as connection:
                     sql.write_meta(connection, sql.INDEX_STAMP, facts.stamp)
                 self._saved_generation = self._generation
@@ -150,7 +151,7 @@ class VectorIndex:
     def _ranked(
         self, vectors: Sequence[Vector | Sequence[float]] | Vector, k: int, condition: sql.Condition | None
     ) -> tuple[list[list[Hit]], bool]:
-        """Hits for each vector, and whether no larger k could find more."""
+        """Hits for each vector, and whether they are all that any k could find."""
         with ExitStack() as snapshot:
             with self._lock:
                 connection = snapshot.enter_context(self._database.read())
@@ -210,7 +211,7 @@ class VectorIndex:
         return index
 
     def _update(self, connection: sqlite3.Connection, dimension: int) -> None:
-        """Take over what came and went since the index's generation."""
+        """Take in vectors that were added and removed since the index's generation."""
         new = list(self._vectors_after(connection, self._generation, dimension))
         present = self._ids()
         gone = [np.intersect1d(ids, present) for ids, _ in new]  # embedded again
@@ -264,14 +265,14 @@ class IndexFacts:
 
 
 class DamagedIndexError(Exception):
-    """The file cannot be used; the message says why. Never leaves the store: the index is rebuilt."""
+    """The file cannot be used, for the reason in the message. Always caught in the store: the index is rebuilt."""
 
 
 def write_index(path: Path, index: Any, facts: IndexFacts) -> None:
     """Replace the file in one step.
 
     Raises:
-        OSError: It could not be written; the old file stands as it was.
+        OSError: It could not be written; the old file is unchanged.
     """
     body = memoryview(import_faiss().serialize_index(index))
     trailer = json.dumps({**asdict(facts), "checksum": xxhash.xxh3_128_hexdigest(body)}).encode()
@@ -292,7 +293,7 @@ def read_index(path: Path) -> tuple[Any, IndexFacts]:
 
     Raises:
         FileNotFoundError: There is no such file.
-        DamagedIndexError: It is not whole.
+        DamagedIndexError: It is damaged or incomplete.
     """
     size = path.stat().st_size
     end = len(_MAGIC) + 8

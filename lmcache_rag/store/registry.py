@@ -1,4 +1,4 @@
-"""The truth about a store: documents, their chunks with embeddings, and which KV exists for them.
+"""The registry of a store: documents, their chunks with embeddings, and which KV exists for them.
 
 KV that no chunk needs any more goes to the trash until an engine has dropped it. Triggers of the schema keep KV and
 trash apart: KV that loses its last chunk moves to the trash in the same transaction, KV that is recorded again
@@ -87,7 +87,7 @@ class Registry:
         return [row[0] for row in rows]
 
     def put_documents(self, new: Iterable[NewDocument], *, embedder: str | None) -> list[PutResult]:
-        """Store documents, each in place of what stood under its id, all in one transaction.
+        """Store documents, each replacing the one with its id, all in one transaction.
 
         Args:
             new: The documents, whole.
@@ -110,7 +110,7 @@ class Registry:
     # Chunks and embeddings
 
     def known_texts(self, texts: Iterable[str], *, embedder: str | None = None) -> dict[str, StoredChunk]:
-        """Those of the texts that need no embedding, by their text_hash.
+        """The texts that need no embedding, by their text_hash.
 
         Args:
             texts: Texts of chunks.
@@ -126,7 +126,7 @@ class Registry:
         return {chunk.text_hash: chunk for chunk in found}
 
     def stored_texts(self, texts: Iterable[str]) -> dict[str, StoredChunk]:
-        """Those of the texts that are chunks of a document, embedded or not, by their text_hash."""
+        """The texts that are chunks of a document, embedded or not, by their text_hash."""
         wanted = {text_hash(text) for text in texts}
         with self._database.read() as connection:
             condition = "text_hash IN (SELECT value FROM json_each(?))"
@@ -148,7 +148,7 @@ class Registry:
         yield from found
 
     def document_chunks(self, doc_id: str) -> list[StoredChunk]:
-        """A document's chunks in its order; a text that stands in it twice comes twice."""
+        """A document's chunks in its order; a text that occurs twice is returned twice."""
         with self._database.read() as connection:
             order = [
                 row[0]
@@ -186,13 +186,13 @@ class Registry:
     # KV
 
     def record_kv(self, fingerprint: str, facts: Mapping[str, Any], rows: Iterable[KVRow]) -> int:
-        """Record KV that an engine now keeps; returns for how many of the rows.
+        """Record KV that an engine has stored; returns for how many of the rows.
 
-        A chunk that has left meanwhile gets no record: its KV goes to the trash.
+        A chunk that was removed meanwhile gets no record: its KV goes to the trash.
 
         Args:
             fingerprint: Of the engine and the prompt's prefix.
-            facts: What the fingerprint stands for, to show to people.
+            facts: What the fingerprint was made from, to show to users.
             rows: The KV, by chunk.
         """
         batch = list(rows)
@@ -200,7 +200,7 @@ class Registry:
             return _record(connection, fingerprint, facts, batch)
 
     def kv_rows(self, fingerprint: str) -> Iterator[KVRow]:
-        """All KV recorded under the fingerprint, by chunk; a key that serves two chunks comes twice."""
+        """All KV recorded under the fingerprint, by chunk; a key that serves two chunks is returned twice."""
 
         def page(connection: sqlite3.Connection, after: int | None, limit: int) -> list[KVRow]:
             query = """SELECT chunk_id, key, tokens, nbytes FROM kv_chunks JOIN kv USING (kv_id)
@@ -239,8 +239,8 @@ class Registry:
     def clear_trash(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         """Record that the engine has dropped these (fingerprint, key) pairs.
 
-        Returns those that were recorded again in the meantime: their records are withdrawn, because the KV may be
-        gone, and they stay in the trash. They come out right at the next computation.
+        Returns those that were recorded again in the meantime: their records are removed, because the KV may be
+        gone, and they stay in the trash. The next computation records them again.
         """
         batch = list(pairs)
         with self._database.write() as connection:
@@ -307,9 +307,9 @@ class Registry:
 
 
 def _record(connection: sqlite3.Connection, fingerprint: str, facts: Mapping[str, Any], rows: Iterable[KVRow]) -> int:
-    """Record KV that an engine keeps; returns for how many of the rows.
+    """Record KV that an engine has stored; returns for how many of the rows.
 
-    A chunk that has left meanwhile gets no record: its KV goes to the trash unless another chunk uses it.
+    A chunk that was removed meanwhile gets no record: its KV goes to the trash unless another chunk uses it.
     """
     now = time.time()
     connection.execute(
@@ -321,7 +321,7 @@ def _record(connection: sqlite3.Connection, fingerprint: str, facts: Mapping[str
         if connection.execute("SELECT 1 FROM chunks WHERE chunk_id = ?", (row.chunk_id,)).fetchone() is None:
             connection.execute(_DISCARD, (fingerprint, row.key))
             continue
-        # One chunk has one key under a fingerprint; another one means that its token ids are others now.
+        # One chunk has one key under a fingerprint; another key means that its token ids have changed.
         connection.execute(_DROP_OTHER_KEYS, (row.chunk_id, fingerprint, row.key))
         connection.execute(_UPSERT, (fingerprint, row.key, row.tokens, row.nbytes, now))
         connection.execute(_USE, (row.chunk_id, fingerprint, row.key))

@@ -1,6 +1,6 @@
 """The store's SQL, on a connection of the caller: documents, chunks, hits, embeddings, facts about the store.
 
-What writes runs inside one transaction of the caller.
+Functions that write run inside one transaction of the caller.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def claim_embedder(connection: sqlite3.Connection, embedder: str, length: int | 
 
 
 class Generation:
-    """The generation that one transaction makes; written only if an embedding changed."""
+    """The generation of one transaction; written only if an embedding changed."""
 
     def __init__(self, connection: sqlite3.Connection) -> None:
         self._connection = connection
@@ -111,7 +111,7 @@ class Generation:
         self.removed = False
 
     def finish(self) -> None:
-        """Record what happened, as the last act of the transaction."""
+        """Write the generation, as the last step of the transaction."""
         if self.changed or self.removed:
             write_meta(self._connection, GENERATION, self.number)
         if self.removed:
@@ -149,11 +149,11 @@ def normalised(embeddings: Sequence[Vector | Sequence[float]] | Vector, dimensio
 
 
 class VectorWriter:
-    """Checks the embeddings of one transaction and gives them the form that they are stored in.
+    """Checks the embeddings of one transaction and converts them to the stored form.
 
     Args:
         connection: A connection inside a transaction.
-        embedder: Who made the embeddings.
+        embedder: Name of the embedder that made them.
 
     Raises:
         StoreError: The store belongs to another embedder.
@@ -237,7 +237,7 @@ class Condition:
         self.sql = " AND ".join(parts) or "TRUE"
 
     def chunk_ids(self, connection: sqlite3.Connection) -> list[int]:
-        """The chunks of all documents that fulfil it."""
+        """The chunks of all documents that match it."""
         rows = connection.execute(
             f"SELECT DISTINCT chunk_id FROM doc_chunks JOIN documents USING (doc_id) WHERE {self.sql}", self.parameters
         )
@@ -263,7 +263,7 @@ def _document(row: tuple[str, str, str, str, str, int, float]) -> DocumentRecord
 def stored_chunks(
     connection: sqlite3.Connection, path: Path, condition: str = "TRUE", parameters: Sequence[str | int] = ()
 ) -> list[StoredChunk]:
-    """Chunks that fulfil a condition (a piece of SQL).
+    """Chunks that match a condition (a piece of SQL).
 
     Raises:
         StoreCorruptError: A text is not the one that was stored.
@@ -284,7 +284,7 @@ def hits(
         connection: Connection to read with.
         path: The database file, for messages.
         scores: Score by chunk id; ids that the store does not hold are left out.
-        condition: Name only documents that fulfil it.
+        condition: Name only documents that match it.
     """
     ids = json.dumps(list(scores))
     among = "chunk_id IN (SELECT value FROM json_each(?))"
@@ -311,7 +311,7 @@ class _Counts:
     added: int = 0
     removed: int = 0
     kept: int = 0
-    touched: bool = False  # a chunk that was there got an embedding or another token count
+    touched: bool = False  # an existing chunk got an embedding or another token count
 
     def result(self) -> PutResult:
         return PutResult(self.doc_id, self.status, self.added, self.removed, self.kept)
@@ -319,7 +319,7 @@ class _Counts:
 
 @dataclass
 class _Batch:
-    """What one transaction knows: who owns the chunks that may have lost their last document."""
+    """State of one transaction: owners of the chunks that may have lost their last document."""
 
     connection: sqlite3.Connection
     generation: Generation
@@ -331,7 +331,7 @@ class _Batch:
 def put_documents(
     connection: sqlite3.Connection, documents: Sequence[NewDocument], embedder: str | None
 ) -> list[PutResult]:
-    """Store each document in place of what stood under its id.
+    """Store each document, replacing the one with its id.
 
     Chunks that lost their last document are deleted at the end, so that a text that moves from one document of the
     batch to another stays the same chunk.
@@ -445,7 +445,7 @@ def _chunk_id(batch: _Batch, doc_id: str, name: str, chunk: NewChunk, counts: _C
 
 
 def _drop_unused(connection: sqlite3.Connection, generation: Generation, suspects: Iterable[int]) -> list[int]:
-    """Delete those of the chunks that no document holds any more; their KV goes to the trash by trigger."""
+    """Delete the chunks that no document holds any more; a trigger moves their KV to the trash."""
     gone = connection.execute(
         """SELECT chunk_id, embedding IS NOT NULL FROM chunks
         WHERE chunk_id IN (SELECT value FROM json_each(?))

@@ -1,4 +1,4 @@
-"""What travels between the store and its callers."""
+"""Data types between the store and its callers."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class StoredChunk:
 
 @dataclass(frozen=True, slots=True)
 class DocumentRecord:
-    """What the store knows about one document. chunks is a count, updated_at a Unix time in seconds."""
+    """The store's record of one document. chunks is a count, updated_at a Unix time in seconds."""
 
     doc_id: str
     content_hash: str
@@ -77,7 +77,7 @@ class DocumentRecord:
 
 @dataclass(frozen=True, slots=True)
 class DocumentRef:
-    """Where a chunk stands: the ordinal-th chunk of a document, beginning at character start."""
+    """Position of a chunk: the ordinal-th chunk of a document, beginning at character start."""
 
     doc_id: str
     source: str
@@ -99,13 +99,13 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class PutResult:
-    """What storing one document changed.
+    """Result of storing one document.
 
     Attributes:
         doc_id: The document.
         status: "unchanged" when the store was not touched.
         added_chunks: Chunks that the store did not hold before.
-        removed_chunks: Chunks that left the store, because this was their last document.
+        removed_chunks: Chunks that were removed, because this was their last document.
         kept_chunks: Chunks of this document that the store held already.
     """
 
@@ -118,7 +118,7 @@ class PutResult:
 
 @dataclass(frozen=True, slots=True)
 class RemoveResult:
-    """What removing documents changed. unknown are the ids that the store did not hold."""
+    """Result of removing documents. unknown are the ids that the store did not hold."""
 
     documents: int
     removed_chunks: int
@@ -128,7 +128,7 @@ class RemoveResult:
 
 @dataclass(frozen=True, slots=True)
 class KVRow:
-    """KV of one chunk that an engine has computed and kept."""
+    """KV of one chunk that an engine has computed and stored."""
 
     chunk_id: int
     key: str
@@ -155,7 +155,7 @@ class StoreStats:
 
     Attributes:
         documents: Documents.
-        chunks: Chunks; one that stands in several documents counts once.
+        chunks: Chunks; one that occurs in several documents counts once.
         tokens: Tokens of all chunks.
         chunks_without_embedding: Chunks that no search can find, because their embedding is still to be computed.
         chunks_without_kv: Chunks without recorded KV of the current fingerprint; 0 when none was named.

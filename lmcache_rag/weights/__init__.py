@@ -1,6 +1,6 @@
-"""Where a model and an embedder come from.
+"""Finds the weights of models and embedders.
 
-In this order: a folder that the user names; the Hugging Face cache or hub; a package that carries weights. Nothing
+In this order: a folder that the user names; the Hugging Face cache or hub; a package that contains weights. Nothing
 hangs without network: the hub is probed first, for a few seconds at most. A package's weights are
 verified, prepared once and then used at once, without network, as long as the Hugging Face cache has no copy.
 """

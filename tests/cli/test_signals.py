@@ -113,8 +113,8 @@ def test_ctrl_c_gives_status_130(session: Session) -> None:
 
 def test_ctrl_c_says_that_the_store_is_sound_and_which_command_goes_on(session: Session) -> None:
     lines = session.cut_off.stderr.splitlines()
-    assert "Stopped. The store is sound." in lines
-    assert "To go on: lmcache-rag ingest docs --store store" in lines
+    assert "Stopped. The store is intact." in lines
+    assert "To continue: lmcache-rag ingest docs --store store" in lines
     assert "Traceback" not in session.cut_off.stderr
 
 
@@ -216,7 +216,7 @@ def talk(session: Session, env: dict[str, str], folder: Path) -> Iterator[Talk]:
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_the_chat(talk: Talk) -> None:
-    assert "Stopped. The conversation goes on." in talk.stopped
+    assert "Stopped. The conversation continues." in talk.stopped
 
 
 def test_ctrl_c_at_the_prompt_says_how_to_leave(talk: Talk) -> None:
@@ -225,7 +225,7 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave(talk: Talk) -> None:
 
 def test_sigterm_ends_with_status_143_and_says_how_to_go_on(talk: Talk) -> None:
     assert talk.status == 143
-    assert "Stopped. The store is sound." in talk.terminated
+    assert "Stopped. The store is intact." in talk.terminated
 
 
 # -- nobody reads ------------------------------------------------------------------------------------------------

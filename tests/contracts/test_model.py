@@ -153,9 +153,11 @@ ONE_CHANGE: dict[str, Callable[[World], Any]] = {
     "speculative": lambda world: setattr(world.config, "speculative_config", object()),
     "LoRA": lambda world: setattr(world.config, "lora_config", object()),
     "fused": lambda world: setattr(world.config.compilation_config.pass_config, "fuse_attn_quant", True),
-    "no attention layer": last(lambda layer: delattr(layer, "impl")),
-    "no causal attention": last(lambda layer: setattr(layer, "attn_type", "encoder_only")),
-    "no causal attention ": last(lambda layer: setattr(layer, "__class__", type("CrossAttention", (type(layer),), {}))),
+    "not an attention layer": last(lambda layer: delattr(layer, "impl")),
+    "not causal attention": last(lambda layer: setattr(layer, "attn_type", "encoder_only")),
+    "not causal attention ": last(
+        lambda layer: setattr(layer, "__class__", type("CrossAttention", (type(layer),), {}))
+    ),
     "soft caps": last(lambda layer: setattr(layer.impl, "logits_soft_cap", 30.0)),
     "ALiBi": last(lambda layer: setattr(layer.impl, "alibi_slopes", torch.ones(4))),
     "sinks": last(lambda layer: setattr(layer.impl, "sinks", torch.ones(4))),
@@ -168,7 +170,7 @@ ONE_CHANGE: dict[str, Callable[[World], Any]] = {
     "heads of 32": last(lambda layer: setattr(layer, "kv_cache", torch.zeros(4, 2, BLOCK, 2, 32))),
     "differ": last(lambda layer: setattr(layer, "kv_cache", torch.zeros(4, 2, BLOCK, 1, 16))),
     "divides into blocks of 16": lambda world: setattr(world.config.cache_config, "block_size", 64),
-    "rotary embeddings of their own": table,
+    "different rotary embeddings": table,
     "other layers with KV": lambda world: setattr(world.config.model_config.hf_text_config, "num_hidden_layers", 3),
 }
 

@@ -61,7 +61,11 @@ def test_a_password_on_the_command_line_is_refused_and_not_repeated(text: str) -
     with pytest.raises(ConfigError) as caught:
         second_tier(text)
     assert PASSWORD not in str(caught.value)
-    assert "${" in caught.value.remedy or "--l2 is no JSON" in caught.value.message or "known" in caught.value.message
+    assert (
+        "${" in caught.value.remedy
+        or "--l2 is not valid JSON" in caught.value.message
+        or "known" in caught.value.message
+    )
     result = CliRunner().invoke(app, ["serve", "some/model", "--dry-run", f"--l2={text}"])
     assert result.exit_code == 2
     assert PASSWORD not in result.output + result.stderr

@@ -20,7 +20,7 @@ import numpy as np
 
 log = logging.getLogger("lmcache_rag")
 
-_CROWDED = np.uint64(1)  # in a slot of the table: several polynomials have it
+_CROWDED = np.uint64(1)  # mark of a slot in the table that several polynomials share
 _FREE = np.uint64(0)
 _LOAD = 4  # slots per chunk of a full index: 3% of the slots are crowded then
 
@@ -59,7 +59,7 @@ class ChunkIndex:
 
     Args:
         chunk: Tokens of a chunk.
-        size: Most chunks. Beyond it chunks go, those that were not ingested first, the least recently used first.
+        size: Most chunks. Beyond it chunks are evicted: first those not ingested, of these the least recently used.
     """
 
     def __init__(self, chunk: int, size: int) -> None:
@@ -101,7 +101,7 @@ class ChunkIndex:
         Args:
             salt: Their namespace.
             hashes: LMCache's hashes of them.
-            ingested: Whether a client declared them; others only take room that is left.
+            ingested: Whether a client declared them; others only use space that is left.
         """
         with self._lock:
             for chunk_hash in hashes:
@@ -261,7 +261,7 @@ class ChunkIndex:
     def _polynomials(self, tokens: Any) -> Any:
         """The polynomial of the window that begins at each token: the sum of t[i + j] * base^-j, times base^i.
 
-        Modulo 2^64, in which an odd base has an inverse: so that a difference of prefix sums is a window's sum.
+        Modulo 2^64, where an odd base has an inverse, so that a difference of prefix sums is a window's sum.
         """
         count = len(tokens)
         powers, inverses = self._series

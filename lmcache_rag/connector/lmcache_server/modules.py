@@ -1,6 +1,6 @@
 """Patches of LMCache's server modules: deadlines of transfers, the chunk index, removal of KV, and its HTTP routes.
 
-For LMCache 0.5.6 and 0.5.7, each of an object that the server has made, by a subclass of its class.
+For LMCache 0.5.6 and 0.5.7. Each patch replaces methods of one object of the server, by a subclass of its class.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ class Guard:
             patch_methods(module, methods)
 
     def _in_time(self, load: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(load)  # LMCache's marks on a handler come along
+        @functools.wraps(load)  # copies LMCache's marks on a handler
         def guarded(module: Any, key: Any, *args: Any, **kwargs: Any) -> Any:
             if _past_deadline(key):
                 log.warning("request %s: load deadline passed, load skipped", key.request_id)
@@ -157,10 +157,10 @@ class Guard:
         return guarded
 
     def _unlock(self, module: Any, key: Any, instance_id: int) -> None:
-        """Release one worker's read locks that a refused load of an exact prefix would have released.
+        """Release one worker's read locks, as the rejected load of an exact prefix would have done.
 
-        LMCache does so for workers that it does not know any more, where the load's tokens are the look-up's. Ours ends
-        with the prefix. What a chunk's load leaves locked is released when its session ends.
+        LMCache does so for workers that it no longer knows, if the load has all tokens of the look-up. Our load ends
+        with the prefix. Locks that a chunk's load leaves are released when its session ends.
         """
         release = getattr(module, "_release_failed_retrieve_locks", None)
         session = self.context.session_manager.get(key.request_id)
@@ -199,7 +199,7 @@ class Guard:
         return guarded
 
     def _commit_in_time(self, prepare: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Check the deadline after the copy too: a server may stand still in it. An error keeps it from committing."""
+        """Check the deadline after the copy too: the server may hang during it. The error prevents the commit."""
 
         def guarded(objects: Any) -> Any:
             key = getattr(self._thread, "storing", None)
@@ -240,7 +240,7 @@ class Guard:
         }
 
     def watch(self) -> None:
-        """Follow what leaves memory and tiers, evict ingested KV last, and publish metrics."""
+        """Track evictions from memory and tiers, evict ingested KV last, and publish metrics."""
         self.forgetting.guard()
         patch_object(WRITE_COMPLETION, self.storage, self._commit_in_time(self.storage.prepare_write_completion))
         listener = _Listener(self)
@@ -274,7 +274,7 @@ class Guard:
     def register_later(self, blend: Any, key: Any, instance_id: int) -> None:
         """Enter a store's chunks into the index once the device has copied them.
 
-        All of them that are in memory then: one that another request stored before is not stored again.
+        All chunks that are in memory then are entered: one that another request stored before is not stored again.
         """
         keys = self.context.resolve_obj_keys(key, [0])[0]
         tokens = as_tokens(key)[key.start : key.end]
@@ -309,7 +309,7 @@ class Guard:
             job()
 
     def left_memory(self, keys: Sequence[Any]) -> None:
-        """Remove evicted objects from the index. Where second tiers may hold them, LMCache's look-ups find out."""
+        """Remove evicted objects from the index. If second tiers may hold them, LMCache's look-ups check that."""
         if len(self._memories) == 1 and not self.storage.l2_adapters():
             for key in keys:
                 self.index.remove(key.cache_salt, (key.chunk_hash,))

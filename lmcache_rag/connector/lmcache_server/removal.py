@@ -28,14 +28,14 @@ MEMORY_LISTENER_POLICY = Patch(f"{_LISTENERS}:L1EvictionPolicy._policy", _EVICTI
 TIER_LISTENER_POLICY = Patch(f"{_LISTENERS}:L2EvictionPolicy._policy", _EVICTION_WHY, _EVICTION_UNTIL)
 
 PASSES_S = (0.0, 1.0, 5.0, 30.0)  # after an object has left memory: a second tier may still have been writing it
-PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0  # between two attempts at what is being read
+PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0  # between two attempts to remove an object that is being read
 
 
 class Forgetting:
     """Removes objects, at once or when their locks end, and keeps them from being read until then.
 
     A thread removes them. A key is blocked until the last of the PASSES_S is over: an object that was on the way from
-    or to a second tier when its removal was requested is removed by a later pass. Storing it anew ends that.
+    or to a second tier when its removal was requested is removed by a later pass. Storing it again stops the removal.
 
     Args:
         storage: LMCache's StorageManager.
@@ -67,7 +67,7 @@ class Forgetting:
         return done
 
     def keep(self, keys: Iterable[Any]) -> None:
-        """Stop removing these objects: they are stored anew."""
+        """Stop removing these objects: they are stored again."""
         if self._held:
             with self._lock:
                 for key in keys:
@@ -124,7 +124,7 @@ class Forgetting:
         return any(memory.get_object_state(key) is not None for memory in self._storage._l1_managers_by_id.values())
 
     def guard(self) -> None:
-        """Have LMCache's memory neither give out objects that are being removed, nor load them from a second tier."""
+        """Keep LMCache's memory from returning objects that are being removed, or loading them from a second tier."""
         from lmcache.v1.distributed.error import L1Error
 
         for memory in self._storage._l1_managers_by_id.values():
@@ -139,7 +139,7 @@ class _Removal:
         self.done, self.passed, self.next, self.pause = done, 0, 0.0, PAUSE_S
 
 
-def _without(memory: Any, patch: Patch, holds: Callable[[Any], bool], answer: Any, beside: tuple[str, ...]) -> None:
+def _without(memory: Any, patch: Patch, holds: Callable[[Any], bool], answer: Any, parallel: tuple[str, ...]) -> None:
     """Have a method of `memory` called without the keys that are being removed, for which it returns `answer`.
 
     Args:
@@ -147,7 +147,7 @@ def _without(memory: Any, patch: Patch, holds: Callable[[Any], bool], answer: An
         patch: The method; it takes `keys`, and returns a dictionary by key.
         holds: Whether a key is being removed.
         answer: What is returned for such a key.
-        beside: Arguments that are lists as long as `keys`.
+        parallel: Arguments that are lists as long as `keys`.
     """
     call = getattr(memory, patch.name)
 
@@ -157,8 +157,8 @@ def _without(memory: Any, patch: Patch, holds: Callable[[Any], bool], answer: An
             result: dict[Any, Any] = call(keys, *args, **kwargs)
             return result
         free = [at for at, key in enumerate(keys) if not holds(key)]
-        args = tuple([arg[at] for at in free] if place < len(beside) else arg for place, arg in enumerate(args))
-        kwargs |= {one: [kwargs[one][at] for at in free] for one in beside if one in kwargs}
+        args = tuple([arg[at] for at in free] if place < len(parallel) else arg for place, arg in enumerate(args))
+        kwargs |= {one: [kwargs[one][at] for at in free] for one in parallel if one in kwargs}
         return {**call([keys[at] for at in free], *args, **kwargs), **dict.fromkeys(held, answer)}
 
     patch_object(patch, memory, guarded)
