@@ -62,7 +62,7 @@ def test_anything_more_is_left_to_sentence_transformers(copy: Path, name: str, c
     assert BertEncoder.open(change(copy, name, **changes)) is None
 
 
-def test_a_folder_of_another_kind_is_left_to_sentence_transformers(copy: Path) -> None:
+def test_other_models_go_to_sentence_transformers(copy: Path) -> None:
     modules = json.loads((copy / "modules.json").read_text())
     (copy / "modules.json").write_text(json.dumps([*modules, {"path": "3_Dense", "type": "models.Dense"}]))
     assert BertEncoder.open(copy) is None
@@ -70,7 +70,7 @@ def test_a_folder_of_another_kind_is_left_to_sentence_transformers(copy: Path) -
     assert BertEncoder.open(copy) is None
 
 
-def test_the_embedder_takes_it_without_importing_sentence_transformers(embedder_path: Path) -> None:
+def test_it_is_used_without_sentence_transformers(embedder_path: Path) -> None:
     code = (
         "import gc, sys; from lmcache_rag.embedding import SentenceTransformerEmbedder; "
         f"SentenceTransformerEmbedder({str(embedder_path)!r}, device='cpu').embed_query('x'); "

@@ -81,7 +81,7 @@ def test_prompts_that_a_model_defines_are_used(embedder_path: Path, tmp_path: Pa
     assert prompted.fingerprint != embedder.fingerprint
 
 
-def test_the_default_is_found_by_name_and_has_the_fingerprint_of_its_files(embedder_path: Path) -> None:
+def test_the_default_has_its_files_fingerprint(embedder_path: Path) -> None:
     default = SentenceTransformerEmbedder()
     assert default.name == DEFAULT_EMBEDDER
     assert default.source.path == embedder_path
@@ -134,7 +134,7 @@ def test_llama_index_embeddings_are_taken() -> None:
     assert adapted.name.endswith("MockEmbedding:mock-16")
 
 
-def test_foreign_embeddings_of_another_size_or_model_have_another_fingerprint() -> None:
+def test_foreign_embeddings_have_their_own_fingerprint() -> None:
     from langchain_core.embeddings import DeterministicFakeEmbedding
     from llama_index.core.embeddings import MockEmbedding
 

@@ -83,7 +83,7 @@ def test_a_passage_is_ingested_at_its_second_use(fill: LazyFill, ingestion: Inge
     assert fill.counts == FillCounts(ingested=1, tokens=10)
 
 
-def test_a_passage_that_stays_missing_is_ingested_ever_less_often(fill: LazyFill, ingestion: Ingestion) -> None:
+def test_a_missing_passage_is_ingested_less_and_less(fill: LazyFill, ingestion: Ingestion) -> None:
     queued = []
     for _ in range(14):
         queued.append(use(fill, ingestion, "a"))
@@ -404,7 +404,7 @@ def test_an_embedded_engine_keeps_registered_passages_only(tokenizer: Any, texts
         assert all(engine.missing([workspace.prompts.ingest(text) for text in texts]))
 
 
-def test_the_setting_comes_from_argument_environment_file_and_default(
+def test_the_setting_has_all_four_sources(
     running: EmbeddedVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = tmp_path / "registry"

@@ -66,7 +66,7 @@ def test_history_stands_behind_the_chunks_in_order(builder, tokenizer):
         builder.query(["Passage."], "Second?", [Turn("assistant", "Yes.")])
 
 
-def test_a_template_without_a_system_role_gets_it_in_the_user_turn(tokenizer):
+def test_a_missing_system_role_goes_into_the_user_turn(tokenizer):
     import copy
 
     own = copy.deepcopy(tokenizer)

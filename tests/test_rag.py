@@ -25,7 +25,7 @@ def test_documents_in_answers_out(parts, documents):
     assert answer.stats.blended
 
 
-def test_unchanged_documents_compute_nothing_and_changed_ones_only_their_changed_chunks(parts, documents):
+def test_only_changed_chunks_are_computed_again(parts, documents):
     first = parts.ingestor.ingest(documents)
     again = parts.ingestor.ingest(documents)
     assert (again.unchanged, again.kv.computed, again.chunks_added) == (4, 0, 0)
@@ -35,7 +35,7 @@ def test_unchanged_documents_compute_nothing_and_changed_ones_only_their_changed
     assert 1 <= report.kv.computed <= 2 < first.kv.computed
 
 
-def test_a_shared_chunk_is_stored_once_and_its_kv_leaves_with_the_last_document(parts, documents):
+def test_a_shared_chunks_kv_leaves_with_its_last_document(parts, documents):
     twin = document("twin", documents[0].text)
     report = parts.ingestor.ingest([documents[0], twin])
     files = parts.engine.usage().chunks
@@ -79,7 +79,7 @@ def test_warm_and_verify_never_take_all_texts_at_once(parts, documents, monkeypa
     assert max(sizes) == 4
 
 
-def test_prune_leaves_no_kv_of_the_other_model_not_even_its_prefix(parts, documents, tokenizer, embedder):
+def test_prune_leaves_nothing_of_the_other_model(parts, documents, tokenizer, embedder):
     parts.ingestor.ingest(documents)
     assert parts.engine.usage().chunks == parts.maintainer.status().store.chunks + 1
     parts.store.close()

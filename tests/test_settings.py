@@ -90,14 +90,14 @@ def test_the_file_of_the_default_store_is_read(tmp_path: Path) -> None:
         ("top_k", "many"),
     ],
 )
-def test_a_value_without_meaning_gives_an_error_that_names_the_setting(name: str, value: object) -> None:
+def test_a_wrong_value_gives_an_error_with_its_setting(name: str, value: object) -> None:
     with pytest.raises(ConfigError, match=f"^{name}: ") as caught:
         Settings.load(**{name: value})
     assert "lmcache-rag settings" in caught.value.remedy
 
 
 @pytest.mark.parametrize("place", ["argument", "environment", "file"])
-def test_a_policy_that_does_not_exist_is_refused_with_the_choices(
+def test_an_unknown_policy_is_refused_with_the_choices(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = write(tmp_path / "s", 'policy = "best"\n' if place == "file" else "")

@@ -25,7 +25,7 @@ from lmcache_rag.engines.base import BlendOptions, ChunkSpan, QueryPrompt
 from lmcache_rag.prompt import PromptBuilder
 
 
-def test_everything_computed_again_is_equal_and_nothing_computed_again_is_not(make_engine, corpus, tmp_path):
+def test_all_recomputed_is_equal_and_none_is_not(make_engine, corpus, tmp_path):
     engine = make_engine(tmp_path)
     source = TracedEmbeddedEngine(engine, PromptBuilder(engine.tokenizer, engine.info))
     source.keep(corpus)
@@ -77,7 +77,7 @@ def test_a_difference_is_explained_by_a_near_tie_only(gap: float | None, explain
     assert difference(full, full).place is None
 
 
-def test_the_divergence_is_zero_for_equals_and_grows_with_distance() -> None:
+def test_divergence_is_zero_for_equals_and_grows() -> None:
     rng = random.Random(0)
     weights = [rng.random() for _ in range(20)]
     full = {i: math.log(w / sum(weights) * 0.9) for i, w in enumerate(weights)}

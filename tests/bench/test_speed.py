@@ -62,7 +62,7 @@ def test_every_policy_is_measured_at_every_ratio(tokenizer: Any) -> None:
     assert told == dict.fromkeys(kinds, 2 * 3)  # from LMCache and named; two to warm up
 
 
-def test_a_policy_that_does_not_exist_is_said_before_anything_is_measured() -> None:
+def test_an_unknown_policy_fails_before_measuring() -> None:
     result = CliRunner().invoke(app, ["bench", "speed", "--engine", "http://127.0.0.1:9", "--policy", "best"])
     assert result.exit_code == 2
     assert "hkvd" in result.output
@@ -221,7 +221,7 @@ def test_help_names_every_measure(option: str) -> None:
     assert option in CliRunner().invoke(app, ["bench", "speed", "--help"], env={"COLUMNS": "160"}).output
 
 
-def test_a_plot_that_cannot_be_drawn_is_said_before_anything_is_measured(tmp_path: Path) -> None:
+def test_a_plot_that_cannot_be_drawn_fails_first(tmp_path: Path) -> None:
     result = CliRunner().invoke(
         app, ["bench", "speed", "--engine", "http://127.0.0.1:9", "--plot", str(tmp_path / "no" / "x.png")]
     )

@@ -17,7 +17,7 @@ def run_on(*, terminal: bool) -> tuple[CommandContext, io.StringIO]:
     return CommandContext({}, err=Console(file=shown, force_terminal=terminal, width=80, color_system=None)), shown
 
 
-def test_on_a_terminal_documents_chunks_rate_and_time_left_are_shown() -> None:
+def test_a_terminal_shows_documents_chunks_rate_and_time() -> None:
     run, shown = run_on(terminal=True)
     with IngestBars(run, with_kv=True) as bars:
         for done in range(1, 5):

@@ -94,7 +94,7 @@ def test_every_option_of_every_verb_has_a_help_text(verb: str) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_option_that_is_a_setting_names_its_variable_and_default(verb: str) -> None:
+def test_setting_options_name_variable_and_default(verb: str) -> None:
     command = typer.main.get_command(app).commands[verb]  # type: ignore[attr-defined]
     for parameter in command.params:
         if field := Settings.model_fields.get(parameter.name):
@@ -131,7 +131,7 @@ def test_the_help_imports_no_heavy_library() -> None:
     assert loaded.isdisjoint({"torch", "transformers", "sentence_transformers", "faiss", "numpy", "huggingface_hub"})
 
 
-def test_the_help_takes_little_more_than_loading_the_libraries_that_print_it() -> None:
+def test_help_takes_little_more_than_its_imports() -> None:
     # Side by side and without coverage's tracing, so that neither a slow machine nor a busy one decides.
     env = {name: value for name, value in os.environ.items() if not name.startswith(("COVERAGE", "COV_"))}
 
@@ -177,13 +177,13 @@ def test_wrong_use_gives_status_2_and_says_so_on_stderr(call: Call, arguments: l
     assert "Traceback" not in result.output
 
 
-def test_a_policy_that_does_not_exist_gives_status_2_and_the_choices(call: Call, stocked: Stocked) -> None:
+def test_an_unknown_policy_exits_2_with_the_choices(call: Call, stocked: Stocked) -> None:
     result = call("ask", QUESTION, "--store", stocked.store, "--policy", "best")
     assert result.exit_code == 2
     assert "hkvd" in result.stderr
 
 
-def test_a_missing_store_gives_status_3_a_remedy_and_no_traceback(call: Call, tmp_path: Path) -> None:
+def test_a_missing_store_exits_3_with_a_remedy(call: Call, tmp_path: Path) -> None:
     result = call("ask", "q", "--store", tmp_path / "none")
     assert result.exit_code == 3
     assert "There is no store" in result.stderr
@@ -357,7 +357,7 @@ def test_policy_and_ratio_reach_the_engine(call: Call, stocked: Stocked) -> None
     assert 0 < stats("--ratio", 0.1)["recomputed_tokens"] < stats("--ratio", 0.6)["recomputed_tokens"]
 
 
-def test_compare_shows_both_times_and_that_policy_all_gives_the_same_answer(call: Call, stocked: Stocked) -> None:
+def test_compare_shows_both_times_and_equal_answers(call: Call, stocked: Stocked) -> None:
     result = call("ask", QUESTION, "--store", stocked.store, "--compare", "--policy", "all", "--max-tokens", 12)
     assert "The answers are equal (" in result.stdout
     [times] = [line.split() for line in result.stdout.splitlines() if line.startswith("TTFT")]
@@ -393,7 +393,7 @@ def test_a_file_of_questions_gives_a_line_of_json_for_each(call: Call, stocked: 
     assert result.exit_code == 0
 
 
-def test_a_question_that_fails_gives_its_error_and_the_others_go_on(call: Call, stocked: Stocked) -> None:
+def test_a_failed_question_does_not_stop_the_others(call: Call, stocked: Stocked) -> None:
     long = "why " * 1000
     result = call("ask", "--questions", "-", "--store", stocked.store, "--max-tokens", 2, stdin=f"{long}\n{QUESTION}\n")
     first, second = (json.loads(line) for line in result.stdout.splitlines())
@@ -414,7 +414,7 @@ def test_a_file_of_questions_that_does_not_exist_gives_status_2(call: Call, stoc
     assert result.stdout == ""
 
 
-def test_terminal_commands_in_a_document_never_reach_the_terminal(call: Call, tmp_path: Path) -> None:
+def test_terminal_escapes_in_documents_are_not_printed(call: Call, tmp_path: Path) -> None:
     evil = tmp_path / "evil\x1b[2J\nname.txt"
     evil.write_text("\x1b]0;owned\x07 The password of the vault is swordfish. \x1b[31m")
     call("ingest", evil, "--store", tmp_path / "s")
@@ -462,7 +462,7 @@ def test_the_commands_of_the_chat(call: Call, stocked: Stocked) -> None:
     assert result.exit_code == 0
 
 
-def test_a_conversation_that_is_too_long_offers_reset_and_goes_on(call: Call, stocked: Stocked) -> None:
+def test_a_too_long_conversation_offers_reset(call: Call, stocked: Stocked) -> None:
     long = f"{'why ' * 480}?"
     result = call(
         "chat", "--store", stocked.store, "--json", "--max-tokens", 2, stdin=f"{long}\n{long}\n/reset\n{QUESTION}\n"
@@ -575,7 +575,7 @@ def test_verify_checks_a_repeatable_sample(call: Call, copy: Path) -> None:
     assert all(first == second for first, second in reports.values())
 
 
-def test_remove_by_path_keeps_a_chunk_that_another_document_holds(
+def test_remove_by_path_keeps_shared_chunks(
     call: Call, copy: Path, stocked: Stocked, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(stocked.docs)

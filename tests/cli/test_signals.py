@@ -111,7 +111,7 @@ def test_ctrl_c_gives_status_130(session: Session) -> None:
     assert session.cut_off.status == 130
 
 
-def test_ctrl_c_says_that_the_store_is_sound_and_which_command_goes_on(session: Session) -> None:
+def test_ctrl_c_says_the_store_is_sound_and_how_to_go_on(session: Session) -> None:
     lines = session.cut_off.stderr.splitlines()
     assert "Stopped. The store is intact." in lines
     assert "To continue: lmcache-rag ingest docs --store store" in lines

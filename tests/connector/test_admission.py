@@ -25,7 +25,7 @@ def test_an_idle_engine_blends_within_the_step_and_only_one() -> None:
     assert budget.admit(1) == Admission.SYNC
 
 
-def test_a_blend_that_would_take_long_runs_beside_even_when_nobody_else_does() -> None:
+def test_a_long_blend_is_async_even_when_idle() -> None:
     assert BlendBudget(100, 1000).admit(1001) == Admission.ASYNC
 
 

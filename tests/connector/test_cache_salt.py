@@ -135,7 +135,7 @@ def test_the_prefix_that_was_not_used_for_longest_is_forgotten(monkeypatch: pyte
             assert found == [True, False, True], limit
 
 
-def test_of_all_prefixes_one_of_the_tenant_with_most_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_largest_tenant_loses_a_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmcache_rag.connector.cache_salt._ALL_NAMES", 4)
     spaces, prefixes = CacheSalts("model", CHUNK), [ids(n, 2 * CHUNK) for n in range(5)]
     tenants = ["few", "many", "many", "many", "new"]

@@ -16,7 +16,7 @@ def test_a_worker_says_nothing_of_stores_while_it_loads() -> None:
     assert worker.report(set(), set()) == set()
 
 
-def test_a_request_that_was_freed_by_its_load_is_not_freed_by_its_stores() -> None:
+def test_a_request_freed_by_its_load_is_freed_once() -> None:
     side = FinishedOnce()
     side.ends("a")
     assert side.stored({"a"}, {"b"}) == {"b"}

@@ -130,7 +130,7 @@ def make(pool: Pool, lookups: list[Any] | None = None, **options: Any) -> BlendS
     return made
 
 
-def test_a_chunk_that_is_known_behind_one_prefix_is_not_found_behind_another(world: Any) -> None:
+def test_a_chunk_is_found_after_its_own_prefix_only(world: Any) -> None:
     """Nor for another tenant, whose salt is in the hash of the first block: only where it was computed."""
     pool, request = world
     chunks = known(pool)
@@ -148,7 +148,7 @@ def test_a_chunk_that_is_known_behind_one_prefix_is_not_found_behind_another(wor
     assert asked(request)
 
 
-def test_whole_blocks_of_every_chunk_are_found_with_where_they_were_computed(world: Any) -> None:
+def test_whole_blocks_of_chunks_are_found_with_positions(world: Any) -> None:
     pool, request = world
     spans = named_spans(request.kv_transfer_params, request.num_tokens)
     chunks = known(pool)
@@ -180,7 +180,7 @@ def test_more_spans_than_blocks_make_no_sense() -> None:
     assert len(named_spans({"lmcache_rag.chunks": [[at, at + 16] for at in range(0, 1600, 16)]}, 1600)) == 100
 
 
-def test_a_chunk_shorter_than_a_block_is_left_out_but_where_the_prefix_ends() -> None:
+def test_a_chunk_below_a_block_is_left_out_after_blocks() -> None:
     spans = [[64, 70], [70, 80], [80, 96]]
     assert named_spans({"lmcache_rag.chunks": spans}, 100) == [(64, 70), (80, 96)]
 
@@ -204,7 +204,7 @@ def test_blocks_are_pinned_from_the_claim_to_the_result(world: Any) -> None:
     assert told["hot_tokens"] == tokens
 
 
-def test_an_abort_while_a_plan_is_under_way_keeps_the_blocks_until_it_is_done(world: Any) -> None:
+def test_an_abort_during_a_plan_keeps_the_blocks(world: Any) -> None:
     pool, request = world
     side = make(pool)
     side.on_allocated(request, list(range(50)), side.match(request, 0) or 0, None)
@@ -229,7 +229,7 @@ def test_an_abort_before_that_lets_them_go(world: Any, when: str) -> None:
     assert pool.held == 0
 
 
-def test_what_is_not_allocated_is_let_go_and_at_last_done_without(world: Any) -> None:
+def test_unallocated_chunks_are_given_up_in_the_end(world: Any) -> None:
     """Pins must not keep an allocation from succeeding for ever."""
     pool, request = world
 
@@ -294,7 +294,7 @@ def test_a_copied_key_is_the_key_at_its_new_position(tokenizer: Any, scaling: st
         torch.testing.assert_close(got_values[:, start:], want_values, atol=1e-4, rtol=1e-4)
 
 
-def test_what_seems_to_be_held_is_seen_without_looking_at_every_block() -> None:
+def test_residency_is_estimated_without_all_blocks() -> None:
     pool = scheduler_kit.Pool()
     chunks = ResidentChunks(pool, 8)
     tokens, hashes = array("q", range(100)), ["a", "b", "c", "d"]

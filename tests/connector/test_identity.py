@@ -188,9 +188,7 @@ def test_an_adapter_is_the_same_in_every_process_by_its_weights(tmp_path: Path) 
     assert Adapters().of(one) != before
 
 
-def test_an_adapter_that_changes_while_vllm_runs_shares_with_none(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_changing_adapter_shares_with_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     known, one = Adapters(), adapter(tmp_path / "a", bytes(9000))
     before = known.of(one)
     adapter(tmp_path / "a", bytes(8999) + b"1")
@@ -200,7 +198,7 @@ def test_an_adapter_that_changes_while_vllm_runs_shares_with_none(
     assert "LoRA adapter a" in caplog.text
 
 
-def test_an_adapter_that_cannot_be_read_shares_with_no_other_process() -> None:
+def test_an_unreadable_adapter_shares_with_no_process() -> None:
     one = SimpleNamespace(lora_name="a", lora_path="some-org/no-such-adapter", lora_int_id=1)
     known = Adapters()
     assert known.of(one) == known.of(one)

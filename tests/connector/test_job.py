@@ -175,9 +175,7 @@ def test_memory_that_runs_out_in_a_piece_means_computing(hf: HFModel, monkeypatc
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_a_request_that_ends_is_not_worked_for_and_its_blocks_are_kept_until_its_kv_has_come(
-    hf: HFModel, begun: bool
-) -> None:
+def test_an_aborted_request_keeps_its_blocks_until_loaded(hf: HFModel, begun: bool) -> None:
     world = Background(hf)
     world.coming = not begun
     world.step(begins=True)
@@ -227,9 +225,7 @@ def test_the_last_token_looks_though_it_has_no_block(hf: HFModel) -> None:
     assert all(slot >= BLOCK for position, slot in looked if position < plan.end)
 
 
-def test_no_step_waits_for_the_gpu_to_be_done_unless_it_has_nothing_else_to_do(
-    hf: HFModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_step_waits_for_the_gpu_unless_idle(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job.CudaTimer, "is_done", False)
     world = Background(hf)
     world.step(Allowance(1000), begins=True)
@@ -245,7 +241,7 @@ def test_no_step_waits_for_the_gpu_to_be_done_unless_it_has_nothing_else_to_do(
     assert world.worker.take_received() == {"r"}
 
 
-def test_loads_are_asked_for_before_a_blend_within_the_step_begins(hf: HFModel) -> None:
+def test_loads_are_submitted_before_a_blend_begins(hf: HFModel) -> None:
     world = Background(hf)
     asked_when: list[int] = []
     real = world.link.submit_matches

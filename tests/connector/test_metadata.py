@@ -57,7 +57,7 @@ def test_nothing_that_can_be_reused_is_left_out(exact: int, pieces: list[tuple[i
     assert made.end == (here if found else exact)
 
 
-def test_a_piece_inside_another_one_does_not_let_a_third_one_overlap() -> None:
+def test_a_nested_match_does_not_let_a_third_overlap() -> None:
     made = claim(500, 0, 0, [at(0, 100), at(5, 10), at(12, 20)], least=1)
     assert made.matches == (at(0, 100),)
     assert made.end == 100
@@ -70,12 +70,12 @@ def test_a_prompt_that_is_cached_whole_leaves_its_last_token() -> None:
     assert (made.exact, made.matches, made.end) == (32, (), 32), "the last match would leave nothing to compute"
 
 
-def test_matches_behind_what_vllm_holds_are_claimed_and_those_before_are_not() -> None:
+def test_only_matches_after_computed_tokens_are_claimed() -> None:
     made = claim(400, 100, 64, [at(64, 128), at(128, 192)], least=64)
     assert (made.exact, made.matches, made.end) == (100, (at(128, 192),), 192)
 
 
-def test_neighbours_are_one_chunk_only_where_they_were_cached_as_neighbours() -> None:
+def test_adjacent_matches_merge_only_if_cached_adjacent() -> None:
     pieces = (Match(0, 16, 32, 48), Match(16, 32, 48, 64), Match(32, 48, 0, 16), Match(60, 76, 16, 32))
     plan = BlendPlan("r", tuple(range(80)), 0, 0, pieces, 76, (0,), "query", 0.15)
     assert plan.spans == [(0, 32), (32, 48), (60, 76)]

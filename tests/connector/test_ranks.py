@@ -125,7 +125,7 @@ def test_damage_on_one_rank_is_reported_by_all(ranks: list[Outcome], name: str) 
     assert ranks[0][name]["counts"] == ranks[1][name]["counts"]
 
 
-def test_damage_on_one_rank_is_repaired_by_all_where_it_may_not_be_reported(ranks: list[Outcome], hf: HFModel) -> None:
+def test_damage_on_one_rank_is_repaired_by_all_ranks(ranks: list[Outcome], hf: HFModel) -> None:
     assert [rank["repaired"]["failure"] for rank in ranks] == ["damaged KV"] * RANKS
     assert [rank["repaired"]["bad"] for rank in ranks] == [[]] * RANKS
     assert close(joined(ranks, "repaired"), full_prefill(World(hf)))
@@ -140,16 +140,14 @@ def test_in_the_background_too_two_ranks_do_what_one_does(ranks: list[Outcome], 
 
 
 @pytest.mark.parametrize("name", ["background, late", "background, damaged"])
-def test_in_the_background_all_ranks_compute_what_one_did_not_get(ranks: list[Outcome], hf: HFModel, name: str) -> None:
+def test_in_the_background_ranks_compute_what_one_misses(ranks: list[Outcome], hf: HFModel, name: str) -> None:
     assert all(rank[name]["failure"] for rank in ranks)
     assert [rank[name]["bad"] for rank in ranks] == [[]] * RANKS
     assert close(joined(ranks, name), full_prefill(World(hf)))
 
 
 @pytest.mark.parametrize("name", ["little memory", "little memory, late", "background, little memory"])
-def test_where_one_rank_has_little_memory_all_compute_in_small_pieces(
-    ranks: list[Outcome], hf: HFModel, name: str
-) -> None:
+def test_little_memory_on_one_rank_makes_all_pieces_small(ranks: list[Outcome], hf: HFModel, name: str) -> None:
     why = ["load failed on another rank", "load failed"] if "late" in name else ["out of memory"] * RANKS
     assert [rank[name]["failure"] for rank in ranks] == why
     assert [rank[name]["passes"] for rank in ranks] == [ranks[0][name]["passes"]] * RANKS
@@ -158,7 +156,7 @@ def test_where_one_rank_has_little_memory_all_compute_in_small_pieces(
     assert close(joined(ranks, name), full_prefill(World(hf)))
 
 
-def test_a_check_that_takes_more_tokens_than_a_piece_is_asked_for_too(ranks: list[Outcome], hf: HFModel) -> None:
+def test_a_check_larger_than_a_piece_is_voted_on_too(ranks: list[Outcome], hf: HFModel) -> None:
     """hkvd takes 40 tokens through half of the layers where a piece of 20 goes through all."""
     found = [rank["background, hkvd, memory for its pieces"] for rank in ranks]
     assert [one["failure"] for one in found] == ["out of memory"] * RANKS
@@ -172,7 +170,7 @@ def test_where_one_rank_has_no_memory_at_all_vllm_is_told_by_all(ranks: list[Out
     assert ranks[0]["no memory"]["bad"] == ranks[1]["no memory"]["bad"] != []
 
 
-def test_a_rank_whose_memory_is_gone_in_a_pass_ends_rather_than_leave_the_others_waiting(ranks: list[Outcome]) -> None:
+def test_a_rank_out_of_memory_in_a_pass_exits(ranks: list[Outcome]) -> None:
     """They are in the middle of the pass and it cannot join them again; vLLM ends all workers when one raises."""
     assert [rank["memory gone in a pass"] for rank in ranks] == ["out of memory"] * RANKS
 

@@ -22,7 +22,7 @@ def known(once: Once, tokens: list[int], hashes: list[str], prefix: int) -> None
     once.side.gpu_chunks.resident.remember(array("q", tokens), [*hashes, *own], prefix)
 
 
-def test_a_claim_ends_with_the_last_match_and_hides_from_the_first_one_on() -> None:
+def test_a_claim_ends_with_the_last_match() -> None:
     once = Once()
     request = once.request()
     assert once.side.match(request, 8) == 76 - 8
@@ -68,7 +68,7 @@ def test_a_request_may_go_away_at_any_time(when: str) -> None:
 
 
 @pytest.mark.parametrize("polls", [2, 3])
-def test_an_answer_on_the_way_to_a_request_that_is_gone_leaves_no_locks(polls: int) -> None:
+def test_a_late_answer_to_an_aborted_lookup_leaves_no_lock(polls: int) -> None:
     once = Once()
     request = once.request(polls=polls)
     assert once.side.match(request, 0) is None
@@ -85,7 +85,7 @@ def test_an_answer_on_the_way_to_a_request_that_is_gone_leaves_no_locks(polls: i
     assert not once.side.has_recent_aborts
 
 
-def test_an_engine_does_not_go_on_for_ever_for_an_answer_that_never_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_does_not_wait_forever_for_an_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     once = Once()
     now = [1000.0]
     monkeypatch.setattr(scheduler, "time", SimpleNamespace(perf_counter=lambda: now[0]))
@@ -104,7 +104,7 @@ def test_an_engine_does_not_go_on_for_ever_for_an_answer_that_never_comes(monkey
     assert once.lookups[0].closed, "its session is ended all the same"
 
 
-def test_a_preempted_request_is_not_blended_again_and_tells_of_its_blend() -> None:
+def test_a_preempted_request_is_not_blended_again() -> None:
     once = Once()
     request = once.request()
     once.side.on_allocated(request, list(range(13)), once.side.match(request, 0) or 0, None)
@@ -132,9 +132,7 @@ def test_a_preempted_request_is_not_blended_again_and_tells_of_its_blend() -> No
     ],
     ids=str,
 )
-def test_a_plan_says_whether_its_last_token_is_all_that_vllm_computes(
-    scheduled: dict[str, int], tail: int, alone: bool
-) -> None:
+def test_a_plan_says_whether_vllm_computes_one_token(scheduled: dict[str, int], tail: int, alone: bool) -> None:
     once = Once(tail_tokens=tail)
     request = once.request("a")
     more = once.side.match(request, 0)
@@ -144,7 +142,7 @@ def test_a_plan_says_whether_its_last_token_is_all_that_vllm_computes(
     assert plan.alone == alone
 
 
-def test_who_does_not_find_the_engine_idle_is_blended_beside_the_others() -> None:
+def test_on_a_busy_engine_a_request_is_blended_async() -> None:
     once = Once()
     first, second = once.request("a"), once.request("b")
     exact, nothing = once.request("c", cached=(32, ())), once.request("d", cached=(0, ()))
@@ -192,7 +190,7 @@ def test_a_request_that_is_not_blended_waits_for_no_blend() -> None:
     assert once.side.match(plain, 32) == 0, "vLLM holds its exact prefix: there is nothing to load"
 
 
-def test_without_overlap_a_full_step_makes_blends_wait_and_nobody_else() -> None:
+def test_without_overlap_a_full_step_defers_only_blends() -> None:
     once = Once(overlap=False, step_tokens=50)
     blends, waits = once.request("a"), once.request("b")
     exact, nothing = once.request("c", cached=(32, ())), once.request("d", cached=(0, ()))
@@ -207,7 +205,7 @@ def test_without_overlap_a_full_step_makes_blends_wait_and_nobody_else() -> None
     assert once.side.match(waits, 0) == 76
 
 
-def test_a_little_of_an_exact_prefix_is_computed_rather_than_loaded() -> None:
+def test_a_short_exact_prefix_is_computed_not_loaded() -> None:
     once = Once(least_tokens=33)
     request = once.request(cached=(32, ()))
     assert once.side.match(request, 0) == 0
@@ -238,9 +236,7 @@ def test_a_new_request_is_looked_up_before_it_is_scheduled() -> None:
 
 
 @pytest.mark.parametrize("failure", ["load failed", "load failed on another rank", "out of memory", ""])
-def test_who_waited_while_a_load_failed_does_not_wait_for_a_second_deadline(
-    monkeypatch: pytest.MonkeyPatch, failure: str
-) -> None:
+def test_waiting_during_a_failed_load_costs_one_deadline(monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
     once = Once()
     now = [1000.0]
     monkeypatch.setattr(scheduler, "time", SimpleNamespace(perf_counter=lambda: now[0]))
@@ -373,7 +369,7 @@ def test_a_short_rest_of_the_prompt_is_claimed_with_the_blend() -> None:
     assert Once(tail_tokens=22).side.match(once.request("b"), 0) == 76
 
 
-def test_chunks_that_vllm_held_and_lost_while_a_request_waited_are_looked_up() -> None:
+def test_chunks_evicted_while_waiting_are_looked_up() -> None:
     once, pool = Once(), Pool()
     once.side.gpu_chunks = GpuChunks(ResidentChunks(pool, 8))
     request = once.request(polls=2)
@@ -394,7 +390,7 @@ def test_chunks_that_vllm_held_and_lost_while_a_request_waited_are_looked_up() -
     assert not once.server.held["a"]
 
 
-def test_chunks_that_vllm_holds_are_kept_until_the_worker_has_copied_them() -> None:
+def test_resident_chunks_are_kept_until_copied() -> None:
     once, pool = Once(), Pool()
     once.side.gpu_chunks = GpuChunks(ResidentChunks(pool, 8))
     request = once.request()
@@ -480,7 +476,7 @@ def test_every_request_of_a_queue_is_looked_up_in_its_order() -> None:
     assert done[:100] == [request.request_id for request in queue]
 
 
-def test_requests_that_cannot_run_yet_do_not_keep_others_from_a_look_up() -> None:
+def test_blocked_requests_do_not_block_other_lookups() -> None:
     once = Once()
     once.side.build_plans({"runs": 1})
     blocked = long_queue(once, IN_FLIGHT, polls=2)
@@ -503,7 +499,7 @@ def test_requests_that_cannot_run_yet_do_not_keep_others_from_a_look_up() -> Non
     assert once.side.aborted_lookups == once.side.requests == 0
 
 
-def test_a_queue_does_not_wait_for_a_silent_server_one_deadline_after_another(
+def test_a_queue_waits_one_deadline_for_a_silent_server(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     once, now = Once(), [1000.0]

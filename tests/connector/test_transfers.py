@@ -40,7 +40,7 @@ def loads(link: Any, **options: Any) -> TimedOutLoads:
     return late
 
 
-def test_a_load_is_over_when_every_answer_and_every_copy_has_come() -> None:
+def test_a_load_ends_with_its_last_answer_and_copy() -> None:
     link = Link()
     late = loads(link)
     assert late.request_ids == {"a", "b"}
@@ -51,7 +51,7 @@ def test_a_load_is_over_when_every_answer_and_every_copy_has_come() -> None:
     assert late.request_ids == {"b"}
 
 
-def test_a_server_that_has_ended_writes_nothing_and_is_not_looked_for_in_every_step() -> None:
+def test_an_ended_server_is_not_polled_in_every_step() -> None:
     link = Link()
     late = loads(link, pause=0.2)
     late.take()

@@ -53,7 +53,7 @@ def test_ratio_one_is_a_full_prefill(hf: HFModel) -> None:
     assert world.is_full_prefill()
 
 
-def test_what_was_begun_before_the_step_is_done_like_what_is_in_it(hf: HFModel) -> None:
+def test_a_blend_begun_before_the_step_ends_the_same(hf: HFModel) -> None:
     early, within = World(hf), World(hf)
     result = early.run(early=True)
     assert dataclasses.replace(result, load_ms=0, blend_ms=0) == dataclasses.replace(
@@ -92,7 +92,7 @@ def test_a_plan_that_failed_is_computed_in_full(hf: HFModel) -> None:
     assert world.is_full_prefill()
 
 
-def test_the_blocks_of_a_load_that_was_given_up_are_named_until_it_is_over(hf: HFModel) -> None:
+def test_blocks_of_a_timed_out_load_are_reported_to_its_end(hf: HFModel) -> None:
     world = World(hf, "late")
     world.run()
     blocks = world.plan.block_ids[PREFIX // BLOCK :]
@@ -120,7 +120,7 @@ def test_damaged_kv_is_reported(hf: HFModel, fault: str, policy: str, early: boo
 
 
 @pytest.mark.parametrize("fault", ["damaged key", "damaged value", "damaged last value"])
-def test_damage_is_repaired_at_once_where_vllm_would_fail_the_request(hf: HFModel, fault: str) -> None:
+def test_damage_is_repaired_where_vllm_would_fail(hf: HFModel, fault: str) -> None:
     world = World(hf, fault, may_report=False)
     assert world.run().failure == "damaged KV"
     assert world.is_full_prefill()
@@ -156,9 +156,7 @@ def test_what_is_computed_anyway_is_not_looked_at(hf: HFModel) -> None:
 @pytest.mark.parametrize(
     ("policy", "ratio"), [("query", 1.0), ("query", 0.3), ("all", 0.3), ("none", 0.0), ("hkvd", 1.0)]
 )
-def test_a_damaged_exact_prefix_is_seen_however_much_is_computed_behind_it(
-    hf: HFModel, policy: str, ratio: float, may_report: bool
-) -> None:
+def test_damage_in_an_exact_prefix_is_always_found(hf: HFModel, policy: str, ratio: float, may_report: bool) -> None:
     world = World(hf, policy=policy, ratio=ratio, may_report=may_report)
     world.plan = dataclasses.replace(world.plan, local=0)
     kept, place = [[part[2].clone() for part in pair] for pair in world.model.caches], world.link._place
@@ -197,9 +195,7 @@ def alone(world: World) -> World:
 
 @pytest.mark.parametrize("piece", [0, 20])
 @pytest.mark.parametrize("policy", ["query", "hkvd", "none", "all"])
-def test_the_last_token_is_computed_with_the_blend_where_it_is_all_that_vllm_would(
-    hf: HFModel, policy: str, piece: int
-) -> None:
+def test_a_lone_last_token_is_computed_with_the_blend(hf: HFModel, policy: str, piece: int) -> None:
     apart, along = World(hf, policy=policy, chunk_size=piece), alone(World(hf, policy=policy, chunk_size=piece))
     one, other = apart.run(), along.run()
     assert dataclasses.replace(one, load_ms=0, blend_ms=0) == dataclasses.replace(other, load_ms=0, blend_ms=0)
@@ -230,7 +226,7 @@ def test_vllm_computes_the_last_token_where_nothing_was_blended(hf: HFModel, fau
     assert world.is_full_prefill()
 
 
-def test_of_damaged_kv_nothing_is_answered_where_vllm_takes_nothing_back(hf: HFModel) -> None:
+def test_damaged_kv_is_never_answered_from(hf: HFModel) -> None:
     world = alone(World(hf, "damaged value", may_report=False))
     assert world.run().failure == "damaged KV"
     assert world.worker.take_hidden() is None
@@ -267,9 +263,7 @@ class Later:
         return float(self.value)
 
 
-def test_where_nothing_is_taken_back_the_host_waits_once_vllm_has_prepared_its_step(
-    hf: HFModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_host_waits_after_vllm_prepared_its_step(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "AsyncScalar", Later)
     monkeypatch.setattr(Later, "reads", 0)
     world = alone(World(hf, may_report=False))
@@ -287,7 +281,7 @@ def test_where_nothing_is_taken_back_the_host_waits_once_vllm_has_prepared_its_s
 
 
 @pytest.mark.parametrize("fault", ["damaged key", "damaged value", "damaged last value"])
-def test_where_nothing_is_taken_back_damage_is_repaired_before_the_forward_pass(hf: HFModel, fault: str) -> None:
+def test_damage_is_repaired_before_the_forward_pass(hf: HFModel, fault: str) -> None:
     world = alone(World(hf, fault, may_report=False))
     world.worker.run_now([world.plan])
     assert not world.is_full_prefill()
@@ -300,7 +294,7 @@ def test_where_nothing_is_taken_back_damage_is_repaired_before_the_forward_pass(
     assert world.worker.take_bad_blocks() == set()
 
 
-def test_what_was_not_looked_at_before_the_forward_pass_is_reported_all_the_same(hf: HFModel) -> None:
+def test_late_checked_damage_is_reported_all_the_same(hf: HFModel) -> None:
     world = World(hf, "damaged value", may_report=False)
     world.worker.run_now([world.plan])
     world.worker.finish()

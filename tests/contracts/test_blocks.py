@@ -72,9 +72,7 @@ def run(manager: KVCacheManager, one: Request, *, hide_from: int | None = None, 
 
 
 @pytest.mark.parametrize("first", [0, 16, 40, 64, 90])
-def test_other_requests_get_only_what_lies_before_the_first_approximate_block(
-    manager: KVCacheManager, hasher: Any, first: int
-) -> None:
+def test_others_get_only_blocks_before_approximate_ones(manager: KVCacheManager, hasher: Any, first: int) -> None:
     prompt = list(range(100, 205))
     blended = request("blended", prompt, hasher)
     assert run(manager, blended, hide_from=first, decode=40) == 0
@@ -146,7 +144,7 @@ def test_ingested_chunks_are_found_in_vllms_own_blocks_and_kept(manager: KVCache
     assert hot.find(places) == [], "vLLM has emptied its prefix cache"
 
 
-def test_removed_blocks_are_not_found_and_stay_with_who_uses_them(manager: KVCacheManager, hasher: Any) -> None:
+def test_removed_blocks_stay_with_their_requests(manager: KVCacheManager, hasher: Any) -> None:
     pool = vllm_internals.CachedBlocks(manager.block_pool)
     twins = [request(name, list(range(100)), hasher) for name in ("one", "two")]
     for twin in twins:  # both are computed: blocks of one hash

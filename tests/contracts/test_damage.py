@@ -44,7 +44,7 @@ def done(engine: Any, out: Any, token: int, *, damaged: bool = False) -> list[in
     return [token for outputs in result.values() for one in outputs.outputs for token in one.new_token_ids]
 
 
-def test_a_step_with_a_blend_of_its_own_loads_before_its_forward_pass(make: Any) -> None:
+def test_a_step_with_a_blend_loads_before_its_forward_pass(make: Any) -> None:
     """There, behind vLLM's preparation, the worker side waits for the blend and repairs what is damaged."""
     engine = make()
     engine.add("a", 400, 4)
@@ -55,7 +55,7 @@ def test_a_step_with_a_blend_of_its_own_loads_before_its_forward_pass(make: Any)
     engine.to_the_end()
 
 
-def test_step_by_step_vllm_takes_back_what_came_of_reported_blocks(make: Any) -> None:
+def test_vllm_takes_back_reported_blocks_step_by_step(make: Any) -> None:
     engine = make()
     engine.add("a", 400, 4, outputs=2)
     assert done(engine, engine.scheduler.schedule(), BAD, damaged=True) == []

@@ -59,7 +59,7 @@ def test_the_plugin_is_found_and_remembers_who_loads_a_model(monkeypatch: pytest
     assert vllm_patches.worker() is worker
 
 
-def test_the_worker_of_a_cpu_is_such_a_worker_and_its_runners_give_the_model() -> None:
+def test_a_cpu_worker_and_its_runners_give_the_model() -> None:
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     assert issubclass(CPUWorker, Worker)
@@ -68,7 +68,7 @@ def test_the_worker_of_a_cpu_is_such_a_worker_and_its_runners_give_the_model() -
         assert [a.arg for a in source(module, "GPUModelRunner", "get_model").args.args] == ["self"]
 
 
-def test_what_workers_measured_comes_before_requests_are_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_results_come_before_finished_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(inspect.signature(Scheduler.update_from_output).parameters) == [
         "self",
         "scheduler_output",
@@ -134,7 +134,7 @@ def test_what_is_offered_to_a_step_ends_with_it(monkeypatch: pytest.MonkeyPatch)
         assert vllm_patches._hidden_states == []
 
 
-def test_the_connector_offers_what_a_blend_computed_and_takes_nothing_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_connector_offers_what_a_blend_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     states = [torch.ones(1, 4), None, torch.zeros(1, 4)]
     ours = object.__new__(connector.CacheBlendConnector)
     ours._worker = SimpleNamespace(
@@ -152,7 +152,7 @@ def test_the_connector_offers_what_a_blend_computed_and_takes_nothing_back(monke
     assert vllm_patches._hidden_states[0].tolist() == [[0.0] * 4]
 
 
-def test_a_graph_is_not_replayed_for_a_token_that_a_blend_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_is_not_replayed_for_a_blended_token(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.worker.gpu import cudagraph_utils, model_runner
 
     manager_type = cudagraph_utils.ModelCudaGraphManager
@@ -202,7 +202,7 @@ def config() -> VllmConfig:
 IDS, POSITIONS = torch.tensor([7, 8, 9], dtype=torch.int32), torch.tensor([3, 5, 6])
 
 
-def test_a_pass_of_ours_has_its_own_forward_context_and_gives_the_old_one_back(config: VllmConfig) -> None:
+def test_a_pass_has_a_forward_context_of_its_own(config: VllmConfig) -> None:
     from vllm.forward_context import get_forward_context, is_forward_context_available, set_forward_context
 
     def run(**inputs: Any) -> None:
@@ -224,7 +224,7 @@ def test_a_pass_of_ours_has_its_own_forward_context_and_gives_the_old_one_back(c
     assert inputs["positions"] is POSITIONS
 
 
-def test_a_pass_as_cuda_graphs_leaves_the_runners_buffers_as_they_were(config: VllmConfig) -> None:
+def test_a_graph_pass_leaves_the_runners_buffers(config: VllmConfig) -> None:
     from vllm.config import CUDAGraphMode
     from vllm.forward_context import get_forward_context
     from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
@@ -358,7 +358,7 @@ def test_the_rotary_embedding_has_its_table_and_its_shape(config: VllmConfig) ->
     assert torch.equal(vllm_internals.exact_rotary_table(rotary), rotary.cos_sin_cache.float())
 
 
-def test_the_exact_rotary_table_is_not_rounded_to_the_models_type(config: VllmConfig) -> None:
+def test_the_exact_rotary_table_is_not_rounded(config: VllmConfig) -> None:
     """In bfloat16 a cosine has 8 bits: keys moved by such a table would be turned wrong by a tenth of a degree."""
     from vllm.model_executor.layers.rotary_embedding import get_rope
 

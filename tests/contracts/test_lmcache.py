@@ -80,7 +80,7 @@ def test_lmcaches_connector_has_what_we_read() -> None:
     takes(stock._get_connector_metadata)
 
 
-def test_lmcache_stores_up_to_the_limit_that_we_set_and_not_what_it_has() -> None:
+def test_lmcache_stores_up_to_our_limit_only() -> None:
     one = request("one", list(range(300)), None, {"lmcache.x": 1, "other": 2})
     one.cache_salt = "tenant"
     tracker = lmcache_mp_metadata.LMCacheMPRequestTracker(one)
@@ -156,7 +156,7 @@ def test_transfers_and_answers() -> None:
         never.result(0.01)
 
 
-def test_the_session_of_a_look_up_on_its_way_is_not_ended_with_its_request() -> None:
+def test_a_pending_lookups_session_outlives_its_request() -> None:
     """LMCache's connector ends it by the adapter's method, which it looks up when the request ends."""
     ended: list[str] = []
     stock = lmcache_mp_connector.LMCacheMPConnector
@@ -195,7 +195,7 @@ def test_the_session_of_a_look_up_on_its_way_is_not_ended_with_its_request() -> 
     assert "self.connector.has_pending_push_work()" in inspect.getsource(Scheduler.has_requests)
 
 
-def test_lmcache_is_told_of_blocks_behind_the_load_and_before_the_session_ends() -> None:
+def test_lmcache_gets_blocks_after_load_before_session_end() -> None:
     stock = lmcache_mp_connector.LMCacheMPConnector
     takes(adapters.LMCacheMPSchedulerAdapter.report_block_allocations, "records")
     assert "self.scheduler_adapter.report_block_allocations(" in inspect.getsource(stock)
@@ -344,7 +344,7 @@ def test_a_prefix_is_named_by_the_tokens_up_to_its_end(monkeypatch: pytest.Monke
     assert sent[2:] == [(to_lmcache(range(128)), 0, 128, "r", "salt", None)]
 
 
-def test_the_index_of_chunks_knows_nothing_of_what_stood_before_them_nor_of_tenants() -> None:
+def test_the_chunk_index_ignores_prefix_and_tenant() -> None:
     """So the same chunk needs other numbers in each namespace."""
     prefix, other, chunk = list(range(CHUNK)), list(range(900, 900 + CHUNK)), list(range(100, 100 + 2 * CHUNK))
     hasher = TokenHasher(chunk_size=CHUNK, hash_algorithm="blake3")
@@ -365,7 +365,7 @@ def test_the_index_of_chunks_knows_nothing_of_what_stood_before_them_nor_of_tena
 
 
 @pytest.mark.parametrize("adapter", [adapters.LMCacheMPSchedulerAdapter, adapters.LMCacheMPWorkerAdapter])
-def test_every_key_of_an_adapter_names_tokens_by_the_numbers_of_its_namespace(adapter: Any) -> None:
+def test_every_key_uses_its_namespaces_token_numbers(adapter: Any) -> None:
     one = object.__new__(adapter)
     one.parallel_strategy = SimpleNamespace(num_kv_readers=1, kv_world_size=1, kv_worker_id=0)
     one.model_name = "m"
@@ -620,7 +620,7 @@ def chunk_size(*given: Any) -> Any:
     return future
 
 
-def test_a_server_that_comes_back_gets_the_table_again_or_stays_away(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_comes_back_gets_the_table_again(monkeypatch: pytest.MonkeyPatch) -> None:
     problems: list[Any] = [None, ConnectionError("lost"), None]
     sent: list[Any] = []
 

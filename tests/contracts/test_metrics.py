@@ -166,7 +166,7 @@ def test_who_cannot_be_blended_is_counted_as_such() -> None:
     assert told["reason"] == "needs CUDA"
 
 
-def test_vllm_asks_for_statistics_in_the_step_in_which_a_request_ends() -> None:
+def test_vllm_asks_for_statistics_when_a_request_ends() -> None:
     text = inspect.getsource(Scheduler.update_from_output)
     assert "self.connector.get_kv_connector_stats()" in text
     assert text.index("_free_request(") < text.index("self.connector.get_kv_connector_stats()")

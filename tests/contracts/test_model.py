@@ -310,9 +310,7 @@ def test_a_model_whose_passes_are_wrong_fails_the_self_check(tmp_path: Path, mon
 
 
 @pytest.mark.own_version
-def test_a_rotary_table_that_is_not_the_models_fails_the_self_check(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wrong_rotary_table_fails_the_self_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = Loaded(tmp_path, monkeypatch)
     right = vllm_internals.exact_rotary_table
     monkeypatch.setattr(vllm_internals, "exact_rotary_table", lambda rotary: right(rotary).roll(1, 0))
@@ -332,7 +330,7 @@ def test_what_is_looked_at_is_there() -> None:
         assert f"class {name}(" in backends
 
 
-def test_vllm_schedules_asynchronously_unless_told_otherwise_and_says_so_by_the_time_workers_start() -> None:
+def test_vllm_schedules_async_and_says_so_to_workers() -> None:
     text = (vllm_folder() / "config/vllm.py").read_text()
     assert "elif self.scheduler_config.async_scheduling is None:" in text
     assert "self.scheduler_config.async_scheduling = True" in text

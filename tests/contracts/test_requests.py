@@ -159,7 +159,7 @@ def test_a_limit_is_kept_to(engine: Engine) -> None:
     ],
     ids=["a limit of another type", "a ratio of another type", "keys of another role"],
 )
-def test_parameters_that_are_wrong_reach_neither_lmcache_nor_vllm(engine: Engine, params: dict[str, Any]) -> None:
+def test_wrong_parameters_reach_neither_lmcache_nor_vllm(engine: Engine, params: dict[str, Any]) -> None:
     request = engine.add_tokens("wrong", drawn("wrong", 300), params)
     assert request.kv_transfer_params == {protocol.MAX_OFFLOAD_TOKENS: 0}
     run(engine)

@@ -53,7 +53,7 @@ def test_alone_a_request_is_blended_within_its_step(make: Any) -> None:
 
 
 @pytest.mark.parametrize(("tail", "alone"), [(64, True), (0, False)])
-def test_a_plan_knows_whether_vllm_computes_nothing_but_the_last_token(make: Any, tail: int, alone: bool) -> None:
+def test_a_plan_knows_whether_vllm_computes_one_token(make: Any, tail: int, alone: bool) -> None:
     engine = make(tail_tokens=tail)
     engine.add("a", 64 + 8 + 4 * (CHUNK + 8), 4, exact=64)
     out = engine.step()
@@ -134,7 +134,7 @@ def test_approximate_blocks_are_nobody_elses_prefix(make: Any) -> None:
 
 
 @pytest.mark.parametrize("matches", [0, 5])
-def test_exact_kv_behind_a_loaded_prefix_is_stored_and_approximate_kv_is_not(make: Any, matches: int) -> None:
+def test_exact_kv_is_stored_and_approximate_kv_is_not(make: Any, matches: int) -> None:
     engine = make()
     engine.add("one", 1290, matches, exact=4 * CHUNK)
     stored: list[tuple[int, int]] = []
@@ -185,7 +185,7 @@ def test_what_ranks_say_of_late_loads_is_added_up() -> None:
     assert (told.timed_out, told.ended) == ([("a", (1, 2)), ("a", (1, 2)), ("b", (3,))], ["c"])
 
 
-def test_a_request_goes_to_lmcache_in_the_namespace_of_its_prefix_and_tenant(make: Any) -> None:
+def test_a_lookup_has_the_namespace_of_prefix_and_tenant(make: Any) -> None:
     engine = make()
     rng = random.Random(3)
     prefix, other, chunk = ([rng.randrange(5, 40000) for _ in range(size)] for size in (100, 100, 300))
@@ -211,7 +211,7 @@ def test_a_request_goes_to_lmcache_in_the_namespace_of_its_prefix_and_tenant(mak
     engine.to_the_end()
 
 
-def test_a_chunk_that_is_being_computed_in_the_same_step_is_not_copied(make: Any) -> None:
+def test_a_chunk_computed_in_this_step_is_not_copied(make: Any) -> None:
     engine = make()
     rng = random.Random(1)
     prefix, chunk, question = ([rng.randrange(5, 40000) for _ in range(size)] for size in (64, 192, 40))
@@ -424,9 +424,7 @@ def test_what_lmcaches_connector_never_asked_for_is_given_back(
     assert not engine.connector._client._unused
 
 
-def test_a_connection_that_fails_as_locks_are_given_back_ends_nothing(
-    make: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failure_while_releasing_locks_ends_nothing(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from lmcache_rag.connector import lmcache_client
 
     monkeypatch.setattr(lmcache_client.DeferredReleases, "REPEAT_S", 0.0)

@@ -152,7 +152,7 @@ def test_a_client_that_leaves_ends_its_request(stream: Stream) -> None:
     assert left == [True]
 
 
-def test_streams_are_wrapped_once_and_only_where_vllm_does_not_tell_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_are_wrapped_once_where_vllm_lacks_it(monkeypatch: pytest.MonkeyPatch) -> None:
     wraps = {
         owner: getattr(getattr(owner, name), "_lmcache_rag", False)
         for owner, name in ((OpenAIServingCompletion, COMPLETIONS), (OpenAIServingChat, CHATS))

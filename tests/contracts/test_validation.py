@@ -195,7 +195,7 @@ def test_only_the_entrance_is_patched_offline(monkeypatch: pytest.MonkeyPatch, v
 # -- endpoints ----------------------------------------------------------------------------------------------------
 
 
-def test_each_request_type_with_such_params_is_behind_a_patched_method() -> None:
+def test_each_request_type_has_a_patched_method() -> None:
     """Anthropic's and Cohere's chats are answered by what answers OpenAI's."""
     takers = set()
     for path in (vllm_folder() / "entrypoints").rglob("*.py"):

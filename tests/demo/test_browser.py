@@ -430,7 +430,7 @@ def test_differing_words_are_marked(browser: Any, small_store: Path, server: Any
 
 
 @pytest.mark.full
-def test_equal_answers_have_no_marks_and_the_check_finds_them_equal(page: Any) -> None:
+def test_equal_answers_have_no_marks_and_check_as_equal(page: Any) -> None:
     thumb = page.locator("[data-testid=ratio] [tabindex='0']")
 
     def at_the_end() -> bool:
@@ -874,7 +874,7 @@ def samples(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 @pytest.mark.full
-def test_a_first_start_ingests_the_samples_and_shows_how_far_it_is(browser: Any, samples: Any) -> None:
+def test_a_first_start_ingests_samples_with_progress(browser: Any, samples: Any) -> None:
     url, said = samples
     if not os.environ.get("LMCACHE_RAG_DEMO_SAMPLES"):
         assert "First start: ingesting the sample documents, each passage's KV is computed once" in said

@@ -378,7 +378,7 @@ async def test_empty_question_is_a_problem_of_the_page(session: Session) -> None
     assert session.problem.message == "The question is empty."
 
 
-async def test_one_engine_takes_requests_in_turn_and_times_hold_no_waiting(hub: Hub) -> None:
+async def test_one_engine_takes_turns_and_times_exclude_waiting(hub: Hub) -> None:
     sessions = [Session(name * 16, hub) for name in "abc"]
     for each in sessions:
         each.set(at_once=True)

@@ -63,7 +63,7 @@ def test_a_hidden_file_named_outright_is_found(tmp_path: Path) -> None:
     assert found(str(tmp_path / ".s*")) == [hidden]
 
 
-def test_pictures_and_compiled_code_in_a_folder_are_passed_over_but_tried_when_named(tmp_path: Path) -> None:
+def test_binaries_in_folders_are_skipped_unless_named(tmp_path: Path) -> None:
     picture = write(tmp_path / "a.png", b"\x89PNG\r\n\x1a\n\0")
     write(tmp_path / "a.pyc", b"\0")
     text = write(tmp_path / "a.txt")
@@ -82,7 +82,7 @@ def test_a_folder_that_a_glob_matches_means_its_files(tmp_path: Path) -> None:
     assert found(str(tmp_path / "docs-*")) == [inner]
 
 
-def test_a_name_with_glob_characters_that_exists_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_a_name_with_glob_characters_is_taken_literally(tmp_path: Path) -> None:
     literal = write(tmp_path / "notes[1].txt")
     write(tmp_path / "notes1.txt")
     assert found(str(literal)) == [literal]
@@ -101,7 +101,7 @@ def test_relative_paths_and_the_home_folder_are_resolved(tmp_path: Path, monkeyp
     assert found("a.txt") == found("~/a.txt") == found("./*.txt") == [file]
 
 
-def test_a_path_that_matches_nothing_is_an_entry_and_the_rest_goes_on(tmp_path: Path) -> None:
+def test_a_path_that_matches_nothing_is_an_entry(tmp_path: Path) -> None:
     file = write(tmp_path / "a.txt")
     items = list(find_files([tmp_path / "missing.txt", str(tmp_path / "*.rst"), "", "a\0b", file]))
     texts = [str(item) for item in items]
@@ -244,7 +244,7 @@ def test_importing_documents_loads_no_framework_and_no_parser() -> None:
 # The sample corpus
 
 
-def test_the_sample_corpus_has_thirty_documents_and_four_of_each_kind() -> None:
+def test_the_samples_are_thirty_with_four_of_each_kind() -> None:
     suffixes = [path.suffix for path in CORPUS]
     assert len(CORPUS) >= 30
     assert all(suffixes.count(suffix) >= 4 for suffix in (".md", ".txt", ".html", ".pdf"))
@@ -268,7 +268,7 @@ def test_the_sources_name_each_sample_document_and_the_licence() -> None:
     assert all(f"`{path.name}`" in sources for path in CORPUS)
 
 
-def test_each_sample_question_needs_two_documents_at_least_and_quotes_them() -> None:
+def test_sample_questions_need_and_quote_two_documents() -> None:
     questions = json.loads((DATA / "questions.json").read_text())
     assert len({question["id"] for question in questions}) == len(questions) == 8
     texts = {path.name: " ".join(load_document(path).text.split()) for path in CORPUS}

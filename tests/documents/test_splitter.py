@@ -153,7 +153,7 @@ def test_without_overlap_no_character_stands_in_two_chunks(encode: Encode, prose
     assert all(a.start + len(a.text) <= b.start for a, b in pairwise(chunks))
 
 
-def test_the_same_text_gives_the_same_chunks_whatever_was_split_before(encode: Encode, prose: str) -> None:
+def test_chunks_do_not_depend_on_earlier_texts(encode: Encode, prose: str) -> None:
     fresh, used = Splitter(encode, chunk_tokens=64), Splitter(encode, chunk_tokens=64)
     used.split("something else entirely " * 500)
     assert used.split(prose) == fresh.split(prose) == used.split(prose)
@@ -165,7 +165,7 @@ def test_a_change_at_the_end_leaves_the_chunks_before_it(encode: Encode, prose: 
     assert before[:-2] == after[: len(before) - 2]
 
 
-def test_chunks_at_the_border_of_a_window_are_as_full_as_the_others(encode: Encode) -> None:
+def test_chunks_at_a_window_border_are_full(encode: Encode) -> None:
     text = "\n\n".join(f"Paragraph {number} has its own eight words here." for number in range(3000))
     splitter = Splitter(encode, chunk_tokens=64)
     chunks = checked(text, splitter.split(text), splitter, encode)
@@ -197,18 +197,16 @@ def test_sizes_without_meaning_are_refused(encode: Encode, chunk: int, overlap: 
         Splitter(encode, chunk_tokens=chunk, overlap_tokens=overlap)
 
 
-def test_a_character_with_more_tokens_than_a_chunk_is_an_error_and_no_endless_loop() -> None:
+def test_a_character_longer_than_a_chunk_is_an_error() -> None:
     with pytest.raises(ConfigError, match="One character"):
         Splitter(lambda text: [0] * (100 * len(text)), chunk_tokens=32).split("abc")
 
 
-def test_text_for_which_the_tokenizer_has_no_tokens_gives_no_chunks() -> None:
+def test_text_without_tokens_gives_no_chunks() -> None:
     assert Splitter(lambda text: []).split("\u200b\u200b") == []
 
 
-def test_a_long_text_does_not_make_the_tokenizer_warn_of_its_length(
-    tokenizer: Any, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_long_text_gives_no_tokenizer_warning(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
     from transformers import PreTrainedTokenizerFast
 
     from lmcache_rag.prompt import SafeTokenizer

@@ -19,7 +19,7 @@ from lmcache_rag.prompt import PromptBuilder
 SHORT = Sampling(max_tokens=4)
 
 
-def test_every_chunk_hits_in_20_permutations_and_the_counts_add_up(smollm2_engine, corpus):
+def test_all_chunks_hit_in_20_permutations_and_add_up(smollm2_engine, corpus):
     builder = PromptBuilder(smollm2_engine.tokenizer, smollm2_engine.info)
     list(smollm2_engine.precompute(map(builder.ingest, corpus)))
     rng = random.Random(1)

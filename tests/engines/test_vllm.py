@@ -129,18 +129,18 @@ def test_servers_with_other_chunks_do_not_go_together(server: FakeVLLM, smollm2_
         assert "--chunk-size" in raised.value.remedy
 
 
-def test_an_adapter_is_not_taken_for_the_model_unless_it_is_named(server: FakeVLLM, connect: Any) -> None:
+def test_an_adapter_is_the_model_only_if_named(server: FakeVLLM, connect: Any) -> None:
     assert connect(server.url).info.model == MODEL
     assert connect(server.url, "an-adapter").info.model == "/adapters/a"
 
 
-def test_another_model_behind_the_url_is_an_error_before_any_answer(server: FakeVLLM, connect: Any) -> None:
+def test_another_model_at_the_url_is_an_early_error(server: FakeVLLM, connect: Any) -> None:
     with pytest.raises(EngineError, match=f"serves an-adapter, {MODEL}, not Qwen/Qwen3-8B"):
         connect(server.url, "Qwen/Qwen3-8B")
     assert server.seen == []
 
 
-def test_a_folder_names_the_model_that_the_server_has_from_a_folder_of_that_name(
+def test_a_folder_name_matches_the_servers_folder(
     server: FakeVLLM, smollm2_path: Path, tmp_path: Path, connect: Any
 ) -> None:
     (tmp_path / "smol").symlink_to(smollm2_path)
@@ -209,7 +209,7 @@ def test_token_ids_and_blend_options_arrive_exactly(engine, builder, server, chu
     }
 
 
-def test_sampling_arrives_in_full_since_vllm_would_take_the_models_defaults_else(engine, builder, server) -> None:
+def test_all_sampling_parameters_are_sent(engine, builder, server) -> None:
     sampling = Sampling(7, temperature=0.5, top_p=0.8, top_k=9, repetition_penalty=1.1, stop=("x", "y"), seed=3)
     engine.generate(builder.query(["a"], "What?"), sampling, OFF)
     engine.generate(builder.query(["a"], "What?"), Sampling(7), OFF)
@@ -250,7 +250,7 @@ def test_tenants_share_nothing_and_no_tenant_needs_no_salt(engine, builder, serv
 # -- ingestion ------------------------------------------------------------------------------------------------------
 
 
-def test_every_chunk_hits_in_20_permutations_and_the_counts_add_up(engine, builder, server, chunks) -> None:
+def test_all_chunks_hit_in_20_permutations_and_add_up(engine, builder, server, chunks) -> None:
     assert all(result.computed for result in engine.precompute(map(builder.ingest, chunks)))
     rng = random.Random(1)
     for _ in range(20):
@@ -265,7 +265,7 @@ def test_every_chunk_hits_in_20_permutations_and_the_counts_add_up(engine, build
         assert stats.ttft_ms > 0
 
 
-def test_precompute_sends_exact_prefills_in_order_and_tells_what_existed(engine, builder, server, chunks) -> None:
+def test_precompute_sends_exact_prefills_in_order(engine, builder, server, chunks) -> None:
     prompts = [builder.ingest(text) for text in chunks]
     assert engine.missing(prompts) == [True] * 6
     results = list(engine.precompute(prompts))
@@ -281,7 +281,7 @@ def test_precompute_sends_exact_prefills_in_order_and_tells_what_existed(engine,
     assert engine.missing(prompts) == [True] + [False] * 5
 
 
-def test_precompute_sends_several_at_once_but_not_more_than_allowed(server, connect, chunks, builder) -> None:
+def test_precompute_sends_several_up_to_its_limit(server, connect, chunks, builder) -> None:
     engine = connect(server.url, concurrency=3)
     server.hang = 0.05
     taken = []
@@ -339,7 +339,7 @@ def test_kv_that_the_server_could_not_keep_is_not_taken_for_kept(server, connect
     assert len(server.seen) == 2
 
 
-def test_a_chunk_longer_than_the_context_is_refused_before_it_is_sent(engine, builder, server) -> None:
+def test_a_chunk_longer_than_the_context_is_not_sent(engine, builder, server) -> None:
     with pytest.raises(PrecomputeError, match="does not fit the context") as caught:
         list(engine.precompute([builder.ingest("word " * 9000)]))
     assert "smaller chunks" in caught.value.remedy
@@ -447,7 +447,7 @@ async def test_cancelling_an_async_answer_closes_the_connection(engine, builder,
     assert await asyncio.to_thread(server.gone.wait, 60)
 
 
-def test_stop_strings_end_the_answer_and_cost_the_statistics_not_the_truth(engine, builder, chunks) -> None:
+def test_stop_strings_cost_statistics_not_correctness(engine, builder, chunks) -> None:
     list(engine.precompute(map(builder.ingest, chunks[:2])))
     prompt = builder.query(chunks[:2], "What?")
     done = engine.generate(prompt, Sampling(max_tokens=100, stop=("another",)), BlendOptions())
@@ -458,7 +458,7 @@ def test_stop_strings_end_the_answer_and_cost_the_statistics_not_the_truth(engin
     assert engine.info.can_blend
 
 
-def test_a_server_before_033_whose_plugin_has_streams_tell_is_found_out(server, connect, chunks, builder) -> None:
+def test_an_older_servers_streaming_plugin_is_detected(server, connect, chunks, builder) -> None:
     server.version, server.plugin = "0.25.1", True
     engine = connect(server.url)
     list(engine.precompute(map(builder.ingest, chunks[:2])))
@@ -503,9 +503,7 @@ def test_a_server_without_our_connector_answers_and_says_so_once(engine, builder
     assert engine.info.can_blend
 
 
-def test_a_server_that_cannot_blend_says_why_once_and_keeps_what_is_ingested(
-    engine, builder, server, chunks, caplog
-) -> None:
+def test_a_server_that_cannot_blend_says_why_once(engine, builder, server, chunks, caplog) -> None:
     server.why_not = "blending needs CUDA"
     prompts = [builder.ingest(chunk) for chunk in chunks]
     assert [result.computed for result in engine.precompute(prompts)] == [True] * 6
@@ -613,7 +611,7 @@ async def test_a_connection_that_breaks_in_the_middle_is_no_answer(engine, build
     assert len(pieces) == 3
 
 
-def test_a_prompt_longer_than_the_context_is_refused_here_and_there(engine, builder, server) -> None:
+def test_a_prompt_longer_than_the_context_is_refused(engine, builder, server) -> None:
     with pytest.raises(ContextLengthError, match="Retrieve fewer"):
         engine.generate(builder.query(["word " * 9000], "What?"), SHORT, BlendOptions())
     assert server.seen == []
@@ -645,7 +643,7 @@ def test_a_policy_that_does_not_exist_is_refused_here(engine, builder, server) -
 # -- settings and the command line ----------------------------------------------------------------------------------
 
 
-def test_the_engine_is_a_setting_by_argument_environment_and_file(tmp_path, monkeypatch) -> None:
+def test_the_engine_setting_has_all_three_sources(tmp_path, monkeypatch) -> None:
     monkeypatch.delenv("LMCACHE_RAG_ENGINE", raising=False)
     assert Settings.load(tmp_path).engine == "embedded"
     (tmp_path / "settings.toml").write_text('engine = ["http://a:1/", "http://b:2/v1"]\n')
@@ -770,9 +768,7 @@ def test_a_server_that_says_nothing_still_times_out(smollm2_tokenizer, connect, 
                 engine.generate(builder.query([], "What?"), Sampling(max_tokens=1), OFF)
 
 
-def test_a_stream_without_statistics_shows_that_the_plugin_is_absent(
-    smollm2_tokenizer, connect, builder, chunks
-) -> None:
+def test_a_stream_without_statistics_means_no_plugin(smollm2_tokenizer, connect, builder, chunks) -> None:
     with vllm_serving(smollm2_tokenizer, version="0.32.0") as server:
         server.chunk = 64
         engine = connect(server.url)

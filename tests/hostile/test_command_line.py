@@ -130,9 +130,7 @@ def hostile(tmp_path: Path) -> Path:
     return folder
 
 
-def test_each_bad_document_is_named_with_its_reason_and_the_good_ones_answer(
-    call: Call, hostile: Path, tmp_path: Path
-) -> None:
+def test_bad_documents_are_named_and_the_good_ones_answer(call: Call, hostile: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     result = call("ingest", hostile, "--store", store, "--json")
     report = document(result)
@@ -220,9 +218,7 @@ def test_an_empty_question_from_a_pipe_is_refused(call: Call, stocked: Stocked, 
 
 
 @pytest.mark.parametrize("more", [(), ("--no-blend",), ("--compare",), ("--json",)])
-def test_a_question_longer_than_the_context_is_refused_before_any_work(
-    call: Call, copy: Path, more: tuple[str, ...]
-) -> None:
+def test_a_question_longer_than_the_context_is_refused(call: Call, copy: Path, more: tuple[str, ...]) -> None:
     before = contents(settled(copy))
     result = call("ask", "Why is that? " * 1000, "--store", copy, *more)
     assert result.exit_code == 3
@@ -252,9 +248,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("damage", ["one bit", "truncated", "gone"])
 @pytest.mark.parametrize("whose", ["chunk", "prefix"])
-def test_a_damaged_kv_file_costs_time_and_is_repaired_by_the_question_that_finds_it(
-    call: Call, copy: Path, whose: str, damage: str
-) -> None:
+def test_a_damaged_kv_file_is_repaired_by_a_question(call: Call, copy: Path, whose: str, damage: str) -> None:
     wanted = document(call("ask", QUESTION, "--store", copy, *EXACT))
     blended = document(call("ask", QUESTION, "--store", copy, "--json", "--max-tokens", 8))
     sums = kv_checksums(copy)
@@ -292,9 +286,7 @@ def test_a_damaged_index_is_made_anew_with_a_warning(call: Call, copy: Path, dam
 
 
 @pytest.mark.parametrize("damage", ["header", "truncated", "random"])
-def test_a_damaged_database_is_refused_by_every_verb_and_its_remedy_finds_the_kv_again(
-    call: Call, copy: Path, stocked: Stocked, damage: str
-) -> None:
+def test_a_damaged_database_is_refused_and_remedied(call: Call, copy: Path, stocked: Stocked, damage: str) -> None:
     database = settled(copy) / "store.db"
     if damage == "header":
         overwrite(database, 0, bytes(100))
@@ -386,9 +378,7 @@ def fill(folder: Path) -> Path:
     return ballast
 
 
-def test_an_ingestion_that_fills_the_disk_keeps_what_is_done_and_goes_on_when_there_is_room(
-    call: Call, stocked: Stocked, tmp_path: Path
-) -> None:
+def test_an_ingestion_that_fills_the_disk_resumes(call: Call, stocked: Stocked, tmp_path: Path) -> None:
     store = tmp_path / "store"
     store.mkdir()
     docs = [stocked.docs / name for name in TEXTS]
@@ -414,7 +404,7 @@ def test_an_ingestion_that_fills_the_disk_keeps_what_is_done_and_goes_on_when_th
         assert kv_checksums(store) == kv_checksums(stocked.store)
 
 
-def test_a_question_whose_kv_finds_no_room_is_answered_with_a_warning(call: Call, copy: Path, tmp_path: Path) -> None:
+def test_a_question_whose_kv_finds_no_room_is_answered(call: Call, copy: Path, tmp_path: Path) -> None:
     wanted = document(call("ask", QUESTION, "--store", copy, *EXACT))
     sums = kv_checksums(copy)
     (copy / "kv").rename(tmp_path / "kv")
@@ -433,9 +423,7 @@ def test_a_question_whose_kv_finds_no_room_is_answered_with_a_warning(call: Call
         assert kv_checksums(copy) == sums
 
 
-def test_a_store_on_a_full_disk_answers_and_refuses_documents_until_there_is_room(
-    call: Call, copy: Path, tmp_path: Path
-) -> None:
+def test_a_store_on_a_full_disk_answers_but_does_not_ingest(call: Call, copy: Path, tmp_path: Path) -> None:
     wanted = document(call("ask", QUESTION, "--store", settled(copy), *EXACT))
     (tmp_path / "new.txt").write_text("The lighthouse was built in 1836. " * 3)
     with disk(tmp_path / "small", "4m") as small:

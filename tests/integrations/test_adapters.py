@@ -75,7 +75,7 @@ def test_equal_texts_share_one_kv_that_leaves_with_the_last_id(register, workspa
     assert kv_files(workspace) == 0
 
 
-def test_an_id_given_again_replaces_its_text_and_equal_texts_compute_nothing(register, workspace, corpus):
+def test_an_id_given_again_replaces_its_text(register, workspace, corpus):
     register.add({"a": corpus[0], "b": corpus[1]})
     assert register.add({"a": corpus[0], "other id": corpus[1]}).computed == 0
     assert register.add({"a": corpus[2]}).computed == 1
@@ -92,7 +92,7 @@ def test_spaces_keep_their_ids_apart(workspace, corpus):
     assert not workspace.engine.missing([workspace.prompts.ingest(corpus[0])])[0]
 
 
-def test_a_failed_computation_raises_and_the_next_addition_repairs_it(register, workspace, corpus, monkeypatch):
+def test_a_failed_computation_is_repaired_by_the_next(register, workspace, corpus, monkeypatch):
     from lmcache_rag.engines.chunk_cache import KVStore
 
     texts = dict(zip("abc", corpus, strict=False))
@@ -219,7 +219,7 @@ async def test_async_answers_equal_sync_ones(register, workspace, corpus):
 # -- another client -------------------------------------------------------------------------------------------------
 
 
-def test_another_openai_client_sends_our_prompt_and_reads_our_statistics(server, tmp_path, tokenizer, corpus):
+def test_another_openai_client_sends_our_prompt(server, tmp_path, tokenizer, corpus):
     import openai
 
     workspace = as_workspace(server.url, store=tmp_path / "s")
@@ -303,7 +303,7 @@ def test_a_server_that_is_down_for_a_while_keeps_its_workspace(tokenizer, tmp_pa
     assert as_workspace(running.url, store=tmp_path / "s") is first
 
 
-def test_a_server_that_does_not_blend_is_said_once_by_the_engine_alone(tmp_path, tokenizer, corpus, caplog):
+def test_a_server_that_cannot_blend_is_reported_once(tmp_path, tokenizer, corpus, caplog):
     with vllm_serving(tokenizer) as stock:
         stock.connector = False
         blender = Blender(as_workspace(stock.url, store=tmp_path / "s"))

@@ -193,7 +193,7 @@ def ground(nursery: Nursery, sentences: list[str], embedder: Any, tmp_path_facto
 # -- kills ------------------------------------------------------------------------------------------------------
 
 
-def test_killed_at_20_random_moments_and_run_again_the_end_is_that_of_an_undisturbed_run(
+def test_killed_at_20_random_moments_the_end_is_the_same(
     nursery: Nursery, ground: Ground, embedder: Any, tmp_path: Path
 ) -> None:
     moments, seconds = random.Random(20), ground.seconds
@@ -299,7 +299,7 @@ def test_two_ingestions_of_the_same_documents_do_the_work_once(
     everything_is_there(store, halves[:1], embedder)
 
 
-def test_an_ingestion_that_may_not_wait_says_who_is_writing_and_the_other_loses_nothing(
+def test_an_ingestion_that_may_not_wait_names_the_writer(
     nursery: Nursery, halves: tuple[Path, Path], embedder: Any, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
@@ -336,7 +336,7 @@ def test_who_waits_for_a_writer_that_is_killed_goes_on(
 # -- the real model ---------------------------------------------------------------------------------------------
 
 
-def test_the_real_model_killed_through_the_command_line_ends_with_the_same_kv(
+def test_the_real_model_killed_ends_with_the_same_kv(
     make_engine: Any, smollm2_path: Path, embedder_path: Path, embedder: Any, sentences: list[str], tmp_path: Path
 ) -> None:
     docs, store, whole = tmp_path / "docs", tmp_path / "store", tmp_path / "whole"

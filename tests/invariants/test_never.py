@@ -74,7 +74,7 @@ def test_kv_of_another_tenant_prefix_or_model_is_never_used(change, tokenizer, c
     assert (got - wanted).abs().max() < (1e-3 if change != "dtype" else 0.5)
 
 
-def test_two_tenants_of_one_engine_share_nothing_not_even_what_is_hot(tiny, corpus):
+def test_two_tenants_of_one_engine_share_nothing(tiny, corpus):
     mine = PromptBuilder(tiny.tokenizer, tiny.info, tenant="mine")
     yours = PromptBuilder(tiny.tokenizer, tiny.info, tenant="yours")
     list(tiny.precompute(map(mine.ingest, corpus)))
@@ -138,7 +138,7 @@ def test_a_full_prefill_reuses_nothing(tiny, corpus):
     assert (stats.chunks_hit, stats.blended) == (0, False)
 
 
-def test_what_was_all_recomputed_or_is_exact_anyway_is_not_called_blended(tiny, corpus):
+def test_exact_or_recomputed_kv_is_not_called_blended(tiny, corpus):
     builder = PromptBuilder(tiny.tokenizer, tiny.info)
     list(tiny.precompute(map(builder.ingest, corpus)))
     recomputed = tiny.generate(builder.query(corpus, "What?"), SHORT, BlendOptions("all")).stats
@@ -148,7 +148,7 @@ def test_what_was_all_recomputed_or_is_exact_anyway_is_not_called_blended(tiny, 
 
 
 @pytest.mark.parametrize(("policy", "kept"), [("none", 6), ("head", 6), ("head", 4), ("all", 6), ("none", 0)])
-def test_the_counts_are_those_of_the_tokens_that_went_through_the_model(policy, kept, tokenizer, corpus, tmp_path):
+def test_counts_are_those_of_computed_tokens(policy, kept, tokenizer, corpus, tmp_path):
     model = tiny_model("llama")
     engine = EmbeddedEngine.from_model(HFModel.wrap(model, tokenizer), name="t", revision="0", kv_dir=tmp_path)
     builder = PromptBuilder(tokenizer, engine.info)
@@ -203,7 +203,7 @@ def halves(parts, documents):
     return [[hit for hit in hits if (hit.documents[0].doc_id in first) is kv][:2] for kv in (True, False)]
 
 
-def test_only_the_prefix_and_a_chunk_in_its_own_place_count_as_exact(tiny, corpus):
+def test_only_the_prefix_and_chunks_in_place_are_exact(tiny, corpus):
     builder = PromptBuilder(tiny.tokenizer, tiny.info)
     list(tiny.precompute(map(builder.ingest, corpus[1:])))
     blend = BlendOptions("none")
@@ -269,7 +269,7 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("whose", ["chunk", "prefix"])
-def test_a_kv_file_that_cannot_be_used_is_computed_with_a_warning(whose, fault, tiny, corpus, tmp_path, caplog):
+def test_an_unusable_kv_file_is_computed_with_a_warning(whose, fault, tiny, corpus, tmp_path, caplog):
     builder = PromptBuilder(tiny.tokenizer, tiny.info)
     prompts = [builder.ingest(text) for text in corpus]
     list(tiny.precompute(prompts))
@@ -434,7 +434,7 @@ def test_who_asks_for_a_full_prefill_needs_no_warning(server, caplog):
     assert warnings_of(caplog) == []
 
 
-def test_an_unsupported_family_is_named_and_answers_without_blending(parts, documents, tokenizer, embedder, caplog):
+def test_an_unsupported_family_answers_without_blending(parts, documents, tokenizer, embedder, caplog):
     import transformers
 
     config = transformers.GPT2Config(vocab_size=49152, n_embd=32, n_layer=2, n_head=2, n_positions=2048, eos_token_id=2)

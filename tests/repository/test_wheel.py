@@ -97,7 +97,7 @@ def test_the_wheel_carries_licence_readme_and_command(wheel: Path) -> None:
     assert (ROOT / "README.md").read_text().splitlines()[0] in metadata
 
 
-def test_the_environment_has_nothing_of_the_checkout_or_its_tools(elsewhere: Path) -> None:
+def test_the_environment_has_nothing_of_the_checkout(elsewhere: Path) -> None:
     code = (
         "import importlib.util, lmcache_rag; "
         "print(lmcache_rag.__file__, [n for n in ('pytest', 'mypy', 'vllm') if importlib.util.find_spec(n)])"

@@ -159,7 +159,7 @@ def test_requests_in_flight_together_answer_as_each_alone(served: Served) -> Non
     )
 
 
-def test_a_server_that_hangs_costs_a_deadline_and_changes_no_answer(served: Served) -> None:
+def test_a_server_that_hangs_costs_one_deadline(served: Served) -> None:
     prompts = [served.prompt()[0] for _ in range(8)]
     wanted = [served.full(prompt) for prompt in prompts]
     with ThreadPoolExecutor(8) as pool:
@@ -225,7 +225,7 @@ def test_kv_that_is_damaged_on_disk_changes_no_answer(served: Served) -> None:
     assert served.ask(prompt, **ALL)[0] == served.full(prompt)
 
 
-def test_without_lmcache_answers_are_a_full_prefills_until_it_is_back(served: Served) -> None:
+def test_without_lmcache_answers_equal_a_full_prefill(served: Served) -> None:
     served.signal(signal.SIGKILL)
     for _ in range(3):
         prompt, _ = served.prompt()
@@ -244,7 +244,7 @@ def test_without_lmcache_answers_are_a_full_prefills_until_it_is_back(served: Se
     assert there > sum(map(len, served.chunks)) / 2
 
 
-def test_a_chunk_that_is_to_be_forgotten_is_gone_from_memory_and_tier(served: Served) -> None:
+def test_a_forgotten_chunk_leaves_memory_and_tier(served: Served) -> None:
     gone, first, *others = served.chunks[:4]
 
     def found() -> list[bool]:  # never at the beginning: vLLM keeps what it computed itself there
@@ -271,7 +271,7 @@ def test_a_chunk_that_is_to_be_forgotten_is_gone_from_memory_and_tier(served: Se
     assert until(lambda: all(found()), 60), "and it can be ingested again"
 
 
-def test_passages_never_ingested_are_blended_after_their_second_use(
+def test_missing_passages_are_blended_after_second_use(
     served: Served, smollm2_path: Path, tmp_path: Path, sentences: list[str]
 ) -> None:
     from lmcache_rag.integrations.blender import Blender

@@ -28,7 +28,7 @@ def servers(smollm2_path: Path, tmp_path: Path) -> Iterator[Servers]:
         servers.close()
 
 
-def test_a_server_that_is_absent_or_full_changes_no_answer_and_is_used(servers: Servers, tmp_path: Path) -> None:
+def test_an_absent_or_full_server_changes_no_answer(servers: Servers, tmp_path: Path) -> None:
     prompt = [300 + i * 7 % 4000 for i in range(4 * CHUNK + 9)]
     wanted = servers.tokens(prompt)
     log = (tmp_path / "vllm.log").read_text()

@@ -186,7 +186,7 @@ def test_how_full_the_index_is_is_shown(model: str, lmcache: str, state: str, wo
     assert words in found["Chunk index"]["result"]
 
 
-def test_a_round_trip_asks_several_times_before_it_says_that_nothing_is_found() -> None:
+def test_a_round_trip_retries_before_reporting_a_miss() -> None:
     outcome, requests = trip("empty")
     assert not outcome.hit
     assert outcome.queries == 5
@@ -300,7 +300,7 @@ def test_servers_that_are_not_there() -> None:
     assert "Round trip" not in found
 
 
-def test_where_lmcache_cannot_be_asked_vllm_says_how_long_its_chunks_are(model: str) -> None:
+def test_without_lmcache_vllm_gives_the_chunk_size(model: str) -> None:
     with FakeServer("lmcache") as gone:
         pass
     with FakeServer("vllm", mode="long", model=model) as engine:
@@ -392,7 +392,7 @@ def test_a_gpu_or_a_driver_that_is_too_old_is_a_warning(gpu_machine: Path, line:
     assert words in check.remedy
 
 
-def test_a_driver_that_knows_no_compute_capability_is_asked_for_the_rest(gpu_machine: Path) -> None:
+def test_an_old_driver_is_asked_for_the_rest(gpu_machine: Path) -> None:
     gpu_machine.write_text(
         """#!/bin/sh
 case "$1" in *compute_cap*) echo 'Field "compute_cap" is not a valid field to query.'; exit 2;; esac

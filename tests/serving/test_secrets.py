@@ -57,7 +57,7 @@ def test_a_second_tier_that_is_none_is_refused(text: str) -> None:
         json.dumps({"type": "resp", "password": PASSWORD})[:-1],
     ],
 )
-def test_a_password_on_the_command_line_is_refused_and_not_repeated(text: str) -> None:
+def test_a_password_on_the_command_line_is_refused(text: str) -> None:
     with pytest.raises(ConfigError) as caught:
         second_tier(text)
     assert PASSWORD not in str(caught.value)
@@ -100,7 +100,7 @@ def test_placeholders_are_filled_in_from_variables_and_files(tmp_path: Path) -> 
         second_tier('{"type": "x", "password": "${a b}"}')
 
 
-def test_lmcache_gets_what_placeholders_stand_for_and_its_environment_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lmcache_gets_filled_placeholders_not_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PW", PASSWORD)
     given = ["server", "--l2-adapter", '{"type": "fs", "base_path": "/data"}', "--l2-adapter", '{"password": "${PW}"}']
     assert arguments(given) == [*given[:4], json.dumps({"password": PASSWORD})]

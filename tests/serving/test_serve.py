@@ -95,7 +95,7 @@ def test_another_connector_is_left_alone() -> None:
     assert "nothing is blended" in made.note
 
 
-def test_what_is_not_used_with_a_configuration_of_ones_own_is_told() -> None:
+def test_options_unused_with_an_own_config_are_reported() -> None:
     made = make("--kv-transfer-config", '{"kv_connector": "CacheBlendConnector"}')
     assert made.blends
     for name in ("--policy", "--ratio", "--step-tokens", "--chunk-size", "--lmcache-port", "--connector"):
@@ -106,7 +106,7 @@ def test_what_is_not_used_with_a_configuration_of_ones_own_is_told() -> None:
 
 
 @pytest.mark.parametrize("name", ["--kv-transfer-config", "--kv_transfer_config"])
-def test_parts_of_the_configuration_are_refused_since_vllm_would_drop_the_rest(name: str) -> None:
+def test_partial_kv_transfer_configs_are_refused(name: str) -> None:
     words = (f"{name}.kv_connector_extra_config.x", "1")
     with pytest.raises(ConfigError, match="not merge them") as caught:
         make(*words)
@@ -133,7 +133,7 @@ def test_settings_of_the_connector_can_be_given_one_by_one() -> None:
         ("lmcache_rag.ratio=2", "between 0 and 1"),
     ],
 )
-def test_settings_without_meaning_are_refused_before_anything_starts(text: str, words: str) -> None:
+def test_settings_without_meaning_fail_before_the_start(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         make(connector=(text,))
     assert caught.value.remedy
@@ -221,7 +221,7 @@ def test_a_gpu_worker_of_lmcache_for_each_rank() -> None:
     assert "--max-gpu-workers" not in make("-tp", "1").lmcache
 
 
-def test_several_ranks_run_blends_as_graphs_unless_told_otherwise() -> None:
+def test_several_ranks_use_graphs_by_default() -> None:
     assert value(make("-tp", "2").vllm, "--max-cudagraph-capture-size") == "2048"
     assert "--max-cudagraph-capture-size" not in make().vllm, "on one GPU it gains nothing"
     assert "--max-cudagraph-capture-size" not in make("-dp", "2").vllm
@@ -529,7 +529,7 @@ def test_cuda_code_that_does_not_fit_is_told_and_it_serves(tmp_path: Path, fits:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
-def test_without_vllm_and_lmcache_it_says_at_once_what_to_install() -> None:
+def test_without_vllm_it_says_what_to_install() -> None:
     result = dry_run("some/model")
     assert result.exit_code == 2
     assert "Not installed: vLLM, LMCache." in result.stderr
@@ -678,7 +678,7 @@ def test_the_document_shows_the_commands_that_are_run() -> None:
     assert [container["command"] for container in two["spec"]["containers"]] == wanted
 
 
-def test_the_document_describes_every_option_and_computes_the_sizes_right() -> None:
+def test_the_document_has_every_option_and_right_sizes() -> None:
     text = (TESTS.parent / "docs" / "serving.md").read_text()
     command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]
     for parameter in command.params:

@@ -88,7 +88,7 @@ def test_a_truncated_database_is_noticed(tmp_path: Path, share: float) -> None:
         use_everything(tmp_path)
 
 
-def test_a_changed_letter_in_a_text_is_noticed_by_the_search_that_finds_it(tmp_path: Path) -> None:
+def test_a_changed_letter_is_noticed_by_its_search(tmp_path: Path) -> None:
     file = made(tmp_path)
     place = file.read_bytes().index(TEXTS[7].encode())
     overwrite(file, place, b"T")
@@ -105,7 +105,7 @@ def test_text_that_is_no_longer_utf8_is_corruption(tmp_path: Path) -> None:
         texts_of(store)
 
 
-def test_an_embedding_that_is_no_unit_vector_is_noticed_when_the_index_is_made(tmp_path: Path) -> None:
+def test_a_damaged_embedding_is_noticed_by_the_index(tmp_path: Path) -> None:
     made(tmp_path)
     with Store.open(tmp_path) as store:
         row = store.index.vectors([5])[0]
@@ -263,7 +263,7 @@ def crash_image(path: Path, *, keep_shm: bool) -> None:
     assert (path / "store" / "store.db-wal").stat().st_size > 0
 
 
-def test_a_store_that_cannot_be_written_can_be_searched_and_refuses_writes(public: Path) -> None:
+def test_an_unwritable_store_can_be_searched(public: Path) -> None:
     made(public / "store")
     before = sorted(path.name for path in (public / "store").iterdir())
     with as_nobody(public) as process:
@@ -275,9 +275,7 @@ def test_a_store_that_cannot_be_written_can_be_searched_and_refuses_writes(publi
 
 
 @pytest.mark.parametrize("keep_shm", [True, False])
-def test_a_killed_writers_store_that_cannot_be_written_shows_all_that_was_committed(
-    public: Path, keep_shm: bool
-) -> None:
+def test_a_killed_writers_data_is_read_without_write_access(public: Path, keep_shm: bool) -> None:
     crash_image(public, keep_shm=keep_shm)
     with as_nobody(public) as process:
         out = finish(process)
@@ -307,7 +305,7 @@ def test_a_reader_who_cannot_write_follows_a_writer_who_can(public: Path, open_b
     writer.close()
 
 
-def test_a_store_opened_only_to_read_refuses_writes_and_leaves_no_file(tmp_path: Path) -> None:
+def test_a_store_opened_to_read_leaves_no_file(tmp_path: Path) -> None:
     made(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with Store.open(tmp_path, read_only=True) as store:
@@ -335,7 +333,7 @@ def seen(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-def test_a_read_only_file_system_can_be_searched_and_refuses_writes(tmp_path: Path, seen: Path) -> None:
+def test_a_read_only_file_system_can_be_searched(tmp_path: Path, seen: Path) -> None:
     made(tmp_path / "store")
     with Store.open(seen) as store:
         assert store.read_only
@@ -345,7 +343,7 @@ def test_a_read_only_file_system_can_be_searched_and_refuses_writes(tmp_path: Pa
         Store.open(seen / "new")
 
 
-def test_a_reader_on_a_read_only_file_system_follows_a_writer_on_the_other_side(tmp_path: Path, seen: Path) -> None:
+def test_a_read_only_reader_follows_a_writer(tmp_path: Path, seen: Path) -> None:
     made(tmp_path / "store")
     with Store.open(seen) as reader:
         assert len(texts_of(reader)) == len(TEXTS)
@@ -360,7 +358,7 @@ def test_a_reader_on_a_read_only_file_system_follows_a_writer_on_the_other_side(
 
 
 @pytest.mark.parametrize("keep_shm", [True, False])
-def test_a_killed_writers_store_on_a_read_only_file_system_shows_all_that_was_committed(
+def test_a_killed_writers_data_is_read_on_a_read_only_disk(
     tmp_path: Path, seen: Path, keep_shm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crash_image(tmp_path, keep_shm=keep_shm)
@@ -420,9 +418,7 @@ def test_work_goes_on_when_a_full_disk_has_room_again(small: Path) -> None:
         assert problems(store.registry) == []
 
 
-def test_an_index_that_finds_no_room_is_a_warning_and_the_documents_are_kept(
-    small: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_index_without_room_is_a_warning(small: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Store.open(small / "store") as store:
         with store.writing():
             put(store, "a", *(f"text {n}" for n in range(3000)))
@@ -454,7 +450,7 @@ def test_making_a_store_on_a_full_disk_is_an_error_with_a_remedy(small: Path) ->
 
 
 @pytest.mark.parametrize("killed", [True, False])
-def test_a_store_on_a_full_disk_can_be_searched_and_says_why_it_refuses_writes(
+def test_a_store_on_a_full_disk_is_searched_not_written(
     small: Path, killed: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     if killed:
@@ -587,9 +583,7 @@ def test_an_error_inside_writing_frees_the_lock(tmp_path: Path) -> None:
             assert texts_of(other) == {"one"}
 
 
-def test_another_program_that_holds_the_database_is_a_locked_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_database_held_by_another_is_a_locked_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lmcache_rag.store.connections._BUSY_SECONDS", 0.1)
     with Store.open(tmp_path) as store:
         other = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
@@ -621,7 +615,7 @@ with store.writing():
 """
 
 
-def test_a_writer_killed_at_any_moment_leaves_a_sound_store_with_all_that_it_said_was_done(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_all_that_it_committed(tmp_path: Path) -> None:
     moments = random.Random(7)
     for _ in range(8):
         folder = tmp_path / str(moments.random())
@@ -648,7 +642,7 @@ def test_a_writer_killed_at_any_moment_leaves_a_sound_store_with_all_that_it_sai
                 put(store, "after", "after the kill")
 
 
-def test_a_writer_killed_inside_a_transaction_leaves_nothing_of_it(tmp_path: Path) -> None:
+def test_a_writer_killed_in_a_transaction_leaves_none_of_it(tmp_path: Path) -> None:
     made(tmp_path)
     code = """
 from store_kit import *
@@ -674,7 +668,7 @@ store.registry.put_documents([document("a", "replaced"), *new], embedder=EMBEDDE
         assert problems(store.registry) == []
 
 
-def test_a_statement_that_fails_inside_a_transaction_undoes_it_and_the_store_goes_on(tmp_path: Path) -> None:
+def test_a_failed_statement_undoes_its_transaction(tmp_path: Path) -> None:
     made(tmp_path)
     with Store.open(tmp_path) as store:
         put(store, "b", "before")
@@ -690,7 +684,7 @@ def test_a_statement_that_fails_inside_a_transaction_undoes_it_and_the_store_goe
         assert problems(store.registry) == []
 
 
-def test_kv_records_survive_a_kill_between_the_chunk_leaving_and_the_engine_dropping_it(tmp_path: Path) -> None:
+def test_kv_records_survive_a_kill_before_the_engine_drops(tmp_path: Path) -> None:
     code = """
 from store_kit import *
 from lmcache_rag.store import KVRow

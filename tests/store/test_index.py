@@ -37,7 +37,7 @@ def in_step(store: Store) -> bool:
 # Search
 
 
-def test_search_gives_the_order_scores_and_texts_of_a_search_by_hand(store: Store) -> None:
+def test_search_equals_a_search_by_hand(store: Store) -> None:
     put(store, "a", *TEXTS)
     query = vector("a question")
     scores = {text: float(vector(text) @ query) for text in TEXTS}
@@ -154,13 +154,13 @@ def test_a_filter_by_values_finds_exactly_what_fulfils_it(library: Store, where:
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
 
 
-def test_a_filter_gives_k_chunks_even_if_the_best_do_not_fulfil_it(library: Store) -> None:
+def test_a_filter_gives_k_chunks_beyond_the_best(library: Store) -> None:
     best = library.index.search(vector("q"), 1)[0].documents[0]
     other = "en" if best.metadata["lang"] == "de" else "de"
     assert len(library.index.search(vector("q"), 20, where={"lang": other})) == 20
 
 
-def test_hits_of_a_filtered_search_name_only_documents_that_fulfil_it(library: Store) -> None:
+def test_filtered_hits_name_matching_documents_only(library: Store) -> None:
     (hit,) = library.index.search(vector(TEXTS[0]), 1, where={"lang": "en"})
     assert [ref.doc_id for ref in hit.documents] == ["twice"]
 
@@ -178,7 +178,7 @@ def test_a_function_as_filter_gets_hits_until_enough_fulfil_it(library: Store) -
     assert library.index.search(vector("q"), 2, where=lambda _: False) == []
 
 
-def test_a_function_as_filter_is_not_asked_about_everything_when_the_best_fulfil_it(library: Store) -> None:
+def test_a_filter_function_is_not_called_for_everything(library: Store) -> None:
     asked = []
     library.index.search(vector("q"), 2, where=lambda hit: asked.append(hit) or True)
     assert len(asked) <= 8
@@ -220,9 +220,7 @@ def test_only_what_changed_is_read_again(store: Store, monkeypatch: pytest.Monke
     assert in_step(store)
 
 
-def test_an_update_that_fails_half_way_is_made_good_by_the_next_search(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_update_is_completed_by_the_next_search(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     put(store, "a", *TEXTS)
     store.index.refresh()
     put(store, "a", *TEXTS[:20], "new")
@@ -247,7 +245,7 @@ def made(path: Path) -> Path:
     return path / "index.faiss"
 
 
-def test_the_file_is_written_at_the_end_of_writing_and_not_at_each_put(store: Store) -> None:
+def test_the_index_file_is_written_at_the_end_of_writing(store: Store) -> None:
     file = store.path / "index.faiss"
     with store.writing():
         put(store, "a", "one")
@@ -354,7 +352,7 @@ def test_a_whole_file_of_another_kind_of_index_is_not_used(tmp_path: Path, caplo
     assert "not an index of this store" in logged(caplog)
 
 
-def test_what_faiss_cannot_read_is_rebuilt_even_with_a_right_checksum(
+def test_an_index_unreadable_by_faiss_is_rebuilt(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = made(tmp_path)
@@ -378,9 +376,7 @@ def test_the_file_of_another_store_is_not_used(tmp_path: Path, caplog: pytest.Lo
     assert "another state" in logged(caplog)
 
 
-def test_a_database_restored_from_a_backup_is_not_searched_by_a_newer_file(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_restored_backup_ignores_a_newer_index_file(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made(tmp_path)
     backup = (tmp_path / "store.db").read_bytes()
     with Store.open(tmp_path) as store:
@@ -392,9 +388,7 @@ def test_a_database_restored_from_a_backup_is_not_searched_by_a_newer_file(
     assert "another state" in logged(caplog)
 
 
-def test_a_database_moved_aside_leaves_an_empty_store_that_can_be_filled_again(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_moved_database_leaves_an_empty_store(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     made(tmp_path)
     (tmp_path / "store.db").rename(tmp_path / "damaged.db")
     with Store.open(tmp_path) as store:
@@ -404,9 +398,7 @@ def test_a_database_moved_aside_leaves_an_empty_store_that_can_be_filled_again(
     assert "another state" in logged(caplog)
 
 
-def test_an_index_that_cannot_be_saved_is_a_warning_and_nothing_is_lost(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unsaved_index_is_a_warning_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "index.faiss").mkdir()
     with Store.open(tmp_path) as store:
         with store.writing():
@@ -423,7 +415,7 @@ def test_importing_the_store_does_not_import_faiss() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
-def test_faiss_imports_without_warnings_where_warnings_are_errors() -> None:
+def test_faiss_imports_with_warnings_as_errors() -> None:
     code = "from lmcache_rag.store.index import import_faiss; import_faiss().IndexFlatIP(3)"
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=Path(__file__).parents[2])
 

@@ -83,9 +83,7 @@ def test_a_changed_document_replaces_only_the_changed_chunks(store: Store) -> No
 
 
 @pytest.mark.parametrize("change", [{"source": "/moved"}, {"metadata": {"x": 1}}, {"splitter": "splitter-2"}])
-def test_a_document_whose_facts_changed_is_updated_and_keeps_its_chunks(
-    store: Store, change: dict[str, object]
-) -> None:
+def test_a_document_with_new_facts_keeps_its_chunks(store: Store, change: dict[str, object]) -> None:
     put(store, "a", "one", "two")
     ids = [chunk.chunk_id for chunk in store.registry.document_chunks("a")]
     (result,) = store.registry.put_documents([replace(document("a", "one", "two"), **change)], embedder=EMBEDDER)
@@ -100,7 +98,7 @@ def test_a_text_twice_in_a_document_is_one_chunk_at_two_places(store: Store) -> 
     assert [(ref.ordinal, ref.start) for ref in hit.documents] == [(0, 0), (2, 9)]
 
 
-def test_a_chunk_of_many_documents_is_stored_once_and_leaves_with_the_last(store: Store) -> None:
+def test_a_shared_chunk_leaves_with_its_last_document(store: Store) -> None:
     put(store, "a", "shared", "only a")
     assert put(store, "b", "shared", "only b").kept_chunks == 1
     first = store.registry.remove_documents(["a"])
@@ -110,14 +108,14 @@ def test_a_chunk_of_many_documents_is_stored_once_and_leaves_with_the_last(store
     assert texts_of(store) == set()
 
 
-def test_removing_an_unknown_document_says_so_and_removes_the_others(store: Store) -> None:
+def test_removing_an_unknown_document_is_reported(store: Store) -> None:
     put(store, "a", "one")
     result = store.registry.remove_documents(["nothing", "a", "a"])
     assert (result.documents, result.unknown) == (1, ("nothing",))
     assert list(store.registry.documents()) == []
 
 
-def test_a_text_that_moves_to_another_document_of_the_batch_stays_the_same_chunk(store: Store) -> None:
+def test_a_text_moved_within_a_batch_stays_the_same_chunk(store: Store) -> None:
     put(store, "a", "moves", "stays")
     before = chunk_id(store, "moves")
     left, right = store.registry.put_documents([document("a", "stays"), document("b", "moves")], embedder=EMBEDDER)
@@ -158,7 +156,7 @@ def test_text_with_nul_and_every_plane_of_unicode_comes_back(store: Store) -> No
 
 
 @pytest.mark.parametrize("place", ["text", "doc_id", "source", "content_hash"])
-def test_a_lone_surrogate_is_refused_with_a_remedy_and_nothing_is_stored(store: Store, place: str) -> None:
+def test_a_lone_surrogate_is_refused_with_a_remedy(store: Store, place: str) -> None:
     new = document("a", "one")
     if place == "text":
         new = replace(new, chunks=[NewChunk("bad \ud800", 2, 0, vector("x"))])
@@ -177,7 +175,7 @@ def test_a_lone_surrogate_in_metadata_comes_back(store: Store) -> None:
     assert record.metadata == {"name": "bad \udcff"}
 
 
-def test_asking_for_a_text_with_a_lone_surrogate_is_a_store_error(store: Store) -> None:
+def test_searching_for_a_lone_surrogate_is_a_store_error(store: Store) -> None:
     with pytest.raises(StoreError, match="not valid Unicode"):
         store.registry.known_texts(["\ud800"])
 
@@ -187,7 +185,7 @@ def test_an_id_with_nul_is_refused(store: Store) -> None:
         put(store, "a\0b", "one")
 
 
-def test_documents_come_in_the_order_of_their_ids_over_several_pages(store: Store) -> None:
+def test_documents_come_in_id_order_over_pages(store: Store) -> None:
     store.registry.put_documents([document(f"{n:04d}") for n in reversed(range(600))], embedder=EMBEDDER)
     assert [record.doc_id for record in store.registry.documents()] == [f"{n:04d}" for n in range(600)]
 
@@ -224,7 +222,7 @@ def test_a_new_text_without_embedding_is_refused(store: Store) -> None:
     assert list(store.registry.documents()) == []
 
 
-def test_another_embedder_than_the_stores_is_refused_with_a_remedy(store: Store) -> None:
+def test_another_embedder_is_refused_with_a_remedy(store: Store) -> None:
     put(store, "a", "one")
     with pytest.raises(StoreError, match=r"'model-a', not of 'model-b'.*Use the embedder 'model-a'"):
         store.registry.put_documents([document("b", "two")], embedder="model-b")
@@ -243,7 +241,7 @@ def test_a_store_without_embeddings_can_change_its_embedder(store: Store) -> Non
     assert (store.registry.embedder, store.registry.stats().dimension) == (EMBEDDER, DIMENSION)
 
 
-def test_claiming_another_dimension_for_the_same_embedder_is_refused(store: Store) -> None:
+def test_another_dimension_for_an_embedder_is_refused(store: Store) -> None:
     store.registry.claim_embedder(EMBEDDER, DIMENSION)
     store.registry.claim_embedder(EMBEDDER)
     with pytest.raises(StoreError, match="16 dimensions"):
@@ -277,7 +275,7 @@ def test_an_embedding_that_does_not_fit_is_refused(store: Store, embedding: list
     assert texts_of(store) == {"one"}
 
 
-def test_embeddings_are_brought_to_unit_length_and_a_unit_vector_keeps_its_bits(store: Store) -> None:
+def test_embeddings_are_normalised_and_units_kept(store: Store) -> None:
     unit = vector("x")
     new = replace(document("a"), chunks=[NewChunk("long", 1, 0, unit * 7), NewChunk("unit", 1, 4, unit)])
     store.registry.put_documents([new], embedder=EMBEDDER)
@@ -306,7 +304,7 @@ def test_a_token_count_of_another_tokenizer_replaces_the_old_one(store: Store) -
 # KV
 
 
-def test_recorded_kv_is_listed_until_its_chunk_leaves_and_then_stands_in_the_trash(store: Store) -> None:
+def test_recorded_kv_goes_to_the_trash_with_its_chunk(store: Store) -> None:
     put(store, "a", "one", "two")
     record(store, "one", "k1")
     record(store, "two", "k2")
@@ -331,7 +329,7 @@ def test_kv_that_two_texts_share_stays_until_the_second_has_left(store: Store) -
     assert (kv_keys(store.registry, FP), store.registry.trash()) == (set(), [(FP, "k")])
 
 
-def test_a_chunk_that_comes_back_takes_its_key_out_of_the_trash_when_it_is_recorded(store: Store) -> None:
+def test_a_recorded_chunk_takes_its_key_out_of_the_trash(store: Store) -> None:
     put(store, "a", "one")
     record(store, "one", "k")
     store.registry.remove_documents(["a"])
@@ -367,14 +365,14 @@ def test_kv_of_a_chunk_that_has_left_meanwhile_goes_to_the_trash(store: Store) -
     assert (kv_keys(store.registry, FP), store.registry.trash()) == (set(), [(FP, "k")])
 
 
-def test_kv_of_a_chunk_that_has_left_stays_while_another_chunk_uses_it(store: Store) -> None:
+def test_shared_kv_stays_when_one_chunk_leaves(store: Store) -> None:
     put(store, "a", "one")
     record(store, "one", "k")
     assert store.registry.record_kv(FP, {}, [KVRow(999, "k", 1, 1)]) == 0
     assert (kv_keys(store.registry, FP), store.registry.trash()) == ({"k"}, [])
 
 
-def test_a_chunk_has_one_key_under_a_fingerprint_and_the_old_one_goes_to_the_trash(store: Store) -> None:
+def test_a_chunk_has_one_key_under_a_fingerprint(store: Store) -> None:
     put(store, "a", "one")
     record(store, "one", "old")
     record(store, "one", "other", fingerprint="e" * 64)
@@ -393,7 +391,7 @@ def test_kv_of_all_other_fingerprints_can_be_thrown_away(store: Store) -> None:
     assert [part.fingerprint for part in store.registry.stats().kv] == [FP]
 
 
-def test_chunks_without_kv_are_those_of_the_fingerprint_and_of_the_documents_named(store: Store) -> None:
+def test_chunks_without_kv_are_of_fingerprint_and_documents(store: Store) -> None:
     put(store, "a", "one", "two")
     put(store, "b", "three")
     record(store, "one", "k")

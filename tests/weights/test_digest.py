@@ -28,13 +28,13 @@ def test_one_changed_byte_makes_another_revision(tmp_path: Path, changed: str) -
     assert revision_of(tmp_path) != before
 
 
-def test_a_revision_depends_on_neither_place_nor_notes_beside_the_weights(tmp_path: Path) -> None:
+def test_a_revision_ignores_place_and_notes(tmp_path: Path) -> None:
     first = write(tmp_path / "a", MODEL)
     second = write(tmp_path / "b", MODEL | {"README.md": b"text", "trainer_state.json": b"{}"})
     assert revision_of(first) == revision_of(second)
 
 
-def test_content_that_moves_from_one_file_to_the_next_makes_another_revision(tmp_path: Path) -> None:
+def test_moved_content_makes_another_revision(tmp_path: Path) -> None:
     first = write(tmp_path / "a", MODEL | {"a.safetensors": b"12", "b.safetensors": b"3"})
     second = write(tmp_path / "b", MODEL | {"a.safetensors": b"1", "b.safetensors": b"23"})
     third = write(tmp_path / "c", MODEL | {"a.safetensors": b"123", "b.safetensors": b""})

@@ -116,7 +116,7 @@ def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(
     assert server.asked == []
 
 
-def test_an_embedder_may_keep_its_weights_in_a_folder_of_a_module(tmp_path: Path) -> None:
+def test_an_embedder_may_have_weights_in_a_module_folder(tmp_path: Path) -> None:
     modules = json.dumps([{"path": "0_Static"}]).encode()
     files = {"modules.json": modules, "0_Static/model.safetensors": b"w", "0_Static/tokenizer.json": b"{}"}
     assert find_embedder(write(tmp_path, files)).path == tmp_path
@@ -140,7 +140,7 @@ def test_a_download_that_was_cut_off_is_not_served(hub_cache: Path) -> None:
         find_model("acme/tiny")
 
 
-def test_an_embedder_without_a_slash_is_one_of_sentence_transformers(hub_cache: Path) -> None:
+def test_an_embedder_without_slash_is_sentence_transformers(hub_cache: Path) -> None:
     hub_kit.lay_out_snapshot(hub_cache, "sentence-transformers/tiny", MODEL)
     assert find_embedder("tiny").name == "sentence-transformers/tiny"
 
@@ -168,7 +168,7 @@ def test_the_hub_gives_data_and_neither_pickles_nor_code(hub: Callable[..., Loca
     assert len(server.asked) == asked, "the second time needs no network"
 
 
-def test_a_model_that_the_hub_does_not_have_is_named_in_the_error(hub: Callable[..., LocalServer]) -> None:
+def test_a_model_missing_on_the_hub_is_named(hub: Callable[..., LocalServer]) -> None:
     hub(hub_kit.hub_of("acme/other", MODEL))
     with pytest.raises(SourceError, match="acme/tiny") as caught:
         find_model("acme/tiny")

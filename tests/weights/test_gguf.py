@@ -39,7 +39,7 @@ def chat(packaged: Path) -> Any:
     return AutoTokenizer.from_pretrained(packaged)
 
 
-def test_the_folder_is_whole_and_holds_nothing_of_the_package_itself(packaged: Path) -> None:
+def test_the_folder_is_whole_without_package_files(packaged: Path) -> None:
     assert what_is_missing(packaged, "model") == ""
     assert {file.suffix for file in packaged.iterdir()} == {".json", ".jinja", ".safetensors"}
 

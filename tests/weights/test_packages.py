@@ -67,7 +67,7 @@ def test_a_package_serves_when_neither_cache_nor_hub_do(
     assert (caplog.records[-1].levelno, caplog.messages[-1]) == (logging.WARNING, source.message)
 
 
-def test_what_was_prepared_is_used_at_once_without_pip_or_network(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_prepared_is_used_without_network(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = find_model(NAME)
     wheel.unlink()
     monkeypatch.setattr(sys, "executable", "/bin/false")
@@ -89,7 +89,7 @@ def test_a_package_serves_no_other_name_and_no_revision(wheel: Path) -> None:
         find_model(NAME, revision="v2")
 
 
-def test_a_package_that_pip_cannot_find_gives_every_source_and_the_remedy() -> None:
+def test_a_package_unknown_to_pip_lists_every_source() -> None:
     with pytest.raises(SourceError) as caught:
         find_model(NAME)
     for told in (
@@ -122,7 +122,7 @@ def test_an_environment_without_pip_is_told_as_such(tmp_path: Path, monkeypatch:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_file_that_is_not_the_pinned_one_is_refused_and_leaves_nothing(
+def test_a_file_that_is_not_the_pinned_one_is_refused(
     wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     pinned = dict(tiny_package().files) | {name: "0" * 64}
@@ -157,9 +157,7 @@ def test_a_package_is_never_built_from_source(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_an_installed_package_is_read_without_pip_and_never_imported(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_installed_package_is_never_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package_kit.install(tmp_path / "site")
     monkeypatch.syspath_prepend(tmp_path / "site")
     monkeypatch.setattr(sys, "executable", "/bin/false")

@@ -10,7 +10,7 @@ import pytest
 from lmcache_rag.weights.packages import cache_folder, make_once
 
 
-def test_a_build_that_fails_leaves_nothing_and_can_be_tried_again(tmp_path: Path) -> None:
+def test_a_failed_build_leaves_nothing_and_can_be_retried(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         (folder / "half").write_text("half")
         raise OSError("no space left on device")
@@ -21,7 +21,7 @@ def test_a_build_that_fails_leaves_nothing_and_can_be_tried_again(tmp_path: Path
     assert make_once(tmp_path / "it", lambda folder: (folder / "all").touch()) == tmp_path / "it"
 
 
-def test_a_build_that_another_process_holds_is_waited_for_only_so_long(tmp_path: Path) -> None:
+def test_waiting_for_another_process_has_a_limit(tmp_path: Path) -> None:
     from filelock import FileLock
 
     with FileLock(tmp_path / ".it.lock"), pytest.raises(TimeoutError):

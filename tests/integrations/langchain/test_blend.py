@@ -249,7 +249,7 @@ def test_a_chat_model_of_an_old_server_says_that_ids_differ(
     assert all(facts["reused_tokens"] == 0 for _, facts in seen.events)
 
 
-def test_a_chat_model_of_an_old_server_is_blended_where_the_ids_are_the_same(
+def test_an_old_servers_chat_is_blended_if_ids_are_equal(
     tokenizer: Any, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lmcache_rag.engines.vllm import VLLMEngine
@@ -270,7 +270,7 @@ def test_a_chat_model_of_an_old_server_is_blended_where_the_ids_are_the_same(
         assert seen.events[-1][1]["reused_tokens"] > 0
 
 
-def test_a_name_that_routes_to_the_responses_api_is_asked_by_chat(running: EmbeddedVLLM, texts: list[str]) -> None:
+def test_a_responses_api_name_is_asked_by_chat(running: EmbeddedVLLM, texts: list[str]) -> None:
     case = Case(client(ChatOpenAI, running, use_responses_api=True), texts)
     case.chain.invoke(QUESTION)
     [body] = running.questions

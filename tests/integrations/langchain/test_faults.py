@@ -191,7 +191,7 @@ def test_retrieval_goes_on_while_the_engine_is_down(
         blend(llm).invoke({"documents": texts, "question": QUESTION})
 
 
-def test_another_model_behind_the_url_is_an_error_before_any_answer(running: EmbeddedVLLM, texts: list[str]) -> None:
+def test_another_model_at_the_url_is_an_early_error(running: EmbeddedVLLM, texts: list[str]) -> None:
     llm = client(OpenAI, running, model="meta-llama/Llama-3.1-8B")
     with pytest.raises(EngineError, match=r"serves .*SmolLM2.*, not meta-llama"):
         blend(llm).invoke({"documents": texts, "question": QUESTION})

@@ -179,7 +179,7 @@ def test_special_tokens_in_documents_and_questions_are_text(workspace):
     assert ids.count(end) == plain.count(end)
 
 
-def test_two_hundred_documents_are_cut_to_the_context_with_a_word(workspace, sentences, caplog):
+def test_two_hundred_documents_are_cut_with_a_hint(workspace, sentences, caplog):
     texts = [f"{i}. {' '.join(sentences[i % 40 :][:2])}" for i in range(200)]
     index = index_over(LMCacheVectorStore(None, workspace), texts)
     response = as_blend_query_engine(index, workspace, similarity_top_k=200).query("What?")
@@ -301,7 +301,7 @@ async def test_a_changed_text_is_computed_and_named_once(workspace, corpus, capl
     assert caplog.text.count("MetadataReplacementPostProcessor changed the text of 1 of 3 passages") == 1
 
 
-def test_neighbours_that_a_postprocessor_adds_are_hits_if_they_were_ingested(workspace, corpus, caplog):
+def test_ingested_neighbours_of_a_postprocessor_are_hits(workspace, corpus, caplog):
     from llama_index.core.storage.docstore import SimpleDocumentStore
 
     store, docstore = LMCacheVectorStore(None, workspace), SimpleDocumentStore()
@@ -328,7 +328,7 @@ def test_an_optimizer_cuts_texts_and_is_named(workspace, index, caplog):
     assert "SentenceEmbeddingOptimizer changed the text of 2 of 2" in caplog.text
 
 
-def test_passages_that_were_never_ingested_are_answered_with_a_word(workspace, corpus, caplog):
+def test_passages_never_ingested_are_answered_with_a_hint(workspace, corpus, caplog):
     response = BlendSynthesizer(workspace).synthesize(
         "What?", [NodeWithScore(node=node(f"New: {corpus[0]}"), score=1.0)]
     )

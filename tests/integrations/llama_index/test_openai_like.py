@@ -159,7 +159,7 @@ def test_the_users_settings_are_kept_and_filled_in(running, texts):
     assert running.questions[-1]["kv_transfer_params"]["lmcache_rag.blend"] == "off"
 
 
-def test_a_stop_string_hides_the_statistics_but_is_no_proof_of_a_stock_server(running, texts, caplog):
+def test_a_stop_string_does_not_prove_a_stock_server(running, texts, caplog):
     llm = client(running, additional_kwargs={"stop": ["a", "e", "i", "o", "u", " "]}, max_tokens=50)
     index = index_over(LMCacheVectorStore(None, llm), texts)
     response = as_blend_query_engine(index, llm).query("What?")
@@ -195,7 +195,7 @@ def test_a_server_without_our_connector_answers_and_says_so_once(running, texts,
     assert caplog.text.count("is not blended") == 1
 
 
-def test_another_model_behind_the_url_is_an_error_before_any_answer(running, texts):
+def test_another_model_at_the_url_is_an_early_error(running, texts):
     with pytest.raises(EngineError, match="another-model"):
         LMCacheVectorStore(None, client(running, model="another-model"))
     assert running.seen == []
@@ -256,7 +256,7 @@ async def test_many_questions_and_an_ingestion_at_once(running, texts):
     assert len(store.kv.ids()) == 12
 
 
-def test_the_integration_needs_neither_the_other_framework_nor_torch():
+def test_it_needs_neither_the_other_framework_nor_torch():
     code = (
         "import sys, lmcache_rag.integrations.llama_index; "
         "print([m for m in ('torch', 'langchain', 'langchain_core', 'openai', 'faiss') if m in sys.modules])"

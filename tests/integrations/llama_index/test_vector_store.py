@@ -188,7 +188,7 @@ async def test_filters_that_match_nothing_ask_the_store_inside_nothing(store, co
     assert store.kv.ids() == {"0"}
 
 
-def test_a_store_that_cannot_tell_is_an_error_before_anything_is_gone(workspace, corpus):
+def test_a_store_that_cannot_list_fails_before_deleting(workspace, corpus):
     class Mute(FaissVectorStore):
         def get_nodes(self, node_ids=None, filters=None):
             raise NotImplementedError
@@ -669,7 +669,7 @@ def test_a_pipeline_that_failed_is_run_again(store, workspace, tmp_path, corpus,
 
 
 @pytest.mark.filterwarnings("ignore:Specified num_workers")
-def test_a_pipelines_workers_split_and_embed_while_kv_is_made_here(ours, workspace, tmp_path, corpus, monkeypatch):
+def test_a_pipelines_workers_split_while_kv_is_made_here(ours, workspace, tmp_path, corpus, monkeypatch):
     # In a worker LlamaIndex's tokenizer would be fetched from the web: only a process that made one knows its own copy.
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(Path(llama_index.core.__file__).parent / "_static" / "tiktoken_cache"))
     runs = IngestionPipeline(
