@@ -30,11 +30,11 @@ _BUILDERS = 16  # prompt builders of one arm that are kept
 
 @dataclass(eq=False)
 class Visit:
-    """One request's time on an engine.
+    """One request's stay on an engine.
 
     Attributes:
-        alone: Whether nothing else was computed there from its sending to its first token.
-        measured: Whether it has its first token; what comes later changes nothing.
+        alone: Whether nothing else was computed there between sending and first token.
+        measured: Whether its first token has come; later requests no longer affect `alone`.
     """
 
     alone: bool = True
@@ -45,9 +45,9 @@ class Traffic:
     """Requests and ingestion on one engine, of all sessions.
 
     Args:
-        exclusive: Let requests in one after the other. For an engine that computes them so: the wait for others is no
-            part of a time to a first token then.
-        settle: Called in a thread before an exclusive request is let in: waits for what was left behind.
+        exclusive: Admit one request at a time, for an engine that computes them so: waiting for others is then no part
+            of the TTFT.
+        settle: Called in a thread before an exclusive request is admitted; waits for aborted streams.
     """
 
     def __init__(self, *, exclusive: bool, settle: Callable[[], None] = lambda: None) -> None:
@@ -58,7 +58,7 @@ class Traffic:
 
     @asynccontextmanager
     async def request(self) -> AsyncIterator[Visit]:
-        """A request that is sent now."""
+        """Count a request that is sent now, after its turn has come."""
         async with self._gate or nullcontext():
             if self._gate is not None:
                 await asyncio.to_thread(self._settle)
@@ -67,7 +67,7 @@ class Traffic:
 
     @contextmanager
     def work(self) -> Iterator[Visit]:
-        """Something is computed; from any thread."""
+        """Count a computation, from any thread."""
         visit = Visit()
         with self._lock:
             visit.alone = not self._active
@@ -91,7 +91,7 @@ class Wording:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What an arm is asked.
+    """A question to an arm.
 
     Attributes:
         question: The question.
@@ -119,8 +119,8 @@ class Arm:
 
     Args:
         name: Which arm.
-        open_engine: Opens the engine, or gives the one that is open; called again after it failed.
-        traffic: Who else computes on this engine.
+        open_engine: Opens the engine, or returns the open one; called again after a failure.
+        traffic: What else runs on this engine.
         blends: Whether it blends; otherwise it computes every prompt in full.
     """
 
@@ -155,7 +155,7 @@ class Arm:
         return "" if known is None or known.info.can_blend else known.info.why_not
 
     def prompts(self, wording: Wording, tenant: str = "") -> PromptBuilder:
-        """What makes the prompts for these words and this tenant."""
+        """The prompt builder for this wording and tenant."""
         from lmcache_rag.prompt import PromptBuilder, PromptFormat
 
         key = (wording, tenant)
@@ -164,8 +164,8 @@ class Arm:
             if found := self._builders.get(key):
                 self._builders.move_to_end(key)
                 return found
-        given = {"system": wording.system, "instruction": wording.instruction}
-        words = PromptFormat(**{name: text for name, text in given.items() if text is not None})  # type: ignore[arg-type]
+        texts = {"system": wording.system, "instruction": wording.instruction}
+        words = PromptFormat(**{name: text for name, text in texts.items() if text is not None})  # type: ignore[arg-type]
         made = PromptBuilder(engine.tokenizer, engine.info, format=words, tenant=tenant)
         with self._lock:
             self._builders[key] = made
@@ -254,9 +254,9 @@ class Arm:
 async def stream(
     engine: Engine, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions
 ) -> AsyncGenerator[StreamEvent, None]:
-    """The engine's stream in an event loop. Leaving early ends the request: a server's at once, whatever it is doing.
+    """The engine's stream in an event loop. Closing it early aborts the request: a server's at once.
 
-    An engine in this process is left within one token, or at the end of its prefill.
+    An engine in this process stops within one token, or at the end of its prefill.
     """
     if engine.info.engine == "embedded":
         events: AsyncIterator[StreamEvent] = iterate(engine.stream(prompt, sampling, blend))
@@ -271,14 +271,14 @@ async def stream(
 
 
 def join_threads(timeout: float) -> None:
-    """Wait for the threads of streams that were left: the process must not end while one of them computes."""
+    """Wait for the threads of aborted streams: the process must not end while one of them computes."""
     end = time.monotonic() + timeout
     for thread in list(_threads):
         thread.join(max(0.0, end - time.monotonic()))
 
 
 async def iterate(iterator: Iterator[T]) -> AsyncIterator[T]:
-    """Drive a blocking iterator in a thread of its own, which closes it. Leaving early does not wait for the thread."""
+    """Drive a blocking iterator in a thread of its own, which closes it. Closing early does not wait for it."""
     loop = asyncio.get_running_loop()
     items: asyncio.Queue[tuple[str, T | BaseException | None]] = asyncio.Queue()
     stop = threading.Event()
@@ -293,7 +293,7 @@ async def iterate(iterator: Iterator[T]) -> AsyncIterator[T]:
                 if stop.is_set():
                     break
                 put("item", item)
-        except BaseException as problem:  # handed over
+        except BaseException as problem:  # passed on to the reader
             put("error", problem)
         finally:
             if close := getattr(iterator, "close", None):

@@ -1,4 +1,4 @@
-"""What all sessions share: the store, the engines of each model, ingestion, and how far the start has come."""
+"""What all sessions share: the store, the engines of each model, ingestion, and the progress of the start."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("lmcache_rag")
 
 Phase: TypeAlias = Literal["new", "opening", "ingesting", "warming", "ready", "failed"]
-CLOSE_S = 60.0  # longest wait for what is being computed
+CLOSE_S = 60.0  # longest wait for running computations
 MOST_UPLOAD_BYTES = 32 * 2**20  # of one file
-WARM_CHUNKS = 512  # a store with more is not sent to a server anew at the start; its questions do it
+WARM_CHUNKS = 512  # a larger store is not sent to a server again at the start
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """How far the start has come.
+    """Progress of the start.
 
     Attributes:
         phase: What is being done.
@@ -49,7 +49,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Stack:
-    """Both arms of one model, and the workspace that its documents are ingested by."""
+    """Both arms of one model, and the workspace that ingests its documents."""
 
     workspace: Workspace
     blended: Arm
@@ -57,7 +57,7 @@ class Stack:
     one_engine: bool
 
     def ingestor(self, on_progress: Callable[[Progress], None]) -> Ingestor:
-        """Fills the store, for this model."""
+        """Return an ingestor for this model."""
         from lmcache_rag.ingest import Ingestor
 
         mine = self.workspace
@@ -104,7 +104,7 @@ class Hub:
         self.settings, self.baseline_urls = settings, baseline
         self.start = Start()
         self.models: list[str] = []
-        self._given = {"engine": engine, "embedder": embedder}
+        self._overrides = {"engine": engine, "embedder": embedder}
         self._stacks: dict[str, Stack] = {}
         self._lock = threading.RLock()
         self._ingesting = threading.Lock()
@@ -114,7 +114,7 @@ class Hub:
     # -- the start ------------------------------------------------------------------------------------------------
 
     def begin(self) -> threading.Thread:
-        """Open everything in a thread; `start` says how far it is. Called again after a failure, it tries again."""
+        """Open everything in a thread; `start` holds the progress. Call it again after a failure."""
         with self._lock:
             self.start = Start("opening")
             self._opener = threading.Thread(target=self.open, name="lmcache-rag-demo-start", daemon=True)
@@ -130,7 +130,7 @@ class Hub:
             _ = stack.workspace.embedder.dimension
             if callable(load := getattr(stack.workspace.engine, "load", None)):
                 load()
-            if self._wants_samples(stack):
+            if self._may_ingest_samples(stack):
                 self.start = Start("ingesting")
                 with self._ingesting, stack.blended.traffic.work():
                     stack.ingestor(self._progress).ingest(samples.files())
@@ -160,7 +160,7 @@ class Hub:
         return Wording(self.settings.system, self.settings.instruction)
 
     def close(self) -> None:
-        """End what is being ingested at its next passage, then close engines and store."""
+        """Stop the ingestion at its next passage, then close engines and store."""
         self._closing.set()
         if self._opener is not None:
             self._opener.join(CLOSE_S)
@@ -174,7 +174,7 @@ class Hub:
 
     def _open_stack(self, model: str) -> Stack:
         settings = self.settings.model_copy(update={"model": model}) if model else self.settings
-        workspace = Workspace(settings, **self._given)
+        workspace = Workspace(settings, **self._overrides)
         engine = workspace.engine
         # An engine in this process computes one request after the other.
         traffic = Traffic(exclusive=engine.info.engine == "embedded", settle=partial(join_threads, CLOSE_S))
@@ -187,7 +187,7 @@ class Hub:
 
     def _served(self) -> list[str]:
         """Names of the models to choose from; empty where there is one only."""
-        if self.settings.engine == "embedded" or self.settings.model or self._given["engine"] is not None:
+        if self.settings.engine == "embedded" or self.settings.model or self._overrides["engine"] is not None:
             return []
         from lmcache_rag.engines.vllm_client import VLLMClient
 
@@ -195,38 +195,38 @@ class Hub:
             names = client.served_names()
         return names if len(names) > 1 else []
 
-    def _wants_samples(self, stack: Stack) -> bool:
+    def _may_ingest_samples(self, stack: Stack) -> bool:
         """Whether the store is the demo's own: empty, or with samples and uploads only."""
         store = stack.workspace.store
         own = (str(samples.documents().resolve()), str(self._uploads().resolve()))
         return not store.read_only and all(document.source.startswith(own) for document in store.registry.documents())
 
     def _warm(self, stack: Stack) -> None:
-        """A server may have lost what was sent to it once; small stores are sent anew."""
+        """Send a small store's chunks to the server again: it may have evicted their KV."""
         if stack.workspace.store.registry.stats().chunks > WARM_CHUNKS:
             return
         self.start = replace(self.start, phase="warming")
         with self._ingesting, stack.blended.traffic.work():
             stack.workspace.maintainer.warm(on_chunk=lambda done, known, _: self._count(done, known))
 
-    def _go_on(self) -> None:
-        """See that nobody has closed the demo; what was ingested stays."""
+    def _check_open(self) -> None:
+        """Raise EngineError if the demo was closed; what was ingested stays."""
         if self._closing.is_set():
             raise EngineError("The demo was closed.")
 
     def _count(self, done: int, known: int) -> None:
-        self._go_on()
+        self._check_open()
         self.start = replace(self.start, chunks=(done, known))
 
     def _progress(self, step: Progress) -> None:
-        self._go_on()
+        self._check_open()
         place = "documents" if step.step == "document" else "chunks"
         self.start = replace(self.start, **{place: (step.done, step.known)})  # type: ignore[arg-type]
 
     # -- documents ------------------------------------------------------------------------------------------------
 
     def upload(self, model: str, name: str, content: bytes, on_kv: Callable[[int, int], None]) -> str:
-        """Ingest an uploaded file; it stays below the store. Returns what became of it, in words.
+        """Ingest an uploaded file; it is kept in the store's folder. Returns the result as a sentence.
 
         Args:
             model: Whose KV is computed.
@@ -249,7 +249,7 @@ class Hub:
         path.write_bytes(content)
 
         def step(progress: Progress) -> None:
-            self._go_on()
+            self._check_open()
             if progress.step == "kv":
                 on_kv(progress.done, progress.known)
 

@@ -1,4 +1,4 @@
-"""The page: question, passages, settings, uploads, export. It only shows a session, and hands on what the user does.
+"""The page: question, passages, settings, uploads, export. It shows a session and calls its methods.
 
 Elements that show a figure or take an action have a `data-testid`:
 
@@ -52,7 +52,7 @@ _PHASES = {
 }
 
 
-# A field that grows measures its text when that changes; while it was folded away it had no height.
+# A field that grows measures its text when that changes; while collapsed it had no height.
 _GROW = """() => document.querySelectorAll(".d-words textarea").forEach(
     field => field.dispatchEvent(new Event("input", {bubbles: true})))"""
 
@@ -95,7 +95,7 @@ class Page:
         self.update()
 
     def update(self) -> None:
-        """Show everything that is new."""
+        """Update every part that has changed."""
         self._version = self.session.version
         if self.hub.start != self._start:
             self._start = self.hub.start
@@ -137,7 +137,7 @@ class Page:
 
 
 class Question:
-    """The question, the tokens of the prompt to come, and the buttons that begin and stop."""
+    """The question, the tokens of the next prompt, and the buttons that start and stop."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -172,7 +172,7 @@ class Question:
             self._problem = ui.element("div")
 
     def update(self) -> None:
-        """Show what is new."""
+        """Update what has changed."""
         session = self.session
         ready = session.hub.start.phase == "ready"
         self._ask_button.set_enabled(ready and not session.busy)
@@ -185,7 +185,7 @@ class Question:
                 error(session.problem, test_id="problem")
 
     async def count(self) -> None:
-        """Count the tokens of the prompt to come, where something has changed."""
+        """Count the tokens of the next prompt, if something has changed."""
         session = self.session
         if session.busy or session.hub.start.phase != "ready":
             return
@@ -202,7 +202,7 @@ class Question:
         self._counted = key
         try:
             found = await session.tokens()
-        except LMCacheRAGError:  # asking shows it
+        except LMCacheRAGError:  # a question shows the error
             return
         if found is not None:
             fits = "" if found[0] < found[1] else "; that is too long, so the lowest scores are left out"
@@ -221,13 +221,13 @@ class Question:
 
 
 class _Slider(ui.slider):
-    """A slider that moves in the browser; NiceGUI's own goes back to what the server knew when a key was pressed."""
+    """A slider that moves in the browser; NiceGUI's own is reset to the server's value when a key is pressed."""
 
     LOOPBACK = False
 
 
 class Settings:
-    """What else can be set: blending, sampling, words, caches, the model."""
+    """Blending, sampling, texts before the passages, caches, the model."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -265,7 +265,7 @@ class Settings:
         self._picker: ui.select | None = None
 
     def update(self) -> None:
-        """Show what is new."""
+        """Update what has changed."""
         session = self.session
         for each in (self._cold, self._warm):
             each.set_enabled(session.hub.start.phase == "ready" and not session.busy)
@@ -335,7 +335,7 @@ class Passages:
                 self._results = ui.element("div").classes("d-list d-scroll").props("tabindex=0")
 
     def update(self) -> None:
-        """Show what is new."""
+        """Update what has changed."""
         session = self.session
         key = ([hit.chunk_id for hit in session.passages], session.busy)
         if self._mode.value != session.controls.retrieve:
@@ -384,7 +384,7 @@ class Passages:
             self.session.move(index, index + by)
             at_end = index + by in (0, len(self.session.passages) - 1)
             direction = ("down" if by < 0 else "up") if at_end else ("up" if by < 0 else "down")
-            # The list is new: the keyboard goes on where it was.
+            # The list is rebuilt: give the keyboard's focus back.
             place = f"[data-chunk='{moved}'] [data-testid={direction}]"
             client.run_javascript(f'setTimeout(() => document.querySelector("{place}")?.focus(), 60)')
 
@@ -427,7 +427,7 @@ def _title(hit: Hit) -> str:
 
 
 class Uploads:
-    """Files of the user's."""
+    """Upload of the user's files."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -450,7 +450,7 @@ class Uploads:
             self._rows = ui.element("div").classes("d-list")
 
     def update(self) -> None:
-        """Show what is new."""
+        """Update what has changed."""
         session = self.session
         self._add.set_enabled(session.hub.start.phase == "ready" and not session.busy)
         key = [(row.name, row.state, row.detail, row.kv) for row in session.uploads]

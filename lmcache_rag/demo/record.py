@@ -1,4 +1,4 @@
-"""What was asked and answered, as the page shows it and as the export has it."""
+"""Questions and answers, for the page and for the export."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMAT = 1  # of the export
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """An error for people: what happened, and what to do about it."""
+    """An error for users, with its remedy."""
 
     type: str
     message: str
@@ -47,14 +47,14 @@ class Turn:
         question: The question.
         passages: The chunks in the prompt, in their order.
         dropped: Chunks that did not fit the context.
-        text: The answer, or what came of it.
+        text: The answer, as far as it came.
         sampling: How tokens were chosen.
         blend: How KV was to be reused.
         spans: Where each of the passages stands in the prompt, as (start, end) in tokens.
-        alone: Whether nothing else was computed on the engine from the sending to the first token.
-        first_text_ms: From the sending to the first text; None where none came.
-        total_ms: From the sending to the end.
-        completion: What the engine gave at the end; None where it did not come to that.
+        alone: Whether nothing else was computed on the engine between sending and first token.
+        first_text_ms: From sending to the first text; None if none came.
+        total_ms: From sending to the end.
+        completion: The engine's Completion; None if the answer did not end.
         stopped: Whether the user stopped it.
         problem: Why it failed.
     """
@@ -78,12 +78,12 @@ class Turn:
 
     @property
     def ttft_ms(self) -> float | None:
-        """From the sending to the first token: by the engine, or to the first text where the answer has no end."""
+        """TTFT as the engine measured it; the time to the first text if the answer did not end."""
         return self.completion.stats.ttft_ms if self.completion else self.first_text_ms
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the user should know of the answer."""
+        """Warnings about the answer."""
         return self.completion.warnings if self.completion else ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class Check:
 
 @dataclass
 class Uploaded:
-    """A file that was uploaded: what became of it."""
+    """An uploaded file and its state."""
 
     name: str
     state: Literal["waiting", "ingesting", "done", "failed"] = "waiting"
@@ -156,10 +156,10 @@ class Uploaded:
 
 
 def speedup(blended: Turn | None, baseline: Turn | None) -> float | None:
-    """How many times faster the blended answer started, by what was measured; None where that cannot be said.
+    """How many times faster the blended answer started, as measured; None if the two cannot be compared.
 
-    It can be said of two answers to one question with the same passages, of which the first reused KV, if nothing else
-    was computed before their first tokens.
+    They can be if both answer one question from the same passages, the first reused KV, and nothing else was computed
+    before their first tokens.
     """
     if blended is None or baseline is None or blended.ask != baseline.ask:
         return None
@@ -205,12 +205,12 @@ KIND_WORDS: dict[Kind, str] = {
     "reused": "reused",
     "recomputed": "recomputed",
     "computed": "computed",
-    "cached": "reused, some of them recomputed",  # where a server does not say which
+    "cached": "reused, some of them recomputed",  # if a server does not report which
 }
 
 
 class Segment(NamedTuple):
-    """Some tokens of a prompt with which the same was done; `passage` counts from 0, None is what is around them."""
+    """Consecutive tokens of one kind; `passage` counts from 0, None is outside of the passages."""
 
     kind: Kind
     tokens: int
@@ -218,7 +218,7 @@ class Segment(NamedTuple):
 
 
 def totals(turn: Turn) -> dict[Kind, int]:
-    """The counts over the whole prompt; empty where the engine gave none."""
+    """The counts over the whole prompt; empty if the engine reported none."""
     if turn.completion is None:
         return {}
     stats = turn.completion.stats
@@ -295,7 +295,7 @@ def differing_words(pieces: Sequence[Piece]) -> int:
 def _add_piece(pieces: list[Piece], words: Sequence[str], differs: bool) -> None:
     text = "".join(words)
     space = text[: len(text) - len(text.lstrip())] if differs else ""
-    if space:  # is no part of a word
+    if space:  # no part of a word
         pieces.append(Piece(space, False))
     if text := text.removeprefix(space):
         pieces.append(Piece(text, differs))

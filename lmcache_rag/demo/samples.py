@@ -23,7 +23,7 @@ def documents() -> Path:
 
 
 def files() -> list[Path]:
-    """Those that the demo ingests at its first start."""
+    """The files that the demo ingests at its first start."""
     return [documents() / name for name in DOCUMENTS]
 
 

@@ -1,4 +1,4 @@
-"""The page's web server: one page, a session for each browser, a password where one is needed."""
+"""The page's web server: one page, a session for each browser, a password if one is needed."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ _REMEDY = (
 
 
 def require_nicegui() -> None:
-    """See that the page's framework is there.
+    """Check that the page's framework is installed.
 
     Raises:
-        OptionalDependencyError: It is not.
+        OptionalDependencyError: It is not installed.
     """
     # NiceGUI reads these when it is imported. Nothing of the page is kept on disk, and nothing in the current folder.
     os.environ.setdefault("NICEGUI_STORAGE_PATH", str(Path(tempfile.gettempdir()) / f"lmcache-rag-demo-{os.getuid()}"))
@@ -58,13 +58,13 @@ class Sessions:
 
     Args:
         hub: What they share.
-        password: What a browser must give first; "" for none.
+        password: The page's password; "" for none.
     """
 
     def __init__(self, hub: Hub, password: str) -> None:
         self._hub, self._password = hub, password
         self._sessions: dict[str, Session] = {}
-        self._let_in: set[str] = set()
+        self._logged_in: set[str] = set()
         self._gate: asyncio.Lock | None = None
 
     def get(self, cookie: str) -> Session:
@@ -79,21 +79,21 @@ class Sessions:
 
     def allowed(self, cookie: str) -> bool:
         """Whether a browser may see the page."""
-        return not self._password or cookie in self._let_in
+        return not self._password or cookie in self._logged_in
 
-    async def let_in(self, cookie: str, password: str) -> bool:
-        """Take a password; a wrong one costs all who guess a second."""
+    async def log_in(self, cookie: str, password: str) -> bool:
+        """Check a password. After a wrong one all log-ins wait for a second."""
         if self._gate is None:
             self._gate = asyncio.Lock()
         async with self._gate:
             if matches(password, self._password):
-                self._let_in.add(cookie)
+                self._logged_in.add(cookie)
                 return True
             await asyncio.sleep(_WRONG_S)
             return False
 
     async def close(self) -> None:
-        """Stop what is going on."""
+        """Stop all sessions' actions."""
         for session in self._sessions.values():
             await session.close()
 
@@ -110,12 +110,12 @@ class Sessions:
 
 
 def application(hub: Hub, *, host: str, password: str) -> Any:
-    """The web application; importing NiceGUI comes with it.
+    """The web application; imports NiceGUI.
 
     Args:
         hub: What all sessions share.
         host: Where it listens.
-        password: What a browser must give first; "" for none.
+        password: The page's password; "" for none.
     """
     require_nicegui()
     from fastapi import FastAPI
@@ -132,7 +132,7 @@ def application(hub: Hub, *, host: str, password: str) -> Any:
         if sessions.allowed(cookie):
             Page(sessions.get(cookie), hub)
         else:
-            _login(lambda given: sessions.let_in(cookie, given))
+            _login(lambda password: sessions.log_in(cookie, password))
 
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     ui.run_with(
@@ -148,15 +148,15 @@ def application(hub: Hub, *, host: str, password: str) -> Any:
         show_welcome_message=False,
     )
     pages.on_shutdown(sessions.close)
-    pages.config.quasar_config["loadingBar"]["skipHijack"] = True  # a bar that screen readers know no name of
+    pages.config.quasar_config["loadingBar"]["skipHijack"] = True  # it has no name for screen readers
     if is_loopback(host) and not password:
-        # A page elsewhere could give its own name this machine's address, and then read ours.
+        # DNS rebinding: another site could resolve its own name to this machine, and then read the page.
         outer.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host])
     return outer
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there.
+    """A socket that listens at this address.
 
     Raises:
         ConfigError: The port is taken, or the host is none of this machine's.
@@ -185,7 +185,7 @@ def serve(hub: Hub, sock: socket.socket, *, host: str, password: str, on_ready: 
         hub: What all sessions share.
         sock: Listens.
         host: Where it listens.
-        password: What a browser must give first; "" for none.
+        password: The page's password; "" for none.
         on_ready: Called once the page can be opened.
     """
     import uvicorn
@@ -207,7 +207,7 @@ def serve(hub: Hub, sock: socket.socket, *, host: str, password: str, on_ready: 
 
 
 def open_browser(url: str) -> bool:
-    """Open the page where there is a screen."""
+    """Open the page in a browser, if there is a screen."""
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         return False
     try:
@@ -232,7 +232,7 @@ def page_password(host: str, file: Path | None) -> str:
         file: A file that holds the password; None: the environment variable counts.
 
     Raises:
-        ConfigError: There is none where one is needed, it is too short, or others can read the file.
+        ConfigError: One is needed and missing, it is too short, or others can read its file.
     """
     password = _from_file(file) if file is not None else os.environ.get(PASSWORD_VARIABLE, "")
     if not password and not is_loopback(host):
@@ -245,9 +245,9 @@ def page_password(host: str, file: Path | None) -> str:
     return password
 
 
-def matches(given: str, password: str) -> bool:
-    """Whether they are equal; takes the same time for any wrong one of a length."""
-    return hmac.compare_digest(given.encode(), password.encode())
+def matches(entered: str, password: str) -> bool:
+    """Whether they are equal, in constant time."""
+    return hmac.compare_digest(entered.encode(), password.encode())
 
 
 def _from_file(file: Path) -> str:
@@ -276,7 +276,7 @@ def _from_file(file: Path) -> str:
     return password
 
 
-def _login(let_in: Callable[[str], Any]) -> None:
+def _login(log_in: Callable[[str], Any]) -> None:
     from nicegui import ui
 
     from lmcache_rag.demo.page_parts import CSS, PRIMARY, button, heading, label, put
@@ -286,7 +286,7 @@ def _login(let_in: Callable[[str], Any]) -> None:
     ui.dark_mode(value=None)
 
     async def enter() -> None:
-        if await let_in(str(field.value or "")):
+        if await log_in(str(field.value or "")):
             ui.navigate.reload()
         else:
             put(wrong, "That is not the password.")

@@ -1,4 +1,4 @@
-"""What one browser sees and does: passages, panes and controls. Runs in the event loop; one action at a time."""
+"""The state of one browser: passages, panes and controls. Runs in the event loop; one action at a time."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Pane:
         return self.turn.problem if self.turn and self.state == "failed" else None
 
     def history(self) -> tuple[HistoryTurn, ...]:
-        """Earlier turns as the prompt takes them: those with an answer."""
+        """Earlier turns with an answer, for the prompt."""
         answered = [turn for turn in self.turns if turn.text.strip()]
         return tuple(
             part
@@ -86,7 +86,7 @@ class Pane:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """One repetition: both times to the first token in milliseconds, what was reused, whether the answers differ.
+    """One repetition: both times to the first token in milliseconds, reused tokens, whether the answers differ.
 
     `alone` says whether nothing else was computed before the first tokens.
     """
@@ -124,7 +124,7 @@ class Repeats:
 
     @property
     def medians(self) -> tuple[float, float] | None:
-        """Median times to the first token, blended and baseline, in milliseconds, of what was computed alone."""
+        """Median times to the first token, blended and baseline, in milliseconds, of pairs that ran alone."""
         alone = [pair for pair in self.pairs if pair.alone]
         if not alone:
             return None
@@ -135,12 +135,12 @@ class Repeats:
 
     @property
     def disturbed(self) -> int:
-        """How many pairs are no part of the medians, since something else was computed at the same time."""
+        """How many pairs the medians leave out, since something else ran at the same time."""
         return sum(not pair.alone for pair in self.pairs)
 
     @property
     def speedup(self) -> float | None:
-        """Baseline's median by the blended one; None before the first pair, and where nothing was reused."""
+        """Baseline's median by the blended one; None before the first pair, and if nothing was reused."""
         if self.medians is None or not any(pair.reused_tokens for pair in self.pairs):
             return None
         blended, baseline = self.medians
@@ -172,21 +172,21 @@ class Session:
     """The state of one browser's demo. All methods are to be called in the event loop.
 
     Args:
-        session_id: Names it; part of its cache salts.
+        session_id: Its name; part of its cache salts.
         hub: What all sessions share.
     """
 
     def __init__(self, session_id: str, hub: Hub) -> None:
-        given = hub.settings
+        settings = hub.settings
         self.id, self.hub = session_id, hub
         self.controls = Controls(
-            policy=given.policy,
-            ratio=given.ratio,
-            temperature=given.temperature,
-            max_tokens=given.max_tokens if "max_tokens" in given.model_fields_set else MAX_TOKENS,
-            top_k=given.top_k,
-            system=SYSTEM if given.system is None else given.system,
-            instruction=INSTRUCTION if given.instruction is None else given.instruction,
+            policy=settings.policy,
+            ratio=settings.ratio,
+            temperature=settings.temperature,
+            max_tokens=settings.max_tokens if "max_tokens" in settings.model_fields_set else MAX_TOKENS,
+            top_k=settings.top_k,
+            system=SYSTEM if settings.system is None else settings.system,
+            instruction=INSTRUCTION if settings.instruction is None else settings.instruction,
         )
         self.question = ""
         self.passages: list[Hit] = []
@@ -197,7 +197,7 @@ class Session:
         self.uploads: list[Uploaded] = []
         self.note = ""  # about the latest action
         self.problem: Problem | None = None  # of an action that belongs to no pane
-        self.busy = ""  # what is being done
+        self.busy = ""  # name of the running action
         self.version = 0  # grows with each change
         self.listeners: list[Callable[[], None]] = []
         self.seen = time.monotonic()
@@ -210,7 +210,7 @@ class Session:
     # -- what changes ----------------------------------------------------------------------------------------------
 
     def changed(self) -> None:
-        """Let the pages show what is new."""
+        """Have the pages update what has changed."""
         self.version += 1
         for listener in list(self.listeners):
             listener()
@@ -225,31 +225,31 @@ class Session:
     # -- passages --------------------------------------------------------------------------------------------------
 
     def move(self, old: int, new: int) -> None:
-        """Put a passage elsewhere; from then on the passages are hand-picked."""
+        """Move a passage; the passages are hand-picked from then on."""
         if 0 <= old < len(self.passages) and 0 <= new < len(self.passages) and old != new:
             self.passages.insert(new, self.passages.pop(old))
-            self._picked()
+            self._set_hand_picked()
 
     def remove(self, index: int) -> None:
-        """Take a passage out."""
+        """Remove a passage."""
         if 0 <= index < len(self.passages):
             del self.passages[index]
-            self._picked()
+            self._set_hand_picked()
 
     def add(self, hit: Hit) -> None:
-        """Add a passage at the end, unless it is there."""
+        """Append a passage that is not there yet."""
         if all(hit.chunk_id != other.chunk_id for other in self.passages):
             self.passages.append(hit)
-            self._picked()
+            self._set_hand_picked()
 
     def shuffle(self) -> None:
-        """Put the passages into another order; never the same one."""
+        """Shuffle the passages into another order."""
         if len(self.passages) < 2:
             return
         before = list(self.passages)
         while self.passages == before:
             random.shuffle(self.passages)
-        self._picked()
+        self._set_hand_picked()
 
     async def find(self, text: str, count: int = 8) -> list[Hit]:
         """Passages for a text, best first.
@@ -260,7 +260,7 @@ class Session:
         return await asyncio.to_thread(self._find, text, count)
 
     async def tokens(self) -> tuple[int, int] | None:
-        """Tokens of the next prompt in the blended pane, and of the context; None before there is an engine."""
+        """Tokens of the next prompt in the blended pane, and of the context; None before the engine is open."""
         if self.hub.start.phase != "ready":
             return None
         request = self._request("blended", self.question or " ", tuple(self.passages))
@@ -269,28 +269,28 @@ class Session:
     def _find(self, text: str, count: int) -> list[Hit]:
         return self.stack.workspace.rag.retrieve(text, top_k=count)
 
-    def _picked(self) -> None:
+    def _set_hand_picked(self) -> None:
         self.controls = replace(self.controls, retrieve=False)
         self.changed()
 
     # -- actions ---------------------------------------------------------------------------------------------------
 
     def start(self, what: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
-        """Begin an action; None where another one is going on."""
+        """Start an action; returns None if another one is running."""
         if self.busy:
             work.close()
             return None
         self.busy, self.problem, self.note = what, None, ""
-        self._task = asyncio.get_running_loop().create_task(self._guarded(work))
+        self._task = asyncio.get_running_loop().create_task(self._run_action(work))
         self.changed()
         return self._task
 
     def stop(self) -> None:
-        """Stop what is going on. The engine stops computing, too."""
+        """Stop the running action. The engine stops computing, too."""
         if self._task is not None and not self._task.done():
             self._task.cancel()
 
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _run_action(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
         except asyncio.CancelledError:
@@ -335,10 +335,10 @@ class Session:
             finally:
                 for each in asked:
                     each.close()
-        await self._keep(done[0])
+        await self._store_missing_kv(done[0])
 
     async def _answer(self, name: ArmName, request: Request, together: asyncio.Barrier | None) -> Turn:
-        """Answer in a pane. A stopped answer stays there; the stop goes on to the caller."""
+        """Answer in a pane. A stopped answer stays there, and the cancellation is raised."""
         pane, arm = self.panes[name], self._arm(name)
 
         def sent() -> None:
@@ -363,8 +363,8 @@ class Session:
             raise asyncio.CancelledError
         return turn
 
-    async def _keep(self, turn: Turn) -> None:
-        """Compute and keep the passages' KV that the question missed, after both answers."""
+    async def _store_missing_kv(self, turn: Turn) -> None:
+        """Compute and store the KV that the question missed, after both answers."""
         if not (turn.completion and turn.blend.enabled and turn.completion.missed):
             return
         try:
@@ -414,7 +414,7 @@ class Session:
         self.checks.append(Check(question, differs is None, differs, min(map(len, ids)), *turns))
 
     def repeat(self, times: int) -> asyncio.Task[None] | None:
-        """Ask both arms so many times, the passages in random order."""
+        """Ask both arms `times` times, the passages in random order."""
         return self.start("repeat", self._repeat(times))
 
     async def _repeat(self, times: int) -> None:
@@ -435,7 +435,7 @@ class Session:
         self.note = "Cold: nothing is cached for this session. The next answers compute every passage."
 
     def warm(self) -> asyncio.Task[None] | None:
-        """Have the caches hold what they can of the present prompt: the passages' KV, and the baseline's prefix."""
+        """Fill the caches for the present prompt: the passages' KV, and the baseline's prefix."""
         return self.start("warm", self._warm())
 
     async def _warm(self) -> None:
@@ -457,7 +457,7 @@ class Session:
             self.note = f"{words} The baseline has answered this prompt once, so that its prefix cache holds it."
 
     def upload(self, files: Sequence[tuple[str, bytes]]) -> asyncio.Task[None] | None:
-        """Ingest files, one after the other; `uploads` says what became of each."""
+        """Ingest files, one after the other; `uploads` holds the state of each."""
         return self.start("upload", self._upload(files))
 
     async def _upload(self, files: Sequence[tuple[str, bytes]]) -> None:
@@ -483,7 +483,7 @@ class Session:
             self.changed()
 
     def choose(self, model: str) -> asyncio.Task[None] | None:
-        """Go over to another model, once it is open."""
+        """Switch to another model, once it is open."""
         return self.start("model", self._choose(model))
 
     async def _choose(self, model: str) -> None:
@@ -506,18 +506,18 @@ class Session:
 
     @property
     def wording(self) -> Wording:
-        """The words before the passages; those of the ingestion where they are the same."""
+        """The words before the passages; those of the ingestion if they are the same."""
         mine = Wording(self.controls.system.strip(), self.controls.instruction.strip())
         default = self.hub.default_wording
-        said = Wording(
+        ingested = Wording(
             SYSTEM if default.system is None else default.system,
             INSTRUCTION if default.instruction is None else default.instruction,
         )
-        return default if mine == said else mine
+        return default if mine == ingested else mine
 
     @property
     def speedup(self) -> float | None:
-        """How many times faster the blended pane started; None where that cannot be said."""
+        """How many times faster the blended pane started; None if the panes cannot be compared."""
         return record.speedup(self.panes["blended"].turn, self.panes["baseline"].turn)
 
     def as_dict(self) -> dict[str, Any]:
@@ -567,7 +567,7 @@ class Session:
         return Request(question, hits, history, sampling, blend, self.wording, self._tenant(name), self._asks)
 
     async def _current(self) -> tuple[str, tuple[Hit, ...]]:
-        """The question and passages on the page; retrieved where there are none."""
+        """The question and passages on the page; retrieved if there are none."""
         if not self.passages:
             self.passages = await self.find(self.question, self.controls.top_k)
         return self.question, tuple(self.passages)
@@ -584,9 +584,9 @@ async def run_repeats(
     """Fill a run, one request at a time; each pair of requests has one order of passages.
 
     Args:
-        run: Is filled.
+        run: The run to fill.
         arms: The arms.
-        requests: What each is asked.
+        requests: The request of each arm.
         on_change: Called after each pair.
 
     Raises:
