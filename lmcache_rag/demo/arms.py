@@ -1,4 +1,4 @@
-"""One way to answer: an engine, whether it blends, and what else runs on it. Requests go to the library's engine."""
+"""One way to answer: an engine, whether it blends, and the other requests on it. Uses the library's engines."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Visit:
 
     Attributes:
         alone: Whether nothing else was computed there from its sending to its first token.
-        measured: Whether it has its first token; what comes later changes nothing.
+        measured: Whether it has its first token; later events do not change `alone`.
     """
 
     alone: bool = True
@@ -45,9 +45,9 @@ class Traffic:
     """Requests and ingestion on one engine, of all sessions.
 
     Args:
-        exclusive: Let requests in one after the other. For an engine that computes them so: the wait for others is no
-            part of a time to a first token then.
-        settle: Called in a thread before an exclusive request is let in: waits for what was left behind.
+        exclusive: Admit one request at a time. For an engine that computes them one by one: the wait for others is then
+            not part of the time to the first token.
+        settle: Called in a thread before an exclusive request is admitted: waits for work of aborted requests.
     """
 
     def __init__(self, *, exclusive: bool, settle: Callable[[], None] = lambda: None) -> None:
@@ -67,7 +67,7 @@ class Traffic:
 
     @contextmanager
     def work(self) -> Iterator[Visit]:
-        """Something is computed; from any thread."""
+        """A `with` block in which something is computed; from any thread."""
         visit = Visit()
         with self._lock:
             visit.alone = not self._active
@@ -83,7 +83,7 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class Wording:
-    """The words before the passages; None: the library's own."""
+    """The text before the passages; None: the library's defaults."""
 
     system: str | None = None
     instruction: str | None = None
@@ -91,7 +91,7 @@ class Wording:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What an arm is asked.
+    """A request to an arm.
 
     Attributes:
         question: The question.
@@ -99,7 +99,7 @@ class Request:
         history: Earlier turns that are sent along.
         sampling: How tokens are chosen.
         blend: How KV is reused.
-        wording: The words before the passages.
+        wording: The text before the passages.
         tenant: KV of different tenants is never shared; a server gets a cache salt for it.
         ask: Number of the question in its session.
     """
@@ -118,9 +118,9 @@ class Arm:
     """Answers requests by one engine.
 
     Args:
-        name: Which arm.
+        name: Name of the arm.
         open_engine: Opens the engine, or gives the one that is open; called again after it failed.
-        traffic: Who else computes on this engine.
+        traffic: All requests and ingestion on this engine.
         blends: Whether it blends; otherwise it computes every prompt in full.
     """
 
@@ -150,12 +150,12 @@ class Arm:
 
     @property
     def why_not(self) -> str:
-        """Why the engine does not blend, where it is known that it does not; else ""."""
+        """Why the engine does not blend; "" if it does, or if that is unknown."""
         known = self._engine
         return "" if known is None or known.info.can_blend else known.info.why_not
 
     def prompts(self, wording: Wording, tenant: str = "") -> PromptBuilder:
-        """What makes the prompts for these words and this tenant."""
+        """The prompt builder for this wording and tenant."""
         from lmcache_rag.prompt import PromptBuilder, PromptFormat
 
         key = (wording, tenant)
@@ -164,8 +164,8 @@ class Arm:
             if found := self._builders.get(key):
                 self._builders.move_to_end(key)
                 return found
-        given = {"system": wording.system, "instruction": wording.instruction}
-        words = PromptFormat(**{name: text for name, text in given.items() if text is not None})  # type: ignore[arg-type]
+        texts = {"system": wording.system, "instruction": wording.instruction}
+        words = PromptFormat(**{name: text for name, text in texts.items() if text is not None})  # type: ignore[arg-type]
         made = PromptBuilder(engine.tokenizer, engine.info, format=words, tenant=tenant)
         with self._lock:
             self._builders[key] = made
@@ -207,11 +207,11 @@ class Arm:
         """Answer a request. An error is part of the turn; cancelling stops the engine and gives a stopped turn.
 
         Args:
-            request: What is asked.
+            request: The request.
             on_text: Called in the event loop with each piece of the answer.
             on_sent: Called when the request is sent.
             together: Send at the same time as the others that wait there, once every prompt is made: making one takes
-                this process tens of milliseconds, in which it would not see another arm's first token.
+                this process tens of milliseconds, during which it would not notice another arm's first token.
         """
         blend = replace(request.blend, enabled=self.blends and request.blend.enabled)
         turn = Turn(request.ask, self.name, "", request.question, request.hits, (), "", request.sampling, blend)
@@ -254,9 +254,9 @@ class Arm:
 async def stream(
     engine: Engine, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions
 ) -> AsyncGenerator[StreamEvent, None]:
-    """The engine's stream in an event loop. Leaving early ends the request: a server's at once, whatever it is doing.
+    """The engine's stream in an event loop. Leaving early ends the request: on a server at once.
 
-    An engine in this process is left within one token, or at the end of its prefill.
+    An engine in this process stops within one token, or at the end of its prefill.
     """
     if engine.info.engine == "embedded":
         events: AsyncIterator[StreamEvent] = iterate(engine.stream(prompt, sampling, blend))
@@ -271,20 +271,20 @@ async def stream(
 
 
 def join_threads(timeout: float) -> None:
-    """Wait for the threads of streams that were left: the process must not end while one of them computes."""
+    """Wait for the threads of abandoned streams: the process must not end while one of them computes."""
     end = time.monotonic() + timeout
     for thread in list(_threads):
         thread.join(max(0.0, end - time.monotonic()))
 
 
 async def iterate(iterator: Iterator[T]) -> AsyncIterator[T]:
-    """Drive a blocking iterator in a thread of its own, which closes it. Leaving early does not wait for the thread."""
+    """Drive a blocking iterator in a new thread, which closes it. Leaving early does not wait for the thread."""
     loop = asyncio.get_running_loop()
     items: asyncio.Queue[tuple[str, T | BaseException | None]] = asyncio.Queue()
     stop = threading.Event()
 
     def put(kind: str, item: T | BaseException | None = None) -> None:
-        with suppress(RuntimeError):  # the loop may be closed by now
+        with suppress(RuntimeError):  # the loop may be closed
             loop.call_soon_threadsafe(items.put_nowait, (kind, item))
 
     def work() -> None:
@@ -293,7 +293,7 @@ async def iterate(iterator: Iterator[T]) -> AsyncIterator[T]:
                 if stop.is_set():
                     break
                 put("item", item)
-        except BaseException as problem:  # handed over
+        except BaseException as problem:  # raised in the event loop
             put("error", problem)
         finally:
             if close := getattr(iterator, "close", None):

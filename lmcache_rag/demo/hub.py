@@ -1,4 +1,4 @@
-"""What all sessions share: the store, the engines of each model, ingestion, and how far the start has come."""
+"""Shared by all sessions: the store, the engines of each model, ingestion, and the progress of the start."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 log = logging.getLogger("lmcache_rag")
 
 Phase: TypeAlias = Literal["new", "opening", "ingesting", "warming", "ready", "failed"]
-CLOSE_S = 60.0  # longest wait for what is being computed
+CLOSE_S = 60.0  # longest wait for running computations
 MOST_UPLOAD_BYTES = 32 * 2**20  # of one file
-WARM_CHUNKS = 512  # a store with more is not sent to a server anew at the start; its questions do it
+WARM_CHUNKS = 512  # a larger store is not sent to a server again at the start; its passages are sent with questions
 
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """How far the start has come.
+    """Progress of the start.
 
     Attributes:
-        phase: What is being done.
+        phase: The current phase.
         documents: Documents read, and in all.
         chunks: Chunks whose KV exists, and in all as far as is known.
         problem: Why it failed.
@@ -49,7 +49,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Stack:
-    """Both arms of one model, and the workspace that its documents are ingested by."""
+    """Both arms of one model, and the workspace that ingests its documents."""
 
     workspace: Workspace
     blended: Arm
@@ -73,7 +73,7 @@ class Stack:
 
     @property
     def hint(self) -> str:
-        """What another order of the passages does to the KV that both arms find."""
+        """A hint for the user: how another order of the passages affects the KV that both arms find."""
         embedded = self.workspace.engine.info.engine == "embedded"
         words = "Drag them into another order, or use the arrows, and ask again: blended KV is reused in any order."
         if embedded:
@@ -104,7 +104,7 @@ class Hub:
         self.settings, self.baseline_urls = settings, baseline
         self.start = Start()
         self.models: list[str] = []
-        self._given = {"engine": engine, "embedder": embedder}
+        self._parts = {"engine": engine, "embedder": embedder}
         self._stacks: dict[str, Stack] = {}
         self._lock = threading.RLock()
         self._ingesting = threading.Lock()
@@ -114,7 +114,7 @@ class Hub:
     # -- the start ------------------------------------------------------------------------------------------------
 
     def begin(self) -> threading.Thread:
-        """Open everything in a thread; `start` says how far it is. Called again after a failure, it tries again."""
+        """Open everything in a thread; `start` has the progress. Call it again after a failure to retry."""
         with self._lock:
             self.start = Start("opening")
             self._opener = threading.Thread(target=self.open, name="lmcache-rag-demo-start", daemon=True)
@@ -122,7 +122,7 @@ class Hub:
             return self._opener
 
     def open(self) -> None:
-        """Open the default model's engine and store, and ingest the samples into a store of their own."""
+        """Open the default model's engine and store, and ingest the samples if the store is the demo's."""
         try:
             self.start = Start("opening")
             self.models = self._served()
@@ -156,11 +156,11 @@ class Hub:
 
     @property
     def default_wording(self) -> Wording:
-        """The words before the passages that the store's documents were ingested with."""
+        """The text before the passages with which the store's documents were ingested."""
         return Wording(self.settings.system, self.settings.instruction)
 
     def close(self) -> None:
-        """End what is being ingested at its next passage, then close engines and store."""
+        """Stop ingestion at its next passage, then close engines and store."""
         self._closing.set()
         if self._opener is not None:
             self._opener.join(CLOSE_S)
@@ -174,9 +174,9 @@ class Hub:
 
     def _open_stack(self, model: str) -> Stack:
         settings = self.settings.model_copy(update={"model": model}) if model else self.settings
-        workspace = Workspace(settings, **self._given)
+        workspace = Workspace(settings, **self._parts)
         engine = workspace.engine
-        # An engine in this process computes one request after the other.
+        # An engine in this process computes one request at a time.
         traffic = Traffic(exclusive=engine.info.engine == "embedded", settle=partial(join_threads, CLOSE_S))
         blended = Arm("blended", lambda: engine, traffic, blends=True)
         if self.baseline_urls is None:
@@ -187,7 +187,7 @@ class Hub:
 
     def _served(self) -> list[str]:
         """Names of the models to choose from; empty where there is one only."""
-        if self.settings.engine == "embedded" or self.settings.model or self._given["engine"] is not None:
+        if self.settings.engine == "embedded" or self.settings.model or self._parts["engine"] is not None:
             return []
         from lmcache_rag.engines.vllm_client import VLLMClient
 
@@ -202,36 +202,36 @@ class Hub:
         return not store.read_only and all(document.source.startswith(own) for document in store.registry.documents())
 
     def _warm(self, stack: Stack) -> None:
-        """A server may have lost what was sent to it once; small stores are sent anew."""
+        """Send the passages of a small store again: a server may have evicted their KV."""
         if stack.workspace.store.registry.stats().chunks > WARM_CHUNKS:
             return
         self.start = replace(self.start, phase="warming")
         with self._ingesting, stack.blended.traffic.work():
             stack.workspace.maintainer.warm(on_chunk=lambda done, known, _: self._count(done, known))
 
-    def _go_on(self) -> None:
-        """See that nobody has closed the demo; what was ingested stays."""
+    def _check_open(self) -> None:
+        """Raise if the demo was closed. Ingested documents stay."""
         if self._closing.is_set():
             raise EngineError("The demo was closed.")
 
     def _count(self, done: int, known: int) -> None:
-        self._go_on()
+        self._check_open()
         self.start = replace(self.start, chunks=(done, known))
 
     def _progress(self, step: Progress) -> None:
-        self._go_on()
+        self._check_open()
         place = "documents" if step.step == "document" else "chunks"
         self.start = replace(self.start, **{place: (step.done, step.known)})  # type: ignore[arg-type]
 
     # -- documents ------------------------------------------------------------------------------------------------
 
     def upload(self, model: str, name: str, content: bytes, on_kv: Callable[[int, int], None]) -> str:
-        """Ingest an uploaded file; it stays below the store. Returns what became of it, in words.
+        """Ingest an uploaded file; it is kept below the store. Returns the result as a sentence.
 
         Args:
-            model: Whose KV is computed.
+            model: Model whose KV is computed.
             name: The file's name.
-            content: What it holds.
+            content: Its content.
             on_kv: Called with (chunks with KV, chunks in all) after each.
 
         Raises:
@@ -249,7 +249,7 @@ class Hub:
         path.write_bytes(content)
 
         def step(progress: Progress) -> None:
-            self._go_on()
+            self._check_open()
             if progress.step == "kv":
                 on_kv(progress.done, progress.known)
 
@@ -274,6 +274,6 @@ def _baseline(urls: str, blended: Engine, timeout: float) -> Engine:
 
 
 def _file_name(name: str) -> str:
-    """A file name without a path, that can stand in a folder."""
+    """A valid file name, without a path."""
     kept = "".join(letter if letter.isprintable() and letter not in '/\\:*?"<>|' else "_" for letter in name)
     return kept.strip(" .")[-120:] or "upload.txt"

@@ -1,4 +1,4 @@
-"""The page: question, passages, settings, uploads, export. It only shows a session, and hands on what the user does.
+"""The page: question, passages, settings, uploads, export. It shows a session, and passes the user's actions to it.
 
 Elements that show a figure or take an action have a `data-testid`:
 
@@ -52,7 +52,7 @@ _PHASES = {
 }
 
 
-# A field that grows measures its text when that changes; while it was folded away it had no height.
+# An autogrow field measures its text when that changes; while it was collapsed it had no height.
 _GROW = """() => document.querySelectorAll(".d-words textarea").forEach(
     field => field.dispatchEvent(new Event("input", {bubbles: true})))"""
 
@@ -95,7 +95,7 @@ class Page:
         self.update()
 
     def update(self) -> None:
-        """Show everything that is new."""
+        """Show all changes."""
         self._version = self.session.version
         if self.hub.start != self._start:
             self._start = self.hub.start
@@ -137,7 +137,7 @@ class Page:
 
 
 class Question:
-    """The question, the tokens of the prompt to come, and the buttons that begin and stop."""
+    """The question, the tokens of the next prompt, and the buttons to start and stop."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -172,7 +172,7 @@ class Question:
             self._problem = ui.element("div")
 
     def update(self) -> None:
-        """Show what is new."""
+        """Show changes."""
         session = self.session
         ready = session.hub.start.phase == "ready"
         self._ask_button.set_enabled(ready and not session.busy)
@@ -185,7 +185,7 @@ class Question:
                 error(session.problem, test_id="problem")
 
     async def count(self) -> None:
-        """Count the tokens of the prompt to come, where something has changed."""
+        """Count the tokens of the next prompt, if something has changed."""
         session = self.session
         if session.busy or session.hub.start.phase != "ready":
             return
@@ -221,13 +221,13 @@ class Question:
 
 
 class _Slider(ui.slider):
-    """A slider that moves in the browser; NiceGUI's own goes back to what the server knew when a key was pressed."""
+    """A slider whose value is kept in the browser; NiceGUI's own jumps back to the server's value on a key press."""
 
     LOOPBACK = False
 
 
 class Settings:
-    """What else can be set: blending, sampling, words, caches, the model."""
+    """Other settings: blending, sampling, wording, caches, the model."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -265,7 +265,7 @@ class Settings:
         self._picker: ui.select | None = None
 
     def update(self) -> None:
-        """Show what is new."""
+        """Show changes."""
         session = self.session
         for each in (self._cold, self._warm):
             each.set_enabled(session.hub.start.phase == "ready" and not session.busy)
@@ -279,7 +279,7 @@ class Settings:
                     self._models_shown, value=self._model(), label="Model", on_change=self._choose
                 ).props("dense outlined data-testid=model")
         if self._picker is not None and not session.busy and self._picker.value != self._model():
-            self._picker.value = self._model()  # the chosen one could not be opened
+            self._picker.value = self._model()  # the chosen model could not be opened
 
     def _model(self) -> str:
         return self.session.controls.model or self._models_shown[0]
@@ -335,7 +335,7 @@ class Passages:
                 self._results = ui.element("div").classes("d-list d-scroll").props("tabindex=0")
 
     def update(self) -> None:
-        """Show what is new."""
+        """Show changes."""
         session = self.session
         key = ([hit.chunk_id for hit in session.passages], session.busy)
         if self._mode.value != session.controls.retrieve:
@@ -384,7 +384,7 @@ class Passages:
             self.session.move(index, index + by)
             at_end = index + by in (0, len(self.session.passages) - 1)
             direction = ("down" if by < 0 else "up") if at_end else ("up" if by < 0 else "down")
-            # The list is new: the keyboard goes on where it was.
+            # The list is rendered anew: restore the keyboard's focus.
             place = f"[data-chunk='{moved}'] [data-testid={direction}]"
             client.run_javascript(f'setTimeout(() => document.querySelector("{place}")?.focus(), 60)')
 
@@ -427,7 +427,7 @@ def _title(hit: Hit) -> str:
 
 
 class Uploads:
-    """Files of the user's."""
+    """The user's own files."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -435,7 +435,7 @@ class Uploads:
         with ui.element("section").classes("d-card").props('aria-label="Your files"'):
             heading("Your files")
             label("They go into the store of this page, where everyone who can open it finds them.", classes="d-soft")
-            # Its own look has parts without a name; the button opens its file picker.
+            # Quasar's own design has parts without accessible names; our button opens its file picker.
             self._upload = ui.upload(
                 multiple=True,
                 auto_upload=True,
@@ -450,7 +450,7 @@ class Uploads:
             self._rows = ui.element("div").classes("d-list")
 
     def update(self) -> None:
-        """Show what is new."""
+        """Show changes."""
         session = self.session
         self._add.set_enabled(session.hub.start.phase == "ready" and not session.busy)
         key = [(row.name, row.state, row.detail, row.kv) for row in session.uploads]

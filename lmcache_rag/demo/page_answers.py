@@ -1,4 +1,4 @@
-"""What the page shows of answers: both panes, the check against full recompute, repetitions with a plot."""
+"""The page's views of answers: both panes, the check against full recompute, repetitions with a plot."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Panes:
             self._views = {name: _PaneView(session, name) for name in ARMS}
 
     def update(self) -> None:
-        """Show what is new."""
+        """Show changes."""
         factor = self.session.speedup
         put(self._speedup, f"{speedup_words(factor)}" if factor else "")
         self._speedup.set_visibility(bool(factor))
@@ -61,7 +61,7 @@ class Panes:
             view.update()
 
     def tick(self) -> None:
-        """Move the timers on."""
+        """Update the timers."""
         for view in self._views.values():
             view.tick()
 
@@ -112,7 +112,7 @@ class _PaneView:
         return self.session.panes[self.name]
 
     def tick(self) -> None:
-        """The live timer, and text as it comes."""
+        """Update the live timer and the streamed text."""
         pane = self.pane
         if pane.state == "sent":
             put(self._timer, f"{time.perf_counter() - pane.sent:.1f} s")
@@ -182,7 +182,7 @@ class _PaneView:
         with ui.element("div").classes("d-table").props("tabindex=0 role=region aria-label='Tokens by passage'"):
             for head in ("Passage", "prefix", "reused", "recomputed", "computed"):
                 label(head, classes="d-soft d-name" if head == "Passage" else "d-soft d-n")
-            assert turn.completion is not None  # noqa: S101 - the caller looked
+            assert turn.completion is not None  # noqa: S101 - the caller has checked
             for index, (hit, chunk) in enumerate(zip(turn.passages, turn.completion.chunks, strict=False), start=1):
                 label(f"{index} {source_name(hit)}", classes="d-name")
                 for kind in KINDS:
@@ -248,7 +248,7 @@ class CheckView:
             self._result = ui.element("div").classes("d-list")
 
     def update(self) -> None:
-        """Show what is new."""
+        """Show changes."""
         session = self.session
         self._button.set_enabled(session.hub.start.phase == "ready" and not session.busy and bool(session.question))
         if len(session.checks) != self._shown:
@@ -294,7 +294,7 @@ class RepeatView:
             self._plot.props["aria-label"] = "Times to the first token of both panes, each repetition a point"
 
     def update(self) -> None:
-        """Show what is new."""
+        """Show changes."""
         session = self.session
         self._button.set_enabled(session.hub.start.phase == "ready" and not session.busy and bool(session.question))
         run = session.repeats[-1] if session.repeats else None

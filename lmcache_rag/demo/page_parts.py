@@ -88,7 +88,7 @@ def harmless(text: str) -> str:
 
 
 def label(text: str, *, classes: str = "", test_id: str = "", tag: str = "") -> ui.label:
-    """A label; text from documents, models and users is made harmless for the eye, too."""
+    """A label; control characters in text from documents, models and users are made visible."""
     made = ui.label(harmless(text)).classes(f"d-text {classes}")
     if test_id:
         made.props(f"data-testid={test_id}")
@@ -114,7 +114,7 @@ def button(text: str, work: Callable[[], Any], *, test_id: str, icon: str = "", 
 
 
 def icon_button(icon: str, name: str, work: Callable[[], Any], *, test_id: str) -> ui.button:
-    """A button with a picture, and a name for those who do not see it."""
+    """A button with an icon, and an accessible name."""
     made = ui.button(icon=icon, on_click=work, color=None).props(f"data-testid={test_id} flat dense round size=sm")
     made.props["aria-label"] = name
     with made:

@@ -1,4 +1,4 @@
-"""What was asked and answered, as the page shows it and as the export has it."""
+"""Questions and answers, in the form that the page shows and in that of the export."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FORMAT = 1  # of the export
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """An error for people: what happened, and what to do about it."""
+    """An error to show: what happened, and what to do about it."""
 
     type: str
     message: str
@@ -42,19 +42,19 @@ class Turn:
 
     Attributes:
         ask: Number of the question in its session; both arms' turns of one question have the same.
-        arm: Which arm.
+        arm: Name of the arm.
         model: The engine's model.
         question: The question.
         passages: The chunks in the prompt, in their order.
         dropped: Chunks that did not fit the context.
-        text: The answer, or what came of it.
+        text: The answer, complete or partial.
         sampling: How tokens were chosen.
         blend: How KV was to be reused.
-        spans: Where each of the passages stands in the prompt, as (start, end) in tokens.
+        spans: Position of each passage in the prompt, as (start, end) in tokens.
         alone: Whether nothing else was computed on the engine from the sending to the first token.
         first_text_ms: From the sending to the first text; None where none came.
         total_ms: From the sending to the end.
-        completion: What the engine gave at the end; None where it did not come to that.
+        completion: The engine's Completion; None if the answer is not complete.
         stopped: Whether the user stopped it.
         problem: Why it failed.
     """
@@ -78,12 +78,12 @@ class Turn:
 
     @property
     def ttft_ms(self) -> float | None:
-        """From the sending to the first token: by the engine, or to the first text where the answer has no end."""
+        """From the sending to the first token, as the engine reports it; for an incomplete answer to the first text."""
         return self.completion.stats.ttft_ms if self.completion else self.first_text_ms
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What the user should know of the answer."""
+        """Warnings for the user."""
         return self.completion.warnings if self.completion else ()
 
     def as_dict(self) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class Check:
 
 @dataclass
 class Uploaded:
-    """A file that was uploaded: what became of it."""
+    """An uploaded file and its state."""
 
     name: str
     state: Literal["waiting", "ingesting", "done", "failed"] = "waiting"
@@ -156,9 +156,9 @@ class Uploaded:
 
 
 def speedup(blended: Turn | None, baseline: Turn | None) -> float | None:
-    """How many times faster the blended answer started, by what was measured; None where that cannot be said.
+    """How many times faster the blended answer started; None if the measurements do not show it.
 
-    It can be said of two answers to one question with the same passages, of which the first reused KV, if nothing else
+    They do for two answers to one question with the same passages, of which the first reused KV, if nothing else
     was computed before their first tokens.
     """
     if blended is None or baseline is None or blended.ask != baseline.ask:
@@ -196,7 +196,8 @@ def source_name(hit: Hit) -> str:
     return Path(hit.documents[0].source).name if hit.documents else f"chunk {hit.chunk_id}"
 
 
-# -- the bar over a prompt: what was done with each part of it, in the prompt's order ----------------------------------
+# -- the bar over a prompt: each part by how its KV was made, in the prompt's order
+# -------------------------------------
 
 Kind: TypeAlias = Literal["prefix", "reused", "recomputed", "computed", "cached"]
 KINDS: tuple[Kind, ...] = ("prefix", "reused", "recomputed", "computed")
@@ -205,12 +206,12 @@ KIND_WORDS: dict[Kind, str] = {
     "reused": "reused",
     "recomputed": "recomputed",
     "computed": "computed",
-    "cached": "reused, some of them recomputed",  # where a server does not say which
+    "cached": "reused, some of them recomputed",  # if a server does not report which
 }
 
 
 class Segment(NamedTuple):
-    """Some tokens of a prompt with which the same was done; `passage` counts from 0, None is what is around them."""
+    """Adjacent tokens of one kind; `passage` counts from 0, None for the text around the passages."""
 
     kind: Kind
     tokens: int
@@ -231,9 +232,9 @@ def totals(turn: Turn) -> dict[Kind, int]:
 
 
 def segments(turn: Turn) -> list[Segment]:
-    """The bar's segments, in the prompt's order: passages, and what is before, between and after them.
+    """The bar's segments, in the prompt's order: passages, and the text before, between and after them.
 
-    Inside a passage they stand by kind, as recomputed tokens are spread over it.
+    Inside a passage they are grouped by kind, as recomputed tokens are spread over it.
     """
     sums = totals(turn)
     chunks = turn.completion.chunks if turn.completion else ()

@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 
 PACKAGE = "lmcache_rag.demo.sample_data"
-# Few, so that a first start is short: those that hold the answers, and some on neighbouring subjects.
+# Few, so that the first start is short: those with the answers, and some on related subjects.
 DOCUMENTS = (
     *("mountains.txt", "volcanoes-and-earthquakes.md", "canals-and-dams.pdf", "great-rivers.md"),
     *("periodic-table.pdf", "chemical-elements.html", "baikal-ru.md"),
@@ -23,7 +23,7 @@ def documents() -> Path:
 
 
 def files() -> list[Path]:
-    """Those that the demo ingests at its first start."""
+    """The files that the demo ingests at its first start."""
     return [documents() / name for name in DOCUMENTS]
 
 

@@ -1,4 +1,4 @@
-"""The page's web server: one page, a session for each browser, a password where one is needed."""
+"""The page's web server: one page, a session for each browser, a password if one is needed."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ _REMEDY = (
 
 
 def require_nicegui() -> None:
-    """See that the page's framework is there.
+    """Check that the page's framework is installed.
 
     Raises:
-        OptionalDependencyError: It is not.
+        OptionalDependencyError: It is not installed.
     """
     # NiceGUI reads these when it is imported. Nothing of the page is kept on disk, and nothing in the current folder.
     os.environ.setdefault("NICEGUI_STORAGE_PATH", str(Path(tempfile.gettempdir()) / f"lmcache-rag-demo-{os.getuid()}"))
@@ -57,7 +57,7 @@ class Sessions:
     """The sessions by the id in each browser's signed cookie.
 
     Args:
-        hub: What they share.
+        hub: Shared by the sessions.
         password: What a browser must give first; "" for none.
     """
 
@@ -82,7 +82,7 @@ class Sessions:
         return not self._password or cookie in self._let_in
 
     async def let_in(self, cookie: str, password: str) -> bool:
-        """Take a password; a wrong one costs all who guess a second."""
+        """Check a password; after a wrong one all attempts wait for a second."""
         if self._gate is None:
             self._gate = asyncio.Lock()
         async with self._gate:
@@ -93,7 +93,7 @@ class Sessions:
             return False
 
     async def close(self) -> None:
-        """Stop what is going on."""
+        """Stop all sessions."""
         for session in self._sessions.values():
             await session.close()
 
@@ -110,10 +110,10 @@ class Sessions:
 
 
 def application(hub: Hub, *, host: str, password: str) -> Any:
-    """The web application; importing NiceGUI comes with it.
+    """The web application; imports NiceGUI.
 
     Args:
-        hub: What all sessions share.
+        hub: Shared by all sessions.
         host: Where it listens.
         password: What a browser must give first; "" for none.
     """
@@ -132,7 +132,7 @@ def application(hub: Hub, *, host: str, password: str) -> Any:
         if sessions.allowed(cookie):
             Page(sessions.get(cookie), hub)
         else:
-            _login(lambda given: sessions.let_in(cookie, given))
+            _login(lambda attempt: sessions.let_in(cookie, attempt))
 
     outer = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     ui.run_with(
@@ -148,18 +148,18 @@ def application(hub: Hub, *, host: str, password: str) -> Any:
         show_welcome_message=False,
     )
     pages.on_shutdown(sessions.close)
-    pages.config.quasar_config["loadingBar"]["skipHijack"] = True  # a bar that screen readers know no name of
+    pages.config.quasar_config["loadingBar"]["skipHijack"] = True  # a bar without an accessible name
     if is_loopback(host) and not password:
-        # A page elsewhere could give its own name this machine's address, and then read ours.
+        # Against DNS rebinding: a foreign page's host name could resolve to this machine, and the page read ours.
         outer.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]", host])
     return outer
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens there.
+    """A socket that listens on that host and port.
 
     Raises:
-        ConfigError: The port is taken, or the host is none of this machine's.
+        ConfigError: The port is in use, or the host is not an address of this machine.
     """
     sock: socket.socket | None = None
     try:
@@ -179,11 +179,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def serve(hub: Hub, sock: socket.socket, *, host: str, password: str, on_ready: Callable[[], None]) -> None:
-    """Serve the page until a signal ends it; the hub is closed then.
+    """Serve the page until a signal ends it, then close the hub.
 
     Args:
-        hub: What all sessions share.
-        sock: Listens.
+        hub: Shared by all sessions.
+        sock: The listening socket.
         host: Where it listens.
         password: What a browser must give first; "" for none.
         on_ready: Called once the page can be opened.
@@ -207,7 +207,7 @@ def serve(hub: Hub, sock: socket.socket, *, host: str, password: str, on_ready: 
 
 
 def open_browser(url: str) -> bool:
-    """Open the page where there is a screen."""
+    """Open the page, if there is a screen."""
     if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
         return False
     try:
@@ -220,19 +220,19 @@ def open_browser(url: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server that listens there."""
+    """Whether only this machine can reach a server that listens on that host."""
     return host in LOOPBACK or (host.startswith("127.") and host.replace(".", "").isdigit())
 
 
 def page_password(host: str, file: Path | None) -> str:
-    """The password that the page asks for; "" where it asks for none.
+    """The password that the page requires; "" if none.
 
     Args:
-        host: Where the page listens. Elsewhere than on this machine alone it needs a password.
-        file: A file that holds the password; None: the environment variable counts.
+        host: Host on which the page listens. If other machines can reach it, a password is required.
+        file: A file with the password; None: from the environment variable.
 
     Raises:
-        ConfigError: There is none where one is needed, it is too short, or others can read the file.
+        ConfigError: A required password is missing or too short, or others can read the file.
     """
     password = _from_file(file) if file is not None else os.environ.get(PASSWORD_VARIABLE, "")
     if not password and not is_loopback(host):
@@ -245,9 +245,9 @@ def page_password(host: str, file: Path | None) -> str:
     return password
 
 
-def matches(given: str, password: str) -> bool:
-    """Whether they are equal; takes the same time for any wrong one of a length."""
-    return hmac.compare_digest(given.encode(), password.encode())
+def matches(attempt: str, password: str) -> bool:
+    """Whether they are equal, compared in constant time."""
+    return hmac.compare_digest(attempt.encode(), password.encode())
 
 
 def _from_file(file: Path) -> str:

@@ -1,4 +1,4 @@
-"""What one browser sees and does: passages, panes and controls. Runs in the event loop; one action at a time."""
+"""The state of one browser: passages, panes and controls. Runs in the event loop; one action at a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PaneState: TypeAlias = Literal["idle", "waiting", "sent", "writing", "done", "st
 
 @dataclass(frozen=True, slots=True)
 class Controls:
-    """What the user can set."""
+    """The user's settings."""
 
     policy: str = "query"
     ratio: float = 0.15
@@ -57,7 +57,7 @@ class Pane:
 
     Attributes:
         state: "waiting": for the other pane or other requests; "sent": before the first token; "writing": after it.
-        text: The answer as far as it came.
+        text: The answer so far.
         sent: time.perf_counter() of the sending.
         turn: The latest finished turn.
         turns: All of them, since the last new conversation.
@@ -75,7 +75,7 @@ class Pane:
         return self.turn.problem if self.turn and self.state == "failed" else None
 
     def history(self) -> tuple[HistoryTurn, ...]:
-        """Earlier turns as the prompt takes them: those with an answer."""
+        """Earlier turns for the prompt: those with an answer."""
         answered = [turn for turn in self.turns if turn.text.strip()]
         return tuple(
             part
@@ -88,7 +88,7 @@ class Pane:
 class Pair:
     """One repetition: both times to the first token in milliseconds, what was reused, whether the answers differ.
 
-    `alone` says whether nothing else was computed before the first tokens.
+    `alone`: whether nothing else was computed before the first tokens.
     """
 
     order: tuple[int, ...]
@@ -124,7 +124,7 @@ class Repeats:
 
     @property
     def medians(self) -> tuple[float, float] | None:
-        """Median times to the first token, blended and baseline, in milliseconds, of what was computed alone."""
+        """Median times to the first token, blended and baseline, in milliseconds, of pairs that were computed alone."""
         alone = [pair for pair in self.pairs if pair.alone]
         if not alone:
             return None
@@ -135,12 +135,12 @@ class Repeats:
 
     @property
     def disturbed(self) -> int:
-        """How many pairs are no part of the medians, since something else was computed at the same time."""
+        """How many pairs are excluded from the medians, since something else was computed at the same time."""
         return sum(not pair.alone for pair in self.pairs)
 
     @property
     def speedup(self) -> float | None:
-        """Baseline's median by the blended one; None before the first pair, and where nothing was reused."""
+        """The baseline's median divided by the blended one; None before the first pair, and if nothing was reused."""
         if self.medians is None or not any(pair.reused_tokens for pair in self.pairs):
             return None
         blended, baseline = self.medians
@@ -169,24 +169,24 @@ class Repeats:
 
 
 class Session:
-    """The state of one browser's demo. All methods are to be called in the event loop.
+    """The state of one browser's demo. Call all methods in the event loop.
 
     Args:
-        session_id: Names it; part of its cache salts.
-        hub: What all sessions share.
+        session_id: Its id; part of its cache salts.
+        hub: Shared by all sessions.
     """
 
     def __init__(self, session_id: str, hub: Hub) -> None:
-        given = hub.settings
+        settings = hub.settings
         self.id, self.hub = session_id, hub
         self.controls = Controls(
-            policy=given.policy,
-            ratio=given.ratio,
-            temperature=given.temperature,
-            max_tokens=given.max_tokens if "max_tokens" in given.model_fields_set else MAX_TOKENS,
-            top_k=given.top_k,
-            system=SYSTEM if given.system is None else given.system,
-            instruction=INSTRUCTION if given.instruction is None else given.instruction,
+            policy=settings.policy,
+            ratio=settings.ratio,
+            temperature=settings.temperature,
+            max_tokens=settings.max_tokens if "max_tokens" in settings.model_fields_set else MAX_TOKENS,
+            top_k=settings.top_k,
+            system=SYSTEM if settings.system is None else settings.system,
+            instruction=INSTRUCTION if settings.instruction is None else settings.instruction,
         )
         self.question = ""
         self.passages: list[Hit] = []
@@ -196,8 +196,8 @@ class Session:
         self.repeats: list[Repeats] = []
         self.uploads: list[Uploaded] = []
         self.note = ""  # about the latest action
-        self.problem: Problem | None = None  # of an action that belongs to no pane
-        self.busy = ""  # what is being done
+        self.problem: Problem | None = None  # of an action outside the panes
+        self.busy = ""  # the running action
         self.version = 0  # grows with each change
         self.listeners: list[Callable[[], None]] = []
         self.seen = time.monotonic()
@@ -210,7 +210,7 @@ class Session:
     # -- what changes ----------------------------------------------------------------------------------------------
 
     def changed(self) -> None:
-        """Let the pages show what is new."""
+        """Notify the pages of a change."""
         self.version += 1
         for listener in list(self.listeners):
             listener()
@@ -225,13 +225,13 @@ class Session:
     # -- passages --------------------------------------------------------------------------------------------------
 
     def move(self, old: int, new: int) -> None:
-        """Put a passage elsewhere; from then on the passages are hand-picked."""
+        """Move a passage; from then on the passages are hand-picked."""
         if 0 <= old < len(self.passages) and 0 <= new < len(self.passages) and old != new:
             self.passages.insert(new, self.passages.pop(old))
             self._picked()
 
     def remove(self, index: int) -> None:
-        """Take a passage out."""
+        """Remove a passage."""
         if 0 <= index < len(self.passages):
             del self.passages[index]
             self._picked()
@@ -276,7 +276,7 @@ class Session:
     # -- actions ---------------------------------------------------------------------------------------------------
 
     def start(self, what: str, work: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
-        """Begin an action; None where another one is going on."""
+        """Begin an action; None if another one is running."""
         if self.busy:
             work.close()
             return None
@@ -286,7 +286,7 @@ class Session:
         return self._task
 
     def stop(self) -> None:
-        """Stop what is going on. The engine stops computing, too."""
+        """Stop the running action. The engine stops computing, too."""
         if self._task is not None and not self._task.done():
             self._task.cancel()
 
@@ -338,7 +338,7 @@ class Session:
         await self._keep(done[0])
 
     async def _answer(self, name: ArmName, request: Request, together: asyncio.Barrier | None) -> Turn:
-        """Answer in a pane. A stopped answer stays there; the stop goes on to the caller."""
+        """Answer in a pane. A stopped answer stays there; the cancellation is raised to the caller."""
         pane, arm = self.panes[name], self._arm(name)
 
         def sent() -> None:
@@ -369,7 +369,7 @@ class Session:
             return
         try:
             await self._compute_kv([turn.passages[index] for index in turn.completion.missed])
-        except LMCacheRAGError as problem:  # the answers stand
+        except LMCacheRAGError as problem:  # the answers stay
             self.note = f"The KV of the passages is not kept: {problem}"
 
     async def _compute_kv(self, hits: Sequence[Hit]) -> None:
@@ -414,7 +414,7 @@ class Session:
         self.checks.append(Check(question, differs is None, differs, min(map(len, ids)), *turns))
 
     def repeat(self, times: int) -> asyncio.Task[None] | None:
-        """Ask both arms so many times, the passages in random order."""
+        """Ask both arms `times` times, the passages in random order."""
         return self.start("repeat", self._repeat(times))
 
     async def _repeat(self, times: int) -> None:
@@ -435,7 +435,7 @@ class Session:
         self.note = "Cold: nothing is cached for this session. The next answers compute every passage."
 
     def warm(self) -> asyncio.Task[None] | None:
-        """Have the caches hold what they can of the present prompt: the passages' KV, and the baseline's prefix."""
+        """Fill the caches for the present prompt: the passages' KV, and the baseline's prefix cache."""
         return self.start("warm", self._warm())
 
     async def _warm(self) -> None:
@@ -457,7 +457,7 @@ class Session:
             self.note = f"{words} The baseline has answered this prompt once, so that its prefix cache holds it."
 
     def upload(self, files: Sequence[tuple[str, bytes]]) -> asyncio.Task[None] | None:
-        """Ingest files, one after the other; `uploads` says what became of each."""
+        """Ingest files, one after the other; `uploads` has the state of each."""
         return self.start("upload", self._upload(files))
 
     async def _upload(self, files: Sequence[tuple[str, bytes]]) -> None:
@@ -483,7 +483,7 @@ class Session:
             self.changed()
 
     def choose(self, model: str) -> asyncio.Task[None] | None:
-        """Go over to another model, once it is open."""
+        """Switch to another model, once it is open."""
         return self.start("model", self._choose(model))
 
     async def _choose(self, model: str) -> None:
@@ -497,7 +497,7 @@ class Session:
             self.note, self.problem = "", None
             self.changed()
 
-    # -- what is shown ---------------------------------------------------------------------------------------------
+    # -- for the page ----------------------------------------------------------------------------------------------
 
     @property
     def stack(self) -> Stack:
@@ -506,18 +506,18 @@ class Session:
 
     @property
     def wording(self) -> Wording:
-        """The words before the passages; those of the ingestion where they are the same."""
+        """The text before the passages; that of the ingestion if it is the same."""
         mine = Wording(self.controls.system.strip(), self.controls.instruction.strip())
         default = self.hub.default_wording
-        said = Wording(
+        usual = Wording(
             SYSTEM if default.system is None else default.system,
             INSTRUCTION if default.instruction is None else default.instruction,
         )
-        return default if mine == said else mine
+        return default if mine == usual else mine
 
     @property
     def speedup(self) -> float | None:
-        """How many times faster the blended pane started; None where that cannot be said."""
+        """How many times faster the blended pane started; None if that is unknown."""
         return record.speedup(self.panes["blended"].turn, self.panes["baseline"].turn)
 
     def as_dict(self) -> dict[str, Any]:
@@ -567,7 +567,7 @@ class Session:
         return Request(question, hits, history, sampling, blend, self.wording, self._tenant(name), self._asks)
 
     async def _current(self) -> tuple[str, tuple[Hit, ...]]:
-        """The question and passages on the page; retrieved where there are none."""
+        """The question and passages on the page; retrieved if there are none."""
         if not self.passages:
             self.passages = await self.find(self.question, self.controls.top_k)
         return self.question, tuple(self.passages)
@@ -586,7 +586,7 @@ async def run_repeats(
     Args:
         run: Is filled.
         arms: The arms.
-        requests: What each is asked.
+        requests: The request to each.
         on_change: Called after each pair.
 
     Raises:

@@ -434,14 +434,14 @@ def test_close_ends_an_ingestion_at_its_next_passage(
     monkeypatch.setattr(samples, "files", lambda: sorted(folder.iterdir()))
     hub = Hub(Settings.load(tmp_path / "store"), engine=tiny, embedder=embedder)
     first = threading.Event()
-    go_on = hub._go_on
+    go_on = hub._check_open
 
     def slowly() -> None:
         first.set()
         hub._closing.wait(WAIT)
         go_on()
 
-    monkeypatch.setattr(hub, "_go_on", slowly)
+    monkeypatch.setattr(hub, "_check_open", slowly)
     opener = hub.begin()
     assert first.wait(WAIT)
     hub.close()

@@ -454,7 +454,7 @@ def test_stop_strings_end_the_answer_and_cost_the_statistics_not_the_truth(engin
     assert done.text == TEXT[: TEXT.find("another")]
     assert done.finish_reason == "stop"
     assert not done.stats.blended
-    assert "does not say" in done.warnings[0]
+    assert "does not report" in done.warnings[0]
     assert engine.info.can_blend
 
 
