@@ -32,6 +32,7 @@ lint: $(STAMP)  ## check style, types, and how modules import each other
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy lmcache_rag integrations
 	$(BIN)/python .ci/modules.py --check
+	$(BIN)/python .ci/words.py
 
 format: $(STAMP)  ## format the code and mend what can be mended
 	$(BIN)/ruff format .

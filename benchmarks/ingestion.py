@@ -178,7 +178,7 @@ def main() -> None:
     prefix_ids = prompt.token_ids[: prompt.prefix_tokens]
     raw = Raw(source.path, prefix_ids, list(prompt.chunk_ids))
 
-    measure(files[:2], hf, embedder, revision, raw)  # loads what is loaded once
+    measure(files[:2], hf, embedder, revision, raw)  # warm-up
     runs = [measure(files, hf, embedder, revision, raw) for _ in range(args.repeats)]
 
     tokens, chunks = runs[0].tokens, runs[0].chunks

@@ -20,7 +20,7 @@ for what passes of few tokens take."""
 
 
 def all_but(left: int) -> Any:
-    """All of the GPU's memory but so many bytes, and but what the driver says is free and does not give."""
+    """Allocate all of the GPU's memory except `left` bytes, and except what the driver reports as free but refuses."""
     import torch
 
     for more in (0, *(1 << power for power in range(20, 32))):
@@ -95,7 +95,7 @@ def watch(rank: int, ranks: int, folder: Path) -> None:
 
 
 class RankWorker(Worker):
-    """A rank on a GPU of its own."""
+    """A rank on its own GPU."""
 
     def init_device(self) -> None:
         """As vLLM does."""

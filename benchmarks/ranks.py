@@ -53,7 +53,7 @@ INGEST = {protocol.BLEND: "off", protocol.INGEST: True, protocol.PREFIX: PREFIX}
 
 
 class Answer(NamedTuple):
-    """Tokens, what was reused, and the likeliest two tokens at each place."""
+    """Tokens, reuse statistics, and the likeliest two tokens at each place."""
 
     tokens: list[int]
     stats: dict[str, Any]

@@ -33,7 +33,7 @@ class Replicas:
         self._model = self._client.get("/v1/models").raise_for_status().json()["data"][0]["id"]
 
     def ask(self, replica: int, prompt: list[int], tokens: int, params: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        """Greedy tokens, and what was reused."""
+        """Greedy tokens, and the reuse statistics."""
         body = {
             "model": self._model,
             "prompt": prompt,

@@ -88,7 +88,7 @@ def plain_ms(model: Any, token_ids: tuple[int, ...]) -> float:
 
 
 def report(times: dict[str, list[float]], spent: dict[str, list[dict[str, float]]]) -> None:
-    """The times, and where they go (medians; the steps were timed in runs of their own)."""
+    """The times, and where they go (medians; the steps were timed in separate runs)."""
     best, middle = min(times["full prefill"]), statistics.median(times["full prefill"])
     print("| arm | TTFT ms, minimum | median | speedup (minima) | speedup (medians) |")
     print("| --- | --- | --- | --- | --- |")

@@ -39,7 +39,7 @@ def main() -> None:
     table.add_column(line(*(f"[bold]{name}[/]" for name, _, _ in COLUMNS)), overflow="fold")
 
     with Workspace.open(args.store, top_k=5, max_tokens=48) as ws:
-        console.print("Ingesting examples/data/documents; what was done before is skipped ...")
+        console.print("Ingesting examples/data/documents; finished documents are skipped ...")
         with console.status("computing KV"):
             report = ws.ingestor.ingest([DATA / "documents"])
         console.print(
@@ -66,12 +66,12 @@ def main() -> None:
             table.add_row(Group(*cell))
     console.print(table)
     console.print(
-        "Each row: the question; then, for both orders, what was measured, the answer from blended KV, sources."
+        "Each row: the question; then, for both orders, the measurements, the answer from blended KV, sources."
     )
 
 
 def line(*cells: str) -> Table:
-    """One line of what is measured."""
+    """One line of the table."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     for _, width, side in COLUMNS:
         grid.add_column(width=width, justify="right" if side == "right" else "left")

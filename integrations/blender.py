@@ -271,7 +271,7 @@ class Blender:
 
     @property
     def fill_counts(self) -> FillCounts:
-        """What was ingested in the background until now, for this engine."""
+        """Counts of background ingestion so far, for this engine."""
         return fill_of(self.engine).counts
 
     def drain(self, timeout: float | None = None) -> bool:

@@ -164,7 +164,7 @@ def lmcache_headers(url: str, environment: Mapping[str, str] | None = None) -> d
         elif not key and urlsplit(url).hostname in LOOPBACK and lmcache_key_file().exists():
             key = read_secret(lmcache_key_file())
     except (OSError, ValueError, ConfigError):
-        key = ""  # the server's answer says that one is needed
+        key = ""  # the server's answer then asks for one
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 

@@ -86,7 +86,7 @@ class KVManager:
         """Compute and record the KV of these chunks, skipping what the engine has. Needs the store's writing lock.
 
         Raises:
-            PrecomputeError: A chunk's KV could not be computed. What was finished before is recorded.
+            PrecomputeError: A chunk's KV could not be computed. KV that was computed before is recorded.
         """
         from lmcache_rag.store import KVRow
 
@@ -257,7 +257,7 @@ class Maintainer:
         self._kv = KVManager(store, engine, prompts)
 
     def status(self) -> Status:
-        """What is in the store. Writes nothing and loads no weights."""
+        """Status of the store. Writes nothing and loads no weights."""
         info = self.engine.info
         return Status(
             self.store.registry.stats(self.prompts.fingerprint),

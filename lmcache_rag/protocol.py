@@ -79,7 +79,7 @@ class Fallback(StrEnum):
 
     @classmethod
     def of(cls, failure: str) -> Fallback:
-        """The code of a `failure`; OTHER if it is no code."""
+        """The code of a `failure`; OTHER if it is not a code."""
         try:
             return cls(failure)
         except ValueError:
@@ -328,14 +328,14 @@ def complaints(params: Any, tokens: int = MOST_TOKENS) -> list[str]:
     if params is None:
         return []
     if not isinstance(params, Mapping):
-        return [f"{shown(params)} is no object"]
+        return [f"{shown(params)} is not an object"]
     wrong = list(islice(filter(None, map(_refused, params)), _SHOWN_KEYS))
     wrong += read_params(params)[1]
     wrong += _wrong_spans(params.get(CHUNKS, []), tokens)
     for key in (PREFIX, MAX_OFFLOAD_TOKENS):
         number = params.get(key, 0)
         if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-            wrong.append(f"{key} {shown(number)} is no number of tokens")
+            wrong.append(f"{key} {shown(number)} is not a number of tokens")
         elif number > (tokens if key == PREFIX else MOST_TOKENS):
             wrong.append(f"{key} {shown(number)} is more tokens than the prompt has")
     if params.get(INGEST) is True and params.get(FORGET) is True:
@@ -380,7 +380,7 @@ def _refused(key: Any) -> str:
 
 def _wrong_spans(spans: Any, tokens: int) -> list[str]:
     if not isinstance(spans, list):
-        return [f"{CHUNKS} {shown(spans)} is no list of [start, end], in tokens of the prompt"]
+        return [f"{CHUNKS} {shown(spans)} is not a list of [start, end], in tokens of the prompt"]
     most = tokens // SPAN_TOKENS
     if len(spans) > most:
         return [f"{CHUNKS} {shown(spans)} has more than {most} spans, one for {SPAN_TOKENS} tokens of the prompt"]

@@ -164,7 +164,7 @@ class Workspace:
         return Maintainer(self.store, self.engine, self.prompts, lock_timeout=self.settings.lock_timeout_s)
 
     def close(self) -> None:
-        """Close what was opened here; an engine that was passed in stays open. Safe to call twice."""
+        """Close everything that was opened here; an engine that was passed in stays open. Safe to call twice."""
         if {"engine", "store"} <= self.__dict__.keys():
             lazy_fill.cancel(self.engine, self.store)
         for name in ("engine", "store"):

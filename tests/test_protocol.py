@@ -104,7 +104,7 @@ def test_many_unknown_keys_are_not_all_listed() -> None:
 
 @pytest.mark.parametrize("params", ["text", 5, [], [["lmcache_rag.blend", "off"]], True])
 def test_what_is_no_object_is_refused(params: Any) -> None:
-    assert "is no object" in wrong(params)
+    assert "is not an object" in wrong(params)
 
 
 @pytest.mark.parametrize(

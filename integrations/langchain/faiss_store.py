@@ -35,7 +35,7 @@ _OPERATORS: dict[str, Callable[[Any, Any], bool]] = {
 
 
 class EmbedderEmbeddings(Embeddings):
-    """This library's embedder as LangChain's embeddings, for programs that have none of their own.
+    """This library's embedder as LangChain's embeddings, for programs without embeddings.
 
     Args:
         embedder: A workspace's embedder.

@@ -56,7 +56,7 @@ def group_of(node: BaseNode) -> str:
 
 
 class EmbedderEmbedding(BaseEmbedding):
-    """This library's embedder as LlamaIndex's embed model, for programs that have none of their own.
+    """This library's embedder as LlamaIndex's embed model, for programs without embeddings.
 
     Args:
         embedder: A workspace's embedder.

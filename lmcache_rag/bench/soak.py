@@ -235,7 +235,7 @@ class Soak:
         await asyncio.to_thread(do)
 
     async def _worker(self, http: httpx.AsyncClient, number: int, begin: float, seconds: float) -> None:
-        rng = random.Random(number)  # noqa: S311 - a workload, no secret
+        rng = random.Random(number)  # noqa: S311 - a workload, not a secret
         kinds, shares = list(SHARES), list(SHARES.values())
         while time.monotonic() - begin < seconds or self._begun < LEAST:
             self._begun += 1

@@ -149,10 +149,10 @@ async def measure(
     """Measure everything in the configuration, in an order in which no part affects a later one.
 
     Args:
-        arms: What is compared; the first is the baseline.
+        arms: The arms to compare; the first is the baseline.
         engine: The blending server, used like any vLLM server.
         workload: The prompts.
-        config: What is measured.
+        config: What to measure.
         on_step: Called after each request with how many are done and how many there are in all.
 
     Raises:
@@ -205,7 +205,7 @@ class SpeedBench:
     Measurements that fill LMCache, and may evict the chunks, come last: ingestion() and nothing_cached().
 
     Args:
-        arms: What is compared; the first is the baseline.
+        arms: The arms to compare; the first is the baseline.
         workload: The prompts.
         on_step: Called after every request.
     """

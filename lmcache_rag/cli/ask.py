@@ -50,7 +50,7 @@ Baseline = Annotated[
     str | None,
     typer.Option("--baseline", metavar="URL", help="A second server, without blending.", show_default=False),
 ]
-Host = Annotated[str, typer.Option("--host", metavar="HOST", help="Where the page listens.")]
+Host = Annotated[str, typer.Option("--host", metavar="HOST", help="Host on which the page listens.")]
 Port = Annotated[int, typer.Option("--port", metavar="N", min=0, max=65535, help="Its port; 0: a free one.")]
 PasswordFile = Annotated[
     Path | None,

@@ -266,7 +266,7 @@ def find_documents(registry: Registry, names: Sequence[str]) -> tuple[list[str],
 
 @command(*PLACE, *EMBED, *SPLIT, *ANSWER)
 def settings(context: CommandContext) -> None:
-    """List every setting: its value, where that comes from, what it does.
+    """List every setting: its value, the source of the value, and a description.
 
     An option overrides the environment, which overrides settings.toml in the
     store, which overrides the default. A change of a setting marked with *

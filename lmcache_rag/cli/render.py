@@ -176,7 +176,7 @@ def hit_title(hit: Hit, limit: int) -> str:
 
 
 def stats_table(stats: ReuseStats) -> Table:
-    """What was reused, and how long the first token took."""
+    """Reuse statistics and TTFT."""
     tokens = (
         f"{count(stats.prompt_tokens, 'prompt token')}: {stats.prefix_tokens:,} prefix, {stats.reused_tokens:,} "
         f"reused, {stats.recomputed_tokens:,} recomputed, {stats.computed_tokens:,} computed"

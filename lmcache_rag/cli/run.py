@@ -42,7 +42,7 @@ PLACE = ("store", "engine", "model", "device", "dtype", "kv_budget_gb")
 EMBED = ("embedder",)
 SPLIT = ("chunk_tokens", "chunk_overlap")
 ANSWER = ("policy", "ratio", "blend", "top_k", "max_tokens", "temperature")
-_EVERY_S = 10.0  # between two lines where there is no terminal
+_EVERY_S = 10.0  # between two lines without a terminal
 
 Function = Callable[..., int | None]
 
@@ -155,7 +155,7 @@ class CommandContext:
         self.err.print(text, style=style, soft_wrap=True)
 
     def find(self, workspace: Workspace, *, embedder: bool) -> None:
-        """Find model and embedder, without a status line of our own: a download shows its bars."""
+        """Find model and embedder, without a status line: a download shows its own bars."""
         _ = workspace.engine
         if embedder:
             _ = workspace.embedder.fingerprint

@@ -77,13 +77,13 @@ class CacheSalts:
         key: Secret of this server and those that share KV with it: salts cannot be guessed without it.
 
     Raises:
-        ConfigError: prefix_tokens is no multiple of the chunk.
+        ConfigError: prefix_tokens is not a multiple of the chunk.
     """
 
     def __init__(self, model: str, chunk: int, *, prefix_tokens: int = 0, key: bytes = b"") -> None:
         if prefix_tokens < 0 or prefix_tokens % chunk:
             raise ConfigError(
-                f"lmcache_rag.prefix_tokens is {prefix_tokens}, no multiple of LMCache's chunk of {chunk} tokens.",
+                f"lmcache_rag.prefix_tokens is {prefix_tokens}, not a multiple of LMCache's chunk of {chunk} tokens.",
                 remedy=f"For example {max(prefix_tokens // chunk, 1) * chunk}.",
             )
         self._model, self._chunk, self._key = model, chunk, key

@@ -44,7 +44,9 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         self._options = ConnectorOptions.read(vllm_config.kv_transfer_config.get_from_extra_config)
         secret = find_secret(self._options.secret_file)
         if not secret:  # nothing is blended then, see plugin.py
-            log.warning("There is no secret: LMCache gets token ids by a mapping that anybody can compute")
+            log.warning(
+                "There is no secret, so KV is not blended: LMCache gets token ids by a mapping that anyone can compute"
+            )
         cache_salt.use_secret(secret)
         with lmcache_client.allow_missing_server(self._options.chunk_size) as absent:
             super().__init__(vllm_config, role, kv_cache_config)
@@ -168,7 +170,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         return 0, False
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
-        """Make the plan of what was claimed."""
+        """Make the plan of a claim."""
         own: list[int] = list((blocks.get_block_ids() or ([],))[0])
         with self._scheduler.contain_errors(request.request_id):
             self._client.on_allocated(request.request_id, num_external_tokens)

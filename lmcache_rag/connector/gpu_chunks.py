@@ -89,7 +89,7 @@ class UncomputedBlocks:
         self._ids.add(block_id)
 
     def on_step(self) -> None:
-        """The next step begins: what was cached is computed before anything that this step asks for."""
+        """The next step begins: blocks cached so far are computed before any requests of this step."""
         self._ids.clear()
 
     def computed(self, keys: Iterable[Any]) -> list[int]:
@@ -280,7 +280,7 @@ class GpuChunks:
         return known is not None and self.resident.estimate(known.locations) >= self.share * known.tokens
 
     def find(self, request: Any) -> list[Match]:
-        """What is resident right now."""
+        """The request's resident matches at this time."""
         known = self._requests.get(request.request_id)
         if known is None or known.attempts >= _ATTEMPTS:
             return []
@@ -306,7 +306,7 @@ class GpuChunks:
         self._unallocated.discard(request_id)
 
     def on_step(self) -> None:
-        """The next step begins: unpin what was claimed and not allocated."""
+        """The next step begins: unpin blocks that were claimed and not allocated."""
         for request_id in self._unallocated:
             self.resident.unpin(request_id)
             if known := self._requests.get(request_id):

@@ -127,7 +127,7 @@ class BlendJob:
 
     A pass that runs out of memory is aborted, and everything is computed in small chunks instead. Tensor-parallel ranks
     cannot leave a pass, since the others would wait for this rank in the middle of it: they reserve the memory before,
-    and use chunks of the same size. A rank that runs out of memory all the same ends the engine.
+    and use chunks of the same size. A rank that runs out of memory nevertheless ends the engine.
 
     Args:
         plan: The plan.
@@ -400,7 +400,7 @@ class BlendJob:
         return set(self.plan.block_ids[first : -(-self.plan.end // block_size)])
 
     def result(self) -> BlendResult:
-        """What was done, with its times. Waits for the GPU."""
+        """The counts and times of the job. Waits for the GPU."""
         plan, outcome = self.plan, self.outcome
         if self.failure:
             counts, resident = (plan.local, 0, 0, plan.end - plan.local), 0

@@ -110,7 +110,7 @@ def loading_requests(adapter: Any) -> set[str]:
 
 
 def server_address(get: Callable[[str, Any], Any], worker: int = 0, workers: int = 1) -> tuple[str, int] | None:
-    """(host, port) of the server that a worker's LMCache adapter uses; None where that is no TCP address.
+    """(host, port) of the server that a worker's LMCache adapter uses; None if that is not a TCP address.
 
     Args:
         get: vLLM's get_from_extra_config(key, default).

@@ -188,7 +188,7 @@ class LMCacheLoader:
     def give_back(self, plan: BlendPlan) -> None:
         """Have the server release the read locks of an exact prefix that is not going to be loaded.
 
-        It gets a load without blocks, after its deadline: it refuses that, and unlocks what it would have read.
+        It is sent a load without blocks, after its deadline: it rejects that, and unlocks what it would have read.
         """
         self._send(lambda: self._submit_exact(plan, refused=True))
 
@@ -322,7 +322,7 @@ class Transfer:
         if not self._answered and not self.failed:
             try:
                 self._answered = bool(self.future.query())
-            except Exception:  # an answer that cannot be read says nothing about the copy
+            except Exception:  # an unreadable answer does not show whether the copy is done
                 log.debug("The answer to a store of request %s is an error", self.request_id, exc_info=True)
             self.failed = not self._answered and time.time() > self.until + GRACE_S
         return self._answered or self.failed

@@ -313,7 +313,7 @@ class Forgetting:
     Args:
         client: Starts look-ups.
         prefix_cache: Hides the request's own blocks.
-        aborted: Takes over look-ups whose requests do not wait any more.
+        aborted: Takes over the look-ups of requests that ended.
         deadline: Longest that a request waits for LMCache, in seconds.
         pool: vLLM's blocks; None without prefix caching.
         resident: Chunks that are known to be in them.
@@ -338,7 +338,7 @@ class Forgetting:
         if known.closed:
             return True
         hashes = list(request.block_hashes)
-        self.prefix_cache.hide(request, prefix)  # first of all: it must not be found by its own blocks
+        self.prefix_cache.hide(request, prefix)  # before anything else: the request must not find its own blocks
         if self.resident is not None:
             self.resident.forget(array("q", prompt), hashes, prefix)
         if self.pool is not None:

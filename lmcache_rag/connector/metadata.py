@@ -151,7 +151,7 @@ def claim(prompt: int, local: int, prefix: int, matches: Sequence[Match], *, lea
 
     The exact prefix comes first. Blending claims everything from there to the end of the last match, gaps included. At
     least one token is left to vLLM, which needs something to compute. A short rest of the prompt is claimed up to that
-    token: computing it with the blend saves a pass through the model, and what is left runs as a CUDA graph.
+    token: computing it with the blend saves a pass through the model, and the last token runs as a CUDA graph.
 
     Args:
         prompt: Length of the prompt in tokens.

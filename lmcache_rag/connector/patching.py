@@ -1,6 +1,6 @@
 """How functions of vLLM and LMCache are replaced while they run: each replacement is a Patch.
 
-A Patch says what is replaced, why, and when it can go. docs/serving.md lists all of them;
+A Patch records what is replaced, why, and when it can go. docs/serving.md lists all of them;
 tests/connector/test_patching.py compares the list with the code. Neither vLLM nor LMCache is imported before
 a patch is applied.
 """
@@ -61,7 +61,7 @@ def patch_once(patch: Patch, wrap: Callable[[Any], Any], owner: Any = None) -> N
     """Replace a function in a class; does nothing where it has been replaced before.
 
     Args:
-        patch: What is replaced.
+        patch: The patch.
         wrap: Makes the replacement from vLLM's or LMCache's own function.
         owner: The class; default: that of the patch's target.
 

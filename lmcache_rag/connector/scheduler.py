@@ -284,7 +284,7 @@ class BlendScheduler:
             return None if not state.closed else 0
         prefix, matches = state.found
         if self.budget.full and (state.resident_only or prefix > local or (matches and state.blend)):
-            return None  # it cannot be admitted yet; what is found now may be gone by then
+            return None  # it cannot be admitted yet; matches found now may be evicted until then
         resident = self.gpu_chunks.find(request) if self.gpu_chunks and state.blend else []
         if state.resident_only and not (self.gpu_chunks and self.gpu_chunks.is_enough(request, resident)):
             state.resident_only, state.claim, state.started = False, None, False  # evicted while the request waited
@@ -296,7 +296,7 @@ class BlendScheduler:
             state.claim = wanted
             return 0
         if self.uncomputed and self.uncomputed.pending(request.block_hashes, local):
-            return None  # what it shares with another request is computed in this step, after the blend
+            return None  # KV that it shares with another request is computed in this step, after the blend
         tokens = wanted.computed(state.policy, state.ratio)
         how = self.budget.admit(tokens)
         if how is Admission.DEFER:
@@ -329,7 +329,7 @@ class BlendScheduler:
             state.approximate_from = first
 
     def in_background(self, request_id: str) -> bool:
-        """Whether what was claimed is loaded while the request waits."""
+        """Whether the claim is loaded while the request waits."""
         state = self._states.get(request_id)
         return state is not None and state.background
 
@@ -443,7 +443,7 @@ class BlendScheduler:
     # -- plans --------------------------------------------------------------------------------------------------------
 
     def update_state_after_alloc(self, request: Any, block_ids: list[int], external: int, tracker: Any) -> None:
-        """Make the plan of what was claimed.
+        """Make the plan of a claim.
 
         Args:
             request: vLLM's request.
@@ -461,7 +461,7 @@ class BlendScheduler:
     def on_allocated(
         self, request: Any, block_ids: list[int], external: int, configs: dict[str, Any] | None, *, salt: str = ""
     ) -> None:
-        """Blocks were allocated for a claim of `external` tokens: make its plan, and release what is not needed."""
+        """Blocks were allocated for a claim of `external` tokens: make its plan, release unneeded locks and pins."""
         state = self._states.get(request.request_id)
         if state is None or state.planned:
             return

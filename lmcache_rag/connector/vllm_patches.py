@@ -376,7 +376,7 @@ def patch_request_validation(make: Make) -> None:
     """Validate the kv_transfer_params of every request in the API server, before the engine gets them.
 
     Every request enters the engine by InputProcessor.process_inputs. What it raises ends in status 400, in a stream in
-    an event. So the methods behind the endpoints validate as well: there a stream gets a status, too, and nothing is
+    an event. So the methods of the endpoints validate as well: there a stream gets a status, too, and nothing is
     rendered for what is rejected. Beam search passes no kv_transfer_params to its requests: they are validated there
     only. Does nothing in a process that takes no requests.
 

@@ -3,10 +3,10 @@
 The logic needs no NiceGUI; the page only shows it::
 
     samples       the documents and questions that come with the package
-    arms          one way to answer: an engine, whether it blends, and what else runs on it
-    hub           what all sessions share: store, engines, ingestion
-    session       what one browser sees and does: passages, panes, controls, repetitions
-    record        what was asked and answered, as JSON, as a bar over the prompt, and as differing words
+    arms          one way to answer: an engine, whether it blends, and the other requests on it
+    hub           shared by all sessions: store, engines, ingestion
+    session       the state of one browser: passages, panes, controls, repetitions
+    record        questions and answers, as JSON, as a bar over the prompt, and as differing words
 
     server        the page's web server, and its password
     page          the page: question, passages, settings, uploads, export

@@ -41,7 +41,7 @@ def find_files(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path | Docum
 
 
 class _Finder:
-    """Remembers what was found, over all paths of one call."""
+    """Finds files; remembers them over all paths of one call."""
 
     def __init__(self) -> None:
         self._files: set[str] = set()

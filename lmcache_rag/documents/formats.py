@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("lmcache_rag.documents")
 
-# Parsing takes some 100 times the page's size in memory, so a page has a limit of its own.
+# Parsing takes some 100 times the page's size in memory, so HTML pages have a lower limit.
 MAX_HTML_BYTES = 16 * 2**20
 
 # ruff: noqa: SIM905  (a list of quoted names would fill the screen)
@@ -35,8 +35,8 @@ _DECLARABLE = re.compile(r"(?:iso-?8859|windows-|cp125|latin|koi8|shift|euc|gb|b
 _SPACE = re.compile(r"\s+")
 
 MAX_PDF_CHARACTERS = 50_000_000
-_TAIL = 2048  # the specification wants the end marker in the last 1024 bytes; real writers are less exact
-# pypdf only logs these, and goes on without the page's text.
+_TAIL = 2048  # the specification requires the end marker in the last 1024 bytes; real writers are less exact
+# pypdf only logs these, and continues without the page's text.
 _LOSS = re.compile(r"Error -\d+ while decompressing|Pdf(?:Read|Stream)Error\(")
 _one_at_a_time = threading.Lock()
 
@@ -44,8 +44,8 @@ _one_at_a_time = threading.Lock()
 def html_text(data: bytes, name: str) -> tuple[str, str]:
     """Return (visible text, title); the title is empty where the page has none.
 
-    Scripts, styles, templates, comments and what is hidden by attribute or inline style are dropped: nobody who read
-    the page saw it, and a prompt is no place for it. Blocks are parted by blank lines, list items and rows
+    Scripts, styles, templates, comments and content hidden by attribute or inline style are dropped: no reader of
+    the page saw them, and a prompt must not contain them. Blocks are separated by blank lines, list items and rows
     by line ends.
 
     Raises:
@@ -64,17 +64,17 @@ def html_text(data: bytes, name: str) -> tuple[str, str]:
         warnings.simplefilter("ignore")
         try:
             soup = BeautifulSoup(markup, "html.parser")
-        except ParserRejectedMarkup:  # an unknown <![section]: show it as it stands
+        except ParserRejectedMarkup:  # an unknown <![section]: use the markup as text
             soup = BeautifulSoup(markup.replace("<![", "&lt;!["), "html.parser")
     title = soup.title or soup.h1
     return _visible(soup), _SPACE.sub(" ", title.get_text(" ")).strip() if title else ""
 
 
 def _defused(markup: str) -> str:
-    """Turn what begins a tag or comment that never ends into text.
+    """Turn the beginning of a tag or comment that never ends into text.
 
-    Python's parser looks for the missing end from each of them anew, so that a page of 100 KB could keep it busy for
-    minutes.
+    Python's parser searches for the missing end from each of them again, so that a page of 100 KB could keep it busy
+    for minutes.
     """
     for begin, end in (("<!--", "-->"), ("<![", "]>"), ("<", ">")):
         last = markup.rfind(end) + 1
@@ -84,7 +84,7 @@ def _defused(markup: str) -> str:
 
 
 def _visible(root: Tag) -> str:
-    """Walk the tree with a stack of its own: a hostile page nests deeper than Python may recurse."""
+    """Walk the tree with an explicit stack: a hostile page nests deeper than Python may recurse."""
     from bs4.element import CData, NavigableString, PageElement, Tag
 
     lines: list[str] = []  # finished lines; an empty one is a paragraph's border
@@ -154,7 +154,7 @@ def pdf_text(data: bytes, name: str) -> tuple[str, dict[str, int | str]]:
         )
     from pypdf.errors import LimitReachedError, PdfReadError
 
-    with _pypdf_heard(name) as losses:
+    with _pypdf_messages(name) as losses:
         try:
             try:
                 return _read_pdf(data, name)
@@ -165,10 +165,10 @@ def pdf_text(data: bytes, name: str) -> tuple[str, dict[str, int | str]]:
             raise
         except LimitReachedError as error:
             raise DocumentError(
-                f"{name} unpacks to far more than a document holds, and was refused ({error}).",
+                f"{name} unpacks to far more data than a document has, and was rejected ({error}).",
                 remedy="Print it to a new PDF file, or leave it out.",
             ) from error
-        except Exception as error:  # pypdf raises nearly anything on damaged files
+        except Exception as error:  # pypdf raises many kinds of errors on damaged files
             raise DocumentError(
                 f"{name} is a damaged PDF ({type(error).__name__}: {error}).",
                 remedy="Repair it, for example with: qpdf OLD NEW",
@@ -214,8 +214,8 @@ def _read_pdf(data: bytes, name: str) -> tuple[str, dict[str, int | str]]:
 
 
 @contextmanager
-def _pypdf_heard(name: str) -> Iterator[list[str]]:
-    """Keep pypdf's log records off the screen: they are ours at debug level. Yields those that mean lost text."""
+def _pypdf_messages(name: str) -> Iterator[list[str]]:
+    """Collect pypdf's log records, and log them at debug level instead. Yields those that report lost text."""
     losses: list[str] = []
 
     class Hand(logging.Handler):
@@ -230,7 +230,7 @@ def _pypdf_heard(name: str) -> Iterator[list[str]]:
         before = theirs.propagate, theirs.level
         theirs.addHandler(hand)
         theirs.propagate = False
-        theirs.setLevel(logging.WARNING)  # a program that silenced pypdf must not lose what it says of lost text
+        theirs.setLevel(logging.WARNING)  # so that lost text is reported even in a program that silenced pypdf
         try:
             yield losses
         finally:

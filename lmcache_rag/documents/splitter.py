@@ -217,7 +217,7 @@ def cut_before(text: str, start: int, stop: int, end: int) -> int:
         text: The whole text.
         start: Begin of the piece.
         stop: Furthest end; start < stop.
-        end: End of what is to be cut; a stop at or behind it needs no cut.
+        end: End of the text to cut; a stop at or after it needs no cut.
 
     Returns:
         A position in (start, stop], or end.

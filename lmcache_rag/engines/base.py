@@ -232,7 +232,7 @@ class Completion:
         text: The answer.
         token_ids: Its tokens, with the end-of-sequence token when the model gave one.
         finish_reason: Why it ended.
-        stats: What was reused.
+        stats: The reuse statistics.
         warnings: What the user should know.
         missed: The prompt's chunks that were looked up, could have been stored, and were not found.
         chunks: Reuse of each of the prompt's chunks; empty if the engine does not report it.
@@ -310,14 +310,14 @@ class Engine(Protocol):
     def precompute(
         self, prompts: Iterable[IngestPrompt], *, stop: threading.Event | None = None
     ) -> Iterator[PrecomputeResult]:
-        """Compute and keep each chunk's KV, skipping what exists; yields each as soon as it is kept.
+        """Compute and store each chunk's KV, skipping existing KV; yields each chunk as soon as it is stored.
 
         Args:
             prompts: The chunks.
             stop: Once it is set, failed chunks are not retried.
 
         Raises:
-            PrecomputeError: A chunk's KV could not be computed or kept. What was yielded before is kept.
+            PrecomputeError: A chunk's KV could not be computed or stored. KV of chunks yielded before is stored.
         """
         ...
 
@@ -330,7 +330,7 @@ class Engine(Protocol):
         ...
 
     def verify(self, prompt: IngestPrompt) -> VerifyResult:
-        """Compute one chunk's KV again and compare it with what is kept. Changes nothing."""
+        """Compute one chunk's KV again and compare it with the stored KV. Changes nothing."""
         ...
 
     def usage(self) -> KVUsage:

@@ -51,7 +51,7 @@ class ChunkCache:
 
         Raises:
             UnsupportedModelError: This model cannot be blended.
-            PrecomputeError: A chunk's KV could not be computed or kept. What was yielded before is kept.
+            PrecomputeError: A chunk's KV could not be computed or stored. KV of chunks yielded before is stored.
         """
         require_blendable(self._info)
         source = iter(prompts)

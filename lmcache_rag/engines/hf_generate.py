@@ -28,7 +28,7 @@ class StopStringFilter:
         self.stopped = False
 
     def push(self, piece: str, *, end: bool = False) -> str:
-        """Take a piece of text; returns what may be emitted by now."""
+        """Take a piece of text; returns the text that can be emitted now."""
         if self.stopped:
             return ""
         text = self._held + piece

@@ -90,7 +90,7 @@ def server_urls(urls: str | Sequence[str]) -> tuple[str, ...]:
     """URLs of servers without trailing slash and /v1, from a list or a text with commas.
 
     Raises:
-        ConfigError: There is none, or one is no http URL.
+        ConfigError: There is none, or one is not an http URL.
     """
     texts = [urls] if isinstance(urls, str) else list(urls)
     parts = [part.strip().rstrip("/").removesuffix("/v1") for text in texts for part in text.split(",") if part.strip()]
@@ -426,7 +426,8 @@ class VLLMClient:
         card = matching[0]
         if not card.context_length:
             raise EngineError(
-                f"{url} does not say how long its context is.", remedy="Name a vLLM server: lmcache-rag serve MODEL."
+                f"{url} does not report the length of its context.",
+                remedy="Name a vLLM server: lmcache-rag serve MODEL.",
             )
         number = re.match(r"(\d+)\.(\d+)", self.version(url))
         version, metrics = (int(number[1]), int(number[2])) if number else (0, 0), self.metrics(url)

@@ -124,7 +124,7 @@ def lmcache_checks(url: str, *, needed: bool) -> tuple[list[Check], dict[str, An
     except LMCacheRAGError as problem:
         return [Check("LMCache", "failed", problem.message, problem.remedy)], {}
     if status is None:
-        return [Check("LMCache", "failed", f"{url}/status does not answer", "Its log may say why.")], {}
+        return [Check("LMCache", "failed", f"{url}/status does not answer", "See its log.")], {}
     checks = []
     healthy = bool(status.get("is_healthy"))
     chunk = status.get("chunk_size")
@@ -146,11 +146,11 @@ def lmcache_checks(url: str, *, needed: bool) -> tuple[list[Check], dict[str, An
     workers = len(status.get("registered_gpu_ids") or ())
     if tables:
         some = len(tables) < workers
-        remedy = 'The others do not blend; their vLLM\'s log says why under "KV is not blended".' if some else ""
+        remedy = 'The others do not blend; their vLLM\'s log has the reason after "KV is not blended".' if some else ""
         result = f"registered by {len(tables)} of {workers} workers"
         checks.append(Check("RoPE", "warning" if some else "ok", result, remedy))
     elif workers:
-        remedy = 'vLLM\'s log says why under "KV is not blended"; is kv_connector CacheBlendConnector?'
+        remedy = 'vLLM\'s log has the reason after "KV is not blended"; is kv_connector CacheBlendConnector?'
         checks.append(Check("RoPE", "failed", f"not registered, though {workers} workers are there", remedy))
     else:
         state: Any = "failed" if needed else "skipped"
@@ -253,9 +253,9 @@ def vllm_checks(server: VLLMClient, here: str = "") -> tuple[list[Check], ModelC
     version = server.version()
     result = f"{server.url} serves {served.name}" + (f", vLLM {version}" if version else "")
     if not server.healthy():
-        return [Check("vLLM", "failed", f"{result}, and is not healthy", "Its log says why; start it again.")], served
+        return [Check("vLLM", "failed", f"{result}, and is not healthy", "See its log, and start it again.")], served
     if version and here and version.partition("+")[0] != here.partition("+")[0]:
-        result += f"; this environment has vLLM {here}, which is what was checked above"
+        result += f"; this environment has vLLM {here}, which was checked above"
         return [Check("vLLM", "warning", result, "Run the lmcache-rag doctor of the server's own environment.")], served
     return [Check("vLLM", "ok", result)], served
 
@@ -320,7 +320,7 @@ def judge(outcome: Outcome) -> Iterator[Check]:
     if not outcome.hit:
         why = found.get("failure")
         result = f"nothing was reused in {outcome.queries} queries" + (f": {why}" if why else "")
-        remedy = 'vLLM\'s log says why under "KV is not blended"; an LMCache that is full or new holds no KV.'
+        remedy = 'vLLM\'s log has the reason after "KV is not blended"; an LMCache that is full or new holds no KV.'
         yield Check("Round trip", "failed", result, remedy)
         return
     times = ", ".join(
@@ -542,7 +542,7 @@ def round_trip(
     blended = ask(server, served.name, query, max_tokens=ANSWER, params=every | keep_out)
     plain = ask(server, served.name, query, max_tokens=ANSWER, params={**NO_BLEND, **keep_out})
     if not blended.tokens or not plain.tokens:
-        raise EngineError("The server answered without tokens.", remedy="Its log may say more.")
+        raise EngineError("The server answered without tokens.", remedy="See its log.")
     same = _agree(blended.tokens, plain.tokens)
     compared = max(len(blended.tokens), len(plain.tokens))
     return Outcome(found, attempt, blended.statistics, same, compared, _near_tie(plain, blended, same))

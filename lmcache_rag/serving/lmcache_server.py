@@ -35,7 +35,7 @@ def main() -> None:
     try:
         made = arguments(sys.argv[1:])
     except LMCacheRAGError as problem:
-        print(problem, file=sys.stderr)  # noqa: T201 - a command line of its own
+        print(problem, file=sys.stderr)  # noqa: T201 - this is a command line
         raise SystemExit(2) from None
     from lmcache.cli.main import main as lmcache
 

@@ -124,7 +124,7 @@ def _value(found: re.Match[str], environment: Mapping[str, str]) -> str:
     try:
         return Path(name).expanduser().read_text(encoding="utf-8").rstrip("\r\n")
     except (OSError, ValueError) as problem:
-        reason = getattr(problem, "strerror", None) or "it is no text"
+        reason = getattr(problem, "strerror", None) or "it is not text"
         raise ConfigError(f"--l2: {name} cannot be read: {reason}.", remedy="Is the path right?") from None
 
 

@@ -132,7 +132,7 @@ class VectorIndex:
     def save(self) -> None:
         """Write the index file if it is out of date. The caller holds the writer lock.
 
-        A file that cannot be written is no error: it only costs the time to rebuild the index.
+        A file that cannot be written is not an error: the index is then rebuilt at the next start.
         """
         try:
             with self._lock:

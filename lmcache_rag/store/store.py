@@ -90,7 +90,7 @@ class Store:
     def writing(self, timeout: float | None = LOCK_TIMEOUT) -> Iterator[Store]:
         """Be the only process that writes, for the length of the block; saves the index at its end.
 
-        Threads of this process that share the store can write too. The lock goes with the process: a kill frees it.
+        Threads of this process that share the store can write too. The lock ends with the process: a kill releases it.
 
         Args:
             timeout: Most seconds to wait for another process; 0 tries once, None waits for ever.

@@ -190,7 +190,7 @@ def what_is_missing(folder: Path, kind: Part) -> str:
     heads = ("config.json",) if kind == "model" else ("modules.json", "config.json")
     if not any((folder / head).is_file() for head in heads):
         return f"there is no {' or '.join(heads)}"
-    depths = ("*",) if kind == "model" else ("*", "*/*")  # an embedder keeps some modules in folders of their own
+    depths = ("*",) if kind == "model" else ("*", "*/*")  # an embedder keeps some modules in subfolders
     names = {file.name for depth in depths for file in folder.glob(depth) if file.is_file()}
     if not any(name.endswith(".safetensors") for name in names):
         unsafe = any(name.endswith((".bin", ".pt", ".pth")) for name in names)

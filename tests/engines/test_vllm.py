@@ -454,7 +454,7 @@ def test_stop_strings_cost_statistics_not_correctness(engine, builder, chunks) -
     assert done.text == TEXT[: TEXT.find("another")]
     assert done.finish_reason == "stop"
     assert not done.stats.blended
-    assert "does not say" in done.warnings[0]
+    assert "does not report" in done.warnings[0]
     assert engine.info.can_blend
 
 

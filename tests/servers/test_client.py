@@ -48,4 +48,4 @@ def test_answers_are_streams_inside_where_the_connector_runs(engine: VLLMEngine)
     prompt = builder.query([], "What is it?")
     done = engine.generate(prompt, Sampling(max_tokens=16), BlendOptions())
     assert len(done.token_ids) > 1
-    assert not any("in one piece" in warning or "does not say" in warning for warning in done.warnings)
+    assert not any("in one piece" in warning or "does not report" in warning for warning in done.warnings)

@@ -163,7 +163,7 @@ def test_each_reason_not_to_blend_has_a_remedy(code: str, name: str, words: str)
     [
         ("", "ok", "equals a full prefill"),
         ("not checked", "warning", "were not compared"),
-        ("unchecked", "skipped", "does not say"),
+        ("unchecked", "skipped", "does not report it"),
     ],
 )
 def test_what_came_of_the_self_check_is_shown(model: str, vllm: str, state: str, words: str) -> None:
@@ -177,7 +177,7 @@ def test_what_came_of_the_self_check_is_shown(model: str, vllm: str, state: str,
     [
         ("", "ok", "40 chunks of at most 4,096; 1,500 of 2,000 chunks of prompts were found"),
         ("full", "warning", "nearly full"),
-        ("no index", "skipped", "does not say"),
+        ("no index", "skipped", "does not report it"),
     ],
 )
 def test_how_full_the_index_is_is_shown(model: str, lmcache: str, state: str, words: str) -> None:

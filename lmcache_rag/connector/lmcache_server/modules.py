@@ -507,7 +507,7 @@ def _masking(endpoint: Any) -> Any:
 
 
 def masked(value: Any, *, secret: bool = False) -> Any:
-    """A JSON document with secrets replaced: texts under keys that sound like one, and users in addresses."""
+    """A JSON document with secrets masked: strings whose key suggests a secret, and user names in URLs."""
     if isinstance(value, dict):
         return {name: masked(each, secret=secret or bool(_SECRET.search(str(name)))) for name, each in value.items()}
     if isinstance(value, list):

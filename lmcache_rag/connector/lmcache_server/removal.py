@@ -146,7 +146,7 @@ def _without(memory: Any, patch: Patch, holds: Callable[[Any], bool], answer: An
         memory: LMCache's L1Manager.
         patch: The method; it takes `keys`, and returns a dictionary by key.
         holds: Whether a key is being removed.
-        answer: What is returned for such a key.
+        answer: The method's result for such a key.
         parallel: Arguments that are lists as long as `keys`.
     """
     call = getattr(memory, patch.name)
@@ -211,7 +211,7 @@ class IngestedLast:
         key_eligible_filter: Callable[[Any], bool] | None = None,
         cache_salt: str | None = None,
     ) -> list[Any]:
-        """Select keys to evict: not ingested ones as long as there are others."""
+        """Select keys to evict: ingested ones only if there are no others."""
 
         def other(key: Any) -> bool:  # a key that was ingested after it was stored is still among the others
             return not self._is_ingested(key) and (key_eligible_filter is None or key_eligible_filter(key))
