@@ -140,7 +140,7 @@ def test_a_server_that_cannot_blend_is_asked_once() -> None:
         ("plugin not loaded", "Round trip", "VLLM_PLUGINS"),
         ("needs CUDA", "Round trip", "NVIDIA GPU"),
         ("LMCache rotary table", "Round trip", "lmcache-rag serve"),
-        ("speculative decoding", "Round trip", "the option"),
+        ("speculative decoding", "Round trip", "unsupported option"),
         ("sleep mode", "Round trip", "--enable-sleep-mode"),
         ("MultiConnector", "Round trip", "--kv-transfer-config"),
         ("self-check failed", "Self-check", "report"),
