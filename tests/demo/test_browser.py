@@ -348,7 +348,7 @@ def test_times_are_those_of_another_clock(
         def near() -> bool:
             return all(min(each) < max(20, 5 * min(plain)) for each in more.values())
 
-        for _ in range(30):
+        for _ in range(20):
             clocks.clear()
             ask(page)
             turns = last_turns(export(page))
