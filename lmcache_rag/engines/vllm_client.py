@@ -14,7 +14,7 @@ import re
 import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Generator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -180,8 +180,10 @@ class VLLMClient:
             client.close()
 
     def __del__(self) -> None:
-        with suppress(Exception):  # not closed by its owner, perhaps at the interpreter's end
+        try:  # noqa: SIM105 -- not closed by its owner; at the interpreter's end `suppress` may be gone
             self.close()
+        except Exception:  # noqa: S110
+            pass
 
     # -- completions ------------------------------------------------------------------------------------------------
 
