@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from embedded_server_kit import EmbeddedVLLM, serving
+from embedded_server_kit import serving
+from fake_vllm import FakeVLLM
 from framework_kit import fresh, light_tokenizer, passages, tiny_llama
 from lmcache_rag.integrations.blender import Blender
 from lmcache_rag.integrations.kv_registry import KVRegistry, as_workspace
@@ -256,7 +257,7 @@ def texts(sentences: list[str]) -> list[str]:
 
 
 @pytest.fixture
-def running(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedVLLM]:
+def running(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVLLM]:
     """A server over a tiny model, which indexes what is ingested and nothing else."""
     monkeypatch.setattr(lazy_fill, "QUIET_S", 0.0)
     monkeypatch.setenv("LMCACHE_RAG_MAX_TOKENS", "4")
@@ -276,7 +277,7 @@ def _workspaces() -> list[Workspace]:
     return list(kv_registry._by_server.values())
 
 
-def ingested(running: EmbeddedVLLM) -> int:
+def ingested(running: FakeVLLM) -> int:
     """How many passages were sent to be ingested."""
     return sum(bool(body["kv_transfer_params"].get("lmcache_rag.ingest")) for body in running.seen)
 
@@ -287,7 +288,7 @@ def ingested(running: EmbeddedVLLM) -> int:
     ids=lambda value: str(value),
 )
 def test_passages_never_ingested_are_hit_after_their_use(
-    running: EmbeddedVLLM, texts: list[str], mode: str, misses: list[int]
+    running: FakeVLLM, texts: list[str], mode: str, misses: list[int]
 ) -> None:
     blender = Blender(as_workspace(running.url), lazy_fill=mode)
     found = []
@@ -300,7 +301,7 @@ def test_passages_never_ingested_are_hit_after_their_use(
     assert blender.workspace.store.registry.stats().chunks == 0, "they are no documents of the store"
 
 
-def test_only_what_was_missing_is_ingested(running: EmbeddedVLLM, texts: list[str]) -> None:
+def test_only_what_was_missing_is_ingested(running: FakeVLLM, texts: list[str]) -> None:
     workspace = as_workspace(running.url)
     KVRegistry.of(workspace).add({"a": texts[0]})
     blender = Blender(workspace, lazy_fill="first")
@@ -312,14 +313,14 @@ def test_only_what_was_missing_is_ingested(running: EmbeddedVLLM, texts: list[st
 
 
 def test_registered_passages_are_ingested_at_their_first_use(
-    running: EmbeddedVLLM, texts: list[str], caplog: pytest.LogCaptureFixture
+    running: FakeVLLM, texts: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "lmcache_rag")
     workspace = as_workspace(running.url)
     register = KVRegistry.of(workspace)
     register.add({"a": texts[0]})
-    fingerprint = running.fingerprint({})
-    running.engine.forget([(fingerprint, kv_key(fingerprint, workspace.prompts.chunk_ids(texts[0])))])
+    fingerprint = running.backend.fingerprint({})
+    running.backend.engine.forget([(fingerprint, kv_key(fingerprint, workspace.prompts.chunk_ids(texts[0])))])
     blender = Blender(workspace)
     assert blender.answer(blender.build_prompt(texts[:1], "What?")).stats.chunks_missed == 1
     assert blender.drain(LONG)
@@ -330,14 +331,14 @@ def test_registered_passages_are_ingested_at_their_first_use(
 def test_an_answer_does_not_wait_for_ingestion(tokenizer: Any, texts: list[str], tmp_path: Path) -> None:
     with vllm_serving(tokenizer) as server:
         blender = Blender(as_workspace(server.url, store=tmp_path / "s"), lazy_fill="first")
-        real, gate = server.told, threading.Event()
+        real, gate = server.backend.statistics, threading.Event()
 
         def told(number: int, body: dict[str, Any]) -> Any:
             if body["kv_transfer_params"].get("lmcache_rag.ingest"):
                 gate.wait(LONG)
             return real(number, body)
 
-        server.told = told  # type: ignore[method-assign]
+        server.backend.statistics = told  # type: ignore[method-assign]
         prompted = blender.build_prompt(texts[:2], "What?")
         done = blender.answer(prompted, sampling=Sampling(max_tokens=4))
         assert done.missed == (0, 1)
@@ -377,7 +378,7 @@ def test_closing_ends_retries_without_waiting_for_them(tokenizer: Any, texts: li
         assert len(server.fail) >= 997, "of eight tries it gave up most"
 
 
-async def test_the_async_ways_are_the_same(running: EmbeddedVLLM, texts: list[str]) -> None:
+async def test_the_async_ways_are_the_same(running: FakeVLLM, texts: list[str]) -> None:
     blender = Blender(as_workspace(running.url), lazy_fill="first")
     events = [event async for event in blender.astream(blender.build_prompt(texts, "What?"))]
     assert isinstance(events[-1], Completion)
@@ -386,7 +387,7 @@ async def test_the_async_ways_are_the_same(running: EmbeddedVLLM, texts: list[st
     await blender.aclose()
 
 
-def test_a_full_prefill_fills_nothing(running: EmbeddedVLLM, texts: list[str]) -> None:
+def test_a_full_prefill_fills_nothing(running: FakeVLLM, texts: list[str]) -> None:
     blender = Blender(as_workspace(running.url), lazy_fill="first", blend=BlendOptions(enabled=False))
     blender.answer(blender.build_prompt(texts, "What?"))
     assert blender.drain(LONG)
@@ -404,9 +405,7 @@ def test_an_embedded_engine_keeps_registered_passages_only(tokenizer: Any, texts
         assert all(engine.missing([workspace.prompts.ingest(text) for text in texts]))
 
 
-def test_the_setting_has_all_four_sources(
-    running: EmbeddedVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_setting_has_all_four_sources(running: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = tmp_path / "registry"
     assert Blender(as_workspace(running.url)).lazy_fill == "second"
     store.mkdir(exist_ok=True)

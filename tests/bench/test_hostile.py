@@ -20,7 +20,8 @@ from typing import Any
 import httpx
 import pytest
 from api_kit import ApiHandler
-from openai_kit import FakeVLLM, vllm_serving
+from fake_vllm import FakeVLLM
+from openai_kit import vllm_serving
 from soak_kit import AT_REST, GAUGES, STATUS
 from typer.testing import CliRunner
 

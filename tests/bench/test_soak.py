@@ -18,7 +18,8 @@ from typing import Any
 
 import httpx
 import pytest
-from openai_kit import FakeVLLM, vllm_serving
+from fake_vllm import FakeVLLM
+from openai_kit import vllm_serving
 from soak_kit import AT_REST, GAUGES, MEMORY, STATUS
 from typer.testing import CliRunner
 

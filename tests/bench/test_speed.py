@@ -200,14 +200,14 @@ def test_everything_is_shown_in_tables(tokenizer: Any, monkeypatch: pytest.Monke
 def test_a_server_that_fails_under_load_is_named(tokenizer: Any) -> None:
     with vllm_serving(tokenizer) as server:
         arguments = ["bench", "speed", "--engine", server.url, "--tokens", "1300", "--repeats", "1", "--chunks", "2"]
-        told = server.told
+        told = server.backend.statistics
 
         def failing(number: int, body: dict[str, Any]) -> dict[str, Any] | None:
             if body["stream"]:
                 server.fail = [500] * 3
             return told(number, body)
 
-        server.told = failing  # type: ignore[method-assign]
+        server.backend.statistics = failing  # type: ignore[method-assign]
         result = CliRunner().invoke(app, [*arguments, "--rate", "10", "--requests", "4"])
     assert result.exit_code != 0
     assert server.url in result.output and "500" in result.output

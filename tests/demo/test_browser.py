@@ -417,7 +417,7 @@ def test_differing_words_are_marked(browser: Any, small_store: Path, server: Any
     from openai_kit import vllm_serving
 
     with (
-        vllm_serving(server.engine.tokenizer) as other,
+        vllm_serving(server.backend.engine.tokenizer) as other,
         served(browser, small_store, tmp_path, "--engine", server.url, "--baseline", other.url) as (page, _),
     ):
         ask(page)

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai_kit import FakeVLLM, vllm_serving
+from fake_vllm import FakeVLLM
+from openai_kit import vllm_serving
 
 from lmcache_rag import protocol
 from lmcache_rag.demo import hub as hubs
@@ -153,13 +154,13 @@ async def test_panes_of_one_server_at_once_are_not_compared(
     """The server answers neither request before both are there: in turn, they would wait for ever."""
     session = Session("a" * 16, hub)
     session.set(at_once=True)
-    both, told = threading.Barrier(2), server.told
+    both, told = threading.Barrier(2), server.backend.statistics
 
     def wait_and_tell(number: int, body: dict[str, Any]) -> dict[str, Any] | None:
         both.wait(hub.settings.engine_timeout_s)
         return told(number, body)
 
-    monkeypatch.setattr(server, "told", wait_and_tell)
+    monkeypatch.setattr(server.backend, "statistics", wait_and_tell)
     await done(session.ask(QUESTION))
     assert {pane.state for pane in session.panes.values()} == {"done"}
     assert not any(turn.alone for turn in session.turns)

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_vllm import MODEL, FakeVLLM
 from lmcache_rag.integrations.kv_registry import KVRegistry
-from openai_kit import BLOCK, MODEL, TEXT, FakeVLLM, vllm_serving
+from openai_kit import BLOCK, TEXT, vllm_serving
 from typer.testing import CliRunner
 
 from lmcache_rag import VLLMEngine, Workspace
@@ -181,7 +182,7 @@ def test_servers_of_different_models_are_refused(server: FakeVLLM, smollm2_token
 
 def test_what_is_no_url_is_refused() -> None:
     for bad in ("localhost:8000", "", "http://", "http://a b"):
-        with pytest.raises(ConfigError, match="no URL"):
+        with pytest.raises(ConfigError, match="not the URL"):
             server_urls(bad)
     assert server_urls("http://a:1/v1/, https://b/x,http://a:1") == ("http://a:1", "https://b/x")
 
@@ -349,8 +350,8 @@ def test_a_chunk_longer_than_the_context_is_not_sent(engine, builder, server) ->
 def test_what_the_server_forgot_is_sent_again(engine, builder, server, chunks) -> None:
     prompts = [builder.ingest(text) for text in chunks[:3]]
     list(engine.precompute(prompts))
-    server.memory.chains.clear()
-    server.memory.blocks.clear()
+    server.backend.memory.chains.clear()
+    server.backend.memory.blocks.clear()
     done = engine.generate(builder.query(chunks[:3], "What?"), SHORT, BlendOptions())
     assert (done.stats.chunks_hit, done.stats.chunks_missed) == (0, 3)
     assert done.stats.computed_tokens == len(builder.query(chunks[:3], "What?"))
@@ -534,7 +535,7 @@ def test_a_failed_blend_says_why(engine, builder, server, chunks) -> None:
 
 def test_statistics_that_do_not_add_up_are_left_out(engine, builder, server, monkeypatch) -> None:
     wrong = {"prefix_tokens": 1, "reused_tokens": 10**6, "recomputed_tokens": 0, "computed_tokens": 0}
-    monkeypatch.setattr(server, "told", lambda number, body: {"lmcache_rag": wrong})
+    monkeypatch.setattr(server.backend, "statistics", lambda number, body: {"lmcache_rag": wrong})
     done = engine.generate(builder.query(["a"], "What?"), SHORT, BlendOptions())
     assert (done.stats.reused_tokens, add_up(done)) == (0, True)
     assert "not consistent" in done.warnings[0]
@@ -558,7 +559,7 @@ def test_spans_settle_which_chunks_hit(engine, builder, server, chunks, monkeypa
         "computed_tokens": len(prompt) - prompt.prefix_tokens - found,
         "spans": [[span.start, span.end]],
     }
-    monkeypatch.setattr(server, "told", lambda number, body: {"lmcache_rag": told})
+    monkeypatch.setattr(server.backend, "statistics", lambda number, body: {"lmcache_rag": told})
     done = engine.generate(prompt, SHORT, BlendOptions())
     assert (done.stats.chunks_hit, done.stats.chunks_missed) == (1, 3)
 
@@ -652,7 +653,7 @@ def test_the_engine_setting_has_all_three_sources(tmp_path, monkeypatch) -> None
     assert Settings.load(tmp_path, engine=[]).engine == "http://c:3"
     assert Settings.load(tmp_path, engine=["http://d:4", "http://e:5"]).engine == "http://d:4,http://e:5"
     assert Settings.load(tmp_path, engine=["embedded"]).engine == "embedded"
-    with pytest.raises(ConfigError, match=r"^engine: .*no URL"):
+    with pytest.raises(ConfigError, match=r"^engine: .*not the URL"):
         Settings.load(tmp_path, engine="vllm")
 
 
@@ -696,8 +697,8 @@ def test_every_verb_works_against_a_server(call, server, chunks, tmp_path) -> No
     warmed = json.loads(call("warm", "--json").stdout)
     assert (warmed["computed"], warmed["existed"]) == (0, first["kv"]["computed"])
     assert len(server.seen) == sent + warmed["existed"]
-    server.memory.chains.clear()
-    server.memory.blocks.clear()
+    server.backend.memory.chains.clear()
+    server.backend.memory.blocks.clear()
     report = call("verify", "--no-repair", "--json")
     assert report.exit_code == 1
     assert {bad["status"] for bad in json.loads(report.stdout)["bad"]} == {"missing"}
@@ -791,7 +792,7 @@ def test_kv_is_recognised_whatever_the_size_of_vllms_blocks(smollm2_tokenizer, c
         builder = PromptBuilder(smollm2_tokenizer, engine.info)
         ids = builder.encode(" ".join(sentences[:20]))[: 2 * BLOCK + over]
         prompt = builder.ingest(engine.tokenizer.decode(ids))
-        real = server.told
+        real = server.backend.statistics
 
         def told(number: int, body: dict[str, Any]) -> Any:
             found = real(number, body)
@@ -799,7 +800,7 @@ def test_kv_is_recognised_whatever_the_size_of_vllms_blocks(smollm2_tokenizer, c
             exact = min(ours["prefix_tokens"], (len(body["prompt"]) - 1) // size * size)
             return {"lmcache_rag": ours | {"prefix_tokens": exact, "computed_tokens": len(body["prompt"]) - exact}}
 
-        server.told = told
+        server.backend.statistics = told
         assert engine.verify(prompt).status == "missing"
         assert [result.computed for result in engine.precompute([prompt])] == [True]
         assert engine.verify(prompt).status == "ok"
@@ -866,7 +867,7 @@ def test_the_forget_verb_spares_what_other_documents_need(call, server, chunks, 
     for name, text in (("a.txt", chunks[0]), ("b.txt", chunks[0]), ("c.txt", chunks[1])):
         (tmp_path / name).write_text(text)
     assert call("ingest", *(tmp_path / name for name in ("a.txt", "b.txt", "c.txt"))).exit_code == 0
-    assert server.memory.blocks
+    assert server.backend.memory.blocks
 
     def forgets() -> int:
         return sum(bool(body["kv_transfer_params"].get("lmcache_rag.forget")) for body in server.seen)

@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_vllm import FakeVLLM
 from lmcache_rag.integrations import kv_registry
 from lmcache_rag.integrations.blender import Blender, counts
 from lmcache_rag.integrations.kv_registry import KVRegistry, as_workspace
 from models import tiny_model
-from openai_kit import FakeVLLM, vllm_serving
+from openai_kit import vllm_serving
 
 from lmcache_rag import Workspace
 from lmcache_rag.engines.base import BlendOptions, Completion, Sampling

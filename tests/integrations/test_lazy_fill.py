@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from embedded_server_kit import EmbeddedVLLM, serving
+from embedded_server_kit import serving
+from fake_vllm import FakeVLLM
 from framework_kit import fresh, light_tokenizer, passages, tiny_llama
 
 from lmcache_rag import lazy_fill
@@ -21,7 +22,7 @@ QUESTION = "What does it say?"
 
 
 @pytest.fixture
-def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedVLLM]:
+def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVLLM]:
     """A server over a tiny model, which indexes what is ingested and nothing else."""
     monkeypatch.setattr(lazy_fill, "QUIET_S", 0.0)
     fresh(monkeypatch, tmp_path)
@@ -39,7 +40,7 @@ def texts(sentences: list[str]) -> list[str]:
 
 
 @pytest.fixture(params=["completions", "chat", "url"])
-def step(request: pytest.FixtureRequest, running: EmbeddedVLLM) -> Any:
+def step(request: pytest.FixtureRequest, running: FakeVLLM) -> Any:
     """A chain's step, whose passages were never ingested."""
     pytest.importorskip("langchain_openai")
     from langchain_kit import client
@@ -83,7 +84,7 @@ async def test_langchain_fills_in_async_programs(step: Any, texts: list[str]) ->
     await step.blender.aclose()
 
 
-def test_langchain_takes_the_mode_as_an_argument(running: EmbeddedVLLM, texts: list[str]) -> None:
+def test_langchain_takes_the_mode_as_an_argument(running: FakeVLLM, texts: list[str]) -> None:
     pytest.importorskip("langchain_core")
     from lmcache_rag.integrations.langchain import blend
 
@@ -123,7 +124,7 @@ def missed(response: Any) -> int:
 
 
 @pytest.fixture(params=["completions", "chat", "url"])
-def llm(request: pytest.FixtureRequest, running: EmbeddedVLLM) -> Any:
+def llm(request: pytest.FixtureRequest, running: FakeVLLM) -> Any:
     pytest.importorskip("llama_index.llms.openai_like")
     from llama_index_kit import client
 
@@ -165,7 +166,7 @@ async def test_llama_index_fills_in_async_programs(llm: Any, texts: list[str]) -
     await blender.aclose()
 
 
-def test_llama_index_takes_the_mode_as_an_argument(running: EmbeddedVLLM, texts: list[str]) -> None:
+def test_llama_index_takes_the_mode_as_an_argument(running: FakeVLLM, texts: list[str]) -> None:
     pytest.importorskip("llama_index.core")
     from lmcache_rag.integrations.llama_index import BlendSynthesizer, as_blend_chat_engine, as_blend_query_engine
 

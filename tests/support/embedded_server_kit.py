@@ -1,23 +1,20 @@
-"""A server on this machine that speaks vLLM's part of the OpenAI API, with a real embedded engine behind it.
+"""A stand-in for vLLM with a real embedded engine behind it.
 
 A user's own OpenAI client gets really blended answers from it. A request that our client makes to ingest a chunk has
 its KV computed and kept; a question's chunks are found where `lmcache_rag.chunks` says; anything else is prefilled in
-full. See openai_kit.py for a server that has no model and fails in more ways.
+full.
 """
 
 from __future__ import annotations
 
-import json
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from http.server import ThreadingHTTPServer
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from api_kit import ApiHandler
+from fake_vllm import FakeVLLM, Handler, is_ingest, running
 
 from lmcache_rag.engines.base import (
     BlendOptions,
@@ -34,68 +31,42 @@ from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.errors import LMCacheRAGError
 from lmcache_rag.prompt import PromptBuilder
 
-MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 VLLM_BLOCK = 16
 
 
-class EmbeddedVLLM(ThreadingHTTPServer):
-    """Listens on loopback. What can be set at any time stands in __init__.
+class EngineBackend:
+    """Answers completions and chat with an embedded engine.
 
     Args:
-        engine: Answers. Its tokenizer must be the one that clients find under the model's name.
-        model: The served model's name.
-        version: Of vLLM: 0.32 and later take token ids for chat, 0.33 and later tell statistics in a stream.
+        engine: Its tokenizer must be the one that clients find under the model's name.
         prompts: Says which prefix the chunks stand behind; None: the default format's.
-        port: Where it listens; 0: anywhere.
     """
 
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 128
+    server: FakeVLLM
+    adapters = ()
 
-    def __init__(
-        self,
-        engine: EmbeddedEngine,
-        *,
-        model: str = MODEL,
-        version: str = "0.33.0",
-        prompts: PromptBuilder | None = None,
-        port: int = 0,
-    ) -> None:
-        self.engine, self.model, self.version = engine, model, version
+    def __init__(self, engine: EmbeddedEngine, *, prompts: PromptBuilder | None = None) -> None:
+        self.engine, self.tokenizer = engine, engine.tokenizer
         self.prompts = prompts or PromptBuilder(engine.tokenizer, engine.info)
-        self.root = model
         self.context = engine.info.context_length
-        self.connector = True  # False: a stock vLLM
-        self.failure = ""  # the connector cannot reach its KV store
-        self.fail: list[int] = []  # statuses of the next answers
-        self.hang = 0.0  # seconds before an answer begins
-        self.drop_after: int | None = None  # pieces of a stream before the connection breaks
-        self.key = ""  # the API key that it wants
         self.reused: list[int] = []  # what each question's answer took from cached chunks
-        self.seen: list[dict[str, Any]] = []  # what arrived, in order; "path" tells where
         self.first_ms: list[float] = []  # of each stream: from the request to its first piece of text
-        self.ids: list[list[int]] = []  # the token ids that were computed, beside `seen`
-        self.auth: list[str | None] = []
-        self.active = self.most_active = 0
-        self.pause = 0.0  # seconds after each piece of a stream
-        self.gone = threading.Event()  # a client closed its connection before the end of a stream
-        self.lock = threading.Lock()
-        super().__init__(("127.0.0.1", port), _Handler)
+        self.ids: list[list[int]] = []  # the token ids that were computed, beside the server's `seen`
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}"
-
-    @property
-    def questions(self) -> list[dict[str, Any]]:
-        """What arrived, without the ingestion of chunks."""
-        return [body for body in self.seen if not _is_ingest(body)]
-
-    @property
-    def version_numbers(self) -> tuple[int, int]:
-        major, minor, *_ = self.version.split(".")
-        return int(major), int(minor)
+    def answer(self, handler: Handler, body: dict[str, Any], number: int) -> None:
+        context, prompts = self.server.context, self.token_ids(body)
+        with self.server.lock:
+            self.ids += prompts
+        most = body.get("max_tokens") or body.get("max_completion_tokens") or 16
+        if "messages" in body and not body.get("max_tokens") and not body.get("max_completion_tokens"):
+            most = max(1, context - len(prompts[0]))
+        if max(map(len, prompts)) + most > context:
+            handler.refuse_length()
+            return
+        try:
+            self._answer(handler, body, prompts, most)
+        except LMCacheRAGError as problem:
+            handler.send_problem(400, str(problem))
 
     # -- what vLLM does ---------------------------------------------------------------------------------------------
 
@@ -104,7 +75,7 @@ class EmbeddedVLLM(ThreadingHTTPServer):
         params = body.get("kv_transfer_params") or {}
         tokenizer = self.engine.tokenizer
         if "messages" in body:
-            if self.version_numbers >= (0, 32) and (ids := params.get("prompt_token_ids")) is not None:
+            if self.server.version_numbers >= (0, 32) and (ids := params.get("prompt_token_ids")) is not None:
                 return [ids]
             text = tokenizer.apply_chat_template(body["messages"], tokenize=False, add_generation_prompt=True)
             return [tokenizer.encode(text, add_special_tokens=False)]
@@ -120,17 +91,18 @@ class EmbeddedVLLM(ThreadingHTTPServer):
 
     def ingest(self, ids: list[int], body: dict[str, Any]) -> Completion:
         """Keep the KV of the chunk behind the prefix; the one token of the answer is the first of the prompt again."""
+        params = body.get("kv_transfer_params") or {}
         prefix, fingerprint = len(self.prompts.prefix_ids), self.fingerprint(body)
-        told = {"prefix_tokens": 0, "computed_tokens": len(ids)}
+        reported = {"prefix_tokens": 0, "computed_tokens": len(ids)}
         if ids[:prefix] == list(self.prompts.prefix_ids) and len(ids) > prefix:
             prompt = IngestPrompt(tuple(ids), prefix, kv_key(fingerprint, ids[prefix:]), fingerprint)
             [missing] = self.engine.missing([prompt])
             if not missing:
                 held = (len(ids) - 1) // VLLM_BLOCK * VLLM_BLOCK
-                told = {"prefix_tokens": held, "computed_tokens": len(ids) - held}
-            elif (body.get("kv_transfer_params") or {}).get("lmcache.max_offload_tokens") != 0 and not self.failure:
+                reported = {"prefix_tokens": held, "computed_tokens": len(ids) - held}
+            elif params.get("lmcache.max_offload_tokens") != 0 and not self.server.failure:
                 list(self.engine.precompute([prompt]))
-        return Completion("", (ids[0],), "length", ReuseStats(len(ids), **told))
+        return Completion("", (ids[0],), "length", ReuseStats(len(ids), **reported))
 
     def query(self, ids: list[int], body: dict[str, Any]) -> tuple[QueryPrompt, BlendOptions]:
         """The prompt as our engine takes it."""
@@ -141,15 +113,20 @@ class EmbeddedVLLM(ThreadingHTTPServer):
             prefix, spans = 0, []
         chunks = tuple(ChunkSpan(start, end, kv_key(fingerprint, ids[start:end])) for start, end in spans)
         prompt = QueryPrompt(tuple(ids), prefix, chunks, chunks[-1].end if chunks else prefix, fingerprint)
-        blending = self.connector and not self.failure and params.get("lmcache_rag.blend") == "on" and bool(chunks)
+        blending = (
+            self.server.connector
+            and not self.server.failure
+            and params.get("lmcache_rag.blend") == "on"
+            and bool(chunks)
+        )
         blend = BlendOptions(
             params.get("lmcache_rag.policy", "query"), params.get("lmcache_rag.ratio", 0.15), enabled=blending
         )
         return prompt, blend
 
-    def told(self, done: Completion, prompt: QueryPrompt | None, body: dict[str, Any]) -> dict[str, Any] | None:
+    def statistics(self, done: Completion, prompt: QueryPrompt | None, body: dict[str, Any]) -> dict[str, Any] | None:
         """What the connector says of a request, before it is computed where `spans` are wanted."""
-        if not self.connector:
+        if not self.server.connector:
             return None
         numbers = done.stats.as_dict()
         if prompt is not None:
@@ -159,86 +136,11 @@ class EmbeddedVLLM(ThreadingHTTPServer):
         if prompt is not None and (body.get("kv_transfer_params") or {}).get("lmcache_rag.spans"):
             there = [chunk for i, chunk in enumerate(prompt.chunks) if i not in done.missed and done.stats.chunks_hit]
             numbers["spans"] = [[chunk.start, chunk.end] for chunk in there]
-        return {"lmcache_rag": numbers | ({"failure": self.failure} if self.failure else {})}
+        return {"lmcache_rag": numbers | ({"failure": self.server.failure} if self.server.failure else {})}
 
+    # -- how it answers ---------------------------------------------------------------------------------------------
 
-def _is_ingest(body: dict[str, Any]) -> bool:
-    params = body.get("kv_transfer_params") or {}
-    return body.get("max_tokens") == 1 and params.get("lmcache_rag.blend") == "off" and "messages" not in body
-
-
-class _Handler(ApiHandler):
-    server: EmbeddedVLLM
-
-    def do_GET(self) -> None:
-        server = self.server
-        server.auth.append(self.headers.get("Authorization"))
-        if self.path == "/v1/models":
-            card = {
-                "id": server.model,
-                "object": "model",
-                "created": 1,
-                "owned_by": "vllm",
-                "root": server.root,
-                "parent": None,
-                "max_model_len": server.context,
-            }
-            self.send_document(200, {"object": "list", "data": [card]})
-        elif self.path == "/version":
-            self.send_document(200, {"version": server.version})
-        else:
-            self.send_problem(404, "Not Found")
-
-    def do_POST(self) -> None:
-        server, self.arrived = self.server, time.perf_counter()
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server.auth.append(self.headers.get("Authorization"))
-        if self.path == "/tokenize":
-            special = body.get("add_special_tokens", True)
-            self.send_document(
-                200, {"tokens": server.engine.tokenizer.encode(body["prompt"], add_special_tokens=special)}
-            )
-            return
-        if self.path not in ("/v1/completions", "/v1/chat/completions"):
-            self.send_problem(404, "Not Found")
-            return
-        with server.lock:
-            server.seen.append(body | {"path": self.path})
-            server.active += 1
-            server.most_active = max(server.most_active, server.active)
-        try:
-            with suppress(BrokenPipeError, ConnectionResetError):
-                self._complete(body)
-        finally:
-            with server.lock:
-                server.active -= 1
-
-    def _complete(self, body: dict[str, Any]) -> None:
-        server = self.server
-        time.sleep(server.hang)
-        if server.key and self.headers.get("Authorization") != f"Bearer {server.key}":
-            self.send_problem(401, "Unauthorized")
-        elif server.fail:
-            self.send_problem(server.fail.pop(0), "on demand")
-        elif body["model"] != server.model:
-            self.send_problem(404, f"The model `{body['model']}` does not exist.")
-        else:
-            prompts = server.token_ids(body)
-            with server.lock:
-                server.ids += prompts
-            most = body.get("max_tokens") or body.get("max_completion_tokens") or 16
-            if "messages" in body and not body.get("max_tokens") and not body.get("max_completion_tokens"):
-                most = max(1, server.context - len(prompts[0]))
-            if max(map(len, prompts)) + most > server.context:
-                self.send_problem(400, f"This model's maximum context length is {server.context} tokens. However, …")
-                return
-            try:
-                self._answer(body, prompts, most)
-            except LMCacheRAGError as problem:
-                self.send_problem(400, str(problem))
-
-    def _answer(self, body: dict[str, Any], prompts: list[list[int]], most: int) -> None:
-        server = self.server
+    def _answer(self, handler: Handler, body: dict[str, Any], prompts: list[list[int]], most: int) -> None:
         stop = body.get("stop") or ()
         sampling = Sampling(
             max_tokens=most,
@@ -250,18 +152,18 @@ class _Handler(ApiHandler):
             seed=body.get("seed"),
         )
         if body.get("stream"):
-            self._stream(body, prompts[0], sampling)
+            self._stream(handler, body, prompts[0], sampling)
             return
-        choices, told, tokens = [], None, 0
+        choices, reported, tokens = [], None, 0
         for index, ids in enumerate(prompts):
-            if _is_ingest(body):
-                prompt, done = None, server.ingest(ids, body)
+            if is_ingest(body):
+                prompt, done = None, self.ingest(ids, body)
             else:
-                prompt, blend = server.query(ids, body)
-                done = server.engine.generate(prompt, sampling, blend)
-            told = server.told(done, prompt, body)
-            if _stopped_by_text(done, server.engine.tokenizer):
-                told = None  # found in the front end, which aborts the request: the connector's words never come
+                prompt, blend = self.query(ids, body)
+                done = self.engine.generate(prompt, sampling, blend)
+            reported = self.statistics(done, prompt, body)
+            if _stopped_by_text(done, self.engine.tokenizer):
+                reported = None  # found in the front end, which aborts the request: the connector's words never come
             tokens += len(done.token_ids)
             choice = {"index": index, "logprobs": None, "finish_reason": done.finish_reason}
             if body.get("return_token_ids"):
@@ -272,42 +174,38 @@ class _Handler(ApiHandler):
             choices.append(choice | said)
         length = sum(map(len, prompts))
         usage = {"prompt_tokens": length, "completion_tokens": tokens, "total_tokens": length + tokens}
-        head = _head(body, server.model, chunk=False)
-        self.send_document(200, head | {"choices": choices, "usage": usage, "kv_transfer_params": told})
+        head = _head(body, self.server.model, chunk=False)
+        handler.send_document(200, head | {"choices": choices, "usage": usage, "kv_transfer_params": reported})
 
-    def _stream(self, body: dict[str, Any], ids: list[int], sampling: Sampling) -> None:
+    def _stream(self, handler: Handler, body: dict[str, Any], ids: list[int], sampling: Sampling) -> None:
         server, chat = self.server, "messages" in body
-        prompt, blend = server.query(ids, body)
-        events = server.engine.stream(prompt, sampling, blend)
-        self.send_response(200)
-        self.send_header("Content-Type", "text/event-stream")
-        self.send_header("Connection", "close")
-        self.end_headers()
-        self.close_connection = True
-        head = _head(body, server.model, chunk=True)
+        prompt, blend = self.query(ids, body)
+        events = self.engine.stream(prompt, sampling, blend)
+        handler.start_stream()
+        head = _head(body, self.server.model, chunk=True)
         try:
             if chat:
-                self.send_event(head | _piece(chat, {"role": "assistant", "content": ""}))
+                handler.send_event(head | _piece(chat, {"role": "assistant", "content": ""}))
             for index, event in enumerate(events):
                 if index == server.drop_after:
                     return
                 if isinstance(event, TextDelta):
-                    self.send_event(head | _piece(chat, event.text))
+                    handler.send_event(head | _piece(chat, event.text))
                     if index == 0:
-                        server.first_ms.append((time.perf_counter() - self.arrived) * 1e3)
-                    time.sleep(self.server.pause)
+                        self.first_ms.append((time.perf_counter() - handler.arrived) * 1e3)
+                    time.sleep(server.pause)
                     continue
                 last = _piece(chat, "", finish_reason=event.finish_reason)
                 if body.get("return_token_ids"):
                     last["choices"][0]["token_ids"] = list(event.token_ids)
-                if server.version_numbers >= (0, 33) and not _stopped_by_text(event, server.engine.tokenizer):
-                    last["kv_transfer_params"] = server.told(event, prompt, body)
-                self.send_event(head | last)
+                if server.version_numbers >= (0, 33) and not _stopped_by_text(event, self.engine.tokenizer):
+                    last["kv_transfer_params"] = self.statistics(event, prompt, body)
+                handler.send_event(head | last)
                 if (body.get("stream_options") or {}).get("include_usage"):
                     counts = (len(ids), len(event.token_ids), len(ids) + len(event.token_ids))
                     usage = dict(zip(("prompt_tokens", "completion_tokens", "total_tokens"), counts, strict=True))
-                    self.send_event(head | {"choices": [], "usage": usage})
-            self.wfile.write(b"data: [DONE]\n\n")
+                    handler.send_event(head | {"choices": [], "usage": usage})
+            handler.wfile.write(b"data: [DONE]\n\n")
         finally:
             events.close()  # type: ignore[attr-defined]
 
@@ -328,21 +226,16 @@ def _stopped_by_text(done: Completion, tokenizer: Any) -> bool:
 
 
 @contextmanager
-def serving(engine: EmbeddedEngine, **options: Any) -> Iterator[EmbeddedVLLM]:
+def serving(engine: EmbeddedEngine, *, prompts: PromptBuilder | None = None, **options: Any) -> Iterator[FakeVLLM]:
     """A running server."""
-    server = EmbeddedVLLM(engine, **options)
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
-    try:
+    with running(FakeVLLM(EngineBackend(engine, prompts=prompts), **options)) as server:
         yield server
-    finally:
-        server.shutdown()
-        server.server_close()
 
 
 def main(port: int, kv: Path) -> None:
     """Serve SmolLM2 in a process of its own, which can be killed."""
-    EmbeddedVLLM(EmbeddedEngine(kv_dir=kv, device="cpu", dtype="float32"), port=port).serve_forever()
+    engine = EmbeddedEngine(kv_dir=kv, device="cpu", dtype="float32")
+    FakeVLLM(EngineBackend(engine), port=port).serve_forever()
 
 
 if __name__ == "__main__":

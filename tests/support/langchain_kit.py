@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from embedded_server_kit import MODEL, EmbeddedVLLM, serving
+from embedded_server_kit import serving
+from fake_vllm import MODEL, FakeVLLM
 from framework_kit import tiny_llama
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.embeddings import DeterministicFakeEmbedding, Embeddings
@@ -50,13 +51,13 @@ def workspace(tokenizer: Any, folder: Path, **settings: Any) -> Iterator[Workspa
 
 
 @contextmanager
-def server(tokenizer: Any, folder: Path, **options: Any) -> Iterator[EmbeddedVLLM]:
+def server(tokenizer: Any, folder: Path, **options: Any) -> Iterator[FakeVLLM]:
     """A vLLM-like server over a tiny model."""
     with serving(tiny_engine(tokenizer, folder), **options) as running:
         yield running
 
 
-def client(kind: Any, running: EmbeddedVLLM, **options: Any) -> Any:
+def client(kind: Any, running: FakeVLLM, **options: Any) -> Any:
     """A langchain_openai object for that server."""
     facts = {"base_url": f"{running.url}/v1", "api_key": "k", "model": MODEL, "temperature": 0, "max_tokens": 4}
     return kind(**(facts | {"max_retries": 0} | options))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from embedded_server_kit import MODEL
+from fake_vllm import MODEL
 from framework_kit import tiny_llama
 from llama_index.core import Document, StorageContext, VectorStoreIndex
 from llama_index.core.embeddings import BaseEmbedding

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from embedded_server_kit import EmbeddedVLLM
+from fake_vllm import FakeVLLM
 from framework_kit import fresh, light_tokenizer, passages
 from langchain_core.documents import Document
 from langchain_core.load import dumps
@@ -39,7 +39,7 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture
-def running(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedVLLM]:
+def running(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVLLM]:
     fresh(monkeypatch, tmp_path)
     with server(tokenizer, tmp_path / "server") as made:
         yield made
@@ -126,20 +126,20 @@ async def test_events_stream(case: Case) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("streams", [False, True])
-def test_token_ids_are_on_the_wire(running: EmbeddedVLLM, texts: list[str], kind: str, streams: bool) -> None:
+def test_token_ids_are_on_the_wire(running: FakeVLLM, texts: list[str], kind: str, streams: bool) -> None:
     case = Case(client(KINDS[kind], running), texts)
     _ = list(case.chain.stream(QUESTION)) if streams else case.chain.invoke(QUESTION)
     [body] = running.questions
     prompt = case.prompt()
     params = body["kv_transfer_params"]
     assert (body["prompt"] if kind == "completions" else params["prompt_token_ids"]) == list(prompt.token_ids)
-    assert running.ids[-1] == list(prompt.token_ids)
+    assert running.backend.ids[-1] == list(prompt.token_ids)
     assert params["lmcache_rag.chunks"] == [[chunk.start, chunk.end] for chunk in prompt.chunks]
     assert body["return_token_ids"] is True
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_statistics_stand_in_the_models_own_run(running: EmbeddedVLLM, texts: list[str], kind: str) -> None:
+def test_statistics_stand_in_the_models_own_run(running: FakeVLLM, texts: list[str], kind: str) -> None:
     case, seen = Case(client(KINDS[kind], running), texts), Seen()
     answer = case.chain.invoke(QUESTION, {"callbacks": [seen]})
     generation = seen.results[-1].generations[0][0]
@@ -159,7 +159,7 @@ def test_statistics_stand_in_the_models_own_run(running: EmbeddedVLLM, texts: li
     assert generation.generation_info["lmcache_rag"]["reused_tokens"] > 0
 
 
-def test_a_trace_has_the_models_name_and_the_statistics(running: EmbeddedVLLM, texts: list[str]) -> None:
+def test_a_trace_has_the_models_name_and_the_statistics(running: FakeVLLM, texts: list[str]) -> None:
     class Tracer(BaseTracer):
         def __init__(self) -> None:
             super().__init__()
@@ -186,7 +186,7 @@ def test_a_trace_has_the_models_name_and_the_statistics(running: EmbeddedVLLM, t
 
 
 @pytest.mark.parametrize(("kind", "options"), [(OpenAI, {"streaming": True}), (ChatOpenAI, {"streaming": True})])
-async def test_a_model_that_always_streams(running: EmbeddedVLLM, texts: list[str], kind: Any, options: Any) -> None:
+async def test_a_model_that_always_streams(running: FakeVLLM, texts: list[str], kind: Any, options: Any) -> None:
     case, seen = Case(client(kind, running, **options), texts), Seen()
     answers = [case.chain.invoke(QUESTION, {"callbacks": [seen]}), await case.chain.ainvoke(QUESTION)]
     assert text_of(answers[0]) == text_of(answers[1]) != ""
@@ -195,7 +195,7 @@ async def test_a_model_that_always_streams(running: EmbeddedVLLM, texts: list[st
     assert seen.results[-1].generations[0][0].generation_info["lmcache_rag"] == seen.events[0][1]
 
 
-async def test_response_headers_can_be_had_too(running: EmbeddedVLLM, texts: list[str]) -> None:
+async def test_response_headers_can_be_had_too(running: FakeVLLM, texts: list[str]) -> None:
     case = Case(client(ChatOpenAI, running, include_response_headers=True), texts)
     answers = [case.chain.invoke(QUESTION), await case.chain.ainvoke(QUESTION)]
     answers += [sum(list(case.chain.stream(QUESTION))[1:], next(case.chain.stream(QUESTION)))]
@@ -207,7 +207,7 @@ async def test_response_headers_can_be_had_too(running: EmbeddedVLLM, texts: lis
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_extra_bodies_are_merged(running: EmbeddedVLLM, texts: list[str], kind: str) -> None:
+def test_extra_bodies_are_merged(running: FakeVLLM, texts: list[str], kind: str) -> None:
     own = {"min_p": 0.1, "kv_transfer_params": {"mine": 1}}
     case = Case(client(KINDS[kind], running, extra_body=own), texts)
     documents = case.retriever.invoke(QUESTION)
@@ -216,7 +216,7 @@ def test_extra_bodies_are_merged(running: EmbeddedVLLM, texts: list[str], kind: 
     assert (body["min_p"], body["top_k"], body["seed"]) == (0.1, 7, 5)
     assert body["kv_transfer_params"]["mine"] == 1
     assert body["kv_transfer_params"]["lmcache_rag.blend"] == "on"
-    assert running.ids[-1] == list(case.prompt().token_ids)
+    assert running.backend.ids[-1] == list(case.prompt().token_ids)
     assert case.source.extra_body == own
 
 
@@ -235,7 +235,7 @@ def test_blending_is_switched_off_per_call(case: Case) -> None:
 
 
 def test_a_chat_model_of_an_old_server_says_that_ids_differ(
-    running: EmbeddedVLLM, texts: list[str], caplog: pytest.LogCaptureFixture
+    running: FakeVLLM, texts: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     running.version = "0.31.0"
     case, seen = Case(client(ChatOpenAI, running), texts), Seen()
@@ -257,20 +257,20 @@ def test_an_old_servers_chat_is_blended_if_ids_are_equal(
     fresh(monkeypatch, tmp_path)
     monkeypatch.setitem(VLLMEngine.__init__.__kwdefaults__, "kv_block", 1)  # no filler, whose tokens would merge
     with server(tokenizer, tmp_path / "server", version="0.31.0") as running:
-        running.engine._info = replace(running.engine.info, kv_block=1)
+        running.backend.engine._info = replace(running.backend.engine.info, kv_block=1)
         words = PromptFormat(context_head="\nPassages:\n", separator="\n", question="\nQuestion:\n{question}")
-        running.prompts = PromptBuilder(tokenizer, running.engine.info, format=words)
+        running.backend.prompts = PromptBuilder(tokenizer, running.backend.engine.info, format=words)
         llm = client(ChatOpenAI, running)
         made = as_workspace(llm)
         made.__dict__["prompts"] = PromptBuilder(tokenizer, made.engine.info, format=words)
         case, seen = Case(llm, texts), Seen()
         case.chain.invoke(QUESTION, {"callbacks": [seen]})
         assert "messages" in running.questions[-1]
-        assert running.ids[-1] == list(case.prompt().token_ids)
+        assert running.backend.ids[-1] == list(case.prompt().token_ids)
         assert seen.events[-1][1]["reused_tokens"] > 0
 
 
-def test_a_responses_api_name_is_asked_by_chat(running: EmbeddedVLLM, texts: list[str]) -> None:
+def test_a_responses_api_name_is_asked_by_chat(running: FakeVLLM, texts: list[str]) -> None:
     case = Case(client(ChatOpenAI, running, use_responses_api=True), texts)
     case.chain.invoke(QUESTION)
     [body] = running.questions
@@ -279,8 +279,8 @@ def test_a_responses_api_name_is_asked_by_chat(running: EmbeddedVLLM, texts: lis
 
 
 @pytest.mark.parametrize(("given", "sent"), [(-1, 0), (256, 0), (8, 8)])
-def test_most_tokens_fit_the_context(running: EmbeddedVLLM, texts: list[str], given: int, sent: int) -> None:
-    length = len(running.prompts.query(texts[:1], QUESTION))
+def test_most_tokens_fit_the_context(running: FakeVLLM, texts: list[str], given: int, sent: int) -> None:
+    length = len(running.backend.prompts.query(texts[:1], QUESTION))
     running.context = 2 * length
     case = Case(client(OpenAI, running, max_tokens=given), texts[:1], k=1)
     case.chain.invoke(QUESTION)
@@ -289,7 +289,7 @@ def test_most_tokens_fit_the_context(running: EmbeddedVLLM, texts: list[str], gi
     assert body["max_tokens"] == (sent or length)
 
 
-def test_a_bound_model_keeps_its_keywords_and_tags(running: EmbeddedVLLM, texts: list[str]) -> None:
+def test_a_bound_model_keeps_its_keywords_and_tags(running: FakeVLLM, texts: list[str]) -> None:
     case, seen = Case(client(OpenAI, running), texts), Seen()
     bound = case.source.bind(stop=["zzz"]).with_config(tags=["bound"])
     chain: Any = {"documents": case.retriever, "question": RunnablePassthrough()} | blend(bound)
@@ -299,7 +299,7 @@ def test_a_bound_model_keeps_its_keywords_and_tags(running: EmbeddedVLLM, texts:
 
 
 def test_stop_strings_do_not_make_a_server_look_stock(
-    running: EmbeddedVLLM, texts: list[str], caplog: pytest.LogCaptureFixture
+    running: FakeVLLM, texts: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     case = Case(client(OpenAI, running), texts)
     whole = case.chain.invoke(QUESTION)
@@ -308,7 +308,7 @@ def test_stop_strings_do_not_make_a_server_look_stock(
     assert case.blend.blender.engine.info.can_blend
 
 
-def test_what_a_blended_prompt_cannot_carry_is_refused(running: EmbeddedVLLM, texts: list[str]) -> None:
+def test_what_a_blended_prompt_cannot_carry_is_refused(running: FakeVLLM, texts: list[str]) -> None:
     case = Case(client(ChatOpenAI, running), texts)
     ask = {"documents": texts, "question": QUESTION}
     with pytest.raises(ConfigError, match="tools"):
@@ -320,7 +320,7 @@ def test_what_a_blended_prompt_cannot_carry_is_refused(running: EmbeddedVLLM, te
     assert not running.questions
 
 
-def test_langchains_cache_answers_without_a_request(running: EmbeddedVLLM, texts: list[str]) -> None:
+def test_langchains_cache_answers_without_a_request(running: FakeVLLM, texts: list[str]) -> None:
     from langchain_core.caches import InMemoryCache
 
     for kind in (OpenAI, ChatOpenAI):
@@ -393,7 +393,7 @@ def test_a_prompt_value_is_found_by_its_namespace_and_pickles() -> None:
     assert pickle.loads(pickle.dumps(value)) == value
 
 
-def test_the_same_source_is_one_workspace_for_store_and_chain(running: EmbeddedVLLM) -> None:
+def test_the_same_source_is_one_workspace_for_store_and_chain(running: FakeVLLM) -> None:
     llm = client(OpenAI, running)
     assert as_workspace(llm) is as_workspace(client(ChatOpenAI, running, max_tokens=9))
 
@@ -422,7 +422,7 @@ async def test_the_step_fits_into_larger_chains(case: Case) -> None:
 
 
 def test_tenants_never_share_kv(
-    running: EmbeddedVLLM, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    running: FakeVLLM, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reused = {}
     for tenant in ("a", "b"):
@@ -451,5 +451,5 @@ async def test_keywords_of_a_call_reach_the_engine(tokenizer: Any, texts: list[s
         pieces = [piece.text async for piece in step.astream(given, max_tokens=3)]
         assert whole.text.startswith("".join(pieces))
         assert 1 < len([piece for piece in pieces if piece]) <= 3
-        with pytest.raises(ConfigError, match="no 'logprobs'"):
+        with pytest.raises(ConfigError, match="not support 'logprobs'"):
             step.invoke(given, logprobs=True)

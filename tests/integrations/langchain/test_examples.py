@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from embedded_server_kit import MODEL
+from fake_vllm import MODEL
 from framework_kit import fresh, light_tokenizer
 from langchain_kit import server, tiny_engine
 
@@ -85,7 +85,7 @@ def test_three_changed_lines(
         with server(tokenizer, tmp_path / path.stem) as running:
             monkeypatch.setenv("VLLM_URL", running.url)
             module = load(path, few_documents)
-            results[path.stem] = module.main(), running.reused, len(running.questions)
+            results[path.stem] = module.main(), running.backend.reused, len(running.questions)
     (plain, no_reuse, _), (fast, reuse, asked) = results.values()
     assert [_sources(result) for result in plain] == [_sources(result) for result in fast]
     assert all(result["answer"] for result in (*plain, *fast))

@@ -14,7 +14,8 @@ from typing import Any
 
 import openai
 import pytest
-from embedded_server_kit import EmbeddedVLLM, serving
+from embedded_server_kit import serving
+from fake_vllm import FakeVLLM
 from framework_kit import fresh, light_tokenizer, passages
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
@@ -43,7 +44,7 @@ def made(tokenizer: Any, tmp_path: Path) -> Iterator[Workspace]:
 
 
 @pytest.fixture
-def running(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[EmbeddedVLLM]:
+def running(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVLLM]:
     fresh(monkeypatch, tmp_path)
     with server(tokenizer, tmp_path / "server") as opened:
         yield opened
@@ -155,7 +156,7 @@ def test_lost_kv_is_computed_and_kept_again(made: Workspace, texts: list[str]) -
 
 @pytest.mark.parametrize("kind", [OpenAI, ChatOpenAI])
 def test_a_stock_server_answers_and_it_is_said_once(
-    running: EmbeddedVLLM, texts: list[str], kind: Any, caplog: pytest.LogCaptureFixture
+    running: FakeVLLM, texts: list[str], kind: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     running.connector = False
     llm = client(kind, running)
@@ -191,7 +192,7 @@ def test_retrieval_goes_on_while_the_engine_is_down(
         blend(llm).invoke({"documents": texts, "question": QUESTION})
 
 
-def test_another_model_at_the_url_is_an_early_error(running: EmbeddedVLLM, texts: list[str]) -> None:
+def test_another_model_at_the_url_is_an_early_error(running: FakeVLLM, texts: list[str]) -> None:
     llm = client(OpenAI, running, model="meta-llama/Llama-3.1-8B")
     with pytest.raises(EngineError, match=r"serves .*SmolLM2.*, not meta-llama"):
         blend(llm).invoke({"documents": texts, "question": QUESTION})
@@ -200,7 +201,7 @@ def test_another_model_at_the_url_is_an_early_error(running: EmbeddedVLLM, texts
     assert running.seen == []
 
 
-def test_a_broken_stream_says_so(running: EmbeddedVLLM, texts: list[str]) -> None:
+def test_a_broken_stream_says_so(running: FakeVLLM, texts: list[str]) -> None:
     llm = client(ChatOpenAI, running)
     filled(llm, texts)
     running.drop_after = 2
@@ -209,7 +210,7 @@ def test_a_broken_stream_says_so(running: EmbeddedVLLM, texts: list[str]) -> Non
 
 
 @pytest.mark.parametrize("kind", [OpenAI, ChatOpenAI])
-def test_leaving_a_stream_early_stops_the_computation(running: EmbeddedVLLM, texts: list[str], kind: Any) -> None:
+def test_leaving_a_stream_early_stops_the_computation(running: FakeVLLM, texts: list[str], kind: Any) -> None:
     running.pause = 0.02  # or the answer could be over before anybody leaves
     llm = client(kind, running, max_tokens=3000)
     filled(llm, texts)
@@ -221,7 +222,7 @@ def test_leaving_a_stream_early_stops_the_computation(running: EmbeddedVLLM, tex
     assert running.gone.wait(60)
 
 
-def test_an_error_of_the_server_stays_the_models_own(running: EmbeddedVLLM, texts: list[str]) -> None:
+def test_an_error_of_the_server_stays_the_models_own(running: FakeVLLM, texts: list[str]) -> None:
     llm = client(OpenAI, running)
     filled(llm, texts)
     running.fail = [500]
@@ -232,7 +233,7 @@ def test_an_error_of_the_server_stays_the_models_own(running: EmbeddedVLLM, text
     assert retried.invoke({"documents": texts[:2], "question": QUESTION})
 
 
-def test_the_models_own_key_goes_to_its_own_server(running: EmbeddedVLLM, texts: list[str]) -> None:
+def test_the_models_own_key_goes_to_its_own_server(running: FakeVLLM, texts: list[str]) -> None:
     running.key = "secret"
     llm = client(OpenAI, running, api_key="secret")
     filled(llm, texts[:1])

@@ -10,7 +10,8 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-from embedded_server_kit import MODEL, serving
+from embedded_server_kit import serving
+from fake_vllm import MODEL
 from framework_kit import fresh, light_tokenizer
 from llama_index_kit import EMBED, WordEmbedding, tiny_engine
 from lmcache_rag.integrations.llama_index import EmbedderEmbedding, node_text

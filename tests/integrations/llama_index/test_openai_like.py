@@ -74,7 +74,7 @@ async def test_token_ids_arrive_and_kv_is_reused(running, texts, chat, version, 
         other = await ask.aquery("What?")
     assert other.response == response.response
     assert [q["path"] for q in running.questions] == [path, path]
-    assert running.ids[-1] == running.ids[-2] == wanted_ids(llm, ask, response)
+    assert running.backend.ids[-1] == running.backend.ids[-2] == wanted_ids(llm, ask, response)
     for one in (response, other):
         assert (stats(one)["chunks_hit"], stats(one)["chunks_missed"]) == (3, 0)
         assert stats(one)["reused_tokens"] > 0
@@ -152,7 +152,7 @@ def test_the_users_settings_are_kept_and_filled_in(running, texts):
     ask.query("What?")
     body = running.questions[-1]
     assert body["temperature"] == 0.0
-    assert body["max_tokens"] + len(running.ids[-1]) == running.context
+    assert body["max_tokens"] + len(running.backend.ids[-1]) == running.context
     nodes = ask.retriever.retrieve("What?")
     ask._response_synthesizer.synthesize("What?", nodes, max_tokens=2, blend=BlendOptions(enabled=False))
     assert running.questions[-1]["max_tokens"] == 2
