@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag._utils import iterate_in_thread
-from lmcache_rag.engines import vllm_answer as wire
+from lmcache_rag.engines import vllm_answer
 from lmcache_rag.engines.base import (
     BlendOptions,
     Completion,
@@ -126,6 +126,7 @@ class Blender:
             numbers = [float(score) for score in scores if score is not None]
             if len(numbers) == len(scores):  # scores of only some texts cannot be compared
                 ranked = numbers
+        # Not from a store: a chunk's id is its index in `texts`; size and documents are not known, nor read.
         hits = [Hit(i, text, score, 0, ()) for i, (text, score) in enumerate(zip(texts, ranked, strict=True))]
         fitted = fit_context(
             self.prompts,
@@ -228,13 +229,13 @@ class Blender:
         ids = body.pop("prompt")
         return body | {"kv_transfer_params": {**body["kv_transfer_params"], "prompt_token_ids": ids}}
 
-    def gather(self) -> wire.Gathered:
+    def gather(self) -> vllm_answer.Gathered:
         """Start to collect the raw parts of the answer that another client gets; TTFT counts from now."""
-        return wire.Gathered()
+        return vllm_answer.Gathered()
 
     def finished(
         self,
-        gathered: wire.Gathered,
+        gathered: vllm_answer.Gathered,
         prompt: BlendPrompt,
         *,
         streamed: bool,

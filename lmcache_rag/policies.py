@@ -65,13 +65,17 @@ class Passes(Protocol):
 
 
 class Policy(Protocol):
-    """Ranks cached tokens.
-
-    A policy that requests a deviation returns its layer as `check_layer` too: an engine then runs that pass beforehand,
-    in pieces.
-    """
+    """Ranks cached tokens. A policy is a subclass, so that it has the default `check_layer`."""
 
     name: ClassVar[str]
+
+    @property
+    def check_layer(self) -> int | None:
+        """The layer whose deviation the policy requests: an engine then runs that pass beforehand, in pieces.
+
+        None: it requests no deviation.
+        """
+        return None
 
     def scores(self, layout: Layout, passes: Passes) -> Tensor:
         """float32 [cached tokens]; the highest are computed again."""
@@ -79,7 +83,7 @@ class Policy(Protocol):
 
 
 @dataclass(frozen=True)
-class QueryPolicy:
+class QueryPolicy(Policy):
     """The tokens that the question attends to: the default.
 
     The question's own attention over the placed KV shows which tokens the answer depends on. Known from ProphetKV
@@ -100,7 +104,7 @@ class QueryPolicy:
 
 
 @dataclass(frozen=True)
-class HKVDPolicy:
+class HKVDPolicy(Policy):
     """The tokens whose KV deviates most at a check layer (CacheBlend, arXiv 2405.16444, section 4.3)."""
 
     name: ClassVar[str] = "hkvd"
@@ -117,7 +121,7 @@ class HKVDPolicy:
 
 
 @dataclass(frozen=True)
-class HeadPolicy:
+class HeadPolicy(Policy):
     """The first tokens of each chunk (LegoLink of EPIC, arXiv 2410.15332): computed as if first in the prompt."""
 
     name: ClassVar[str] = "head"
@@ -128,7 +132,7 @@ class HeadPolicy:
 
 
 @dataclass(frozen=True)
-class NonePolicy:
+class NonePolicy(Policy):
     """Full reuse: nothing is computed again."""
 
     name: ClassVar[str] = "none"
@@ -139,7 +143,7 @@ class NonePolicy:
 
 
 @dataclass(frozen=True)
-class AllPolicy:
+class AllPolicy(Policy):
     """Everything is computed again: equals a full prefill, which tests the blend."""
 
     name: ClassVar[str] = "all"

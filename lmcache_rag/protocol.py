@@ -3,8 +3,8 @@
 Request keys and what may stand in them, reason codes, the statistics in an answer, metric names and defaults. Server,
 client, command line, doctor, benchmarks and integrations take them from here. Needs neither vLLM nor PyTorch.
 
-Programs compare codes; a sentence is made from a code where a person reads it (`fallback_sentence`,
-`cannot_blend_sentence`). Existing keys, codes, answer fields, metric names and label values never change.
+Programs compare codes; a sentence is made from a code where a person reads it: `fallback_sentence`; an
+`Unsupported` brings its own text. Existing keys, codes, answer fields, metric names and label values never change.
 """
 
 from __future__ import annotations
@@ -421,7 +421,7 @@ def named_spans(params: Any, prompt: int) -> list[tuple[int, int]]:
         if not last <= start < end <= prompt:
             return []
         last = end
-        if end - start >= SPAN_TOKENS or not spans:
+        if end - start >= SPAN_TOKENS or not spans:  # the first stays, however short: the prefix ends where it begins
             spans.append((start, end))
     return spans
 

@@ -1,4 +1,4 @@
-"""From a chain's input (documents, question, history) to a prompt value: text, messages, token ids."""
+"""Parses a chain's input, and shows a finished prompt to LangChain. Token ids are made in lmcache_rag.prompt."""
 
 from __future__ import annotations
 

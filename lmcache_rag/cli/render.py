@@ -1,4 +1,7 @@
-"""Formats results: numbers, answers and their reuse, the status of a store, and dictionaries for JSON."""
+"""Formats results: numbers, answers and their reuse, the status of a store, and dictionaries for JSON.
+
+The sentence of a reason code comes from lmcache_rag.protocol (`fallback_sentence`).
+"""
 
 from __future__ import annotations
 

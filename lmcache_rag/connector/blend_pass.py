@@ -97,8 +97,9 @@ class BlendOutcome:
     Attributes:
         recomputed: Tokens selected and recomputed.
         gaps: Tokens computed because nothing was cached for them.
-        observed_sum: Sum of the observed attention: not finite if any key before the end, or any value below the last
-            layer, is not; None if no pass covered all of them.
+        observed_sum: Sum of the attention that the suffix pass observed. That pass reads every key before the end, and
+            every value below the last layer, so the sum is not finite if one of them is not. None if no suffix pass
+            ran: it shows nothing then.
         selected: Positions of the selected tokens, int64 [recomputed], ascending or not.
         hidden: Hidden state of the prompt's last token, [1, width], if that was computed too.
     """
@@ -221,7 +222,7 @@ class BlendPass:
         end: int = 0,
         with_last_token: bool = False,
     ) -> StepIterator[BlendOutcome]:
-        """Select, then recompute; see there."""
+        """Blend: `select`, then `recompute`, which document the arguments."""
         selection = yield from self.select(ids, spans, start, policy=policy, ratio=ratio)
         return (yield from self.recompute(ids, selection, end=end, with_last_token=with_last_token))
 
@@ -252,7 +253,7 @@ class BlendPass:
         gaps = to_device_async(absent.nonzero()[:, 0], torch.int64, device)
         suffix = torch.arange(cached_end, min(len(ids), self.sequence.capacity), device=device)
         passes = ModelPasses(self, ids, layout, gaps, start, cached_end, suffix)
-        check_layer, cached = getattr(policy, "check_layer", None), len(layout.cached)
+        check_layer, cached = policy.check_layer, len(layout.cached)
         if check_layer is not None and 0 < how_many(policy, ratio, cached) < cached:
             yield from passes.check(check_layer)
         chosen = select(policy, ratio, layout, passes)

@@ -70,7 +70,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         chunk = lmcache_client.chunk_tokens(adapter)
         if options.chunk_size not in (0, chunk):
             log.warning(
-                "lmcache_rag.chunk_size is %d and LMCache's is %d: clients pad their prompts for the wrong one",
+                "Clients pad to %d tokens, LMCache stores %d: set lmcache_rag.chunk_size to LMCache's",
                 options.chunk_size,
                 chunk,
             )

@@ -1,4 +1,6 @@
-"""The pass of policy `query` as one CUDA graph: a prompt's last tokens run through all layers, their attention summed.
+"""The suffix pass of policy `query` as one CUDA graph: a prompt's last tokens run through all layers.
+
+Their attention is summed.
 
 Launched layer by layer, a pass over few tokens is limited by the host. Everything that differs between requests is in
 tensors with fixed addresses; the graph is captured once over them and replayed for each request.

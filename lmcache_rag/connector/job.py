@@ -54,7 +54,7 @@ class CudaTimer:
         return mark
 
     def loaded(self) -> None:
-        """The load is complete, or queued before this point of the stream."""
+        """The load is complete, or has timed out."""
         self._load.append(self._mark())
 
     def begin(self) -> None:
@@ -111,7 +111,7 @@ class JobResources:
         loader: Loads KV from LMCache.
         timed_out: Loads that timed out.
         gpu_copy: Copies resident chunks; None if they are not in use.
-        may_report: Whether vLLM recomputes blocks that are reported as failed; see
+        vllm_recomputes_bad_blocks: Whether vLLM recomputes blocks that are reported as failed; see
             lmcache_rag.connector.model_runner.recomputes_reported_blocks.
     """
 
@@ -119,7 +119,7 @@ class JobResources:
     loader: KVLoader
     timed_out: TimedOutLoads
     gpu_copy: GpuCopy | None
-    may_report: bool
+    vllm_recomputes_bad_blocks: bool
 
 
 class BlendJob:
@@ -211,7 +211,10 @@ class BlendJob:
         return all(loader.there(future) for future in self._futures)
 
     def load(self) -> None:
-        """Wait for the KV, on the stream. Ranks agree on whether it was loaded and there is memory for the work."""
+        """Wait on the CPU until the KV is there, or the deadline.
+
+        Ranks agree on whether it was loaded and there is memory for the work.
+        """
         failure, plan, model, loader = self._load_failure, self.plan, self._resources.model, self._resources.loader
         for future in self._futures:
             if not loader.arrived(future, self._seconds_left()):
@@ -231,7 +234,7 @@ class BlendJob:
     def has_memory(self) -> bool:
         """Whether this rank has memory for its blend, at the largest passes; see VLLMModel.has_memory."""
         plan, model, tokens = self.plan, self._resources.model, self.blend.chunk_size
-        layer = getattr(get_policy(plan.policy), "check_layer", None)
+        layer = get_policy(plan.policy).check_layer
         if layer is not None:  # a check that is cut in chunks takes more tokens through fewer layers
             tokens = tokens * model.layers // (layer + 1)
         prompt = len(plan.token_ids)
@@ -289,7 +292,7 @@ class BlendJob:
                 if self._resources.model.ranks > 1:
                     raise  # the others wait for this rank in the middle of the pass: it cannot begin another
                 self.failure = Fallback.OUT_OF_MEMORY
-            # Not above: while an exception is handled, it keeps all that the pass had allocated.
+            # Outside `except`: the traceback holds the pass's tensors, so memory would not be freed.
             if self.failure:
                 self._shrink_chunks()
         if self.failure:
@@ -319,10 +322,10 @@ class BlendJob:
         import torch
 
         plan, done, self._finite_check = self.plan, self.plan.local, None
-        ranks, may_report = self._resources.model.ranks, self._resources.may_report
+        ranks, vllm_recomputes_bad_blocks = self._resources.model.ranks, self._resources.vllm_recomputes_bad_blocks
         if not self._shrink_to_memory():
             self.lost, self.failure = True, Fallback.OUT_OF_MEMORY
-            if not may_report:
+            if not vllm_recomputes_bad_blocks:
                 raise torch.OutOfMemoryError("There is no GPU memory to compute even a few tokens.")
         while done < plan.end and not self.lost:
             positions = torch.arange(done, plan.end, device=self._ids.device)
@@ -332,7 +335,7 @@ class BlendJob:
                     yield count
             except torch.OutOfMemoryError:
                 smallest = self.blend.chunk_size <= SMALLEST
-                if ranks > 1 or (smallest and not may_report):
+                if ranks > 1 or (smallest and not vllm_recomputes_bad_blocks):
                     raise
                 self.lost = smallest
                 self.failure = Fallback.OUT_OF_MEMORY if smallest else self.failure
@@ -382,8 +385,11 @@ class BlendJob:
             total += cache[blocks, within].sum(dtype=torch.float32)
         self._finite_check = AsyncScalar(total)
 
-    def kv_is_finite(self) -> bool:
-        """Whether the loaded KV was finite, on all ranks. Waits for the GPU up to the end of the selection."""
+    def verify(self) -> bool:
+        """Whether the loaded KV is finite, on all ranks; if not, the job fails.
+
+        Waits for the GPU up to the end of the selection.
+        """
         check, self._finite_check = self._finite_check, None
         if check is None:
             return True

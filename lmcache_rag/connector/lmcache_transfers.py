@@ -1,5 +1,8 @@
 """Transfers of KV between a worker and LMCache: loads for blends, and the loads and stores of LMCache's own connector.
 
+Loads are requested and awaited here. The copy into vLLM's blocks is made by LMCache's server: its
+`cb_retrieve_pre_computed` for chunk KV, which also rotates the keys, and its `retrieve` for an exact prefix.
+
 LMCache reads a request's blocks for a store and writes to them for a load, and vLLM must not give them to another
 request meanwhile. LMCache's adapter keeps one answer for each request, so a prompt that is stored in two parts counts
 as stored after the first, and it drops all answers when a heartbeat fails: vLLM gives the blocks to others, and
@@ -456,7 +459,7 @@ class InFlightTransfers:
         failed = [transfer for transfer in over if transfer.failed]
         if failed and not self._warned:
             log.warning(
-                "LMCache did not answer within %.0f s: the KV of %d prompts is not stored or loaded",
+                "LMCache did not answer within %.0f s: %d transfers of KV (stores or loads) failed",
                 STORE_S,
                 len(failed),
             )

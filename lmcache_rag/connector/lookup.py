@@ -93,8 +93,8 @@ class LookupWindow:
         self._aborted, self._deadline = aborted, deadline
         self._in_flight: dict[str, RequestState] = {}  # looked up, and no blocks allocated yet
         self._step_tokens = 0  # of the prompts whose look-ups started in this step
-        self._refused = False  # a request of the queue has to wait until its look-up may start
-        self._queued = False  # likewise in the step before
+        self._refused = False  # in this step a queued request's look-up could not start: no later one may, either
+        self._queued = False  # `_refused` of the step before: a new request may not overtake those in the queue
         self.step = 0
 
     def may_start_early(self, request: Any, now: float) -> bool:
@@ -182,7 +182,7 @@ class SchedulerClient:
         self._salts, self._lora_adapters = salts, Adapters()
         self._reports = lmcache_client.DeferredBlockReports(adapter)
         self._releases = lmcache_client.DeferredReleases(adapter)
-        self._unused: set[str] = set()  # requests whose look-up by LMCache's own connector has no result that was used
+        self._unused: set[str] = set()  # LMCache's own connector looked them up, and has not used the result yet
 
     # -- a request's tracker ------------------------------------------------------------------------------------------
 

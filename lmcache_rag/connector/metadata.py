@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+from lmcache_rag.policies import get_policy, how_many
 from lmcache_rag.protocol import CannotBlend, SelfCheck, Unsupported
 
 if find_spec("vllm"):
@@ -142,8 +143,7 @@ class Claim:
     def computed(self, policy: str, ratio: float) -> int:
         """Tokens that a blend of this claim computes, without its selection."""
         reused = self.reused
-        again = {"none": 0, "all": reused}.get(policy, round(ratio * reused))
-        return again + self.end - self.exact - reused
+        return how_many(get_policy(policy), ratio, reused) + self.end - self.exact - reused
 
 
 def claim(prompt: int, local: int, prefix: int, matches: Sequence[Match], *, least: int = 64, tail: int = 0) -> Claim:

@@ -329,7 +329,7 @@ class VLLMModel:
     def _capture(self, policy: QueryPolicy) -> CapturedQueryPass | None:
         """The policy's pass as a CUDA graph; None if it cannot be captured: then it is launched layer by layer."""
         if reason := capture_unsupported_reason(self._config):
-            log.info("The query pass is not captured as a CUDA graph: %s", reason)
+            log.info("The suffix pass is not captured as a CUDA graph: %s", reason)
             return None
         ranks = self._config.parallel_config.tensor_parallel_size
         capture_context = functools.partial(vllm_internals.graph_capture_stream, self.device) if ranks > 1 else None
@@ -349,7 +349,7 @@ class VLLMModel:
             captured.capture()
         except Exception as error:  # the backend cannot do something during a capture; the pass works without a graph
             log.warning(
-                "The query pass could not be captured as a CUDA graph: %s. It is launched layer by layer.", error
+                "The suffix pass could not be captured as a CUDA graph: %s. It is launched layer by layer.", error
             )
             captured = None
         if ranks > 1 and not self.all_ranks(captured is not None):

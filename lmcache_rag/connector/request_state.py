@@ -1,4 +1,25 @@
-"""The scheduler's state of one request."""
+"""The scheduler's state of one request.
+
+A request may hold a look-up, read locks at LMCache, a place among the look-ups in flight, tokens of the budget, and
+pins on resident chunks. What releases them (methods of BlendScheduler where no class is named):
+
+| call | what it releases |
+| --- | --- |
+| `fail` | after an error: `drop`, and nothing of the request is stored any more |
+| `drop` | all but what a plan uses: pins, claim, look-up, the locks of a load that no worker has |
+| `_exclude` | nothing: it holds nothing yet, and is closed before a look-up; it still gets statistics |
+| (closed) | no call but a state: nothing is looked up or claimed any more |
+| `_give_up` | its place in the LookupWindow and its look-up (`_abort`); it is closed |
+| `_abort` | a look-up, to AbortedLookups: all its locks, once it is answered, and its session |
+| `_withdraw` | read locks of what a plan would have loaded, if no worker has that plan |
+| `_release` | read locks of the exact prefix that is not loaded (`RequestState.unused`) |
+| `BlendBudget.withdraw` | the tokens of its claim in this step |
+| `GpuChunks.unpin` | the blocks of resident chunks, to vLLM's pool |
+| `LookupWindow.remove` | its place among the look-ups in flight |
+| `finish` | the request ended: all but what a worker's plan uses, and the state itself |
+| `remove` | what is left after an error, once LMCache's connector has ended the request too |
+| `BlendWorker.cancel` | its work in the background stops; its blocks are free when its loads have ended |
+"""
 
 from __future__ import annotations
 
@@ -41,20 +62,20 @@ class RequestState:
     started: bool = False  # vLLM's blocks were searched, and a look-up was started where that was not enough
     step: int = 0  # in which vLLM asked for it last
     asked_at: float = 0.0
-    waiting_since: float = 0.0  # since when the request waits for nothing but its look-up
+    waiting_since: float = 0.0  # since when it waits for its turn, then for the answer; 0: the next poll sets it
     lookup_ms: float = 0.0
     prefix: int = 0  # tokens that LMCache holds from the prompt's beginning on
     claim: Claim | None = None
     local: int = 0
     background: bool = False  # the claim is blended during other requests' steps
     planned: bool = False  # blocks were allocated: there is nothing more to decide
-    loads: tuple[int, int] = (0, 0)  # exact prefix chunks that a worker loads, which releases their locks
-    unused: tuple[int, int] = (0, 0)  # those whose locks are to be released here
+    loads: tuple[int, int] = (0, 0)  # [start, end) of the exact prefix that a worker loads: that releases its locks
+    unused: tuple[int, int] = (0, 0)  # [start, end) that is not loaded: BlendScheduler releases its read locks
     closed: bool = False  # nothing is claimed any more
     resident_only: bool = False  # nearly everything is resident in vLLM's pool: LMCache is not asked
     approximate_from: int | None = None  # first token whose KV is approximate
     blocks_hit: int = 0  # of the plan that a worker has
-    spans: list[tuple[int, int]] | None = None  # the same as chunks; None: the answer does not hold them
+    spans: list[tuple[int, int]] | None = None  # [start, end) of each chunk that was hit; None: not in the answer
     ingest: bool = False
     result: BlendResult | None = None
     failure: str = ""
@@ -94,7 +115,7 @@ def has_embeddings(request: Any) -> bool:
 
 
 def can_hit(request: Any, chunk: int) -> bool:
-    """Whether anything can be cached for a request of vLLM's, which is looked up by whole chunks of `chunk` tokens."""
+    """Whether a look-up could find anything: text only, longer than one LMCache chunk (`chunk` tokens), not resumed."""
     prompt = len(request.prompt_token_ids or ())
     if prompt <= chunk or getattr(request, "skip_reading_prefix_cache", False):
         return False

@@ -56,6 +56,8 @@ log = logging.getLogger("lmcache_rag")
 class BlendScheduler:
     """Takes each request from its look-up to its claim, its admission, its plan and its statistics.
 
+    What a request holds, and which call releases it: see lmcache_rag.connector.request_state.
+
     Args:
         options: Settings.
         chunk: Tokens of an LMCache chunk.
@@ -122,7 +124,8 @@ class BlendScheduler:
         nothing = Unsupported(CannotBlend.NO_WORKER, "no worker of vLLM reported whether it can blend")
         reasons = [item.unsupported for item in reports if item.unsupported is not None]
         self.unsupported = reasons[0] if reasons else None if reports else nothing
-        self.self_check = max((item.self_check for item in reports if item.self_check), default=None)  # "skipped"
+        # The worst: one rank that skipped counts for all.
+        self.self_check = max((item.self_check for item in reports if item.self_check), default=None)
 
     def can_blend(self) -> bool:
         """Whether the workers blend."""
@@ -185,7 +188,7 @@ class BlendScheduler:
     # -- a new request ------------------------------------------------------------------------------------------------
 
     def on_new_request(self, request: Any) -> bool:
-        """Check a new request's parameters, so that our code, LMCache and vLLM's scheduler can read what remains.
+        """Check a new request's parameters. Keep only valid ones: nothing after this checks them again.
 
         Returns:
             Whether it can be looked up at once.
@@ -296,14 +299,16 @@ class BlendScheduler:
             state.claim = wanted
             return 0
         if self.uncomputed and self.uncomputed.pending(request.block_hashes, local):
-            return None  # KV that it shares with another request is computed in this step, after the blend
+            # Shared blocks are filled by this step's forward pass, and a blend would read them before: ask again in the
+            # next step.
+            return None
         tokens = wanted.computed(state.policy, state.ratio)
         how = self.budget.admit(tokens)
         if how is Admission.DEFER:
             return None
         state.background = how is Admission.ASYNC
         if state.background and wanted.matches:
-            # The request waits without blocks for more than is claimed, so all tokens except the last are claimed.
+            # A waiting request gets blocks only for claimed tokens. The suffix needs blocks too, so it is claimed.
             wanted = claim(prompt, local, wanted.exact, wanted.matches, least=0, tail=prompt)
         state.claim = wanted
         self.budget.claim(request.request_id, how, tokens)
@@ -341,8 +346,8 @@ class BlendScheduler:
     def stored(self, request: Any) -> int:
         """Tokens that LMCache holds of this prompt from its beginning on: they need not be stored again.
 
-        But for a chunk at ingestion (lmcache_rag.protocol.INGEST): LMCache enters into its index of chunks only what is
-        stored, not what it loads from a second tier, where an earlier server may have put it.
+        0 when ingesting (lmcache_rag.protocol.INGEST): the chunk must be stored again, since LMCache indexes only what
+        is stored, not what it loads from a second tier, where an earlier server may have put it.
         """
         state = self._states.get(request.request_id)
         if ingests(request.kv_transfer_params):
@@ -362,7 +367,7 @@ class BlendScheduler:
         now = time.perf_counter()
         state.waiting_since = state.waiting_since or now
         if self._window.may_start(request, now):
-            state.waiting_since = 0.0
+            state.waiting_since = 0.0  # the wait for its turn ends; that for the answer counts from the next poll
             self._start(request, state)
         elif self._silent_since is not None and now - state.waiting_since > self.options.lookup_deadline:
             state.closed, state.failure = True, Fallback.LOOKUP_DEADLINE
@@ -589,7 +594,7 @@ class BlendScheduler:
                 # The server did not answer for a whole deadline, during which vLLM may have been blocked: look-ups that
                 # were sent then have waited as long, though nothing could poll them.
                 for state in self._states.values():
-                    state.waiting_since = state.asked_at
+                    state.waiting_since = state.asked_at  # 0 if it is not sent yet: its wait begins anew
 
     def finished_sending(self, connector_output: Any) -> set[str]:
         """Requests whose blocks vLLM may free, as their stores are done. See lmcache_rag.connector.transfers."""

@@ -24,8 +24,11 @@ log = logging.getLogger("lmcache_rag")
 
 
 def draw_secret(environment: MutableMapping[str, str] = os.environ) -> None:
-    """Put a new secret into the environment where there is none: processes that are started from here inherit it."""
-    if not environment.get(VARIABLE) and not environment.get(FILE_VARIABLE):
+    """Put a new secret into the environment where there is none: processes that are started from here inherit it.
+
+    A variable of blanks is none, as for `find_secret`.
+    """
+    if not environment.get(VARIABLE, "").strip() and not environment.get(FILE_VARIABLE):
         environment[VARIABLE] = secrets.token_hex(32)
 
 

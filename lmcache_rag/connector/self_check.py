@@ -170,7 +170,7 @@ def run_self_check(vllm_config: Any, model: CheckedModel, on_all_ranks: Callable
     if not on_all_ranks(reason is None) and reason is None:
         reason = Unsupported(CannotBlend.OTHER_RANK, "the self-check at start failed on another rank")
     if reason is not None:
-        log.error("BLENDING IS OFF: %s. Prompts are computed in full.", reason)
+        log.error("BLENDING IS OFF: %s. Exact prefixes are reused, everything else is computed.", reason)
         return reason
     log.info("Self-check: passed, a blend equals a full prefill (%.1f s)", time.perf_counter() - begun)
     remember_passed(name)

@@ -1,13 +1,14 @@
-"""KV transfers with LMCache: the loader, loads that timed out, and when vLLM may free a request's blocks.
+"""KV transfers with LMCache: the loader's Protocol, loads that timed out, and when vLLM may free a request's blocks.
+
+Of the loader only the Protocol is here (`KVLoader`); what loads is LMCacheLoader in lmcache_transfers.py.
 
 A worker that stops waiting for a load computes the tokens itself. The server may still carry the load out, into blocks
 that vLLM may have given to another request by then. So the blocks of such a load are fenced until nothing can be
 written to them any more.
 
 vLLM receives two completion notices for a request whose exact prefix LMCache's connector loads, or that is blended in
-the
-background: that its load is done (finished_recving) and that its stores are (finished_sending), in any order. It frees
-the blocks at the first and fails an assertion at the second, which ends the engine. So a worker holds
+the background: that its load is done (finished_recving) and that its stores are (finished_sending), in any order. It
+frees the blocks at the first and fails an assertion at the second, which ends the engine. So a worker holds
 finished_sending back while blocks are still being written to (`FinishedGate`), and the scheduler drops the second
 notice (`FinishedOnce`).
 """

@@ -42,8 +42,8 @@ class BlendWorker:
     Args:
         model: The model in this worker.
         loader: Loads KV from LMCache.
-        may_report: Whether vLLM recomputes blocks that are reported as failed, and discards the step's output for them;
-            see lmcache_rag.connector.model_runner.recomputes_reported_blocks.
+        vllm_recomputes_bad_blocks: Whether vLLM recomputes blocks that are reported as failed, and discards the step's
+            output for them; see lmcache_rag.connector.model_runner.recomputes_reported_blocks.
         gpu_copy: Copies resident chunks.
         chunk_size: Most tokens in one forward pass of a plan in the background.
     """
@@ -53,13 +53,13 @@ class BlendWorker:
         model: VLLMModel,
         loader: KVLoader,
         *,
-        may_report: bool = True,
+        vllm_recomputes_bad_blocks: bool = True,
         gpu_copy: GpuCopy | None = None,
         chunk_size: int = 2048,
     ) -> None:
-        self._model, self._may_report, self._chunk_size = model, may_report, chunk_size
+        self._model, self._vllm_recomputes_bad_blocks, self._chunk_size = model, vllm_recomputes_bad_blocks, chunk_size
         self._timed_out = TimedOutLoads(loader)
-        self._resources = JobResources(model, loader, self._timed_out, gpu_copy, may_report)
+        self._resources = JobResources(model, loader, self._timed_out, gpu_copy, vllm_recomputes_bad_blocks)
         self._queued: list[BlendJob] = []  # of this step; all work is queued, the KV is not verified yet
         self._background: list[BlendJob] = []
         self._results: list[BlendResult] = []
@@ -91,6 +91,8 @@ class BlendWorker:
 
         self._idle = allowance.idle
         with torch.inference_mode():
+            # Several ranks wait for a load when its job begins (BlendJob.is_loaded): what is requested in this step
+            # begins in the next one, so that its KV has a step's time to arrive. One rank skips what is not there yet.
             ready = [job for job in self._background if not job.queued_all]
             # All loads are requested first, so that they run during the work.
             now = [self._start(plan) for plan in plans if not plan.background]
@@ -99,7 +101,8 @@ class BlendWorker:
             if self._model.ranks == 1:
                 ready = [job for job in self._background if not job.queued_all]
             self._advance(ready, allowance)
-            if not self._may_report:  # last, so that the GPU has all of its work queued while the CPU waits for a part
+            # Last, so that the GPU has all of its work queued while the CPU waits for a part.
+            if not self._vllm_recomputes_bad_blocks:
                 self._verify_before_forward()
 
     def _start(self, plan: BlendPlan) -> BlendJob:
@@ -109,7 +112,7 @@ class BlendWorker:
         for job in jobs:
             job.load()
             job.advance_to_end()
-            if self._may_report:
+            if self._vllm_recomputes_bad_blocks:
                 self._offer_hidden_state(job)
             self._queued.append(job)
 
@@ -133,7 +136,7 @@ class BlendWorker:
     def _verify_before_forward(self) -> None:
         """Verify this step's KV, and repair it, before vLLM's forward pass. Waits for the end of the selection."""
         for job in self._queued:
-            if not job.kv_is_finite():
+            if not job.verify():
                 job.recompute_all()
                 job.advance_to_end()
             self._offer_hidden_state(job)
@@ -163,14 +166,14 @@ class BlendWorker:
         """
         queued, self._queued = self._queued, []
         for job in queued:
-            if not job.kv_is_finite() or job.lost:
+            if not job.verify() or job.lost:
                 self._bad_blocks |= job.claimed_blocks()
             self._report(job)
         for job in [job for job in self._background if job.queued_all]:
             # Ranks see the end at different times, and must all report it in the same step: they wait.
             if not (self._idle or self._model.ranks > 1 or job.timer.is_done):
                 continue
-            if not job.cancelled and not job.kv_is_finite():
+            if not job.cancelled and not job.verify():
                 job.recompute_all()
                 continue
             if job.lost:
@@ -308,5 +311,11 @@ def _joint_start(vllm_config: Any, parts: Parts, options: ConnectorOptions) -> B
         log.warning("Blends are not compared with a full prefill: lmcache_rag.self_check is off")
     vllm_patches.patch_execute_model()
     vllm_patches.patch_run_fullgraph()
-    may_report = recomputes_reported_blocks(vllm_config)
-    return BlendWorker(model, loader, may_report=may_report, gpu_copy=gpu_copy, chunk_size=options.step_tokens)
+    vllm_recomputes_bad_blocks = recomputes_reported_blocks(vllm_config)
+    return BlendWorker(
+        model,
+        loader,
+        vllm_recomputes_bad_blocks=vllm_recomputes_bad_blocks,
+        gpu_copy=gpu_copy,
+        chunk_size=options.step_tokens,
+    )

@@ -293,8 +293,8 @@ def fill_cache(
         room: How many tokens may follow.
 
     Returns:
-        The cache, or None if the model makes its own; the fields of ReuseStats for this prompt; and
-        the milliseconds of each step.
+        The cache, or None if the model makes its own; the fields of ReuseStats for this prompt, and with them
+        `absent` and `chunks`, which a Completion holds beside its statistics; and the milliseconds of each step.
     """
     if model.why_not:
         return None, {}, {}
@@ -315,6 +315,7 @@ def _blend(
     lookup_ms = (time.perf_counter() - begin) * 1e3
     found = {span for span, _ in hits}
     done = blended_prefill(model, prompt, ids, cache, prefix, hits, get_policy(blend.policy), blend.ratio)
+    # A prefix that was computed just now counts as computed, not as reused.
     exact = done.exact_tokens - (0 if prefix_was_there else prompt.prefix_tokens)
     stats = {
         "prefix_tokens": exact,

@@ -1,4 +1,7 @@
-"""Requests to a vLLM server's completions API, and the parts of its answers as a Completion."""
+"""Requests to a vLLM server's completions API, and the parts of its answers as a Completion.
+
+The sentence of a reason code comes from lmcache_rag.protocol (`fallback_sentence`).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The query pass over fixed tensors, as a CUDA graph replays it, against the same pass launched layer by layer."""
+"""The suffix pass over fixed tensors, as a CUDA graph replays it, against the same pass launched layer by layer."""
 
 from __future__ import annotations
 
@@ -103,6 +103,7 @@ class Spy:
     """Policy `query` that keeps what it was told."""
 
     name: ClassVar[str] = "query"
+    check_layer = None
 
     def __init__(self, window: int = 64, from_layer: float = 0.5, reduce: str = "sum") -> None:
         self._asks = {"window": window, "from_layer": from_layer, "reduce": reduce}

@@ -121,7 +121,7 @@ def test_damaged_kv_is_reported(hf: HFModel, fault: str, policy: str, early: boo
 
 @pytest.mark.parametrize("fault", ["damaged key", "damaged value", "damaged last value"])
 def test_damage_is_repaired_where_vllm_would_fail(hf: HFModel, fault: str) -> None:
-    world = World(hf, fault, may_report=False)
+    world = World(hf, fault, vllm_recomputes_bad_blocks=False)
     assert world.run().failure == "damaged KV"
     assert world.is_full_prefill()
     assert world.worker.take_bad_blocks() == set()
@@ -147,17 +147,19 @@ def test_soundness_is_looked_up_before_recomputation_is_queued(
 
 
 def test_what_is_computed_anyway_is_not_looked_at(hf: HFModel) -> None:
-    world = World(hf, "damaged value", ratio=1.0, may_report=False)
+    world = World(hf, "damaged value", ratio=1.0, vllm_recomputes_bad_blocks=False)
     assert not world.run().failure
     assert world.is_full_prefill()
 
 
-@pytest.mark.parametrize("may_report", [True, False])
+@pytest.mark.parametrize("vllm_recomputes_bad_blocks", [True, False])
 @pytest.mark.parametrize(
     ("policy", "ratio"), [("query", 1.0), ("query", 0.3), ("all", 0.3), ("none", 0.0), ("hkvd", 1.0)]
 )
-def test_damage_in_an_exact_prefix_is_always_found(hf: HFModel, policy: str, ratio: float, may_report: bool) -> None:
-    world = World(hf, policy=policy, ratio=ratio, may_report=may_report)
+def test_damage_in_an_exact_prefix_is_always_found(
+    hf: HFModel, policy: str, ratio: float, vllm_recomputes_bad_blocks: bool
+) -> None:
+    world = World(hf, policy=policy, ratio=ratio, vllm_recomputes_bad_blocks=vllm_recomputes_bad_blocks)
     world.plan = dataclasses.replace(world.plan, local=0)
     kept, place = [[part[2].clone() for part in pair] for pair in world.model.caches], world.link._place
 
@@ -168,7 +170,7 @@ def test_damage_in_an_exact_prefix_is_always_found(hf: HFModel, policy: str, rat
 
     world.link._place = damaged
     assert world.run().failure == "damaged KV"
-    if may_report:
+    if vllm_recomputes_bad_blocks:
         assert 2 in world.worker.take_bad_blocks()
     else:
         assert world.is_full_prefill()
@@ -227,7 +229,7 @@ def test_vllm_computes_the_last_token_where_nothing_was_blended(hf: HFModel, fau
 
 
 def test_damaged_kv_is_never_answered_from(hf: HFModel) -> None:
-    world = alone(World(hf, "damaged value", may_report=False))
+    world = alone(World(hf, "damaged value", vllm_recomputes_bad_blocks=False))
     assert world.run().failure == "damaged KV"
     assert world.worker.take_hidden() is None
     assert world.is_full_prefill()
@@ -266,7 +268,7 @@ class Later:
 def test_the_host_waits_after_vllm_prepared_its_step(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job, "AsyncScalar", Later)
     monkeypatch.setattr(Later, "reads", 0)
-    world = alone(World(hf, may_report=False))
+    world = alone(World(hf, vllm_recomputes_bad_blocks=False))
     world.worker.run_now([world.plan])
     assert Later.reads == 0, "vLLM prepares its step while the GPU blends"
     assert world.worker.take_hidden() is None, "it is not known yet whether the KV was sound"
@@ -282,7 +284,7 @@ def test_the_host_waits_after_vllm_prepared_its_step(hf: HFModel, monkeypatch: p
 
 @pytest.mark.parametrize("fault", ["damaged key", "damaged value", "damaged last value"])
 def test_damage_is_repaired_before_the_forward_pass(hf: HFModel, fault: str) -> None:
-    world = alone(World(hf, fault, may_report=False))
+    world = alone(World(hf, fault, vllm_recomputes_bad_blocks=False))
     world.worker.run_now([world.plan])
     assert not world.is_full_prefill()
     world.worker.run([], Allowance())  # what vLLM calls right before its pass
@@ -295,7 +297,7 @@ def test_damage_is_repaired_before_the_forward_pass(hf: HFModel, fault: str) -> 
 
 
 def test_late_checked_damage_is_reported_all_the_same(hf: HFModel) -> None:
-    world = World(hf, "damaged value", may_report=False)
+    world = World(hf, "damaged value", vllm_recomputes_bad_blocks=False)
     world.worker.run_now([world.plan])
     world.worker.finish()
     assert world.worker.take_bad_blocks() != set()
@@ -315,13 +317,13 @@ def forgetful(world: World, monkeypatch: pytest.MonkeyPatch, most: int) -> list[
     return fine
 
 
-@pytest.mark.parametrize("may_report", [True, False])
+@pytest.mark.parametrize("vllm_recomputes_bad_blocks", [True, False])
 @pytest.mark.parametrize("fault", ["", "late"])
 def test_where_memory_runs_out_again_the_pieces_become_smaller(
-    hf: HFModel, monkeypatch: pytest.MonkeyPatch, fault: str, may_report: bool
+    hf: HFModel, monkeypatch: pytest.MonkeyPatch, fault: str, vllm_recomputes_bad_blocks: bool
 ) -> None:
     monkeypatch.setattr(job, "SMALL", 80)
-    world = alone(World(hf, fault, "none", may_report=may_report))
+    world = alone(World(hf, fault, "none", vllm_recomputes_bad_blocks=vllm_recomputes_bad_blocks))
     sizes = forgetful(world, monkeypatch, 20)
     assert world.run().failure == ("load failed" if fault else "out of memory")
     assert set(sizes[:-1]) == {20}, "80 and 40 do not go through"
@@ -336,7 +338,7 @@ def test_where_there_is_no_memory_at_all_vllm_is_told(hf: HFModel, monkeypatch: 
     assert world.run().failure == "out of memory"
     assert world.worker.take_bad_blocks() == set(range(2 + PREFIX // BLOCK, 2 + -(-world.end // BLOCK)))
     assert world.worker.take_hidden() is None
-    world = World(hf, may_report=False)
+    world = World(hf, vllm_recomputes_bad_blocks=False)
     forgetful(world, monkeypatch, 0)
     with pytest.raises(torch.OutOfMemoryError):
         world.run()

@@ -164,4 +164,4 @@ def test_damage_is_reported_only_where_vllm_takes_it_back(
     World(monkeypatch)
     side, _, _ = worker_module.start_worker(config, ADAPTER, ConnectorOptions())
     assert side is not None
-    assert side._may_report == takes
+    assert side._vllm_recomputes_bad_blocks == takes

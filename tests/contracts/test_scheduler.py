@@ -35,7 +35,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore")]
 @pytest.mark.parametrize("told", [CHUNK, 2 * CHUNK])
 def test_a_chunk_size_that_is_not_lmcaches_is_warned_of(make: Any, caplog: pytest.LogCaptureFixture, told: int) -> None:
     make(chunk_size=told)
-    assert ("clients pad their prompts for the wrong one" in caplog.text) == (told != CHUNK)
+    assert ("set lmcache_rag.chunk_size to LMCache's" in caplog.text) == (told != CHUNK)
 
 
 def test_alone_a_request_is_blended_within_its_step(make: Any) -> None:

@@ -31,7 +31,7 @@ SCENARIOS: dict[str, dict[str, Any]] = {
     "late": {"fault": "late"},
     "damaged": {"fault": "damaged key"},
     "damaged, hkvd": {"fault": "damaged value", "policy": "hkvd"},
-    "repaired": {"fault": "damaged last value", "may_report": False},
+    "repaired": {"fault": "damaged last value", "vllm_recomputes_bad_blocks": False},
     "background": {"background": True},
     "background, late": {"background": True, "fault": "late"},
     "background, damaged": {"background": True, "fault": "damaged last value"},

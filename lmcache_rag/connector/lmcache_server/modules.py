@@ -103,7 +103,12 @@ def install(context: Any, modules: Sequence[Any], config: Mapping[str, Any]) -> 
     guard.watch()
     cut_routes()
     settings = guard.settings
-    log.info("lmcache_rag: index %s, store %s, at most %d chunks", settings.index, settings.store, settings.index_size)
+    log.info(
+        "lmcache_rag: chunks that can be blended: %s, at most %d; KV stored: %s",
+        settings.index,
+        settings.index_size,
+        settings.store,
+    )
     return guard
 
 
