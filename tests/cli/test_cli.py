@@ -650,7 +650,7 @@ def test_settings_marks_what_makes_new_kv(call: Call) -> None:
 
 
 def test_settings_notices_a_misspelt_variable(call: Call) -> None:
-    assert "LMCACHE_RAG_RATIO may be meant" in call("settings", LMCACHE_RAG_RATOI="1").stderr
+    assert "did you mean LMCACHE_RAG_RATIO" in call("settings", LMCACHE_RAG_RATOI="1").stderr
 
 
 def test_every_common_option_is_a_setting() -> None:
