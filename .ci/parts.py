@@ -99,9 +99,9 @@ def python(lmcache: str = LMCACHE) -> str:
 
 
 def with_servers(root: Path = ROOT) -> list[str]:
-    """The test files that need real servers."""
+    """The test files that need real servers, and no GPU."""
     files = sorted((root / "tests" / "servers").glob("test_*.py"))
-    return [f"tests/servers/{file.name}" for file in files if "needs_vllm_cpu" in file.read_text(encoding="utf-8")]
+    return [f"tests/servers/{file.name}" for file in files if "mark.gpu" not in file.read_text(encoding="utf-8")]
 
 
 def contracts(root: Path = ROOT, *, without: Sequence[str] = ()) -> list[str]:
