@@ -1,4 +1,4 @@
-"""The tests of this folder start real servers. vLLM's own imports warn, so it is imported once here, without."""
+"""The tests of this folder start real servers. Imports of vLLM and LMCache warn: here once, without."""
 
 from __future__ import annotations
 
@@ -10,4 +10,4 @@ from contract_kit import missing
 if not missing():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        importlib.import_module("vllm.distributed.kv_transfer.kv_connector.v1.base")
+        importlib.import_module("lmcache_rag.connector.metrics")
