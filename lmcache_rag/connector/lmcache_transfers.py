@@ -7,7 +7,7 @@ LMCache reads a request's blocks for a store and writes to them for a load, and 
 request meanwhile. LMCache's adapter keeps one answer for each request, so a prompt that is stored in two parts counts
 as stored after the first, and it drops all answers when a heartbeat fails: vLLM gives the blocks to others, and
 LMCache stores their KV under the first request's key. So each transfer has a deadline until which LMCache may
-begin it (checked in LMCache itself, see lmcache_rag.connector.server_guard), and it ends when it is answered, or
+begin it (checked in LMCache itself, by lmcache_server.modules), and it ends when it is answered, or
 some time after that.
 
 Without device handles (vLLM for CPUs) the worker itself copies, and calls LMCache before and after: it waits for each

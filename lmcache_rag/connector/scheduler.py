@@ -93,7 +93,7 @@ class BlendScheduler:
             set()
         )  # requests for which an error was raised: vLLM computes them, and nothing of them is stored
         self._plans: list[BlendPlan] = []
-        self._silent_since: float | None = None  # since when LMCache has not answered; None: it answers
+        self._silent_since: float | None = None  # when LMCache last failed to answer; None: it answers
         self._patience = options.poll  # seconds that this step may still wait for look-ups
         self._taken: Any = None  # the workers' metadata that was taken last
         self._freed = FinishedOnce()
@@ -275,7 +275,7 @@ class BlendScheduler:
         return more, self.in_background(name) and more > 0
 
     def match(self, request: Any, local: int) -> int | None:
-        """How many tokens after the `local` first ones are claimed; None: ask again in the next step."""
+        """Look up, claim, admit: how many tokens after the `local` first ones are claimed; None: ask again."""
         state = self._states.get(request.request_id) or self._register(request)
         if state.planned:
             # A request with a plan that vLLM asks for again was preempted: it continues from vLLM's blocks, and is not
@@ -593,8 +593,8 @@ class BlendScheduler:
             if result.failure in LOADS:
                 # The server did not answer for a whole deadline, during which vLLM may have been blocked: look-ups that
                 # were sent then have waited as long, though nothing could poll them.
-                for state in self._states.values():
-                    state.waiting_since = state.asked_at  # 0 if it is not sent yet: its wait begins anew
+                for other in self._states.values():
+                    other.waiting_since = other.asked_at  # the whole wait counts; 0: not sent yet, it begins later
 
     def finished_sending(self, connector_output: Any) -> set[str]:
         """Requests whose blocks vLLM may free, as their stores are done. See lmcache_rag.connector.transfers."""
