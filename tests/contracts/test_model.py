@@ -110,7 +110,7 @@ def test_what_we_know_is_blended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("llama", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"], "sliding_window": 64}, "sliding"),
         ("mistral", {"sliding_window": 64}, "sliding window"),
         ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-         "a part of each head"),
+         "only part of each head"),
         ("llama", {"rope_parameters": {
             "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 128,
             "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
