@@ -19,17 +19,34 @@ FOLDER = "LMCACHE_RAG_BENCHMARK_FOLDER"
 for what passes of few tokens take."""
 
 
-def all_but(left: int) -> Any:
-    """Allocate all of the GPU's memory except `left` bytes, and except what the driver reports as free but refuses."""
+def all_but(left: int) -> list[Any]:
+    """Leave PyTorch's allocator one piece of `left` bytes and nothing else: its reservation is limited, and filled.
+
+    A limit rather than real memory: free space inside of what is reserved already counts too, and other processes on
+    this GPU keep theirs.
+    """
     import torch
 
-    for more in (0, *(1 << power for power in range(20, 32))):
-        try:
-            size = max(torch.cuda.mem_get_info()[0] - left - more, 1)
-            return torch.empty(size, dtype=torch.uint8, device="cuda")
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
-    raise SystemExit("No memory could be held")
+    hole = torch.empty(left, dtype=torch.uint8, device="cuda")
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / torch.cuda.mem_get_info()[1])
+    held: list[Any] = []
+    for size in (64 << 20, 8 << 20, 1 << 20, 64 << 10, 4 << 10, 512):
+        while True:
+            try:
+                held.append(torch.empty(size, dtype=torch.uint8, device="cuda"))
+            except torch.OutOfMemoryError:
+                break
+    del hole
+    return held
+
+
+def all_again(held: list[Any]) -> None:
+    """Free what `all_but` holds, and lift its limit."""
+    import torch
+
+    held.clear()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
 
 
 def weigh(rank: int, full: Path | None) -> None:
@@ -50,11 +67,11 @@ def weigh(rank: int, full: Path | None) -> None:
         if full is not None and full.exists() and not held:
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            left = need(SMALL, prompt) + ((24 if memory is not None else 2) << 20)
-            held.append(all_but(left))
+            # Between what small passes need and what this one asks for. A single rank reserves nothing, and runs out.
+            few, many = need(SMALL, prompt), need(min(self.blend.chunk_size, prompt), prompt)
+            held.extend(all_but((few + many) // 2 or 2 << 20))
         elif held and full is not None and not full.exists():
-            held.clear()
-            torch.cuda.empty_cache()
+            all_again(held)
         asked[self.plan.request_id] = need(min(self.blend.chunk_size, prompt), prompt)
         fine = has_memory(self)
         torch.cuda.reset_peak_memory_stats()  # without the reservation, which is freed at once
@@ -65,7 +82,7 @@ def weigh(rank: int, full: Path | None) -> None:
         before = torch.cuda.memory_allocated()
         done = advance(self, tokens)
         took, name = torch.cuda.max_memory_allocated() - before, self.plan.request_id
-        logging.getLogger("lmcache_rag").debug("memory on rank %d: %d asked, %d taken", rank, asked[name], took)
+        logging.getLogger("lmcache_rag").debug("memory on rank %d: %d asked, %d taken", rank, asked.get(name, 0), took)
         return done
 
     BlendJob.has_memory = has_memory_or_not  # type: ignore[method-assign]

@@ -2,7 +2,7 @@
 
     python benchmarks/ranks.py MODEL_FOLDER               # a GPU for each rank
     python benchmarks/ranks.py MODEL_FOLDER --one-gpu     # both ranks on one GPU, over gloo: correct, but slow
-    python benchmarks/ranks.py MODEL_FOLDER --only-faults # the third part alone
+    python benchmarks/ranks.py MODEL_FOLDER --only-faults # the third part alone; --not-alone: with several ranks only
 
 The tokenizer is MODEL_FOLDER's, the weights are random: a Llama of 8 heads and 4 KV heads, in float32 with vLLM's
 Triton backend, so that near ties decide nothing. Needs vLLM and LMCache; starts an LMCache server.
@@ -49,6 +49,7 @@ TOKENS, BATCH = 64, 8
 DATA = Path(__file__).parents[1] / "examples" / "data" / "documents"
 OFF = {protocol.BLEND: "off", protocol.MAX_OFFLOAD_TOKENS: 64}
 PREFIX = 64  # tokens
+FAULTS = ["load", "memory"]
 INGEST = {protocol.BLEND: "off", protocol.INGEST: True, protocol.PREFIX: PREFIX}
 
 
@@ -336,8 +337,9 @@ def part(arguments: argparse.Namespace, folder: Path) -> None:
     if arguments.part > 1:
         if not arguments.only_faults:
             measures["agreement"] = lambda: agreement(engine, arguments.requests, folder, arguments.part)
-        measures["fault on the last rank"] = lambda: faults(engine, arguments.prompts, folder, "fault", 2)
-    if not arguments.one_gpu:  # there the other rank has the same memory
+        if "load" in arguments.faults:
+            measures["fault on the last rank"] = lambda: faults(engine, arguments.prompts, folder, "fault", 2)
+    if "memory" in arguments.faults and not arguments.one_gpu:  # there the other rank has the same memory
         measures["no memory on the last rank"] = lambda: faults(engine, arguments.prompts, folder, "full", 3)
     if arguments.part > 1:
         measures["memory"] = lambda: [memory(folder, rank) for rank in range(arguments.part)]
@@ -355,6 +357,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=50)
     parser.add_argument("--requests", type=int, default=200)
     parser.add_argument("--only-faults", action="store_true", help="the third part alone")
+    parser.add_argument("--faults", nargs="*", choices=FAULTS, default=FAULTS, help="the third part's faults")
+    parser.add_argument("--not-alone", action="store_true", help="without the run of one rank")
     parser.add_argument("--folder", type=Path, help="keep logs here")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--part", type=int, default=0, help=argparse.SUPPRESS)
@@ -368,7 +372,7 @@ def main() -> None:
     make_model(arguments.model, folder / "model")
     found: dict[str, Any] = {"ranks": arguments.ranks, "one GPU": arguments.one_gpu, "shape": SHAPE}
     with lmcache(arguments.ranks, folder / "lmcache.log") as port:
-        for ranks in (1, arguments.ranks):
+        for ranks in (arguments.ranks,) if arguments.not_alone else (1, arguments.ranks):
             begin = time.monotonic()
             own = ["--part", str(ranks), "--port", str(port), "--folder", str(folder)]
             with (folder / f"part{ranks}.log").open("wb") as log:

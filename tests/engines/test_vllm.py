@@ -16,6 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import openai._utils._transform as openai_transform
 import pytest
 from fake_vllm import MODEL, FakeVLLM
 from lmcache_rag.integrations.kv_registry import KVRegistry
@@ -208,6 +209,25 @@ def test_token_ids_and_blend_options_arrive_exactly(engine, builder, server, chu
         "lmcache_rag.blend": "off",
         "lmcache_rag.prefix": len(builder.prefix_ids),
     }
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_no_request_checks_the_type_of_each_token_id(
+    engine: VLLMEngine, builder: PromptBuilder, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    prompt = builder.query([f"{number}. " + "A sentence of ordinary words. " * 60 for number in range(8)], "What?")
+    calls = {"_transform_recursive": 0, "_async_transform_recursive": 0}
+    for name in calls:
+        original = getattr(openai_transform, name)
+
+        def counted(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(openai_transform, name, counted)
+    answer = asyncio.run(engine.agenerate(prompt, SHORT, OFF)) if asynchronous else engine.generate(prompt, SHORT, OFF)
+    assert answer.stats.prompt_tokens == len(prompt) > 2000
+    assert 0 < sum(calls.values()) < 100
 
 
 def test_all_sampling_parameters_are_sent(engine, builder, server) -> None:
