@@ -29,7 +29,7 @@ def write(folder: Path, text: str) -> Path:
 
 def test_defaults_hold_when_nothing_is_said() -> None:
     settings = Settings.load()
-    assert (settings.policy, settings.ratio, settings.top_k, settings.blend) == ("query", 0.15, 4, True)
+    assert (settings.policy, settings.ratio, settings.top_k, settings.blend) == ("query", "auto", 4, True)
     assert settings.store == Path("lmcache-rag-store")
     assert settings.model is None
 
@@ -37,7 +37,7 @@ def test_defaults_hold_when_nothing_is_said() -> None:
 def test_the_stores_file_goes_before_the_default(tmp_path: Path) -> None:
     store = write(tmp_path / "s", "top_k = 7\nblend = false\n")
     settings = Settings.load(store)
-    assert (settings.top_k, settings.blend, settings.ratio) == (7, False, 0.15)
+    assert (settings.top_k, settings.blend, settings.ratio) == (7, False, "auto")
 
 
 def test_the_environment_goes_before_the_stores_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 from scheduler_kit import Once
 
 from lmcache_rag import protocol
+from lmcache_rag.budget import Budget
 from lmcache_rag.connector import metrics
 from lmcache_rag.connector.metadata import BlendResult
 
@@ -187,7 +188,7 @@ def test_the_documents_name_what_there_is(shelf: Shelf) -> None:
     for value in (*metrics.REASONS, *metrics.OUTCOMES, *metrics.SOURCES):
         assert f"`{value}`" in text
     (example,) = re.findall(r"```json\n(\{\"prompt_tokens\".*?)```", text, re.DOTALL)
-    told, own = json.loads(example), metrics.reuse_statistics(100, "query", 0.15, spans=[])
+    told, own = json.loads(example), metrics.reuse_statistics(100, "query", Budget(), spans=[])
     assert list(told) == list(own)
     assert sum(told[f"{source}_tokens"] for source in metrics.SOURCES) == told["prompt_tokens"]
     assert sum(b - a for a, b in told["spans"]) == told["reused_tokens"] + told["recomputed_tokens"]

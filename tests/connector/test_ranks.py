@@ -18,6 +18,7 @@ from models import tiny_model
 from rank_kit import RANKS, SCENARIOS
 from worker_kit import World
 
+from lmcache_rag.budget import Budget
 from lmcache_rag.connector.job import SMALLEST
 from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.policies import get_policy, select
@@ -100,7 +101,7 @@ def test_alone_each_rank_would_choose_others(ranks: list[Outcome], hf: HFModel, 
     for rank in ranks:
         scores = rank[policy]["own scores"]
         scores = scores[layout.cached] if policy == "query" else scores[layout.cached - PREFIX]
-        own.append(select(get_policy(policy), 0.3, layout, Own(scores)).tolist())  # type: ignore[arg-type]
+        own.append(select(get_policy(policy), Budget(share=0.3), layout, Own(scores)).positions.tolist())  # type: ignore[arg-type]
     assert own[0] != own[1]
     assert ranks[0][policy]["chosen"] not in own
 

@@ -132,9 +132,10 @@ class Rank(World):
         chosen: list[torch.Tensor] = []
         select = blend_pass.select
 
-        def selecting(*given: Any) -> torch.Tensor:
-            chosen.append(select(*given))
-            return chosen[-1]
+        def selecting(*given: Any, **options: Any) -> Any:
+            selected = select(*given, **options)
+            chosen.append(selected.positions)
+            return selected
 
         blend_pass.select = selecting
         try:
