@@ -124,7 +124,7 @@ def record(statistics: Mapping[str, Any]) -> dict[str, Any]:
     found["outcome"] = "blended" if blended else "prefix" if found["prefix"] else "computed"
     if failure:
         found["fallback"] = str(Fallback.of(failure))
-    if reason := statistics[BUDGET_REASON]:
+    if reason := statistics.get(BUDGET_REASON):
         found["budget"] = str(reason)
     # A stage that did not run took no time; a load that failed did.
     seconds = {name: float(statistics[f"{name}_ms"]) / 1e3 for name in TIMES}

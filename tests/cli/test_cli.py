@@ -158,6 +158,7 @@ def test_help_takes_little_more_than_its_imports() -> None:
         ["ask", "q", "--nonsense"],
         ["ask", "q", "--ratio", "much"],
         ["ask", "q", "--ratio", "3"],
+        ["ask", "q", "--ratio", "tokens=-1"],
         ["ask", "--store", "s"],
         ["ask", "q", "--questions", "f"],
         ["ask", "--questions", "f", "--compare"],
@@ -356,6 +357,9 @@ def test_policy_and_ratio_reach_the_engine(call: Call, stocked: Stocked) -> None
     assert stats("--policy", "none")["recomputed_tokens"] == 0
     assert stats("--policy", "all")["reused_tokens"] == 0
     assert 0 < stats("--ratio", 0.1)["recomputed_tokens"] < stats("--ratio", 0.6)["recomputed_tokens"]
+    found = stats("--ratio", "tokens=7")
+    assert (found["recomputed_tokens"], found["budget_tokens"], found["budget_reason"]) == (7, 7, "tokens")
+    assert stats()["budget_reason"] == stats("--ratio", "auto")["budget_reason"] == "all"
 
 
 def test_compare_shows_both_times_and_equal_answers(call: Call, stocked: Stocked) -> None:

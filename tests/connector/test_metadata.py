@@ -107,6 +107,7 @@ def test_settings_are_read_and_whole_numbers_are_numbers() -> None:
         ("ratio", float("nan")),
         ("ratio", True),
         ("ratio", "0.1"),
+        ("ratio", {"tokens": -1}),
         ("blend", "off"),
         ("blend", 1),
         ("deadline", -1),

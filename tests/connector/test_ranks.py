@@ -15,7 +15,7 @@ import pytest
 import torch
 from blend_kit import PREFIX
 from models import tiny_model
-from rank_kit import RANKS, SCENARIOS
+from rank_kit import RANKS, RULE, SCENARIOS
 from worker_kit import World
 
 from lmcache_rag.budget import Budget
@@ -79,6 +79,19 @@ def test_two_ranks_choose_and_compute_what_one_does(ranks: list[Outcome], hf: HF
     assert len(ranks[0][policy]["chosen"]) == result.recomputed_tokens
     alone = [one.model.read(one.sequence, layer, one.end) for layer in range(hf.layers)]
     assert close(joined(ranks, policy), alone)
+
+
+@pytest.mark.parametrize(("name", "policy"), [("auto", "query"), ("auto, hkvd", "hkvd")])
+def test_two_ranks_take_as_many_as_one_does(
+    ranks: list[Outcome], hf: HFModel, name: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmcache_rag.policies.AUTO_RULES", {policy: RULE})
+    result = World(hf, policy=policy, ratio="auto").run()
+    assert [(rank[name]["counts"][2], rank[name]["reason"]) for rank in ranks] == [
+        (result.recomputed_tokens, "scores")
+    ] * RANKS
+    assert ranks[0][name]["chosen"] == ranks[1][name]["chosen"]
+    assert len(ranks[0][name]["chosen"]) == result.recomputed_tokens
 
 
 @pytest.mark.parametrize("policy", ["query", "hkvd"])
