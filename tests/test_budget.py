@@ -278,6 +278,33 @@ def test_both_engines_choose_the_same(
     assert 0 < want.recomputed_tokens == len(want.selected)
 
 
+@pytest.mark.parametrize("policy", ["query", "hkvd"])
+def test_a_pass_runs_once(model: HFModel, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mass comes from the pass that gave the scores."""
+    rule = AutoRule(tail=0.5, per_chunk=5, per_prompt=10)
+    monkeypatch.setattr("lmcache_rag.policies.AUTO_RULES", {"query": rule, "hkvd": rule})
+    case = Case(model, [60, 90], [3, 5], 20, 1)
+    sequence, paged = PagedSequence.of(range(20), 16, "cpu"), PagedModel(model, layout="NHD", block=16, blocks=20)
+    case.place(model, paged, sequence)
+    ran: list[int] = []
+    real = paged.forward
+    monkeypatch.setattr(paged, "forward", lambda ids, *rest: (ran.append(len(ids)), real(ids, *rest))[1])
+    with torch.inference_mode():
+        blend = BlendPass(paged, sequence)
+        budget = Budget()
+        drained(blend.select(torch.tensor(case.ids), case.spans, case.exact, policy=get_policy(policy), budget=budget))
+        assert len(ran) == 1
+        embedded: list[int] = []
+        real_forward = model.forward
+        monkeypatch.setattr(
+            model, "forward", lambda ids, *rest: (embedded.append(ids.shape[1]), real_forward(ids, *rest))[1]
+        )
+        cache = model.buffer(len(case.ids))
+        ids = torch.tensor(case.ids)
+        blended_prefill(model, case.prompt, ids, cache, case.kv[0], case.hits, get_policy(policy), budget)
+        assert len(embedded) == 2  # the policy's, and the recomputation
+
+
 @pytest.fixture
 def questions(smollm2_engine: Any, sentences: list[str]) -> Any:
     """Prompts over eight chunks of real text."""
