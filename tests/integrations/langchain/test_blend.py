@@ -234,6 +234,18 @@ def test_blending_is_switched_off_per_call(case: Case) -> None:
         case.chain.invoke(QUESTION, {"configurable": {"lmcache_rag": {"speed": 9}}})
 
 
+def test_the_budget_reaches_the_engine_and_is_reported(case: Case) -> None:
+    seen = Seen()
+    for ratio in ({"tokens": 9}, "auto"):
+        case.chain.invoke(QUESTION, {"configurable": {"lmcache_rag": {"ratio": ratio}}, "callbacks": [seen]})
+    tokens, auto = [facts for _, facts in seen.events]
+    assert (tokens["recomputed_tokens"], tokens["budget_tokens"], tokens["budget_reason"]) == (9, 9, "tokens")
+    assert auto["budget_reason"] == "all"  # so few tokens are recomputed whole
+    assert seen.metadata[-1]["lmcache_rag_ratio"] == "auto"
+    with pytest.raises(ConfigError, match="tokens"):
+        case.chain.invoke(QUESTION, {"configurable": {"lmcache_rag": {"ratio": {"tokens": -9}}}})
+
+
 def test_a_chat_model_of_an_old_server_says_that_ids_differ(
     running: FakeVLLM, texts: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
