@@ -1,15 +1,16 @@
 """Recompute policies: which cached tokens to compute again.
 
-Reused chunk KV is wrong only as far as a chunk's tokens would have attended to the other chunks. Computing a share
-`ratio` of the tokens again repairs about half of that or more (docs/results/quality-smollm2-h100.md), if they are the
-right ones. A policy ranks them; it may first request a pass over the model, see `Passes`.
+Reused chunk KV is wrong only as far as a chunk's tokens would have attended to the other chunks. Computing a few
+hundred of the tokens again repairs most of that, if they are the right ones. A policy ranks them; it may first request
+a pass over the model, see `Passes`. How many are computed again is the `Budget`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, Protocol
 
+from lmcache_rag.budget import AUTO_RULES, AutoRule, Budget, BudgetReason, Choice
 from lmcache_rag.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -24,11 +25,13 @@ class Layout:
         cached: Positions in the prompt, int64 [n], ascending.
         offset: For each, its position in its chunk, int64 [n].
         length: For each, the length of its chunk, int64 [n].
+        chunks: How many chunks they belong to.
     """
 
     cached: Tensor
     offset: Tensor
     length: Tensor
+    chunks: int
 
     @classmethod
     def of(cls, spans: list[tuple[int, int]], device: str | None = None) -> Layout:
@@ -37,17 +40,21 @@ class Layout:
 
         if not spans:
             empty = torch.empty(0, dtype=torch.int64, device=device)
-            return cls(empty, empty, empty)
+            return cls(empty, empty, empty, 0)
         offsets = [torch.arange(end - start, device=device) for start, end in spans]
         return cls(
             torch.cat([offset + start for offset, (start, _) in zip(offsets, spans, strict=True)]),
             torch.cat(offsets),
             torch.cat([torch.full_like(offset, len(offset)) for offset in offsets]),
+            len(spans),
         )
 
 
 class Passes(Protocol):
-    """Passes that an engine can run over the placed KV before the selection. Each returns float32 [cached tokens]."""
+    """Passes that an engine can run over the placed KV before the selection. Each returns float32 [cached tokens].
+
+    A pass that is requested again is not run again: its result is kept.
+    """
 
     def suffix_attention(self, *, window: int, from_layer: float, reduce: str) -> Tensor:
         """Attention probability that each cached token gets from the prompt's last tokens.
@@ -65,7 +72,7 @@ class Passes(Protocol):
 
 
 class Policy(Protocol):
-    """Ranks cached tokens. A policy is a subclass, so that it has the default `check_layer`."""
+    """Ranks cached tokens. A policy is a subclass, so that it has the defaults of `check_layer` and `mass`."""
 
     name: ClassVar[str]
 
@@ -80,6 +87,14 @@ class Policy(Protocol):
     def scores(self, layout: Layout, passes: Passes) -> Tensor:
         """float32 [cached tokens]; the highest are computed again."""
         ...
+
+    def mass(self, layout: Layout, passes: Passes) -> Tensor | None:
+        """How much each cached token matters, float32 [cached tokens], not negative: what `auto` counts by.
+
+        None: the policy does not say; `auto` then computes a fixed number of tokens for each chunk. Called after
+        `scores`, with the same passes.
+        """
+        return None
 
 
 @dataclass(frozen=True)
@@ -102,6 +117,10 @@ class QueryPolicy(Policy):
         mass = passes.suffix_attention(window=self.window, from_layer=self.from_layer, reduce=self.reduce)
         return pool_inside_chunks(mass, layout, self.pool)
 
+    def mass(self, layout: Layout, passes: Passes) -> Tensor:
+        """Attention mass itself: pooled, a token would count for its neighbours too."""
+        return passes.suffix_attention(window=self.window, from_layer=self.from_layer, reduce=self.reduce)
+
 
 @dataclass(frozen=True)
 class HKVDPolicy(Policy):
@@ -117,6 +136,10 @@ class HKVDPolicy(Policy):
 
     def scores(self, layout: Layout, passes: Passes) -> Tensor:
         """Key and value deviation."""
+        return passes.deviation(layer=self.layer)
+
+    def mass(self, layout: Layout, passes: Passes) -> Tensor:
+        """The deviation, too."""
         return passes.deviation(layer=self.layer)
 
 
@@ -172,25 +195,62 @@ def get_policy(name: str) -> Policy:
         ) from None
 
 
-def how_many(policy: Policy, ratio: float, total: int) -> int:
-    """How many of `total` cached tokens are computed again."""
-    return {"none": 0, "all": total}.get(policy.name, round(ratio * total))
+class Selected(NamedTuple):
+    """The tokens to compute again.
+
+    Attributes:
+        positions: Positions in the prompt, int64, ascending.
+        reason: Why so many.
+    """
+
+    positions: Tensor
+    reason: BudgetReason
 
 
-def select(policy: Policy, ratio: float, layout: Layout, passes: Passes) -> Tensor:
-    """Positions to compute again: the top `ratio` of the cached tokens, int64, ascending.
+def how_many(policy: Policy, budget: Budget, cached: int, chunks: int, free: int = 0) -> Choice | None:
+    """How many of so many cached tokens are computed again; None: that depends on their scores.
+
+    Args:
+        policy: The policy.
+        budget: The budget.
+        cached: The cached tokens.
+        chunks: The chunks that they belong to.
+        free: So many tokens can be computed again without any more time.
+    """
+    if policy.name in ("none", "all"):
+        return Choice(cached if policy.name == "all" else 0, BudgetReason.POLICY)
+    return budget.fixed(cached) or _rule(policy).choose(chunks, cached, free)
+
+
+def at_most(policy: Policy, budget: Budget, cached: int, chunks: int, free: int = 0) -> int:
+    """The most tokens that are computed again, whatever their scores. Arguments as for `how_many`."""
+    choice = how_many(policy, budget, cached, chunks, free)
+    return choice.tokens if choice is not None else _rule(policy).most(chunks, cached, free)
+
+
+def select(policy: Policy, budget: Budget, layout: Layout, passes: Passes, *, free: int = 0) -> Selected:
+    """Choose the tokens to compute again: those with the highest scores, as many as the budget says.
 
     A pass is run only if its result matters. Ties go to the earlier token, so that every rank and every run
-    selects the same.
+    selects the same. Only a count that depends on the scores waits for the GPU.
     """
-    total = len(layout.cached)
-    count = how_many(policy, ratio, total)
-    if count == 0:
-        return layout.cached[:0]
-    if count == total:
-        return layout.cached
+    cached = len(layout.cached)
+    choice = how_many(policy, budget, cached, layout.chunks, free)
+    if choice is not None and choice.tokens in (0, cached):
+        return Selected(layout.cached[: choice.tokens], choice.reason)
     order = policy.scores(layout, passes).argsort(descending=True, stable=True)
-    return layout.cached[order[:count].sort().values]
+    if choice is None:
+        rule, mass = _rule(policy), policy.mass(layout, passes)
+        if mass is None:
+            choice = replace(rule, tail=None).choose(layout.chunks, cached, free)
+        else:
+            choice = rule.choose(layout.chunks, cached, free, mass[order])
+        assert choice is not None  # noqa: S101 - with the mass, or without a tail, it depends on nothing more
+    return Selected(layout.cached[order[: choice.tokens].sort().values], choice.reason)
+
+
+def _rule(policy: Policy) -> AutoRule:
+    return AUTO_RULES.get(policy.name) or AutoRule()
 
 
 def pool_inside_chunks(scores: Tensor, layout: Layout, width: int) -> Tensor:

@@ -16,13 +16,15 @@ from enum import StrEnum
 from itertools import islice
 from typing import Any, Final
 
+from lmcache_rag.budget import AUTO, FORMS, Budget, BudgetReason, Ratio, parse_budget, read_budget
+from lmcache_rag.budget import MOST_TOKENS as MOST_TOKENS
 from lmcache_rag.policies import POLICIES
 
 # -- request keys, in kv_transfer_params ------------------------------------------------------------------------------
 
 NAMESPACE: Final = "lmcache_rag."  # prefix of all our keys
 POLICY: Final = "lmcache_rag.policy"  # recompute policy: a name of POLICIES
-RATIO: Final = "lmcache_rag.ratio"  # share of the cached tokens to recompute, 0 to 1
+RATIO: Final = "lmcache_rag.ratio"  # how many cached tokens to recompute: a share, 0 to 1; "auto"; {"tokens": N}
 BLEND: Final = "lmcache_rag.blend"  # "on", "off" or a boolean
 CHUNKS: Final = "lmcache_rag.chunks"  # [[start, end], ...]: where the chunks are in the prompt, in tokens
 PREFIX: Final = "lmcache_rag.prefix"  # tokens before the first chunk, which the prompt shares with others
@@ -51,14 +53,13 @@ UNTIL: Final = (
 # -- defaults ---------------------------------------------------------------------------------------------------------
 
 DEFAULT_POLICY: Final = "query"
-DEFAULT_RATIO: Final = 0.15
+DEFAULT_RATIO: Final = AUTO
 LMCACHE_CHUNK: Final = 64  # tokens of an LMCache chunk, as `lmcache-rag serve` starts it
 VLLM_BLOCK: Final = 16  # tokens of a block of vLLM's prefix cache, its default on CUDA
 NEAR_TIE: Final = (
     0.25  # nats: two steps of a bfloat16 logit between 16 and 32, so either token could have been the first
 )
 SPAN_TOKENS: Final = 16  # a prompt has at most one span for each so many tokens
-MOST_TOKENS: Final = 2**31 - 1  # no prompt is longer
 WORDS: Final = 80  # characters of a client's value that a message or a log line shows
 _SHOWN_KEYS, _SHOWN_BITS = 3, 64
 
@@ -173,6 +174,8 @@ FORGOTTEN: Final = "forgotten"  # in answers to lmcache_rag.forget only: whether
 CAN_BLEND: Final = "can_blend"  # false in answers of a server that cannot blend at all; else absent
 REASON: Final = "reason"  # a CannotBlend, present with can_blend
 SELF_CHECK: Final = "self_check"  # a SelfCheck, in answers of a server that blends
+BUDGET_TOKENS: Final = "budget_tokens"  # how many tokens of cached chunks were chosen for recomputation
+BUDGET_REASON: Final = "budget_reason"  # why so many, a BudgetReason; "" where nothing was blended
 
 
 class SelfCheck(StrEnum):
@@ -191,6 +194,32 @@ def answer_statistics(document: Any) -> dict[str, Any] | None:
     )
     found = params.get(ANSWER) if isinstance(params, Mapping) else None
     return found if isinstance(found, dict) else None
+
+
+_REASONS: Final[Mapping[str, str]] = {
+    BudgetReason.SCORES: "as the question's attention asks for",
+    BudgetReason.FLOOR: "the fewest for so many chunks",
+    BudgetReason.CEILING: "the most for so many chunks",
+    BudgetReason.CHUNKS: "a fixed number for each chunk",
+    BudgetReason.FREE: "they cost no time",
+    BudgetReason.ALL: "nearly all, so all",
+}
+
+
+def budget_words(reason: str) -> str:
+    """Why so many tokens were recomputed, in words: a `budget_reason`; "" where a request or its policy decided it."""
+    return f"auto: {_REASONS[reason]}" if reason in _REASONS else ""
+
+
+def chosen(statistics: Mapping[str, Any]) -> str:
+    """The policy and the budget of an answer's statistics, for example "query at 0.15" or "query, auto: 375 tokens"."""
+    policy, tokens = statistics.get("policy"), statistics.get(BUDGET_TOKENS, 0)
+    reason = statistics.get(BUDGET_REASON)
+    if reason in _REASONS:
+        return f"{policy}, auto: {tokens:,} tokens"
+    if reason == BudgetReason.TOKENS:
+        return f"{policy}, {tokens:,} tokens"
+    return f"{policy} at {statistics.get('ratio', 0.0):g}"
 
 
 def cannot_blend(statistics: Mapping[str, Any] | None) -> Unsupported | None:
@@ -247,7 +276,7 @@ class RequestParams:
 
     Attributes:
         policy: Recompute policy.
-        ratio: Share of the cached tokens to recompute.
+        budget: How many cached tokens to recompute.
         blend: Whether to blend.
         ingest: Whether the prompt is prefix + chunk, to be stored and indexed.
         forget: Whether the prompt is prefix + chunk, whose KV is to be removed.
@@ -255,7 +284,7 @@ class RequestParams:
     """
 
     policy: str
-    ratio: float
+    budget: Budget
     blend: bool
     ingest: bool = False
     forget: bool = False
@@ -278,7 +307,7 @@ def shown(value: Any) -> str:
 
 
 def read_params(
-    params: Any, policy: str = DEFAULT_POLICY, ratio: float = DEFAULT_RATIO, blend: bool = True
+    params: Any, policy: str = DEFAULT_POLICY, ratio: Ratio = DEFAULT_RATIO, blend: bool = True
 ) -> tuple[RequestParams, list[str]]:
     """Parse a request's parameters. Invalid values are replaced by the defaults and reported. Never raises.
 
@@ -297,11 +326,9 @@ def read_params(
         policy = wanted
     else:
         wrong.append(f"{POLICY} {shown(wanted)} is none of {', '.join(POLICIES)}")
-    number = values.get(RATIO, ratio)
-    if isinstance(number, int | float) and not isinstance(number, bool) and 0 <= number <= 1:
-        ratio = float(number)
-    else:
-        wrong.append(f"{RATIO} {shown(number)} is not between 0 and 1")
+    budget = read_budget(wanted := values.get(RATIO, ratio))
+    if budget is None:
+        wrong.append(f"{RATIO} {shown(wanted)} is not {FORMS}")
     switch = values.get(BLEND, blend)
     if isinstance(switch, bool) or (isinstance(switch, str) and switch in ("on", "off")):
         blend = switch in (True, "on")
@@ -313,7 +340,8 @@ def read_params(
         if not isinstance(flag, bool):
             wrong.append(f"{key} {shown(flag)} is neither true nor false")
         flags[key] = flag is True
-    return RequestParams(policy, ratio, blend, flags[INGEST], flags[FORGET], flags[SPANS]), wrong
+    chosen = budget or parse_budget(ratio)
+    return RequestParams(policy, chosen, blend, flags[INGEST], flags[FORGET], flags[SPANS]), wrong
 
 
 def complaints(params: Any, tokens: int = MOST_TOKENS) -> list[str]:

@@ -9,6 +9,7 @@ from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, TomlConfigSettingsSource
 
+from lmcache_rag.budget import AUTO, parse_budget, parse_budget_text
 from lmcache_rag.errors import ConfigError
 
 FILE = "settings.toml"
@@ -27,7 +28,9 @@ class Settings(BaseSettings):
     device: str | None = Field(None, description='"cpu", "cuda", "cuda:1" …; default: a GPU if there is one.')
     dtype: str | None = Field(None, description="float32, bfloat16 or float16. (KV)")
     policy: str = Field("query", description="Recompute policy: query, hkvd, head, none or all.")
-    ratio: float = Field(0.15, ge=0.0, le=1.0, description="Share of the cached tokens to recompute.")
+    ratio: str | float | dict[str, int] = Field(
+        AUTO, description="Cached tokens to recompute: auto, a share from 0 to 1, or tokens=N."
+    )
     blend: bool = Field(True, description="Reuse chunk KV; false computes every prompt in full.")
     lazy_fill: Literal["first", "second", "never"] = Field(
         "second", description="At which use a passage without KV is ingested, after the answer: first, second or never."
@@ -63,6 +66,14 @@ class Settings(BaseSettings):
     @classmethod
     def _folder(cls, value: Any) -> Any:
         return str(value) if isinstance(value, Path) else value
+
+    @field_validator("ratio", mode="before")
+    @classmethod
+    def _budget(cls, value: Any) -> Any:
+        try:
+            return (parse_budget_text(value) if isinstance(value, str) else parse_budget(value)).wire
+        except ConfigError as problem:
+            raise PydanticCustomError("ratio", "{words}", {"words": str(problem)}) from None
 
     @field_validator("policy")
     @classmethod

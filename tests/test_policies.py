@@ -10,6 +10,7 @@ from blend_kit import Case
 from models import tiny_model
 from paged_kit import PagedModel, drained
 
+from lmcache_rag.budget import Budget
 from lmcache_rag.connector import blend_pass
 from lmcache_rag.connector.attention import PagedSequence
 from lmcache_rag.engines import hf_blend
@@ -38,7 +39,7 @@ class Made:
 
 
 def selected(policy: Any, share: float) -> list[int]:
-    return select(policy, share, Layout.of(SPANS), Made()).tolist()
+    return select(policy, Budget(share=share), Layout.of(SPANS), Made()).positions.tolist()
 
 
 def test_query_takes_what_the_question_attends_to_most() -> None:
@@ -58,7 +59,7 @@ def test_query_takes_their_neighbours_in_the_chunk() -> None:
 
 def test_query_looks_with_the_last_tokens_through_the_upper_half() -> None:
     made = Made()
-    select(get_policy("query"), 0.3, Layout.of(SPANS), made)
+    select(get_policy("query"), Budget(share=0.3), Layout.of(SPANS), made)
     assert made.asked == [{"window": 64, "from_layer": 0.5, "reduce": "sum"}]
 
 
@@ -66,7 +67,7 @@ def test_hkvd_takes_what_deviates_most() -> None:
     assert selected(get_policy("hkvd"), 2 / 14) == [12, 16]
     assert selected(get_policy("hkvd"), 5 / 14) == [12, 16, 25, 27, 28]
     made = Made()
-    select(HKVDPolicy(layer=3), 0.3, Layout.of(SPANS), made)
+    select(HKVDPolicy(layer=3), Budget(share=0.3), Layout.of(SPANS), made)
     assert made.asked == [{"layer": 3}]
 
 
@@ -77,12 +78,12 @@ def test_head_takes_the_beginning_of_each_chunk() -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_none_and_all_ask_for_no_pass(share: float) -> None:
-    made, layout = Made(), Layout.of(SPANS)
-    assert select(get_policy("none"), share, layout, made).tolist() == []
-    assert select(get_policy("all"), share, layout, made).tolist() == layout.cached.tolist()
+    made, layout, budget = Made(), Layout.of(SPANS), Budget(share=share)
+    assert select(get_policy("none"), budget, layout, made).positions.tolist() == []
+    assert select(get_policy("all"), budget, layout, made).positions.tolist() == layout.cached.tolist()
     for policy in ("query", "hkvd", "head"):
         if share != 0.5:
-            assert len(select(get_policy(policy), share, layout, made)) == share * 14
+            assert len(select(get_policy(policy), budget, layout, made).positions) == share * 14
     assert made.asked == []
 
 
@@ -91,15 +92,22 @@ def test_of_equal_scores_the_earlier_is_taken() -> None:
         def suffix_attention(self, **how: Any) -> torch.Tensor:
             return torch.ones(3000)
 
-    chosen = select(QueryPolicy(), 0.1, Layout.of([(0, 1000), (2000, 4000)]), Equal())
-    assert chosen.tolist() == list(range(300))
+    chosen = select(QueryPolicy(), Budget(share=0.1), Layout.of([(0, 1000), (2000, 4000)]), Equal())
+    assert chosen.positions.tolist() == list(range(300))
+
+
+def tokens(policy: Any, budget: Budget, cached: int) -> int:
+    choice = how_many(policy, budget, cached, 1)
+    assert choice is not None
+    return choice.tokens
 
 
 def test_how_many_is_the_nearest_number() -> None:
     query = get_policy("query")
-    assert [how_many(query, 0.15, total) for total in (0, 3, 4, 10, 64, 100)] == [0, 0, 1, 2, 10, 15]
-    assert how_many(get_policy("none"), 0.5, 10) == 0
-    assert how_many(get_policy("all"), 0.5, 10) == 10
+    share = Budget(share=0.15)
+    assert [tokens(query, share, total) for total in (0, 3, 4, 10, 64, 100)] == [0, 0, 1, 2, 10, 15]
+    assert tokens(get_policy("none"), Budget(share=0.5), 10) == 0
+    assert tokens(get_policy("all"), Budget(share=0.5), 10) == 10
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 9, 99])
@@ -130,7 +138,9 @@ def differing(
 def embedded(model: HFModel, case: Case, policy: str, share: float) -> list[tuple[torch.Tensor, torch.Tensor]]:
     ids = torch.tensor(case.ids)
     cache = model.buffer(len(ids))
-    hf_blend.blended_prefill(model, case.prompt, ids, cache, case.kv[0], case.hits, get_policy(policy), share)
+    hf_blend.blended_prefill(
+        model, case.prompt, ids, cache, case.kv[0], case.hits, get_policy(policy), Budget(share=share)
+    )
     return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
 
 
@@ -142,7 +152,7 @@ def paged(model: HFModel, case: Case, policy: str, share: float) -> list[tuple[t
     with torch.inference_mode():
         drained(
             blend_pass.BlendPass(holder, sequence).run(
-                ids, case.spans, case.exact, policy=get_policy(policy), ratio=share
+                ids, case.spans, case.exact, policy=get_policy(policy), budget=Budget(share=share)
             )
         )
     end = case.spans[-1][1]
@@ -209,7 +219,7 @@ def test_query_is_nearer_to_a_full_prefill_than_other_tokens(
     exact = distributions(BlendOptions(enabled=False))
 
     def distance(policy: Any) -> float:
-        monkeypatch.setattr(hf_blend, "select", lambda p, *rest: select(policy or p, *rest))
+        monkeypatch.setattr(hf_blend, "select", lambda p, *rest, **options: select(policy or p, *rest, **options))
         near = distributions(BlendOptions("query", 0.15))
         return sum(float((one.exp() * (one - other)).sum()) for one, other in zip(exact, near, strict=True))
 

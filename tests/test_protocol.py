@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lmcache_rag import protocol
+from lmcache_rag.budget import Budget, read_budget
 from lmcache_rag.policies import POLICIES
 from lmcache_rag.protocol import read_params
 
@@ -27,6 +28,8 @@ def wrong(params: Any, tokens: int = protocol.MOST_TOKENS) -> str:
         {"llm-d.hint": {"deep": [1]}, "LMCACHE.x": 1, "transfer_id": 7, 3: 4},
         {"lmcache.max_offload_tokens": 0},
         {"lmcache_rag.policy": "head", "lmcache_rag.ratio": 1, "lmcache_rag.blend": "off"},
+        {"lmcache_rag.ratio": "auto"},
+        {"lmcache_rag.ratio": {"tokens": 400}},
         {"lmcache_rag.blend": True, "lmcache_rag.chunks": [[64, 128], [130, 200]], "lmcache_rag.prefix": 64},
         {"lmcache_rag.ingest": True, "lmcache_rag.chunks": []},
     ],
@@ -43,6 +46,12 @@ def test_what_may_be_asked(params: Any) -> None:
         ("ratio", 1.5),
         ("ratio", True),
         ("ratio", float("nan")),
+        ("ratio", "0.15"),
+        ("ratio", {"tokens": -1}),
+        ("ratio", {"tokens": True}),
+        ("ratio", {"tokens": 10**400}),
+        ("ratio", {"tokens": {"tokens": 1}}),
+        ("ratio", {"tokens": 1, "more": 1}),
         ("blend", "perhaps"),
         ("blend", {}),
         ("blend", 1),
@@ -187,14 +196,16 @@ def asked(params: Any) -> protocol.RequestParams:
 
 
 def test_a_request_that_asks_for_nothing_gets_the_defaults() -> None:
-    assert asked(None) == protocol.RequestParams("query", 0.15, True)
-    assert read_params({"lmcache.max_offload_tokens": 4}, "hkvd", 0.2)[0] == protocol.RequestParams("hkvd", 0.2, True)
+    assert asked(None) == protocol.RequestParams("query", Budget(), True)
+    assert read_params({"lmcache.max_offload_tokens": 4}, "hkvd", 0.2)[0] == protocol.RequestParams(
+        "hkvd", Budget(share=0.2), True
+    )
 
 
 @pytest.mark.parametrize(("switch", "wanted"), [("on", True), ("off", False), (True, True), (False, False)])
 def test_a_request_gets_what_it_asks_for(switch: Any, wanted: bool) -> None:
     params = {"lmcache_rag.policy": "head", "lmcache_rag.ratio": 1, "lmcache_rag.blend": switch}
-    assert asked(params) == protocol.RequestParams("head", 1.0, wanted)
+    assert asked(params) == protocol.RequestParams("head", Budget(share=1.0), wanted)
 
 
 ANYTHING = st.recursive(
@@ -210,8 +221,7 @@ def test_any_json_gives_usable_parameters(policy: Any, ratio: Any, switch: Any, 
     flags = {"lmcache_rag.ingest": flag, "lmcache_rag.forget": flag, "lmcache_rag.spans": flag}
     found, complaints = read_params(params | flags)
     assert found.policy in POLICIES
-    assert isinstance(found.ratio, float)
-    assert 0 <= found.ratio <= 1
+    assert read_budget(found.budget.wire) == found.budget
     assert {type(value) for value in (found.blend, found.ingest, found.forget, found.spans)} == {bool}
     fine = isinstance(policy, str) and policy in POLICIES
     assert any("lmcache_rag.policy" in complaint for complaint in complaints) != fine
@@ -284,11 +294,13 @@ def test_answer_fields_stay() -> None:
         "blended",
         "policy",
         "ratio",
+        "budget_tokens",
+        "budget_reason",
         "failure",
     }
-    assert fields <= set(reuse_statistics(10, "query", 0.15))
+    assert fields <= set(reuse_statistics(10, "query", Budget()))
     no = protocol.Unsupported(protocol.CannotBlend.LORA, "no")
-    assert fields | {"can_blend", "reason"} <= set(unblended_statistics(10, 0, "query", 0.15, no))
+    assert fields | {"can_blend", "reason"} <= set(unblended_statistics(10, 0, "query", Budget(), no))
 
 
 def test_every_fallback_has_a_sentence() -> None:

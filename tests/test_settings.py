@@ -29,7 +29,7 @@ def write(folder: Path, text: str) -> Path:
 
 def test_defaults_hold_when_nothing_is_said() -> None:
     settings = Settings.load()
-    assert (settings.policy, settings.ratio, settings.top_k, settings.blend) == ("query", 0.15, 4, True)
+    assert (settings.policy, settings.ratio, settings.top_k, settings.blend) == ("query", "auto", 4, True)
     assert settings.store == Path("lmcache-rag-store")
     assert settings.model is None
 
@@ -37,7 +37,7 @@ def test_defaults_hold_when_nothing_is_said() -> None:
 def test_the_stores_file_goes_before_the_default(tmp_path: Path) -> None:
     store = write(tmp_path / "s", "top_k = 7\nblend = false\n")
     settings = Settings.load(store)
-    assert (settings.top_k, settings.blend, settings.ratio) == (7, False, 0.15)
+    assert (settings.top_k, settings.blend, settings.ratio) == (7, False, "auto")
 
 
 def test_the_environment_goes_before_the_stores_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,6 +82,8 @@ def test_the_file_of_the_default_store_is_read(tmp_path: Path) -> None:
     [
         ("ratio", 1.5),
         ("ratio", -0.1),
+        ("ratio", {"tokens": -1}),
+        ("ratio", "tokens=many"),
         ("top_k", 0),
         ("max_tokens", 0),
         ("temperature", -1),
@@ -94,6 +96,25 @@ def test_a_wrong_value_gives_an_error_with_its_setting(name: str, value: object)
     with pytest.raises(ConfigError, match=f"^{name}: ") as caught:
         Settings.load(**{name: value})
     assert "lmcache-rag settings" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("text", "toml", "value"),
+    [
+        ("auto", '"auto"', "auto"),
+        ("0.25", "0.25", 0.25),
+        ("1", "1", 1.0),
+        ("tokens=400", "{ tokens = 400 }", {"tokens": 400}),
+        ('{"tokens": 400}', '"tokens=400"', {"tokens": 400}),
+    ],
+)
+def test_the_ratio_has_its_forms_in_every_place(
+    text: str, toml: str, value: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert Settings.load(ratio=value).ratio == value
+    assert Settings.load(write(tmp_path / "s", f"ratio = {toml}\n")).ratio == value
+    monkeypatch.setenv("LMCACHE_RAG_RATIO", text)
+    assert Settings.load().ratio == value
 
 
 @pytest.mark.parametrize("place", ["argument", "environment", "file"])

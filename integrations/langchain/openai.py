@@ -118,7 +118,7 @@ class BlendCall:
         return {
             f"{KEY}_blend": blend.enabled,
             f"{KEY}_policy": blend.policy,
-            f"{KEY}_ratio": blend.ratio,
+            f"{KEY}_ratio": blend.budget.wire,
             f"{KEY}_chunks": len(prompt.chunks),
             f"{KEY}_prompt_tokens": len(prompt),
         }

@@ -25,6 +25,15 @@ VALUES: Final[tuple[tuple[Any, ...], ...]] = (
     ("", "x", "on", "query", "y" * 100_000, "\x00\r\nforged log line", "\ud800", "../../etc/passwd"),
     ([], [[]], [1, 2], [[0, 1]], [[5, 1]], [[-1, 2]], [[0, 2**40]], [[0, 1.5]], json.loads("[" * DEEP + "]" * DEEP)),
     ({}, {"a": {"b": []}}, {protocol.CHUNKS: []}),
+    ("auto", {"tokens": 0}, {"tokens": 2**31 - 1}),  # budgets, and what is near one
+    (
+        {"tokens": -1},
+        {"tokens": 2**70},
+        {"tokens": True},
+        {"tokens": 0.5},
+        {"tokens": {"tokens": 1}},
+        {"tokens": 1, "x": 1},
+    ),
 )
 TOKENS = 100_000  # of a prompt that is too long for the model
 

@@ -32,7 +32,7 @@ Policies = Annotated[
     list[str], typer.Option("--policy", metavar="NAME", help="Recompute policy, each at every --at; repeatable.")
 ]
 Ratios = Annotated[
-    list[float], typer.Option("--at", metavar="RATIO", min=0, max=1, help="Recompute ratio; repeatable.")
+    list[str], typer.Option("--at", metavar="RATIO", help="Recompute ratio: 0 to 1, auto, tokens=N; repeatable.")
 ]
 Repeats = Annotated[int, typer.Option("--repeats", metavar="N", min=1, help="Measured requests of each kind.")]
 Chunks = Annotated[int, typer.Option("--chunks", metavar="N", min=1, help="Different chunks of 1024 tokens.")]
@@ -69,7 +69,7 @@ def speed(
     baseline: Baseline = "",
     tokens: Tokens = (8400, 16600),  # type: ignore[assignment]
     policy: Policies = ("query",),  # type: ignore[assignment]
-    at: Ratios = (0.15,),  # type: ignore[assignment]
+    at: Ratios = ("0.15",),  # type: ignore[assignment]
     repeats: Repeats = 10,
     chunks: Chunks = 40,
     throughput: Throughput = False,
@@ -99,6 +99,7 @@ def speed(
     from lmcache_rag import protocol
     from lmcache_rag.bench.client import Workload
     from lmcache_rag.bench.speed import Arm, SpeedConfig, measure
+    from lmcache_rag.budget import parse_budget_text
     from lmcache_rag.policies import get_policy
 
     for name in policy:
@@ -107,9 +108,9 @@ def speed(
         _check_plot(plot)
     off = {**protocol.NO_BLEND, protocol.MAX_OFFLOAD_TOKENS: 64}
     arms = [Arm("full prefill", baseline or engine, {} if baseline else off)]
-    for name, ratio in itertools.product(dict.fromkeys(policy), dict.fromkeys(at)):
-        params = {protocol.POLICY: name, protocol.RATIO: ratio}
-        arms += [Arm(f"{name} {ratio:g}", engine, params), Arm(f"hot {name} {ratio:g}", engine, params, hot=True)]
+    for name, budget in itertools.product(dict.fromkeys(policy), dict.fromkeys(map(parse_budget_text, at))):
+        params = {protocol.POLICY: name, protocol.RATIO: budget.wire}
+        arms += [Arm(f"{name} {budget}", engine, params), Arm(f"hot {name} {budget}", engine, params, hot=True)]
     config = SpeedConfig(
         tuple(tokens),
         repeats,

@@ -33,7 +33,9 @@ Prompts = Annotated[int, typer.Option("--prompts", metavar="N", min=1, help="Que
 Orders = Annotated[int, typer.Option("--orders", metavar="N", min=0, help="Orders of the same ten chunks.")]
 Tokens = Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Greedy tokens that are compared.")]
 Chunk = Annotated[int, typer.Option("--chunk-tokens", metavar="N", min=32, help="Most tokens of a chunk.")]
-Ratio = Annotated[float, typer.Option("--at", metavar="RATIO", min=0, max=1, help="Recompute ratio of the policies.")]
+Ratio = Annotated[
+    str, typer.Option("--at", metavar="RATIO", help="Recompute ratio of the policies: 0 to 1, auto, tokens=N.")
+]
 Embedded = Annotated[
     bool, typer.Option("--embedded", help="Measure the embedded engine on the same prompts too; needs --model.")
 ]
@@ -80,7 +82,7 @@ def exact(
     orders: Orders = 20,
     tokens: Tokens = 64,
     chunk_tokens: Chunk = 256,
-    at: Ratio = 0.15,
+    at: Ratio = "0.15",
     embedded: Embedded = False,
     cold: Cold = False,
 ) -> None:
@@ -98,12 +100,14 @@ def exact(
       lmcache-rag bench exact docs/ --engine http://localhost:8000
     """
     from lmcache_rag.bench import exact as bench
+    from lmcache_rag.budget import parse_budget_text
     from lmcache_rag.engines.base import BlendOptions
     from lmcache_rag.engines.vllm import VLLMEngine
     from lmcache_rag.prompt import PromptBuilder
 
     if embedded and not model:
         raise ConfigError("--embedded needs the model's folder or name.", remedy="Give it with --model.")
+    budget = parse_budget_text(at)
     server = VLLMEngine(engine, model)
     builder = PromptBuilder(server.tokenizer, server.info)
     chunks = read_chunks(documents, builder, chunk_tokens)
@@ -111,8 +115,8 @@ def exact(
     queries = bench.questions(chunks, prompts, least=min(4, most), most=most)
     arms = {
         "query 1": BlendOptions("query", 1.0),
-        f"query {at:g}": BlendOptions("query", at),
-        f"hkvd {at:g}": BlendOptions("hkvd", at),
+        f"query {budget}": BlendOptions("query", budget.wire),
+        f"hkvd {budget}": BlendOptions("hkvd", budget.wire),
         "none": BlendOptions("none", 0.0),
     }
     found: dict[str, list[Exactness]] = {}

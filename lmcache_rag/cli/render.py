@@ -1,6 +1,6 @@
 """Formats results: numbers, answers and their reuse, the status of a store, and dictionaries for JSON.
 
-The sentence of a reason code comes from lmcache_rag.protocol (`fallback_sentence`).
+The sentence of a reason code comes from lmcache_rag.protocol (`fallback_sentence`, `budget_words`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lmcache_rag._utils import clean
+from lmcache_rag.protocol import budget_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -184,6 +185,8 @@ def stats_table(stats: ReuseStats) -> Table:
         f"{count(stats.prompt_tokens, 'prompt token')}: {stats.prefix_tokens:,} prefix, {stats.reused_tokens:,} "
         f"reused, {stats.recomputed_tokens:,} recomputed, {stats.computed_tokens:,} computed"
     )
+    if words := budget_words(stats.budget_reason):
+        tokens += f" ({words})"
     chunks = stats.chunks_hit + stats.chunks_missed
     # A server reports tokens; which chunks they belong to is not always known.
     reused = f"{stats.chunks_hit} of {count(chunks, 'chunk')} from the store" if chunks else "reused in part"
@@ -192,7 +195,10 @@ def stats_table(stats: ReuseStats) -> Table:
     return facts(
         [
             ("Tokens", tokens),
-            ("KV", reused if stats.blended else "not reused"),
+            (
+                "KV",
+                reused if stats.blended else "found, and all recomputed" if stats.recomputed_tokens else "not reused",
+            ),
             ("TTFT", milliseconds(stats.ttft_ms) + (f" ({inside})" if inside else "")),
         ]
     )

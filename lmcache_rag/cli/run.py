@@ -261,7 +261,7 @@ _LOOKS = {
     "dtype": _Look(metavar="NAME", default="float32, on a GPU bfloat16"),
     "kv_budget_gb": _Look("--kv-budget", metavar="GB"),
     "policy": _Look(metavar="NAME"),
-    "ratio": _Look(metavar="0..1"),
+    "ratio": _Look(metavar="RATIO"),
     "blend": _Look("--blend/--no-blend", default="blend"),
     "top_k": _Look(metavar="N"),
     "max_tokens": _Look(metavar="N"),

@@ -375,6 +375,7 @@ def _free(port: int, flag: str) -> None:
 
 def _ready(context: CommandContext, options: ServeOptions, made: Commands, folder: Path) -> None:
     """Warm up, and print the address, whether it blends, and where the logs are."""
+    from lmcache_rag import protocol
     from lmcache_rag.engines.vllm_client import VLLMClient
     from lmcache_rag.serving.doctor import round_trip
 
@@ -387,7 +388,7 @@ def _ready(context: CommandContext, options: ServeOptions, made: Commands, folde
             name = served.name
             outcome = round_trip(server, served, options.chunk_size, compare=False)
         if outcome.hit and outcome.reused:
-            blending = "{policy} at {ratio:g}".format(**outcome.reused)
+            blending = protocol.chosen(outcome.reused)
         elif made.blends:
             blending = "off, see lmcache-rag doctor"
     except LMCacheRAGError as problem:

@@ -25,6 +25,7 @@ from lmcache_rag.policies import Layout, Policy, how_many, select
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lmcache_rag.budget import Budget
     from lmcache_rag.connector.attention import Attention, PagedSequence
     from lmcache_rag.connector.cuda_graph import CapturedQueryPass
 
@@ -80,6 +81,7 @@ class Selection:
         observed_sum: See BlendOutcome.
         cost: Cost of the selection's last pass, in tokens through all layers.
         end: End of the last cached chunk.
+        reason: Why so many tokens were selected (a BudgetReason).
     """
 
     chosen: Tensor
@@ -88,6 +90,7 @@ class Selection:
     observed_sum: Tensor | None
     cost: int
     end: int
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class BlendOutcome:
             ran: it shows nothing then.
         selected: Positions of the selected tokens, int64 [recomputed], ascending or not.
         hidden: Hidden state of the prompt's last token, [1, width], if that was computed too.
+        reason: Why so many tokens were recomputed (a BudgetReason); empty when nothing was blended.
     """
 
     recomputed: int
@@ -109,6 +113,7 @@ class BlendOutcome:
     observed_sum: Tensor | None = None
     selected: Tensor | None = None
     hidden: Tensor | None = None
+    reason: str = ""
 
     def digest(self) -> str:
         """A short hash of the selected positions, equal on ranks that agree. Waits for the GPU."""
@@ -128,9 +133,16 @@ class ModelPasses:
         self.observed_sum: Tensor | None = None
         self.cost = 0  # of the suffix's pass: tokens through all layers that would take as long
         self._deviations: dict[int, Tensor] = {}
+        self._observed: dict[tuple[int, float, str], Tensor] = {}
 
     def suffix_attention(self, *, window: int, from_layer: float, reduce: str) -> Tensor:
         """See Passes. Of a long suffix only its end is observed; tokens before that are masked for these rows."""
+        how = (window, from_layer, reduce)
+        if how not in self._observed:
+            self._observed[how] = self._observe(*how)
+        return self._observed[how]
+
+    def _observe(self, window: int, from_layer: float, reduce: str) -> Tensor:
         import torch
 
         rows = self._suffix[-window:]
@@ -218,25 +230,34 @@ class BlendPass:
         start: int,
         *,
         policy: Policy,
-        ratio: float,
+        budget: Budget,
+        free: int = 0,
         end: int = 0,
         with_last_token: bool = False,
     ) -> StepIterator[BlendOutcome]:
         """Blend: `select`, then `recompute`, which document the arguments."""
-        selection = yield from self.select(ids, spans, start, policy=policy, ratio=ratio)
+        selection = yield from self.select(ids, spans, start, policy=policy, budget=budget, free=free)
         return (yield from self.recompute(ids, selection, end=end, with_last_token=with_last_token))
 
     def select(
-        self, ids: Tensor, spans: Sequence[tuple[int, int]], start: int, *, policy: Policy, ratio: float
+        self,
+        ids: Tensor,
+        spans: Sequence[tuple[int, int]],
+        start: int,
+        *,
+        policy: Policy,
+        budget: Budget,
+        free: int = 0,
     ) -> StepIterator[Selection]:
-        """Let the policy choose which cached tokens to recompute.
+        """Let the policy choose which cached tokens to recompute. With the budget `auto` the CPU waits for its pass.
 
         Args:
             ids: The whole prompt, int64 [n].
             spans: Where cached KV was placed, (first, last + 1) of each chunk, ascending, from `start` on.
             start: First position whose KV is not exact.
             policy: Chooses what to recompute.
-            ratio: Share of the cached tokens.
+            budget: How many.
+            free: So many can be recomputed without any more time; the same on all ranks.
 
         Yields:
             After each forward pass but the last: how many tokens through all layers would take as long.
@@ -254,11 +275,12 @@ class BlendPass:
         suffix = torch.arange(cached_end, min(len(ids), self.sequence.capacity), device=device)
         passes = ModelPasses(self, ids, layout, gaps, start, cached_end, suffix)
         check_layer, cached = policy.check_layer, len(layout.cached)
-        if check_layer is not None and 0 < how_many(policy, ratio, cached) < cached:
+        known = how_many(policy, budget, cached, layout.chunks, free)
+        if check_layer is not None and (known is None or 0 < known.tokens < cached):
             yield from passes.check(check_layer)
-        chosen = select(policy, ratio, layout, passes)
+        chosen, reason = select(policy, budget, layout, passes, free=free)
         checked = layout.cached if len(chosen) < cached else layout.cached[:0]
-        return Selection(chosen, gaps, checked, passes.observed_sum, passes.cost, cached_end)
+        return Selection(chosen, gaps, checked, passes.observed_sum, passes.cost, cached_end, str(reason))
 
     def recompute(
         self, ids: Tensor, selection: Selection, *, end: int = 0, with_last_token: bool = False
@@ -284,7 +306,8 @@ class BlendPass:
         positions = torch.cat([torch.cat([chosen, gaps]).sort().values, tail])
         hidden = yield from self.compute(ids, positions, end + with_last_token)
         computed = len(gaps) + end - cached_end
-        return BlendOutcome(len(chosen), computed, selection.observed_sum, chosen, hidden if with_last_token else None)
+        last = hidden if with_last_token else None
+        return BlendOutcome(len(chosen), computed, selection.observed_sum, chosen, last, selection.reason)
 
     def compute(self, ids: Tensor, positions: Tensor, end: int) -> StepIterator[Tensor | None]:
         """Compute the KV of these positions (int64, ascending) through all layers, in chunks that fit a pass.

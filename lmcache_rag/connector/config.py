@@ -6,9 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
+from lmcache_rag.budget import FORMS, Budget, Ratio, parse_budget, read_budget
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.policies import get_policy
-from lmcache_rag.protocol import DEFAULT_POLICY, DEFAULT_RATIO
+from lmcache_rag.protocol import DEFAULT_POLICY, DEFAULT_RATIO, RATIO, shown
 
 STORES = ("ingest", "all")
 
@@ -19,7 +20,8 @@ class ConnectorOptions:
 
     Attributes:
         policy: Recompute policy where a request names none.
-        ratio: Share of the cached tokens to recompute, in [0, 1].
+        ratio: How many cached tokens to recompute where a request does not say: "auto", a share in [0, 1], or
+            {"tokens": N}.
         blend: Whether to blend requests that do not specify it.
         deadline: Longest wait for LMCache in a step, in seconds; then everything is computed.
         lookup_deadline: Longest that a request waits for its look-up, in seconds.
@@ -43,7 +45,7 @@ class ConnectorOptions:
     """
 
     policy: str = DEFAULT_POLICY
-    ratio: float = DEFAULT_RATIO
+    ratio: Ratio = DEFAULT_RATIO
     blend: bool = True
     deadline: float = 5.0
     lookup_deadline: float = 5.0
@@ -63,8 +65,8 @@ class ConnectorOptions:
 
     def __post_init__(self) -> None:
         get_policy(self.policy)
-        if not 0 <= self.ratio <= 1:
-            raise ConfigError(f"lmcache_rag.ratio must be between 0 and 1; got {self.ratio}.")
+        if read_budget(self.ratio) is None:
+            raise ConfigError(f"{RATIO} is not {FORMS}; got {shown(self.ratio)}.")
         if self.store not in STORES:
             raise ConfigError(f"lmcache_rag.store must be one of {', '.join(STORES)}; got {self.store!r}.")
         if self.step_tokens < 1:
@@ -82,6 +84,11 @@ class ConnectorOptions:
             if getattr(self, name) < 0:
                 raise ConfigError(f"lmcache_rag.{name} must not be negative; got {getattr(self, name)}.")
 
+    @property
+    def budget(self) -> Budget:
+        """The ratio as a budget."""
+        return parse_budget(self.ratio)
+
     @classmethod
     def read(cls, get: Callable[[str, Any], Any]) -> ConnectorOptions:
         """Read the settings by vLLM's get_from_extra_config(key, default).
@@ -92,6 +99,10 @@ class ConnectorOptions:
         values: dict[str, Any] = {}
         for item in fields(cls):
             value = get(f"lmcache_rag.{item.name}", item.default)
+            if item.name == "ratio":
+                budget = read_budget(value)  # of several types, checked in __post_init__
+                values["ratio"] = value if budget is None else budget.wire
+                continue
             kind: type = type(item.default)
             if kind is float and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)

@@ -117,7 +117,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
                 found.unsupported_reason,
             )
         else:
-            log.info("KV is blended: policy %s, ratio %g", self._options.policy, self._options.ratio)
+            log.info("KV is blended: policy %s, ratio %s", self._options.policy, self._options.budget)
 
     def get_handshake_metadata(self) -> BlendHandshakeMetadata:
         """Worker: report to the scheduler whether blending is possible."""

@@ -300,7 +300,9 @@ class BlendJob:
 
     def _blend(self) -> StepIterator[None]:
         plan, policy = self.plan, get_policy(self.plan.policy)
-        selection = yield from self.blend.select(self._ids, plan.spans, plan.exact, policy=policy, ratio=plan.ratio)
+        selection = yield from self.blend.select(
+            self._ids, plan.spans, plan.exact, policy=policy, budget=plan.budget, free=plan.free
+        )
         # Before the recomputation, which takes most of the time: reading the check does not wait for that.
         self._queue_finite_check(selection.checked, selection.observed_sum)
         with_last_token = plan.alone and plan.end < self._sequence.capacity
@@ -409,12 +411,13 @@ class BlendJob:
         """The counts and times of the job. Waits for the GPU."""
         plan, outcome = self.plan, self.outcome
         if self.failure:
-            counts, resident = (plan.local, 0, 0, plan.end - plan.local), 0
+            counts, resident, reason = (plan.local, 0, 0, plan.end - plan.local), 0, ""
         else:
             covered = sum(match.end - match.start for match in plan.matches)
             counts = (plan.exact, covered - outcome.recomputed, outcome.recomputed, outcome.gaps)
             resident = sum(match.end - match.start for match in plan.matches if match.block >= 0)
-        result = BlendResult(plan.request_id, *counts, *self.timer.read(), self.failure, resident)
+            reason = outcome.reason
+        result = BlendResult(plan.request_id, *counts, *self.timer.read(), self.failure, resident, reason)
         if log.isEnabledFor(logging.DEBUG):  # to compare tensor-parallel ranks
             what = self.failure or f"{outcome.recomputed} tokens selected, digest {outcome.digest()}"
             log.debug("request %s on rank %d: %s", plan.request_id, self._resources.model.rank, what)

@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from lmcache_rag.policies import get_policy, how_many
+from lmcache_rag.budget import Budget
+from lmcache_rag.policies import at_most, get_policy
 from lmcache_rag.protocol import CannotBlend, SelfCheck, Unsupported
 
 if find_spec("vllm"):
@@ -64,13 +65,14 @@ class BlendPlan:
         end: vLLM counts everything up to here as computed.
         block_ids: The request's blocks, by id.
         policy: Name of the recompute policy.
-        ratio: Share of the placed tokens to recompute.
+        budget: How many of the placed tokens to recompute.
         cache_salt: The request's cache_salt.
         configs: Settings of the request for LMCache.
         background: Whether other requests run meanwhile: the request waits until a worker reports that it is done.
         alone: Whether vLLM's step computes this request's last token, and nothing else: the blend computes it too, and
             vLLM need not read all weights once more for it.
         failure: Why everything is to be computed and nothing loaded (a Fallback); empty when it is to be blended.
+        free: So many of the placed tokens can be recomputed without any more time; the same on all ranks.
     """
 
     request_id: str
@@ -81,12 +83,13 @@ class BlendPlan:
     end: int
     block_ids: tuple[int, ...]
     policy: str
-    ratio: float
+    budget: Budget
     cache_salt: str = ""
     configs: dict[str, Any] | None = None
     background: bool = False
     alone: bool = False
     failure: str = ""
+    free: int = 0
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -108,6 +111,7 @@ class BlendResult:
         blend_ms: Time of selection and recomputation.
         failure: Why everything was computed (a Fallback); empty when the blend succeeded.
         hot_tokens: How many of the reused and recomputed tokens were resident in vLLM's own KV cache.
+        budget_reason: Why so many tokens were recomputed (a BudgetReason); empty when nothing was blended.
     """
 
     request_id: str
@@ -119,6 +123,7 @@ class BlendResult:
     blend_ms: float
     failure: str = ""
     hot_tokens: int = 0
+    budget_reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -140,10 +145,13 @@ class Claim:
         """Tokens that the matches cover."""
         return sum(match.end - match.start for match in self.matches)
 
-    def computed(self, policy: str, ratio: float) -> int:
-        """Tokens that a blend of this claim computes, without its selection."""
-        reused = self.reused
-        return how_many(get_policy(policy), ratio, reused) + self.end - self.exact - reused
+    def computed(self, policy: str, budget: Budget, free: int = 0) -> int:
+        """Most tokens that a blend of this claim computes, without its selection.
+
+        With `auto` the scores decide later how many are recomputed: its ceiling counts here.
+        """
+        reused, chunks = self.reused, len(spans_of(self.matches))
+        return at_most(get_policy(policy), budget, reused, chunks, free) + self.end - self.exact - reused
 
 
 def claim(prompt: int, local: int, prefix: int, matches: Sequence[Match], *, least: int = 64, tail: int = 0) -> Claim:

@@ -13,9 +13,12 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any
 
+from lmcache_rag.budget import Budget, BudgetReason
 from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.connector.metadata import BlendResult
 from lmcache_rag.protocol import (
+    BUDGET_REASON,
+    BUDGET_TOKENS,
     CAN_BLEND,
     CHUNK_GAUGE,
     FAILURE,
@@ -42,7 +45,7 @@ BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 
 def reuse_statistics(
     prompt: int,
     policy: str,
-    ratio: float,
+    budget: Budget,
     *,
     local: int = 0,
     result: BlendResult | None = None,
@@ -56,7 +59,7 @@ def reuse_statistics(
     Args:
         prompt: Tokens of the prompt.
         policy: Its recompute policy.
-        ratio: Share of the placed tokens to recompute.
+        budget: How many of the placed tokens to recompute.
         local: Tokens that vLLM's own prefix cache held.
         result: What a worker did; None when no plan reached one.
         failure: Why nothing was blended; what the worker reports takes precedence.
@@ -71,6 +74,7 @@ def reuse_statistics(
         prefix, reused, recomputed = min(local, prompt), 0, 0
     placed = result is not None and not result.failure
     found = {} if spans is None else {"spans": [list(span) for span in spans] if placed else []}
+    share = recomputed / (reused + recomputed) if reused + recomputed else 0.0
     return {
         "prompt_tokens": prompt,
         "prefix_tokens": prefix,
@@ -85,13 +89,15 @@ def reuse_statistics(
         "blend_ms": round(result.blend_ms, 3) if result else 0.0,
         "blended": reused > 0,
         "policy": policy,
-        "ratio": ratio,
+        "ratio": round(share, 4) if budget.share is None else budget.share,
+        BUDGET_TOKENS: recomputed,
+        BUDGET_REASON: result.budget_reason if result else "",
         FAILURE: str(failure),
     }
 
 
 def unblended_statistics(
-    prompt: int, cached: int, policy: str, ratio: float, unsupported: Unsupported, *, spans: bool = False
+    prompt: int, cached: int, policy: str, budget: Budget, unsupported: Unsupported, *, spans: bool = False
 ) -> dict[str, Any]:
     """The statistics of a request to a server that cannot blend at all; only these hold `can_blend` and `reason`.
 
@@ -99,12 +105,13 @@ def unblended_statistics(
         prompt: Tokens of the prompt.
         cached: How many of them vLLM or LMCache held.
         policy: The server's default.
-        ratio: The server's default.
+        budget: The server's default.
         unsupported: Why it cannot.
         spans: Whether the request asked for `spans`.
     """
     held = max(min(cached, prompt - 1), 0)  # the last token is always computed
-    found = reuse_statistics(prompt, policy, ratio, local=held, failure=unsupported.detail, spans=[] if spans else None)
+    no_spans: list[Any] | None = [] if spans else None
+    found = reuse_statistics(prompt, policy, budget, local=held, failure=unsupported.detail, spans=no_spans)
     return {**found, CAN_BLEND: False, REASON: str(unsupported.code)}
 
 
@@ -117,6 +124,8 @@ def record(statistics: Mapping[str, Any]) -> dict[str, Any]:
     found["outcome"] = "blended" if blended else "prefix" if found["prefix"] else "computed"
     if failure:
         found["fallback"] = str(Fallback.of(failure))
+    if reason := statistics.get(BUDGET_REASON):
+        found["budget"] = str(reason)
     # A stage that did not run took no time; a load that failed did.
     seconds = {name: float(statistics[f"{name}_ms"]) / 1e3 for name in TIMES}
     return found | {name: value for name, value in seconds.items() if value > 0}
@@ -202,6 +211,8 @@ class Counters:
         self._requests = counted("requests", "Finished requests by what was reused of their prompt.", "how", OUTCOMES)
         self._tokens = counted("prompt_tokens", "Prompt tokens by where their KV came from.", "source", SOURCES)
         self._fallbacks = counted("fallbacks", "Requests computed in full, by reason.", "reason", REASONS)
+        why = "Blended requests by why so many tokens were recomputed."
+        self._budgets = counted("budgets", why, "reason", [str(each) for each in BudgetReason])
         hot = counter(
             name=f"{METRICS}hot_tokens",
             documentation="Reused and recomputed tokens whose KV vLLM itself still held.",
@@ -228,6 +239,8 @@ class Counters:
             self._hot[engine].inc(item["hot"])
             if "fallback" in item:
                 self._fallbacks[engine, item["fallback"]].inc()
+            if "budget" in item:
+                self._budgets[engine, item["budget"]].inc()
             for name in TIMES:
                 if name in item:
                     self._times[engine, name].observe(item[name])

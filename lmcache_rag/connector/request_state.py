@@ -27,6 +27,7 @@ from array import array
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from lmcache_rag.budget import Budget
 from lmcache_rag.connector import metrics
 from lmcache_rag.connector.metadata import BlendResult, Claim, Match, spans_of
 
@@ -55,7 +56,7 @@ class RequestState:
     """State of one request, from its arrival to its end. The prompt is dropped when a worker has its plan."""
 
     policy: str
-    ratio: float
+    budget: Budget
     blend: bool
     tokens: array[int] = field(default_factory=lambda: array("q"))  # the prompt; empty when nothing is looked up
     lookup: Lookup | None = None
@@ -99,7 +100,7 @@ class RequestState:
         return metrics.reuse_statistics(
             prompt,
             self.policy,
-            self.ratio,
+            self.budget,
             local=self.local,
             result=self.result,
             failure=self.failure,

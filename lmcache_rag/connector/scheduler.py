@@ -167,7 +167,7 @@ class BlendScheduler:
         """Do not blend a request, and release what it holds, except for what a worker's plan uses."""
         state = self._states.get(request_id)
         if state is None:
-            state = RequestState(self.options.policy, self.options.ratio, blend=False)
+            state = RequestState(self.options.policy, self.options.budget, blend=False)
             self._states[request_id] = state
         if any(plan.request_id == request_id for plan in self._plans):
             return
@@ -231,7 +231,7 @@ class BlendScheduler:
         )
         if wrong:
             log.warning("request %s: %s; the default is used", shown(request.request_id), joined(wrong))
-        state = RequestState(params.policy, params.ratio, params.blend, closed=not can_hit(request, self._chunk))
+        state = RequestState(params.policy, params.budget, params.blend, closed=not can_hit(request, self._chunk))
         state.spans, state.ingest, state.step = [] if params.spans else None, params.ingest, self._window.step
         self._states[request.request_id] = state
         return state
@@ -302,7 +302,7 @@ class BlendScheduler:
             # Shared blocks are filled by this step's forward pass, and a blend would read them before: ask again in the
             # next step.
             return None
-        tokens = wanted.computed(state.policy, state.ratio)
+        tokens = wanted.computed(state.policy, state.budget)
         how = self.budget.admit(tokens)
         if how is Admission.DEFER:
             return None
@@ -521,7 +521,7 @@ class BlendScheduler:
                 claimed.end,
                 tuple(block_ids),
                 state.policy,
-                state.ratio,
+                state.budget,
                 salt,
                 configs,
                 state.background,
@@ -664,8 +664,8 @@ class BlendScheduler:
         cached = max(tracker.num_vllm_hit_tokens, tracker.num_lmcache_hit_tokens)
         self._records.append(metrics.unblended_record(prompt, cached))
         spans = (request.kv_transfer_params or {}).get(SPANS) is True
-        policy, ratio = self.options.policy, self.options.ratio
-        return metrics.unblended_statistics(prompt, cached, policy, ratio, self.unsupported, spans=spans)
+        policy, budget = self.options.policy, self.options.budget
+        return metrics.unblended_statistics(prompt, cached, policy, budget, self.unsupported, spans=spans)
 
     def remove(self, request_id: str, *, delayed: bool) -> None:
         """LMCache's connector has ended a request, too.

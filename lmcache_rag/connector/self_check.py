@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lmcache_rag.budget import Budget
 from lmcache_rag.connector import vllm_internals
 from lmcache_rag.connector.attention import PagedSequence
 from lmcache_rag.connector.blend_pass import BlendPass, Model, StepIterator, T
@@ -42,7 +43,7 @@ _MOVED, _MOVED_EPS = 1e-3, 4.0  # the same for a moved key, which is rounded onc
 _CHUNKS, _GAP, _SUFFIX, _UNIT = 3, 3, 33, 64
 _WORDS = (300, 15000)  # ids of plain text in the usual vocabularies; no special tokens
 _STALE = 7.0  # fills blocks before they are written, so that missing writes show
-_RATIO = 0.15
+_SOME, _ALL = Budget(share=0.15), Budget(share=1.0)
 _FOLDER, _MOST_PASSED = "self-check", 200
 _PACKAGES = ("vllm", "torch", "triton", "lmcache-rag")
 
@@ -288,11 +289,11 @@ class _Check:
         spans, last = list(self._prompt.spans), len(self._ids) - 1
         blend = BlendPass(self._model, self._sequence)
         policy = QueryPolicy()
-        outcome = _run(blend.run(self._ids, spans, self._prompt.prefix, policy=policy, ratio=_RATIO))
+        outcome = _run(blend.run(self._ids, spans, self._prompt.prefix, policy=policy, budget=_SOME))
         fine = outcome.observed_sum is not None and bool(outcome.observed_sum.isfinite())
         findings.append(Finding("attention sums of the selection", 0.0 if fine else float("nan"), 0.0))
         own = _run(
-            blend.run(self._ids, spans, self._prompt.prefix, policy=policy, ratio=1.0, end=last, with_last_token=True)
+            blend.run(self._ids, spans, self._prompt.prefix, policy=policy, budget=_ALL, end=last, with_last_token=True)
         ).hidden
         assert own is not None  # noqa: S101 - with_last_token computes it
         after = self._prefill(self._ids, self._sequence, self._tail.start, len(self._tail))

@@ -5,13 +5,14 @@ Elements that show a figure or take an action have a `data-testid`:
     start-phase, start-progress, start-error, start-again
     question, ask, stop, sample-N, context-tokens, at-once, follow-up, new-conversation, note, problem
     speedup, order-note
-    ARM-pane, -state, -timer, -ttft, -bar, -prefix, -reused, -recomputed, -computed, -prompt, -passage-N-KIND,
-        -by-passage, -answer, -note, -error, -history, -turn, -turn-ttft        (ARM: blended, baseline)
+    ARM-pane, -state, -timer, -ttft, -bar, -prefix, -reused, -recomputed, -computed, -prompt, -budget,
+        -passage-N-KIND, -by-passage, -answer, -note, -error, -history, -turn, -turn-ttft      (ARM: blended, baseline)
     passages, passage-count, order-hint, retrieve, shuffle, passage-list, add-passage, find, find-button, found, add,
         find-error
     passage (with data-chunk), drag, passage-rank, passage-source, passage-facts, up, down, remove, passage-open,
         passage-text
-    model, policy, ratio, ratio-value, top-k, max-tokens, temperature, words, system, instruction, cold, warm
+    model, policy, ratio, ratio-auto, ratio-value, top-k, max-tokens, temperature, words, system, instruction, cold,
+        warm
     check, check-result; repeat-times, repeat, repeat-progress, -medians, -speedup, -differing, -plot, -error
     upload, add-files, upload-STATE; export, dark; password, login, login-error
 
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from nicegui import events, ui
 
+from lmcache_rag.budget import AUTO, Ratio, parse_budget
 from lmcache_rag.demo import samples
 from lmcache_rag.demo.hub import MOST_UPLOAD_BYTES
 from lmcache_rag.demo.page_answers import CheckView, Panes, RepeatView
@@ -241,9 +243,14 @@ class Settings:
             policy.props("dense outlined data-testid=policy")
             with ui.element("div").classes("d-row"):
                 label("Recompute ratio", classes="d-soft")
-                self._ratio = label(f"{chosen.ratio:.2f}", classes="d-number text-weight-bold", test_id="ratio-value")
-            self._slider = _Slider(min=0, max=1, step=0.05, value=chosen.ratio, on_change=self._set_ratio)
+                self._ratio = label(
+                    ratio_words(chosen.ratio), classes="d-number text-weight-bold", test_id="ratio-value"
+                )
+                self._auto = ui.switch("Choose for each question", value=chosen.ratio == AUTO, on_change=self._set_auto)
+                self._auto.props("dense data-testid=ratio-auto")
+            self._slider = _Slider(min=0, max=1, step=0.05, value=share(chosen.ratio), on_change=self._set_ratio)
             self._slider.props('data-testid=ratio aria-label="Recompute ratio"')
+            self._slider.set_enabled(chosen.ratio != AUTO)
             with ui.element("div").classes("d-row"):
                 self._number("Passages (top-k)", "top_k", chosen.top_k, 1, 32, 1)
                 self._number("Most tokens", "max_tokens", chosen.max_tokens, 1, 4096, 16)
@@ -269,8 +276,13 @@ class Settings:
         session = self.session
         for each in (self._cold, self._warm):
             each.set_enabled(session.hub.start.phase == "ready" and not session.busy)
-        if round(self._slider.value or 0.0, 2) != session.controls.ratio:  # another page of this session moved it
-            self._slider.value = session.controls.ratio
+        ratio = session.controls.ratio  # another page of this session may have changed it
+        if self._auto.value != (ratio == AUTO):
+            self._auto.value = ratio == AUTO
+        self._slider.set_enabled(ratio != AUTO)
+        if isinstance(ratio, float) and round(self._slider.value or 0.0, 2) != ratio:
+            self._slider.value = ratio
+        put(self._ratio, ratio_words(ratio))
         if session.hub.models != self._models_shown:
             self._models_shown = list(session.hub.models)
             self._models.clear()
@@ -301,9 +313,26 @@ class Settings:
     def _sets(self, name: str) -> Callable[[events.ValueChangeEventArguments[Any]], Any]:
         return lambda event: self.session.set(**{name: event.value})
 
+    def _set_auto(self, event: events.ValueChangeEventArguments[Any]) -> None:
+        if event.value != (self.session.controls.ratio == AUTO):
+            self.session.set(ratio=AUTO if event.value else round(float(self._slider.value), 2))
+            self._slider.set_enabled(not event.value)
+            put(self._ratio, ratio_words(self.session.controls.ratio))
+
     def _set_ratio(self, event: events.ValueChangeEventArguments[Any]) -> None:
-        self.session.set(ratio=round(float(event.value), 2))
-        put(self._ratio, f"{event.value:.2f}")
+        if self.session.controls.ratio != AUTO:
+            self.session.set(ratio=round(float(event.value), 2))
+            put(self._ratio, f"{event.value:.2f}")
+
+
+def ratio_words(ratio: Ratio) -> str:
+    """The ratio beside its slider: "auto", "0.15" or "tokens=400"."""
+    return f"{ratio:.2f}" if isinstance(ratio, float) else str(parse_budget(ratio))
+
+
+def share(ratio: Ratio) -> float:
+    """Where the slider stands; where the ratio is no share, at a usual one."""
+    return ratio if isinstance(ratio, float) else 0.15
 
 
 class Passages:

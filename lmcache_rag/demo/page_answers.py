@@ -20,6 +20,7 @@ from lmcache_rag.demo.record import (
     speedup_words,
     totals,
 )
+from lmcache_rag.protocol import budget_words
 
 if TYPE_CHECKING:
     from lmcache_rag.demo.record import Check
@@ -174,6 +175,8 @@ class _PaneView:
                     label("of")
                     label(f"{turn.completion.stats.prompt_tokens:,}", classes="d-number", test_id=f"{name}-prompt")
                     label("tokens")
+            if budget := budget_words(turn.completion.stats.budget_reason):
+                label(f"Recomputed by {budget}.", classes="d-soft", test_id=f"{name}-budget")
             if turn.completion.chunks:
                 with ui.expansion("Tokens by passage").props(f"dense data-testid={name}-by-passage"):
                     self._show_table(turn)

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from lmcache_rag import __version__
+from lmcache_rag.budget import AUTO, Ratio
 from lmcache_rag.demo import record
 from lmcache_rag.demo.arms import Arm, Request, Wording
 from lmcache_rag.demo.record import ARMS, ArmName, Check, Problem, Turn, Uploaded
@@ -39,7 +40,7 @@ class Controls:
     """What the user can set."""
 
     policy: str = "query"
-    ratio: float = 0.15
+    ratio: Ratio = AUTO
     temperature: float = 0.0
     max_tokens: int = MAX_TOKENS
     top_k: int = 4

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
+from lmcache_rag.budget import AUTO, Budget, Ratio, parse_budget
 from lmcache_rag.errors import ConfigError
 
 KV_FORMAT = 1  # raise when the meaning or layout of stored KV changes: old KV is then never read
@@ -139,17 +140,22 @@ class BlendOptions:
 
     Attributes:
         policy: Name of a recompute policy, see lmcache_rag.policies.
-        ratio: Share of the cached tokens to recompute, in [0, 1].
+        ratio: How many cached tokens to recompute: "auto" chooses that for each request, a number in [0, 1] is a share
+            of them, {"tokens": N} are N tokens.
         enabled: False computes the whole prompt (a full prefill).
     """
 
     policy: str = "query"
-    ratio: float = 0.15
+    ratio: Ratio = AUTO
     enabled: bool = True
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.ratio <= 1.0:
-            raise ConfigError(f"The recompute ratio must be between 0 and 1; got {self.ratio}.")
+        parse_budget(self.ratio)
+
+    @property
+    def budget(self) -> Budget:
+        """The ratio as a budget."""
+        return parse_budget(self.ratio)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +174,9 @@ class ReuseStats:
         load_ms: Time to load and place it.
         blend_ms: Time of selection and recomputation.
         ttft_ms: From the call to the first token.
+        budget_tokens: How many tokens of cached chunks were chosen for recomputation.
+        budget_reason: Why so many, a lmcache_rag.budget.BudgetReason; "" where nothing was blended, or where the
+            server does not report it.
     """
 
     prompt_tokens: int
@@ -181,6 +190,8 @@ class ReuseStats:
     load_ms: float = 0.0
     blend_ms: float = 0.0
     ttft_ms: float = 0.0
+    budget_tokens: int = 0
+    budget_reason: str = ""
 
     def __post_init__(self) -> None:
         parts = (self.prefix_tokens, self.reused_tokens, self.recomputed_tokens, self.computed_tokens)
@@ -193,7 +204,7 @@ class ReuseStats:
         return self.reused_tokens > 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain numbers, for JSON."""
+        """Plain numbers and codes, for JSON."""
         return {**asdict(self), "blended": self.blended}
 
 

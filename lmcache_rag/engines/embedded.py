@@ -314,7 +314,7 @@ def _blend(
     hits = chunks.find(prompt)
     lookup_ms = (time.perf_counter() - begin) * 1e3
     found = {span for span, _ in hits}
-    done = blended_prefill(model, prompt, ids, cache, prefix, hits, get_policy(blend.policy), blend.ratio)
+    done = blended_prefill(model, prompt, ids, cache, prefix, hits, get_policy(blend.policy), blend.budget)
     # A prefix that was computed just now counts as computed, not as reused.
     exact = done.exact_tokens - (0 if prefix_was_there else prompt.prefix_tokens)
     stats = {
@@ -329,6 +329,8 @@ def _blend(
         "lookup_ms": lookup_ms,
         "load_ms": done.load_ms + done.shift_ms,
         "blend_ms": done.select_ms + done.recompute_ms,
+        "budget_tokens": done.recomputed_tokens,
+        "budget_reason": done.reason,
     }
     spent = {
         "look-up": lookup_ms,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from lmcache_rag.budget import Budget
     from lmcache_rag.engines.base import ChunkSpan, QueryPrompt
     from lmcache_rag.engines.hf_model import HFModel, KVBuffer
 
@@ -26,7 +27,7 @@ class BlendedPrefill:
 
     Times in milliseconds: `load_ms` copies KV to its place, `shift_ms` rotates keys (in part while they are copied),
     `select_ms` is the policy with its pass, `recompute_ms` computes the selected tokens and the gaps. `selected` are
-    the positions of the recomputed tokens.
+    the positions of the recomputed tokens, `reason` why so many (a BudgetReason; "" where no chunk was blended).
     """
 
     length: int
@@ -38,6 +39,7 @@ class BlendedPrefill:
     select_ms: float = 0.0
     recompute_ms: float = 0.0
     selected: tuple[int, ...] = ()
+    reason: str = ""
 
 
 def blended_prefill(
@@ -48,7 +50,9 @@ def blended_prefill(
     prefix: ChunkKV,
     hits: Sequence[tuple[ChunkSpan, ChunkKV]],
     policy: Policy,
-    ratio: float,
+    budget: Budget,
+    *,
+    free: int = 0,
 ) -> BlendedPrefill:
     """Place the prefix's and the chunks' KV, then recompute the selected tokens and the gaps.
 
@@ -64,7 +68,8 @@ def blended_prefill(
         prefix: KV of the prefix.
         hits: Chunks whose KV was found, in the prompt's order.
         policy: Chooses what to recompute.
-        ratio: Share of the cached, not exact tokens to recompute.
+        budget: How many of the cached, not exact tokens to recompute.
+        free: So many can be recomputed without any more time.
     """
     begin = time.perf_counter()
     exact = prompt.prefix_tokens
@@ -93,7 +98,7 @@ def blended_prefill(
 
     begin = time.perf_counter()
     passes = ModelPasses(model, ids, cache, layout, gaps, exact, end)
-    chosen = select(policy, ratio, layout, passes)
+    chosen, reason = select(policy, budget, layout, passes, free=free)
     select_ms = _ms_since(begin)
 
     begin = time.perf_counter()
@@ -104,7 +109,7 @@ def blended_prefill(
     kept, redone = len(layout.cached) - len(chosen), len(chosen)
     recompute_ms = _ms_since(begin)
     selected = tuple(chosen.tolist())
-    return BlendedPrefill(end, exact, kept, redone, load_ms, shift_ms, select_ms, recompute_ms, selected)
+    return BlendedPrefill(end, exact, kept, redone, load_ms, shift_ms, select_ms, recompute_ms, selected, str(reason))
 
 
 def _place(cache: KVBuffer, kv: ChunkKV, start: int, cos: Tensor | None = None, sin: Tensor | None = None) -> float:
@@ -230,9 +235,16 @@ class ModelPasses:
     ) -> None:
         self._model, self._ids, self._cache = model, ids, cache
         self._layout, self._gaps, self._start, self._suffix_start = layout, gaps, start, suffix_start
+        self._results: dict[tuple[Any, ...], Tensor] = {}
 
     def suffix_attention(self, *, window: int, from_layer: float, reduce: str) -> Tensor:
         """See Passes. Tokens whose KV does not exist yet are hidden from the rows."""
+        how = (window, from_layer, reduce)
+        if how not in self._results:
+            self._results[how] = self._suffix_attention(*how)
+        return self._results[how]
+
+    def _suffix_attention(self, window: int, from_layer: float, reduce: str) -> Tensor:
         import torch
 
         first = max(self._suffix_start, len(self._ids) - window)
@@ -246,6 +258,11 @@ class ModelPasses:
 
     def deviation(self, *, layer: int) -> Tensor:
         """See Passes."""
+        if (layer,) not in self._results:
+            self._results[layer,] = self._deviation(layer)
+        return self._results[layer,]
+
+    def _deviation(self, layer: int) -> Tensor:
         import torch
 
         positions = torch.arange(self._start, self._suffix_start, device=self._ids.device)

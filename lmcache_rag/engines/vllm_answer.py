@@ -32,7 +32,7 @@ def blend_params(blend: BlendOptions, prompt: QueryPrompt | None = None) -> dict
     """
     if not blend.enabled:
         return dict(protocol.NO_BLEND)
-    params = {protocol.BLEND: "on", protocol.POLICY: blend.policy, protocol.RATIO: blend.ratio}
+    params = {protocol.BLEND: "on", protocol.POLICY: blend.policy, protocol.RATIO: blend.budget.wire}
     spans = [[chunk.start, chunk.end] for chunk in prompt.chunks] if prompt else []
     return params | ({protocol.CHUNKS: spans, protocol.SPANS: True} if spans else {})
 
@@ -194,7 +194,10 @@ def _counts(reported: Mapping[str, Any], length: int) -> dict[str, Any] | None:
         return None
     if sum(part for part in parts.values() if part is not None) != length:
         return None
-    return {**parts, **{name: float(reported.get(name) or 0.0) for name in protocol.TIMES}}
+    times = {name: float(reported.get(name) or 0.0) for name in protocol.TIMES}
+    reason = str(reported.get(protocol.BUDGET_REASON) or "")  # absent where the server is older
+    budget = {"budget_tokens": parts["recomputed_tokens"] if reason else 0, "budget_reason": reason}
+    return {**parts, **times, **budget}
 
 
 def chunk_reuse(prompt: QueryPrompt, stats: ReuseStats, spans: Any) -> tuple[ChunkReuse, ...]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from lmcache_rag.budget import Ratio, parse_budget
 from lmcache_rag.connector.authorization import MIDDLEWARE
 from lmcache_rag.connector.lmcache_server.settings import MODULE, ServerSettings
 from lmcache_rag.connector.secret import FILE_VARIABLE, VARIABLE
@@ -102,7 +103,7 @@ class ServeOptions:
         host: Host on which vLLM listens; None: by its own file of options, or 127.0.0.1.
         port: Port on which vLLM listens; None: by its own file of options, or 8000.
         policy: Recompute policy where a request names none.
-        ratio: Share of the cached tokens to recompute.
+        ratio: How many cached tokens to recompute where a request does not say: "auto", a share, or {"tokens": N}.
         l1_gb: Gigabytes of CPU memory for KV; None: 20, or 40% of the machine's memory where that is less.
         l2: Second tiers: a folder, redis://host:port, or LMCache's JSON.
         chunk_size: Tokens of an LMCache chunk.
@@ -122,7 +123,7 @@ class ServeOptions:
     host: str | None = None
     port: int | None = None
     policy: str = DEFAULT_POLICY
-    ratio: float = DEFAULT_RATIO
+    ratio: Ratio = DEFAULT_RATIO
     l1_gb: float | None = None
     l2: tuple[str, ...] = ()
     chunk_size: int = LMCACHE_CHUNK
@@ -240,7 +241,7 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
         "lmcache.mp.mq_timeout": WAIT_S,
         "lmcache.mp.heartbeat_interval": HEARTBEAT_S,
         "lmcache_rag.policy": options.policy,
-        "lmcache_rag.ratio": options.ratio,
+        "lmcache_rag.ratio": parse_budget(options.ratio).wire,
         "lmcache_rag.chunk_size": options.chunk_size,
     }
     if options.step_tokens is not None:

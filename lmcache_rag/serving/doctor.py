@@ -330,7 +330,7 @@ def judge(outcome: Outcome) -> Iterator[Check]:
         "Round trip",
         "ok",
         f"chunks in another order: {found['reused_tokens']:,} of {found.get('prompt_tokens', 0):,} tokens reused, "
-        f"{found.get('recomputed_tokens', 0):,} recomputed ({found.get('policy')} at {found.get('ratio'):g}); {times}",
+        f"{found.get('recomputed_tokens', 0):,} recomputed ({protocol.chosen(found)}); {times}",
     )
     exact = outcome.exact or {}
     if not exact.get("recomputed_tokens"):

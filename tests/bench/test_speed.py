@@ -62,6 +62,18 @@ def test_every_policy_is_measured_at_every_ratio(tokenizer: Any) -> None:
     assert told == dict.fromkeys(kinds, 2 * 3)  # from LMCache and named; two to warm up
 
 
+def test_a_ratio_has_all_its_forms(tokenizer: Any) -> None:
+    with vllm_serving(tokenizer) as server:
+        arguments = ["bench", "speed", "--engine", server.url, "--tokens", "1300", "--repeats", "1", "--chunks", "1"]
+        result = CliRunner().invoke(app, [*arguments, "--at", "auto", "--at", "tokens=400", "--json"])
+    assert result.exit_code == 0, result.output
+    names = [f"{hot}query {ratio}" for ratio in ("auto", "tokens=400") for hot in ("", "hot ")]
+    assert [row["arm"] for row in json.loads(result.stdout)] == ["full prefill", *names]
+    asked = [(body.get("kv_transfer_params") or {}).get("lmcache_rag.ratio") for body in server.seen]
+    assert asked.count("auto") == asked.count({"tokens": 400}) == 2 * 3
+    assert CliRunner().invoke(app, [*arguments, "--at", "1.5"]).exit_code == 2
+
+
 def test_an_unknown_policy_fails_before_measuring() -> None:
     result = CliRunner().invoke(app, ["bench", "speed", "--engine", "http://127.0.0.1:9", "--policy", "best"])
     assert result.exit_code == 2

@@ -158,6 +158,7 @@ def test_help_takes_little_more_than_its_imports() -> None:
         ["ask", "q", "--nonsense"],
         ["ask", "q", "--ratio", "much"],
         ["ask", "q", "--ratio", "3"],
+        ["ask", "q", "--ratio", "tokens=-1"],
         ["ask", "--store", "s"],
         ["ask", "q", "--questions", "f"],
         ["ask", "--questions", "f", "--compare"],
@@ -313,7 +314,7 @@ def test_a_dry_run_of_a_full_store_foretells_nothing_to_do(call: Call, stocked: 
 
 
 def test_ask_writes_answer_sources_and_statistics_to_stdout(call: Call, stocked: Stocked) -> None:
-    result = call("ask", QUESTION, "--store", stocked.store, "--max-tokens", 24)
+    result = call("ask", QUESTION, "--store", stocked.store, "--max-tokens", 24, "--ratio", 0.15)
     answer, _, rest = result.stdout.partition("\n\nSources\n")
     assert answer.strip()
     assert "rope.md, part 1" in rest.splitlines()[0]
@@ -328,10 +329,11 @@ def test_ask_with_json_gives_what_the_library_gives(
 ) -> None:
     from lmcache_rag.workspace import Workspace
 
-    found = document(call("ask", QUESTION, "--store", stocked.store, "--json", "--max-tokens", 16, "--top-k", 2))
+    options = ("--json", "--max-tokens", 16, "--top-k", 2, "--ratio", 0.15)
+    found = document(call("ask", QUESTION, "--store", stocked.store, *options))
     engine = make_tiny(stocked.store / "kv")
     with Workspace.open(
-        stocked.store, engine=engine, embedder=embedder, max_tokens=16, top_k=2, create=False
+        stocked.store, engine=engine, embedder=embedder, max_tokens=16, top_k=2, ratio=0.15, create=False
     ) as workspace:
         answer = workspace.rag.ask(QUESTION)
     assert found["text"] == answer.text
@@ -355,6 +357,9 @@ def test_policy_and_ratio_reach_the_engine(call: Call, stocked: Stocked) -> None
     assert stats("--policy", "none")["recomputed_tokens"] == 0
     assert stats("--policy", "all")["reused_tokens"] == 0
     assert 0 < stats("--ratio", 0.1)["recomputed_tokens"] < stats("--ratio", 0.6)["recomputed_tokens"]
+    found = stats("--ratio", "tokens=7")
+    assert (found["recomputed_tokens"], found["budget_tokens"], found["budget_reason"]) == (7, 7, "tokens")
+    assert stats()["budget_reason"] == stats("--ratio", "auto")["budget_reason"] == "all"
 
 
 def test_compare_shows_both_times_and_equal_answers(call: Call, stocked: Stocked) -> None:
@@ -452,7 +457,7 @@ def test_quit_leaves_at_once(call: Call, stocked: Stocked) -> None:
 
 def test_the_commands_of_the_chat(call: Call, stocked: Stocked) -> None:
     commands = f"/stats\n/sources\n{QUESTION}\n/sources\n/stats\n/help\n/dance\n"
-    result = call("chat", "--store", stocked.store, "--max-tokens", 8, stdin=commands)
+    result = call("chat", "--store", stocked.store, "--max-tokens", 8, "--ratio", 0.15, stdin=commands)
     assert result.stderr.count("Nothing has been answered yet.") == 2
     assert "rope.md, part 1" in result.stdout
     assert "proposed by Jianlin Su in 2021" in result.stdout  # the passage itself
@@ -646,7 +651,7 @@ def test_settings_marks_what_makes_new_kv(call: Call) -> None:
     }
     shown = call("settings").stdout
     assert "model * = not set" in shown
-    assert "ratio = 0.15  (default; LMCACHE_RAG_RATIO)" in shown
+    assert "ratio = auto  (default; LMCACHE_RAG_RATIO)" in shown
 
 
 def test_settings_notices_a_misspelt_variable(call: Call) -> None:

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from models import tiny_model
 from paged_kit import PagedModel, drained
 
+from lmcache_rag.budget import Budget, parse_budget
 from lmcache_rag.connector.attention import PagedSequence
 from lmcache_rag.connector.blend_pass import BlendPass
 from lmcache_rag.engines.hf_blend import blended_prefill
@@ -52,7 +53,7 @@ def test_a_paged_blend_is_the_embedded_blend(
     it = Case(model, lengths, gaps, suffix, seed, missed)
     ids = torch.tensor(it.ids)
     cache = model.buffer(len(ids))
-    want = blended_prefill(model, it.prompt, ids, cache, it.kv[0], it.hits, get_policy(policy), ratio)
+    want = blended_prefill(model, it.prompt, ids, cache, it.kv[0], it.hits, get_policy(policy), parse_budget(ratio))
     if not it.spans:
         return  # no chunk's KV, or that of an exact one alone: nothing to blend
 
@@ -63,7 +64,11 @@ def test_a_paged_blend_is_the_embedded_blend(
     paged = PagedModel(model, layout=layout, block=block, blocks=needed + 5, max_tokens=most)
     it.place(model, paged, sequence)
     with torch.inference_mode():
-        got = drained(BlendPass(paged, sequence).run(ids, it.spans, it.exact, policy=get_policy(policy), ratio=ratio))
+        got = drained(
+            BlendPass(paged, sequence).run(
+                ids, it.spans, it.exact, policy=get_policy(policy), budget=parse_budget(ratio)
+            )
+        )
     assert got.recomputed == want.recomputed_tokens
     assert want.exact_tokens == it.exact
     assert it.exact + sum(b - a for a, b in it.spans) + got.gaps == want.length
@@ -83,7 +88,9 @@ def test_ratio_one_equals_a_full_prefill(model: HFModel, missed: tuple[int, ...]
     paged = PagedModel(model, layout="NHD", block=16, blocks=20)
     it.place(model, paged, sequence)
     end = it.spans[-1][1]
-    drained(BlendPass(paged, sequence).run(ids, it.spans, it.exact, policy=get_policy("query"), ratio=1.0))
+    drained(
+        BlendPass(paged, sequence).run(ids, it.spans, it.exact, policy=get_policy("query"), budget=Budget(share=1.0))
+    )
     for layer in range(model.layers):
         for got, want in zip(
             paged.read(sequence, layer, end), (full.layers[layer].keys, full.layers[layer].values), strict=True
@@ -97,7 +104,9 @@ def test_blocks_of_others_are_left_alone(model: HFModel) -> None:
     sequence = PagedSequence.of(range(4, 14), 16, "cpu")
     it.place(model, paged, sequence)
     drained(
-        BlendPass(paged, sequence).run(torch.tensor(it.ids), it.spans, it.exact, policy=get_policy("query"), ratio=0.3)
+        BlendPass(paged, sequence).run(
+            torch.tensor(it.ids), it.spans, it.exact, policy=get_policy("query"), budget=Budget(share=0.3)
+        )
     )
     for keys, values in paged.caches:
         for cache in (keys, values):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from paged_kit import drained
 
+from lmcache_rag.budget import Budget
 from lmcache_rag.connector import cuda_graph as captured_module
 from lmcache_rag.connector.attention import PagedSequence
 from lmcache_rag.connector.blend_pass import BlendPass
@@ -133,7 +134,9 @@ class Request:
         model.place(sequence, torch.cat(places).to(model.device))
         ids = torch.tensor(self.ids, device=model.device)
         with torch.inference_mode():
-            outcome = drained(BlendPass(model, sequence).run(ids, self.spans, 32, policy=policy, ratio=0.2))  # type: ignore[arg-type]
+            outcome = drained(
+                BlendPass(model, sequence).run(ids, self.spans, 32, policy=policy, budget=Budget(share=0.2))
+            )  # type: ignore[arg-type]
         kv = model.caches.flatten(2, 3)[:, :, sequence.slots(torch.arange(len(ids) - 64, len(ids)).to(model.device))]
         return outcome, kv
 

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lmcache_rag.budget import Budget
 from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.connector.metadata import BlendPlan, Match, claim
 from lmcache_rag.errors import LMCacheRAGError
@@ -77,7 +78,7 @@ def test_only_matches_after_computed_tokens_are_claimed() -> None:
 
 def test_adjacent_matches_merge_only_if_cached_adjacent() -> None:
     pieces = (Match(0, 16, 32, 48), Match(16, 32, 48, 64), Match(32, 48, 0, 16), Match(60, 76, 16, 32))
-    plan = BlendPlan("r", tuple(range(80)), 0, 0, pieces, 76, (0,), "query", 0.15)
+    plan = BlendPlan("r", tuple(range(80)), 0, 0, pieces, 76, (0,), "query", Budget())
     assert plan.spans == [(0, 32), (32, 48), (60, 76)]
 
 
@@ -106,6 +107,7 @@ def test_settings_are_read_and_whole_numbers_are_numbers() -> None:
         ("ratio", float("nan")),
         ("ratio", True),
         ("ratio", "0.1"),
+        ("ratio", {"tokens": -1}),
         ("blend", "off"),
         ("blend", 1),
         ("deadline", -1),

@@ -13,6 +13,7 @@ import pytest
 from scheduler_kit import Once
 
 from lmcache_rag import protocol
+from lmcache_rag.budget import Budget
 from lmcache_rag.connector import metrics
 from lmcache_rag.connector.metadata import BlendResult
 
@@ -84,7 +85,7 @@ def counted(*results: BlendResult | None, **options: Any) -> list[dict[str, Any]
     return once.side.take_records()
 
 
-BLENDED = BlendResult("0", 32, 24, 8, 12, 1.5, 2.5, hot_tokens=16)
+BLENDED = BlendResult("0", 32, 24, 8, 12, 1.5, 2.5, hot_tokens=16, budget_reason="scores")
 FAILED = BlendResult("1", 0, 0, 0, 76, 5000.0, 80.0, "load failed")
 
 
@@ -120,6 +121,8 @@ def test_each_request_moves_the_counters_of_its_engine_once(shelf: Shelf) -> Non
     assert shelf.read("hot_tokens", "m", "3") == 16
     assert shelf.read("fallbacks", "m", "3", "load failed") == 1
     assert shelf.read("fallbacks", "m", "0", "cannot blend") == 1
+    assert shelf.read("budgets", "m", "3", "scores") == 1
+    assert sum(sum(counts) for (name, *_), counts in shelf.values.items() if name == "budgets") == 1
     assert shelf.values["load_seconds", "m", "3"] == [0.0015, 5.0]
     assert shelf.values["blend_seconds", "m", "3"] == [0.0025, 0.08]
     assert len(shelf.values["lookup_seconds", "m", "3"]) == 2
@@ -187,7 +190,7 @@ def test_the_documents_name_what_there_is(shelf: Shelf) -> None:
     for value in (*metrics.REASONS, *metrics.OUTCOMES, *metrics.SOURCES):
         assert f"`{value}`" in text
     (example,) = re.findall(r"```json\n(\{\"prompt_tokens\".*?)```", text, re.DOTALL)
-    told, own = json.loads(example), metrics.reuse_statistics(100, "query", 0.15, spans=[])
+    told, own = json.loads(example), metrics.reuse_statistics(100, "query", Budget(), spans=[])
     assert list(told) == list(own)
     assert sum(told[f"{source}_tokens"] for source in metrics.SOURCES) == told["prompt_tokens"]
     assert sum(b - a for a, b in told["spans"]) == told["reused_tokens"] + told["recomputed_tokens"]

@@ -15,9 +15,10 @@ import pytest
 import torch
 from blend_kit import PREFIX
 from models import tiny_model
-from rank_kit import RANKS, SCENARIOS
+from rank_kit import RANKS, RULE, SCENARIOS
 from worker_kit import World
 
+from lmcache_rag.budget import Budget
 from lmcache_rag.connector.job import SMALLEST
 from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.policies import get_policy, select
@@ -80,6 +81,19 @@ def test_two_ranks_choose_and_compute_what_one_does(ranks: list[Outcome], hf: HF
     assert close(joined(ranks, policy), alone)
 
 
+@pytest.mark.parametrize(("name", "policy"), [("auto", "query"), ("auto, hkvd", "hkvd")])
+def test_two_ranks_take_as_many_as_one_does(
+    ranks: list[Outcome], hf: HFModel, name: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lmcache_rag.policies.AUTO_RULES", {policy: RULE})
+    result = World(hf, policy=policy, ratio="auto").run()
+    assert [(rank[name]["counts"][2], rank[name]["reason"]) for rank in ranks] == [
+        (result.recomputed_tokens, "scores")
+    ] * RANKS
+    assert ranks[0][name]["chosen"] == ranks[1][name]["chosen"]
+    assert len(ranks[0][name]["chosen"]) == result.recomputed_tokens
+
+
 @pytest.mark.parametrize("policy", ["query", "hkvd"])
 def test_alone_each_rank_would_choose_others(ranks: list[Outcome], hf: HFModel, policy: str) -> None:
     """So the sum over ranks is what makes them agree, and these tests would show its absence."""
@@ -100,7 +114,7 @@ def test_alone_each_rank_would_choose_others(ranks: list[Outcome], hf: HFModel, 
     for rank in ranks:
         scores = rank[policy]["own scores"]
         scores = scores[layout.cached] if policy == "query" else scores[layout.cached - PREFIX]
-        own.append(select(get_policy(policy), 0.3, layout, Own(scores)).tolist())  # type: ignore[arg-type]
+        own.append(select(get_policy(policy), Budget(share=0.3), layout, Own(scores)).positions.tolist())  # type: ignore[arg-type]
     assert own[0] != own[1]
     assert ranks[0][policy]["chosen"] not in own
 

@@ -337,7 +337,7 @@ def test_wrong_wishes_are_warned_of_and_not_followed(caplog: pytest.LogCaptureFi
     assert "lmcache_rag.ratio 7" in caplog.text
     once.side.on_allocated(request, list(range(13)), 76, None)
     ((plan,), _) = once.side.build_plans()
-    assert (plan.policy, plan.ratio) == ("head", 0.15)
+    assert (plan.policy, str(plan.budget)) == ("head", "auto")
 
 
 def test_a_wish_that_is_no_wish_leaves_the_servers_choice() -> None:

@@ -38,6 +38,7 @@ with warnings.catch_warnings():
     from vllm.v1.core.sched.scheduler import Scheduler
     from vllm.v1.outputs import KVConnectorOutput
 
+    from lmcache_rag.budget import Budget
     from lmcache_rag.connector import connector, lmcache_client, lmcache_transfers
     from lmcache_rag.connector.cache_salt import CacheSalts, renumbered
     from lmcache_rag.connector.config import ConnectorOptions
@@ -324,7 +325,7 @@ def test_a_prefix_is_named_by_the_tokens_up_to_its_end(monkeypatch: pytest.Monke
     worker = SimpleNamespace(
         _create_key=create, transfer_ctx=transfer, kv_caches={}, lmcache_tokens_per_chunk=64, blocks_in_chunk=4
     )
-    plan = BlendPlan("r", tuple(range(500)), 80, 191, (), 400, tuple(range(25)), "query", 0.15)
+    plan = BlendPlan("r", tuple(range(500)), 80, 191, (), 400, tuple(range(25)), "query", Budget())
     lmcache_transfers.LMCacheLoader(worker, 1.0).submit_exact(plan)
     assert sent == [(list(range(192)), 64, 192, 16), "GIL"]
     lmcache_transfers.LMCacheLoader(worker, 1.0).give_back(plan)
@@ -531,7 +532,7 @@ def test_an_error_of_lmcaches_client_is_kv_that_did_not_come(
 
 
 def test_what_cannot_be_sent_is_kv_that_does_not_come(link: Any, caplog: pytest.LogCaptureFixture) -> None:
-    plan = BlendPlan("r", (1,) * 200, 0, 64, (), 128, tuple(range(20)), "query", 0.15)
+    plan = BlendPlan("r", (1,) * 200, 0, 64, (), 128, tuple(range(20)), "query", Budget())
     for ask in (lambda: link.submit_exact(plan), lambda: link.submit_matches(plan, [])):
         future = ask()  # the adapter is empty: whatever is asked of it fails
         assert (link.answered(future, 0.01), link.there(future), link.arrived(future, 0.01)) == (True, True, False)

@@ -429,8 +429,30 @@ def test_differing_words_are_marked(browser: Any, small_store: Path, server: Any
             assert all(piece.strip() in turns[arm]["text"] for piece in marked)
 
 
+def by_hand(page: Any) -> None:
+    """Let the slider choose the ratio; at first each question chooses."""
+    assert page.get_by_test_id("ratio-value").inner_text() == export(page)["controls"]["ratio"] == "auto"
+    assert page.get_by_test_id("ratio").get_attribute("aria-disabled") == "true"
+    page.get_by_test_id("ratio-auto").click()
+    wait_for(lambda: page.get_by_test_id("ratio-value").inner_text() == "0.15", "the slider's ratio")
+
+
+@pytest.mark.full
+def test_the_ratio_is_chosen_for_each_question_or_by_hand(page: Any) -> None:
+    by_hand(page)
+    assert export(page)["controls"]["ratio"] == 0.15
+    page.get_by_test_id("ratio-auto").click()
+    wait_for(lambda: page.get_by_test_id("ratio-value").inner_text() == "auto", "auto")
+    ask(page)
+    document = compare(page)
+    assert document["controls"]["ratio"] == "auto"
+    assert last_turns(document)["blended"]["stats"]["budget_reason"]
+    assert "auto" in page.get_by_test_id("blended-budget").inner_text()
+
+
 @pytest.mark.full
 def test_equal_answers_have_no_marks_and_check_as_equal(page: Any) -> None:
+    by_hand(page)
     thumb = page.locator("[data-testid=ratio] [tabindex='0']")
 
     def at_the_end() -> bool:
@@ -454,6 +476,7 @@ def test_equal_answers_have_no_marks_and_check_as_equal(page: Any) -> None:
 @pytest.mark.full
 def test_each_of_many_quick_key_presses_counts(page: Any) -> None:
     """The page and the session agree on the ratio, however fast the keys come."""
+    by_hand(page)
     thumb = page.locator("[data-testid=ratio] [tabindex='0']")
 
     def shown() -> float:

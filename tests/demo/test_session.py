@@ -34,7 +34,7 @@ def hub(
         (folder / f"{number}.txt").write_text(" ".join(sentences[3 * number :][:3]))
     monkeypatch.setattr(samples, "documents", lambda: folder)
     monkeypatch.setattr(samples, "files", lambda: sorted(folder.iterdir()))
-    made = Hub(Settings.load(tmp_path / "store", max_tokens=6, top_k=4), engine=tiny, embedder=embedder)
+    made = Hub(Settings.load(tmp_path / "store", max_tokens=6, top_k=4, ratio=0.15), engine=tiny, embedder=embedder)
     made.open()
     assert made.start.problem is None
     yield made

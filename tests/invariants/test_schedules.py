@@ -30,7 +30,7 @@ OPTIONS = ConnectorOptions(least_tokens=16, step_tokens=40, idle_tokens=60, tail
 
 def computed(plan: Any) -> int:
     """What a blend in the step computes."""
-    return Claim(plan.exact, plan.matches, plan.end).computed(plan.policy, plan.ratio)
+    return Claim(plan.exact, plan.matches, plan.end).computed(plan.policy, plan.budget)
 
 
 class Schedules(RuleBasedStateMachine):

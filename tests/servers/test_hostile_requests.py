@@ -350,6 +350,11 @@ RAW = {
     "a huge number": b'{"lmcache_rag.prefix": 1' + b"0" * 5000 + b"}",
     "very deep": b'{"x": ' + b"[" * 3000 + b"]" * 3000 + b"}",
     "a text": b'"lmcache_rag.ratio"',
+    "a budget of 5000 digits": b'{"lmcache_rag.ratio": {"tokens": 1' + b"0" * 5000 + b"}}",
+    "a budget in a budget": b'{"lmcache_rag.ratio": {"tokens": {"tokens": 1}}}',
+    "a negative budget": b'{"lmcache_rag.ratio": {"tokens": -1}}',
+    "a budget that is true": b'{"lmcache_rag.ratio": {"tokens": true}}',
+    "more than the prompt has": b'{"lmcache_rag.ratio": {"tokens": 2147483647}}',
 }
 
 

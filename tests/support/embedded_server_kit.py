@@ -120,7 +120,7 @@ class EngineBackend:
             and bool(chunks)
         )
         blend = BlendOptions(
-            params.get("lmcache_rag.policy", "query"), params.get("lmcache_rag.ratio", 0.15), enabled=blending
+            params.get("lmcache_rag.policy", "query"), params.get("lmcache_rag.ratio", "auto"), enabled=blending
         )
         return prompt, blend
 

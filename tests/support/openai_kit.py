@@ -15,6 +15,7 @@ from typing import Any
 from fake_vllm import FakeVLLM, Handler, running
 
 from lmcache_rag import protocol
+from lmcache_rag.budget import Budget
 from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.connector.metadata import BlendPlan, BlendResult, Match
 from lmcache_rag.connector.metrics import reuse_statistics, unblended_statistics
@@ -165,7 +166,7 @@ class TextBackend:
                 exact, _ = self.memory.find(salt, ids)
                 self.memory.keep(salt, ids, len(ids))
             why_not = Unsupported(CannotBlend.NEEDS_CUDA, self.server.why_not)
-            return {"lmcache_rag": unblended_statistics(len(ids), exact, "query", 0.15, why_not)}
+            return {"lmcache_rag": unblended_statistics(len(ids), exact, "query", Budget(), why_not)}
         with self.server.lock:
             request = SimpleNamespace(
                 request_id=str(number),
@@ -189,13 +190,13 @@ class TextBackend:
             self.server.cannot_forget = max(0, self.server.cannot_forget - 1)
             if done:
                 self.memory.forget(salt, ids, prefix)
-        return reuse_statistics(len(ids), "query", 0.15) | {protocol.FORGOTTEN: done}
+        return reuse_statistics(len(ids), "query", Budget()) | {protocol.FORGOTTEN: done}
 
 
 def _blended(plan: BlendPlan) -> BlendResult:
     """What a worker would have done with a plan."""
     matched = sum(end - start for start, end in plan.spans)
-    redone = round(plan.ratio * matched)
+    redone = round((plan.budget.share or 0.0) * matched)
     gaps = plan.end - plan.exact - matched
     return BlendResult(plan.request_id, plan.exact, matched - redone, redone, gaps, 1.5, 2.5)
 

@@ -11,7 +11,7 @@ import pytest
 from models import tiny_model
 
 from lmcache_rag.documents import Document, Splitter
-from lmcache_rag.engines.base import Sampling
+from lmcache_rag.engines.base import BlendOptions, Sampling
 from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.ingest import Ingestor
@@ -31,7 +31,9 @@ class Parts:
         self.prompts = PromptBuilder(tokenizer, self.engine.info)
         splitter = Splitter(self.prompts.encode, chunk_tokens=chunk_tokens)
         self.ingestor = Ingestor(self.store, self.engine, embedder, self.prompts, splitter)
-        self.rag = RAG(self.store, self.engine, embedder, self.prompts, top_k=3, sampling=Sampling(max_tokens=4))
+        blend = BlendOptions(ratio=0.15)  # of prompts as short as these `auto` recomputes everything
+        options: Any = {"top_k": 3, "sampling": Sampling(max_tokens=4), "blend": blend}
+        self.rag = RAG(self.store, self.engine, embedder, self.prompts, **options)
         self.maintainer = Maintainer(self.store, self.engine, self.prompts)
 
     def kv_file(self, text: str) -> Path:

@@ -19,14 +19,19 @@ import torch
 from models import tiny_model
 from worker_kit import BLOCK, Model, World
 
+from lmcache_rag import policies
+from lmcache_rag.budget import AutoRule
 from lmcache_rag.connector import blend_pass, vllm_internals
 from lmcache_rag.connector.admission import Allowance
 from lmcache_rag.engines.hf_model import HFModel
 
 RANKS = 2
+RULE = AutoRule(tail=0.4, per_chunk=2, per_prompt=4, most_per_chunk=60)  # for prompts as short as these
 SCENARIOS: dict[str, dict[str, Any]] = {
     "query": {"policy": "query"},
     "hkvd": {"policy": "hkvd"},
+    "auto": {"ratio": "auto"},
+    "auto, hkvd": {"ratio": "auto", "policy": "hkvd", "background": True},
     "dead": {"fault": "dead"},
     "late": {"fault": "late"},
     "damaged": {"fault": "damaged key"},
@@ -132,9 +137,10 @@ class Rank(World):
         chosen: list[torch.Tensor] = []
         select = blend_pass.select
 
-        def selecting(*given: Any) -> torch.Tensor:
-            chosen.append(select(*given))
-            return chosen[-1]
+        def selecting(*given: Any, **options: Any) -> Any:
+            selected = select(*given, **options)
+            chosen.append(selected.positions)
+            return selected
 
         blend_pass.select = selecting
         try:
@@ -145,6 +151,7 @@ class Rank(World):
         return {
             "chosen": chosen[0].tolist() if chosen else [],
             "own scores": own,
+            "reason": result.budget_reason,
             "failure": str(result.failure),  # a plain string: torch.load takes no other classes
             "counts": (result.prefix_tokens, result.reused_tokens, result.recomputed_tokens, result.computed_tokens),
             "passes": list(self.model.passes),
@@ -172,6 +179,7 @@ class Rank(World):
 def main() -> None:
     rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
+    policies.AUTO_RULES = dict.fromkeys(("query", "hkvd"), RULE)  # type: ignore[misc]
     hf = HFModel.wrap(tiny_model("llama"), None)
     found: dict[str, Any] = {"by": connect(rank, ranks, folder)}
     for name, options in SCENARIOS.items():

@@ -8,6 +8,7 @@ import torch
 from blend_kit import PREFIX, Case
 from paged_kit import PagedModel
 
+from lmcache_rag.budget import Ratio, parse_budget
 from lmcache_rag.connector import metrics
 from lmcache_rag.connector.admission import Allowance
 from lmcache_rag.connector.attention import PagedSequence
@@ -76,7 +77,7 @@ class Link:
 class World:
     """A worker with one request: a prefix that vLLM holds, chunks that LMCache holds, a question."""
 
-    def __init__(self, hf: HFModel, fault: str = "", policy: str = "query", ratio: float = 0.3, **options: Any) -> None:
+    def __init__(self, hf: HFModel, fault: str = "", policy: str = "query", ratio: Ratio = 0.3, **options: Any) -> None:
         self.hf, self.case = hf, Case(hf, [40, 30, 50], [3, 0, 7], 12, 1)
         self.model = self.make_model(hf)
         self.sequence = PagedSequence.of(range(2, 16), BLOCK, "cpu")
@@ -88,7 +89,15 @@ class World:
         matches = tuple(Match(a, b, PREFIX, PREFIX + b - a) for a, b in self.case.spans)
         self.end = len(self.case.ids) - 1
         self.plan = BlendPlan(
-            "r", tuple(self.case.ids), PREFIX, PREFIX, matches, self.end, tuple(range(2, 16)), policy, ratio
+            "r",
+            tuple(self.case.ids),
+            PREFIX,
+            PREFIX,
+            matches,
+            self.end,
+            tuple(range(2, 16)),
+            policy,
+            parse_budget(ratio),
         )
 
     def make_model(self, hf: HFModel) -> Model:

@@ -86,7 +86,7 @@ def text_of(answer: Any) -> str:
 
 
 def test_every_way_of_asking_gives_the_same_blended_answer(case: Case) -> None:
-    right = case.blend.blender.engine.generate(case.prompt(), case.blend.blender.sampling, BlendOptions())
+    right = case.blend.blender.engine.generate(case.prompt(), case.blend.blender.sampling, BlendOptions(ratio=0.15))
     seen = Seen()
     answers = [text_of(case.chain.invoke(QUESTION, {"callbacks": [seen]}))]
     answers.append("".join(map(text_of, case.chain.stream(QUESTION, {"callbacks": [seen]}))))
@@ -102,7 +102,7 @@ def test_every_way_of_asking_gives_the_same_blended_answer(case: Case) -> None:
 
 
 async def test_async_gives_it_too(case: Case) -> None:
-    right = case.blend.blender.engine.generate(case.prompt(), case.blend.blender.sampling, BlendOptions())
+    right = case.blend.blender.engine.generate(case.prompt(), case.blend.blender.sampling, BlendOptions(ratio=0.15))
     seen = Seen()
     answers = [text_of(await case.chain.ainvoke(QUESTION, {"callbacks": [seen]}))]
     answers.append("".join([text_of(piece) async for piece in case.chain.astream(QUESTION, {"callbacks": [seen]})]))
@@ -232,6 +232,18 @@ def test_blending_is_switched_off_per_call(case: Case) -> None:
     assert blended["reused_tokens"] > 0
     with pytest.raises(ConfigError, match="enabled"):
         case.chain.invoke(QUESTION, {"configurable": {"lmcache_rag": {"speed": 9}}})
+
+
+def test_the_budget_reaches_the_engine_and_is_reported(case: Case) -> None:
+    seen = Seen()
+    for ratio in ({"tokens": 9}, "auto"):
+        case.chain.invoke(QUESTION, {"configurable": {"lmcache_rag": {"ratio": ratio}}, "callbacks": [seen]})
+    tokens, auto = [facts for _, facts in seen.events]
+    assert (tokens["recomputed_tokens"], tokens["budget_tokens"], tokens["budget_reason"]) == (9, 9, "tokens")
+    assert auto["budget_reason"] == "all"  # so few tokens are recomputed whole
+    assert seen.metadata[-1]["lmcache_rag_ratio"] == "auto"
+    with pytest.raises(ConfigError, match="tokens"):
+        case.chain.invoke(QUESTION, {"configurable": {"lmcache_rag": {"ratio": {"tokens": -9}}}})
 
 
 def test_a_chat_model_of_an_old_server_says_that_ids_differ(

@@ -85,6 +85,14 @@ def test_a_query_is_answered_from_the_passages_kv(workspace, index):
         assert name in names
 
 
+def test_a_budget_of_tokens_is_taken_and_reported(workspace, index):
+    nine = as_blend_query_engine(index, workspace, similarity_top_k=3, blend=BlendOptions(ratio={"tokens": 9}))
+    found = stats(nine.query("What?"))
+    assert (found["recomputed_tokens"], found["budget_tokens"], found["budget_reason"]) == (9, 9, "tokens")
+    auto = as_blend_query_engine(index, workspace, similarity_top_k=3, blend=BlendOptions())
+    assert stats(auto.query("What?"))["budget_reason"] == "all"  # so few tokens are recomputed whole
+
+
 async def test_sync_stream_and_async_give_the_same_answer(workspace, index):
     kept = {"similarity_top_k": 2}
     whole = as_blend_query_engine(index, workspace, **kept)
