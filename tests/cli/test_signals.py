@@ -102,7 +102,19 @@ def session(env: dict[str, str], folder: Path) -> Session:
         cut_off,
         kept,
         run("ingest", "docs", "--store", "store", "--json", env=env, cwd=folder),
-        run("ask", "Who proposed RoPE?", "--store", "store", "--json", "--max-tokens", "24", env=env, cwd=folder),
+        run(
+            "ask",
+            "Who proposed RoPE?",
+            "--store",
+            "store",
+            "--json",
+            "--max-tokens",
+            "24",
+            "--ratio",
+            "0.15",
+            env=env,
+            cwd=folder,
+        ),
         run("status", "--store", "store", "--json", env=env, cwd=folder),
     )
 
