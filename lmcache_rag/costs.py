@@ -5,8 +5,8 @@ negative: a constant, a price per token, a higher price from some sizes on, atte
 of tokens. The coefficients are fitted to observations, which are kept in bins by size: of each bin the last few, of
 which the median counts. One outlier changes little, and a lasting change is followed after a few observations.
 
-A cost that was never observed is unknown. Where an answer depends on one, there is none, and the engine blends. Needs
-neither vLLM nor PyTorch.
+A cost that was hardly observed is unknown, and counts as nothing where a blend is predicted: the engine blends, and
+learns what that takes. Needs neither vLLM nor PyTorch.
 """
 
 from __future__ import annotations
@@ -17,12 +17,13 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+LEAST: Final = 3  # fewer observations of a cost say nothing: the first may have compiled something
 KEEP: Final = 5  # observations in a bin
 BINS: Final = 64  # of a cost; the one that was observed least recently is dropped
 FADE: Final = 64  # observations of a cost after which a bin without any counts half
 LIMIT: Final = 4.0  # an observation counts at most so many times what was predicted, more above all observed sizes
 REACH: Final = 4  # prefills of up to so many times the largest one observed are predicted
-REFIT: Final = 8  # a bin that is full is fitted again after so many observations
+REFIT: Final = 0.03  # prices are fitted again when a bin's median changes by this share: a fit takes 0.3 ms
 NOTICEABLE: Final = 0.05  # a pass takes noticeably longer from this share on
 SMALLEST: Final = 16  # tokens of the smallest pass
 EXPLORE: Final = 32  # of the time of the requests that are computed, measuring again takes one part in so many
@@ -67,6 +68,7 @@ def _load(inputs: Sequence[float]) -> tuple[float, ...]:
 @dataclass
 class _Bin:
     last: int = 0  # number of the cost's observation that came last
+    fitted: float = 0.0  # its median when prices were fitted
     seen: deque[tuple[tuple[float, ...], float]] = field(default_factory=lambda: deque(maxlen=KEEP))
 
     def median(self) -> tuple[tuple[float, ...], float]:
@@ -116,14 +118,15 @@ class Cost:
                 del self._bins[min(self._bins, key=lambda each: self._bins[each].last)]
         self._count += 1
         found.last = self._count
-        if len(found.seen) < KEEP or self._count - self._fitted >= REFIT:
-            self._prices = None
         found.seen.append((sizes, ms))
+        usual = found.median()[1]
+        if len(found.seen) <= LEAST or abs(usual - found.fitted) > REFIT * usual or self._count - self._fitted >= FADE:
+            self._prices = None
         self._most = tuple(map(max, self._most or sizes, sizes))
 
     def predict(self, inputs: Sequence[float]) -> float | None:
         """Milliseconds for these sizes; None if it is unknown."""
-        if not self._bins or (self._reach and inputs[0] > self._reach * self._most[0]):
+        if self._count < LEAST or (self._reach and inputs[0] > self._reach * self._most[0]):
             return None
         if self._prices is None:
             self._prices, self._fitted = self._fit(), self._count
@@ -134,6 +137,7 @@ class Cost:
         rows = []
         for found in self._bins.values():
             sizes, ms = found.median()
+            found.fitted = ms
             trust = min(len(found.seen), 3) / 3 * 0.5 ** ((self._count - found.last) / FADE)
             rows.append((self._terms(sizes), ms, trust / max(ms, 0.05) ** 2))
         return non_negative_least_squares(rows, self._constants)
@@ -264,10 +268,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Forecast:
-    """Predicted milliseconds to the first token, blended and computed."""
+    """Predicted milliseconds to the first token, blended and computed.
+
+    Attributes:
+        blend_ms: Blended; at least so many where a part of it is unknown.
+        compute_ms: Computed.
+        known: Whether all parts are known.
+    """
 
     blend_ms: float
     compute_ms: float
+    known: bool = True
 
     def gains(self, share: float) -> bool:
         """Whether blending takes less by at least that share."""
@@ -288,7 +299,7 @@ class CostModel:
         lookup: By tokens of the prompt.
         load: By tokens of each of TIERS.
         passes: Of each policy: by tokens that a blend computes, tokens of the prompt, and 1 if it selected, else 0.
-        finish: What a blend takes besides its load and its passes, by the tokens left to the engine.
+        finish: What a blend that leaves one token to the engine takes besides its load and its passes: by 1.
     """
 
     def __init__(self, step_tokens: int = 0) -> None:
@@ -333,16 +344,20 @@ class CostModel:
         known = self.passes.get(policy)
         return known.predict((tokens, context, float(selects))) if known is not None else None
 
-    def blend_ms(self, work: Work) -> float | None:
-        """Time to the first token if the prompt is blended."""
+    def _blend_parts(self, work: Work) -> list[float | None]:
         loads = dict(work.placed)
         loads[work.exact_tier] = loads.get(work.exact_tier, 0) + max(work.exact - work.local, 0)
-        parts = [
+        return [
             self._load_ms(loads) if any(loads.values()) else 0.0,
             self.passes_ms(work.policy, work.computed, work.prompt, selects=work.selects),
             self.lookup_ms(work.prompt) if work.looked_up else 0.0,
+            self._rest_ms(work),
+            self.finish.predict((1,)) or 0.0,
         ]
-        return _sum(parts, self.finish.predict((work.rest,)) or 0.0)
+
+    def _rest_ms(self, work: Work) -> float | None:
+        """Time of what is left to the engine after a blend; one token is computed with it."""
+        return self.prefill_ms(work.rest, work.prompt - work.rest, served=False) if work.rest > 1 else 0.0
 
     def compute_ms(self, work: Work, *, looked_up: bool = True) -> float | None:
         """Time to the first token if all is computed but the exact prefix.
@@ -361,19 +376,21 @@ class CostModel:
         return _sum(parts)
 
     def forecast(self, work: Work, *, looked_up: bool = True) -> Forecast | None:
-        """Both times; `looked_up` is of the computed one, see compute_ms."""
-        blend, compute = self.blend_ms(work), self.compute_ms(work, looked_up=looked_up)
-        return None if blend is None or compute is None else Forecast(blend, compute)
+        """Both times; `looked_up` is of the computed one, see compute_ms. None if that one is unknown."""
+        compute = self.compute_ms(work, looked_up=looked_up)
+        return None if compute is None else _forecast(self._blend_parts(work), compute)
 
     def gpu_forecast(self, work: Work) -> Forecast | None:
         """What both take of the GPU's time where other requests run: loads and look-ups wait beside their steps.
 
         A prefill joins steps that run anyway, so only its tokens count; a blend's passes are extra ones.
         """
-        blend = self.passes_ms(work.policy, work.computed, work.prompt, selects=work.selects)
         whole = self.prefill_ms(work.prompt - work.exact, work.exact, served=False)
-        bare = self.prefill_ms(1, served=False)
-        return None if blend is None or whole is None or bare is None else Forecast(blend, max(whole - bare, 0.0))
+        bare, rest = self.prefill_ms(1, served=False), self._rest_ms(work)
+        if whole is None or bare is None:
+            return None
+        passes = self.passes_ms(work.policy, work.computed, work.prompt, selects=work.selects)
+        return _forecast([passes, None if rest is None else max(rest - bare, 0.0)], max(whole - bare, 0.0))
 
     # -- figures for others -------------------------------------------------------------------------------------------
 
@@ -413,7 +430,7 @@ class CostModel:
             placed = prompt - HEAD
             work = Work(prompt, 0, 0, {tier: placed}, computed(placed) + HEAD, 1, policy, looked_up=tier != TIERS[0])
             forecast = self.forecast(work, looked_up=False)
-            if forecast is None:
+            if forecast is None or not forecast.known:
                 return None
             if forecast.gains(min_gain):
                 return prompt
@@ -467,13 +484,14 @@ class CostModel:
             cost.load(bins)
 
 
-def _sum(parts: Iterable[float | None], more: float = 0.0) -> float | None:
-    total = more
-    for part in parts:
-        if part is None:
-            return None
-        total += part
-    return total
+def _sum(parts: Iterable[float | None]) -> float | None:
+    found = list(parts)
+    known = [part for part in found if part is not None]
+    return sum(known) if len(known) == len(found) else None
+
+
+def _forecast(blend: Sequence[float | None], compute: float) -> Forecast:
+    return Forecast(sum(part or 0.0 for part in blend), compute, all(part is not None for part in blend))
 
 
 class Exploration:

@@ -29,6 +29,9 @@ class Settings(BaseSettings):
     policy: str = Field("query", description="Recompute policy: query, hkvd, head, none or all.")
     ratio: float = Field(0.15, ge=0.0, le=1.0, description="Share of the cached tokens to recompute.")
     blend: bool = Field(True, description="Reuse chunk KV; false computes every prompt in full.")
+    min_gain: float | None = Field(
+        0.1, ge=0.0, lt=1.0, description="Blend where the first token comes earlier by this share; off: always."
+    )
     lazy_fill: Literal["first", "second", "never"] = Field(
         "second", description="At which use a passage without KV is ingested, after the answer: first, second or never."
     )
@@ -58,6 +61,11 @@ class Settings(BaseSettings):
             return ",".join(server_urls(value))
         except ConfigError as problem:
             raise PydanticCustomError("engine", "{words}", {"words": str(problem)}) from None
+
+    @field_validator("min_gain", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return None if value == "off" else value
 
     @field_validator("model", "embedder", mode="before")
     @classmethod

@@ -11,7 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lmcache_rag.costs import EXPLORE, KEEP, LIMIT, CostModel, Exploration, Forecast, Work, non_negative_least_squares
+from lmcache_rag.costs import (
+    EXPLORE,
+    KEEP,
+    LEAST,
+    LIMIT,
+    CostModel,
+    Exploration,
+    Forecast,
+    Work,
+    non_negative_least_squares,
+)
 
 SIZES = (64, 256, 1024, 4096, 8192)
 
@@ -107,8 +117,9 @@ def test_an_outlier_changes_little(factor: float, at: int, seed: int) -> None:
 
 def test_a_first_time_that_compiles_is_forgotten() -> None:
     costs = CostModel()
-    costs.lookup.observe((600,), 700.0)
-    costs.lookup.observe((600,), 3.0)
+    for ms in (700.0, 3.0, 3.0):
+        assert costs.lookup_ms(600) is None, "one time alone says nothing"
+        costs.lookup.observe((600,), ms)
     assert costs.lookup_ms(600) == pytest.approx(3.0, rel=0.01)
 
 
@@ -142,7 +153,8 @@ def test_a_time_that_cannot_be_is_ignored(ms: float) -> None:
 
 def test_a_prefill_far_above_all_observed_is_unknown() -> None:
     costs = CostModel()
-    costs.prefill.observe((100, 0, 1), 5.0)
+    for _ in range(LEAST):
+        costs.prefill.observe((100, 0, 1), 5.0)
     assert costs.prefill_ms(400) is not None
     assert costs.prefill_ms(401) is None
 
@@ -214,9 +226,16 @@ def test_under_load_only_the_gpu_counts() -> None:
     assert busy.compute_ms < true_prefill(4096, 0), "a prefill shares steps that run anyway"
 
 
-def test_an_unknown_cost_gives_no_forecast() -> None:
+def test_an_unknown_cost_counts_as_nothing() -> None:
     costs = measured()
-    assert costs.forecast(Work(4096, placed={"l1": 4000}, policy="hkvd")) is None
+    other = costs.forecast(Work(4096, placed={"l1": 4000}, policy="hkvd"))
+    assert other is not None
+    assert not other.known
+    assert other.gains(0.1), "so it is tried"
+    dear = costs.forecast(Work(4096, placed={"l1": 4000}, computed=4000, rest=1))
+    assert dear is not None
+    costs.load = CostModel().load
+    assert (costs.forecast(Work(4096, placed={"l1": 4000}, computed=4000)) or dear).gains(0.1) is False
     assert CostModel().forecast(all_cached(4096)) is None
     assert CostModel().gpu_forecast(all_cached(4096)) is None
     assert CostModel().boundary(lambda placed: 0, 0.1) is None
@@ -272,7 +291,8 @@ def test_a_damaged_state_is_ignored(state: Any) -> None:
 def test_figures_name_only_what_is_known() -> None:
     costs = CostModel()
     assert costs.figures() == {}
-    costs.load.observe((512, 0, 0), 2.0)
+    for _ in range(LEAST):
+        costs.load.observe((512, 0, 0), 2.0)
     assert set(costs.figures()) == {"load_hot_1024", "load_hot_8192"}
     shown = measured().figures()
     assert {"prefill_1024", "prefill_8192", "lookup_8192", "load_l1_1024", "recompute_100_query"} <= set(shown)
@@ -281,7 +301,8 @@ def test_figures_name_only_what_is_known() -> None:
 
 def test_an_observation_is_limited_by_the_prediction() -> None:
     costs = CostModel()
-    costs.lookup.observe((500,), 2.0)
+    for _ in range(3):
+        costs.lookup.observe((500,), 2.0)
     for _ in range(3):
         costs.lookup.observe((500,), 1000.0)
     assert (costs.lookup_ms(500) or 0) <= LIMIT * 2.0 * 1.01

@@ -85,7 +85,7 @@ def hoist_own_options(args: Sequence[str], flags: dict[str, bool]) -> list[str]:
     return [*ours, *rest, *arguments[end + 1 :]]
 
 
-@command("policy", "ratio")
+@command("policy", "ratio", "min_gain")
 def serve(
     context: CommandContext,
     served_model: Annotated[
@@ -220,6 +220,7 @@ def serve(
         port=port,
         policy=settings.policy,
         ratio=settings.ratio,
+        min_gain=settings.min_gain,
         l1_gb=l1_gb,
         l2=tuple(l2 or ()),
         chunk_size=chunk_size,

@@ -8,7 +8,7 @@ from typing import Any
 
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.policies import get_policy
-from lmcache_rag.protocol import DEFAULT_POLICY, DEFAULT_RATIO
+from lmcache_rag.protocol import DEFAULT_MIN_GAIN, DEFAULT_POLICY, DEFAULT_RATIO
 
 STORES = ("ingest", "all")
 
@@ -40,6 +40,8 @@ class ConnectorOptions:
             environment has it.
         prefix_tokens: Prompts of clients that name no prefix share KV by their first so many tokens, a multiple of
             LMCache's chunk; 0: by their first chunk.
+        min_gain: A request is blended if that is predicted to give its first token earlier by at least this share of
+            the time that computing it takes, in [0, 1). null or "off": always, whatever it takes.
     """
 
     policy: str = DEFAULT_POLICY
@@ -60,11 +62,14 @@ class ConnectorOptions:
     ingest_key_file: str = ""
     secret_file: str = ""
     prefix_tokens: int = 0
+    min_gain: float | None = DEFAULT_MIN_GAIN
 
     def __post_init__(self) -> None:
         get_policy(self.policy)
         if not 0 <= self.ratio <= 1:
             raise ConfigError(f"lmcache_rag.ratio must be between 0 and 1; got {self.ratio}.")
+        if self.min_gain is not None and not 0 <= self.min_gain < 1:
+            raise ConfigError(f"lmcache_rag.min_gain must be off, or at least 0 and below 1; got {self.min_gain}.")
         if self.store not in STORES:
             raise ConfigError(f"lmcache_rag.store must be one of {', '.join(STORES)}; got {self.store!r}.")
         if self.step_tokens < 1:
@@ -92,6 +97,9 @@ class ConnectorOptions:
         values: dict[str, Any] = {}
         for item in fields(cls):
             value = get(f"lmcache_rag.{item.name}", item.default)
+            if item.name == "min_gain" and value in (None, "off"):
+                values[item.name] = None
+                continue
             kind: type = type(item.default)
             if kind is float and isinstance(value, int) and not isinstance(value, bool):
                 value = float(value)
