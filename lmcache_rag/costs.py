@@ -30,6 +30,7 @@ EXPLORE: Final = 32  # of the time of the requests that are computed, measuring 
 MOST_TOKENS: Final = 131_072  # a boundary is looked for up to here
 SHOWN: Final = (1024, 8192)  # sizes of the figures that are shown
 HEAD: Final = 64  # tokens of a typical prompt without KV: its question
+SELECTING: Final = ("query", "hkvd")  # policies that need passes of their own to select
 _RIDGE: Final = 1e-4  # a price per token must explain something: times of a single size are explained by a constant
 _LEVEL: Final = 1e-8  # the same for a constant, so that there is one solution
 _VERSION: Final = 1

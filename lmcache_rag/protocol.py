@@ -136,7 +136,7 @@ def decision_sentence(statistics: Mapping[str, Any]) -> str:
         return ""
     words = _DECISIONS.get(decision, decision)
     blend, compute = (statistics.get(name) for name in PREDICTED)
-    if not isinstance(blend, int | float) or not isinstance(compute, int | float):
+    if not isinstance(blend, int | float) or not isinstance(compute, int | float) or not compute:
         return f"{words}."
     return f"{words}: {blend:,.1f} ms blended and {compute:,.1f} ms computed are predicted."
 

@@ -108,7 +108,7 @@ def speed(
     off = {**protocol.NO_BLEND, protocol.MAX_OFFLOAD_TOKENS: 64}
     arms = [Arm("full prefill", baseline or engine, {} if baseline else off)]
     for name, ratio in itertools.product(dict.fromkeys(policy), dict.fromkeys(at)):
-        params = {protocol.POLICY: name, protocol.RATIO: ratio}
+        params = {**protocol.ALWAYS_BLEND, protocol.POLICY: name, protocol.RATIO: ratio}
         arms += [Arm(f"{name} {ratio:g}", engine, params), Arm(f"hot {name} {ratio:g}", engine, params, hot=True)]
     config = SpeedConfig(
         tuple(tokens),

@@ -110,10 +110,10 @@ def exact(
     most = max_chunks(server, builder, tokens, chunk_tokens)
     queries = bench.questions(chunks, prompts, least=min(4, most), most=most)
     arms = {
-        "query 1": BlendOptions("query", 1.0),
-        f"query {at:g}": BlendOptions("query", at),
-        f"hkvd {at:g}": BlendOptions("hkvd", at),
-        "none": BlendOptions("none", 0.0),
+        "query 1": BlendOptions("query", 1.0, always=True),
+        f"query {at:g}": BlendOptions("query", at, always=True),
+        f"hkvd {at:g}": BlendOptions("hkvd", at, always=True),
+        "none": BlendOptions("none", 0.0, always=True),
     }
     found: dict[str, list[Exactness]] = {}
     with Bars(context, main="questions") as bars, tempfile.TemporaryDirectory() as folder:

@@ -36,6 +36,7 @@ from lmcache_rag.errors import ConfigError, EngineError, LMCacheRAGError
 if TYPE_CHECKING:
     from lmcache_rag.serving.commands import Commands, ServeOptions
 
+MORE = 3  # queries that show the server at start what its look-ups, loads and blends take
 _MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "failed": ("failed", "bold red")}
 
 
@@ -386,7 +387,7 @@ def _ready(context: CommandContext, options: ServeOptions, made: Commands, folde
         with VLLMClient(made.url, attempts=1, api_key=made.api_key, ingest_key=key, verify=False) as server:
             served = server.first_model()
             name = served.name
-            outcome = round_trip(server, served, options.chunk_size, compare=False)
+            outcome = round_trip(server, served, options.chunk_size, compare=False, more=MORE)
         if outcome.hit and outcome.reused:
             blending = "{policy} at {ratio:g}".format(**outcome.reused)
         elif made.blends:

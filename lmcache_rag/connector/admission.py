@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.connector.metadata import BlendResult, Claim, StepShape, StepTime
-from lmcache_rag.costs import HEAD, CostModel, Exploration, Forecast, Work
+from lmcache_rag.costs import HEAD, SELECTING, CostModel, Exploration, Forecast, Work
 from lmcache_rag.policies import get_policy, how_many
 from lmcache_rag.protocol import BOUNDARY_GAUGE, COST_GAUGE, Decision, named_spans
 
@@ -142,7 +142,6 @@ class BlendBudget:
 EXACT_SHARE = 0.1  # how much a look-up changes the share of look-ups that found an exact prefix
 KEEP_S = 60.0  # costs are written to their file once in so many seconds
 SHOW_S = 1.0  # and published once in so many
-SELECTING = ("query", "hkvd")  # policies that need passes of their own to select
 
 
 class BlendGate:

@@ -141,11 +141,13 @@ class BlendOptions:
         policy: Name of a recompute policy, see lmcache_rag.policies.
         ratio: Share of the cached tokens to recompute, in [0, 1].
         enabled: False computes the whole prompt (a full prefill).
+        always: Blend even where the engine predicts that computing the prompt starts the answer as early.
     """
 
     policy: str = "query"
     ratio: float = 0.15
     enabled: bool = True
+    always: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.ratio <= 1.0:
@@ -168,6 +170,9 @@ class ReuseStats:
         load_ms: Time to load and place it.
         blend_ms: Time of selection and recomputation.
         ttft_ms: From the call to the first token.
+        decision: Why the prompt was blended or computed, see lmcache_rag.protocol.Decision; "": nothing was decided.
+        predicted_blend_ms: Time to the first token that was predicted for the blend; 0: unknown.
+        predicted_compute_ms: The same for computing the prompt.
     """
 
     prompt_tokens: int
@@ -181,6 +186,9 @@ class ReuseStats:
     load_ms: float = 0.0
     blend_ms: float = 0.0
     ttft_ms: float = 0.0
+    decision: str = ""
+    predicted_blend_ms: float = 0.0
+    predicted_compute_ms: float = 0.0
 
     def __post_init__(self) -> None:
         parts = (self.prefix_tokens, self.reused_tokens, self.recomputed_tokens, self.computed_tokens)
