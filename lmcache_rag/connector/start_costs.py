@@ -12,7 +12,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lmcache_rag.connector.attention import PagedSequence
 from lmcache_rag.connector.blend_pass import BlendPass
@@ -35,6 +35,14 @@ MOST_S = 4.0  # sizes that are left after so many seconds are not measured
 _WORD = 1000  # a token of plain text in the usual vocabularies
 
 
+class MeasuredModel(CheckedModel, Protocol):
+    """What the measurement needs of a model in addition to what the self-check does."""
+
+    def has_memory(self, tokens: int, length: int) -> bool:
+        """Whether this rank has memory for passes of that many tokens in a sequence of that length."""
+        ...
+
+
 def costs_file(vllm_config: Any) -> Path | None:
     """Where costs of this model on this GPU and build are kept; None where the build cannot be identified."""
     name = check_name(vllm_config)
@@ -42,7 +50,7 @@ def costs_file(vllm_config: Any) -> Path | None:
 
 
 def measure_costs(
-    vllm_config: Any, model: CheckedModel, file: Path | None, on_all_ranks: Callable[[bool], bool]
+    vllm_config: Any, model: MeasuredModel, file: Path | None, on_all_ranks: Callable[[bool], bool]
 ) -> dict[str, Any] | None:
     """The costs that are kept, or else a new measurement; None where it failed: they are learned from requests then.
 
@@ -74,7 +82,7 @@ def _read(file: Path | None) -> dict[str, Any] | None:
 
 
 def measured(
-    model: CheckedModel, *, longest: int, on_all_ranks: Callable[[bool], bool], most_s: float = MOST_S
+    model: MeasuredModel, *, longest: int, on_all_ranks: Callable[[bool], bool], most_s: float = MOST_S
 ) -> CostModel:
     """Measure prefills, selections and recomputations of several sizes.
 
@@ -94,7 +102,8 @@ def measured(
         until = time.perf_counter() + most_s
         try:
             for observe, size in measurement.sizes(costs):
-                if not on_all_ranks(time.perf_counter() < until):
+                # A rank that ran out of memory in a pass would leave the others waiting for it.
+                if not on_all_ranks(time.perf_counter() < until and model.has_memory(size, most)):
                     break
                 observe()
                 for _ in range(TIMES if size <= LONG else 1):
@@ -105,7 +114,7 @@ def measured(
 
 
 class _Measurement:
-    def __init__(self, model: CheckedModel, most: int) -> None:
+    def __init__(self, model: MeasuredModel, most: int) -> None:
         import torch
 
         self._model, self._most = model, most

@@ -97,3 +97,10 @@ def test_each_model_on_each_gpu_has_a_file_of_its_own(monkeypatch: pytest.Monkey
     monkeypatch.setattr(start_costs, "check_name", lambda config: config)
     assert costs_file("a") != costs_file("b")
     assert costs_file("") is None
+
+
+def test_a_pass_without_memory_is_not_begun(model: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked = CheckedModel(model)
+    monkeypatch.setattr(checked, "has_memory", lambda tokens, length: False)
+    assert measured(checked, longest=600, on_all_ranks=everywhere, most_s=600).count == 0
+    assert checked.passes == []
