@@ -25,7 +25,7 @@ from lmcache_rag.policies import POLICIES
 NAMESPACE: Final = "lmcache_rag."  # prefix of all our keys
 POLICY: Final = "lmcache_rag.policy"  # recompute policy: a name of POLICIES
 RATIO: Final = "lmcache_rag.ratio"  # how many cached tokens to recompute: a share, 0 to 1; "auto"; {"tokens": N}
-BLEND: Final = "lmcache_rag.blend"  # "on", "off" or a boolean
+BLEND: Final = "lmcache_rag.blend"  # "on", "off", a boolean, or "always": even where computing is as fast
 CHUNKS: Final = "lmcache_rag.chunks"  # [[start, end], ...]: where the chunks are in the prompt, in tokens
 PREFIX: Final = "lmcache_rag.prefix"  # tokens before the first chunk, which the prompt shares with others
 INGEST: Final = "lmcache_rag.ingest"  # true: the prompt is prefix + chunk, to be stored and indexed
@@ -41,6 +41,7 @@ PD_KEYS: Final = ("do_remote_prefill", "do_remote_decode", "cached_token_stats")
 PD_PREFIX: Final = "remote_"
 
 NO_BLEND: Final[Mapping[str, Any]] = {BLEND: "off"}
+ALWAYS_BLEND: Final[Mapping[str, Any]] = {BLEND: "always"}
 
 INGEST_KEY_HEADER: Final = "X-LMCache-RAG-Ingest-Key"
 
@@ -54,6 +55,7 @@ UNTIL: Final = (
 
 DEFAULT_POLICY: Final = "query"
 DEFAULT_RATIO: Final = AUTO
+DEFAULT_MIN_GAIN: Final = 0.1  # a prompt is blended if its first token is predicted to come earlier by this share
 LMCACHE_CHUNK: Final = 64  # tokens of an LMCache chunk, as `lmcache-rag serve` starts it
 VLLM_BLOCK: Final = 16  # tokens of a block of vLLM's prefix cache, its default on CUDA
 NEAR_TIE: Final = (
@@ -107,6 +109,37 @@ _FALLBACKS: Final[Mapping[str, str]] = {
 def fallback_sentence(failure: str) -> str:
     """A `failure` of an answer's statistics in words."""
     return _FALLBACKS.get(failure, failure)
+
+
+class Decision(StrEnum):
+    """Why a request with cached chunks was blended or computed: `decision` in its statistics, and a counter's label."""
+
+    BLENDED = "blended"
+    ALWAYS = "blended: always"
+    UNKNOWN = "blended: costs unknown"
+    MEASURED = "blended: costs measured again"
+    NOT_FASTER = "computed: not faster"
+
+
+_DECISIONS: Final[Mapping[str, str]] = {
+    Decision.BLENDED: "Blended, since that starts the answer earlier than computing the prompt",
+    Decision.ALWAYS: "Blended, since the request or the server says always",
+    Decision.UNKNOWN: "Blended, since it is not known yet what computing or blending takes",
+    Decision.MEASURED: "Blended, to measure again what that takes",
+    Decision.NOT_FASTER: "Computed, since blending would not start the answer earlier",
+}
+
+
+def decision_sentence(statistics: Mapping[str, Any]) -> str:
+    """The `decision` of an answer's statistics in words, with the times that were predicted; "" if there is none."""
+    decision = str(statistics.get(DECISION) or "")
+    if not decision:
+        return ""
+    words = _DECISIONS.get(decision, decision)
+    blend, compute = (statistics.get(name) for name in PREDICTED)
+    if not isinstance(blend, int | float) or not isinstance(compute, int | float) or not compute:
+        return f"{words}."
+    return f"{words}: {blend:,.1f} ms blended and {compute:,.1f} ms computed are predicted."
 
 
 class CannotBlend(StrEnum):
@@ -170,6 +203,8 @@ ANSWER: Final = "lmcache_rag"
 COUNTS: Final = ("prefix_tokens", "reused_tokens", "recomputed_tokens", "computed_tokens")  # they add up to the prompt
 TIMES: Final = ("lookup_ms", "load_ms", "blend_ms")
 FAILURE: Final = "failure"  # a Fallback, or a sentence if can_blend is false; "" if none
+DECISION: Final = "decision"  # a Decision; absent where there was nothing to decide
+PREDICTED: Final = ("predicted_blend_ms", "predicted_compute_ms")  # what it compared, where known
 FORGOTTEN: Final = "forgotten"  # in answers to lmcache_rag.forget only: whether the chunk's KV was removed
 CAN_BLEND: Final = "can_blend"  # false in answers of a server that cannot blend at all; else absent
 REASON: Final = "reason"  # a CannotBlend, present with can_blend
@@ -237,6 +272,8 @@ METRICS: Final = "vllm:lmcache_rag_"  # vLLM unregisters metrics that begin with
 SOURCES: Final = ("prefix", "reused", "recomputed", "computed")
 OUTCOMES: Final = ("blended", "prefix", "computed", "unblended")
 CHUNK_GAUGE: Final = METRICS + "chunk_tokens"
+COST_GAUGE: Final = METRICS + "cost_ms"  # label `cost`: names of lmcache_rag.costs.CostModel.figures
+BOUNDARY_GAUGE: Final = METRICS + "blended_from_tokens"  # label `tier`
 
 # On LMCache's /metrics, where the dot is an underscore and counters end in _total.
 INDEX_ENTRIES: Final = "lmcache_rag.index_entries"  # chunks that can be blended
@@ -249,6 +286,21 @@ def chunk_tokens(metrics: str) -> int:
     """Tokens of an LMCache chunk, by the text of a server's /metrics; 0 if it is not there."""
     found = re.search(rf"^{CHUNK_GAUGE}\{{[^}}]*\}} (\d+)(?:\.0)?$", metrics, re.MULTILINE)
     return int(found[1]) if found else 0
+
+
+def costs(metrics: str) -> dict[str, float]:
+    """What a server's work takes in milliseconds, by the text of its /metrics; empty if it does not say."""
+    return _labelled(metrics, COST_GAUGE, "cost")
+
+
+def boundaries(metrics: str) -> dict[str, float]:
+    """From how many tokens on a server blends, by where the KV is, by the text of its /metrics."""
+    return _labelled(metrics, BOUNDARY_GAUGE, "tier")
+
+
+def _labelled(metrics: str, name: str, label: str) -> dict[str, float]:
+    found = re.findall(rf'^{name}\{{[^}}]*{label}="([^"]*)"[^}}]*\}} (\S+)$', metrics, re.MULTILINE)
+    return {key: float(value) for key, value in found}
 
 
 def hit_tokens(metrics: str) -> int | None:
@@ -281,6 +333,7 @@ class RequestParams:
         ingest: Whether the prompt is prefix + chunk, to be stored and indexed.
         forget: Whether the prompt is prefix + chunk, whose KV is to be removed.
         spans: Whether the answer's statistics are to hold `spans`.
+        always: Whether to blend even where computing the prompt is as fast.
     """
 
     policy: str
@@ -289,6 +342,7 @@ class RequestParams:
     ingest: bool = False
     forget: bool = False
     spans: bool = False
+    always: bool = False
 
 
 def shown(value: Any) -> str:
@@ -330,18 +384,18 @@ def read_params(
     if budget is None:
         wrong.append(f"{RATIO} {shown(wanted)} is not {FORMS}")
     switch = values.get(BLEND, blend)
-    if isinstance(switch, bool) or (isinstance(switch, str) and switch in ("on", "off")):
-        blend = switch in (True, "on")
+    if isinstance(switch, bool) or (isinstance(switch, str) and switch in ("on", "off", "always")):
+        blend = switch not in (False, "off")
     else:
-        wrong.append(f"{BLEND} {shown(switch)} is neither on nor off")
+        wrong.append(f"{BLEND} {shown(switch)} is neither on nor off nor always")
     flags = {}
     for key in (INGEST, FORGET, SPANS):
         flag = values.get(key, False)
         if not isinstance(flag, bool):
             wrong.append(f"{key} {shown(flag)} is neither true nor false")
         flags[key] = flag is True
-    chosen = budget or parse_budget(ratio)
-    return RequestParams(policy, chosen, blend, flags[INGEST], flags[FORGET], flags[SPANS]), wrong
+    chosen, always = budget or parse_budget(ratio), switch == "always"
+    return RequestParams(policy, chosen, blend, flags[INGEST], flags[FORGET], flags[SPANS], always), wrong
 
 
 def complaints(params: Any, tokens: int = MOST_TOKENS) -> list[str]:

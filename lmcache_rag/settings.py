@@ -32,6 +32,9 @@ class Settings(BaseSettings):
         AUTO, description="Cached tokens to recompute: auto, a share from 0 to 1, or tokens=N."
     )
     blend: bool = Field(True, description="Reuse chunk KV; false computes every prompt in full.")
+    min_gain: float | None = Field(
+        0.1, ge=0.0, lt=1.0, description="Blend where the first token comes earlier by this share; off: always."
+    )
     lazy_fill: Literal["first", "second", "never"] = Field(
         "second", description="At which use a passage without KV is ingested, after the answer: first, second or never."
     )
@@ -61,6 +64,11 @@ class Settings(BaseSettings):
             return ",".join(server_urls(value))
         except ConfigError as problem:
             raise PydanticCustomError("engine", "{words}", {"words": str(problem)}) from None
+
+    @field_validator("min_gain", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return None if value == "off" else value
 
     @field_validator("model", "embedder", mode="before")
     @classmethod

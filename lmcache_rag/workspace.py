@@ -93,6 +93,7 @@ class Workspace:
                 dtype=self.settings.dtype,
                 kv_budget=int(self.settings.kv_budget_gb * _GB),
                 memory_budget=int(self.settings.memory_budget_gb * _GB),
+                min_gain=self.settings.min_gain,
             )
 
     @cached_property

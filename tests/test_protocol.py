@@ -328,3 +328,24 @@ def test_no_key_is_spelled_elsewhere() -> None:
     assert len(files) > 100
     allowed = {"protocol.py", "commands.py"}  # in commands.py they are the connector's settings, of the same names
     assert [path.name for path in files if path.name not in allowed and spelled.search(path.read_text())] == []
+
+
+@pytest.mark.parametrize(
+    ("value", "blend", "always"),
+    [("always", True, True), ("on", True, False), (True, True, False), ("off", False, False), (False, False, False)],
+)
+def test_always_is_a_way_to_blend(value: Any, blend: bool, always: bool) -> None:
+    params, wrong = protocol.read_params({protocol.BLEND: value})
+    assert (params.blend, params.always, wrong) == (blend, always, [])
+    assert protocol.complaints({protocol.BLEND: "sometimes"})
+
+
+def test_a_decision_has_a_sentence() -> None:
+    for decision in protocol.Decision:
+        assert protocol.decision_sentence({protocol.DECISION: str(decision)}).endswith(".")
+    found = {protocol.DECISION: "computed: not faster", "predicted_blend_ms": 46.7, "predicted_compute_ms": 32.7}
+    assert protocol.decision_sentence(found) == (
+        "Computed, since blending would not start the answer earlier: "
+        "46.7 ms blended and 32.7 ms computed are predicted."
+    )
+    assert protocol.decision_sentence({}) == ""

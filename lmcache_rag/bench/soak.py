@@ -35,10 +35,10 @@ LEAST = 20  # requests, however long they take
 MOST_NOISE = 1.0  # nats: a server that differs from itself by more is wrong
 SHARES: dict[Kind, float] = {"blended": 0.45, "ratio 1": 0.15, "unblended": 0.2, "aborted": 0.2}
 OPTIONS: dict[Kind, BlendOptions] = {
-    "blended": BlendOptions("query", 0.15),
-    "ratio 1": BlendOptions("query", 1.0),
+    "blended": BlendOptions("query", 0.15, always=True),
+    "ratio 1": BlendOptions("query", 1.0, always=True),
     "unblended": BlendOptions(enabled=False),
-    "aborted": BlendOptions("query", 0.15),
+    "aborted": BlendOptions("query", 0.15, always=True),
 }
 # Gauges of vLLM on /metrics: requests, and used blocks that no prefix cache explains.
 VLLM_GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")

@@ -77,6 +77,7 @@ class Row:
         ttft_ms: Each request's time to the first token.
         sooner: Speedup: the baseline's median over this one's; None for the baseline itself.
         steps: Medians of the server's statistics.
+        decisions: What the server decided of each request that had cached chunks, see lmcache_rag.protocol.Decision.
     """
 
     arm: str
@@ -84,6 +85,7 @@ class Row:
     ttft_ms: tuple[float, ...]
     sooner: float | None
     steps: dict[str, float]
+    decisions: tuple[str, ...] = ()
 
     @property
     def median(self) -> float:
@@ -284,7 +286,8 @@ class SpeedBench:
         for arm in self.arms:
             times = tuple(t.ttft_ms for t in taken[arm.name])
             speedup = None if arm is self.arms[0] else base / statistics.median(times)
-            rows.append(Row(arm.name, tokens, times, speedup, steps(taken[arm.name])))
+            decided = tuple(str(t.statistics.get(protocol.DECISION, "")) for t in taken[arm.name])
+            rows.append(Row(arm.name, tokens, times, speedup, steps(taken[arm.name]), tuple(filter(None, decided))))
         return rows
 
     async def _ask(self, arm: Arm, tokens: int, number: int, answer: int = 1) -> Timed:

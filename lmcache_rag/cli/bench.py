@@ -109,7 +109,7 @@ def speed(
     off = {**protocol.NO_BLEND, protocol.MAX_OFFLOAD_TOKENS: 64}
     arms = [Arm("full prefill", baseline or engine, {} if baseline else off)]
     for name, budget in itertools.product(dict.fromkeys(policy), dict.fromkeys(map(parse_budget_text, at))):
-        params = {protocol.POLICY: name, protocol.RATIO: budget.wire}
+        params = {**protocol.ALWAYS_BLEND, protocol.POLICY: name, protocol.RATIO: budget.wire}
         arms += [Arm(f"{name} {budget}", engine, params), Arm(f"hot {name} {budget}", engine, params, hot=True)]
     config = SpeedConfig(
         tuple(tokens),

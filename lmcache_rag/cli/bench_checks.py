@@ -114,10 +114,10 @@ def exact(
     most = max_chunks(server, builder, tokens, chunk_tokens)
     queries = bench.questions(chunks, prompts, least=min(4, most), most=most)
     arms = {
-        "query 1": BlendOptions("query", 1.0),
-        f"query {budget}": BlendOptions("query", budget.wire),
-        f"hkvd {budget}": BlendOptions("hkvd", budget.wire),
-        "none": BlendOptions("none", 0.0),
+        "query 1": BlendOptions("query", 1.0, always=True),
+        f"query {budget}": BlendOptions("query", budget.wire, always=True),
+        f"hkvd {budget}": BlendOptions("hkvd", budget.wire, always=True),
+        "none": BlendOptions("none", 0.0, always=True),
     }
     found: dict[str, list[Exactness]] = {}
     with Bars(context, main="questions") as bars, tempfile.TemporaryDirectory() as folder:

@@ -1,6 +1,6 @@
 """Formats results: numbers, answers and their reuse, the status of a store, and dictionaries for JSON.
 
-The sentence of a reason code comes from lmcache_rag.protocol (`fallback_sentence`, `budget_words`).
+Sentences of codes come from lmcache_rag.protocol (`fallback_sentence`, `budget_words`, `decision_sentence`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lmcache_rag._utils import clean
-from lmcache_rag.protocol import budget_words
+from lmcache_rag.protocol import budget_words, decision_sentence
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -199,6 +199,7 @@ def stats_table(stats: ReuseStats) -> Table:
                 "KV",
                 reused if stats.blended else "found, and all recomputed" if stats.recomputed_tokens else "not reused",
             ),
+            *([("Decision", decision_sentence(stats.as_dict()))] if stats.decision else []),
             ("TTFT", milliseconds(stats.ttft_ms) + (f" ({inside})" if inside else "")),
         ]
     )

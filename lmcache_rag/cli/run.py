@@ -250,6 +250,7 @@ class _Look:
     metavar: str | None = None
     default: str = ""
     several: bool = False
+    text: bool = False  # the setting itself reads its value
 
 
 _LOOKS = {
@@ -262,6 +263,7 @@ _LOOKS = {
     "kv_budget_gb": _Look("--kv-budget", metavar="GB"),
     "policy": _Look(metavar="NAME"),
     "ratio": _Look(metavar="RATIO"),
+    "min_gain": _Look(metavar="0..1|off", text=True),
     "blend": _Look("--blend/--no-blend", default="blend"),
     "top_k": _Look(metavar="N"),
     "max_tokens": _Look(metavar="N"),
@@ -299,7 +301,7 @@ def _option(field: str) -> inspect.Parameter:
         help=f"{escape(described(field))} [dim]{escape(note)}[/dim]",
         show_default=False,
     )
-    kind = list[str] if look.several else _plain(facts.annotation)
+    kind = list[str] if look.several else str if look.text else _plain(facts.annotation)
     return _parameter(field, Annotated[kind | None, option], None)
 
 

@@ -36,6 +36,7 @@ from lmcache_rag.errors import ConfigError, EngineError, LMCacheRAGError
 if TYPE_CHECKING:
     from lmcache_rag.serving.commands import Commands, ServeOptions
 
+MORE = 3  # queries that show the server at start what its look-ups, loads and blends take
 _MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "failed": ("failed", "bold red")}
 
 
@@ -85,7 +86,7 @@ def hoist_own_options(args: Sequence[str], flags: dict[str, bool]) -> list[str]:
     return [*ours, *rest, *arguments[end + 1 :]]
 
 
-@command("policy", "ratio")
+@command("policy", "ratio", "min_gain")
 def serve(
     context: CommandContext,
     served_model: Annotated[
@@ -220,6 +221,7 @@ def serve(
         port=port,
         policy=settings.policy,
         ratio=settings.ratio,
+        min_gain=settings.min_gain,
         l1_gb=l1_gb,
         l2=tuple(l2 or ()),
         chunk_size=chunk_size,
@@ -386,7 +388,7 @@ def _ready(context: CommandContext, options: ServeOptions, made: Commands, folde
         with VLLMClient(made.url, attempts=1, api_key=made.api_key, ingest_key=key, verify=False) as server:
             served = server.first_model()
             name = served.name
-            outcome = round_trip(server, served, options.chunk_size, compare=False)
+            outcome = round_trip(server, served, options.chunk_size, compare=False, more=MORE)
         if outcome.hit and outcome.reused:
             blending = protocol.chosen(outcome.reused)
         elif made.blends:

@@ -1,15 +1,35 @@
-"""When a blend may run: a blend must not make other requests wait for long.
+"""Whether a request is blended, and when its blend may run.
 
-An idle engine blends a request within one step (SYNC), which gives the lowest TTFT. While others run, KV is loaded in
-the background and blended in pieces, one in each step, next to their tokens (ASYNC; vLLM calls that an asynchronous
-load). What fits neither is asked for again in the next step (DEFER).
+It is blended only where that is predicted to give its first token earlier than computing it (BlendGate).
+
+A blend must not make other requests wait for long (BlendBudget). An idle engine blends a request within one step
+(SYNC), which gives the lowest TTFT. While others run, KV is loaded in the background and blended in pieces, one in each
+step, next to their tokens (ASYNC; vLLM calls that an asynchronous load). What fits neither is asked for again in the
+next step (DEFER).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import json
+import logging
+import time
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lmcache_rag.budget import Budget
+from lmcache_rag.connector.metadata import BlendResult, Claim, StepShape, StepTime
+from lmcache_rag.costs import HEAD, SELECTING, CostModel, Exploration, Forecast, Work
+from lmcache_rag.policies import at_most, get_policy
+from lmcache_rag.protocol import BOUNDARY_GAUGE, COST_GAUGE, Decision, named_spans
+
+if TYPE_CHECKING:
+    from lmcache_rag.connector.request_state import RequestState
+
+log = logging.getLogger("lmcache_rag")
 
 
 class Admission(Enum):
@@ -27,10 +47,12 @@ class Allowance:
     Attributes:
         tokens: Most tokens to compute; only a selection's pass over the suffix may exceed it a little.
         idle: Whether the step has nothing else to do.
+        timed: The step, if its time is to be measured.
     """
 
     tokens: int = 0
     idle: bool = False
+    timed: StepShape | None = None
 
 
 @dataclass
@@ -86,9 +108,15 @@ class BlendBudget:
         if self._claims.get(request_id, (Admission.SYNC, 0))[0] is Admission.ASYNC:
             self._background.add(request_id)
 
-    def on_step(self, scheduled: Collection[str]) -> Allowance:
-        """End the scheduling of a step that runs these requests. Returns what it may blend in the background."""
-        allowance = Allowance(max(0, self.step_tokens - self._sync_tokens), not scheduled)
+    def on_step(self, scheduled: Collection[str], timed: StepShape | None = None) -> Allowance:
+        """End the scheduling of a step that runs these requests. Returns what it may blend in the background.
+
+        Args:
+            scheduled: The requests.
+            timed: The step, if its time shows what the work of one request takes.
+        """
+        timed = None if self._background else timed
+        allowance = Allowance(max(0, self.step_tokens - self._sync_tokens), not scheduled, timed)
         self._running, self._claims = set(scheduled), {}
         return allowance
 
@@ -108,3 +136,195 @@ class BlendBudget:
     @property
     def _sync_tokens(self) -> int:
         return sum(tokens for how, tokens in self._claims.values() if how is Admission.SYNC)
+
+
+# -- whether a request is blended --------------------------------------------------------------------------------------
+
+CHUNK = 512  # tokens of the chunks for which the boundary is shown
+EXACT_SHARE = 0.1  # how much a look-up changes the share of look-ups that found an exact prefix
+KEEP_S = 60.0  # costs are written to their file once in so many seconds
+SHOW_S = 1.0  # and published once in so many
+
+
+class BlendGate:
+    """Decides whether a request is blended, from what its alternatives are predicted to take.
+
+    Alone, its time to the first token counts: look-up, load, selection and recomputation against a prefill. While
+    others run, the GPU's time counts: look-up and load wait beside their steps, and what a blend saves is free for
+    them. The exact prefix is used in both. What is unknown is tried.
+
+    A request that cannot gain even if all of it were cached is not looked up: it starts as on stock vLLM.
+
+    Args:
+        costs: What the work takes here.
+        min_gain: Share of the time that a blend must save; None: everything is blended.
+        least_tokens: Fewer tokens than this of an exact prefix are not loaded.
+    """
+
+    def __init__(self, costs: CostModel, min_gain: float | None, least_tokens: int = 128) -> None:
+        self.costs, self.min_gain, self._least = costs, min_gain, least_tokens
+        self._exploration = Exploration()
+        self._exact = 1.0  # share of recent look-ups that found an exact prefix which vLLM did not hold
+        self._file: Path | None = None
+        self._kept = (0, time.monotonic())  # observations in the file, and when it was written
+        self._shown = (0, -SHOW_S)  # the same of the metrics
+
+    # -- decisions ----------------------------------------------------------------------------------------------------
+
+    def skips_lookup(self, request: Any, state: RequestState, *, busy: bool) -> bool:
+        """Whether the request is computed without a look-up: nothing that this could find would be worth it."""
+        if self.min_gain is None or state.always or not state.blend or state.decision or state.explores:
+            return False
+        prompt, local = len(request.prompt_token_ids or ()), state.local
+        spans = named_spans(request.kv_transfer_params, prompt)
+        placed = sum(max(0, end - max(start, local)) for start, end in spans) or max(prompt - local - HEAD, 0)
+        selected = at_most(get_policy(state.policy), state.budget, placed, len(spans) or 1)
+        tier = "hot" if state.resident_only else "l1"
+        work = Work(
+            prompt,
+            local,
+            local,
+            {tier: placed},
+            computed=selected + max(prompt - 1 - local - placed, 0),
+            rest=1,
+            policy=state.policy,
+            selects=state.policy in SELECTING and selected < placed,
+            looked_up=not state.resident_only,
+        )
+        forecast = self.costs.gpu_forecast(work) if busy else self.costs.forecast(work, looked_up=False)
+        if forecast is None or forecast.gains(self.min_gain) or self._may_find_exact_prefix(work):
+            return False
+        if self._exploration.is_due(prompt, forecast):
+            state.explores = True
+            return False
+        state.decision, state.forecast = Decision.NOT_FASTER, forecast
+        return True
+
+    def _may_find_exact_prefix(self, work: Work) -> bool:
+        """Whether a look-up is worth its time for the exact prefixes that look-ups find here."""
+        if not work.looked_up:
+            return False
+        lookup = self.costs.lookup_ms(work.prompt)
+        loaded = self.costs.compute_ms(Work(work.prompt, work.local, work.prompt - 1, looked_up=False))
+        computed = self.costs.compute_ms(work, looked_up=False)
+        if lookup is None or loaded is None or computed is None:
+            return True
+        return self._exact * (computed - loaded) > lookup
+
+    def blends(self, state: RequestState, claimed: Claim, prompt: int, *, busy: bool) -> bool:
+        """Whether a request is blended as claimed; if not, its exact prefix is used, and the rest computed."""
+        if not state.decision:
+            auto = state.budget.auto and not busy  # beside others a token costs their time
+            state.free = self.costs.free_tokens(prompt, state.policy) if auto else 0
+            state.decision, state.forecast = self._decide(state, claimed, prompt, busy=busy)
+        return state.decision != Decision.NOT_FASTER
+
+    def _decide(
+        self, state: RequestState, claimed: Claim, prompt: int, *, busy: bool
+    ) -> tuple[Decision, Forecast | None]:
+        hot = sum(match.end - match.start for match in claimed.matches if match.block >= 0)
+        computed = claimed.computed(state.policy, state.budget, state.free)
+        work = Work(
+            prompt,
+            state.local,
+            claimed.exact if claimed.exact - state.local >= self._least else state.local,
+            {"hot": hot, "l1": claimed.reused - hot},
+            computed=computed,
+            rest=prompt - claimed.end,
+            policy=state.policy,
+            selects=state.policy in SELECTING and computed < claimed.end - claimed.exact,
+            looked_up=state.lookup is not None,
+        )
+        forecast = self.costs.gpu_forecast(work) if busy else self.costs.forecast(work)
+        if self.min_gain is None or state.always:
+            return Decision.ALWAYS, forecast if forecast and forecast.known else None
+        if forecast is None or (forecast.gains(self.min_gain) and not forecast.known):
+            return Decision.UNKNOWN, None
+        if forecast.gains(self.min_gain):
+            return Decision.BLENDED, forecast
+        if state.explores or self._exploration.is_due(prompt, forecast):
+            return Decision.MEASURED, forecast
+        return Decision.NOT_FASTER, forecast
+
+    # -- observations -------------------------------------------------------------------------------------------------
+
+    def on_found(self, state: RequestState, *, idle: bool) -> None:
+        """A look-up has its result. Its time counts only where no step of other requests delayed it."""
+        if state.blend:
+            self._exact += EXACT_SHARE * ((state.prefix - state.local >= self._least) - self._exact)
+        if idle:
+            self.costs.lookup.observe((state.prompt,), state.lookup_ms)
+
+    def on_result(self, state: RequestState, result: BlendResult) -> None:
+        """A plan was carried out. In the background its times depend on other requests."""
+        if state.background or result.failure:
+            return
+        placed = result.reused_tokens + result.recomputed_tokens
+        loaded = placed - result.hot_tokens + max(result.prefix_tokens - state.local, 0)
+        if loaded or result.hot_tokens:
+            self.costs.load.observe((result.hot_tokens, loaded, 0), result.load_ms)
+        if placed:
+            selects = state.policy in SELECTING and 0 < result.recomputed_tokens < placed
+            tokens = result.recomputed_tokens + result.computed_tokens
+            self.costs.observe_passes(state.policy, tokens, state.prompt, result.blend_ms, selects=selects)
+
+    def on_steps(self, steps: Iterable[StepTime]) -> None:
+        """Steps were measured."""
+        for step in steps:
+            if step.shape.blended and step.shape.tokens == 1:
+                self.costs.finish.observe((1,), step.ms)
+            elif not step.shape.blended:
+                self.costs.prefill.observe((step.shape.tokens, step.shape.context, 1), step.ms)
+        self._keep()
+
+    # -- kept per model and GPU ---------------------------------------------------------------------------------------
+
+    def take(self, measured: Mapping[str, Any] | None, file: str) -> None:
+        """Take what a worker measured at start, and the file in which costs are kept for later starts; "": none."""
+        if measured and not self.costs.update(measured):
+            log.warning(
+                "The costs that were measured at start cannot be read: requests are blended until they are known"
+            )
+        self._file = Path(file) if file else None
+        self._kept = (0, time.monotonic() - KEEP_S)
+
+    def _keep(self) -> None:
+        count, now = self.costs.count, time.monotonic()
+        if self._file is None or count == self._kept[0] or now - self._kept[1] < KEEP_S:
+            return
+        self._kept = (count, now)
+        fresh = self._file.with_suffix(".new")
+        with suppress(OSError):
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            fresh.write_text(json.dumps(self.costs.as_dict()), encoding="ascii")
+            fresh.replace(self._file)
+
+    # -- figures ------------------------------------------------------------------------------------------------------
+
+    def take_figures(self, policy: str, budget: Budget) -> list[list[Any]]:
+        """What the work takes, and from where on a prompt is blended, for the metrics; none if it is known there.
+
+        Args:
+            policy: The server's default.
+            budget: The server's default.
+        """
+        count, now = self.costs.count, time.monotonic()
+        if count == self._shown[0] or now - self._shown[1] < SHOW_S:
+            return []
+        self._shown = (count, now)
+        found: list[list[Any]] = [[COST_GAUGE, name, ms] for name, ms in self.costs.figures().items()]
+        return found + [[BOUNDARY_GAUGE, tier, tokens] for tier, tokens in self._boundaries(policy, budget).items()]
+
+    def _boundaries(self, policy: str, budget: Budget) -> dict[str, float]:
+        """From how many tokens on a prompt with all its chunks cached is blended, by tier; 0: at no length."""
+        found: dict[str, float] = {}
+        for tier in ("l1", "hot"):
+            if self.costs.load_ms(tier, 1) and self.min_gain is not None:
+                tokens = self.costs.boundary(
+                    lambda placed: at_most(get_policy(policy), budget, placed, -(-placed // CHUNK)),
+                    self.min_gain,
+                    tier=tier,
+                    policy=policy,
+                )
+                found[tier] = float(tokens or 0)
+        return found

@@ -9,7 +9,7 @@ from typing import Any
 from lmcache_rag.budget import FORMS, Budget, Ratio, parse_budget, read_budget
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.policies import get_policy
-from lmcache_rag.protocol import DEFAULT_POLICY, DEFAULT_RATIO, RATIO, shown
+from lmcache_rag.protocol import DEFAULT_MIN_GAIN, DEFAULT_POLICY, DEFAULT_RATIO, RATIO, shown
 
 STORES = ("ingest", "all")
 
@@ -42,6 +42,8 @@ class ConnectorOptions:
             environment has it.
         prefix_tokens: Prompts of clients that name no prefix share KV by their first so many tokens, a multiple of
             LMCache's chunk; 0: by their first chunk.
+        min_gain: A request is blended if that is predicted to give its first token earlier by at least this share of
+            the time that computing it takes, in [0, 1). null or "off": always, whatever it takes.
     """
 
     policy: str = DEFAULT_POLICY
@@ -62,11 +64,14 @@ class ConnectorOptions:
     ingest_key_file: str = ""
     secret_file: str = ""
     prefix_tokens: int = 0
+    min_gain: float | None = DEFAULT_MIN_GAIN
 
     def __post_init__(self) -> None:
         get_policy(self.policy)
         if read_budget(self.ratio) is None:
             raise ConfigError(f"{RATIO} is not {FORMS}; got {shown(self.ratio)}.")
+        if self.min_gain is not None and not 0 <= self.min_gain < 1:
+            raise ConfigError(f"lmcache_rag.min_gain must be off, or at least 0 and below 1; got {self.min_gain}.")
         if self.store not in STORES:
             raise ConfigError(f"lmcache_rag.store must be one of {', '.join(STORES)}; got {self.store!r}.")
         if self.step_tokens < 1:
@@ -102,6 +107,9 @@ class ConnectorOptions:
             if item.name == "ratio":
                 budget = read_budget(value)  # of several types, checked in __post_init__
                 values["ratio"] = value if budget is None else budget.wire
+                continue
+            if item.name == "min_gain" and value in (None, "off"):
+                values[item.name] = None
                 continue
             kind: type = type(item.default)
             if kind is float and isinstance(value, int) and not isinstance(value, bool):

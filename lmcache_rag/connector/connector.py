@@ -29,6 +29,7 @@ from lmcache_rag.connector.scheduler import BlendScheduler
 from lmcache_rag.connector.secret import find_secret
 from lmcache_rag.connector.transfers import FinishedGate
 from lmcache_rag.connector.worker import start_worker
+from lmcache_rag.costs import CostModel
 from lmcache_rag.protocol import ANSWER
 
 log = logging.getLogger("lmcache_rag")
@@ -83,6 +84,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             PrefixCache(vllm_config.cache_config.block_size),
             ingest_key=IngestKey.read(options.ingest_key_file),
             alignment=self._hit_alignment_tokens,
+            costs=CostModel(vllm_config.scheduler_config.max_num_batched_tokens),
         )
         lmcache_client.watch_server(adapter, self._scheduler.can_blend)
 
@@ -109,7 +111,9 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             super().register_kv_caches(kv_caches)
         found = start_worker(self._vllm_config, self.worker_adapter, self._options, absent=bool(failed))
         self._worker = found.worker
-        self._handshake = BlendHandshakeMetadata(found.unsupported_reason, found.self_check)
+        self._handshake = BlendHandshakeMetadata(
+            found.unsupported_reason, found.self_check, found.costs, found.costs_file
+        )
         lmcache_client.start_heartbeat(self.worker_adapter)
         if found.unsupported_reason is not None:
             log.warning(
@@ -240,6 +244,9 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         """Observations since the last call."""
         if self.role == KVConnectorRole.SCHEDULER:
             self._connector_stats.records.extend(self._scheduler.take_records())
+            options = self._scheduler.options
+            figures = self._scheduler.gate.take_figures(options.policy, options.budget)
+            self._connector_stats.costs.extend(figures)
         return super().get_kv_connector_stats()
 
     @classmethod
@@ -260,6 +267,8 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
 
     def begin_step(self, meta: Any) -> None:
         """Start this step's blends before vLLM prepares the step; see vllm_patches.patch_execute_model."""
+        if self._worker is not None:
+            self._worker.begin_step(getattr(meta, "blend_allowance", None))
         plans = getattr(meta, "blend_plans", None)
         # LMCache may still have to read blocks that were taken from a preempted request.
         if self._worker is not None and plans and not getattr(meta, "need_flush_before_forward", False):
@@ -305,5 +314,5 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         meta = BlendWorkerMetadata(lmcache=super().build_connector_worker_meta())
         if self._worker is not None:
             meta.results, (timed_out, meta.ended) = self._worker.take_results(), self._worker.take_timed_out()
-            meta.timed_out = list(timed_out.items())
-        return meta if meta.results or meta.timed_out or meta.ended or meta.lmcache else None
+            meta.timed_out, meta.steps = list(timed_out.items()), self._worker.take_steps()
+        return meta if meta.results or meta.timed_out or meta.ended or meta.lmcache or meta.steps else None

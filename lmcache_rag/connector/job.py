@@ -9,12 +9,13 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.connector.attention import AsyncScalar, PagedSequence, to_device_async
 from lmcache_rag.connector.blend_pass import BlendOutcome, BlendPass, StepIterator
-from lmcache_rag.connector.metadata import BlendPlan, BlendResult
+from lmcache_rag.connector.metadata import BlendPlan, BlendResult, StepShape, StepTime
 from lmcache_rag.connector.transfers import TimedOutLoad
 from lmcache_rag.policies import get_policy
 from lmcache_rag.protocol import Fallback
@@ -79,6 +80,40 @@ class CudaTimer:
             return float(last - first) * 1e3
         last.synchronize()
         return float(first.elapsed_time(last))
+
+
+class StepTimer:
+    """Times of a worker's steps. They are read when the GPU is done with them, so that nothing waits for it."""
+
+    def __init__(self) -> None:
+        self._now: tuple[StepShape, CudaTimer] | None = None
+        self._ended: list[tuple[StepShape, CudaTimer, float]] = []
+
+    def begin(self, shape: StepShape | None) -> None:
+        """A step begins, before vLLM prepares it; None: its time is not to be measured."""
+        self._now = None
+        if shape is not None:
+            timer = CudaTimer()
+            timer.loaded()
+            timer.begin()
+            self._now = shape, timer
+
+    def mark_end(self) -> None:
+        """All of the step's work is queued."""
+        if self._now is not None:
+            self._now[1].end()
+
+    def end(self, blends: Sequence[BlendResult]) -> None:
+        """The step has ended, and with it these blends."""
+        if self._now is not None and not any(result.failure for result in blends):
+            self._ended.append((*self._now, sum(result.load_ms + result.blend_ms for result in blends)))
+        self._now = None
+
+    def take(self) -> list[StepTime]:
+        """Steps that the GPU is done with, since the last call."""
+        done = [step for step in self._ended if step[1].is_done]
+        self._ended = [step for step in self._ended if step not in done]
+        return [StepTime(shape, max(timer.read()[1] - blended, 0.0)) for shape, timer, blended in done]
 
 
 class Throttle:

@@ -127,6 +127,29 @@ class BlendResult:
 
 
 @dataclass(frozen=True)
+class StepShape:
+    """A step whose time is measured, as it computes a part of one request and nothing else.
+
+    Attributes:
+        tokens: Tokens that vLLM computes.
+        context: Tokens before them.
+        blended: Whether a blend runs before them in the step.
+    """
+
+    tokens: int
+    context: int
+    blended: bool = False
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """A measured step: its shape, and the milliseconds of the worker; of a blended one, without load and passes."""
+
+    shape: StepShape
+    ms: float
+
+
+@dataclass(frozen=True)
 class Claim:
     """The part of a prompt that the connector claims to provide.
 
@@ -192,10 +215,14 @@ class BlendHandshakeMetadata(KVConnectorHandshakeMetadata):  # type: ignore[misc
     Attributes:
         unsupported: Why it cannot blend; None when it can.
         self_check: Whether a blend was compared with a full prefill; None where it cannot blend.
+        costs: What its passes take, see lmcache_rag.costs.CostModel.as_dict; None: not measured.
+        costs_file: Where costs of this model on this GPU are kept; "": nowhere.
     """
 
     unsupported: Unsupported | None
     self_check: SelfCheck | None = None
+    costs: dict[str, Any] | None = None
+    costs_file: str = ""
 
 
 @dataclass
@@ -207,12 +234,14 @@ class BlendWorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
         timed_out: (request, blocks) of each rank's loads that it stopped waiting for.
         ended: Requests whose timed-out loads have ended, once for each rank.
         lmcache: What LMCache's own connector reports: receipts of stores, events.
+        steps: Measured steps.
     """
 
     results: list[BlendResult] = field(default_factory=list)
     timed_out: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
     lmcache: KVConnectorWorkerMetadata | None = None
+    steps: list[StepTime] = field(default_factory=list)
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> KVConnectorWorkerMetadata:
         """Merge another rank's. Results of all ranks are the same except for their times; the rest differs."""
@@ -222,5 +251,9 @@ class BlendWorkerMetadata(KVConnectorWorkerMetadata):  # type: ignore[misc]
         if self.lmcache is not None and other.lmcache is not None:
             lmcache = self.lmcache.aggregate(other.lmcache)
         return BlendWorkerMetadata(
-            self.results or other.results, self.timed_out + other.timed_out, self.ended + other.ended, lmcache
+            self.results or other.results,
+            self.timed_out + other.timed_out,
+            self.ended + other.ended,
+            lmcache,
+            self.steps or other.steps,
         )

@@ -16,16 +16,22 @@ from typing import Any
 from lmcache_rag.budget import Budget, BudgetReason
 from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.connector.metadata import BlendResult
+from lmcache_rag.costs import Forecast
 from lmcache_rag.protocol import (
+    BOUNDARY_GAUGE,
     BUDGET_REASON,
     BUDGET_TOKENS,
     CAN_BLEND,
     CHUNK_GAUGE,
+    COST_GAUGE,
+    DECISION,
     FAILURE,
     METRICS,
     OUTCOMES,
+    PREDICTED,
     REASON,
     SOURCES,
+    Decision,
     Fallback,
     Unsupported,
 )
@@ -36,8 +42,10 @@ else:
     LMCacheMPConnectorStats = LMCacheMPPromMetrics = object
 
 RECORDS = "lmcache_rag_requests"  # our key in the data that vLLM carries
+COSTS = "lmcache_rag_costs"  # another one: [gauge, label's value, number] of each figure, where they have changed
 
 REASONS = tuple(str(each) for each in Fallback)  # a counter's label needs few values: others count as OTHER
+DECISIONS = tuple(map(str, Decision))
 TIMES = ("lookup", "load", "blend")
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)  # seconds
 
@@ -96,6 +104,14 @@ def reuse_statistics(
     }
 
 
+def decision_statistics(decision: str, forecast: Forecast | None) -> dict[str, Any]:
+    """The fields for a decision, see lmcache_rag.protocol.Decision; none where nothing was decided."""
+    if not decision:
+        return {}
+    times = (forecast.blend_ms, forecast.compute_ms) if forecast else ()
+    return {DECISION: str(decision), **{name: round(ms, 3) for name, ms in zip(PREDICTED, times, strict=False)}}
+
+
 def unblended_statistics(
     prompt: int, cached: int, policy: str, budget: Budget, unsupported: Unsupported, *, spans: bool = False
 ) -> dict[str, Any]:
@@ -126,6 +142,8 @@ def record(statistics: Mapping[str, Any]) -> dict[str, Any]:
         found["fallback"] = str(Fallback.of(failure))
     if reason := statistics.get(BUDGET_REASON):
         found["budget"] = str(reason)
+    if statistics.get(DECISION):
+        found["decision"] = str(statistics[DECISION])
     # A stage that did not run took no time; a load that failed did.
     seconds = {name: float(statistics[f"{name}_ms"]) / 1e3 for name in TIMES}
     return found | {name: value for name, value in seconds.items() if value > 0}
@@ -153,6 +171,8 @@ def summary(records: Iterable[Mapping[str, Any]]) -> dict[str, int | float]:
         "Requests not blended": sum(item["outcome"] != "blended" for item in items),
         "Fallbacks": sum("fallback" in item for item in items),
     }
+    if not_faster := sum(item.get("decision") == Decision.NOT_FASTER for item in items):
+        shown["Computed as that is as fast"] = not_faster
     for source in SOURCES:
         shown[f"Tokens {source}"] = sum(item[source] for item in items)
     for name in TIMES:
@@ -181,6 +201,36 @@ def publish_chunk_size(
     )
     for values in engines.values():
         made.labels(*values).set(tokens)
+
+
+class CostGauges:
+    """What an engine's work takes, and from how many tokens on it blends.
+
+    Args:
+        gauge: Makes a gauge, called as prometheus_client.Gauge is, by keywords.
+        labelnames: Labels that each metric of vLLM has.
+        engines: Their values for each engine.
+    """
+
+    def __init__(self, gauge: Callable[..., Any], labelnames: list[str], engines: Mapping[int, list[Any]]) -> None:
+        self._engines = engines
+        self._gauges = {
+            name: gauge(
+                name=name,
+                documentation=about,
+                labelnames=[*labelnames, label],
+                multiprocess_mode="mostrecent",
+            )
+            for name, label, about in (
+                (COST_GAUGE, "cost", "What an engine's work takes for so many tokens, in milliseconds, as measured."),
+                (BOUNDARY_GAUGE, "tier", "Prompts of so many tokens on are blended, by where their KV is; 0: none."),
+            )
+        }
+
+    def observe(self, figures: Iterable[Sequence[Any]], engine: int = 0) -> None:
+        """Publish these figures."""
+        for name, value, number in figures:
+            self._gauges[name].labels(*self._engines[engine], value).set(number)
 
 
 class Counters:
@@ -213,6 +263,9 @@ class Counters:
         self._fallbacks = counted("fallbacks", "Requests computed in full, by reason.", "reason", REASONS)
         why = "Blended requests by why so many tokens were recomputed."
         self._budgets = counted("budgets", why, "reason", [str(each) for each in BudgetReason])
+        self._decisions = counted(
+            "decisions", "Requests with cached chunks, by whether they were blended and why.", "decision", DECISIONS
+        )
         hot = counter(
             name=f"{METRICS}hot_tokens",
             documentation="Reused and recomputed tokens whose KV vLLM itself still held.",
@@ -241,6 +294,8 @@ class Counters:
                 self._fallbacks[engine, item["fallback"]].inc()
             if "budget" in item:
                 self._budgets[engine, item["budget"]].inc()
+            if "decision" in item:
+                self._decisions[engine, item["decision"]].inc()
             for name in TIMES:
                 if name in item:
                     self._times[engine, name].observe(item[name])
@@ -253,11 +308,18 @@ class BlendStats(LMCacheMPConnectorStats):  # type: ignore[misc]
     def __post_init__(self) -> None:
         super().__post_init__()
         self.data.setdefault(RECORDS, [])
+        self.data.setdefault(COSTS, [])
 
     @property
     def records(self) -> list[dict[str, Any]]:
         """See `record`."""
         found: list[dict[str, Any]] = self.data[RECORDS]
+        return found
+
+    @property
+    def costs(self) -> list[list[Any]]:
+        """Figures for CostGauges."""
+        found: list[list[Any]] = self.data[COSTS]
         return found
 
     def clone_and_reset(self) -> BlendStats:
@@ -269,12 +331,13 @@ class BlendStats(LMCacheMPConnectorStats):  # type: ignore[misc]
     def reset(self) -> None:
         """Begin a new interval."""
         super().reset()
-        self.data[RECORDS] = []
+        self.data[RECORDS], self.data[COSTS] = [], []
 
     def aggregate(self, other: Any) -> BlendStats:
         """Merge the observations of another interval, or another rank."""
         super().aggregate(other)
         self.records.extend(other.data.get(RECORDS, ()))
+        self.costs.extend(other.data.get(COSTS, ()))
         return self
 
     def reduce(self) -> dict[str, int | float]:
@@ -283,7 +346,7 @@ class BlendStats(LMCacheMPConnectorStats):  # type: ignore[misc]
 
     def is_empty(self) -> bool:
         """Whether nothing was observed."""
-        return bool(super().is_empty()) and not self.records
+        return bool(super().is_empty()) and not self.records and not self.costs
 
 
 class BlendPromMetrics(LMCacheMPPromMetrics):  # type: ignore[misc]
@@ -294,6 +357,7 @@ class BlendPromMetrics(LMCacheMPPromMetrics):  # type: ignore[misc]
     ) -> None:
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._counters = Counters(self._counter_cls, self._histogram_cls, labelnames, per_engine_labelvalues)
+        self._costs = CostGauges(self._gauge_cls, labelnames, per_engine_labelvalues)
         options = ConnectorOptions.read(vllm_config.kv_transfer_config.get_from_extra_config)
         if options.chunk_size:
             publish_chunk_size(self._gauge_cls, labelnames, per_engine_labelvalues, options.chunk_size)
@@ -302,3 +366,4 @@ class BlendPromMetrics(LMCacheMPPromMetrics):  # type: ignore[misc]
         """Count the requests that ended in a step."""
         super().observe(transfer_stats_data, engine_idx)
         self._counters.observe(transfer_stats_data.get(RECORDS, ()), engine_idx)
+        self._costs.observe(transfer_stats_data.get(COSTS, ()), engine_idx)

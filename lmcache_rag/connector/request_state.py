@@ -24,12 +24,14 @@ pins on resident chunks. What releases them (methods of BlendScheduler where no 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lmcache_rag.budget import Budget
 from lmcache_rag.connector import metrics
-from lmcache_rag.connector.metadata import BlendResult, Claim, Match, spans_of
+from lmcache_rag.connector.metadata import BlendPlan, BlendResult, Claim, Match, StepShape, spans_of
+from lmcache_rag.costs import Forecast
 
 
 class Lookup(Protocol):
@@ -78,6 +80,13 @@ class RequestState:
     blocks_hit: int = 0  # of the plan that a worker has
     spans: list[tuple[int, int]] | None = None  # [start, end) of each chunk that was hit; None: not in the answer
     ingest: bool = False
+    always: bool = False  # blended even where computing it is as fast
+    decision: str = ""  # a Decision, once one was taken
+    forecast: Forecast | None = None  # what it was taken by
+    free: int = 0  # so many tokens can be recomputed without any more time
+    explores: bool = False  # looked up and blended to measure that again
+    prompt: int = 0  # tokens of the prompt
+    done: int = 0  # tokens whose KV is there before the next step
     result: BlendResult | None = None
     failure: str = ""
 
@@ -95,9 +104,30 @@ class RequestState:
         if not self.unused[1]:
             self.lookup = None
 
+    def plan(
+        self, request_id: str, claimed: Claim, block_ids: list[int], configs: dict[str, Any] | None, salt: str
+    ) -> BlendPlan:
+        """What the workers have to do for a claim."""
+        return BlendPlan(
+            request_id,
+            self.tokens,
+            self.local,
+            claimed.exact,
+            claimed.matches,
+            claimed.end,
+            tuple(block_ids),
+            self.policy,
+            self.budget,
+            salt,
+            configs,
+            self.background,
+            failure=self.failure,
+            free=self.free,
+        )
+
     def statistics(self, prompt: int) -> dict[str, Any]:
         """The reuse statistics, see metrics.reuse_statistics."""
-        return metrics.reuse_statistics(
+        found = metrics.reuse_statistics(
             prompt,
             self.policy,
             self.budget,
@@ -108,6 +138,23 @@ class RequestState:
             blocks_hit=self.blocks_hit,
             spans=self.spans,
         )
+        return found | metrics.decision_statistics(self.decision, self.forecast)
+
+
+def take_step(
+    states: Mapping[str, RequestState], plans: Sequence[BlendPlan], scheduled: Mapping[str, int]
+) -> StepShape | None:
+    """A step with these plans and tokens of requests; its shape if it computes one request and nothing else."""
+    shape = None
+    if len(scheduled) == 1:
+        ((name, tokens),) = scheduled.items()
+        blended = [plan.request_id for plan in plans] == [name]
+        if (state := states.get(name)) is not None and (blended or (not plans and tokens > 1)):
+            shape = StepShape(tokens, state.done, blended=blended)
+    for name, tokens in scheduled.items():
+        if state := states.get(name):
+            state.done += tokens
+    return shape
 
 
 def has_embeddings(request: Any) -> bool:

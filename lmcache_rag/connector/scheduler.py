@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from lmcache_rag.connector import metrics, vllm_internals, vllm_patches
-from lmcache_rag.connector.admission import Admission, Allowance, BlendBudget
+from lmcache_rag.connector.admission import Admission, Allowance, BlendBudget, BlendGate
 from lmcache_rag.connector.authorization import IngestKey
 from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.connector.gpu_chunks import GpuChunks, PrefixCache, ResidentChunks, UncomputedBlocks, without_overlap
@@ -30,8 +30,9 @@ from lmcache_rag.connector.metadata import (
     Match,
     claim,
 )
-from lmcache_rag.connector.request_state import Lookup, RequestState, can_hit, has_embeddings
+from lmcache_rag.connector.request_state import Lookup, RequestState, can_hit, has_embeddings, take_step
 from lmcache_rag.connector.transfers import FencedBlocks, FinishedOnce
+from lmcache_rag.costs import CostModel
 from lmcache_rag.protocol import (
     FORGOTTEN,
     LOADS,
@@ -65,6 +66,7 @@ class BlendScheduler:
         prefix_cache: Hides requests' KV from vLLM's prefix cache.
         ingest_key: What ingesting and forgetting need; None: nothing.
         alignment: LMCache's connector counts vLLM's own hits in multiples of so many tokens.
+        costs: What the engine's work takes.
     """
 
     def __init__(
@@ -76,8 +78,10 @@ class BlendScheduler:
         *,
         ingest_key: IngestKey | None = None,
         alignment: int = 1,
+        costs: CostModel | None = None,
     ) -> None:
         self.options, self.client = options, client
+        self.gate = BlendGate(costs or CostModel(), options.min_gain, options.least_tokens)
         self.budget = BlendBudget(options.step_tokens, options.idle_tokens, options.overlap)
         self.gpu_chunks: GpuChunks | None = None  # None without prefix caching
         self.uncomputed: UncomputedBlocks | None = None  # likewise
@@ -89,9 +93,7 @@ class BlendScheduler:
         self._window = LookupWindow(self._aborted, options.lookup_deadline)
         self.forgetting = Forgetting(client, prefix_cache, self._aborted, options.lookup_deadline)
         self._states: dict[str, RequestState] = {}
-        self._failed: set[str] = (
-            set()
-        )  # requests for which an error was raised: vLLM computes them, and nothing of them is stored
+        self._failed: set[str] = set()  # an error was raised: vLLM computes them, and nothing of them is stored
         self._plans: list[BlendPlan] = []
         self._silent_since: float | None = None  # when LMCache last failed to answer; None: it answers
         self._patience = options.poll  # seconds that this step may still wait for look-ups
@@ -126,6 +128,8 @@ class BlendScheduler:
         self.unsupported = reasons[0] if reasons else None if reports else nothing
         # The worst: one rank that skipped counts for all.
         self.self_check = max((item.self_check for item in reports if item.self_check), default=None)
+        if reports:
+            self.gate.take(reports[0].costs, reports[0].costs_file)
 
     def can_blend(self) -> bool:
         """Whether the workers blend."""
@@ -233,6 +237,7 @@ class BlendScheduler:
             log.warning("request %s: %s; the default is used", shown(request.request_id), joined(wrong))
         state = RequestState(params.policy, params.budget, params.blend, closed=not can_hit(request, self._chunk))
         state.spans, state.ingest, state.step = [] if params.spans else None, params.ingest, self._window.step
+        state.always, state.prompt = params.always, len(request.prompt_token_ids or ())
         self._states[request.request_id] = state
         return state
 
@@ -277,12 +282,15 @@ class BlendScheduler:
     def match(self, request: Any, local: int) -> int | None:
         """Look up, claim, admit: how many tokens after the `local` first ones are claimed; None: ask again."""
         state = self._states.get(request.request_id) or self._register(request)
+        state.done = local
         if state.planned:
             # A request with a plan that vLLM asks for again was preempted: it continues from vLLM's blocks, and is not
             # blended again. LMCache's share was loaded and its locks are gone; the statistics are those of the first
             # run.
             return 0
         state.local, state.step = local, self._window.step
+        if state.lookup is not None and state.lookup.result is None:
+            self._skip_lookup(request, state)  # what vLLM itself holds was not known when it was sent
         if not self._looked_up(request, state):
             return None if not state.closed else 0
         prefix, matches = state.found
@@ -302,7 +310,7 @@ class BlendScheduler:
             # Shared blocks are filled by this step's forward pass, and a blend would read them before: ask again in the
             # next step.
             return None
-        tokens = wanted.computed(state.policy, state.budget)
+        tokens = wanted.computed(state.policy, state.budget, state.free)
         how = self.budget.admit(tokens)
         if how is Admission.DEFER:
             return None
@@ -323,6 +331,8 @@ class BlendScheduler:
         found = without_overlap(matches, resident, prompt) if state.blend else ()
         least = self.options.least_tokens
         wanted = claim(prompt, local, prefix, found, least=least, tail=self.options.tail_tokens)
+        if wanted.matches and not self.gate.blends(state, wanted, prompt, busy=not self.budget.idle):
+            wanted = claim(prompt, local, prefix, ())
         if not wanted.matches and wanted.end - local < least:
             return Claim(local, (), local)  # computing it with the rest of the prompt is faster than loading it
         return wanted
@@ -379,7 +389,7 @@ class BlendScheduler:
             if self.gpu_chunks and state.blend:
                 self.gpu_chunks.on_new_request(request, state.tokens)
                 state.resident_only = self.gpu_chunks.seems_enough(request)
-        if state.resident_only:
+        if self._skip_lookup(request, state) or state.resident_only:
             return
         state.asked_at = time.perf_counter()
         state.lookup = self.client.look_up(request)
@@ -389,16 +399,28 @@ class BlendScheduler:
         else:
             self._window.add(request.request_id, state)
 
+    def _skip_lookup(self, request: Any, state: RequestState) -> bool:
+        """Compute a request without its look-up, or without waiting for it, if that is faster."""
+        if not self.gate.skips_lookup(request, state, busy=not self.budget.idle):
+            return False
+        self._window.remove(request.request_id)
+        lookup, state.lookup, state.closed = state.lookup, None, True
+        if lookup is not None:
+            self._aborted.add(lookup, time.perf_counter(), 0.0)
+        return True
+
     def _has_result(self, request: Any, state: RequestState) -> bool:
         lookup = state.lookup
         if lookup is None:
             return True
-        state.waiting_since = state.waiting_since or time.perf_counter()
+        state.waiting_since, first = state.waiting_since or time.perf_counter(), lookup.result is None
         ready = self._poll(lookup.poll)
         now = time.perf_counter()
         state.lookup_ms = (now - state.asked_at) * 1e3
         if ready:
             state.prefix = lookup.result[0] if lookup.result else 0
+            if first:
+                self.gate.on_found(state, idle=self.budget.idle)
             if self._silent_since is not None and state.asked_at > self._silent_since:
                 self._silent_since = None
             return True
@@ -470,7 +492,7 @@ class BlendScheduler:
         state = self._states.get(request.request_id)
         if state is None or state.planned:
             return
-        state.planned = True
+        state.planned, state.done = True, state.local + external
         self._window.remove(request.request_id)
         claimed = state.claim if external > 0 else None
         if state.lookup is not None and state.lookup.result is not None:
@@ -483,7 +505,7 @@ class BlendScheduler:
         else:
             if self.gpu_chunks:
                 self.gpu_chunks.on_allocated(request.request_id)
-            self._plan(request.request_id, state, claimed, block_ids, configs, salt)
+            self._plan(state.plan(request.request_id, claimed, block_ids, configs, salt))
         self._release(state)
         if claimed is None:
             state.on_plan_sent()
@@ -499,35 +521,11 @@ class BlendScheduler:
         state.planned, state.tokens = True, array("q", request.prompt_token_ids)
         if state.background:
             self.budget.claim(name, Admission.ASYNC, external)
-        self._plan(name, state, Claim(state.local, (), state.local + external), block_ids, None, "")
+        self._plan(state.plan(name, Claim(state.local, (), state.local + external), block_ids, None, ""))
 
-    def _plan(
-        self,
-        request_id: str,
-        state: RequestState,
-        claimed: Claim,
-        block_ids: list[int],
-        configs: dict[str, Any] | None,
-        salt: str,
-    ) -> None:
-        self.budget.on_allocated(request_id)
-        self._plans.append(
-            BlendPlan(
-                request_id,
-                state.tokens,
-                state.local,
-                claimed.exact,
-                claimed.matches,
-                claimed.end,
-                tuple(block_ids),
-                state.policy,
-                state.budget,
-                salt,
-                configs,
-                state.background,
-                failure=state.failure,
-            )
-        )
+    def _plan(self, plan: BlendPlan) -> None:
+        self.budget.on_allocated(plan.request_id)
+        self._plans.append(plan)
 
     def _release(self, state: RequestState) -> None:
         """Release locks of exact prefix chunks that no worker is going to load."""
@@ -551,7 +549,8 @@ class BlendScheduler:
         scheduled = scheduled or {}
         if len(plans) == 1 and dict(scheduled) == {plans[0].request_id: 1}:
             plans = [replace(plan, alone=plan.end + 1 == len(plan.token_ids)) for plan in plans]
-        allowance = self.budget.on_step(scheduled)
+        timed = take_step(self._states, plans, scheduled)
+        allowance = self.budget.on_step(scheduled, timed)
         for plan in plans:
             if state := self._states.get(plan.request_id):
                 state.on_plan_sent()
@@ -577,6 +576,7 @@ class BlendScheduler:
             if result.failure:
                 self.client.on_failed_blend(result.request_id)
         self.on_results(meta.results)
+        self.gate.on_steps(meta.steps)
         for request_id, blocks in meta.timed_out:
             self.fenced.add(request_id, blocks)
         for request_id in meta.ended:
@@ -590,6 +590,7 @@ class BlendScheduler:
                 self.gpu_chunks.unpin(result.request_id)
             if state := self._states.get(result.request_id):
                 state.result = result
+                self.gate.on_result(state, result)
             if result.failure in LOADS:
                 # The server did not answer for a whole deadline, during which vLLM may have been blocked: look-ups that
                 # were sent then have waited as long, though nothing could poll them.

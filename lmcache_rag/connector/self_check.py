@@ -289,10 +289,10 @@ class _Check:
         spans, last = list(self._prompt.spans), len(self._ids) - 1
         blend = BlendPass(self._model, self._sequence)
         policy = QueryPolicy()
-        outcome = _run(blend.run(self._ids, spans, self._prompt.prefix, policy=policy, budget=_SOME))
+        outcome = take_steps(blend.run(self._ids, spans, self._prompt.prefix, policy=policy, budget=_SOME))
         fine = outcome.observed_sum is not None and bool(outcome.observed_sum.isfinite())
         findings.append(Finding("attention sums of the selection", 0.0 if fine else float("nan"), 0.0))
-        own = _run(
+        own = take_steps(
             blend.run(self._ids, spans, self._prompt.prefix, policy=policy, budget=_ALL, end=last, with_last_token=True)
         ).hidden
         assert own is not None  # noqa: S101 - with_last_token computes it
@@ -300,7 +300,7 @@ class _Check:
         return torch.cat([after, own])
 
 
-def _run(steps: StepIterator[T]) -> T:
+def take_steps(steps: StepIterator[T]) -> T:
     """Take all steps."""
     while True:
         try:

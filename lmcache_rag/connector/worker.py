@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from lmcache_rag.connector import lmcache_client, lmcache_transfers, vllm_internals, vllm_patches
 from lmcache_rag.connector.admission import Allowance
-from lmcache_rag.connector.job import MIN_PASS_TOKENS, BlendJob, JobResources, Throttle
-from lmcache_rag.connector.metadata import BlendPlan, BlendResult
+from lmcache_rag.connector.job import MIN_PASS_TOKENS, BlendJob, JobResources, StepTimer, Throttle
+from lmcache_rag.connector.metadata import BlendPlan, BlendResult, StepTime
 from lmcache_rag.connector.model_runner import VLLMModel, recomputes_reported_blocks, rotary_of, unsupported_reason
 from lmcache_rag.connector.self_check import run_self_check
+from lmcache_rag.connector.start_costs import costs_file, measure_costs
 from lmcache_rag.connector.transfers import TimedOutLoads
 from lmcache_rag.protocol import SERVER_FAULTS, CannotBlend, SelfCheck, Unsupported, fallback_sentence
 
@@ -69,8 +70,13 @@ class BlendWorker:
         self._throttle = Throttle()
         self._idle = False  # whether this step has no other work
         self._hidden: Any = None
+        self._steps = StepTimer()
 
     # -- a step, in the order of the calls ----------------------------------------------------------------------------
+
+    def begin_step(self, allowance: Allowance | None) -> None:
+        """A step begins, before vLLM prepares its inputs."""
+        self._steps.begin(allowance.timed if allowance is not None else None)
 
     def run_now(self, plans: Sequence[BlendPlan]) -> None:
         """Start the plans that are not in the background, before vLLM has prepared the step; `run` does the rest.
@@ -164,11 +170,13 @@ class BlendWorker:
 
         Waits for the GPU to finish this step's plans; for those in the background only if the step has no other work.
         """
+        self._steps.mark_end()
         queued, self._queued = self._queued, []
         for job in queued:
             if not job.verify() or job.lost:
                 self._bad_blocks |= job.claimed_blocks()
             self._report(job)
+        self._steps.end(self._results[len(self._results) - len(queued) :])
         for job in [job for job in self._background if job.queued_all]:
             # Ranks see the end at different times, and must all report it in the same step: they wait.
             if not (self._idle or self._model.ranks > 1 or job.timer.is_done):
@@ -201,6 +209,10 @@ class BlendWorker:
         results, self._results = self._results, []
         return results
 
+    def take_steps(self) -> list[StepTime]:
+        """Times of steps since the last call."""
+        return self._steps.take()
+
     def take_bad_blocks(self) -> set[int]:
         """Blocks whose KV vLLM must recompute, since the last call."""
         blocks, self._bad_blocks = self._bad_blocks, set()
@@ -231,11 +243,15 @@ class WorkerStart(NamedTuple):
         worker: Runs plans; None if this worker cannot blend.
         unsupported_reason: Why it cannot; None if it can.
         self_check: Whether a blend was compared with a full prefill; None if it cannot blend.
+        costs: What its passes take, see lmcache_rag.connector.start_costs; None: unknown.
+        costs_file: Where costs are kept; "": nowhere.
     """
 
     worker: BlendWorker | None
     unsupported_reason: Unsupported | None
     self_check: SelfCheck | None = None
+    costs: dict[str, Any] | None = None
+    costs_file: str = ""
 
 
 class _NotSupported(Exception):  # noqa: N818 - not an error: an expected reason
@@ -266,7 +282,10 @@ def start_worker(vllm_config: Any, adapter: Any, options: ConnectorOptions, *, a
     worker, reason = _attempt(lambda: _joint_start(vllm_config, parts, options))
     if worker is None:
         return WorkerStart(None, reason)
-    return WorkerStart(worker, None, SelfCheck.PASSED if options.self_check else SelfCheck.SKIPPED)
+    file = costs_file(vllm_config)
+    costs = measure_costs(vllm_config, parts[0], file, vllm_internals.true_on_all_ranks) if options.blend else None
+    self_check = SelfCheck.PASSED if options.self_check else SelfCheck.SKIPPED
+    return WorkerStart(worker, None, self_check, costs, str(file or ""))
 
 
 def _attempt(work: Callable[[], T]) -> tuple[T | None, Unsupported | None]:

@@ -402,7 +402,8 @@ class Session:
         greedy = replace(greedy, sampling=replace(greedy.sampling, temperature=0.0, seed=None))
         turns = []
         for name in ARMS:
-            blend = BlendOptions(self.controls.policy, 1.0) if name == "blended" else BlendOptions(enabled=False)
+            again = BlendOptions(self.controls.policy, 1.0, always=True)
+            blend = again if name == "blended" else BlendOptions(enabled=False)
             turn = await self._arm(name).answer(replace(greedy, blend=blend, tenant=self._tenant(name)))
             if turn.stopped:
                 raise asyncio.CancelledError

@@ -143,11 +143,13 @@ class BlendOptions:
         ratio: How many cached tokens to recompute: "auto" chooses that for each request, a number in [0, 1] is a share
             of them, {"tokens": N} are N tokens.
         enabled: False computes the whole prompt (a full prefill).
+        always: Blend even where the engine predicts that computing the prompt starts the answer as early.
     """
 
     policy: str = "query"
     ratio: Ratio = AUTO
     enabled: bool = True
+    always: bool = False
 
     def __post_init__(self) -> None:
         parse_budget(self.ratio)
@@ -177,6 +179,9 @@ class ReuseStats:
         budget_tokens: How many tokens of cached chunks were chosen for recomputation.
         budget_reason: Why so many, a lmcache_rag.budget.BudgetReason; "" where nothing was blended, or where the
             server does not report it.
+        decision: Why the prompt was blended or computed, see lmcache_rag.protocol.Decision; "": nothing was decided.
+        predicted_blend_ms: Time to the first token that was predicted for the blend; 0: unknown.
+        predicted_compute_ms: The same for computing the prompt.
     """
 
     prompt_tokens: int
@@ -192,6 +197,9 @@ class ReuseStats:
     ttft_ms: float = 0.0
     budget_tokens: int = 0
     budget_reason: str = ""
+    decision: str = ""
+    predicted_blend_ms: float = 0.0
+    predicted_compute_ms: float = 0.0
 
     def __post_init__(self) -> None:
         parts = (self.prefix_tokens, self.reused_tokens, self.recomputed_tokens, self.computed_tokens)

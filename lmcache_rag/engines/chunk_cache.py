@@ -105,9 +105,20 @@ class ChunkCache:
 
     # -- queries ------------------------------------------------------------------------------------------------
 
-    def find(self, prompt: QueryPrompt) -> list[tuple[ChunkSpan, ChunkKV]]:
-        """Those of the prompt's chunks whose KV is kept, in the prompt's order."""
-        found = [(span, self._store.get(prompt.fingerprint, span.key)) for span in prompt.chunks]
+    def held(self, prompt: QueryPrompt) -> dict[ChunkSpan, str]:
+        """Those of the prompt's chunks whose KV is kept, and where: "l1" in memory, "l2" in a file."""
+        tiers = ((span, self._store.tier(prompt.fingerprint, span.key)) for span in prompt.chunks)
+        return {span: tier for span, tier in tiers if tier}
+
+    def find(self, prompt: QueryPrompt, *, first: bool = False) -> list[tuple[ChunkSpan, ChunkKV]]:
+        """Those of the prompt's chunks whose KV is kept, in the prompt's order.
+
+        Args:
+            prompt: The prompt.
+            first: Only one right after the prefix, whose KV is exact.
+        """
+        chunks = [span for span in prompt.chunks if span.start == prompt.prefix_tokens] if first else prompt.chunks
+        found = [(span, self._store.get(prompt.fingerprint, span.key)) for span in chunks]
         return [(span, kv) for span, kv in found if kv is not None and kv.tokens == span.end - span.start]
 
     def prefix(self, fingerprint: str, prefix_ids: tuple[int, ...]) -> tuple[ChunkKV, bool]:
@@ -240,7 +251,11 @@ class KVStore:
 
     def has(self, fingerprint: str, key: str) -> bool:
         """Whether the KV is kept."""
-        return (fingerprint, key) in self._hot or self.files.exists(fingerprint, key)
+        return bool(self.tier(fingerprint, key))
+
+    def tier(self, fingerprint: str, key: str) -> str:
+        """Where the KV is kept: "l1" in memory, "l2" in a file, "" nowhere."""
+        return "l1" if (fingerprint, key) in self._hot else "l2" if self.files.exists(fingerprint, key) else ""
 
     def forget(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Drop KV from both tiers."""

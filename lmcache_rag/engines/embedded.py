@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag import lazy_fill
 from lmcache_rag._utils import AsyncFromStream
+from lmcache_rag.costs import SELECTING, CostModel, Exploration, Work
 from lmcache_rag.engines.base import (
     BlendOptions,
     ChunkReuse,
@@ -29,7 +30,8 @@ from lmcache_rag.engines.base import (
 from lmcache_rag.engines.chunk_cache import ChunkCache, require_blendable
 from lmcache_rag.engines.kv_files import KVFiles
 from lmcache_rag.errors import ContextLengthError
-from lmcache_rag.policies import get_policy
+from lmcache_rag.policies import at_most, get_policy
+from lmcache_rag.protocol import DECISION, DEFAULT_MIN_GAIN, PREDICTED, Decision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +63,7 @@ class EmbeddedEngine(AsyncFromStream):
         kv_block: The prefix is padded to a multiple of this number of tokens, as LMCache requires.
         batch: Chunks computed at once at ingestion. 1 on a CPU, where more gains nothing and a chunk's KV is then the
             same to the bit, independent of the other chunks; 16 on a GPU.
+        min_gain: A prompt is blended if its first token is predicted to come earlier by this share; None: always.
 
     Raises:
         SourceError: The model was not found.
@@ -78,6 +81,7 @@ class EmbeddedEngine(AsyncFromStream):
         memory_budget: int = 4 * GB,
         kv_block: int = 64,
         batch: int | None = None,
+        min_gain: float | None = DEFAULT_MIN_GAIN,
     ) -> None:
         from lmcache_rag.engines.hf_model import HFModel
         from lmcache_rag.weights import find_model, revision_of, tokenizer_digest
@@ -93,13 +97,17 @@ class EmbeddedEngine(AsyncFromStream):
             memory_budget=memory_budget,
             kv_block=kv_block,
             batch=batch,
+            min_gain=min_gain,
         )
 
     @classmethod
     def from_model(
         cls, model: HFModel, *, name: str, revision: str, kv_dir: str | Path, **options: Any
     ) -> EmbeddedEngine:
-        """An engine over a model that is loaded already; `revision` must be unique to its weights."""
+        """An engine over a model that is loaded already; `revision` must be unique to its weights.
+
+        The options are the constructor's; prompts are blended always, unless `min_gain` is given.
+        """
         engine = cls.__new__(cls)
         engine._setup(model, name=name, revision=revision, kv_dir=kv_dir, **options)
         return engine
@@ -116,6 +124,7 @@ class EmbeddedEngine(AsyncFromStream):
         memory_budget: int = 4 * GB,
         kv_block: int = 64,
         batch: int | None = None,
+        min_gain: float | None = None,
     ) -> None:
         from lmcache_rag.engines.chunk_cache import KVStore
 
@@ -141,6 +150,7 @@ class EmbeddedEngine(AsyncFromStream):
             lock=self._lock,
             batch=batch or (16 if model.device.type == "cuda" else 1),
         )
+        self._gate = EmbeddedGate(min_gain)
         if model.why_not:
             log.warning("%s is not blended: %s. Answers come from full prefills.", name, model.why_not)
 
@@ -234,14 +244,19 @@ class EmbeddedEngine(AsyncFromStream):
         ids = torch.tensor(prompt.token_ids, device=self._model.device)
         counts: dict[str, Any] = {"computed_tokens": len(prompt), "chunks_missed": len(prompt.chunks)}
 
+        prepared = [begin, 0]  # when the rest of the prompt began to be computed, and after how many tokens
+
         def prepare() -> KVBuffer | None:
-            cache, done, _ = fill_cache(self._model, self._chunks, prompt, ids, blend, room=sampling.max_tokens)
+            room = sampling.max_tokens
+            cache, done, _ = fill_cache(self._model, self._chunks, prompt, ids, blend, room=room, gate=self._gate)
             counts.update(done)
+            prepared[:] = [time.perf_counter(), 0 if cache is None else cache.get_seq_length()]
             return cache
 
         result = Decoded()
         for piece in decode(self._model, ids, prepare, sampling, self._lock, result):
             yield TextDelta(piece)
+        self._gate.on_prefill(len(prompt) - int(prepared[1]), int(prepared[1]), result.first_token - prepared[0])
         absent = counts.pop("absent", ())
         computed = tuple(ChunkReuse(computed_tokens=span.end - span.start) for span in prompt.chunks)
         chunks = counts.pop("chunks", computed)
@@ -278,7 +293,14 @@ def check_request(info: EngineInfo, prompt: QueryPrompt, blend: BlendOptions) ->
 
 
 def fill_cache(
-    model: HFModel, chunks: ChunkCache, prompt: QueryPrompt, ids: Tensor, blend: BlendOptions, *, room: int
+    model: HFModel,
+    chunks: ChunkCache,
+    prompt: QueryPrompt,
+    ids: Tensor,
+    blend: BlendOptions,
+    *,
+    room: int,
+    gate: EmbeddedGate | None = None,
 ) -> tuple[KVBuffer | None, dict[str, Any], dict[str, float]]:
     """Fill a KV cache for the prompt from chunk KV, with room for `room` more tokens; the caller computes the rest.
 
@@ -291,6 +313,7 @@ def fill_cache(
         ids: Its token ids, int64 [n], on the model's device.
         blend: How KV is reused.
         room: How many tokens may follow.
+        gate: Decides whether the prompt is blended; None: it is.
 
     Returns:
         The cache, or None if the model makes its own; the fields of ReuseStats for this prompt, and with them
@@ -301,20 +324,45 @@ def fill_cache(
     cache = model.buffer(min(len(prompt) + room, model.context_length))
     if not blend.enabled:
         return cache, {}, {}
-    return cache, *_blend(model, chunks, prompt, ids, cache, blend)
+    return cache, *_blend(model, chunks, prompt, ids, cache, blend, gate)
 
 
 def _blend(
-    model: HFModel, chunks: ChunkCache, prompt: QueryPrompt, ids: Tensor, cache: KVBuffer, blend: BlendOptions
+    model: HFModel,
+    chunks: ChunkCache,
+    prompt: QueryPrompt,
+    ids: Tensor,
+    cache: KVBuffer,
+    blend: BlendOptions,
+    gate: EmbeddedGate | None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     from lmcache_rag.engines.hf_blend import blended_prefill
 
     begin = time.perf_counter()
     prefix, prefix_was_there = chunks.prefix(prompt.fingerprint, prompt.token_ids[: prompt.prefix_tokens])
-    hits = chunks.find(prompt)
+    prefix_ms = (time.perf_counter() - begin) * 1e3
+    held = chunks.held(prompt)
+    decided = gate.decide(prompt, held, blend) if gate is not None else {}
+    computed = decided.get(DECISION) == Decision.NOT_FASTER
+    hits = chunks.find(prompt, first=computed)
     lookup_ms = (time.perf_counter() - begin) * 1e3
     found = {span for span, _ in hits}
-    done = blended_prefill(model, prompt, ids, cache, prefix, hits, get_policy(blend.policy), blend.budget)
+    free = gate.free_tokens(prompt, blend) if gate is not None else 0
+    done = blended_prefill(model, prompt, ids, cache, prefix, hits, get_policy(blend.policy), blend.budget, free=free)
+    if model.device.type == "cuda":
+        import torch
+
+        torch.cuda.synchronize(model.device)  # so that what is measured is what was done
+    if gate is not None and hits and not computed:
+        whole_ms = (time.perf_counter() - begin) * 1e3 - prefix_ms
+        gate.on_blend(
+            prompt,
+            held,
+            done,
+            blend.policy,
+            load_ms=lookup_ms - prefix_ms + done.load_ms + done.shift_ms,
+            whole_ms=whole_ms,
+        )
     # A prefix that was computed just now counts as computed, not as reused.
     exact = done.exact_tokens - (0 if prefix_was_there else prompt.prefix_tokens)
     stats = {
@@ -323,14 +371,15 @@ def _blend(
         "recomputed_tokens": done.recomputed_tokens,
         "computed_tokens": len(prompt) - exact - done.reused_tokens - done.recomputed_tokens,
         "chunks_hit": len(hits),
-        "chunks_missed": len(prompt.chunks) - len(hits),
-        "absent": tuple(index for index, span in enumerate(prompt.chunks) if span not in found),
+        "chunks_missed": 0 if computed else len(prompt.chunks) - len(hits),
+        "absent": () if computed else tuple(index for index, span in enumerate(prompt.chunks) if span not in found),
         "chunks": tuple(_reuse(span, span in found, done) for span in prompt.chunks),
         "lookup_ms": lookup_ms,
         "load_ms": done.load_ms + done.shift_ms,
         "blend_ms": done.select_ms + done.recompute_ms,
         "budget_tokens": done.recomputed_tokens,
         "budget_reason": done.reason,
+        **decided,
     }
     spent = {
         "look-up": lookup_ms,
@@ -340,6 +389,106 @@ def _blend(
         "selected layers": done.recompute_ms,
     }
     return stats, spent
+
+
+class EmbeddedGate:
+    """Whether prompts are blended, by what blends and prefills took before. Safe to use from several threads.
+
+    Nothing is measured at start: a prompt is blended until it is known what computing it takes, which first questions
+    and ingestion show. As in lmcache_rag.connector.admission.BlendGate, some are blended to measure that again.
+
+    Args:
+        min_gain: Share of the time that a blend must save; None: everything is blended.
+
+    Attributes:
+        costs: What the work takes: loads from memory ("l1") and from files ("l2").
+    """
+
+    def __init__(self, min_gain: float | None) -> None:
+        self.min_gain, self.costs = min_gain, CostModel()
+        self._exploration, self._lock = Exploration(), threading.Lock()
+
+    def decide(self, prompt: QueryPrompt, held: Mapping[ChunkSpan, str], blend: BlendOptions) -> dict[str, Any]:
+        """The fields of ReuseStats for the decision; none where there is nothing to blend.
+
+        Args:
+            prompt: The prompt.
+            held: The tier of each of its chunks that has KV.
+            blend: How KV is reused.
+        """
+        exact, placed, end = _places(prompt, held)
+        if not placed:
+            return {}
+        total, chunks = sum(placed.values()), sum(span.start >= exact for span in held)
+        selected = at_most(get_policy(blend.policy), blend.budget, total, chunks, self.free_tokens(prompt, blend))
+        work = Work(
+            len(prompt),
+            local=exact,
+            exact=exact,
+            placed=placed,
+            computed=selected + end - exact - total,
+            rest=len(prompt) - end,
+            policy=blend.policy,
+            selects=blend.policy in SELECTING and selected < total,
+            looked_up=False,
+        )
+        if self.min_gain is None or blend.always:
+            return {DECISION: str(Decision.ALWAYS)}
+        with self._lock:
+            forecast = self.costs.forecast(work)
+            if forecast is None or (forecast.gains(self.min_gain) and not forecast.known):
+                return {DECISION: str(Decision.UNKNOWN)}
+            if forecast.gains(self.min_gain):
+                decision = Decision.BLENDED
+            else:
+                due = self._exploration.is_due(len(prompt), forecast)
+                decision = Decision.MEASURED if due else Decision.NOT_FASTER
+        times = dict(zip(PREDICTED, (forecast.blend_ms, forecast.compute_ms), strict=True))
+        return {DECISION: str(decision), **times}
+
+    def free_tokens(self, prompt: QueryPrompt, blend: BlendOptions) -> int:
+        """How many tokens can be recomputed without any more time, as far as `auto` needs to know."""
+        with self._lock:
+            return self.costs.free_tokens(len(prompt), blend.policy) if blend.budget.auto else 0
+
+    def on_blend(
+        self,
+        prompt: QueryPrompt,
+        held: Mapping[ChunkSpan, str],
+        done: BlendedPrefill,
+        policy: str,
+        *,
+        load_ms: float,
+        whole_ms: float,
+    ) -> None:
+        """A prompt was blended: what finding and loading took, and what all took."""
+        placed = _places(prompt, held)[1]
+        total = done.reused_tokens + done.recomputed_tokens
+        if not placed or total != sum(placed.values()):
+            return  # KV was damaged, or dropped meanwhile
+        selects = policy in SELECTING and 0 < done.recomputed_tokens < total
+        tokens = done.length - done.exact_tokens - done.reused_tokens
+        with self._lock:
+            self.costs.load.observe((0, placed.get("l1", 0), placed.get("l2", 0)), load_ms)
+            self.costs.observe_passes(policy, tokens, len(prompt), max(whole_ms - load_ms, 0.0), selects=selects)
+
+    def on_prefill(self, tokens: int, context: int, seconds: float) -> None:
+        """So many tokens were computed after `context` others, up to the first token of an answer."""
+        with self._lock:
+            self.costs.prefill.observe((tokens, context, 0), seconds * 1e3)
+
+
+def _places(prompt: QueryPrompt, held: Mapping[ChunkSpan, str]) -> tuple[int, dict[str, int], int]:
+    """Tokens whose KV is exact, tokens that a blend places by tier, and where it ends."""
+    exact, placed = prompt.prefix_tokens, dict[str, int]()
+    end = exact
+    for span, tier in held.items():
+        if span.start == exact == end and not placed:
+            exact = end = span.end
+        else:
+            placed[tier] = placed.get(tier, 0) + span.end - span.start
+            end = span.end
+    return exact, placed, end
 
 
 def _reuse(span: ChunkSpan, found: bool, done: BlendedPrefill) -> ChunkReuse:

@@ -32,7 +32,8 @@ def blend_params(blend: BlendOptions, prompt: QueryPrompt | None = None) -> dict
     """
     if not blend.enabled:
         return dict(protocol.NO_BLEND)
-    params = {protocol.BLEND: "on", protocol.POLICY: blend.policy, protocol.RATIO: blend.budget.wire}
+    switch = "always" if blend.always else "on"
+    params = {protocol.BLEND: switch, protocol.POLICY: blend.policy, protocol.RATIO: blend.budget.wire}
     spans = [[chunk.start, chunk.end] for chunk in prompt.chunks] if prompt else []
     return params | ({protocol.CHUNKS: spans, protocol.SPANS: True} if spans else {})
 
@@ -157,8 +158,10 @@ def completion(
     reported = gathered.stats
     counts = _counts(reported, len(prompt)) if reported is not None else None
     if counts is not None and reported is not None:
-        # Where nothing can be blended no chunk is missed, and the reason is logged once, not with each answer.
-        found = None if gathered.unsupported_reason else chunks_found(prompt, reported, kv_block)
+        # Where nothing can be blended no chunk is missed, and the reason is logged once, not with each answer. Nor is
+        # one where computing was as fast: the server may not even have looked them up.
+        computed = counts["decision"] == protocol.Decision.NOT_FASTER
+        found = None if gathered.unsupported_reason or computed else chunks_found(prompt, reported, kv_block)
         hit, missed = (found.count(True), found.count(False)) if found is not None else (0, 0)
         counts |= {"chunks_hit": hit, "chunks_missed": missed}
         failure = reported.get(protocol.FAILURE)
@@ -194,10 +197,10 @@ def _counts(reported: Mapping[str, Any], length: int) -> dict[str, Any] | None:
         return None
     if sum(part for part in parts.values() if part is not None) != length:
         return None
-    times = {name: float(reported.get(name) or 0.0) for name in protocol.TIMES}
+    times = {name: float(reported.get(name) or 0.0) for name in (*protocol.TIMES, *protocol.PREDICTED)}
     reason = str(reported.get(protocol.BUDGET_REASON) or "")  # absent where the server is older
     budget = {"budget_tokens": parts["recomputed_tokens"] if reason else 0, "budget_reason": reason}
-    return {**parts, **times, **budget}
+    return {**parts, **times, **budget, protocol.DECISION: str(reported.get(protocol.DECISION) or "")}
 
 
 def chunk_reuse(prompt: QueryPrompt, stats: ReuseStats, spans: Any) -> tuple[ChunkReuse, ...]:

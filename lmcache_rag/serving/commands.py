@@ -19,7 +19,7 @@ from lmcache_rag.connector.lmcache_server.settings import MODULE, ServerSettings
 from lmcache_rag.connector.secret import FILE_VARIABLE, VARIABLE
 from lmcache_rag.credentials import api_key, read_ingest_key, state_file
 from lmcache_rag.errors import ConfigError
-from lmcache_rag.protocol import DEFAULT_POLICY, DEFAULT_RATIO, LMCACHE_CHUNK, VLLM_BLOCK
+from lmcache_rag.protocol import DEFAULT_MIN_GAIN, DEFAULT_POLICY, DEFAULT_RATIO, LMCACHE_CHUNK, VLLM_BLOCK
 from lmcache_rag.serving.tiers import OPTION, placeholders, second_tier, variables
 
 PLUGIN = "lmcache_rag"
@@ -104,6 +104,7 @@ class ServeOptions:
         port: Port on which vLLM listens; None: by its own file of options, or 8000.
         policy: Recompute policy where a request names none.
         ratio: How many cached tokens to recompute where a request does not say: "auto", a share, or {"tokens": N}.
+        min_gain: A request is blended if its first token comes earlier by this share; None: always.
         l1_gb: Gigabytes of CPU memory for KV; None: 20, or 40% of the machine's memory where that is less.
         l2: Second tiers: a folder, redis://host:port, or LMCache's JSON.
         chunk_size: Tokens of an LMCache chunk.
@@ -124,6 +125,7 @@ class ServeOptions:
     port: int | None = None
     policy: str = DEFAULT_POLICY
     ratio: Ratio = DEFAULT_RATIO
+    min_gain: float | None = DEFAULT_MIN_GAIN
     l1_gb: float | None = None
     l2: tuple[str, ...] = ()
     chunk_size: int = LMCACHE_CHUNK
@@ -244,6 +246,8 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
         "lmcache_rag.ratio": parse_budget(options.ratio).wire,
         "lmcache_rag.chunk_size": options.chunk_size,
     }
+    if options.min_gain != DEFAULT_MIN_GAIN:
+        extra["lmcache_rag.min_gain"] = options.min_gain
     if options.step_tokens is not None:
         extra["lmcache_rag.step_tokens"] = options.step_tokens
     if options.keeps.store != ServerSettings.store:
@@ -341,8 +345,8 @@ def _note(vllm_args: VLLMArgs, blends: bool) -> str:
         return "The --kv-transfer-config does not name our connector: nothing is blended."
     if vllm_args.has(_TRANSFER):
         return (
-            "With a --kv-transfer-config of your own, --policy, --ratio, --step-tokens and --connector are not used, "
-            "and vLLM does not get --chunk-size and --lmcache-port: set them in its kv_connector_extra_config."
+            "With a --kv-transfer-config of your own, --policy, --ratio, --min-gain, --step-tokens and --connector are "
+            "not used, and vLLM does not get --chunk-size and --lmcache-port: set them in kv_connector_extra_config."
         )
     return ""
 

@@ -16,10 +16,12 @@ from urllib.parse import urlsplit
 import httpx
 
 from lmcache_rag import protocol
+from lmcache_rag.costs import SHOWN
 from lmcache_rag.credentials import LMCACHE_KEY_REMEDY, LOOPBACK, lmcache_headers
 from lmcache_rag.engines.vllm_client import ModelCard, VLLMClient, vllm_block
 from lmcache_rag.errors import ConfigError, EngineError, LMCacheRAGError
 from lmcache_rag.protocol import (
+    ALWAYS_BLEND,
     CAN_BLEND,
     INGEST,
     LMCACHE_CHUNK,
@@ -286,7 +288,42 @@ def round_trip_checks(server: VLLMClient, served: ModelCard, status: dict[str, A
     except LMCacheRAGError as problem:
         return [Check("Round trip", "failed", problem.message, problem.remedy)]
     checks = list(judge(outcome))
-    return [*checks, counter_check(server, before)] if outcome.hit else checks
+    return [*checks, counter_check(server, before), *cost_checks(server.metrics())] if outcome.hit else checks
+
+
+def cost_checks(metrics: str) -> list[Check]:
+    """What the server's work takes, and from how many tokens on it blends, by the text of its /metrics."""
+    costs, from_tokens = protocol.costs(metrics), protocol.boundaries(metrics)
+    if not costs:
+        return [Check("Costs", "skipped", "the server does not report what its work takes")]
+    parts = []
+    for kind, words in _COSTS.items():
+        sizes = [tokens for tokens in SHOWN if f"{kind}_{tokens}" in costs]
+        if sizes:
+            numbers = " / ".join(f"{costs[f'{kind}_{tokens}']:,.1f}" for tokens in sizes)
+            parts.append(f"{words} of {' / '.join(f'{tokens:,}' for tokens in sizes)} tokens: {numbers} ms")
+    parts += [f"{words}: {costs[name]:,.1f} ms" for name, words in _PASSES.items() if name in costs]
+    checks = [Check("Costs", "ok", "; ".join(parts))]
+    shown = [
+        f"{words} " + (f"{round(from_tokens[tier], -1):,.0f} tokens" if from_tokens[tier] else "never")
+        for tier, words in _TIERS.items()
+        if tier in from_tokens
+    ]
+    if shown:
+        checks.append(Check("Blends from", "ok", "; ".join(shown)))
+    else:
+        checks.append(Check("Blends from", "skipped", "not known yet, or every request is blended (--min-gain off)"))
+    return checks
+
+
+_COSTS = {
+    "prefill": "prefill",
+    "lookup": "look-up",
+    "load_l1": "load from LMCache's memory",
+    "load_hot": "copy inside vLLM's cache",
+}
+_PASSES = {"blend_query": "smallest blend", "recompute_100_query": "100 tokens recomputed more"}
+_TIERS = {"l1": "from LMCache's memory:", "hot": "from vLLM's own cache:"}
 
 
 def counter_check(server: VLLMClient, before: int | None) -> Check:
@@ -505,6 +542,7 @@ def round_trip(
     chunk_size: int,
     *,
     compare: bool = True,
+    more: int = 0,
     pause: Callable[[float], None] = time.sleep,
 ) -> Outcome:
     """Run the round trip.
@@ -514,6 +552,7 @@ def round_trip(
         served: Its model.
         chunk_size: Tokens of an LMCache chunk.
         compare: Also compare a run that recomputes everything with one that reuses nothing.
+        more: Further queries, which show the server what its look-ups, loads and blends take.
         pause: For waiting between two attempts.
 
     Raises:
@@ -521,7 +560,7 @@ def round_trip(
     """
     prompts = Prompts.draw(chunk_size, served.context_length)
     # The queries' KV must not be stored: an attempt that finds nothing must not help the next one.
-    keep_out = {MAX_OFFLOAD_TOKENS: chunk_size}
+    keep_out = {**ALWAYS_BLEND, MAX_OFFLOAD_TOKENS: chunk_size}
     for prompt in prompts.ingest():
         ask(server, served.name, prompt, params={**NO_BLEND, INGEST: True})
     found: dict[str, Any] | None = None
@@ -534,13 +573,15 @@ def round_trip(
         found = ask(server, served.name, query, params=keep_out).statistics
         if found is None or found.get(CAN_BLEND) is False:
             break
+    for _ in range(more if found_again(found) else 0):
+        ask(server, served.name, prompts.query(), params=keep_out)
     if not compare or not found_again(found):
         return Outcome(found, attempt)
     # Blended first: after a run without reuse vLLM itself would hold the whole prompt.
     query = prompts.query()
     every = {POLICY: "query", RATIO: 1.0}
     blended = ask(server, served.name, query, max_tokens=ANSWER, params=every | keep_out)
-    plain = ask(server, served.name, query, max_tokens=ANSWER, params={**NO_BLEND, **keep_out})
+    plain = ask(server, served.name, query, max_tokens=ANSWER, params={**keep_out, **NO_BLEND})
     if not blended.tokens or not plain.tokens:
         raise EngineError("The server answered without tokens.", remedy="See its log.")
     same = _agree(blended.tokens, plain.tokens)

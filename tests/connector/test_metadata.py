@@ -95,6 +95,8 @@ def test_settings_are_read_and_whole_numbers_are_numbers() -> None:
     assert options == ConnectorOptions("hkvd", 1.0, False, 2.0, least_tokens=0, step_tokens=4096)
     assert isinstance(options.ratio, float)
     assert read() == ConnectorOptions()
+    assert read(min_gain=None).min_gain is read(min_gain="off").min_gain is None
+    assert read(min_gain=0).min_gain == 0.0
 
 
 @pytest.mark.parametrize(
@@ -103,6 +105,9 @@ def test_settings_are_read_and_whole_numbers_are_numbers() -> None:
         ("policy", "best"),
         ("policy", 3),
         ("ratio", 1.5),
+        ("min_gain", 1.0),
+        ("min_gain", "on"),
+        ("min_gain", float("nan")),
         ("ratio", -0.1),
         ("ratio", float("nan")),
         ("ratio", True),

@@ -184,10 +184,11 @@ def test_the_chunk_is_read_from_a_metrics_page() -> None:
 def test_the_documents_name_what_there_is(shelf: Shelf) -> None:
     meters(shelf)
     metrics.publish_chunk_size(shelf.make, LABELS, ENGINES, 64)
+    metrics.CostGauges(shelf.make, LABELS, ENGINES)
     text = (Path(__file__).parents[2] / "docs/serving.md").read_text()
     named = {name.removesuffix("_total") for name in re.findall(r"vllm:lmcache_rag_\w+", text)}
     assert named == set(shelf.names)
-    for value in (*metrics.REASONS, *metrics.OUTCOMES, *metrics.SOURCES):
+    for value in (*metrics.REASONS, *metrics.OUTCOMES, *metrics.SOURCES, *metrics.DECISIONS):
         assert f"`{value}`" in text
     (example,) = re.findall(r"```json\n(\{\"prompt_tokens\".*?)```", text, re.DOTALL)
     told, own = json.loads(example), metrics.reuse_statistics(100, "query", Budget(), spans=[])

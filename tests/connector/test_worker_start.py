@@ -44,6 +44,8 @@ class World:
             cos_sin_cache=None, head_size=16, is_neox_style=True
         ))  # fmt: skip
         monkeypatch.setattr(worker_module, "run_self_check", lambda *given: self.does("check") or self.wrong)
+        monkeypatch.setattr(worker_module, "costs_file", lambda config: None)
+        monkeypatch.setattr(worker_module, "measure_costs", lambda *given: self.does("costs") or {"version": 1})
         monkeypatch.setattr(worker_module, "unsupported_reason", lambda config, model: self.reason)
 
     def does(self, what: str) -> None:
@@ -71,12 +73,13 @@ class World:
         return worker_module.start_worker(CONFIG, ADAPTER, ConnectorOptions(**options))
 
 
-ALL = ["model", "table", "warm up", "hot", "vote", "capture", "check", "wrap"]
+ALL = ["model", "table", "warm up", "hot", "vote", "capture", "check", "wrap", "costs"]
 
 
 def test_it_blends_when_all_went_well(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch)
-    side, why_not, self_check = world.prepared()
+    side, why_not, self_check, costs, file = world.prepared()
+    assert (costs, file) == ({"version": 1}, "")
     assert why_not is None
     assert side is not None
     assert self_check == "passed"
@@ -87,7 +90,7 @@ def test_the_self_check_can_be_left_out_which_is_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     world = World(monkeypatch, "check")
-    side, why_not, self_check = world.prepared(self_check=False)
+    side, why_not, self_check, *_ = world.prepared(self_check=False)
     assert side is not None
     assert (why_not, self_check) == (None, "skipped")
     assert "self_check is off" in caplog.text
@@ -97,23 +100,23 @@ def test_the_self_check_can_be_left_out_which_is_said(
 def test_a_blend_that_is_wrong_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch)
     world.wrong = Unsupported(CannotBlend.SELF_CHECK, "logits differ")
-    assert world.prepared() == (None, world.wrong, None)
+    assert world.prepared()[:3] == (None, world.wrong, None)
     assert "wrap" not in world.done, "vLLM's worker is left as it is"
 
 
 def test_hot_chunks_are_got_ready_where_they_are_wanted_only(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, "hot")
-    side, why_not, _ = world.prepared(hot=False)
+    side, why_not, *_ = world.prepared(hot=False)
     assert (side is not None, why_not) == (True, None)
     assert "hot" not in world.done
 
 
-@pytest.mark.parametrize("fails", [name for name in ALL if name != "vote"])
+@pytest.mark.parametrize("fails", [name for name in ALL if name not in ("vote", "costs")])
 def test_what_goes_wrong_is_told_and_does_not_end_vllm(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fails: str
 ) -> None:
     world = World(monkeypatch, fails)
-    side, why_not, self_check = world.prepared()
+    side, why_not, self_check, *_ = world.prepared()
     assert (side, self_check) == (None, None)
     detail = "blend initialisation failed: ValueError: arange's range must be a power of 2"
     assert why_not == Unsupported(CannotBlend.ERROR, detail)
@@ -126,22 +129,22 @@ def test_what_goes_wrong_is_told_and_does_not_end_vllm(
 
 def test_a_reason_that_is_known_is_no_error(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     world = World(monkeypatch, "refused")
-    assert world.prepared() == (None, Unsupported(CannotBlend.LMCACHE_ROPE, "it was not taken"), None)
+    assert world.prepared()[:3] == (None, Unsupported(CannotBlend.LMCACHE_ROPE, "it was not taken"), None)
     world.reason = Unsupported(CannotBlend.LORA, "adapters")
-    assert world.prepared() == (None, world.reason, None)
+    assert world.prepared()[:3] == (None, world.reason, None)
     assert caplog.records == []
 
 
 def test_where_another_rank_cannot_none_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, others=False)
-    assert world.prepared() == (None, Unsupported(CannotBlend.OTHER_RANK, "another rank cannot blend"), None)
+    assert world.prepared()[:3] == (None, Unsupported(CannotBlend.OTHER_RANK, "another rank cannot blend"), None)
     assert world.done == ALL[: ALL.index("vote") + 1]
 
 
 def test_without_the_plugin_there_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     World(monkeypatch)
     monkeypatch.setattr(vllm_patches, "worker", lambda: None)
-    side, why_not, _ = worker_module.start_worker(CONFIG, ADAPTER, ConnectorOptions())
+    side, why_not, *_ = worker_module.start_worker(CONFIG, ADAPTER, ConnectorOptions())
     assert side is None
     assert why_not is not None
     assert why_not.code == CannotBlend.NO_PLUGIN
@@ -162,6 +165,6 @@ def test_damage_is_reported_only_where_vllm_takes_it_back(
         scheduler_config=SimpleNamespace(async_scheduling=asynchronous),
     )
     World(monkeypatch)
-    side, _, _ = worker_module.start_worker(config, ADAPTER, ConnectorOptions())
+    side, *_ = worker_module.start_worker(config, ADAPTER, ConnectorOptions())
     assert side is not None
     assert side._vllm_recomputes_bad_blocks == takes

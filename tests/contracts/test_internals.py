@@ -138,7 +138,10 @@ def test_the_connector_offers_what_a_blend_computed(monkeypatch: pytest.MonkeyPa
     states = [torch.ones(1, 4), None, torch.zeros(1, 4)]
     ours = object.__new__(connector.CacheBlendConnector)
     ours._worker = SimpleNamespace(
-        run_now=lambda plans: None, run=lambda plans, allowance: None, take_hidden=lambda: states.pop(0)
+        begin_step=lambda allowance: None,
+        run_now=lambda plans: None,
+        run=lambda plans, allowance: None,
+        take_hidden=lambda: states.pop(0),
     )
     meta = SimpleNamespace(blend_plans=[SimpleNamespace(background=False)], blend_allowance=None)
     monkeypatch.setattr(connector.LMCacheMPConnector, "start_load_kv", lambda self, context, **more: None)

@@ -12,11 +12,12 @@ import pytest
 from serve_kit import CHUNK, UNDEFINED, FakeServer, fake_packages
 from typer.testing import CliRunner, Result
 
+from lmcache_rag import protocol
 from lmcache_rag.cli.app import app
 from lmcache_rag.engines.vllm_client import VLLMClient
 from lmcache_rag.errors import EngineError
 from lmcache_rag.serving import doctor, machine
-from lmcache_rag.serving.doctor import IDS, Answer, Outcome, Prompts, ask, judge, round_trip
+from lmcache_rag.serving.doctor import IDS, Answer, Outcome, Prompts, ask, cost_checks, judge, round_trip
 from lmcache_rag.serving.machine import version
 
 CONFIG = {"architectures": ["LlamaForCausalLM"]}
@@ -111,7 +112,7 @@ def test_a_round_trip_ingests_without_blending_then_asks() -> None:
     assert outcome.reused["reused_tokens"] + outcome.reused["recomputed_tokens"] == 9 * CHUNK
     assert outcome.agrees
     params = [request["kv_transfer_params"] for request in requests]
-    assert [p.get("lmcache_rag.blend") for p in params] == ["off"] * 3 + [None, None, "off"]
+    assert [p.get("lmcache_rag.blend") for p in params] == ["off"] * 3 + ["always", "always", "off"]
     assert [p.get("lmcache.max_offload_tokens") for p in params] == [None] * 3 + [CHUNK] * 3
     assert [p.get("lmcache_rag.ratio") for p in params] == [None] * 4 + [1.0, None]
     assert requests[4]["prompt"] == requests[5]["prompt"]
@@ -234,6 +235,25 @@ def test_all_is_well(model: str, gpu_machine: Path, monkeypatch: pytest.MonkeyPa
     assert found["Ratio 1"]["result"] == "16 of 16 tokens equal a run without reuse"
     assert found["Hit counters"]["state"] == "ok"
     assert found["Hit counters"]["result"].endswith("tokens more on /metrics")
+    assert (
+        "prefill of 1,024 / 8,192 tokens: 14.2 / 105.0 ms; look-up of 8,192 tokens: 7.1 ms" in found["Costs"]["result"]
+    )
+    words = "from LMCache's memory: 1,880 tokens; from vLLM's own cache: never"
+    assert found["Blends from"]["result"] == words
+
+
+def test_a_server_that_does_not_report_costs_is_no_failure() -> None:
+    assert [(check.name, check.state) for check in cost_checks("")] == [("Costs", "skipped")]
+    page = f'{protocol.COST_GAUGE}{{cost="prefill_1024",engine="0"}} 14.0\n'
+    assert [(check.name, check.state) for check in cost_checks(page)] == [("Costs", "ok"), ("Blends from", "skipped")]
+
+
+def test_further_queries_show_the_server_what_blends_take() -> None:
+    with FakeServer("vllm") as fake, VLLMClient(fake.url, attempts=1) as server:
+        outcome = round_trip(server, server.first_model(), CHUNK, compare=False, more=2, pause=lambda _: None)
+        asked = [request["kv_transfer_params"].get("lmcache_rag.blend") for request in fake.requests]
+    assert outcome.hit
+    assert asked == ["off"] * 3 + ["always"] * 3
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,11 @@ class FakeServer:
                 hits = self.hits if self.mode != "stuck" else 0
                 pages["/metrics"] += f'vllm:lmcache_rag_prompt_tokens_total{{engine="0",source="reused"}} {hits}.0\n'
                 pages["/metrics"] += 'vllm:lmcache_rag_prompt_tokens_total{engine="0",source="recomputed"} 7.0\n'
+                costs = {"prefill_1024": 14.2, "prefill_8192": 105.0, "lookup_8192": 7.1}
+                for name, ms in costs.items():
+                    pages["/metrics"] += f'vllm:lmcache_rag_cost_ms{{cost="{name}",engine="0"}} {ms}\n'
+                for tier, tokens in {"l1": 1881.0, "hot": 0.0}.items():
+                    pages["/metrics"] += f'vllm:lmcache_rag_blended_from_tokens{{engine="0",tier="{tier}"}} {tokens}\n'
             if self.mode == "long":
                 pages["/metrics"] += 'vllm:lmcache_rag_chunk_tokens{engine="0"} 256.0\n'
         return (200, pages[path]) if path in pages else (404, {"detail": "Not Found"})

@@ -1,0 +1,150 @@
+"""The embedded engine blends a prompt only where that is predicted to start its answer earlier."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from models import tiny_model
+
+from lmcache_rag.costs import EXPLORE, KEEP
+from lmcache_rag.engines.base import BlendOptions, Completion, QueryPrompt, Sampling
+from lmcache_rag.engines.embedded import EmbeddedEngine
+from lmcache_rag.engines.hf_model import HFModel
+from lmcache_rag.prompt import PromptBuilder
+
+SHORT = Sampling(max_tokens=1)
+
+
+class World:
+    """An engine over a tiny model, and a prompt of which it has all chunks."""
+
+    def __init__(self, tokenizer: Any, folder: Path, texts: list[str], **options: Any) -> None:
+        model = HFModel.wrap(tiny_model("llama"), tokenizer)
+        self.engine = EmbeddedEngine.from_model(model, name="tiny", revision="0", kv_dir=folder, **options)
+        self.builder = PromptBuilder(tokenizer, self.engine.info)
+        self.texts = texts
+        list(self.engine.precompute(map(self.builder.ingest, texts)))
+        self.gate = self.engine._gate
+
+    def prompt(self, question: str = "What?") -> QueryPrompt:
+        return self.builder.query(self.texts[::-1], question)
+
+    def ask(self, blend: BlendOptions | None = None) -> Completion:
+        return self.engine.generate(self.prompt(), SHORT, blend or BlendOptions())
+
+    def teach(self, *, prefill: float, passes: float = 0.001, load: float = 0.001) -> None:
+        """Milliseconds for each token; those of a load are for all of it."""
+        costs = self.gate.costs = type(self.gate.costs)()
+        for size in (16, 64, 256, 1024) * KEEP:
+            costs.prefill.observe((size, 0, 0), size * prefill)
+            costs.load.observe((0, size, 0), load)
+            costs.load.observe((0, 0, size), load)
+            costs.observe_passes("query", size, 1024, size * passes)
+
+
+@pytest.fixture
+def world(tokenizer: Any, tmp_path: Path, corpus: list[str]) -> World:
+    return World(tokenizer, tmp_path, corpus, min_gain=0.1)
+
+
+def test_what_is_unknown_is_blended_and_measured(world: World) -> None:
+    first = world.ask()
+    assert (first.stats.decision, first.stats.blended) == ("blended: costs unknown", True)
+    costs = world.gate.costs
+    assert (costs.load.count, costs.passes["query"].count, costs.prefill.count) == (1, 1, 1)
+
+
+def test_a_prompt_that_is_computed_as_fast_is_computed(world: World) -> None:
+    world.teach(prefill=0.001, passes=3.0)
+    done = world.ask()
+    assert (done.stats.decision, done.stats.blended) == ("computed: not faster", False)
+    assert (done.warnings, done.missed, done.stats.chunks_missed) == ((), (), 0), "no chunk is missing"
+    assert 0 < done.stats.predicted_compute_ms < done.stats.predicted_blend_ms
+    exact = world.ask(BlendOptions(enabled=False))
+    assert done.token_ids == exact.token_ids
+    assert exact.stats.decision == ""
+
+
+def test_a_chunk_after_the_prefix_is_exact_in_both(tokenizer: Any, tmp_path: Path, corpus: list[str]) -> None:
+    world = World(tokenizer, tmp_path, corpus, min_gain=0.1)
+    world.teach(prefill=0.001, passes=3.0)
+    prompt = world.prompt()
+    held = world.engine._chunks.held(prompt)
+    (first, *_) = prompt.chunks
+    assert set(held) == set(prompt.chunks)
+    done = world.ask()
+    assert first.start == prompt.prefix_tokens
+    assert done.stats.prefix_tokens == first.end
+
+
+def test_a_blend_that_is_faster_is_made(world: World) -> None:
+    world.teach(prefill=1.0)
+    done = world.ask()
+    assert (done.stats.decision, done.stats.blended) == ("blended", True)
+    assert done.stats.predicted_blend_ms < done.stats.predicted_compute_ms
+
+
+def test_a_slower_store_moves_the_boundary(world: World) -> None:
+    world.teach(prefill=0.1)
+    assert world.ask().stats.decision == "blended"
+    world.teach(prefill=0.1, load=50.0)
+    assert world.ask().stats.decision == "computed: not faster"
+
+
+@pytest.mark.parametrize("how", ["request", "engine"])
+def test_always_means_whatever_it_takes(tokenizer: Any, tmp_path: Path, corpus: list[str], how: str) -> None:
+    world = World(tokenizer, tmp_path, corpus, min_gain=None if how == "engine" else 0.1)
+    world.teach(prefill=0.001, passes=3.0)
+    done = world.ask(BlendOptions(always=how == "request"))
+    assert (done.stats.decision, done.stats.blended) == ("blended: always", True)
+
+
+def test_a_prefill_that_is_read_for_logits_is_blended_always(world: World) -> None:
+    world.teach(prefill=0.001, passes=3.0)
+    spent = world.engine.prefill(world.prompt(), BlendOptions()).spent
+    assert spent["selection"] > 0
+
+
+def test_nothing_is_decided_without_chunks(world: World) -> None:
+    world.teach(prefill=0.001, passes=3.0)
+    world.engine.forget([(world.prompt().fingerprint, chunk.key) for chunk in world.prompt().chunks])
+    done = world.ask()
+    assert (done.stats.decision, done.stats.chunks_missed) == ("", len(world.texts))
+    assert done.missed == tuple(range(len(world.texts)))
+
+
+def test_costs_are_measured_again_once_in_a_while(world: World) -> None:
+    world.teach(prefill=0.01, passes=0.001, load=4.0)
+    held = world.engine._chunks.held(world.prompt())
+    decided = [str(world.gate.decide(world.prompt(), held, BlendOptions())["decision"]) for _ in range(2 * EXPLORE)]
+    assert decided.count("blended: costs measured again") in (1, 2)
+    assert decided.count("computed: not faster") >= 2 * EXPLORE - 2
+
+
+def test_memory_and_files_are_told_apart(world: World) -> None:
+    prompt = world.prompt()
+    world.engine._chunks.clear_memory()
+    assert set(world.engine._chunks.held(prompt).values()) == {"l2"}
+    world.ask()
+    assert set(world.engine._chunks.held(prompt).values()) == {"l1"}
+
+
+def test_several_threads_may_ask(world: World) -> None:
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(3):
+                world.ask()
+        except BaseException as problem:
+            failed.append(problem)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not failed
