@@ -62,6 +62,7 @@ Arms = Annotated[
         "--arms",
         metavar="ARM,...",
         help="Ways to answer, beside a full prefill: prefix, none, all, auto, POLICY:RATIO, POLICY:tokens=N.",
+        show_default=False,
     ),
 ]
 MaxTokens = Annotated[
@@ -113,7 +114,7 @@ def quality(
     tasks: Tasks = "",
     items: Items = 200,
     style: StyleName = "plain",
-    arms: Arms = "prefix,none,query:0.1,query:0.15,query:0.3,hkvd:0.15,all",
+    arms: Arms = "",
     max_tokens: MaxTokens = None,
     concurrency: Concurrency = 1,
     seed: Seed = 0,
@@ -139,12 +140,14 @@ def quality(
       lmcache-rag bench quality --engine http://localhost:8000 --concurrency 16 --gate 0.02
     """
     from lmcache_rag.bench.quality import tasks as generated
-    from lmcache_rag.bench.quality.arms import CONTEXTPILOT, parse_arms
+    from lmcache_rag.bench.quality.arms import CONTEXTPILOT, default_arms, parse_arms
     from lmcache_rag.bench.quality.data import read_samples
     from lmcache_rag.bench.quality.results import ResultFile, digest
     from lmcache_rag.bench.quality.scores import main_arm, recommendation, scores, verdict
 
-    chosen = parse_arms(f"{arms},{CONTEXTPILOT}" if contextpilot else arms)
+    chosen = parse_arms(arms) if arms else default_arms()
+    if contextpilot and not any(arm.name == CONTEXTPILOT for arm in chosen):
+        chosen += parse_arms(CONTEXTPILOT)[1:]
     if not contextpilot and any(arm.name == CONTEXTPILOT for arm in chosen):
         raise ConfigError("The arm contextpilot needs its environment.", remedy="Name its Python by --contextpilot.")
     names = generated.parse_tasks(tasks)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -84,6 +85,15 @@ def parse_arms(text: str) -> list[Arm]:
     return list({arm.name: arm for arm in arms}.values())
 
 
+def default_arms() -> list[Arm]:
+    """The arms of a run that names none; `auto` where the engines have it."""
+    arms = parse_arms("prefix,auto,query:0.15,query:0.1,query:0.3,hkvd:0.15,none,all")
+    with suppress(ConfigError):
+        arms[2].options()
+        return arms
+    return [arm for arm in arms if arm.name != "auto"]
+
+
 def _parse(text: str) -> Arm:
     if text in (FULL, PREFIX, CONTEXTPILOT):
         return Arm(text)
@@ -123,7 +133,8 @@ class ArmAnswer:
         along_kl: Its mean along the full prefill's answer; from a server only up to the first different token.
         gold_nll: Mean negative log-likelihood of the right answer's tokens, in nats; None from a server.
         counts: The four token counts, as the engine reports them; empty where it reports none.
-        failure: Why the server computed the prompt in full; "" if it did not.
+        failure: Why the server could not blend; "" if it did, or was not asked to.
+        decision: Why it blended or computed, as it reports; "" if it does not.
     """
 
     text: str
@@ -135,6 +146,7 @@ class ArmAnswer:
     gold_nll: float | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
     failure: str = ""
+    decision: str = ""
 
     @property
     def blended(self) -> bool | None:
@@ -288,6 +300,9 @@ class ServerAnswers:
 
         request = self._engine.request(prompt, Sampling(max_tokens=max_tokens), arm.options())
         extra = request["extra_body"] | {"return_tokens_as_token_ids": True}
+        if arm.blends and arm.ratio != "auto":
+            # A fixed budget is measured wherever it can be blended; whether that is faster, `auto` decides.
+            extra["kv_transfer_params"] |= getattr(protocol, "ALWAYS_BLEND", {})
         if not arm.blends:
             extra["kv_transfer_params"] |= {protocol.MAX_OFFLOAD_TOKENS: 0}
             extra["cache_salt"] = f"bench-quality-{self._run}-{name if arm.name == FULL else arm.name}"
@@ -335,6 +350,7 @@ class _ServerTrace:
             None,
             counts,
             str(self.stats.get(protocol.FAILURE) or ""),
+            str(self.stats.get("decision") or ""),
         )
 
     def _pairs(self, full: _ServerTrace) -> Iterator[tuple[dict[int, float], dict[int, float]]]:

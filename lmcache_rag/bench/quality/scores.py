@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from lmcache_rag import protocol
 from lmcache_rag.bench.quality.arms import CONTEXTPILOT, FULL, PREFIX
 
 if TYPE_CHECKING:
@@ -240,10 +239,9 @@ def verdict(found: Sequence[Score], arm: str, limit: float) -> Verdict:
 
 
 def main_arm(arms: Sequence[str]) -> str:
-    """The arm that gate and recommendation are about: `auto`, or the default ratio, or the first that blends."""
+    """The arm that gate and recommendation are about: `auto`, or else the first that blends; "" if none does."""
     blending = [arm for arm in arms if arm not in (FULL, PREFIX, CONTEXTPILOT)]
-    default = f"{protocol.DEFAULT_POLICY}:{protocol.DEFAULT_RATIO}"
-    return next((arm for arm in ("auto", default) if arm in blending), next(iter(blending), ""))
+    return "auto" if "auto" in blending else next(iter(blending), "")
 
 
 def recommendation(found: Sequence[Score], arm: str, limit: float) -> str:
