@@ -8,15 +8,19 @@ import string
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.bench.quality.arms import CONTEXTPILOT, FULL, PREFIX
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from lmcache_rag.bench.quality.results import Record
 
 POOLED = "all"  # name of all cells, or of all tasks, together
 _DRAWS, _AT_ONCE = 4000, 250  # of the bootstrap
+_MOST_KEPT = 4000  # questions: 128 MB
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = frozenset(string.punctuation)
 _AS_ASCII = str.maketrans("‘’“”‐‑‒–—−\u202f\xa0", "''\"\"------  ")
@@ -24,6 +28,7 @@ _AS_ASCII = str.maketrans("‘’“”‐‑‒–—−\u202f\xa0", "''\"\"---
 # One answer
 
 
+@lru_cache(maxsize=1 << 16)  # an answer is scored again for each group that it is in
 def normalize_answer(text: str) -> str:
     """As SQuAD's evaluation does: lower case, no punctuation, no articles, single spaces."""
     lowered = "".join(letter for letter in text.lower().translate(_AS_ASCII) if letter not in _PUNCTUATION)
@@ -66,16 +71,33 @@ class Interval:
 
         if not values:
             return None
-        numbers = np.asarray(values, dtype=float)
-        rng = np.random.default_rng(0)
-        size = (_AT_ONCE, len(numbers))
-        draws = range(_DRAWS // _AT_ONCE)
-        means = np.concatenate([numbers[rng.integers(0, len(numbers), size)].mean(1) for _ in draws])
+        numbers = np.asarray(values, dtype=np.float64)
+        means = np.concatenate([weights @ numbers for weights in _resamples(len(numbers))])
         low, high = np.quantile(means, (0.025, 0.975))
         return cls(float(numbers.mean()), float(low), float(high))
 
     def __str__(self) -> str:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def _resamples(size: int) -> Iterable[NDArray[Any]]:
+    """How often each of `size` questions is in each of the bootstrap's samples, divided by `size`; always the same."""
+    return _kept_resamples(size) if size <= _MOST_KEPT else _make_resamples(size)
+
+
+@lru_cache(maxsize=8)
+def _kept_resamples(size: int) -> list[NDArray[Any]]:
+    return list(_make_resamples(size))
+
+
+def _make_resamples(size: int) -> Iterator[NDArray[Any]]:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    starts = np.arange(_AT_ONCE)[:, None] * size
+    for _ in range(_DRAWS // _AT_ONCE):
+        drawn = (rng.integers(0, size, (_AT_ONCE, size)) + starts).ravel()
+        yield np.bincount(drawn, minlength=_AT_ONCE * size).reshape(_AT_ONCE, size) / size
 
 
 @dataclass(frozen=True)
