@@ -140,12 +140,12 @@ def quality(
       lmcache-rag bench quality --engine http://localhost:8000 --concurrency 16 --gate 0.02
     """
     from lmcache_rag.bench.quality import tasks as generated
-    from lmcache_rag.bench.quality.arms import CONTEXTPILOT, default_arms, parse_arms
+    from lmcache_rag.bench.quality.arms import CONTEXTPILOT, DEFAULT, parse_arms
     from lmcache_rag.bench.quality.data import read_samples
     from lmcache_rag.bench.quality.results import ResultFile, digest
     from lmcache_rag.bench.quality.scores import main_arm, recommendation, scores, verdict
 
-    chosen = parse_arms(arms) if arms else default_arms()
+    chosen = parse_arms(arms or DEFAULT)
     if contextpilot and not any(arm.name == CONTEXTPILOT for arm in chosen):
         chosen += parse_arms(CONTEXTPILOT)[1:]
     if not contextpilot and any(arm.name == CONTEXTPILOT for arm in chosen):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from lmcache_rag.bench.quality.arms import Arm, default_arms, parse_arms
+from lmcache_rag.bench.quality.arms import DEFAULT, Arm, parse_arms
 from lmcache_rag.bench.quality.data import read_samples
 from lmcache_rag.bench.quality.tasks import ALL_TASKS, STYLES, Cell, get_style, make_samples, parse_cells, parse_tasks
 from lmcache_rag.engines.base import BlendOptions
@@ -229,9 +229,9 @@ def test_arms_are_read_from_the_command_line() -> None:
 
 
 def test_every_arm_of_a_run_that_names_none_can_be_asked() -> None:
-    arms = default_arms()
+    arms = parse_arms(DEFAULT)
     assert arms[0].name == "full"
-    assert {"prefix", "none", "all", "query:0.15", "hkvd:0.15"} < {arm.name for arm in arms}
+    assert {"prefix", "auto", "none", "all", "query:0.15"} < {arm.name for arm in arms}
     for arm in arms:
         arm.options()
 

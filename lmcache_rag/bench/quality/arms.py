@@ -17,13 +17,13 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lmcache_rag import protocol
 from lmcache_rag.bench.exact import FULL as UNBLENDED
 from lmcache_rag.bench.exact import TOP, divergence
+from lmcache_rag.budget import AUTO
 from lmcache_rag.engines.base import BlendOptions, QueryPrompt, Sampling
 from lmcache_rag.errors import ConfigError, EngineUnavailableError
 from lmcache_rag.policies import get_policy
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from lmcache_rag.engines.hf_generate import PromptState
     from lmcache_rag.engines.vllm import VLLMEngine
 
+DEFAULT = "prefix,auto,query:0.15,query:0.1,query:0.3,hkvd:0.15,none,all"
 FULL, PREFIX, CONTEXTPILOT = "full", "prefix", "contextpilot"
 _FORM = "Write for example query:0.15, hkvd:0.3, query:tokens=400, auto, none, all or prefix."
 
@@ -59,20 +60,10 @@ class Arm:
         return bool(self.policy)
 
     def options(self) -> BlendOptions:
-        """How a request of this arm reuses KV.
-
-        Raises:
-            ConfigError: The engine has no such budget.
-        """
+        """How a request of this arm reuses KV."""
         if not self.blends:
             return UNBLENDED
-        try:
-            return BlendOptions(self.policy, self.ratio)
-        except TypeError as problem:
-            raise ConfigError(
-                f"This version cannot recompute {self.name!r}: a ratio is a number between 0 and 1.",
-                remedy="Leave that arm out.",
-            ) from problem
+        return BlendOptions(self.policy, self.ratio)
 
 
 def parse_arms(text: str) -> list[Arm]:
@@ -85,15 +76,6 @@ def parse_arms(text: str) -> list[Arm]:
     return list({arm.name: arm for arm in arms}.values())
 
 
-def default_arms() -> list[Arm]:
-    """The arms of a run that names none; `auto` where the engines have it."""
-    arms = parse_arms("prefix,auto,query:0.15,query:0.1,query:0.3,hkvd:0.15,none,all")
-    with suppress(ConfigError):
-        arms[2].options()
-        return arms
-    return [arm for arm in arms if arm.name != "auto"]
-
-
 def _parse(text: str) -> Arm:
     if text in (FULL, PREFIX, CONTEXTPILOT):
         return Arm(text)
@@ -102,11 +84,11 @@ def _parse(text: str) -> Arm:
     if text == "all":
         return Arm(text, "all", 1.0)
     if text == "auto":
-        return Arm(text, protocol.DEFAULT_POLICY, "auto")
+        return Arm(text, protocol.DEFAULT_POLICY, AUTO)
     policy, _, budget = text.partition(":")
     get_policy(policy)
     ratio: Any = None
-    if budget == "auto":
+    if budget == AUTO:
         ratio = budget
     elif tokens := re.fullmatch(r"tokens=(\d+)", budget):
         ratio = {"tokens": int(tokens[1])}
@@ -300,7 +282,7 @@ class ServerAnswers:
 
         request = self._engine.request(prompt, Sampling(max_tokens=max_tokens), arm.options())
         extra = request["extra_body"] | {"return_tokens_as_token_ids": True}
-        if arm.blends and arm.ratio != "auto":
+        if arm.blends and arm.ratio != AUTO:
             # A fixed budget is measured wherever it can be blended; whether that is faster, `auto` decides.
             extra["kv_transfer_params"] |= getattr(protocol, "ALWAYS_BLEND", {})
         if not arm.blends:
