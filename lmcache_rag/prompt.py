@@ -6,7 +6,7 @@
     ingest  = prefix ⧺ chunk
 
 Parts are tokenised one by one and spliced as ids; text is never joined and tokenised again. So a chunk's ids are the
-same in every prompt, and that is what makes its KV cache reusable.
+same in every prompt, and that is what makes its KV cache reusable. A format may put a `lead` between prefix and chunk₁.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ class PromptFormat:
         filler: Repeated between instruction and passages until the prefix is a whole number of KV blocks.
         template_options: Given to the chat template. The date is fixed, since a prefix that changes every day (Llama 3)
             would make all KV useless every midnight.
+        lead: Between prefix and first chunk, in queries only; ``{question}`` becomes the question. It is always
+            computed, and no chunk is exact then.
     """
 
     system: str = SYSTEM
@@ -65,6 +67,7 @@ class PromptFormat:
     question: str = "\n\nQuestion: {question}"
     filler: str = "\n"
     template_options: Mapping[str, Any] = field(default_factory=lambda: {"date_string": "26 Jul 2024"})
+    lead: str = ""
 
     def __post_init__(self) -> None:
         if self.question.count("{question}") != 1:
@@ -147,7 +150,7 @@ class PromptBuilder:
 
     def query(self, chunks: Sequence[str], question: str, history: Sequence[Turn] = ()) -> QueryPrompt:
         """Prefix ⧺ chunk₁ ⧺ sep₂ ⧺ chunk₂ ⧺ … ⧺ suffix, chunks in the given order."""
-        ids = list(self.prefix_ids)
+        ids = [*self.prefix_ids, *self._parts.text(self._lead(question))]
         spans = []
         for rank, text in enumerate(chunks, start=1):
             if rank > 1:
@@ -170,9 +173,13 @@ class PromptBuilder:
             for rank, text in enumerate(chunks, start=1)
         )
         turns = [*history, Turn("user", question)]
+        passages = self._lead(question) + passages
         return self._messages(turns, passages, fold=self._fold_system, filler=self.format.filler * self._fillers)
 
     # -- inside -------------------------------------------------------------------------------------------------
+
+    def _lead(self, question: str) -> str:
+        return self.format.lead.replace("{question}", question)
 
     def _separator(self, rank: int) -> list[int]:
         return self._parts.text(self.format.separator.replace("{rank}", str(rank)))

@@ -11,6 +11,7 @@ from lmcache_rag.cli import maintain
 from lmcache_rag.cli.ask import ask, chat, demo
 from lmcache_rag.cli.bench import speed
 from lmcache_rag.cli.bench_checks import exact, soak
+from lmcache_rag.cli.bench_quality import quality
 from lmcache_rag.cli.console import EXIT_STATUS
 from lmcache_rag.cli.ingest import ingest
 from lmcache_rag.cli.serve import ServeCommand, doctor, serve
@@ -70,6 +71,7 @@ app.command(
 app.command(rich_help_panel="Serve")(doctor)
 bench = typer.Typer(no_args_is_help=True, help="Measure a server.")
 bench.command()(speed)
+bench.command()(quality)
 bench.command(no_args_is_help=True)(exact)
 bench.command(no_args_is_help=True)(soak)
 app.add_typer(bench, name="bench", rich_help_panel="Serve")

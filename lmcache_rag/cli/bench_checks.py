@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lmcache_rag.cli.bench import Engine
 from lmcache_rag.cli.console import PARTLY
 from lmcache_rag.cli.render import count, plain
 from lmcache_rag.cli.run import Bars, CommandContext, command
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from lmcache_rag.prompt import PromptBuilder
 
 Documents = Annotated[list[str], typer.Argument(metavar="PATH...", help="Documents to take the chunks from.")]
-Engine = Annotated[str, typer.Option("--engine", metavar="URL", help="The server that blends.")]
 Model = Annotated[
     str | None, typer.Option("--model", metavar="NAME", help="Folder or name of its model.", show_default=False)
 ]

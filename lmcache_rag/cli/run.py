@@ -355,6 +355,7 @@ class Bars:
         self._tasks: dict[str, TaskID] = {}
         self._tokens = 0
         self._begin: float | None = None
+        self._first = 0  # what the main bar began with: of a run that continues, work of an earlier one
         self._written = time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description:<10}"),
@@ -381,7 +382,8 @@ class Bars:
         now = time.monotonic()
         rate = ""
         if name == self._main:
-            self._begin = self._begin or now
+            if self._begin is None:
+                self._begin, self._first = now, done
             if tokens and now > self._begin:  # the time of the first chunk is unknown
                 self._tokens += tokens
                 rate = f"{self._tokens / (now - self._begin):,.0f} tokens/s"
@@ -392,7 +394,15 @@ class Bars:
             self._progress.update(self._tasks[name], rate=rate)
         if not self._context.err.is_terminal and now - self._written >= _EVERY_S:
             self._written = now
-            self._context.message("; ".join(self._lines()) + (f"; {rate}" if rate else ""))
+            left = self._left(now, done, total) if name == self._main else ""
+            self._context.message("; ".join(filter(None, (*self._lines(), left, rate))))
+
+    def _left(self, now: float, done: int, total: int) -> str:
+        """The time left, if the rest goes as what this run has done."""
+        if self._begin is None or done <= self._first:
+            return ""
+        seconds = (now - self._begin) / (done - self._first) * (total - done)
+        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
 
     def _lines(self) -> list[str]:
         return [f"{task.description} {task.completed:,.0f} of {task.total:,.0f}" for task in self._progress.tasks]

@@ -169,6 +169,14 @@ class EmbeddedEngine(AsyncFromStream):
         """Where the model is, for example "cpu"."""
         return str(self._model.device)
 
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Token ids that end an answer."""
+        ends = self._model.model.generation_config.eos_token_id
+        return frozenset(
+            ends if isinstance(ends, list) else [self._model.tokenizer.eos_token_id if ends is None else ends]
+        )
+
     def load(self) -> None:
         """Load the weights now, so that the times of the first computation do not include it."""
         _ = self._model.model
@@ -231,9 +239,9 @@ class EmbeddedEngine(AsyncFromStream):
         check_request(self._info, prompt, blend)
         ids = torch.tensor(prompt.token_ids, device=self._model.device)
         with self._lock, torch.inference_mode():
-            cache, _, spent = fill_cache(self._model, self._chunks, prompt, ids, blend, room=room)
+            cache, counts, spent = fill_cache(self._model, self._chunks, prompt, ids, blend, room=room)
         rest = ids if cache is None else ids[cache.get_seq_length() :]
-        return PromptState(self._model, rest, cache, self._lock, spent)
+        return PromptState(self._model, rest, cache, self._lock, spent, counts)
 
     def _stream(self, prompt: QueryPrompt, sampling: Sampling, blend: BlendOptions) -> Iterator[StreamEvent]:
         import torch

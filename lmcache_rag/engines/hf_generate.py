@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -196,14 +196,22 @@ class PromptState:
         cache: The KV cache; None: a new one.
         lock: Held while the model computes.
         spent: Milliseconds of the work before, by step.
+        counts: Fields of ReuseStats for the prompt; empty without a blend.
 
     Attributes:
         logits: Of the token that follows the prompt, [vocabulary], as the model gives them.
         spent: Milliseconds by step; "suffix" is the computation of what the cache did not hold.
+        counts: As the argument.
     """
 
     def __init__(
-        self, model: HFModel, ids: torch.Tensor, cache: Any, lock: threading.Lock, spent: dict[str, float]
+        self,
+        model: HFModel,
+        ids: torch.Tensor,
+        cache: Any,
+        lock: threading.Lock,
+        spent: dict[str, float],
+        counts: Mapping[str, Any] | None = None,
     ) -> None:
         from transformers import DynamicCache
 
@@ -212,6 +220,13 @@ class PromptState:
         self._cache = DynamicCache() if cache is None else cache
         self.logits: Tensor = self._run(ids, keep=1)[0]
         self.spent = spent | {"suffix": (time.perf_counter() - begin) * 1e3}
+        self.counts = dict(counts or {})
+        self._length = self._cache.get_seq_length()
+
+    def rewind(self, tokens: int) -> None:
+        """Forget what was appended, but for the first `tokens` of it."""
+        if excess := self._cache.get_seq_length() - self._length - tokens:
+            self._cache.crop(-excess)
 
     def extend(self, token_ids: Sequence[int]) -> Tensor:
         """Append these tokens.

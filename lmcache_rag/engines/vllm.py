@@ -8,6 +8,7 @@ import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
@@ -309,6 +310,10 @@ class VLLMEngine:
             EngineError: The server refused.
         """
         return self._client.complete(request)
+
+    def streaming(self, request: dict[str, Any]) -> AbstractContextManager[Iterator[Any]]:
+        """As complete(), in the parts that the server sends. Leaving the block stops the computation."""
+        return self._client.streaming(request)
 
     def finished(
         self,

@@ -52,6 +52,21 @@ def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch: pytest.Monkey
     assert second.endswith(" tokens/s")
 
 
+def test_without_a_terminal_the_time_left_is_of_this_runs_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 0.0, 60.0, 120.0])
+    monkeypatch.setattr(run_module, "_EVERY_S", 30.0)
+    monkeypatch.setattr(run_module.time, "monotonic", lambda: next(clock))
+    run, shown = run_on(terminal=False)
+    with Bars(run, "questions") as bars:
+        bars.update("questions", 100, 200)  # an earlier run did a hundred
+        bars.update("questions", 120, 200)
+        bars.update("questions", 199, 200)
+    assert shown.getvalue().splitlines() == [
+        "questions 120 of 200; about 4 min left",
+        "questions 199 of 200; about 1 s left",
+    ]
+
+
 def test_without_a_terminal_a_short_run_shows_nothing() -> None:
     run, shown = run_on(terminal=False)
     with Bars(run, "KV") as bars:

@@ -24,6 +24,8 @@ from lmcache_rag.cli.app import app
 from lmcache_rag.cli.run import Services
 from lmcache_rag.settings import Settings
 
+QUALITY = ("--cells", "2x64", "--items", 2, "--tasks", "fact,needle", "--arms", "none", "--max-tokens", 2)
+
 
 @pytest.mark.parametrize("part", ["exports", "commands", "settings"])
 def test_what_programs_use_is_as_it_was(part: str) -> None:
@@ -60,6 +62,7 @@ def test_json_documents_have_the_keys_they_had(
         "remove": call("remove", "1.txt", *store),
         "prune": call("prune", *store),
         "settings": call("settings", *store),
+        "bench quality": call("bench", "quality", *QUALITY, "--out", tmp_path / "quality.jsonl", "--json"),
         "an error": call("status", "--store", tmp_path / "none", "--json"),
     }
     with FakeServer("vllm", model=str(smollm2_path)) as engine, FakeServer("lmcache") as cache:
