@@ -284,7 +284,7 @@ class ServerAnswers:
         extra = request["extra_body"] | {"return_tokens_as_token_ids": True}
         if arm.blends and arm.ratio != AUTO:
             # A fixed budget is measured wherever it can be blended; whether that is faster, `auto` decides.
-            extra["kv_transfer_params"] |= getattr(protocol, "ALWAYS_BLEND", {})
+            extra["kv_transfer_params"] |= protocol.ALWAYS_BLEND
         if not arm.blends:
             extra["kv_transfer_params"] |= {protocol.MAX_OFFLOAD_TOKENS: 0}
             extra["cache_salt"] = f"bench-quality-{self._run}-{name if arm.name == FULL else arm.name}"
