@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from scheduler_kit import Once, Request
 
+from lmcache_rag.budget import Budget
 from lmcache_rag.connector import admission
 from lmcache_rag.connector.admission import BlendGate
 from lmcache_rag.connector.metadata import BlendHandshakeMetadata, BlendResult, BlendWorkerMetadata, StepShape, StepTime
@@ -197,7 +198,7 @@ def test_while_others_run_the_gpus_time_decides() -> None:
 
 def test_a_deferred_request_is_decided_once() -> None:
     world = once(costs(**FAST))
-    gate, state = world.side.gate, RequestState("query", 0.15, blend=True)
+    gate, state = world.side.gate, RequestState("query", Budget(share=0.15), blend=True)
     claimed = world.side._find_claim(state, 100, 0, list(Once.MATCHES))
     first = state.decision
     gate.costs = costs(prefill=1.0, passes=30.0)
@@ -228,7 +229,7 @@ def test_a_failure_shows_nothing() -> None:
 
 def test_a_blend_in_the_background_shows_nothing() -> None:
     world = once(None)
-    state = RequestState("query", 0.15, blend=True, background=True)
+    state = RequestState("query", Budget(share=0.15), blend=True, background=True)
     world.side.gate.on_result(state, BlendResult("a", 0, 24, 8, 12, 500.0, 2.5))
     assert world.side.gate.costs.count == 0, "its times are those of the steps of others"
 
@@ -317,9 +318,9 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 
 def test_figures_are_published_when_they_change() -> None:
     gate = BlendGate(costs(), 0.1)
-    figures = gate.take_figures("query", 0.15)
+    figures = gate.take_figures("query", Budget(share=0.15))
     names = {(gauge, name) for gauge, name, _ in figures}
     assert {(COST_GAUGE, "prefill_1024"), (COST_GAUGE, "lookup_8192"), (COST_GAUGE, "load_l1_1024")} <= names
     assert {(BOUNDARY_GAUGE, "l1"), (BOUNDARY_GAUGE, "hot")} <= names
-    assert gate.take_figures("query", 0.15) == []
-    assert {gauge for gauge, _, _ in BlendGate(costs(), None).take_figures("query", 0.15)} == {COST_GAUGE}
+    assert gate.take_figures("query", Budget(share=0.15)) == []
+    assert {gauge for gauge, _, _ in BlendGate(costs(), None).take_figures("query", Budget(share=0.15))} == {COST_GAUGE}

@@ -116,11 +116,14 @@ class EngineBackend:
         blending = (
             self.server.connector
             and not self.server.failure
-            and params.get("lmcache_rag.blend") == "on"
+            and params.get("lmcache_rag.blend") in ("on", "always")
             and bool(chunks)
         )
         blend = BlendOptions(
-            params.get("lmcache_rag.policy", "query"), params.get("lmcache_rag.ratio", "auto"), enabled=blending
+            params.get("lmcache_rag.policy", "query"),
+            params.get("lmcache_rag.ratio", "auto"),
+            enabled=blending,
+            always=params.get("lmcache_rag.blend") == "always",
         )
         return prompt, blend
 

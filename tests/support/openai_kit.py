@@ -15,11 +15,12 @@ from typing import Any
 from fake_vllm import FakeVLLM, Handler, running
 
 from lmcache_rag import protocol
-from lmcache_rag.budget import Budget
+from lmcache_rag.budget import AUTO_RULES, Budget
 from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.connector.metadata import BlendPlan, BlendResult, Match
 from lmcache_rag.connector.metrics import reuse_statistics, unblended_statistics
 from lmcache_rag.connector.scheduler import BlendScheduler
+from lmcache_rag.policies import get_policy, how_many
 from lmcache_rag.protocol import CannotBlend, Unsupported
 
 TEXT = " A key that was computed at one place is moved to another by turning it further, as the passage says."
@@ -196,7 +197,8 @@ class TextBackend:
 def _blended(plan: BlendPlan) -> BlendResult:
     """What a worker would have done with a plan."""
     matched = sum(end - start for start, end in plan.spans)
-    redone = round((plan.budget.share or 0.0) * matched)
+    fixed = how_many(get_policy(plan.policy), plan.budget, matched, len(plan.spans))
+    redone = fixed.tokens if fixed is not None else AUTO_RULES["query"].bounds(len(plan.spans), matched)[0]
     gaps = plan.end - plan.exact - matched
     return BlendResult(plan.request_id, plan.exact, matched - redone, redone, gaps, 1.5, 2.5)
 

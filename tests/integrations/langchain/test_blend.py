@@ -240,7 +240,7 @@ def test_the_budget_reaches_the_engine_and_is_reported(case: Case) -> None:
         case.chain.invoke(QUESTION, {"configurable": {"lmcache_rag": {"ratio": ratio}}, "callbacks": [seen]})
     tokens, auto = [facts for _, facts in seen.events]
     assert (tokens["recomputed_tokens"], tokens["budget_tokens"], tokens["budget_reason"]) == (9, 9, "tokens")
-    assert auto["budget_reason"] == "all"  # so few tokens are recomputed whole
+    assert auto["budget_reason"] in ("scores", "floor", "ceiling")
     assert seen.metadata[-1]["lmcache_rag_ratio"] == "auto"
     with pytest.raises(ConfigError, match="tokens"):
         case.chain.invoke(QUESTION, {"configurable": {"lmcache_rag": {"ratio": {"tokens": -9}}}})
