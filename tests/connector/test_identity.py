@@ -90,7 +90,7 @@ def test_kv_of_another_form_is_other_kv(form: str, tmp_path: Path) -> None:
 def test_kv_of_another_vllm_layout_or_chunk_is_other_kv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = config(tmp_path)
     found = {identity(one, 64), identity(one, 256)}
-    for version in ("0.25.1", "0.32.0", "0.32.0+cpu"):
+    for version in ("0.25.1", "0.31.0", "0.31.0+cpu"):  # not that of a vLLM that is installed
         fake = ModuleType("vllm")
         fake.__version__ = version  # type: ignore[attr-defined]
         with monkeypatch.context() as patch:
