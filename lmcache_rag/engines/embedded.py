@@ -355,8 +355,7 @@ def _blend(
     hits = chunks.find(prompt, first=computed)
     lookup_ms = (time.perf_counter() - begin) * 1e3
     found = {span for span, _ in hits}
-    free = gate.free_tokens(prompt, blend) if gate is not None else 0
-    done = blended_prefill(model, prompt, ids, cache, prefix, hits, get_policy(blend.policy), blend.budget, free=free)
+    done = blended_prefill(model, prompt, ids, cache, prefix, hits, get_policy(blend.policy), blend.budget)
     if model.device.type == "cuda":
         import torch
 
@@ -428,7 +427,7 @@ class EmbeddedGate:
         if not placed:
             return {}
         total, chunks = sum(placed.values()), sum(span.start >= exact for span in held)
-        selected = at_most(get_policy(blend.policy), blend.budget, total, chunks, self.free_tokens(prompt, blend))
+        selected = at_most(get_policy(blend.policy), blend.budget, total, chunks)
         work = Work(
             len(prompt),
             local=exact,
@@ -453,11 +452,6 @@ class EmbeddedGate:
                 decision = Decision.MEASURED if due else Decision.NOT_FASTER
         times = dict(zip(PREDICTED, (forecast.blend_ms, forecast.compute_ms), strict=True))
         return {DECISION: str(decision), **times}
-
-    def free_tokens(self, prompt: QueryPrompt, blend: BlendOptions) -> int:
-        """How many tokens can be recomputed without any more time, as far as `auto` needs to know."""
-        with self._lock:
-            return self.costs.free_tokens(len(prompt), blend.policy) if blend.budget.auto else 0
 
     def on_blend(
         self,
