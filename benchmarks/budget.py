@@ -5,7 +5,7 @@
     python benchmarks/budget.py --rules run*.jsonl        # what rules for the number would have given: an ablation
 
 Each item is a prompt of a cell (chunks x tokens, sometimes with a style of question) and a question of a task whose
-answer is a number that stands in the passages. The answer's beginning is given to the model ("The archive number of A
+answer is a number in the passages. The answer's beginning is given to the model ("The archive number of A
 is"), the number itself is scored: it is hit if each of its tokens is the likeliest one. Tasks, in turn: fact (every
 passage states a number of its own), needles (the numbers of two passages), hops (A's number is B's, B's is N) and
 alias (A is also called K; the number of K is N).

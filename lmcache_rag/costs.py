@@ -26,6 +26,7 @@ REACH: Final = 4  # prefills of up to so many times the largest one observed are
 REFIT: Final = 0.03  # prices are fitted again when a bin's median changes by this share: a fit takes 0.3 ms
 NOTICEABLE: Final = 0.05  # a pass takes noticeably longer from this share on
 SMALLEST: Final = 16  # tokens of the smallest pass
+SPREAD: Final = 8  # what more tokens take is known if so many times more were observed
 EXPLORE: Final = 32  # of the time of the requests that are computed, measuring again takes one part in so many
 MOST_TOKENS: Final = 131_072  # a boundary is looked for up to here
 SHOWN: Final = (1024, 8192)  # sizes of the figures that are shown
@@ -92,6 +93,7 @@ class Cost:
         self._terms, self._constants, self._reach = terms, constants, reach
         self._bins: dict[tuple[int, ...], _Bin] = {}
         self._count = self._fitted = 0
+        self._least: tuple[float, ...] = ()  # the smallest of each size
         self._most: tuple[float, ...] = ()  # the largest of each size
         self._prices: tuple[float, ...] | None = None
 
@@ -123,7 +125,12 @@ class Cost:
         usual = found.median()[1]
         if len(found.seen) <= LEAST or abs(usual - found.fitted) > REFIT * usual or self._count - self._fitted >= FADE:
             self._prices = None
+        self._least = tuple(map(min, self._least or sizes, sizes))
         self._most = tuple(map(max, self._most or sizes, sizes))
+
+    def observed(self, size: int) -> tuple[float, float]:
+        """The smallest and the largest value of a size so far."""
+        return (self._least[size], self._most[size]) if self._count else (0.0, 0.0)
 
     def predict(self, inputs: Sequence[float]) -> float | None:
         """Milliseconds for these sizes; None if it is unknown."""
@@ -398,6 +405,9 @@ class CostModel:
     def free_tokens(self, context: int, policy: str = "query") -> int:
         """How many tokens a blend can compute before its passes take noticeably longer than with SMALLEST; 0: unknown.
 
+        Known only between the smallest and the largest number that was observed, and if those are far apart: from one
+        size alone the whole time would count as constant, and every token as free.
+
         Args:
             context: Tokens of the prompt.
             policy: The recompute policy.
@@ -405,7 +415,10 @@ class CostModel:
         least = self.passes_ms(policy, SMALLEST, context)
         if not least:
             return 0
-        low, high = SMALLEST, max(context, SMALLEST)
+        few, many = self._passes(policy).observed(0)
+        if many < SPREAD * max(few, SMALLEST):
+            return 0
+        low, high = SMALLEST, max(min(context, int(many)), SMALLEST)
         while low < high:
             middle = (low + high + 1) // 2
             if (self.passes_ms(policy, middle, context) or 0.0) <= (1 + NOTICEABLE) * least:

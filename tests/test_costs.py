@@ -242,6 +242,17 @@ def test_an_unknown_cost_counts_as_nothing() -> None:
     assert CostModel().free_tokens(4096) == 0
 
 
+def test_no_token_is_free_as_long_as_one_size_was_seen() -> None:
+    costs = CostModel()
+    for _ in range(6):
+        costs.observe_passes("query", 200, 900, 700.0)
+    assert costs.passes_ms("query", 600, 900) is not None
+    assert costs.free_tokens(900) == 0
+    for _ in range(6):
+        costs.observe_passes("query", 10, 900, 690.0)
+    assert 0 < costs.free_tokens(900) <= 200, "not more than were observed"
+
+
 @pytest.mark.parametrize("context", [4096, 16384])
 def test_free_tokens_end_where_a_pass_takes_longer(context: int) -> None:
     assert 100 < measured().free_tokens(context) < 650, "400 are free on that GPU"

@@ -236,7 +236,7 @@ def test_every_arm_of_a_run_that_names_none_can_be_asked() -> None:
         arm.options()
 
 
-@pytest.mark.parametrize("wrong", ["query", "query:2", "query:x", "nobody:0.1", "query:tokens=", "0.15"])
+@pytest.mark.parametrize("wrong", ["query", "query:2", "query:x", "unknown:0.1", "query:tokens=", "0.15"])
 def test_a_wrong_arm_is_refused_with_a_remedy(wrong: str) -> None:
     with pytest.raises(ConfigError) as problem:
         parse_arms(wrong)

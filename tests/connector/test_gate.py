@@ -314,6 +314,8 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     gate = BlendGate(CostModel(), 0.1)
     gate.take(costs().as_dict(), str(tmp_path / "file" / "a.json"))
     gate.on_steps([])
+    assert gate._kept[0] == gate.costs.count > 0, "it tried"
+    assert [each.name for each in tmp_path.iterdir()] == ["file"]
 
 
 def test_figures_are_published_when_they_change() -> None:

@@ -180,7 +180,7 @@ def parse_tasks(text: str) -> list[str]:
 class _Plan:
     """A question before its passages exist: sentences to plant, each in a passage of its own.
 
-    `ordered`: their passages must stand in this order.
+    `ordered`: their passages must be in this order.
     """
 
     task: str
