@@ -32,7 +32,9 @@ MOST_TOKENS: Final = 131_072  # a boundary is looked for up to here
 SHOWN: Final = (1024, 8192)  # sizes of the figures that are shown
 HEAD: Final = 64  # tokens of a typical prompt without KV: its question
 SELECTING: Final = ("query", "hkvd")  # policies that need passes of their own to select
+USED: Final = 16  # latest blends whose number of recomputed tokens says what the next one recomputes
 _RIDGE: Final = 1e-4  # a price per token must explain something: times of a single size are explained by a constant
+_BEND: Final = 5e-3  # a higher price from some sizes on, or attention, must explain more: between two sizes is a line
 _LEVEL: Final = 1e-8  # the same for a constant, so that there is one solution
 _VERSION: Final = 1
 
@@ -86,11 +88,14 @@ class Cost:
     Args:
         terms: Makes the terms of the sum from the sizes. They must not fall when a size grows.
         constants: Numbers of the terms that do not grow with a size.
+        bends: Numbers of the terms by which more tokens take more than in proportion.
         reach: First sizes above so many times the largest one observed are unknown; 0: all are known once one is.
     """
 
-    def __init__(self, terms: Terms, constants: Collection[int] = (0,), *, reach: int = 0) -> None:
-        self._terms, self._constants, self._reach = terms, constants, reach
+    def __init__(
+        self, terms: Terms, constants: Collection[int] = (0,), *, bends: Collection[int] = (), reach: int = 0
+    ) -> None:
+        self._terms, self._constants, self._bends, self._reach = terms, constants, bends, reach
         self._bins: dict[tuple[int, ...], _Bin] = {}
         self._count = self._fitted = 0
         self._least: tuple[float, ...] = ()  # the smallest of each size
@@ -148,7 +153,7 @@ class Cost:
             found.fitted = ms
             trust = min(len(found.seen), 3) / 3 * 0.5 ** ((self._count - found.last) / FADE)
             rows.append((self._terms(sizes), ms, trust / max(ms, 0.05) ** 2))
-        return non_negative_least_squares(rows, self._constants)
+        return non_negative_least_squares(rows, self._constants, self._bends)
 
     def as_list(self) -> list[Any]:
         """For JSON."""
@@ -170,13 +175,16 @@ class Cost:
 
 
 def non_negative_least_squares(
-    rows: Iterable[tuple[Sequence[float], float, float]], constants: Collection[int] = ()
+    rows: Iterable[tuple[Sequence[float], float, float]],
+    constants: Collection[int] = (),
+    bends: Collection[int] = (),
 ) -> tuple[float, ...]:
     """Prices that are not negative, and by which the terms explain the values best (Lawson and Hanson's method).
 
     Args:
         rows: (terms, value, weight) of each.
         constants: Numbers of the terms that do not grow: they explain what the rows leave open.
+        bends: Numbers of terms that explain only what the others cannot.
     """
     found = [([math.sqrt(weight) * term for term in terms], math.sqrt(weight) * value) for terms, value, weight in rows]
     width = len(found[0][0])
@@ -190,7 +198,7 @@ def non_negative_least_squares(
             for j in range(i + 1):
                 gram[i][j] += left * unit[j]
     for i in range(width):
-        gram[i][i] += _LEVEL if i in constants else _RIDGE
+        gram[i][i] += _LEVEL if i in constants else _BEND if i in bends else _RIDGE
         for j in range(i):
             gram[j][i] = gram[i][j]
     prices = [0.0] * width
@@ -312,17 +320,29 @@ class CostModel:
 
     def __init__(self, step_tokens: int = 0) -> None:
         self.step_tokens = step_tokens
-        self.prefill = Cost(_prefill, (0, 1), reach=REACH)
+        self.prefill = Cost(_prefill, (0, 1), bends=(3, 4, 5, 6), reach=REACH)
         self.lookup, self.finish = Cost(_per_token), Cost(_per_token)
         self.load = Cost(_load, (0, 2, 4))
         self.passes: dict[str, Cost] = {}
+        self._used: dict[str, deque[float]] = {}
+
+    def observe_recomputed(self, policy: str, tokens: int, most: int) -> None:
+        """A blend recomputed so many tokens where its budget allowed `most`."""
+        if 0 <= tokens <= most and most:
+            self._used.setdefault(policy, deque(maxlen=USED)).append(tokens / most)
+
+    def recomputed(self, policy: str, most: int) -> int:
+        """How many tokens a blend probably recomputes where its budget allows `most`: as the latest ones did."""
+        if not (used := sorted(self._used.get(policy, ()))):
+            return most
+        return round(most * used[len(used) // 2])
 
     def observe_passes(self, policy: str, tokens: int, context: int, ms: float, *, selects: bool = True) -> None:
         """Add the time of a blend's passes."""
         self._passes(policy).observe((tokens, context, float(selects)), ms)
 
     def _passes(self, policy: str) -> Cost:
-        return self.passes.setdefault(policy, Cost(_blend, (0, 2)))
+        return self.passes.setdefault(policy, Cost(_blend, (0, 2), bends=(4, 5, 6)))
 
     # -- predictions; None: unknown -----------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from lmcache_rag.costs import (
     KEEP,
     LEAST,
     LIMIT,
+    USED,
     CostModel,
     Exploration,
     Forecast,
@@ -121,6 +122,29 @@ def test_a_first_time_that_compiles_is_forgotten() -> None:
         assert costs.lookup_ms(600) is None, "one time alone says nothing"
         costs.lookup.observe((600,), ms)
     assert costs.lookup_ms(600) == pytest.approx(3.0, rel=0.01)
+
+
+def test_between_two_sizes_lies_a_line() -> None:
+    costs = CostModel()
+    for short, long in ((129, 1363), (155, 1410), (110, 1250)):  # ms of prefills by SmolLM2-135M on two CPU cores
+        costs.prefill.observe((31, 1034, 0), short)
+        costs.prefill.observe((1065, 0, 0), long)
+    between = costs.prefill_ms(623, 306, served=False) or 0.0
+    assert 780 < between < 1000, "it took 891 ms"
+
+
+def test_a_blend_recomputes_what_the_latest_ones_did() -> None:
+    costs = CostModel()
+    assert costs.recomputed("query", 400) == 400, "unknown: all that it may"
+    for _ in range(USED):
+        costs.observe_recomputed("query", 400, 400)
+    for _ in range(USED):
+        costs.observe_recomputed("query", 100, 400)
+    assert costs.recomputed("query", 800) == 200
+    assert costs.recomputed("hkvd", 800) == 800
+    costs.observe_recomputed("query", 500, 400)
+    costs.observe_recomputed("query", 0, 0)
+    assert costs.recomputed("query", 800) == 200, "what cannot be is ignored"
 
 
 def test_a_lasting_change_is_followed() -> None:

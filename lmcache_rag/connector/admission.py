@@ -178,7 +178,7 @@ class BlendGate:
         prompt, local = len(request.prompt_token_ids or ()), state.local
         spans = named_spans(request.kv_transfer_params, prompt)
         placed = sum(max(0, end - max(start, local)) for start, end in spans) or max(prompt - local - HEAD, 0)
-        selected = at_most(get_policy(state.policy), state.budget, placed, len(spans) or 1)
+        selected = self._recomputed(state.policy, state.budget, placed, len(spans) or 1)
         tier = "hot" if state.resident_only else "l1"
         work = Work(
             prompt,
@@ -199,6 +199,11 @@ class BlendGate:
             return False
         state.decision, state.forecast = Decision.NOT_FASTER, forecast
         return True
+
+    def _recomputed(self, policy: str, budget: Budget, placed: int, chunks: int) -> int:
+        """How many of the tokens of so many chunks are probably recomputed."""
+        most = at_most(get_policy(policy), budget, placed, chunks)
+        return self.costs.recomputed(policy, most) if budget.auto else most
 
     def _may_find_exact_prefix(self, work: Work) -> bool:
         """Whether a look-up is worth its time for the exact prefixes that look-ups find here."""
@@ -223,7 +228,10 @@ class BlendGate:
         self, state: RequestState, claimed: Claim, prompt: int, *, busy: bool
     ) -> tuple[Decision, Forecast | None]:
         hot = sum(match.end - match.start for match in claimed.matches if match.block >= 0)
-        computed = claimed.computed(state.policy, state.budget, state.free)
+        left = claimed.end - claimed.exact - claimed.reused
+        state.most = claimed.computed(state.policy, state.budget, state.free) - left
+        selected = max(self.costs.recomputed(state.policy, state.most), min(state.free, state.most))
+        computed = (selected if state.budget.auto else state.most) + left
         work = Work(
             prompt,
             state.local,
@@ -267,6 +275,8 @@ class BlendGate:
             selects = state.policy in SELECTING and 0 < result.recomputed_tokens < placed
             tokens = result.recomputed_tokens + result.computed_tokens
             self.costs.observe_passes(state.policy, tokens, state.prompt, result.blend_ms, selects=selects)
+            if state.budget.auto:
+                self.costs.observe_recomputed(state.policy, result.recomputed_tokens, state.most)
 
     def on_steps(self, steps: Iterable[StepTime]) -> None:
         """Steps were measured."""
@@ -321,7 +331,7 @@ class BlendGate:
         for tier in ("l1", "hot"):
             if self.costs.load_ms(tier, 1) and self.min_gain is not None:
                 tokens = self.costs.boundary(
-                    lambda placed: at_most(get_policy(policy), budget, placed, -(-placed // CHUNK)),
+                    lambda placed: self._recomputed(policy, budget, placed, -(-placed // CHUNK)),
                     self.min_gain,
                     tier=tier,
                     policy=policy,

@@ -84,6 +84,7 @@ class RequestState:
     decision: str = ""  # a Decision, once one was taken
     forecast: Forecast | None = None  # what it was taken by
     free: int = 0  # so many tokens can be recomputed without any more time
+    most: int = 0  # tokens that its blend recomputes at most
     explores: bool = False  # looked up and blended to measure that again
     prompt: int = 0  # tokens of the prompt
     done: int = 0  # tokens whose KV is there before the next step

@@ -366,7 +366,7 @@ def _blend(
             prompt,
             held,
             done,
-            blend.policy,
+            blend,
             load_ms=lookup_ms - prefix_ms + done.load_ms + done.shift_ms,
             whole_ms=whole_ms,
         )
@@ -426,8 +426,10 @@ class EmbeddedGate:
         exact, placed, end = _places(prompt, held)
         if not placed:
             return {}
-        total, chunks = sum(placed.values()), sum(span.start >= exact for span in held)
-        selected = at_most(get_policy(blend.policy), blend.budget, total, chunks)
+        total, selected = sum(placed.values()), _most(blend, held, exact)
+        if blend.budget.auto:
+            with self._lock:
+                selected = self.costs.recomputed(blend.policy, selected)
         work = Work(
             len(prompt),
             local=exact,
@@ -458,26 +460,35 @@ class EmbeddedGate:
         prompt: QueryPrompt,
         held: Mapping[ChunkSpan, str],
         done: BlendedPrefill,
-        policy: str,
+        blend: BlendOptions,
         *,
         load_ms: float,
         whole_ms: float,
     ) -> None:
         """A prompt was blended: what finding and loading took, and what all took."""
-        placed = _places(prompt, held)[1]
+        exact, placed, _ = _places(prompt, held)
         total = done.reused_tokens + done.recomputed_tokens
         if not placed or total != sum(placed.values()):
             return  # KV was damaged, or dropped meanwhile
+        policy, most = blend.policy, _most(blend, held, exact)
         selects = policy in SELECTING and 0 < done.recomputed_tokens < total
         tokens = done.length - done.exact_tokens - done.reused_tokens
         with self._lock:
             self.costs.load.observe((0, placed.get("l1", 0), placed.get("l2", 0)), load_ms)
             self.costs.observe_passes(policy, tokens, len(prompt), max(whole_ms - load_ms, 0.0), selects=selects)
+            if blend.budget.auto:
+                self.costs.observe_recomputed(policy, done.recomputed_tokens, most)
 
     def on_prefill(self, tokens: int, context: int, seconds: float) -> None:
         """So many tokens were computed after `context` others, up to the first token of an answer."""
         with self._lock:
             self.costs.prefill.observe((tokens, context, 0), seconds * 1e3)
+
+
+def _most(blend: BlendOptions, held: Mapping[ChunkSpan, str], exact: int) -> int:
+    """Most tokens that a blend of these chunks recomputes, those before `exact` aside."""
+    placed = [span.end - span.start for span in held if span.start >= exact]
+    return at_most(get_policy(blend.policy), blend.budget, sum(placed), len(placed))
 
 
 def _places(prompt: QueryPrompt, held: Mapping[ChunkSpan, str]) -> tuple[int, dict[str, int], int]:

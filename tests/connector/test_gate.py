@@ -13,7 +13,14 @@ from scheduler_kit import Once, Request
 from lmcache_rag.budget import Budget
 from lmcache_rag.connector import admission
 from lmcache_rag.connector.admission import BlendGate
-from lmcache_rag.connector.metadata import BlendHandshakeMetadata, BlendResult, BlendWorkerMetadata, StepShape, StepTime
+from lmcache_rag.connector.metadata import (
+    BlendHandshakeMetadata,
+    BlendResult,
+    BlendWorkerMetadata,
+    Claim,
+    StepShape,
+    StepTime,
+)
 from lmcache_rag.connector.request_state import RequestState
 from lmcache_rag.costs import EXPLORE, KEEP, CostModel
 from lmcache_rag.protocol import BOUNDARY_GAUGE, COST_GAUGE, Decision
@@ -218,6 +225,33 @@ def test_a_request_alone_shows_what_its_parts_take() -> None:
     assert known.passes_ms("query", 20, 100) == pytest.approx(2.5, rel=0.01)
     assert (known.lookup_ms(100) or 0) >= 0
     assert known.lookup.count == 3
+
+
+def test_auto_counts_what_blends_recompute() -> None:
+    gate = BlendGate(costs(), 0.1)
+    budget = {"auto": Budget(), "share": Budget(share=0.5)}
+    most = {name: gate._recomputed("query", each, 2000, 4) for name, each in budget.items()}
+    for name, each in budget.items():
+        state = RequestState("query", each, blend=True, most=most[name])
+        gate.on_result(state, BlendResult(name, 0, 1900, 100, 12, 1.5, 2.5))
+    assert gate._recomputed("query", budget["auto"], 2000, 4) == 100 < most["auto"]
+    assert gate._recomputed("query", budget["share"], 2000, 4) == most["share"] == 1000
+
+
+def test_a_blend_is_predicted_with_what_it_will_recompute() -> None:
+    world = once(costs(prefill=1.0, passes=1.0))
+    gate = world.side.gate
+    claimed = Claim(0, tuple(Once.MATCHES), 99)
+
+    def predicted() -> float:
+        state = RequestState("query", Budget(), blend=True)
+        gate.blends(state, claimed, 100, busy=False)
+        assert state.forecast is not None
+        return state.forecast.blend_ms
+
+    before = predicted()
+    gate.costs.observe_recomputed("query", 1, 10)
+    assert predicted() < before
 
 
 def test_a_failure_shows_nothing() -> None:

@@ -94,6 +94,25 @@ def test_a_slower_store_moves_the_boundary(world: World) -> None:
     assert world.ask().stats.decision == "computed: not faster"
 
 
+def test_auto_counts_what_blends_recompute(world: World) -> None:
+    first = world.ask().stats
+    held = world.engine._chunks.held(world.prompt())
+    world.teach(prefill=1.0, passes=1.0)
+    most = world.gate.decide(world.prompt(), held, BlendOptions())["predicted_blend_ms"]
+    world.gate.costs.observe_recomputed("query", first.recomputed_tokens, 10 * first.recomputed_tokens)
+    assert world.gate.decide(world.prompt(), held, BlendOptions())["predicted_blend_ms"] < 0.7 * most
+    fixed = [world.gate.decide(world.prompt(), held, BlendOptions(ratio=1.0))["predicted_blend_ms"] for _ in range(2)]
+    assert fixed[0] == fixed[1] > most / 2, "a share is what it is"
+
+
+def test_a_blend_shows_how_much_auto_recomputes(world: World) -> None:
+    done = world.ask().stats
+    assert world.gate.costs.recomputed("query", 10**6) < 10**6 or done.budget_reason in ("ceiling", "all")
+    world.gate.costs = type(world.gate.costs)()
+    world.ask(BlendOptions(ratio=0.1))
+    assert world.gate.costs.recomputed("query", 1000) == 1000, "only auto shows that"
+
+
 @pytest.mark.parametrize("how", ["request", "engine"])
 def test_always_means_whatever_it_takes(tokenizer: Any, tmp_path: Path, corpus: list[str], how: str) -> None:
     world = World(tokenizer, tmp_path, corpus, min_gain=None if how == "engine" else 0.1)
