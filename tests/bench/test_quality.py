@@ -154,6 +154,19 @@ def test_arms_of_a_server_share_no_exact_kv(tokenizer: Any, samples: list[Sample
     assert first["none"]["ttft_ms"] > 0
 
 
+def test_only_auto_lets_the_server_decide(tokenizer: Any, samples: list[Sample], tmp_path: Path) -> None:
+    with vllm_serving(tokenizer) as server:
+        engine = VLLMEngine(server.url)
+        run = run_of(engine, ServerAnswers(engine, "r1", timed=True), "auto,query:auto,query:0.1")
+        asked(run, samples[:1], tmp_path / "r.jsonl")
+        engine.close()
+    bodies = [body["kv_transfer_params"] for body in server.seen if "cache_salt" not in body]
+    blended = [body for body in bodies if not body.get(protocol.INGEST)]
+    always = protocol.ALWAYS_BLEND[protocol.BLEND]
+    assert [body[protocol.RATIO] for body in blended] == ["auto", "auto", 0.1]
+    assert [body[protocol.BLEND] == always for body in blended] == [False, True, True]
+
+
 def test_several_questions_at_once_give_no_times(tokenizer: Any, samples: list[Sample], tmp_path: Path) -> None:
     with vllm_serving(tokenizer) as server:
         engine = VLLMEngine(server.url)

@@ -7,7 +7,8 @@
 ``all``         everything recomputed: what differs from ``full`` is rounding
 ``POLICY:0.1``  that share of the cached tokens recomputed, by this policy
 ``POLICY:tokens=400`` so many of them
-``auto``        as many as the engine chooses, by the default policy; ``POLICY:auto`` by another
+``auto``        as at the default: the engine chooses how many, and computes what it predicts to be as fast
+``POLICY:auto`` the engine chooses how many, by this policy, and always blends
 ``contextpilot`` passages in ContextPilot's order, with vLLM's prefix caching only (servers only)
 =============== =======================================================================================================
 """
@@ -282,8 +283,8 @@ class ServerAnswers:
 
         request = self._engine.request(prompt, Sampling(max_tokens=max_tokens), arm.options())
         extra = request["extra_body"] | {"return_tokens_as_token_ids": True}
-        if arm.blends and arm.ratio != AUTO:
-            # A fixed budget is measured wherever it can be blended; whether that is faster, `auto` decides.
+        if arm.blends and arm.name != AUTO:
+            # Only `auto` itself leaves it to the server whether blending is faster: the others measure blended answers.
             extra["kv_transfer_params"] |= protocol.ALWAYS_BLEND
         if not arm.blends:
             extra["kv_transfer_params"] |= {protocol.MAX_OFFLOAD_TOKENS: 0}
