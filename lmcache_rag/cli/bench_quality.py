@@ -20,8 +20,10 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from lmcache_rag.bench.quality.arms import AnswerSource, Arm
+    from lmcache_rag.bench.quality.conversation import Turn
     from lmcache_rag.bench.quality.runner import QualityRun
     from lmcache_rag.bench.quality.scores import Interval, Score, Verdict
+    from lmcache_rag.engines.vllm import VLLMEngine
     from lmcache_rag.workspace import Workspace
 
 Data = Annotated[
@@ -35,7 +37,10 @@ Data = Annotated[
 Cells = Annotated[
     str,
     typer.Option(
-        "--cells", metavar="NxT,...", help="Generated questions over N passages of T tokens; 8x160:tags names a style."
+        "--cells",
+        metavar="NxT,...",
+        help="Generated questions over N passages of T tokens; 8x160:tags names a style, 8x160:russian or "
+        "8x160:conversation a task.",
     ),
 ]
 Tasks = Annotated[
@@ -47,7 +52,10 @@ Tasks = Annotated[
         show_default=False,
     ),
 ]
-Items = Annotated[int, typer.Option("--items", metavar="N", min=1, help="Questions of a cell or file, at most.")]
+Items = Annotated[
+    int, typer.Option("--items", metavar="N", min=1, help="Questions (or conversations) of a cell or file, at most.")
+]
+Turns = Annotated[int, typer.Option("--turns", metavar="N", min=1, max=8, help="Questions of a conversation.")]
 StyleName = Annotated[
     str,
     typer.Option(
@@ -91,6 +99,15 @@ Gate = Annotated[
         show_default=False,
     ),
 ]
+Baseline = Annotated[
+    str,
+    typer.Option(
+        "--baseline",
+        metavar="URL",
+        help="A server without blending for the same model: adds the arm stock.",
+        show_default=False,
+    ),
+]
 ContextPilot = Annotated[
     str,
     typer.Option(
@@ -118,9 +135,11 @@ def quality(
     max_tokens: MaxTokens = None,
     concurrency: Concurrency = 1,
     seed: Seed = 0,
+    turns: Turns = 6,
     out: Out = Path("bench-quality.jsonl"),
     report: Report = None,
     gate: Gate = None,
+    baseline: Baseline = "",
     contextpilot: ContextPilot = "",
 ) -> int:
     """What blending costs in answers, and what it gains in time.
@@ -140,28 +159,36 @@ def quality(
       lmcache-rag bench quality --engine http://localhost:8000 --concurrency 16 --gate 0.02
     """
     from lmcache_rag.bench.quality import tasks as generated
-    from lmcache_rag.bench.quality.arms import CONTEXTPILOT, DEFAULT, parse_arms
+    from lmcache_rag.bench.quality.arms import CONTEXTPILOT, DEFAULT, STOCK, parse_arms
+    from lmcache_rag.bench.quality.conversation import by_turn
     from lmcache_rag.bench.quality.data import read_samples
     from lmcache_rag.bench.quality.results import ResultFile, digest
     from lmcache_rag.bench.quality.scores import main_arm, recommendation, scores, verdict
 
     chosen = parse_arms(arms or DEFAULT)
-    if contextpilot and not any(arm.name == CONTEXTPILOT for arm in chosen):
-        chosen += parse_arms(CONTEXTPILOT)[1:]
-    if not contextpilot and any(arm.name == CONTEXTPILOT for arm in chosen):
-        raise ConfigError("The arm contextpilot needs its environment.", remedy="Name its Python by --contextpilot.")
+    for name, place, remedy in (
+        (CONTEXTPILOT, contextpilot, "Name the Python program of its environment by --contextpilot."),
+        (STOCK, baseline, "Name the URL of a server without blending by --baseline."),
+    ):
+        if place and not any(arm.name == name for arm in chosen):
+            chosen += parse_arms(name)[1:]
+        if not place and any(arm.name == name for arm in chosen):
+            raise ConfigError(f"The arm {name} needs one more option.", remedy=remedy)
     names = generated.parse_tasks(tasks)
     wanted = generated.parse_cells(cells or ("" if data else "8x160"), generated.get_style(style).name)
     samples = [sample for path in data or () for sample in read_samples(path, style, items)]
     own_store = any(not sample.passages for sample in samples)
     _check_folders(out, report)
-    with _workspace(context, own_store=own_store) as workspace:
-        source = _source(workspace, timed=concurrency == 1)
+    with _workspace(context, own_store=own_store) as workspace, _stock(workspace, baseline) as stock:
+        source = _source(workspace, stock, timed=concurrency == 1)
         if source.kind == "embedded":
             concurrency = 1
         chosen = _supported(context, source, chosen)
         for cell in wanted:
-            samples += generated.make_samples(cell, items, workspace.prompts.encode, tasks=names, seed=seed)
+            encode = workspace.prompts.encode
+            samples += generated.make_samples(cell, items, encode, tasks=names, seed=seed, turns=turns)
+        if gate is not None and not any(sample.gated for sample in samples):
+            raise ConfigError("These questions are only reported.", remedy="Leave out --gate, or add other cells.")
         run = _run(workspace, source, chosen, own_store=own_store)
         run = _with(run, max_tokens=max_tokens, concurrency=concurrency, contextpilot=contextpilot)
         facts = {
@@ -188,17 +215,19 @@ def quality(
         from lmcache_rag.bench.quality.report import write_report
 
         write_report(report, records, found, facts, advice, judged)
+    talks = by_turn(records)
     if context.json:
         context.emit(
             {
                 "settings": facts,
                 "scores": [score.as_dict() for score in found],
+                "turns": [turn.as_dict() for turn in talks],
                 "recommendation": advice,
                 "gate": {"arm": arm, "limit": limit, "passed": judged.passed, "reasons": judged.reasons},
             }
         )
     else:
-        _show(context, found, facts, advice, judged, gated=gate is not None)
+        _show(context, found, talks, facts, advice, judged, gated=gate is not None)
     return PARTLY if gate is not None and not judged.passed else 0
 
 
@@ -224,14 +253,29 @@ def _workspace(context: CommandContext, *, own_store: bool) -> Iterator[Workspac
             yield workspace
 
 
-def _source(workspace: Workspace, *, timed: bool) -> AnswerSource:
+@contextmanager
+def _stock(workspace: Workspace, baseline: str) -> Iterator[VLLMEngine | None]:
+    """The client of a server without blending; None without one, and beside the embedded engine."""
+    from lmcache_rag.engines.vllm import VLLMEngine
+
+    if not baseline or not isinstance(workspace.engine, VLLMEngine):
+        yield None
+        return
+    stock = VLLMEngine(baseline, tokenizer=workspace.engine.tokenizer)
+    try:
+        yield stock
+    finally:
+        stock.close()
+
+
+def _source(workspace: Workspace, stock: VLLMEngine | None, *, timed: bool) -> AnswerSource:
     from lmcache_rag.bench.quality.arms import EmbeddedAnswers, ServerAnswers
     from lmcache_rag.engines.embedded import EmbeddedEngine
     from lmcache_rag.engines.vllm import VLLMEngine
 
     engine = workspace.engine
     if isinstance(engine, VLLMEngine):
-        return ServerAnswers(engine, f"{time.time_ns():x}", timed=timed)
+        return ServerAnswers(engine, f"{time.time_ns():x}", timed=timed, stock=stock)
     if isinstance(engine, EmbeddedEngine):
         return EmbeddedAnswers(engine)
     raise ConfigError(f"{type(engine).__name__} cannot be measured.", remedy="Use embedded, or a vLLM server's URL.")
@@ -241,7 +285,7 @@ def _supported(context: CommandContext, source: AnswerSource, arms: Sequence[Arm
     """The arms that the engine has; each is checked before anything is asked."""
     left_out = [arm.name for arm in arms if not source.supports(arm)]
     if left_out:
-        context.message(f"Left out, since the embedded engine has no prefix cache: {', '.join(left_out)}.")
+        context.message(f"Left out, since they need a server: {', '.join(left_out)}.")
     kept = [arm for arm in arms if source.supports(arm)]
     for arm in kept:
         arm.options()
@@ -280,6 +324,7 @@ def _with(run: QualityRun, **changes: Any) -> QualityRun:
 def _show(
     context: CommandContext,
     found: Sequence[Score],
+    talks: Sequence[Turn],
     facts: dict[str, Any],
     advice: str,
     judged: Verdict,
@@ -291,6 +336,8 @@ def _show(
     parts = [score for score in found if score.arm == judged.arm and (score.cell == POOLED) != (score.task == POOLED)]
     if parts:
         context.out.print(_table(f"{judged.arm}, by cell and by task", parts, first="", arm=False))
+    for cell in dict.fromkeys(turn.cell for turn in talks):
+        context.out.print(_turns(cell, [turn for turn in talks if turn.cell == cell]))
     context.out.print(advice)
     if gated:
         words = "passed" if judged.passed else f"failed: {'; '.join(judged.reasons)}"
@@ -325,6 +372,24 @@ def _table(title: str, rows: Sequence[Score], *, first: str = "arm", arm: bool =
         name = score.arm if arm else score.task if score.cell == POOLED else score.cell
         table.add_row(name, *(texts[column][row] for column in shown))
     return table
+
+
+def _turns(cell: str, talks: Sequence[Turn]) -> Table:
+    """Hits and times of each arm, a row for each turn of a conversation."""
+    from rich.table import Table
+
+    table = Table(title=f"{cell}: hits, and TTFT in ms, by turn")
+    for name in ("turn", "tokens", *(arms := dict.fromkeys(turn.arm for turn in talks))):
+        table.add_column(name, justify="right")
+    for number in dict.fromkeys(turn.turn for turn in talks):
+        own = {turn.arm: turn for turn in talks if turn.turn == number}
+        texts = [_hits_and_time(own[arm]) if arm in own else "" for arm in arms]
+        table.add_row(f"{number}", f"{next(iter(own.values())).prompt_tokens:.0f}", *texts)
+    return table
+
+
+def _hits_and_time(turn: Turn) -> str:
+    return f"{turn.hit:.3f}" + ("" if turn.ttft_ms is None else f"\n{turn.ttft_ms:.0f}")
 
 
 def _interval(value: Interval | None) -> str:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from lmcache_rag import protocol
 from lmcache_rag.bench.quality.arms import EmbeddedAnswers, ServerAnswers, parse_arms
+from lmcache_rag.bench.quality.conversation import by_turn
 from lmcache_rag.bench.quality.data import Sample
 from lmcache_rag.bench.quality.results import Record, ResultFile, digest
 from lmcache_rag.bench.quality.runner import QualityRun
@@ -40,7 +41,7 @@ from lmcache_rag.cli.run import Services
 from lmcache_rag.engines.base import Sampling
 from lmcache_rag.engines.vllm import VLLMEngine
 from lmcache_rag.errors import ConfigError, ContextLengthError, EngineError
-from lmcache_rag.prompt import PromptBuilder, PromptFormat
+from lmcache_rag.prompt import PromptBuilder, PromptFormat, Turn
 from lmcache_rag.settings import Settings
 from lmcache_rag.workspace import Workspace
 
@@ -67,15 +68,14 @@ def asked(run: QualityRun, samples: list[Sample], path: Path) -> dict[tuple[str,
 # The embedded engine
 
 
-def test_arms_of_the_embedded_engine_answer_as_it_does(
-    smollm2_engine: Any, samples: list[Sample], tmp_path: Path
-) -> None:
-    run = run_of(smollm2_engine, EmbeddedAnswers(smollm2_engine), max_tokens=16)
-    records = asked(run, samples[:2], tmp_path / "r.jsonl")
+def test_arms_of_the_embedded_engine_answer_as_it_does(smollm2_engine: Any, tmp_path: Path) -> None:
     builder = PromptBuilder(smollm2_engine.tokenizer, smollm2_engine.info)
+    samples = make_samples(Cell(3, 64), 2, builder.encode, tasks=["fact", "needle"], seed=7)
+    run = run_of(smollm2_engine, EmbeddedAnswers(smollm2_engine), max_tokens=16)
+    records = asked(run, samples, tmp_path / "r.jsonl")
     texts = [(each.arms["full"]["text"], each.arms["none"]["text"]) for each in records.values()]
     assert any(a != b and a[:8] == b[:8] for a, b in texts), texts  # one differs in the middle
-    for sample in samples[:2]:
+    for sample in samples:
         arms = records[sample.cell, sample.sample_id].arms
         prompt = builder.query(sample.passages, sample.question)
         for arm in run.arms:
@@ -196,6 +196,41 @@ def test_a_server_gives_the_embedded_engines_answers(
             arm: each["text"] for arm, each in found[name].arms.items()
         }
         assert found[name].arms["none"]["blended"] is True
+
+
+def test_stock_is_asked_at_its_own_server(tokenizer: Any, samples: list[Sample], tmp_path: Path) -> None:
+    with vllm_serving(tokenizer) as server, vllm_serving(tokenizer) as other:
+        other.connector = False
+        engine, stock = VLLMEngine(server.url), VLLMEngine(other.url)
+        run = run_of(engine, ServerAnswers(engine, "r1", timed=True, stock=stock), "stock,none")
+        records = asked(run, samples, tmp_path / "r.jsonl")
+        engine.close()
+        stock.close()
+    assert len(other.seen) == len(samples)
+    assert not any(body.get("kv_transfer_params") for body in other.seen)
+    assert len({body["cache_salt"] for body in other.seen}) == 1  # its own prefix cache helps, not an earlier run's
+    assert not any(body.get("cache_salt", "").endswith("stock") for body in server.seen)
+    [pooled] = [s for s in scores(records.values()) if (s.arm, s.cell, s.task) == ("stock", POOLED, POOLED)]
+    assert (pooled.blended, pooled.faster is not None) == (None, True)
+    assert not ServerAnswers(engine, "r1", timed=True).supports(parse_arms("stock")[1])
+
+
+def test_earlier_turns_follow_the_passages(tokenizer: Any, tmp_path: Path) -> None:
+    with vllm_serving(tokenizer) as server:
+        engine = VLLMEngine(server.url)
+        builder = PromptBuilder(tokenizer, engine.info)
+        talk = make_samples(Cell(3, 64, task="conversation"), 2, builder.encode, turns=3)
+        records = asked(run_of(engine, ServerAnswers(engine, "r1", timed=True), "none"), talk, tmp_path / "r.jsonl")
+        engine.close()
+    prompts = [tuple(body["prompt"]) for body in server.seen if not body["kv_transfer_params"].get(protocol.INGEST)]
+    third = talk[2]
+    history = [Turn(role, text) for role, text in zip(["user", "assistant"] * 2, third.history, strict=True)]
+    assert builder.query(third.passages, third.question, history).token_ids == prompts[2 * 2]
+    turns = by_turn(list(records.values()))
+    assert [(t.turn, t.arm, t.questions) for t in turns] == [(n, arm, 2) for n in (1, 2, 3) for arm in ("full", "none")]
+    assert all(t.cell == "3x64:conversation" and t.ttft_ms is not None for t in turns)
+    assert turns[0].prompt_tokens < turns[2].prompt_tokens < turns[4].prompt_tokens
+    assert by_turn([record()]) == []
 
 
 # ContextPilot, in its own environment
@@ -339,6 +374,7 @@ def test_answers_are_scored_as_squad_does() -> None:
     assert f1("Rome", ["Paris", "Rome"]) == 1.0
     assert f1("", ["x"]) == 0.0
     assert hit("Ответ: 70666.", ["70666"]) == 1.0
+    assert hit("Архитектор «Ветров».", ["Ветров"]) == 1.0
 
 
 def answer(text: str, ttft_ms: float | None = 10.0, **more: Any) -> dict[str, Any]:
@@ -393,6 +429,20 @@ def test_the_gate_looks_at_mean_lower_end_and_each_cell() -> None:
     assert verdict([], "auto", 0.02).passed is False
 
 
+def test_the_gate_does_not_depend_on_reported_questions() -> None:
+    kept = records_of({"full": [1] * 50, "auto": [1] * 50}, cell="8x160")
+    lost = [replace(r, gated=False) for r in records_of({"full": [1] * 50, "auto": [0] * 50}, cell="8x160:russian")]
+    found = scores([*kept, *lost])
+    assert {(s.cell, s.gated): s.questions for s in found if s.arm == "auto"} == {
+        (POOLED, True): 50,
+        ("8x160", True): 50,
+        ("8x160:russian", False): 50,
+    }
+    assert verdict(found, "auto", 0.02).passed
+    assert "On your 50 questions, auto loses nothing" in recommendation(found, "auto", 0.02)
+    assert not verdict(scores(lost), "auto", 0.02).passed  # nothing else was asked
+
+
 def test_the_recommendation_is_a_sentence() -> None:
     times = {"full": 100.0, "auto": 25.0, "query:0.3": 40.0}
     even = [1] * 200
@@ -436,7 +486,7 @@ SMALL = ("--cells", "2x64", "--items", 2, "--tasks", "fact", "--arms", "query:0.
 def test_the_command_ends_with_a_recommendation(call: Callable[..., Any], tmp_path: Path) -> None:
     done = call("bench", "quality", *SMALL, "--arms", "prefix,query:0.15,none", "--report", "page.html")
     assert done.exit_code == 0, done.output
-    assert "Left out, since the embedded engine has no prefix cache: prefix." in done.output
+    assert "Left out, since they need a server: prefix." in done.output
     assert re.search(r"On your 2 questions, query:0\.15 (loses|gains)", " ".join(done.output.split()))
     page = (tmp_path / "page.html").read_text()
     assert "What does it cost me?" in page
@@ -477,12 +527,26 @@ def test_questions_without_passages_are_asked_of_the_users_store(call: Callable[
         (("--style", "none"), "plain"),
         (("--report", "no-folder/page.html"), "Make it"),
         (("--tasks", "facts"), "two-hop"),
+        (("--arms", "stock"), "--baseline"),
+        (("--cells", "2x64:russian", "--gate", 0.02), "Leave out --gate"),
     ],
 )
 def test_wrong_options_are_refused_with_a_remedy(call: Callable[..., Any], words: tuple[str, ...], remedy: str) -> None:
     done = call("bench", "quality", *words)
     assert done.exit_code == 2
     assert remedy in " ".join(done.output.split())
+
+
+def test_the_command_shows_a_conversation_by_turn(call: Callable[..., Any], tmp_path: Path) -> None:
+    words = ("--cells", "2x64:conversation", "--items", 1, "--turns", 2, "--arms", "none", "--max-tokens", 2)
+    done = call("bench", "quality", *words, "--report", "page.html")
+    assert done.exit_code == 0, done.output
+    assert "2x64:conversation: hits, and TTFT in ms, by turn" in " ".join(done.output.split())
+    page = (tmp_path / "page.html").read_text()
+    assert "Does it last through a conversation?" in page
+    assert page.count("<polyline") == 2
+    again = json.loads(call("bench", "quality", *words, "--json").stdout)
+    assert [(t["turn"], t["arm"]) for t in again["turns"]] == [(1, "full"), (1, "none"), (2, "full"), (2, "none")]
 
 
 # The page

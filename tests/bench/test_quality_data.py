@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 
 from lmcache_rag.bench.quality.arms import DEFAULT, Arm, parse_arms
-from lmcache_rag.bench.quality.data import read_samples
+from lmcache_rag.bench.quality.data import Sample, read_samples
 from lmcache_rag.bench.quality.tasks import ALL_TASKS, STYLES, Cell, get_style, make_samples, parse_cells, parse_tasks
 from lmcache_rag.engines.base import BlendOptions
 from lmcache_rag.errors import ConfigError
@@ -168,13 +169,77 @@ def test_cells_and_tasks_are_read_from_the_command_line() -> None:
     assert cells == [Cell(6, 512), Cell(8, 160, "tags")]
     assert [cell.name for cell in cells] == ["6x512", "8x160:tags"]
     assert parse_cells("2x64,3x64:after", "around") == [Cell(2, 64, "around"), Cell(3, 64, "after")]
+    tasks = parse_cells("8x160:russian,8x160:conversation:after,8x160:two-hop", "tags")
+    assert [(cell.task, cell.style) for cell in tasks] == [
+        ("russian", "tags"),
+        ("conversation", "after"),
+        ("two-hop", "tags"),
+    ]
+    assert [cell.name for cell in tasks] == ["8x160:russian:tags", "8x160:conversation:after", "8x160:two-hop:tags"]
     assert parse_tasks("needle,russian") == ["needle", "russian"]
     assert "russian" not in parse_tasks("")
-    for wrong in ("6", "6x8", "0x64", "6x512:none"):
+    for wrong in ("6", "6x8", "0x64", "6x512:none", "6x512:tags:after", "6x512:fact:needle"):
         with pytest.raises(ConfigError):
             parse_cells(wrong)
     with pytest.raises(ConfigError, match="no task"):
         parse_tasks("facts")
+
+
+def test_a_cell_with_a_task_has_that_task_only(encode: Any) -> None:
+    samples = make_samples(Cell(3, 64, task="needle"), 4, encode)
+    assert {(sample.task, sample.cell, sample.gated) for sample in samples} == {("needle", "3x64:needle", True)}
+
+
+def test_russian_answers_are_a_number_or_one_word(encode: Any) -> None:
+    samples = make_samples(Cell(3, 160, task="russian"), 240, encode)
+    assert len(samples) == 240
+    assert len({re.sub(r"[А-ЯЁ]\w+", "", sample.question) for sample in samples}) >= 6
+    assert not any(sample.gated for sample in samples)  # only reported
+    for sample in samples[:24]:
+        assert all(re.fullmatch(r"\d+|[А-Яа-яё]+", answer) for answer in sample.answers)
+        town = re.findall(r"(\w+)\?", sample.question)[0]
+        [own] = [text for text in sample.passages if town in text]
+        assert sample.answers[0] in own
+        assert not re.search(r"[a-z]{2}", "".join(sample.passages))
+
+
+# Conversations
+
+
+@pytest.fixture(scope="module")
+def talk(encode: Any) -> list[Sample]:
+    samples = make_samples(Cell(5, 96, task="conversation"), 3, encode)
+    assert [sample.task for sample in samples] == [f"turn {number}" for number in range(1, 7)] * 3
+    return samples[6:12]
+
+
+def test_only_the_first_question_of_a_conversation_names_the_town(talk: list[Sample]) -> None:
+    town = next(word for word in re.findall(r"[A-Z]\w+", talk[0].question)[::-1] if word not in ("Answer", "In"))
+    assert not any(town in sample.question for sample in talk[1:])
+    assert all("that town" in sample.question for sample in talk[1:])
+    for sample in talk:
+        assert any(town in text and sample.answers[0] in text for text in sample.passages)
+
+
+def test_passages_of_a_conversation_change_and_half_stay(talk: list[Sample]) -> None:
+    for before, after in itertools.pairwise(talk):
+        assert len(set(before.passages) & set(after.passages)) == 2
+        assert before.passages != after.passages
+    assert all(len(set(sample.passages)) == 5 for sample in talk)
+
+
+def test_each_turn_follows_the_earlier_ones(talk: list[Sample]) -> None:
+    history: tuple[str, ...] = ()
+    for sample in talk:
+        assert sample.history == history
+        history += (sample.question.removesuffix(" Answer in a few words."), sample.answers[0])
+
+
+def test_conversations_are_as_long_as_asked(encode: Any) -> None:
+    cell = Cell(1, 64, task="conversation")
+    assert len(make_samples(cell, 2, encode, turns=8)) == 16
+    with pytest.raises(ConfigError, match="9 turns"):
+        make_samples(cell, 1, encode, turns=9)
 
 
 # Styles

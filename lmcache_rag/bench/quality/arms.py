@@ -9,6 +9,7 @@
 ``POLICY:tokens=400`` so many of them
 ``auto``        as at the default: the engine chooses how many, and computes what it predicts to be as fast
 ``POLICY:auto`` the engine chooses how many, by this policy, and always blends
+``stock``       a server without blending, at a URL of its own, as it is: with prefix caching
 ``contextpilot`` passages in ContextPilot's order, with vLLM's prefix caching only (servers only)
 =============== =======================================================================================================
 """
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
     from lmcache_rag.engines.vllm import VLLMEngine
 
 DEFAULT = "prefix,auto,query:0.15,query:0.1,query:0.3,hkvd:0.15,none,all"
-FULL, PREFIX, CONTEXTPILOT = "full", "prefix", "contextpilot"
-_FORM = "Write for example query:0.15, hkvd:0.3, query:tokens=400, auto, none, all or prefix."
+FULL, PREFIX, STOCK, CONTEXTPILOT = "full", "prefix", "stock", "contextpilot"
+UNBLENDING = (FULL, PREFIX, STOCK, CONTEXTPILOT)  # arms without chunk KV
+_FORM = "Write for example query:0.15, hkvd:0.3, query:tokens=400, auto, none, all, prefix or stock."
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def parse_arms(text: str) -> list[Arm]:
 
 
 def _parse(text: str) -> Arm:
-    if text in (FULL, PREFIX, CONTEXTPILOT):
+    if text in UNBLENDING:
         return Arm(text)
     if text == "none":
         return Arm(text, "none", 0.0)
@@ -177,7 +179,7 @@ class EmbeddedAnswers:
 
     def supports(self, arm: Arm) -> bool:
         """All but those that need a server's prefix cache."""
-        return arm.name not in (PREFIX, CONTEXTPILOT)
+        return arm.blends or arm.name == FULL
 
     def answers(
         self, name: str, prompt: QueryPrompt, arms: Sequence[Arm], gold: Sequence[int], max_tokens: int
@@ -259,16 +261,17 @@ class ServerAnswers:
         engine: Its client.
         run: Unique to this run, for the cache salts.
         timed: Whether requests run one at a time, so that their TTFT is quoted.
+        stock: Client of a server without blending that serves the same model, for the arm `stock`.
     """
 
     kind = "vllm"
 
-    def __init__(self, engine: VLLMEngine, run: str, *, timed: bool) -> None:
-        self._engine, self._run, self._timed = engine, run, timed
+    def __init__(self, engine: VLLMEngine, run: str, *, timed: bool, stock: VLLMEngine | None = None) -> None:
+        self._engine, self._run, self._timed, self._stock = engine, run, timed, stock
 
     def supports(self, arm: Arm) -> bool:
-        """All."""
-        return True
+        """All, but `stock` needs a server of its own."""
+        return arm.name != STOCK or self._stock is not None
 
     def answers(
         self, name: str, prompt: QueryPrompt, arms: Sequence[Arm], gold: Sequence[int], max_tokens: int
@@ -281,7 +284,8 @@ class ServerAnswers:
     def _ask(self, name: str, prompt: QueryPrompt, arm: Arm, max_tokens: int) -> _ServerTrace:
         from lmcache_rag.engines.vllm_answer import Gathered
 
-        request = self._engine.request(prompt, Sampling(max_tokens=max_tokens), arm.options())
+        engine = self._stock if arm.name == STOCK and self._stock is not None else self._engine
+        request = engine.request(prompt, Sampling(max_tokens=max_tokens), arm.options())
         extra = request["extra_body"] | {"return_tokens_as_token_ids": True}
         if arm.blends and arm.name != AUTO:
             # Only `auto` itself leaves it to the server whether blending is faster: the others measure blended answers.
@@ -289,14 +293,16 @@ class ServerAnswers:
         if not arm.blends:
             extra["kv_transfer_params"] |= {protocol.MAX_OFFLOAD_TOKENS: 0}
             extra["cache_salt"] = f"bench-quality-{self._run}-{name if arm.name == FULL else arm.name}"
+        if arm.name == STOCK:
+            del extra["kv_transfer_params"]
         request |= {"extra_body": extra, "logprobs": TOP}
         gathered, likely = Gathered(), list[dict[int, float]]()
         if not self._timed:
-            response = self._engine.complete(request)
+            response = engine.complete(request)
             gathered.take(response)
             likely += _likely(response)
         else:
-            with self._engine.streaming(request) as parts:
+            with engine.streaming(request) as parts:
                 for part in parts:
                     gathered.take(part)
                     likely += _likely(part)

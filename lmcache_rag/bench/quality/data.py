@@ -34,6 +34,8 @@ class Sample:
         answers: Right answers; any one counts.
         passages: The passages in the prompt's order; empty: the store retrieves them.
         style: Name of the prompt's style, see `tasks.STYLES`.
+        history: Earlier questions and their right answers, in turn.
+        gated: Whether gate and recommendation depend on it, or it is only reported.
     """
 
     sample_id: str
@@ -43,6 +45,8 @@ class Sample:
     answers: tuple[str, ...]
     passages: tuple[str, ...] = ()
     style: str = "plain"
+    history: tuple[str, ...] = ()
+    gated: bool = True
 
 
 def read_samples(path: Path, style: str = "plain", limit: int | None = None) -> list[Sample]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.bench.quality.arms import FULL
+from lmcache_rag.bench.quality.conversation import Turn, by_turn
 from lmcache_rag.bench.quality.scores import POOLED, Interval, Score, Verdict, hit
 
 if TYPE_CHECKING:
@@ -60,6 +61,7 @@ def write_report(
             ),
             moved=interval_picture(others, lambda s: s.along_kl, 1),
             gold=interval_picture(others, lambda s: s.gold_nll_difference, 1),
+            talks=_talks(records),
             changed=changed,
             total=len(records),
         ),
@@ -78,6 +80,19 @@ def _groups(found: Sequence[Score]) -> list[tuple[str, dict[str, Score]]]:
         )
         for name in single
     ]
+
+
+def _talks(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """For each cell of conversations: its name, the arms, a row for each turn, and a picture of the times."""
+    found = []
+    turns = by_turn(records)
+    for cell in dict.fromkeys(turn.cell for turn in turns):
+        own = [turn for turn in turns if turn.cell == cell]
+        arms = list(dict.fromkeys(turn.arm for turn in own))
+        numbers = dict.fromkeys(turn.turn for turn in own)
+        rows = [(number, {turn.arm: turn for turn in own if turn.turn == number}) for number in numbers]
+        found.append({"cell": cell, "arms": arms, "rows": rows, "picture": turns_picture(own)})
+    return found
 
 
 # The answers that changed
@@ -196,6 +211,37 @@ def scatter_picture(found: Sequence[Score]) -> Markup | str:
             f'<circle class="mark" cx="{x(faster):.1f}" cy="{y(difference.mean):.1f}" r="5"/>',
             f'<text x="{x(faster) + 8:.1f}" y="{y(difference.mean) + beneath:.1f}">{_escape(arm)}</text>',
         ]
+    return _svg(lines, 0, height)
+
+
+def turns_picture(turns: Sequence[Turn]) -> Markup | str:
+    """Each arm's time to the first token (up) from turn to turn (to the right); "" without times."""
+    lines_of: dict[str, list[tuple[int, float]]] = {}
+    for turn in turns:
+        if turn.ttft_ms is not None:
+            lines_of.setdefault(turn.arm, []).append((turn.turn, turn.ttft_ms))
+    if not lines_of:
+        return ""
+    height, last = 300, max(number for points in lines_of.values() for number, _ in points)
+    most = max(ms for points in lines_of.values() for _, ms in points) or 1.0
+    x = _scale(1.0, max(2.0, float(last)))
+
+    def y(ms: float) -> float:
+        return height - 30 - ms / most * (height - 50)
+
+    lines = [f'<line class="zero" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(0):.1f}" y2="{y(0):.1f}"/>']
+    lines += [f'<text x="{_LEFT - 8}" y="{y(ms) + 4:.1f}" text-anchor="end">{ms:.0f} ms</text>' for ms in (0, most)]
+    lines += [
+        f'<text x="{x(number):.1f}" y="{height - 8}" text-anchor="middle">turn {number}</text>'
+        for number in range(1, last + 1)
+    ]
+    ends = sorted((points[-1][1], arm) for arm, points in lines_of.items())
+    place = float(height)
+    for ms, arm in ends:  # from the bottom up; labels of arms that end alike stand above each other
+        place = min(y(ms) + 4, place - 15)
+        points = " ".join(f"{x(number):.1f},{y(each):.1f}" for number, each in lines_of[arm])
+        lines.append(f'<polyline class="line" points="{points}"/>')
+        lines.append(f'<text x="{x(lines_of[arm][-1][0]) + 8:.1f}" y="{place:.1f}">{_escape(arm)} {ms:.0f}</text>')
     return _svg(lines, 0, height)
 
 

@@ -31,6 +31,7 @@ class Record:
         prompt_tokens: Length of the prompt.
         arms: By arm, its answer as a plain dictionary: the fields of ArmAnswer but for the tokens, and `parsed`, the
             part of the text that counts.
+        gated: Whether gate and recommendation depend on it, or it is only reported.
     """
 
     sample_id: str
@@ -40,6 +41,7 @@ class Record:
     gold: tuple[str, ...]
     prompt_tokens: int
     arms: dict[str, dict[str, Any]]
+    gated: bool = True
 
     @property
     def name(self) -> tuple[str, str]:

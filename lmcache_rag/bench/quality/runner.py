@@ -17,7 +17,7 @@ from lmcache_rag.bench.quality.data import Sample
 from lmcache_rag.bench.quality.results import Record, ResultFile
 from lmcache_rag.bench.quality.tasks import get_style
 from lmcache_rag.errors import ContextLengthError, EngineError
-from lmcache_rag.prompt import PromptBuilder, PromptFormat
+from lmcache_rag.prompt import PromptBuilder, PromptFormat, Role, Turn
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine, QueryPrompt
@@ -82,7 +82,7 @@ class QualityRun:
         groups = [list(group) for _, group in groupby(samples, key=lambda sample: (sample.cell, sample.style))]
         prompts = {style: self._builder(style) for style in {sample.style for sample in samples}}
         for sample in samples:
-            self._check_length(sample, len(prompts[sample.style].query(sample.passages, sample.question)))
+            self._check_length(sample, len(_prompt(prompts[sample.style], sample)))
         done, total = 0, len(samples) * len(passes)
         for group in groups:
             builder = prompts[group[0].style]
@@ -157,13 +157,14 @@ class QualityRun:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _ask(self, sample: Sample, builder: PromptBuilder, arms: Sequence[Arm]) -> Record:
-        prompt: QueryPrompt = builder.query(sample.passages, sample.question)
+        prompt = _prompt(builder, sample)
         self._check_length(sample, len(prompt))
         # As the model would write it: most tokenizers join a word to the space before it, and a turn begins without.
         gold = builder.encode(sample.answers[0])
         answers = self.source.answers(f"{sample.cell}-{sample.sample_id}", prompt, arms, gold, self._limit(sample))
         fields = {name: _plain(answer, sample) for name, answer in answers.items()}
-        return Record(sample.sample_id, sample.cell, sample.task, sample.question, sample.answers, len(prompt), fields)
+        facts = (sample.sample_id, sample.cell, sample.task, sample.question, sample.answers, len(prompt))
+        return Record(*facts, fields, sample.gated)
 
     def _reordered(self, samples: Sequence[Sample]) -> list[Sample]:
         """The samples in ContextPilot's order, with their passages in its order.
@@ -193,6 +194,12 @@ class QualityRun:
                 raise EngineError("ContextPilot returned other passages.", remedy="Leave the arm contextpilot out.")
             ordered.append(replace(samples[place], passages=tuple(by_index[index] for index in order)))
         return ordered
+
+
+def _prompt(builder: PromptBuilder, sample: Sample) -> QueryPrompt:
+    roles: tuple[Role, Role] = ("user", "assistant")
+    history = [Turn(roles[index % 2], text) for index, text in enumerate(sample.history)]
+    return builder.query(sample.passages, sample.question, history)
 
 
 def _answered(out: ResultFile, sample: Sample) -> set[str]:

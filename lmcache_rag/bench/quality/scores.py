@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from lmcache_rag.bench.quality.arms import CONTEXTPILOT, FULL, PREFIX
+from lmcache_rag.bench.quality.arms import CONTEXTPILOT, FULL, UNBLENDING
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,7 +23,7 @@ _DRAWS, _AT_ONCE = 4000, 250  # of the bootstrap
 _MOST_KEPT = 4000  # questions: 128 MB
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = frozenset(string.punctuation)
-_AS_ASCII = str.maketrans("‘’“”‐‑‒–—−\u202f\xa0", "''\"\"------  ")
+_AS_ASCII = str.maketrans("‘’“”„«»‐‑‒–—−\u202f\xa0", '\'\'"""""------  ')
 
 # One answer
 
@@ -122,6 +122,7 @@ class Score:
         blended: Share of questions for which cached KV was used; None if the engine does not report it.
         recomputed: Mean number of recomputed tokens.
         prompt_tokens: Mean length of the prompts.
+        gated: Whether gate and recommendation depend on its questions, or they are only reported.
     """
 
     arm: str
@@ -141,6 +142,7 @@ class Score:
     blended: float | None = None
     recomputed: float | None = None
     prompt_tokens: float = 0.0
+    gated: bool = True
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -148,11 +150,15 @@ class Score:
 
 
 def scores(records: Iterable[Record]) -> list[Score]:
-    """Each arm: over all questions, over each cell, over each task, and over each task of each cell."""
+    """Each arm: over all questions, over each cell, over each task, and over each task of each cell.
+
+    Questions that are only reported do not count over all tasks, unless there are no others.
+    """
     kept = list(records)
     found = []
     for cell, task in _groups(kept):
         own = [r for r in kept if cell in (POOLED, r.cell) and task in (POOLED, r.task)]
+        own = [r for r in own if task != POOLED or r.gated] or own
         arms = dict.fromkeys(arm for record in own for arm in record.arms)
         found += [_score(arm, cell, task, [r for r in own if arm in r.arms]) for arm in arms]
     return found
@@ -197,9 +203,10 @@ def _score(arm: str, cell: str, task: str, records: Sequence[Record]) -> Score:
         _mean([float(each) for each in values("equal")]) if differs else None,
         statistics.median(times) if times else None,
         statistics.median(ratios) if ratios else None,
-        _mean([float(each) for each in values("blended")]) if arm not in (FULL, PREFIX, CONTEXTPILOT) else None,
+        _mean([float(each) for each in values("blended")]) if arm not in UNBLENDING else None,
         _mean(recomputed) if differs else None,
         statistics.fmean(record.prompt_tokens for record in records),
+        any(record.gated for record in records),
     )
 
 
@@ -242,9 +249,11 @@ def verdict(found: Sequence[Score], arm: str, limit: float) -> Verdict:
     """Whether an arm's hits are not worse than the full prefill's by `limit`.
 
     It is as good if its mean difference over all questions is above minus half the limit, the interval's lower end is
-    above minus the limit, and no cell's interval lies wholly below minus the limit.
+    above minus the limit, and no cell's interval lies wholly below minus the limit. Questions that are only reported
+    do not count, unless there are no others.
     """
     own = [score for score in found if score.arm == arm and score.task == POOLED and score.hit_difference]
+    own = [score for score in own if score.gated] or own
     reasons = []
     for score in own:
         difference = score.hit_difference
@@ -262,7 +271,7 @@ def verdict(found: Sequence[Score], arm: str, limit: float) -> Verdict:
 
 def main_arm(arms: Sequence[str]) -> str:
     """The arm that gate and recommendation are about: `auto`, or else the first that blends; "" if none does."""
-    blending = [arm for arm in arms if arm not in (FULL, PREFIX, CONTEXTPILOT)]
+    blending = [arm for arm in arms if arm not in UNBLENDING]
     return "auto" if "auto" in blending else next(iter(blending), "")
 
 
