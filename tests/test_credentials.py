@@ -15,7 +15,7 @@ from lmcache_rag.credentials import ensure_secret, read_secret, state_file
 from lmcache_rag.errors import ConfigError
 
 
-def test_a_secret_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> None:
+def test_a_secret_is_made_once_and_is_private(tmp_path: Path) -> None:
     file = tmp_path / "new folder" / "secret"
     previous = os.umask(0)
     try:
@@ -111,7 +111,7 @@ def test_the_setting_wins_over_the_environment(tmp_path: Path) -> None:
         find_secret("", {"LMCACHE_RAG_SECRET": "x" * 31})
 
 
-def test_without_a_secret_the_first_process_draws_one_for_all() -> None:
+def test_without_a_secret_one_is_drawn_for_all() -> None:
     first: dict[str, str] = {}
     draw_secret(first)
     inherited = dict(first)

@@ -17,7 +17,7 @@ def run_on(*, terminal: bool) -> tuple[CommandContext, io.StringIO]:
     return CommandContext({}, err=Console(file=shown, force_terminal=terminal, width=80, color_system=None)), shown
 
 
-def test_a_terminal_shows_documents_chunks_rate_and_time() -> None:
+def test_a_terminal_shows_files_chunks_rate_and_time() -> None:
     run, shown = run_on(terminal=True)
     with IngestBars(run, with_kv=True) as bars:
         for done in range(1, 5):
@@ -52,7 +52,7 @@ def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch: pytest.Monkey
     assert second.endswith(" tokens/s")
 
 
-def test_without_a_terminal_the_time_left_is_of_this_runs_own_work(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_left_counts_only_this_runs_work(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 0.0, 60.0, 120.0])
     monkeypatch.setattr(run_module, "_EVERY_S", 30.0)
     monkeypatch.setattr(run_module.time, "monotonic", lambda: next(clock))

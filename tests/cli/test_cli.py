@@ -104,7 +104,7 @@ def test_setting_options_name_variable_and_default(verb: str) -> None:
                 assert f"default: {field.default}" in parameter.help
 
 
-def test_the_common_options_are_on_every_verb_that_answers() -> None:
+def test_every_verb_that_answers_has_common_options() -> None:
     wanted = {"--store", "--model", "--embedder", "--policy", "--ratio", "--blend", "--top-k", "--json", "--verbose"}
     wanted |= {"--device", "--dtype", "--max-tokens", "--temperature", "--kv-budget"}
     for verb in ("ask", "chat"):
@@ -169,7 +169,7 @@ def test_help_takes_little_more_than_its_imports() -> None:
         ["ingest"],
     ],
 )
-def test_wrong_use_gives_status_2_and_says_so_on_stderr(call: Call, arguments: list[str]) -> None:
+def test_wrong_use_exits_2_with_a_reason_on_stderr(call: Call, arguments: list[str]) -> None:
     result = call(*arguments)
     assert result.exit_code == 2
     if arguments != ["ingest"]:  # that shows the help
@@ -207,7 +207,7 @@ def test_verbose_adds_the_traceback(call: Call, tmp_path: Path) -> None:
     assert result.exit_code == 3
 
 
-def test_a_fault_of_the_program_gives_status_70_and_a_hint() -> None:
+def test_a_program_fault_exits_70_with_a_hint() -> None:
     def broken(settings: Settings, *, create: bool) -> None:
         raise RuntimeError("a cable is loose")
 
@@ -305,7 +305,7 @@ def test_a_dry_run_foretells_what_the_run_then_does(call: Call, stocked: Stocked
     assert plan["failed"] == report["failed"]
 
 
-def test_a_dry_run_of_a_full_store_foretells_nothing_to_do(call: Call, stocked: Stocked) -> None:
+def test_a_dry_run_of_a_full_store_predicts_no_work(call: Call, stocked: Stocked) -> None:
     plan = document(call("ingest", stocked.docs, "--store", stocked.store, "--dry-run", "--json"))
     assert (plan["documents"], plan["unchanged"], plan["chunks"]) == (0, 4, 0)
 
@@ -313,7 +313,7 @@ def test_a_dry_run_of_a_full_store_foretells_nothing_to_do(call: Call, stocked: 
 # -- ask --------------------------------------------------------------------------------------------------------
 
 
-def test_ask_writes_answer_sources_and_statistics_to_stdout(call: Call, stocked: Stocked) -> None:
+def test_ask_prints_answer_sources_and_statistics(call: Call, stocked: Stocked) -> None:
     result = call("ask", QUESTION, "--store", stocked.store, "--max-tokens", 24, "--ratio", 0.15)
     answer, _, rest = result.stdout.partition("\n\nSources\n")
     assert answer.strip()
@@ -389,7 +389,7 @@ def test_a_dash_reads_the_question_from_stdin(call: Call, stocked: Stocked) -> N
     assert document(result)["question"] == QUESTION
 
 
-def test_a_file_of_questions_gives_a_line_of_json_for_each(call: Call, stocked: Stocked, tmp_path: Path) -> None:
+def test_each_question_of_a_file_gives_a_json_line(call: Call, stocked: Stocked, tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_text(f"{QUESTION}\n\nWhere does Berlin lie?\n")
     result = call("ask", "--questions", tmp_path / "q.txt", "--store", stocked.store, "--max-tokens", 4)
     lines = [json.loads(line) for line in result.stdout.splitlines()]
@@ -413,7 +413,7 @@ def test_an_empty_question_is_refused(call: Call, stocked: Stocked) -> None:
     assert "The question is empty." in result.stderr
 
 
-def test_a_file_of_questions_that_does_not_exist_gives_status_2(call: Call, stocked: Stocked, tmp_path: Path) -> None:
+def test_a_missing_file_of_questions_exits_2(call: Call, stocked: Stocked, tmp_path: Path) -> None:
     result = call("ask", "--questions", tmp_path / "none", "--store", stocked.store)
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -504,7 +504,7 @@ def test_status_for_people_shows_the_same(call: Call, stocked: Stocked) -> None:
     assert "prune" not in shown
 
 
-def test_status_says_what_lacks_kv_and_warm_computes_it(call: Call, stocked: Stocked, tmp_path: Path) -> None:
+def test_status_names_missing_kv_and_warm_computes_it(call: Call, stocked: Stocked, tmp_path: Path) -> None:
     store = tmp_path / "s"
     call("ingest", stocked.docs, "--store", store, "--no-kv")
     assert "3 chunks without KV. To compute it: lmcache-rag warm" in call("status", "--store", store).stdout
@@ -520,7 +520,7 @@ def test_warm_computes_what_was_lost(call: Call, copy: Path) -> None:
     assert call("warm", "--store", copy).stdout.startswith("3 computed, 0 found (")
 
 
-def test_kv_of_another_tenant_is_stale_until_it_is_pruned(call: Call, copy: Path) -> None:
+def test_another_tenants_kv_is_stale_until_pruned(call: Call, copy: Path) -> None:
     call("warm", "--store", copy, LMCACHE_RAG_TENANT="other")
     shown = call("status", "--store", copy).stdout
     assert "Stale KV" in shown
@@ -564,7 +564,7 @@ def test_verify_repairs_damaged_kv(call: Call, copy: Path) -> None:
     assert "all right" in call("verify", "--store", copy, "--all").stdout
 
 
-def test_verify_without_repair_only_reports_and_gives_status_1(call: Call, copy: Path) -> None:
+def test_verify_without_repair_reports_and_exits_1(call: Call, copy: Path) -> None:
     damage(copy)
     for _ in range(2):
         result = call("verify", "--store", copy, "--all", "--no-repair")
@@ -591,14 +591,12 @@ def test_remove_by_path_keeps_shared_chunks(
     assert len(_keys(copy)) == 2
 
 
-def test_remove_takes_a_folder_as_all_documents_below_it(call: Call, copy: Path, stocked: Stocked) -> None:
+def test_remove_of_a_folder_removes_all_below_it(call: Call, copy: Path, stocked: Stocked) -> None:
     assert document(call("remove", stocked.docs, "--store", copy, "--json"))["documents"] == 4
     assert document(call("status", "--store", copy, "--json"))["store"]["chunks"] == 0
 
 
-def test_remove_takes_an_id_of_a_document_that_is_no_file(
-    call: Call, copy: Path, make_tiny: Any, embedder: Any
-) -> None:
+def test_remove_takes_the_id_of_a_fileless_document(call: Call, copy: Path, make_tiny: Any, embedder: Any) -> None:
     from lmcache_rag import Document, Workspace
 
     with Workspace.open(copy, engine=make_tiny(copy / "kv"), embedder=embedder) as workspace:
@@ -606,7 +604,7 @@ def test_remove_takes_an_id_of_a_document_that_is_no_file(
     assert document(call("remove", "note-7", "--store", copy, "--json"))["documents"] == 1
 
 
-def test_an_unknown_document_gives_status_1_and_stops_nothing(call: Call, copy: Path, stocked: Stocked) -> None:
+def test_an_unknown_document_exits_1_and_stops_nothing(call: Call, copy: Path, stocked: Stocked) -> None:
     result = call("remove", "nothing.md", stocked.docs / "rope.md", "--store", copy)
     assert result.exit_code == 1
     assert "There is no document 'nothing.md'" in result.stderr
@@ -625,7 +623,7 @@ def test_remove_all_asks_first(call: Call, copy: Path) -> None:
 # -- settings ---------------------------------------------------------------------------------------------------
 
 
-def test_settings_lists_every_setting_with_its_value_and_origin(call: Call, tmp_path: Path) -> None:
+def test_settings_lists_each_with_value_and_origin(call: Call, tmp_path: Path) -> None:
     store = tmp_path / "s"
     store.mkdir()
     (store / "settings.toml").write_text("top_k = 7\nratio = 0.5\n")

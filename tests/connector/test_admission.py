@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lmcache_rag.connector.admission import Admission, BlendBudget
 
 
-def test_an_idle_engine_blends_within_the_step_and_only_one() -> None:
+def test_an_idle_engine_blends_one_within_the_step() -> None:
     budget = BlendBudget(100, 1000)
     assert budget.admit(1000) == Admission.SYNC
     budget.claim("a", Admission.SYNC, 1000)
@@ -52,7 +52,7 @@ def test_no_more_than_some_are_under_way() -> None:
     assert budget.admit(10) == Admission.ASYNC, "b got no blocks"
 
 
-def test_without_overlap_a_step_takes_one_or_what_it_may() -> None:
+def test_without_overlap_a_step_has_one_or_its_budget() -> None:
     budget = BlendBudget(100, 1000, overlap=False)
     budget.on_step({"runs"})
     assert budget.admit(5000) == Admission.SYNC

@@ -40,7 +40,7 @@ def test_tenants_and_models_share_nothing() -> None:
     assert len(names) == 7
 
 
-def test_an_adapter_and_a_tenant_are_never_another_pair() -> None:
+def test_adapter_and_tenant_never_equal_another_pair() -> None:
     spaces, prompt = CacheSalts("model", CHUNK), ids(1, 100)
     pairs = [("ab", ""), ("a", "b"), ("", "ab"), ("a\0", "b"), ("a", "\0b"), ("", "1\0ab"), ("1\0a", "b")]
     assert len({spaces.of(prompt, tenant, None, adapter=adapter) for adapter, tenant in pairs}) == len(pairs)
@@ -65,7 +65,7 @@ def test_other_clients_share_kv_by_an_ingested_prefix() -> None:
 
 
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK + 1, 2 * CHUNK])
-def test_a_prefix_in_a_query_concerns_that_request_alone(length: int) -> None:
+def test_a_prefix_in_a_query_is_for_that_request_only(length: int) -> None:
     """Fault D2: one request with `lmcache_rag.prefix: 1`, and all others were in another namespace, some in one."""
     spaces = CacheSalts("model", CHUNK)
     start = ids(0, 1)  # what every prompt of a model begins with
@@ -77,7 +77,7 @@ def test_a_prefix_in_a_query_concerns_that_request_alone(length: int) -> None:
 
 
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK + 1, 0, -CHUNK])
-def test_an_ingested_prefix_that_is_no_whole_chunk_is_not_kept(length: int) -> None:
+def test_an_ingested_prefix_needs_whole_chunks(length: int) -> None:
     spaces, start = CacheSalts("model", CHUNK), ids(0, 1)
     prompts = [[*start, *ids(n, 3 * CHUNK)] for n in range(1, 4)]
     before = [spaces.of(prompt, "", None) for prompt in prompts]
@@ -119,7 +119,7 @@ def test_a_prefix_that_cannot_be_is_taken_for_none(wrong: Any) -> None:
 
 
 @pytest.mark.parametrize("use", ["asked", "named", "ingested"])
-def test_the_prefix_that_was_not_used_for_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch, use: str) -> None:
+def test_the_least_recently_used_prefix_is_forgotten(monkeypatch: pytest.MonkeyPatch, use: str) -> None:
     for limit, lengths in (("_NAMES", (2, 2, 2)), ("_LENGTHS", (2, 3, 4)), ("_TENANTS", (2, 2, 2))):
         with monkeypatch.context() as patch:
             patch.setattr(f"lmcache_rag.connector.cache_salt.{limit}", 2)
@@ -161,7 +161,7 @@ def test_a_prompt_is_hashed_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch
     assert sum(hashed) <= 4 * (32 + 1) * CHUNK
 
 
-def test_numbers_that_are_no_tokens_do_not_end_the_scheduler() -> None:
+def test_ids_that_are_no_tokens_harm_no_scheduler() -> None:
     wide = [2**40 + 5, -1, 7]
     assert all(0 <= number < 2**32 for number in renumbered(wide, "one"))
     CacheSalts("model", CHUNK).of(wide * 40, "", None)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lmcache_rag.connector.transfers import FinishedGate, FinishedOnce
 
 
-def test_a_worker_says_nothing_of_stores_while_it_loads() -> None:
+def test_no_stores_are_reported_during_a_load() -> None:
     worker = FinishedGate()
     assert worker.report({"a", "b"}, {"a", "c"}) == {"b"}
     assert worker.report(set(), {"a"}) == set()
@@ -24,7 +24,7 @@ def test_a_request_freed_by_its_load_is_freed_once() -> None:
     assert len(side) == 0
 
 
-def test_a_load_that_was_done_before_the_end_frees_nothing() -> None:
+def test_a_load_done_before_the_end_frees_nothing() -> None:
     side = FinishedOnce()
     assert side.stored({"a"}, ()) == set()
     side.ends("a")

@@ -87,7 +87,7 @@ def test_a_blend_that_is_not_faster_is_not_made() -> None:
     assert "fallback" not in record
 
 
-def test_the_exact_prefix_is_used_where_the_rest_is_computed() -> None:
+def test_a_computed_request_uses_its_exact_prefix() -> None:
     world = once(costs(prefill=1.0, passes=3.0))
     request = world.request()
     assert world.side.match(request, 0) == 32
@@ -291,7 +291,7 @@ def test_a_step_of_one_request_is_timed(scheduled: dict[str, int], shape: StepSh
     assert allowance.timed == shape
 
 
-def test_a_prefill_in_pieces_is_timed_by_what_is_before_each() -> None:
+def test_a_prefills_pieces_are_timed_with_their_start() -> None:
     world = once(None)
     request = world.request(cached=(0, ()))
     world.side.on_allocated(request, list(range(13)), world.side.match(request, 8) or 0, None)

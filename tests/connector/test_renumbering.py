@@ -14,7 +14,7 @@ from lmcache_rag.connector.cache_salt import Renumbering, renumbered
 KEY = b"k" * 32
 
 
-def test_equal_tokens_have_equal_numbers_and_others_have_others() -> None:
+def test_equal_tokens_alone_have_equal_numbers() -> None:
     one = Renumbering(KEY)
     tokens = [0, 1, 2**18, 151_000, 1, 0]
     numbers = one.renumbered(tokens, "one")
@@ -60,7 +60,7 @@ def test_numbers_look_drawn_by_lot() -> None:
         assert len(steps) > 49_000
 
 
-def test_numbers_that_are_no_tokens_are_cut_and_never_raise() -> None:
+def test_ids_that_are_no_tokens_are_cut_without_error() -> None:
     one = Renumbering(KEY)
     assert one.renumbered([-1, 2**40 + 3], "a") == one.renumbered([2**32 - 1, 3], "a")
     assert one.renumbered([2**63 + 3], "a") == one.renumbered([3], "a")
@@ -69,7 +69,7 @@ def test_numbers_that_are_no_tokens_are_cut_and_never_raise() -> None:
     one.renumbered([dice.randrange(-(2**80), 2**80) for _ in range(1000)], "a")
 
 
-def test_this_process_uses_the_secret_of_its_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_secret_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_salt, "_process", [])
     monkeypatch.setenv("LMCACHE_RAG_SECRET", "x" * 40)
     monkeypatch.delenv("LMCACHE_RAG_SECRET_FILE", raising=False)

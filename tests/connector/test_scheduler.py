@@ -68,7 +68,7 @@ def test_a_request_may_go_away_at_any_time(when: str) -> None:
 
 
 @pytest.mark.parametrize("polls", [2, 3])
-def test_a_late_answer_to_an_aborted_lookup_leaves_no_lock(polls: int) -> None:
+def test_a_late_answer_of_an_aborted_lookup_unlocks(polls: int) -> None:
     once = Once()
     request = once.request(polls=polls)
     assert once.side.match(request, 0) is None
@@ -163,7 +163,7 @@ def test_on_a_busy_engine_a_request_is_blended_async() -> None:
     assert not once.side.budget.background
 
 
-def test_a_background_plan_is_sent_though_its_request_ended() -> None:
+def test_a_background_plan_outlives_its_request() -> None:
     """vLLM frees the blocks of an asynchronous load only when a worker reports that it is done."""
     once = Once()
     once.side.build_plans({"runs": 1})
@@ -177,7 +177,7 @@ def test_a_background_plan_is_sent_though_its_request_ended() -> None:
     assert not once.side.budget.background
 
 
-def test_a_request_that_is_not_blended_waits_for_no_blend() -> None:
+def test_a_request_that_is_not_blended_does_not_wait() -> None:
     once = Once()
     once.side.build_plans({"runs": 1})
     for number in range(once.side.budget.max_background):
@@ -190,7 +190,7 @@ def test_a_request_that_is_not_blended_waits_for_no_blend() -> None:
     assert once.side.match(plain, 32) == 0, "vLLM holds its exact prefix: there is nothing to load"
 
 
-def test_without_overlap_a_full_step_defers_only_blends() -> None:
+def test_without_overlap_full_steps_defer_only_blends() -> None:
     once = Once(overlap=False, step_tokens=50)
     blends, waits = once.request("a"), once.request("b")
     exact, nothing = once.request("c", cached=(32, ())), once.request("d", cached=(0, ()))
@@ -217,7 +217,7 @@ def test_a_short_exact_prefix_is_computed_not_loaded() -> None:
     assert (stats["prefix_tokens"], stats["computed_tokens"]) == (0, 100)
 
 
-def test_a_new_request_is_looked_up_before_it_is_scheduled() -> None:
+def test_a_new_request_is_looked_up_before_scheduling() -> None:
     once = Once()
     request = once.request(polls=1)
     once.side.start_early(request)
@@ -236,7 +236,7 @@ def test_a_new_request_is_looked_up_before_it_is_scheduled() -> None:
 
 
 @pytest.mark.parametrize("failure", ["load failed", "load failed on another rank", "out of memory", ""])
-def test_waiting_during_a_failed_load_costs_one_deadline(monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
+def test_waiting_in_a_failed_load_costs_one_deadline(monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
     once = Once()
     now = [1000.0]
     monkeypatch.setattr(scheduler, "time", SimpleNamespace(perf_counter=lambda: now[0]))
@@ -255,7 +255,7 @@ def test_waiting_during_a_failed_load_costs_one_deadline(monkeypatch: pytest.Mon
     assert stats["failure"] == ("look-up deadline" if failure.startswith("load") else "")
 
 
-def test_a_look_up_is_waited_for_no_longer_than_its_deadline(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lookup_is_waited_for_until_its_deadline(caplog: pytest.LogCaptureFixture) -> None:
     once = Once(lookup_deadline=0.0)
     request = once.request(polls=3)
     assert once.side.match(request, 0) == 0
@@ -291,7 +291,7 @@ def test_what_is_short_or_not_text_is_not_looked_up() -> None:
     assert once.lookups == []
 
 
-def test_an_outage_is_warned_of_once_and_the_next_one_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_each_outage_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     once, there = Once(), [False, False, True, False]
     once.side.client = SimpleNamespace(look_up=lambda request: once.look_up(request) if there.pop(0) else None)
     for name in "abcd":
@@ -302,7 +302,7 @@ def test_an_outage_is_warned_of_once_and_the_next_one_again(caplog: pytest.LogCa
     assert caplog.text.count("LMCache does not answer") == 2
 
 
-def test_an_answer_to_an_earlier_question_ends_no_outage(
+def test_an_answer_to_an_earlier_lookup_ends_no_outage(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     once, now = Once(), [1000.0]
@@ -340,7 +340,7 @@ def test_wrong_wishes_are_warned_of_and_not_followed(caplog: pytest.LogCaptureFi
     assert (plan.policy, str(plan.budget)) == ("head", "auto")
 
 
-def test_a_wish_that_is_no_wish_leaves_the_servers_choice() -> None:
+def test_an_invalid_parameter_keeps_the_servers_choice() -> None:
     for blend in (True, False):
         once = Once(blend=blend)
         request = once.request()
@@ -348,7 +348,7 @@ def test_a_wish_that_is_no_wish_leaves_the_servers_choice() -> None:
         assert once.side.match(request, 0) == (76 if blend else 32)
 
 
-def test_a_server_that_does_not_blend_by_itself_blends_who_asks() -> None:
+def test_blending_off_by_default_still_allows_requests() -> None:
     once = Once(blend=False)
     plain, asks = once.request("a"), once.request("b")
     asks.kv_transfer_params = {"lmcache_rag.blend": "on"}
@@ -359,7 +359,7 @@ def test_a_server_that_does_not_blend_by_itself_blends_who_asks() -> None:
     assert once.side.match(asks, 0) == 76
 
 
-def test_a_short_rest_of_the_prompt_is_claimed_with_the_blend() -> None:
+def test_a_blend_claims_a_short_rest_of_the_prompt() -> None:
     once = Once(tail_tokens=23)
     request = once.request()
     assert once.side.match(request, 0) == 99, "all but the last token"
@@ -406,7 +406,7 @@ def test_resident_chunks_are_kept_until_copied() -> None:
     assert [block.users for block in pool.filed.values()] == [0, 0, 0]
 
 
-def test_a_claim_that_begins_earlier_the_second_time_hides_more() -> None:
+def test_a_second_claim_that_begins_earlier_hides_more() -> None:
     once = Once()
     request = once.request()
     for local, hidden in ((48, [60]), (0, [60, 40]), (48, [60, 40])):
@@ -430,7 +430,7 @@ def asked_for(once: Once, queue: list[Request]) -> list[str]:
     return found
 
 
-def test_a_queue_has_no_more_than_so_many_look_ups_in_flight() -> None:
+def test_a_queue_has_a_limit_of_lookups_in_flight() -> None:
     once = Once()
     once.side.build_plans({"runs": 1})
     queue = long_queue(once, 100, polls=1 << 30)
@@ -459,7 +459,7 @@ def test_a_step_begins_few_look_ups_of_long_prompts(monkeypatch: pytest.MonkeyPa
     assert once.lookups[-1].request is huge, "whatever a step may begin, it begins one"
 
 
-def test_every_request_of_a_queue_is_looked_up_in_its_order() -> None:
+def test_a_queues_requests_are_looked_up_in_order() -> None:
     once = Once(overlap=False, step_tokens=1 << 20)
     once.side.build_plans({"runs": 1})
     queue = long_queue(once, 100, polls=2, cached=(0, ()))
@@ -499,7 +499,7 @@ def test_blocked_requests_do_not_block_other_lookups() -> None:
     assert once.side.aborted_lookups == once.side.requests == 0
 
 
-def test_a_queue_waits_one_deadline_for_a_silent_server(
+def test_a_queue_waits_one_deadline_for_silent_servers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     once, now = Once(), [1000.0]

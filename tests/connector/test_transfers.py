@@ -64,7 +64,7 @@ def test_an_ended_server_is_not_polled_in_every_step() -> None:
     assert late.request_ids == {"b"}, "asked of another process"
 
 
-def test_blocks_are_kept_until_every_rank_is_done_with_them() -> None:
+def test_blocks_are_kept_until_every_rank_is_done() -> None:
     touched: list[Block] = []
 
     class Pool:

@@ -157,7 +157,7 @@ def test_transfers_and_answers() -> None:
         never.result(0.01)
 
 
-def test_a_pending_lookups_session_outlives_its_request() -> None:
+def test_a_pending_lookups_session_outlives_requests() -> None:
     """LMCache's connector ends it by the adapter's method, which it looks up when the request ends."""
     ended: list[str] = []
     stock = lmcache_mp_connector.LMCacheMPConnector
@@ -196,7 +196,7 @@ def test_a_pending_lookups_session_outlives_its_request() -> None:
     assert "self.connector.has_pending_push_work()" in inspect.getsource(Scheduler.has_requests)
 
 
-def test_lmcache_gets_blocks_after_load_before_session_end() -> None:
+def test_blocks_reach_lmcache_between_load_and_end() -> None:
     stock = lmcache_mp_connector.LMCacheMPConnector
     takes(adapters.LMCacheMPSchedulerAdapter.report_block_allocations, "records")
     assert "self.scheduler_adapter.report_block_allocations(" in inspect.getsource(stock)
@@ -230,7 +230,7 @@ def test_lmcache_gets_blocks_after_load_before_session_end() -> None:
     assert len(told) == 3
 
 
-def test_a_request_is_freed_once_whatever_lmcache_says_of_it() -> None:
+def test_a_request_is_freed_once_whatever_lmcache_says() -> None:
     """The connector is asked before vLLM hears; vLLM hears of loads first."""
     text = inspect.getsource(Scheduler._update_from_kv_xfer_finished)
     order = [text.index(f"self.connector.{word}" if "(" in word else f"in kv_connector_output.{word}") for word in (
@@ -263,7 +263,7 @@ def test_a_request_is_freed_once_whatever_lmcache_says_of_it() -> None:
     assert ended == {"f", "h"}
 
 
-def test_vllm_waits_for_what_is_blended_in_the_background() -> None:
+def test_vllm_waits_for_a_background_blend() -> None:
     """A claim that is asynchronous: blocks for it and no more, and the request goes on when a worker says so."""
     assert "self.connector.on_new_request(request)" in inspect.getsource(Scheduler.add_request)
     schedule = inspect.getsource(Scheduler.schedule)
@@ -492,7 +492,7 @@ def test_kv_comes_or_not(link: Any) -> None:
         assert (link.answered(future, 0.01), link.there(future), link.arrived(future, 0.01)) == (True, True, came)
 
 
-def test_a_copy_that_is_cut_off_is_waited_for_until_the_deadline(link: Any) -> None:
+def test_a_broken_copy_is_awaited_until_its_deadline(link: Any) -> None:
     """LMCache was killed after its answer: its event is never signalled, and neither host nor stream waits for it."""
     backend = Backend()
     backend.copied = False
@@ -505,9 +505,7 @@ def test_a_copy_that_is_cut_off_is_waited_for_until_the_deadline(link: Any) -> N
 
 
 @pytest.mark.parametrize("where", ["request", "event"])
-def test_an_error_of_lmcaches_client_is_kv_that_did_not_come(
-    link: Any, caplog: pytest.LogCaptureFixture, where: str
-) -> None:
+def test_an_error_of_lmcaches_client_is_missing_kv(link: Any, caplog: pytest.LogCaptureFixture, where: str) -> None:
     def fails() -> Any:
         backend = Backend()
         raw, future = asked(backend)
@@ -566,7 +564,7 @@ def test_an_error_at_start_is_a_reason(monkeypatch: pytest.MonkeyPatch, problem:
     assert adapter._reregister_kv_caches_callback is again
 
 
-def test_a_server_that_hangs_at_start_is_asked_when_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_hangs_at_start_is_used_later(monkeypatch: pytest.MonkeyPatch) -> None:
     answers: list[str] = []
 
     def asked(what: str, said: Any) -> Any:

@@ -275,7 +275,7 @@ def test_each_figure_on_the_page_is_the_engines(page: Any) -> None:
     assert number(words) == turns["blended"]["stats"]["prompt_tokens"], words
 
 
-def test_passages_reordered_by_keyboard_are_reused_again(page: Any) -> None:
+def test_passages_moved_by_keyboard_are_reused_again(page: Any) -> None:
     ask(page)
     before = chunks(page)
     page.get_by_test_id("down").first.focus()
@@ -368,7 +368,7 @@ def test_times_are_those_of_another_clock(
 
 
 @pytest.mark.full
-def test_passages_are_dragged_shuffled_removed_and_added(page: Any) -> None:
+def test_passages_can_be_moved_removed_and_added(page: Any) -> None:
     ask(page)
     before = chunks(page)
     after = [*before[1:], before[0]]
@@ -438,7 +438,7 @@ def by_hand(page: Any) -> None:
 
 
 @pytest.mark.full
-def test_the_ratio_is_chosen_for_each_question_or_by_hand(page: Any) -> None:
+def test_the_ratio_is_automatic_or_set_by_hand(page: Any) -> None:
     by_hand(page)
     assert export(page)["controls"]["ratio"] == 0.15
     page.get_by_test_id("ratio-auto").click()
@@ -451,7 +451,7 @@ def test_the_ratio_is_chosen_for_each_question_or_by_hand(page: Any) -> None:
 
 
 @pytest.mark.full
-def test_equal_answers_have_no_marks_and_check_as_equal(page: Any) -> None:
+def test_equal_answers_have_no_marks(page: Any) -> None:
     by_hand(page)
     thumb = page.locator("[data-testid=ratio] [tabindex='0']")
 
@@ -505,7 +505,7 @@ def test_each_of_many_quick_key_presses_counts(page: Any) -> None:
 
 
 @pytest.mark.full
-def test_fields_for_words_are_high_enough_to_read_and_grow(page: Any) -> None:
+def test_text_fields_are_high_enough_and_grow(page: Any) -> None:
     def open_fields() -> list[Any]:
         page.get_by_text("Words before the passages").click()
         fields = [page.locator(f"textarea[data-testid={name}]") for name in ("system", "instruction")]
@@ -555,7 +555,7 @@ def test_repetitions_show_the_medians_of_the_export(page: Any) -> None:
 
 
 @pytest.mark.full
-def test_cold_computes_everything_and_warm_reuses_again(page: Any) -> None:
+def test_cold_computes_everything_and_warm_reuses(page: Any) -> None:
     ask(page)
     page.get_by_test_id("cold").click()
     wait_for(lambda: "Cold" in page.get_by_test_id("note").inner_text(), "cold")
@@ -572,9 +572,7 @@ def test_cold_computes_everything_and_warm_reuses_again(page: Any) -> None:
 
 
 @pytest.mark.full
-def test_good_files_are_ingested_and_bad_ones_have_their_errors(
-    browser: Any, small_store: Path, tmp_path: Path
-) -> None:
+def test_good_files_are_ingested_bad_ones_have_errors(browser: Any, small_store: Path, tmp_path: Path) -> None:
     good = {"name": "pier.md", "mimeType": "text/markdown", "buffer": b"The pier of Nes has nineteen benches of oak."}
     bad = {"name": "broken.pdf", "mimeType": "application/pdf", "buffer": b"%PDF-1.7 nothing of it"}
     other = {"name": "<i>x<i>.bin", "mimeType": "application/octet-stream", "buffer": bytes(range(256)) * 10}
@@ -663,9 +661,7 @@ def test_an_engine_that_is_killed_and_comes_back(browser: Any, small_store: Path
 
 
 @pytest.mark.full
-def test_an_error_is_shown_in_the_pane_that_it_belongs_to(
-    browser: Any, small_store: Path, server: Any, tmp_path: Path
-) -> None:
+def test_an_error_is_shown_in_its_own_pane(browser: Any, small_store: Path, server: Any, tmp_path: Path) -> None:
     """A baseline that is down, LMCache gone, a server without our connector."""
     dead = f"http://127.0.0.1:{kit.free_port()}"
     with served(browser, small_store, tmp_path, "--engine", server.url, "--baseline", dead) as (page, _):

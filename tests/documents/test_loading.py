@@ -42,7 +42,7 @@ def problem(*paths: str | os.PathLike[str]) -> str:
 # Finding
 
 
-def test_a_folder_means_all_files_below_it_sorted_by_name(tmp_path: Path) -> None:
+def test_a_folder_means_all_files_below_it_by_name(tmp_path: Path) -> None:
     names = ["b.txt", "a/z.md", "a/b/c.html", "c.pdf"]
     for name in names:
         write(tmp_path / name)
@@ -82,7 +82,7 @@ def test_a_folder_that_a_glob_matches_means_its_files(tmp_path: Path) -> None:
     assert found(str(tmp_path / "docs-*")) == [inner]
 
 
-def test_a_name_with_glob_characters_is_taken_literally(tmp_path: Path) -> None:
+def test_a_name_with_glob_characters_is_literal(tmp_path: Path) -> None:
     literal = write(tmp_path / "notes[1].txt")
     write(tmp_path / "notes1.txt")
     assert found(str(literal)) == [literal]
@@ -94,7 +94,7 @@ def test_no_file_is_found_twice_whatever_leads_to_it(tmp_path: Path) -> None:
     assert found(file, tmp_path / "docs", str(tmp_path / "docs" / "*.txt"), tmp_path / "link.txt", file) == [file]
 
 
-def test_relative_paths_and_the_home_folder_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_paths_and_home_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write(tmp_path / "a.txt")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -155,7 +155,7 @@ def test_line_ends_become_newlines(tmp_path: Path, end: str) -> None:
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_text_with_a_byte_order_mark_or_in_utf8_is_decoded(tmp_path: Path, encoding: str) -> None:
+def test_text_in_utf8_or_with_a_bom_is_decoded(tmp_path: Path, encoding: str) -> None:
     mark = "\ufeff" if encoding.endswith(("le", "be")) else ""
     path = write(tmp_path / "a.txt", (mark + "Grüße, 世界 🎈\r\n").encode(encoding))
     assert load_document(path).text == "Grüße, 世界 🎈\n"
@@ -195,7 +195,7 @@ PAGE = """<!DOCTYPE html>
 </body></html>"""
 
 
-def test_html_gives_the_visible_text_in_blocks_and_its_title(tmp_path: Path) -> None:
+def test_html_gives_visible_blocks_and_title(tmp_path: Path) -> None:
     document = load_document(write(tmp_path / "a.html", PAGE))
     assert document.metadata["title"] == "Rivers & lakes"
     assert document.text == (
@@ -204,7 +204,7 @@ def test_html_gives_the_visible_text_in_blocks_and_its_title(tmp_path: Path) -> 
     )
 
 
-def test_html_in_the_encoding_that_it_declares_is_decoded(tmp_path: Path) -> None:
+def test_html_is_decoded_in_its_declared_encoding(tmp_path: Path) -> None:
     page = '<meta charset="iso-8859-1"><p>Café</p>'.encode("latin-1")
     assert load_document(write(tmp_path / "a.html", page)).text == "Café"
 
@@ -225,14 +225,14 @@ def test_a_pdf_under_another_name_is_read_as_pdf(tmp_path: Path) -> None:
     assert load_document(write(tmp_path / "whales.txt", content)).metadata["pages"] == 1
 
 
-def test_documents_are_frozen_and_their_metadata_is_json(tmp_path: Path) -> None:
+def test_documents_are_frozen_with_json_metadata(tmp_path: Path) -> None:
     document = load_document(write(tmp_path / "a.md", "# Title\n"))
     with pytest.raises(dataclasses.FrozenInstanceError):
         document.text = "other"  # type: ignore[misc]
     assert json.loads(json.dumps(document.metadata)) == document.metadata
 
 
-def test_importing_documents_loads_no_framework_and_no_parser() -> None:
+def test_importing_loads_no_framework_and_no_parser() -> None:
     code = (
         "import sys, lmcache_rag.documents; "
         "print(sorted({'torch', 'transformers', 'langchain_core', 'bs4', 'pypdf'} & set(sys.modules)))"
@@ -262,7 +262,7 @@ def test_each_sample_document_loads_without_a_warning(path: Path, caplog: pytest
     assert not caplog.records
 
 
-def test_the_sources_name_each_sample_document_and_the_licence() -> None:
+def test_sources_name_each_sample_and_the_licence() -> None:
     sources = (DATA / "SOURCES.md").read_text()
     assert "CC BY-SA 4.0" in sources
     assert all(f"`{path.name}`" in sources for path in CORPUS)

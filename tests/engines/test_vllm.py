@@ -154,7 +154,7 @@ def test_a_folder_name_matches_the_servers_folder(
         connect(server.url, str(tmp_path / "other"))
 
 
-def test_a_tokenizer_that_nobody_has_says_what_was_tried(
+def test_a_missing_tokenizer_error_says_what_was_tried(
     server: FakeVLLM, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import huggingface_hub.constants as hub
@@ -240,7 +240,7 @@ def test_all_sampling_parameters_are_sent(engine, builder, server) -> None:
     assert second == [7, 0.0, 1.0, 0, 1.0, None, None]
 
 
-def test_the_api_key_comes_from_our_variable_or_vllms_only(builder, server, monkeypatch, connect) -> None:
+def test_the_api_key_is_from_our_variable_or_vllms(builder, server, monkeypatch, connect) -> None:
     server.key = "right"
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     wrong = connect(server.url)
@@ -256,7 +256,7 @@ def test_the_api_key_comes_from_our_variable_or_vllms_only(builder, server, monk
     assert not any("secret" in str(header) for header in server.auth)
 
 
-def test_tenants_share_nothing_and_no_tenant_needs_no_salt(engine, builder, server, chunks) -> None:
+def test_tenants_share_nothing_and_none_needs_no_salt(engine, builder, server, chunks) -> None:
     one, two = (PromptBuilder(engine.tokenizer, engine.info, tenant=tenant) for tenant in ("one", "two"))
     list(engine.precompute(map(one.ingest, chunks[:3])))
     salts = {body.get("cache_salt") for body in server.seen}
@@ -339,7 +339,7 @@ def test_an_overloaded_server_is_asked_again(engine, builder, server, chunks) ->
     assert engine.generate(builder.query(chunks[:1], "What?"), SHORT, OFF).text
 
 
-def test_a_failed_precompute_raises_after_what_was_finished(server, connect, chunks, builder) -> None:
+def test_a_failed_precompute_keeps_finished_work(server, connect, chunks, builder) -> None:
     engine = connect(server.url, concurrency=1, patience=2)
     prompts = [builder.ingest(text) for text in chunks]
     results = engine.precompute(prompts)
@@ -351,7 +351,7 @@ def test_a_failed_precompute_raises_after_what_was_finished(server, connect, chu
     assert engine.missing(prompts) == [False] * 2 + [True] * 4
 
 
-def test_kv_that_the_server_could_not_keep_is_not_taken_for_kept(server, connect, chunks, builder) -> None:
+def test_kv_the_server_could_not_keep_is_not_recorded(server, connect, chunks, builder) -> None:
     engine = connect(server.url, patience=2)
     server.failure = "no server"
     with pytest.raises(PrecomputeError, match="could not reach its KV store") as caught:
@@ -400,7 +400,7 @@ def test_verify_asks_and_has_nothing_kept(engine, builder, server, chunks) -> No
 
 
 @pytest.mark.parametrize("over", [-1, 0, 1, 15, 16, 17])
-def test_existing_kv_is_recognised_whatever_the_chunks_length(engine, builder, server, sentences, over) -> None:
+def test_existing_kv_is_known_at_any_chunk_length(engine, builder, server, sentences, over) -> None:
     """A prompt of whole blocks is never an exact hit to its last token."""
     ids = builder.encode(" ".join(sentences[:20]))[: 2 * BLOCK + over]
     text = engine.tokenizer.decode(ids)
@@ -414,7 +414,7 @@ def test_existing_kv_is_recognised_whatever_the_chunks_length(engine, builder, s
 # -- queries --------------------------------------------------------------------------------------------------------
 
 
-def test_the_stream_is_the_answer_with_the_same_statistics(engine, builder, chunks) -> None:
+def test_a_stream_has_the_answers_text_and_statistics(engine, builder, chunks) -> None:
     list(engine.precompute(map(builder.ingest, chunks[:2])))
     prompt = builder.query(chunks[:2], "What?")
     events = list(engine.stream(prompt, LONG, BlendOptions()))
@@ -458,7 +458,7 @@ async def test_async_twins_answer_the_same_at_once(engine, builder, server, chun
     assert (await older.agenerate(prompt, LONG, BlendOptions())).token_ids == wanted
 
 
-async def test_cancelling_an_async_answer_closes_the_connection(engine, builder, server) -> None:
+async def test_cancelling_an_async_answer_closes_its_socket(engine, builder, server) -> None:
     server.pause = 0.05
     task = asyncio.create_task(engine.agenerate(builder.query(["a"], "What?"), LONG, OFF))
     await asyncio.sleep(0.3)
@@ -491,7 +491,7 @@ def test_an_older_servers_streaming_plugin_is_detected(server, connect, chunks, 
     assert server.seen[-1]["stream"]
 
 
-def test_a_server_before_033_tells_in_whole_answers_only(server, connect, chunks, builder) -> None:
+def test_a_server_before_033_reports_in_whole_answers(server, connect, chunks, builder) -> None:
     server.version, server.cached_details = "0.25.1", True
     engine = connect(server.url)
     list(engine.precompute(map(builder.ingest, chunks[:2])))
@@ -508,7 +508,7 @@ def test_a_server_before_033_tells_in_whole_answers_only(server, connect, chunks
     assert engine.info.can_blend
 
 
-def test_a_server_without_our_connector_answers_and_says_so_once(engine, builder, server, chunks, caplog) -> None:
+def test_a_server_without_our_connector_warns_once(engine, builder, server, chunks, caplog) -> None:
     server.connector, server.cached_details = False, True
     results = list(engine.precompute(map(builder.ingest, chunks)))
     assert len(results) == 6
@@ -561,7 +561,7 @@ def test_statistics_that_do_not_add_up_are_left_out(engine, builder, server, mon
     assert "not consistent" in done.warnings[0]
 
 
-def test_a_part_of_the_chunks_is_not_counted_as_all_or_none(engine, builder, chunks) -> None:
+def test_some_of_the_chunks_are_not_counted_as_all(engine, builder, chunks) -> None:
     list(engine.precompute(map(builder.ingest, chunks[:2])))
     done = engine.generate(builder.query(chunks[:4], "What?"), SHORT, BlendOptions())
     assert done.stats.blended
@@ -587,7 +587,7 @@ def test_spans_settle_which_chunks_hit(engine, builder, server, chunks, monkeypa
 # -- failures -------------------------------------------------------------------------------------------------------
 
 
-def test_a_server_that_is_not_there_is_an_error_with_a_remedy(engine, builder, server, connect) -> None:
+def test_an_absent_server_is_an_error_with_a_remedy(engine, builder, server, connect) -> None:
     server.shutdown()
     server.server_close()
     with pytest.raises(EngineUnavailableError, match=r"cannot be reached.*lmcache-rag serve"):
@@ -619,7 +619,7 @@ def test_a_server_that_hangs_ends_at_the_deadline(server, connect, chunks, build
 
 
 @pytest.mark.parametrize("twin", ["stream", "astream"])
-async def test_a_connection_that_breaks_in_the_middle_is_no_answer(engine, builder, server, twin) -> None:
+async def test_a_connection_broken_midway_is_no_answer(engine, builder, server, twin) -> None:
     server.drop_after = 3
     prompt, pieces = builder.query(["a"], "What?"), []
     with pytest.raises(EngineUnavailableError, match="broke off"):
@@ -641,7 +641,7 @@ def test_a_prompt_longer_than_the_context_is_refused(engine, builder, server) ->
         engine.generate(builder.query(["word " * 200], "What?"), SHORT, BlendOptions())
 
 
-def test_an_answer_is_cut_to_the_room_that_the_context_leaves(engine, builder, server) -> None:
+def test_an_answer_is_cut_to_the_contexts_room(engine, builder, server) -> None:
     prompt = builder.query(["word " * 7000], "What?")
     room = 8192 - len(prompt)
     assert 0 < room < 10_000
@@ -741,7 +741,7 @@ def test_a_conversation_works_against_a_server(call, server, chunks, tmp_path) -
     assert "reused" in done.stdout
 
 
-def test_a_server_that_is_absent_ends_a_verb_with_the_remedy(call, server, tmp_path, caplog) -> None:
+def test_an_absent_server_ends_a_verb_with_the_remedy(call, server, tmp_path, caplog) -> None:
     server.shutdown()
     server.server_close()
     (tmp_path / "a.txt").write_text("some text")
@@ -805,7 +805,7 @@ def test_a_stream_without_statistics_means_no_plugin(smollm2_tokenizer, connect,
 
 
 @pytest.mark.parametrize(("block", "over"), [(32, 1), (32, 17), (64, 1), (128, 0), (0, 1)])
-def test_kv_is_recognised_whatever_the_size_of_vllms_blocks(smollm2_tokenizer, connect, sentences, block, over) -> None:
+def test_kv_is_known_at_any_size_of_vllms_blocks(smollm2_tokenizer, connect, sentences, block, over) -> None:
     with vllm_serving(smollm2_tokenizer) as server:
         server.block = block
         engine = connect(server.url)
@@ -873,7 +873,7 @@ def test_a_server_that_cannot_forget_says_what_stays(engine, builder, server, ch
     assert "without a connector" in engine.forget_chunk(prompt).why
 
 
-def test_forgetting_is_tried_again_while_lmcache_is_away(connect, builder, server, chunks) -> None:
+def test_forgetting_is_retried_while_lmcache_is_away(connect, builder, server, chunks) -> None:
     engine, prompt = connect(server.url, patience=2), builder.ingest(chunks[0])
     list(engine.precompute([prompt]))
     server.cannot_forget = 1
@@ -883,7 +883,7 @@ def test_forgetting_is_tried_again_while_lmcache_is_away(connect, builder, serve
         engine.forget_chunk(prompt)
 
 
-def test_the_forget_verb_spares_what_other_documents_need(call, server, chunks, tmp_path) -> None:
+def test_forget_spares_what_other_documents_need(call, server, chunks, tmp_path) -> None:
     for name, text in (("a.txt", chunks[0]), ("b.txt", chunks[0]), ("c.txt", chunks[1])):
         (tmp_path / name).write_text(text)
     assert call("ingest", *(tmp_path / name for name in ("a.txt", "b.txt", "c.txt"))).exit_code == 0
@@ -907,7 +907,7 @@ def test_the_forget_verb_spares_what_other_documents_need(call, server, chunks, 
     assert "is not known" in report["why"]
 
 
-def test_documents_stay_while_a_server_cannot_be_reached(server, connect, chunks, tmp_path) -> None:
+def test_documents_stay_while_a_server_is_unreachable(server, connect, chunks, tmp_path) -> None:
     engine = connect(server.url, attempts=1, patience=1)
     with Workspace.open(tmp_path / "s", engine=engine) as workspace:
         register = KVRegistry.of(workspace)
@@ -925,7 +925,7 @@ def test_documents_stay_while_a_server_cannot_be_reached(server, connect, chunks
 KEY = "k3y-" + "0123456789abcdef" * 3  # no real one
 
 
-def test_the_ingest_key_goes_with_ingestion_and_forgetting_only(connect, builder, server, chunks, caplog) -> None:
+def test_only_ingest_and_forget_send_the_ingest_key(connect, builder, server, chunks, caplog) -> None:
     caplog.set_level(logging.DEBUG)
     server.ingest_key = KEY
     engine = connect(server.url, ingest_key=KEY)

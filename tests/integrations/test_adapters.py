@@ -63,7 +63,7 @@ def kv_files(workspace: Workspace) -> int:
 # -- the register -----------------------------------------------------------------------------------------------
 
 
-def test_equal_texts_share_one_kv_that_leaves_with_the_last_id(register, workspace, corpus):
+def test_equal_texts_share_kv_until_the_last_id_leaves(register, workspace, corpus):
     done = register.add({"a": corpus[0], "b": corpus[0], "c": corpus[1]})
     assert (done.computed, kv_files(workspace)) == (2, 2)
     assert register.texts() == {"a": corpus[0], "b": corpus[0], "c": corpus[1]}
@@ -123,7 +123,7 @@ def test_warm_brings_back_what_the_engine_lost(register, workspace, corpus):
     assert register.warm().computed == 0
 
 
-def test_texts_that_can_have_no_kv_are_registered_without(register, workspace, corpus, caplog):
+def test_texts_that_can_have_no_kv_are_registered(register, workspace, corpus, caplog):
     endless = "word " * (workspace.engine.info.context_length + 1)
     assert register.add({"empty": "", "long": endless, "a": corpus[0]}).computed == 1
     assert register.ids() == {"empty", "long", "a"}
@@ -154,7 +154,7 @@ def test_registered_texts_are_blended_in_any_order(register, workspace, corpus):
     assert counts(off.stats)["blended"] is False
 
 
-def test_a_text_that_nobody_registered_is_noticed_and_computed(register, workspace, corpus):
+def test_an_unregistered_text_is_noticed_and_computed(register, workspace, corpus):
     register.add({"a": corpus[0]})
     blender = Blender(workspace)
     changed = corpus[1] + " And more."
@@ -165,7 +165,7 @@ def test_a_text_that_nobody_registered_is_noticed_and_computed(register, workspa
     assert workspace.engine.missing([workspace.prompts.ingest(changed)]) == [True]  # not kept: no document has it
 
 
-def test_kv_that_is_gone_is_kept_again_after_the_answer(register, workspace, corpus):
+def test_lost_kv_is_stored_again_after_the_answer(register, workspace, corpus):
     register.add({"a": corpus[0], "b": corpus[1]})
     workspace.engine.forget([(workspace.prompts.fingerprint, workspace.prompts.chunk_key(corpus[1]))])
     blender = Blender(workspace)
@@ -175,7 +175,7 @@ def test_kv_that_is_gone_is_kept_again_after_the_answer(register, workspace, cor
     assert blender.answer(prompted).stats.chunks_missed == 0
 
 
-def test_what_does_not_fit_is_dropped_by_score_or_from_the_end(workspace, corpus, caplog):
+def test_what_does_not_fit_goes_by_score_or_from_end(workspace, corpus, caplog):
     blender = Blender(workspace)
     limit = workspace.engine.info.context_length
     many = [corpus[i % len(corpus)] + f" Number {i}." for i in range(limit // 20)]
@@ -272,7 +272,7 @@ def test_the_same_source_gives_the_same_workspace(server, workspace, tmp_path, m
     assert as_workspace(f"{server.url}/v1/") is by_url
 
 
-def test_the_key_of_a_framework_s_client_goes_to_its_server(server, tmp_path, monkeypatch):
+def test_a_framework_clients_key_goes_to_its_server(server, tmp_path, monkeypatch):
     from pydantic import SecretStr
 
     monkeypatch.delenv("LMCACHE_RAG_API_KEY", raising=False)
@@ -289,7 +289,7 @@ def test_the_key_of_a_framework_s_client_goes_to_its_server(server, tmp_path, mo
         as_workspace(wrong, store=tmp_path / "s")
 
 
-def test_a_server_started_anew_with_another_model_is_noticed(server, tmp_path):
+def test_a_server_with_another_model_is_noticed(server, tmp_path):
     first = as_workspace(server.url, store=tmp_path / "s")
     server.root = "another/model"
     again = as_workspace(server.url, store=tmp_path / "s")
@@ -298,7 +298,7 @@ def test_a_server_started_anew_with_another_model_is_noticed(server, tmp_path):
     assert as_workspace(server.url, store=tmp_path / "s") is again
 
 
-def test_a_server_that_is_down_for_a_while_keeps_its_workspace(tokenizer, tmp_path):
+def test_a_server_down_for_a_while_keeps_its_workspace(tokenizer, tmp_path):
     with vllm_serving(tokenizer) as running:
         first = as_workspace(running.url, store=tmp_path / "s")
     assert as_workspace(running.url, store=tmp_path / "s") is first

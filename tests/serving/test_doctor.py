@@ -83,7 +83,7 @@ def test_lmcache_that_asks_for_a_key_gets_it(model: str, monkeypatch: pytest.Mon
 # -- the round trip ---------------------------------------------------------------------------------------------
 
 
-def test_the_prompts_hold_the_same_chunks_in_another_order() -> None:
+def test_prompts_hold_the_same_chunks_in_another_order() -> None:
     prompts = Prompts.draw(CHUNK, seed=1)
     assert all(len(prompt) % CHUNK == 0 and prompt[:CHUNK] == list(prompts.prefix) for prompt in prompts.ingest())
     assert len({len(chunk) for chunk in prompts.chunks}) == 3
@@ -105,7 +105,7 @@ def trip(mode: str = "") -> tuple[Outcome, list[dict[str, Any]]]:
         return round_trip(server, server.first_model(), CHUNK, pause=lambda _: None), engine.requests
 
 
-def test_a_round_trip_ingests_without_blending_then_asks() -> None:
+def test_a_round_trip_ingests_unblended_then_asks() -> None:
     outcome, requests = trip()
     assert outcome.hit
     assert outcome.reused is not None
@@ -119,7 +119,7 @@ def test_a_round_trip_ingests_without_blending_then_asks() -> None:
     assert requests[3]["prompt"] != requests[4]["prompt"]
 
 
-def test_a_server_that_recomputes_all_by_default_is_well() -> None:
+def test_a_server_that_recomputes_all_by_default_is_ok() -> None:
     outcome, _ = trip("all")
     assert (outcome.hit, outcome.agrees, outcome.queries) == (True, True, 1)
     assert outcome.reused is not None
@@ -209,7 +209,7 @@ def test_a_tie_needs_the_probabilities_of_both_tokens() -> None:
     assert not _near_tie(plain, Answer((1, 2)), 2)
 
 
-def test_ratio_1_without_any_recomputed_token_proves_nothing() -> None:
+def test_ratio_1_without_recomputation_proves_nothing() -> None:
     reused = {"reused_tokens": 1, "policy": "query", "ratio": 0.15}
     outcome = Outcome(reused, 1, {"recomputed_tokens": 0, "failure": "evicted"}, 16, 16)
     assert [(c.name, c.state) for c in judge(outcome)][1:] == [("Round trip", "ok"), ("Ratio 1", "failed")]
@@ -242,13 +242,13 @@ def test_all_is_well(model: str, gpu_machine: Path, monkeypatch: pytest.MonkeyPa
     assert found["Blends from"]["result"] == words
 
 
-def test_a_server_that_does_not_report_costs_is_no_failure() -> None:
+def test_a_server_that_reports_no_costs_is_no_failure() -> None:
     assert [(check.name, check.state) for check in cost_checks("")] == [("Costs", "skipped")]
     page = f'{protocol.COST_GAUGE}{{cost="prefill_1024",engine="0"}} 14.0\n'
     assert [(check.name, check.state) for check in cost_checks(page)] == [("Costs", "ok"), ("Blends from", "skipped")]
 
 
-def test_further_queries_show_the_server_what_blends_take() -> None:
+def test_further_queries_teach_the_server_its_costs() -> None:
     with FakeServer("vllm") as fake, VLLMClient(fake.url, attempts=1) as server:
         outcome = round_trip(server, server.first_model(), CHUNK, compare=False, more=2, pause=lambda _: None)
         asked = [request["kv_transfer_params"].get("lmcache_rag.blend") for request in fake.requests]
@@ -405,7 +405,7 @@ def test_what_the_driver_says(gpu_machine: Path, script: str, expected: dict[str
         ("NVIDIA H100, 570.124.06, 81559, 81000, 9.0", "driver 580 or newer"),
     ],
 )
-def test_a_gpu_or_a_driver_that_is_too_old_is_a_warning(gpu_machine: Path, line: str, words: str) -> None:
+def test_a_too_old_gpu_or_driver_is_a_warning(gpu_machine: Path, line: str, words: str) -> None:
     gpu_machine.write_text(f"#!/bin/sh\necho '{line}'\n")
     check = next(machine.gpu())
     assert check.state == "warning"
@@ -432,7 +432,7 @@ echo 'Tesla V100, 450.80, 16160, 16000'
         ("13.0", "import os; os.abort()", "failed", "status -6"),
     ],
 )
-def test_lmcaches_extension_is_loaded_as_its_server_does(
+def test_lmcaches_extension_is_loaded_as_in_its_server(
     gpu_machine: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -84,7 +84,7 @@ def test_a_second_tier_in_json_is_passed_on(tier: dict[str, Any]) -> None:
     assert json.loads(second_tier(json.dumps(tier))) == tier
 
 
-def test_placeholders_are_filled_in_from_variables_and_files(tmp_path: Path) -> None:
+def test_placeholders_come_from_variables_or_files(tmp_path: Path) -> None:
     (tmp_path / "pw").write_text(f"{PASSWORD}\n")
     tier = second_tier(f"redis://me:${{file:{tmp_path / 'pw'}}}@[::1]:6379")
     assert PASSWORD not in tier
@@ -100,7 +100,7 @@ def test_placeholders_are_filled_in_from_variables_and_files(tmp_path: Path) -> 
         second_tier('{"type": "x", "password": "${a b}"}')
 
 
-def test_lmcache_gets_filled_placeholders_not_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lmcache_gets_filled_placeholders_no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PW", PASSWORD)
     given = ["server", "--l2-adapter", '{"type": "fs", "base_path": "/data"}', "--l2-adapter", '{"password": "${PW}"}']
     assert arguments(given) == [*given[:4], json.dumps({"password": PASSWORD})]
@@ -126,7 +126,7 @@ def test_a_key_on_vllms_command_line_is_refused(words: tuple[str, ...], variable
     assert PASSWORD not in result.output + result.stderr
 
 
-def test_a_token_that_vllm_has_itself_is_no_secret_on_the_line() -> None:
+def test_a_token_that_vllm_reads_is_not_on_the_line() -> None:
     commands(ServeOptions("some/model", ("--hf-token", "--enforce-eager")), {})
 
 
@@ -196,7 +196,7 @@ def test_where_the_secret_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("how", ["unwritable", "readable by others"])
-def test_with_a_second_tier_it_needs_a_secret_that_stays(tmp_path: Path, how: str) -> None:
+def test_a_second_tier_needs_a_lasting_secret(tmp_path: Path, how: str) -> None:
     state = tmp_path / "state"
     if how == "unwritable":
         state.touch()
@@ -230,7 +230,7 @@ def test_prefix_tokens_are_whole_chunks(words: tuple[str, ...]) -> None:
 # -- LMCache's HTTP key -----------------------------------------------------------------------------------------------
 
 
-def test_lmcaches_key_comes_from_its_variables_or_our_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lmcaches_key_is_in_its_variables_or_our_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMCACHE_RAG_STATE", str(tmp_path))
     here, elsewhere = "http://127.0.0.1:8089", "http://10.0.0.1:8089"
     assert lmcache_headers(here, {}) == {}
@@ -317,7 +317,7 @@ def test_no_process_shows_a_secret(serve: Callable[..., subprocess.Popen[str]], 
     assert secrets.items() <= vllm.items()
 
 
-def test_servers_with_a_second_tier_get_a_secret_that_stays(
+def test_with_a_second_tier_vllm_gets_a_lasting_secret(
     serve: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     process = serve("--l2", str(tmp_path / "kv"))
@@ -335,7 +335,7 @@ def test_servers_with_a_second_tier_get_a_secret_that_stays(
     ("version", "variables", "made"),
     [("0.5.6", {}, False), ("0.5.7rc2", {}, True), ("0.5.7", {"LMCACHE_HTTP_API_KEY": "mine"}, False)],
 )
-def test_lmcaches_http_port_gets_a_key_where_it_knows_one(
+def test_lmcaches_http_port_gets_a_key_if_it_takes_one(
     serve: Callable[..., subprocess.Popen[str]], tmp_path: Path, version: str, variables: dict[str, str], made: bool
 ) -> None:
     process = serve(lmcache=version, **variables)

@@ -49,7 +49,7 @@ def value(command: tuple[str, ...], name: str) -> str:
 # -- the commands -----------------------------------------------------------------------------------------------
 
 
-def test_lmcache_blends_on_loopback_with_what_was_asked_for() -> None:
+def test_lmcache_blends_on_loopback_with_our_options() -> None:
     made = make(
         l1_gb=12.5, chunk_size=128, lmcache_port=7001, lmcache_http_port=7002, l2=("/data/kv", "redis://r:6379")
     )
@@ -65,7 +65,7 @@ def test_lmcache_blends_on_loopback_with_what_was_asked_for() -> None:
     assert made.lmcache_url == "http://127.0.0.1:7002"
 
 
-def test_vllm_gets_our_connector_and_the_connector_its_settings() -> None:
+def test_vllm_gets_our_connector_with_its_settings() -> None:
     made = make(policy="hkvd", ratio=0.3, lmcache_port=7001)
     assert made.vllm[:2] == ("serve", "some/model")
     assert value(made.vllm, "--host") == "127.0.0.1"
@@ -82,7 +82,7 @@ def test_vllm_gets_our_connector_and_the_connector_its_settings() -> None:
 
 
 @pytest.mark.parametrize("words", [("--gpu-memory-utilization", "0.5"), ("--gpu_memory_utilization=0.5",)])
-def test_options_for_vllm_win_over_ours_and_pass_unchanged(words: tuple[str, ...]) -> None:
+def test_options_for_vllm_win_and_pass_unchanged(words: tuple[str, ...]) -> None:
     made = make(*words, "--max-model-len", "4096", "-tp", "2")
     assert made.vllm[-len(words) - 4 :] == (*words, "--max-model-len", "4096", "-tp", "2")
     assert sum(word.replace("_", "-").startswith("--gpu-memory-utilization") for word in made.vllm) == 1
@@ -95,7 +95,7 @@ def test_another_connector_is_left_alone() -> None:
     assert "nothing is blended" in made.note
 
 
-def test_options_unused_with_an_own_config_are_reported() -> None:
+def test_unused_options_beside_an_own_config_are_named() -> None:
     made = make("--kv-transfer-config", '{"kv_connector": "CacheBlendConnector"}')
     assert made.blends
     for name in ("--policy", "--ratio", "--step-tokens", "--chunk-size", "--lmcache-port", "--connector"):
@@ -113,7 +113,7 @@ def test_partial_kv_transfer_configs_are_refused(name: str) -> None:
     assert "--connector KEY=VALUE" in caught.value.remedy
 
 
-def test_settings_of_the_connector_can_be_given_one_by_one() -> None:
+def test_the_connectors_settings_can_be_set_one_by_one() -> None:
     words = ["--connector", "lmcache_rag.overlap=false", "--connector=lmcache.mp.host=tcp://other", "--ratio", "0.3"]
     result = dry_run("some/model", "--dry-run", *words, "--connector", "lmcache_rag.poll=0.5")
     vllm = shlex.split(result.stdout.splitlines()[1])
@@ -133,7 +133,7 @@ def test_settings_of_the_connector_can_be_given_one_by_one() -> None:
         ("lmcache_rag.ratio=2", "between 0 and 1"),
     ],
 )
-def test_settings_without_meaning_fail_before_the_start(text: str, words: str) -> None:
+def test_wrong_settings_fail_before_the_start(text: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words) as caught:
         make(connector=(text,))
     assert caught.value.remedy
@@ -250,7 +250,7 @@ def test_vllm_plugins_must_let_ours_in(allowed: str | None, added: dict[str, str
 
 
 @pytest.mark.parametrize("words", [(), ("--block-size", "64")])
-def test_a_chunk_that_is_no_multiple_of_the_block_is_refused(words: tuple[str, ...]) -> None:
+def test_a_chunk_must_be_a_multiple_of_the_block(words: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match="multiple of vLLM's block size"):
         make(*words, chunk_size=96 if words else 40)
 
@@ -480,7 +480,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Serving]]:
                 os.kill(pid, signal.SIGKILL)
 
 
-def test_it_says_in_one_line_where_it_is_and_what_is_on(start: Callable[..., Serving]) -> None:
+def test_one_line_says_where_it_is_and_what_is_on(start: Callable[..., Serving]) -> None:
     serving = start("--l2", "kv")
     line = serving.ready()
     assert f"http://127.0.0.1:{serving.port}/v1 serves tiny" in line
@@ -495,7 +495,7 @@ def test_it_says_in_one_line_where_it_is_and_what_is_on(start: Callable[..., Ser
     assert "vllm listens" in (serving.folder / "logs" / "vllm.log").read_text()
 
 
-def test_it_says_what_the_server_does_not_what_was_asked_for(start: Callable[..., Serving]) -> None:
+def test_it_reports_what_the_server_really_does(start: Callable[..., Serving]) -> None:
     serving = start("--policy", "hkvd", vllm_mode="all")
     assert "blending: all at 1;" in serving.ready()
     serving.process.send_signal(signal.SIGTERM)
@@ -503,7 +503,7 @@ def test_it_says_what_the_server_does_not_what_was_asked_for(start: Callable[...
 
 
 @pytest.mark.parametrize("fits", [True, False])
-def test_cuda_code_that_does_not_fit_is_told_and_it_serves(tmp_path: Path, fits: bool) -> None:
+def test_unfit_cuda_code_is_reported_and_it_serves(tmp_path: Path, fits: bool) -> None:
     for name in ("lmcache", "vllm"):
         (tmp_path / name).mkdir()
     packages = fake_packages(tmp_path, code="" if fits else f"raise ImportError({UNDEFINED!r})")
@@ -569,7 +569,7 @@ def test_nothing_outlives_a_parent_that_is_killed(start: Callable[..., Serving],
     until(lambda: not any(map(alive, tree)), 20)
 
 
-def test_a_second_signal_does_not_wait_for_a_server_that_resists(start: Callable[..., Serving]) -> None:
+def test_a_second_signal_kills_a_server_that_resists(start: Callable[..., Serving]) -> None:
     serving = start(vllm_stubborn="")
     serving.ready()
     tree = serving.tree()
@@ -600,7 +600,7 @@ def test_lmcache_is_started_again_and_vllm_goes_on(start: Callable[..., Serving]
     assert "again in 0.2 s" in stderr
 
 
-def test_lmcache_that_hangs_is_killed_and_started_again(start: Callable[..., Serving]) -> None:
+def test_lmcache_that_hangs_is_killed_and_restarted(start: Callable[..., Serving]) -> None:
     serving = start()
     serving.ready()
     (serving.lmcache / "hang").touch()

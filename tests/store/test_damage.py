@@ -65,14 +65,14 @@ def use_everything(path: Path) -> None:
 # Damaged database
 
 
-def test_a_destroyed_header_is_corruption_with_a_remedy(tmp_path: Path) -> None:
+def test_a_destroyed_header_is_an_error_with_a_remedy(tmp_path: Path) -> None:
     overwrite(made(tmp_path), 0, random.Random(0).randbytes(100))
     with pytest.raises(StoreCorruptError, match=r"store\.db is damaged.*Move store\.db.*ingest again"):
         Store.open(tmp_path)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
-def test_an_overwritten_page_is_noticed_on_opening_or_reading(tmp_path: Path, share: float) -> None:
+def test_an_overwritten_page_is_noticed(tmp_path: Path, share: float) -> None:
     file = made(tmp_path)
     page = int(file.stat().st_size * share) // 4096
     overwrite(file, page * 4096, random.Random(0).randbytes(4096))
@@ -139,7 +139,7 @@ def test_a_damaged_database_is_left_as_it_is(tmp_path: Path) -> None:
 # Versions
 
 
-def test_a_store_of_a_newer_version_is_refused_and_untouched(tmp_path: Path) -> None:
+def test_a_newer_versions_store_is_refused_unchanged(tmp_path: Path) -> None:
     file = made(tmp_path)
     raw = sqlite3.connect(file)
     raw.execute("PRAGMA user_version = 99")
@@ -151,9 +151,7 @@ def test_a_store_of_a_newer_version_is_refused_and_untouched(tmp_path: Path) -> 
     assert file.read_bytes() == before
 
 
-def test_an_older_store_is_brought_up_to_date_with_all_it_holds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_older_store_is_migrated_with_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made(tmp_path)
     later = ("ALTER TABLE documents ADD COLUMN language TEXT", "UPDATE documents SET language = 'en'")
     monkeypatch.setattr(connections, "MIGRATIONS", (*connections.MIGRATIONS, later))
@@ -164,7 +162,7 @@ def test_an_older_store_is_brought_up_to_date_with_all_it_holds(
     raw.close()
 
 
-def test_a_migration_that_fails_leaves_the_store_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_migration_leaves_the_store_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made(tmp_path)
     with monkeypatch.context() as patch:
         bad = ("ALTER TABLE documents ADD COLUMN language TEXT", "UPDATE no_such_table SET x = 1")
@@ -184,7 +182,7 @@ def test_an_older_store_cannot_be_opened_only_to_read(tmp_path: Path, monkeypatc
         Store.open(tmp_path, read_only=True)
 
 
-def test_a_database_whose_making_was_interrupted_is_made(tmp_path: Path) -> None:
+def test_a_half_made_database_is_made(tmp_path: Path) -> None:
     (tmp_path / "store.db").touch()
     with pytest.raises(StoreError, match="no store"):
         Store.open(tmp_path, read_only=True)
@@ -275,7 +273,7 @@ def test_an_unwritable_store_can_be_searched(public: Path) -> None:
 
 
 @pytest.mark.parametrize("keep_shm", [True, False])
-def test_a_killed_writers_data_is_read_without_write_access(public: Path, keep_shm: bool) -> None:
+def test_a_killed_writers_data_needs_no_write_access(public: Path, keep_shm: bool) -> None:
     crash_image(public, keep_shm=keep_shm)
     with as_nobody(public) as process:
         out = finish(process)
@@ -287,7 +285,7 @@ def test_a_killed_writers_data_is_read_without_write_access(public: Path, keep_s
 
 @needs_root
 @pytest.mark.parametrize("open_before", [True, False])
-def test_a_reader_who_cannot_write_follows_a_writer_who_can(public: Path, open_before: bool) -> None:
+def test_a_read_only_users_reader_follows_a_writer(public: Path, open_before: bool) -> None:
     made(public / "store")
     writer = Store.open(public / "store") if open_before else None
     with as_nobody(public, "stay") as reader:
@@ -358,7 +356,7 @@ def test_a_read_only_reader_follows_a_writer(tmp_path: Path, seen: Path) -> None
 
 
 @pytest.mark.parametrize("keep_shm", [True, False])
-def test_a_killed_writers_data_is_read_on_a_read_only_disk(
+def test_a_read_only_disk_shows_a_killed_writers_data(
     tmp_path: Path, seen: Path, keep_shm: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     crash_image(tmp_path, keep_shm=keep_shm)
@@ -395,7 +393,7 @@ def fill(store: Store) -> int:
     raise AssertionError("the disk was never full")
 
 
-def test_a_full_disk_is_an_error_with_a_remedy_and_loses_nothing(small: Path) -> None:
+def test_a_full_disk_is_an_error_and_loses_nothing(small: Path) -> None:
     with Store.open(small / "store") as store:
         stored = fill(store)
         assert stored > 5
@@ -439,7 +437,7 @@ def leave_no_room(folder: Path) -> Path:
     return folder / "ballast"
 
 
-def test_making_a_store_on_a_full_disk_is_an_error_with_a_remedy(small: Path) -> None:
+def test_a_full_disk_is_an_error_for_a_new_store(small: Path) -> None:
     (small / "store").mkdir()
     ballast = leave_no_room(small)
     with pytest.raises(StoreFullError, match="Free some space"):
@@ -450,9 +448,7 @@ def test_making_a_store_on_a_full_disk_is_an_error_with_a_remedy(small: Path) ->
 
 
 @pytest.mark.parametrize("killed", [True, False])
-def test_a_store_on_a_full_disk_is_searched_not_written(
-    small: Path, killed: bool, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_store_on_a_full_disk_can_be_searched(small: Path, killed: bool, caplog: pytest.LogCaptureFixture) -> None:
     if killed:
         crash_image(small, keep_shm=False)
         shutil.rmtree(small / "work")
@@ -494,7 +490,7 @@ def holder(path: Path) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def test_a_second_writer_gets_an_error_that_names_the_first(tmp_path: Path) -> None:
+def test_a_second_writers_error_names_the_first(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store, holder(tmp_path) as other:
         with (
             pytest.raises(StoreLockedError, match=rf"Process {other.pid} .*is writing.*Wait"),
@@ -527,7 +523,7 @@ def test_a_second_writer_waits_and_nothing_is_lost(tmp_path: Path) -> None:
         assert other.wait(60) == 0
 
 
-def test_many_processes_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
+def test_many_writing_processes_lose_nothing(tmp_path: Path) -> None:
     code = """
 from store_kit import *
 with Store.open(sys.argv[1]) as store:
@@ -567,7 +563,7 @@ def test_threads_that_share_a_store_share_its_lock(tmp_path: Path) -> None:
         assert texts_of(store) == {"of a worker"}
 
 
-def test_an_owner_file_that_cannot_be_read_still_gives_the_error(tmp_path: Path) -> None:
+def test_an_unreadable_owner_file_gives_the_error_too(tmp_path: Path) -> None:
     with Store.open(tmp_path) as store, holder(tmp_path):
         (tmp_path / "lock.owner").write_text(json.dumps([1]))
         with pytest.raises(StoreLockedError, match="Another process"), store.writing(timeout=0):
@@ -642,7 +638,7 @@ def test_a_killed_writer_leaves_all_that_it_committed(tmp_path: Path) -> None:
                 put(store, "after", "after the kill")
 
 
-def test_a_writer_killed_in_a_transaction_leaves_none_of_it(tmp_path: Path) -> None:
+def test_a_kill_in_a_transaction_undoes_it(tmp_path: Path) -> None:
     made(tmp_path)
     code = """
 from store_kit import *
@@ -684,7 +680,7 @@ def test_a_failed_statement_undoes_its_transaction(tmp_path: Path) -> None:
         assert problems(store.registry) == []
 
 
-def test_kv_records_survive_a_kill_before_the_engine_drops(tmp_path: Path) -> None:
+def test_kv_records_survive_a_kill_before_the_drop(tmp_path: Path) -> None:
     code = """
 from store_kit import *
 from lmcache_rag.store import KVRow

@@ -56,7 +56,7 @@ def test_the_tokenizers_digest_ignores_the_weights(tmp_path: Path) -> None:
     assert tokenizer_digest(first) == tokenizer_digest(second) != tokenizer_digest(third)
 
 
-def test_weights_of_another_folder_are_another_revision(smollm2_path: Path, embedder_path: Path) -> None:
+def test_another_folders_weights_are_another_revision(smollm2_path: Path, embedder_path: Path) -> None:
     digests = [revision_of(smollm2_path), revision_of(embedder_path)]
     assert len(set(digests)) == 2
     assert all(len(digest) in (32, 40) for digest in digests)

@@ -75,7 +75,7 @@ def test_a_relative_folder_wins_over_a_hub_name(tmp_path: Path, monkeypatch: pyt
     assert find_model("org/name").path == tmp_path / "org" / "name"
 
 
-def test_the_same_folder_has_one_name_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_has_one_name_however_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "mine", MODEL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -107,16 +107,14 @@ def test_a_folder_that_is_not_whole_says_what_it_lacks(
 
 
 @pytest.mark.parametrize("name", ["./nothing", "~/nothing", "/nothing/here", "a/b/c"])
-def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(
-    name: str, hub: Callable[[hub_kit.Answer], LocalServer]
-) -> None:
+def test_a_missing_path_is_not_searched_on_the_hub(name: str, hub: Callable[[hub_kit.Answer], LocalServer]) -> None:
     server = hub(hub_kit.fail)
     with pytest.raises(SourceError, match="there is no such folder"):
         find_model(name)
     assert server.asked == []
 
 
-def test_an_embedder_may_have_weights_in_a_module_folder(tmp_path: Path) -> None:
+def test_an_embedder_may_have_weights_in_a_module(tmp_path: Path) -> None:
     modules = json.dumps([{"path": "0_Static"}]).encode()
     files = {"modules.json": modules, "0_Static/model.safetensors": b"w", "0_Static/tokenizer.json": b"{}"}
     assert find_embedder(write(tmp_path, files)).path == tmp_path
@@ -140,12 +138,12 @@ def test_a_download_that_was_cut_off_is_not_served(hub_cache: Path) -> None:
         find_model("acme/tiny")
 
 
-def test_an_embedder_without_slash_is_sentence_transformers(hub_cache: Path) -> None:
+def test_a_bare_embedder_is_of_sentence_transformers(hub_cache: Path) -> None:
     hub_kit.lay_out_snapshot(hub_cache, "sentence-transformers/tiny", MODEL)
     assert find_embedder("tiny").name == "sentence-transformers/tiny"
 
 
-def test_the_hub_gives_data_and_neither_pickles_nor_code(hub: Callable[..., LocalServer]) -> None:
+def test_the_hub_gives_data_but_no_pickles_or_code(hub: Callable[..., LocalServer]) -> None:
     unwanted = {
         "pytorch_model.bin": b"x",
         "modeling.py": b"x",
@@ -224,7 +222,7 @@ def test_a_look_up_of_the_hubs_name_that_hangs_is_left(monkeypatch: pytest.Monke
     assert time.monotonic() - start < ENDS
 
 
-def test_a_gateway_that_reaches_nobody_counts_as_no_hub(hub: Callable[..., LocalServer]) -> None:
+def test_a_gateway_that_reaches_nothing_is_no_hub(hub: Callable[..., LocalServer]) -> None:
     server = hub(hub_kit.fail)
     with pytest.raises(SourceError, match="answered with error 502"):
         find_model("acme/tiny")

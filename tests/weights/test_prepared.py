@@ -10,7 +10,7 @@ import pytest
 from lmcache_rag.weights.packages import cache_folder, make_once
 
 
-def test_a_failed_build_leaves_nothing_and_can_be_retried(tmp_path: Path) -> None:
+def test_a_failed_build_leaves_nothing_and_is_retried(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         (folder / "half").write_text("half")
         raise OSError("no space left on device")

@@ -122,7 +122,7 @@ async def test_the_async_twins_do_the_same(store, workspace, tmp_path, corpus):
     assert same(store, workspace, tmp_path) == set()
 
 
-def test_equal_texts_share_a_kv_that_leaves_with_the_last(store, workspace, tmp_path, corpus):
+def test_equal_texts_share_kv_until_the_last_leaves(store, workspace, tmp_path, corpus):
     store.add([node(corpus[0], "a", name="1"), node(corpus[0], "b", name="2")])
     assert len(kv_keys(tmp_path / "kv", workspace)) == 1
     store.delete("a")
@@ -131,7 +131,7 @@ def test_equal_texts_share_a_kv_that_leaves_with_the_last(store, workspace, tmp_
     assert kv_keys(tmp_path / "kv", workspace) == set()
 
 
-def test_a_node_that_moves_to_another_document_leaves_with_that(store, corpus):
+def test_a_moved_node_leaves_with_its_new_document(store, corpus):
     store.add([node(corpus[0], "a", name="1")])
     store.add([node(corpus[0], "b", name="1")])
     store.delete("a")
@@ -144,7 +144,7 @@ def _refused(prompt):
     raise AssertionError("KV was to be computed again")
 
 
-def test_metadata_that_the_model_does_not_read_costs_no_kv(store, workspace, corpus):
+def test_metadata_the_model_does_not_read_costs_no_kv(store, workspace, corpus):
     one = node(corpus[0], "a", name="1", colour="red")
     one.excluded_llm_metadata_keys = ["colour"]
     store.add([one])
@@ -175,7 +175,7 @@ async def test_nodes_are_deleted_by_filters_async(store, workspace, tmp_path, co
 
 @pytest.mark.parametrize("store", ["ours", "chroma"], indirect=True)  # the other is asked by filters
 @pytest.mark.parametrize("twin", ["delete_nodes", "adelete_nodes"])
-async def test_filters_that_match_nothing_ask_the_store_inside_nothing(store, corpus, monkeypatch, twin):
+async def test_a_filter_without_match_skips_the_inner_store(store, corpus, monkeypatch, twin):
     """To delete no ids and without filters would be an error to some stores, and everything to others."""
     await store.async_add([node(corpus[0], "d", name="0", number=0)])
     asked = []
@@ -188,7 +188,7 @@ async def test_filters_that_match_nothing_ask_the_store_inside_nothing(store, co
     assert store.kv.ids() == {"0"}
 
 
-def test_a_store_that_cannot_list_fails_before_deleting(workspace, corpus):
+def test_a_store_without_list_fails_before_deleting(workspace, corpus):
     class Mute(FaissVectorStore):
         def get_nodes(self, node_ids=None, filters=None):
             raise NotImplementedError
@@ -315,7 +315,7 @@ async def test_nodes_without_a_document_are_deleted_as_none(store, workspace, tm
         assert same(store, workspace, tmp_path) == {"1"}
 
 
-def test_a_node_without_a_document_stands_for_itself_in_ours(ours, workspace, tmp_path, corpus):
+def test_a_node_without_document_stands_for_itself(ours, workspace, tmp_path, corpus):
     ours.add([node(corpus[0], name="0"), node(corpus[1], name="1")])
     ours.delete("None")
     assert same(ours, workspace, tmp_path) == {"0", "1"}
@@ -646,7 +646,7 @@ async def test_a_pipeline_keeps_kv_in_step(store, workspace, tmp_path, corpus, s
         assert live(store, [*corpus[:3], corpus[4]])
 
 
-def test_a_pipeline_whose_cache_knows_the_answer_still_makes_kv(store, workspace, tmp_path, corpus):
+def test_a_cached_pipeline_still_makes_kv(store, workspace, tmp_path, corpus):
     runs = pipeline(store, DocstoreStrategy.UPSERTS)
     runs.run(documents=documents(corpus[:2]))
     store.clear()
@@ -669,7 +669,7 @@ def test_a_pipeline_that_failed_is_run_again(store, workspace, tmp_path, corpus,
 
 
 @pytest.mark.filterwarnings("ignore:Specified num_workers")
-def test_a_pipelines_workers_split_while_kv_is_made_here(ours, workspace, tmp_path, corpus, monkeypatch):
+def test_kv_is_made_here_while_workers_split(ours, workspace, tmp_path, corpus, monkeypatch):
     # In a worker LlamaIndex's tokenizer would be fetched from the web: only a process that made one knows its own copy.
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(Path(llama_index.core.__file__).parent / "_static" / "tiktoken_cache"))
     runs = IngestionPipeline(
