@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lmcache_rag.connector.secret import draw_secret, find_secret
-from lmcache_rag.credentials import ensure_secret, read_secret, state_file
+from lmcache_rag.credentials import ensure_secret, lmcache_headers, read_secret, state_file
 from lmcache_rag.errors import ConfigError
 
 
@@ -148,3 +148,20 @@ def test_the_plugin_draws_a_secret_for_all_processes() -> None:
     )
     assert len(first.strip()) == 64
     assert first != again
+
+
+def test_lmcaches_key_is_in_its_variables_or_our_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMCACHE_RAG_STATE", str(tmp_path))
+    here, elsewhere = "http://127.0.0.1:8089", "http://10.0.0.1:8089"
+    assert lmcache_headers(here, {}) == {}
+    key = ensure_secret(tmp_path / "lmcache-http-key")
+    assert lmcache_headers(here, {}) == {"Authorization": f"Bearer {key}"}
+    assert lmcache_headers(elsewhere, {}) == {}, "it is for this machine only"
+    (tmp_path / "theirs").write_text("abc\n")
+    for variables in (
+        {"LMCACHE_API_KEY": "abc"},
+        {"LMCACHE_HTTP_API_KEY": "abc"},
+        {"LMCACHE_HTTP_API_KEY_FILE": str(tmp_path / "theirs")},
+    ):
+        assert lmcache_headers(elsewhere, variables) == {"Authorization": "Bearer abc"}
+    assert lmcache_headers(here, {"LMCACHE_API_KEY_FILE": "/no/such"}) == {}

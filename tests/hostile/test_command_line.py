@@ -1,7 +1,7 @@
 """Hostile documents, disks, stores and questions through the command line: a clear message each, nothing lost.
 
-The model is a tiny random Llama with SmolLM2's tokenizer, the embedder is the real one; see test_cli.py. What the parts
-do by themselves is tested in tests/hostile/test_documents.py and tests/store/test_damage.py.
+The model is a tiny random Llama with SmolLM2's tokenizer, the embedder is the real one; see cli_kit.py. What the parts
+do by themselves is tested in tests/hostile/test_documents.py, tests/store/test_database.py and test_connections.py.
 """
 
 from __future__ import annotations

@@ -92,7 +92,8 @@ def test_run_has_three_scenarios_of_the_page_full_all(ci: ModuleType, monkeypatc
         (part,) = [part for part in parts if part.name == "browser"]
         assert part.command[0] == "build/ci-venv/bin/python"
         assert "--must-run" in part.command
-        assert part.command[-len(selection) - 1 :] == [*selection, "tests/demo/test_browser.py"]
+        files = [f"tests/demo/test_browser{each}.py" for each in ("", "_access", "_faults")]
+        assert part.command[-len(selection) - 3 :] == [*selection, *files]
         assert part.before is ci.chromium
     (part,) = [part for part in ci.full_parts() if part.name == "long tests"]
     assert part.command[-1] == "full and not browser"

