@@ -1,4 +1,4 @@
-"""Refuses private words as names: functions, classes, arguments, variables, attributes and modules.
+"""Refuses private words as names of functions, classes, arguments, variables, attributes, modules; long names of tests.
 
     python .ci/words.py [FOLDER ...]
 
@@ -21,6 +21,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("lmcache_rag", "integrations", "benchmarks")
+TESTS = "tests"
+MAX_TEST_NAME = 50  # letters, `test_` included
 
 WORDS = {
     "told": "reported, sent, received; statistics, metadata",
@@ -116,15 +118,30 @@ def violations(folders: Sequence[Path], exceptions: Mapping[str, str], root: Pat
     return found
 
 
+def long_test_names(folder: Path, root: Path) -> list[str]:
+    """A sentence for each test whose name is too long."""
+    found = []
+    for file in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or not node.name.startswith("test_"):
+                continue
+            if (length := len(node.name)) > MAX_TEST_NAME:
+                path = file.relative_to(root).as_posix()
+                found.append(f"{path}:{node.lineno}: {node.name!r} has {length} letters, more than {MAX_TEST_NAME}")
+    return found
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run it; returns the exit status."""
-    parser = argparse.ArgumentParser(description="Refuse private words as names.")
-    parser.add_argument("folders", nargs="*", type=Path, help="folders to read; default: this project's packages")
+    parser = argparse.ArgumentParser(description="Refuse private words as names, and long names of tests.")
+    parser.add_argument("folders", nargs="*", type=Path, help="folders to read; default: this project's")
     options = parser.parse_args(arguments)
     if options.folders:
         found = [each for folder in options.folders for each in violations([folder], {}, folder.parent)]
+        found += [each for folder in options.folders for each in long_test_names(folder, folder.parent)]
     else:
         found = violations([ROOT / folder for folder in FOLDERS], EXCEPTIONS, ROOT)
+        found += long_test_names(ROOT / TESTS, ROOT)
     print(*found, sep="\n", end="\n" if found else "")
     return 1 if found else 0
 

@@ -22,8 +22,8 @@ pytest_plugins = ("engine_fixtures", "rag_kit", "vllm_cpu_kit")
 # The files that take longest, longest first: begun last, one of them would keep one process busy and the others idle.
 LONGEST = (
     *("repository/test_wheel.py", "invariants/test_exact.py", "invariants/test_kill.py", "cli/test_signals.py"),
-    *("serving/test_serve.py", "weights/test_packages.py", "connector/test_ranks.py", "bench/test_exact.py"),
-    "store/test_damage.py",
+    *("serving/test_supervise.py", "weights/test_packages.py", "connector/test_ranks.py", "bench/test_exact.py"),
+    *("store/test_database.py", "store/test_connections.py"),
 )
 
 

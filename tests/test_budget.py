@@ -112,7 +112,7 @@ rules = st.builds(
 
 
 @given(masses, rules, st.integers(1, 6), st.integers(0, 80), st.floats(0, 1))
-def test_a_count_keeps_its_bounds_and_falls_with_the_tail(
+def test_a_count_keeps_its_bounds_and_falls_with_tail(
     mass: torch.Tensor, rule: AutoRule, chunks: int, free: int, other: float
 ) -> None:
     mass = mass.sort(descending=True).values

@@ -193,7 +193,7 @@ def test_least_squares_are_exact_where_they_can_be() -> None:
 # -- both ways to the first token -------------------------------------------------------------------------------------
 
 
-def test_a_short_prompt_is_computed_and_a_long_one_blended() -> None:
+def test_short_prompts_are_computed_long_ones_blended() -> None:
     costs = measured()
     short, long = costs.forecast(all_cached(256)), costs.forecast(all_cached(8192))
     assert short is not None

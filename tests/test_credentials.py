@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from lmcache_rag.connector.secret import draw_secret, find_secret
-from lmcache_rag.credentials import ensure_secret, read_secret, state_file
+from lmcache_rag.credentials import ensure_secret, lmcache_headers, read_secret, state_file
 from lmcache_rag.errors import ConfigError
 
 
-def test_a_secret_is_made_once_and_only_its_owner_reads_it(tmp_path: Path) -> None:
+def test_a_secret_is_made_once_and_is_private(tmp_path: Path) -> None:
     file = tmp_path / "new folder" / "secret"
     previous = os.umask(0)
     try:
@@ -111,7 +111,7 @@ def test_the_setting_wins_over_the_environment(tmp_path: Path) -> None:
         find_secret("", {"LMCACHE_RAG_SECRET": "x" * 31})
 
 
-def test_without_a_secret_the_first_process_draws_one_for_all() -> None:
+def test_without_a_secret_one_is_drawn_for_all() -> None:
     first: dict[str, str] = {}
     draw_secret(first)
     inherited = dict(first)
@@ -148,3 +148,20 @@ def test_the_plugin_draws_a_secret_for_all_processes() -> None:
     )
     assert len(first.strip()) == 64
     assert first != again
+
+
+def test_lmcaches_key_is_in_its_variables_or_our_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMCACHE_RAG_STATE", str(tmp_path))
+    here, elsewhere = "http://127.0.0.1:8089", "http://10.0.0.1:8089"
+    assert lmcache_headers(here, {}) == {}
+    key = ensure_secret(tmp_path / "lmcache-http-key")
+    assert lmcache_headers(here, {}) == {"Authorization": f"Bearer {key}"}
+    assert lmcache_headers(elsewhere, {}) == {}, "it is for this machine only"
+    (tmp_path / "theirs").write_text("abc\n")
+    for variables in (
+        {"LMCACHE_API_KEY": "abc"},
+        {"LMCACHE_HTTP_API_KEY": "abc"},
+        {"LMCACHE_HTTP_API_KEY_FILE": str(tmp_path / "theirs")},
+    ):
+        assert lmcache_headers(elsewhere, variables) == {"Authorization": "Bearer abc"}
+    assert lmcache_headers(here, {"LMCACHE_API_KEY_FILE": "/no/such"}) == {}

@@ -40,7 +40,7 @@ def test_a_question_is_nearest_to_its_answer(embedder: Any) -> None:
     assert nearest == [0, 1, 2]
 
 
-def test_a_vector_does_not_depend_on_what_is_in_the_batch(embedder: Any) -> None:
+def test_a_vector_does_not_depend_on_its_batch(embedder: Any) -> None:
     together = embedder.embed_documents(TEXTS)
     alone = np.stack([embedder.embed_documents([text])[0] for text in TEXTS[:8]])
     assert np.abs(together[:8] - alone).max() < 1e-5
@@ -98,7 +98,7 @@ def test_making_one_finds_and_loads_nothing() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_a_model_that_is_not_there_is_told_when_it_is_needed() -> None:
+def test_a_missing_model_is_reported_when_needed() -> None:
     with pytest.raises(SourceError, match="no such folder"):
         SentenceTransformerEmbedder("/nowhere").embed_query("x")
 

@@ -287,7 +287,7 @@ def ingested(running: FakeVLLM) -> int:
     [("first", [3, 0, 0]), ("second", [3, 3, 0]), ("never", [3, 3, 3])],
     ids=lambda value: str(value),
 )
-def test_passages_never_ingested_are_hit_after_their_use(
+def test_passages_never_ingested_hit_after_their_use(
     running: FakeVLLM, texts: list[str], mode: str, misses: list[int]
 ) -> None:
     blender = Blender(as_workspace(running.url), lazy_fill=mode)
@@ -312,7 +312,7 @@ def test_only_what_was_missing_is_ingested(running: FakeVLLM, texts: list[str]) 
     assert blender.fill_counts.ingested == 1
 
 
-def test_registered_passages_are_ingested_at_their_first_use(
+def test_registered_passages_are_ingested_at_first_use(
     running: FakeVLLM, texts: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "lmcache_rag")
@@ -394,7 +394,7 @@ def test_a_full_prefill_fills_nothing(running: FakeVLLM, texts: list[str]) -> No
     assert ingested(running) == 0
 
 
-def test_an_embedded_engine_keeps_registered_passages_only(tokenizer: Any, texts: list[str], tmp_path: Path) -> None:
+def test_an_embedded_engine_keeps_registered_texts(tokenizer: Any, texts: list[str], tmp_path: Path) -> None:
     engine = EmbeddedEngine.from_model(
         HFModel.wrap(tiny_llama(), tokenizer), name="tiny", revision="0", kv_dir=tmp_path / "kv"
     )

@@ -57,7 +57,7 @@ def test_query_takes_their_neighbours_in_the_chunk() -> None:
     assert selected(query, 9 / 14) == [11, 12, 13, 14, 15, 25, 26, 27, 28]
 
 
-def test_query_looks_with_the_last_tokens_through_the_upper_half() -> None:
+def test_query_uses_the_last_tokens_and_upper_half() -> None:
     made = Made()
     select(get_policy("query"), Budget(share=0.3), Layout.of(SPANS), made)
     assert made.asked == [{"window": 64, "from_layer": 0.5, "reduce": "sum"}]
@@ -161,7 +161,7 @@ def paged(model: HFModel, case: Case, policy: str, share: float) -> list[tuple[t
 
 @pytest.mark.parametrize("engine", [embedded, paged])
 @pytest.mark.parametrize("policy", ["query", "hkvd", "head"])
-def test_an_engine_computes_again_what_the_policy_picks(
+def test_an_engine_recomputes_what_the_policy_picks(
     engine: Any, policy: str, model: HFModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = Case(model, [10, 4], [1, 5], 6, 0)
@@ -201,7 +201,7 @@ class Random:
 
 
 @pytest.mark.slow
-def test_query_is_nearer_to_a_full_prefill_than_other_tokens(
+def test_query_is_nearer_to_exact_than_other_tokens(
     smollm2_engine: Any, corpus: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the real model, with a share of 0.15: mean distance of the first token's distribution over some questions."""

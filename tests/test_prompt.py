@@ -96,7 +96,7 @@ def test_a_model_without_a_template_gets_plain_text(tokenizer):
     assert own.decode(prompt.token_ids).endswith("Passage.\n\nQuestion: What?\nAnswer:")
 
 
-def test_a_template_that_shows_the_date_gets_a_fixed_one(tokenizer):
+def test_a_template_with_the_date_gets_a_fixed_one(tokenizer):
     """Llama 3's holds today's: each midnight all KV would be useless."""
     import copy
 

@@ -151,7 +151,7 @@ def test_spans_must_be_in_the_prompt_and_few(spans: list[Any]) -> None:
     assert wrong({protocol.CHUNKS: [[0, 64], [64, 100], [101, 160]]}, 160) == ""
 
 
-def test_places_beyond_the_prompt_do_not_reach_the_engine() -> None:
+def test_places_after_the_prompt_are_dropped() -> None:
     """Where they are looked at before the prompt's length is known."""
     params = {protocol.CHUNKS: [[0, 64], [64, 100]], protocol.PREFIX: 64, protocol.RATIO: 0.5}
     assert protocol.accepted(params, 100) == params
@@ -182,7 +182,7 @@ def test_keys_of_others_do_not_reach_the_engine() -> None:
     assert protocol.accepted(None) == protocol.accepted("text") == {}
 
 
-def test_chunks_shorter_than_a_block_are_left_out_but_the_first() -> None:
+def test_only_the_first_chunk_may_be_below_a_block() -> None:
     spans = [[64, 70], [70, 86], [90, 105], [105, 200]]
     assert protocol.accepted({protocol.CHUNKS: spans})[protocol.CHUNKS] == [[64, 70], [70, 86], [105, 200]]
     assert protocol.accepted({protocol.CHUNKS: spans}, block=32)[protocol.CHUNKS] == [[64, 70], [105, 200]]
@@ -195,7 +195,7 @@ def asked(params: Any) -> protocol.RequestParams:
     return found
 
 
-def test_a_request_that_asks_for_nothing_gets_the_defaults() -> None:
+def test_a_request_without_parameters_gets_defaults() -> None:
     assert asked(None) == protocol.RequestParams("query", Budget(), True)
     assert read_params({"lmcache.max_offload_tokens": 4}, "hkvd", 0.2)[0] == protocol.RequestParams(
         "hkvd", Budget(share=0.2), True

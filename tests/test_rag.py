@@ -35,7 +35,7 @@ def test_only_changed_chunks_are_computed_again(parts, documents):
     assert 1 <= report.kv.computed <= 2 < first.kv.computed
 
 
-def test_a_shared_chunks_kv_leaves_with_its_last_document(parts, documents):
+def test_shared_kv_leaves_with_the_last_document(parts, documents):
     twin = document("twin", documents[0].text)
     report = parts.ingestor.ingest([documents[0], twin])
     files = parts.engine.usage().chunks
@@ -47,7 +47,7 @@ def test_a_shared_chunks_kv_leaves_with_its_last_document(parts, documents):
     assert parts.rag.ask("What?").sources == ()
 
 
-def test_without_kv_the_first_question_computes_and_keeps_it(parts, documents):
+def test_the_first_question_computes_and_keeps_kv(parts, documents):
     assert parts.ingestor.ingest(documents, kv=False).kv.computed == 0
     question = "What is said first?"
     assert parts.rag.ask(question).stats.chunks_missed == 3
@@ -102,7 +102,7 @@ def test_verify_finds_and_repairs_damage(parts, documents):
     assert parts.maintainer.verify(sample=None).bad == ()
 
 
-def test_a_failed_precompute_raises_and_the_next_run_repairs(parts, documents, monkeypatch):
+def test_a_failed_precompute_raises_and_is_repaired(parts, documents, monkeypatch):
     whole = parts.model.forward
     calls = iter([False, False, False, True])  # the prefix and two chunks go well
 
@@ -158,7 +158,7 @@ async def test_queries_while_ingesting_all_get_answers(parts, documents):
     assert all(answer.stats.prompt_tokens for answer in answers)
 
 
-def test_chunks_that_do_not_fit_are_dropped_lowest_score_first(parts, documents):
+def test_chunks_that_do_not_fit_go_lowest_score_first(parts, documents):
     parts.ingestor.ingest(documents)
     hits = parts.rag.retrieve("What?", top_k=3)
     answer = parts.rag.ask("What? " * 1900, hits=hits, sampling=Sampling(max_tokens=200))
@@ -194,7 +194,7 @@ def test_bad_questions_are_errors(parts, documents):
     assert issubclass(PromptError, LMCacheRAGError)
 
 
-async def test_both_retrievers_give_the_stores_chunks_unchanged(parts, documents):
+async def test_both_retrievers_give_unchanged_chunks(parts, documents):
     from lmcache_rag.integrations.langchain import LMCacheRetriever as ForLangChain
     from lmcache_rag.integrations.llama_index import LMCacheRetriever as ForLlamaIndex
 

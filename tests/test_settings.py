@@ -66,7 +66,7 @@ def test_an_empty_variable_counts_as_not_given(tmp_path: Path, monkeypatch: pyte
     assert (settings.ratio, settings.model) == (0.5, "m")
 
 
-def test_the_environment_names_the_store_whose_file_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_names_the_store_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMCACHE_RAG_STORE", str(write(tmp_path / "s", "top_k = 7\n")))
     settings = Settings.load()
     assert (settings.store, settings.top_k) == (tmp_path / "s", 7)
@@ -146,7 +146,7 @@ def test_an_unknown_name_in_the_file_is_refused(tmp_path: Path) -> None:
     assert FILE in caught.value.remedy
 
 
-def test_a_file_that_is_no_toml_is_refused_with_the_place(tmp_path: Path) -> None:
+def test_a_file_that_is_no_toml_is_refused_with_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"{FILE} cannot be read.*line 2"):
         Settings.load(write(tmp_path / "s", "top_k = 1\nratio =\n"))
 

@@ -38,7 +38,7 @@ async def test_all_items_come_and_the_iterator_is_closed() -> None:
     assert source.closed.is_set()
 
 
-async def test_cancelled_before_the_first_item_it_is_closed_after_it() -> None:
+async def test_cancelled_before_an_item_it_closes_after_it() -> None:
     source = Source()
     task = asyncio.create_task(read(source))
     assert await asyncio.to_thread(source.begun.wait, 60)

@@ -55,7 +55,7 @@ def test_the_full_prefill_comes_last(make_engine, corpus, tmp_path, monkeypatch)
     assert asked == [True, True, False] * 2
 
 
-def test_questions_and_orders_are_repeatable_and_different() -> None:
+def test_questions_and_orders_repeat_and_differ() -> None:
     chunks = [f"Passage {i} says something of its own, at some length." for i in range(20)]
     asked = questions(chunks, 30, seed=3)
     assert asked == questions(chunks, 30, seed=3) != questions(chunks, 30, seed=4)

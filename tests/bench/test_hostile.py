@@ -150,7 +150,7 @@ def test_a_soak_with_hostile_requests(server: FakeVLLM, tmp_path: Path, sentence
     assert sum(report["requests"].values()) > 0, "ordinary requests were sent too"
 
 
-def test_a_server_that_fails_at_a_hostile_request_is_not_sound(
+def test_a_server_hurt_by_hostile_requests_is_unsound(
     server: FakeVLLM, tokenizer: Any, corpus: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def draw(self: Hostile, rng: random.Random) -> HostileRequest:

@@ -91,7 +91,7 @@ def test_arms_of_the_embedded_engine_answer_as_it_does(smollm2_engine: Any, tmp_
         assert arms["full"]["first_kl"] == 0.0
 
 
-def test_the_likelihood_of_the_right_answer_is_the_models_own(
+def test_the_answers_likelihood_is_the_models_own(
     smollm2_engine: Any, smollm2_plain: Any, samples: list[Sample], tmp_path: Path
 ) -> None:
     import torch
@@ -116,7 +116,7 @@ def test_question_before_the_passages_is_blended_too(smollm2_engine: Any, tmp_pa
         assert record.arms["none"]["counts"]["reused_tokens"] == 3 * 64  # the first chunk is not exact here
 
 
-def test_a_prompt_that_does_not_fit_is_refused_before_any(smollm2_engine: Any, tmp_path: Path) -> None:
+def test_a_too_long_prompt_is_refused_before_any_runs(smollm2_engine: Any, tmp_path: Path) -> None:
     run = run_of(smollm2_engine, EmbeddedAnswers(smollm2_engine))
     many = tuple(f"Passage number {i} with its own words. " * 60 for i in range(30))
     long = [Sample("a", "x", "x", "Q?", ("a",), many[:1]), Sample("b", "30x1024", "x", "Q?", ("a",), many)]
@@ -415,7 +415,7 @@ def test_scores_are_grouped_by_cell_and_task() -> None:
     assert {(s.cell, s.task): s.hit for s in found} == {("all", "all"): 0.5, ("a", "all"): 1.0, ("b", "all"): 0.0}
 
 
-def test_the_gate_looks_at_mean_lower_end_and_each_cell() -> None:
+def test_the_gate_takes_mean_lower_end_and_each_cell() -> None:
     def judged(mean: float, low: float, high: float, cell_high: float = 0.0, limit: float = 0.02) -> tuple[str, ...]:
         pooled = Score("auto", POOLED, POOLED, 200, 0.5, 0.5, Interval(mean, low, high))
         cell = Score("auto", "8x160", POOLED, 20, 0.5, 0.5, Interval(-0.1, -0.2, cell_high))
@@ -459,7 +459,7 @@ def test_the_recommendation_is_a_sentence() -> None:
     assert recommendation(slower, "auto", 0.02).endswith("compute such questions in full.")
 
 
-def test_the_gate_is_about_auto_or_the_first_that_blends() -> None:
+def test_the_gate_judges_auto_or_the_first_that_blends() -> None:
     assert main_arm(["full", "query:0.15", "auto"]) == "auto"
     assert main_arm(["full", "prefix", "hkvd:0.3", "none"]) == "hkvd:0.3"
     assert main_arm(["full", "prefix"]) == ""
@@ -501,7 +501,7 @@ def test_the_gate_decides_the_exit_status(call: Callable[..., Any]) -> None:
     assert (failed.exit_code, json.loads(failed.stdout)["gate"]["passed"]) == (1, False)
 
 
-def test_questions_without_passages_are_asked_of_the_users_store(call: Callable[..., Any], tmp_path: Path) -> None:
+def test_questions_without_passages_use_the_store(call: Callable[..., Any], tmp_path: Path) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
     for number in range(3):

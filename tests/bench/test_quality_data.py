@@ -95,7 +95,7 @@ def test_equal_names_in_a_file_are_told_apart(tmp_path: Path) -> None:
     assert [s.sample_id for s in read_samples(write(tmp_path / "a.jsonl", same, same))] == ["a", "a#2"]
 
 
-def test_the_shipped_questions_are_answered_by_their_documents() -> None:
+def test_shipped_questions_are_answered_by_their_files() -> None:
     rows = [json.loads(line) for line in (DATA / "quality.jsonl").read_text().splitlines()]
     assert len(rows) >= 40
     for row in rows:
@@ -130,14 +130,14 @@ def test_every_question_is_answered_by_its_passages(encode: Any) -> None:
     assert len({sample.sample_id for sample in samples}) == 36
 
 
-def test_two_passages_are_needed_where_there_are_two_hops(encode: Any) -> None:
+def test_two_hops_need_two_passages(encode: Any) -> None:
     for sample in make_samples(Cell(6, 128), 20, encode, tasks=["two-hop", "reference"]):
         subject = re.findall(r"(?:mayor of|parcel for) (\w+)", sample.question)[0]
         naming = next(text for text in sample.passages if f"mayor of {subject}" in text or f"for {subject} is" in text)
         assert sample.answers[0] not in naming
 
 
-def test_what_is_referred_to_stands_before_the_reference(encode: Any) -> None:
+def test_a_referent_stands_before_its_reference(encode: Any) -> None:
     for sample in make_samples(Cell(6, 128), 20, encode, tasks=["reference"]):
         referring = next(
             i for i, t in enumerate(sample.passages) if f"for {sample.question.split()[7].strip('?')}" in t
@@ -147,7 +147,7 @@ def test_what_is_referred_to_stands_before_the_reference(encode: Any) -> None:
         assert f"Entry {entry[1]}: " in " ".join(sample.passages[:referring])
 
 
-def test_questions_are_repeatable_and_the_same_in_every_style(encode: Any) -> None:
+def test_questions_are_the_same_again_in_every_style(encode: Any) -> None:
     cell = Cell(4, 96)
     first = make_samples(cell, 10, encode)
     assert first == make_samples(cell, 10, encode)
@@ -164,7 +164,7 @@ def test_passages_too_short_for_a_task_are_refused(encode: Any) -> None:
     assert "longer passages" in problem.value.remedy
 
 
-def test_cells_and_tasks_are_read_from_the_command_line() -> None:
+def test_cells_and_tasks_are_read_from_the_options() -> None:
     cells = parse_cells("6x512, 8x160:tags,6x512")
     assert cells == [Cell(6, 512), Cell(8, 160, "tags")]
     assert [cell.name for cell in cells] == ["6x512", "8x160:tags"]
@@ -254,7 +254,7 @@ def test_a_style_keeps_what_counts_of_an_answer() -> None:
     assert get_style("plain").answer("Rome") == "Rome"
 
 
-def test_a_style_puts_question_and_instruction_where_it_says(smollm2_engine: Any) -> None:
+def test_a_style_places_question_and_instruction(smollm2_engine: Any) -> None:
     texts = {}
     for name, style in STYLES.items():
         builder = PromptBuilder(smollm2_engine.tokenizer, smollm2_engine.info, format=style.format(PromptFormat()))
@@ -293,7 +293,7 @@ def test_arms_are_read_from_the_command_line() -> None:
     assert not by_name["prefix"].options().enabled
 
 
-def test_every_arm_of_a_run_that_names_none_can_be_asked() -> None:
+def test_every_default_arm_can_be_requested() -> None:
     arms = parse_arms(DEFAULT)
     assert arms[0].name == "full"
     assert {"prefix", "auto", "none", "all", "query:0.15"} < {arm.name for arm in arms}

@@ -20,7 +20,7 @@ from lmcache_rag.prompt import PromptBuilder, PromptFormat
 LIMIT = 0.65
 
 
-def test_the_selection_finds_what_the_answer_depends_on(smollm2_engine: Any, tmp_path: Path) -> None:
+def test_selection_finds_what_the_answer_depends_on(smollm2_engine: Any, tmp_path: Path) -> None:
     builder = PromptBuilder(smollm2_engine.tokenizer, smollm2_engine.info)
     samples = make_samples(Cell(4, 64), 16, builder.encode, tasks=["fact", "needle", "two-hop"])
     arms = tuple(parse_arms("none,query:0.2"))

@@ -196,7 +196,7 @@ def test_resident_memory_is_that_of_the_process() -> None:
         ([3.0], [2.5], False),  # such a server is wrong without any blending
     ],
 )
-def test_a_soak_measures_answers_by_the_servers_own_noise(
+def test_answers_are_measured_by_the_servers_own_noise(
     unblended: list[float | None], ratio_1: list[float | None], sound: bool
 ) -> None:
     report = SoakReport(gauges=dict(AT_REST))

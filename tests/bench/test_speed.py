@@ -80,7 +80,7 @@ def test_an_unknown_policy_fails_before_measuring() -> None:
     assert "hkvd" in result.output
 
 
-async def test_prompts_begin_with_whole_chunks_of_the_server_s(tokenizer: Any) -> None:
+async def test_prompts_begin_with_whole_server_chunks(tokenizer: Any) -> None:
     with vllm_serving(tokenizer) as server:
         server.chunk = 256
         bench = SpeedBench([Arm("a", server.url)], Workload(chunk=100, chunks=3))
@@ -101,7 +101,7 @@ def test_no_server_is_said_with_its_remedy() -> None:
 # -- under load, and what the server costs where nothing is blended ---------------------------------------------------
 
 
-def test_arrivals_are_the_same_for_everyone_and_come_at_the_rate() -> None:
+def test_arrivals_are_equal_for_all_and_keep_the_rate() -> None:
     moments = Workload(seed=1).arrivals(4.0, 2000)
     assert moments == Workload(seed=2).arrivals(4.0, 2000)  # a new workload of the same rate is comparable
     assert moments[0] == 0
@@ -135,7 +135,7 @@ def test_pairs_are_compared_as_medians_and_one_by_one() -> None:
     assert pairs.as_dict()["ours_median_ms"] == 210
 
 
-async def test_requests_come_at_their_rate_whether_or_not_answers_do(tokenizer: Any) -> None:
+async def test_requests_keep_their_rate_when_answers_lag(tokenizer: Any) -> None:
     with vllm_serving(tokenizer) as server:
         arm = Arm("one", server.url)
         bench = SpeedBench([arm], Workload(chunk=128, chunks=3))

@@ -123,7 +123,7 @@ def test_ctrl_c_gives_status_130(session: Session) -> None:
     assert session.cut_off.status == 130
 
 
-def test_ctrl_c_says_the_store_is_sound_and_how_to_go_on(session: Session) -> None:
+def test_ctrl_c_says_the_store_is_sound_and_what_next(session: Session) -> None:
     lines = session.cut_off.stderr.splitlines()
     assert "Stopped. The store is intact." in lines
     assert "To continue: lmcache-rag ingest docs --store store" in lines
@@ -135,7 +135,7 @@ def test_ctrl_c_came_in_the_middle_of_the_work(session: Session) -> None:
     assert 0 < session.chunks_kept < total
 
 
-def test_the_same_command_finishes_the_rest_and_only_the_rest(session: Session) -> None:
+def test_the_same_command_finishes_only_the_rest(session: Session) -> None:
     report = json.loads(session.again.stdout)
     status = json.loads(session.status.stdout)
     assert session.again.status == 0
@@ -145,7 +145,7 @@ def test_the_same_command_finishes_the_rest_and_only_the_rest(session: Session) 
     assert status["store"]["documents"] == 2
 
 
-def test_ask_answers_from_the_right_document_with_reused_kv(session: Session) -> None:
+def test_ask_reuses_kv_of_the_right_document(session: Session) -> None:
     answer = json.loads(session.asked.stdout)
     assert session.asked.status == 0
     assert answer["text"].strip()
@@ -154,7 +154,7 @@ def test_ask_answers_from_the_right_document_with_reused_kv(session: Session) ->
     assert answer["stats"]["reused_tokens"] > 0
 
 
-def test_no_bar_and_no_hint_of_another_library_is_on_stderr(session: Session) -> None:
+def test_stderr_has_no_bar_or_hint_of_other_libraries(session: Session) -> None:
     for ended in (session.again, session.asked, session.status):
         known = re.compile(
             r"The (model|embedder) is served by |documents \d+ of \d+; KV "
@@ -235,7 +235,7 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave(talk: Talk) -> None:
     assert "Ctrl-C again or Ctrl-D leaves." in talk.prompt
 
 
-def test_sigterm_ends_with_status_143_and_says_how_to_go_on(talk: Talk) -> None:
+def test_sigterm_exits_143_and_says_what_next(talk: Talk) -> None:
     assert talk.status == 143
     assert "Stopped. The store is intact." in talk.terminated
 

@@ -1,15 +1,18 @@
-"""Which requests may share KV in LMCache."""
+"""Which requests may share KV in LMCache: cache salts, and token ids renumbered in each namespace."""
 
 from __future__ import annotations
 
 import hmac
 import random
+from array import array
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from lmcache_rag.connector.cache_salt import CacheSalts, renumbered
+from lmcache_rag.connector import cache_salt
+from lmcache_rag.connector.cache_salt import CacheSalts, Renumbering, renumbered
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.protocol import INGEST, PREFIX
 
@@ -40,7 +43,7 @@ def test_tenants_and_models_share_nothing() -> None:
     assert len(names) == 7
 
 
-def test_an_adapter_and_a_tenant_are_never_another_pair() -> None:
+def test_adapter_and_tenant_never_equal_another_pair() -> None:
     spaces, prompt = CacheSalts("model", CHUNK), ids(1, 100)
     pairs = [("ab", ""), ("a", "b"), ("", "ab"), ("a\0", "b"), ("a", "\0b"), ("", "1\0ab"), ("1\0a", "b")]
     assert len({spaces.of(prompt, tenant, None, adapter=adapter) for adapter, tenant in pairs}) == len(pairs)
@@ -65,7 +68,7 @@ def test_other_clients_share_kv_by_an_ingested_prefix() -> None:
 
 
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK + 1, 2 * CHUNK])
-def test_a_prefix_in_a_query_concerns_that_request_alone(length: int) -> None:
+def test_a_prefix_in_a_query_is_for_that_request_only(length: int) -> None:
     """Fault D2: one request with `lmcache_rag.prefix: 1`, and all others were in another namespace, some in one."""
     spaces = CacheSalts("model", CHUNK)
     start = ids(0, 1)  # what every prompt of a model begins with
@@ -77,7 +80,7 @@ def test_a_prefix_in_a_query_concerns_that_request_alone(length: int) -> None:
 
 
 @pytest.mark.parametrize("length", [1, CHUNK - 1, CHUNK + 1, 0, -CHUNK])
-def test_an_ingested_prefix_that_is_no_whole_chunk_is_not_kept(length: int) -> None:
+def test_an_ingested_prefix_needs_whole_chunks(length: int) -> None:
     spaces, start = CacheSalts("model", CHUNK), ids(0, 1)
     prompts = [[*start, *ids(n, 3 * CHUNK)] for n in range(1, 4)]
     before = [spaces.of(prompt, "", None) for prompt in prompts]
@@ -119,7 +122,7 @@ def test_a_prefix_that_cannot_be_is_taken_for_none(wrong: Any) -> None:
 
 
 @pytest.mark.parametrize("use", ["asked", "named", "ingested"])
-def test_the_prefix_that_was_not_used_for_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch, use: str) -> None:
+def test_the_least_recently_used_prefix_is_forgotten(monkeypatch: pytest.MonkeyPatch, use: str) -> None:
     for limit, lengths in (("_NAMES", (2, 2, 2)), ("_LENGTHS", (2, 3, 4)), ("_TENANTS", (2, 2, 2))):
         with monkeypatch.context() as patch:
             patch.setattr(f"lmcache_rag.connector.cache_salt.{limit}", 2)
@@ -161,7 +164,83 @@ def test_a_prompt_is_hashed_once_for_all_lengths(monkeypatch: pytest.MonkeyPatch
     assert sum(hashed) <= 4 * (32 + 1) * CHUNK
 
 
-def test_numbers_that_are_no_tokens_do_not_end_the_scheduler() -> None:
+def test_ids_that_are_no_tokens_harm_no_scheduler() -> None:
     wide = [2**40 + 5, -1, 7]
     assert all(0 <= number < 2**32 for number in renumbered(wide, "one"))
     CacheSalts("model", CHUNK).of(wide * 40, "", None)
+
+
+KEY = b"k" * 32
+
+
+def test_equal_tokens_alone_have_equal_numbers() -> None:
+    one = Renumbering(KEY)
+    tokens = [0, 1, 2**18, 151_000, 1, 0]
+    numbers = one.renumbered(tokens, "one")
+    assert numbers == one.renumbered(tokens, "one") == Renumbering(KEY).renumbered(tokens, "one")
+    assert numbers[0] == numbers[5]
+    assert numbers[1] == numbers[4]
+    assert len(set(numbers)) == 4
+    assert all(type(number) is int and 0 <= number < 2**32 for number in numbers), "LMCache hashes 32 bits of each"
+    assert one.renumbered([], "one") == []
+    assert one.renumbered((0, 1), "one") == one.renumbered(array("i", [0, 1]), "one") == numbers[:2]
+
+
+def test_no_two_tokens_share_a_number() -> None:
+    """Of 150,000 numbers drawn by lot from 2 ** 32 some would be drawn twice."""
+    one = Renumbering(KEY)
+    for namespace in ("one", "other"):
+        assert len(np.unique(one.numbers(range(1 << 20), namespace))) == 1 << 20
+    high = [token << 12 for token in range(1 << 20)]
+    assert len(np.unique(one.numbers(high, "one"))) == 1 << 20
+
+
+def test_numbers_differ_by_namespace_and_by_secret() -> None:
+    tokens = list(range(10_000))
+    found = [
+        one.numbers(tokens, name) for one in (Renumbering(KEY), Renumbering(b"other")) for name in ("a", "b", "\udcff")
+    ]
+    for n, one in enumerate(found):
+        for other in found[n + 1 :]:
+            assert (one == other).sum() < 3
+            # Nor do they differ by something that is the same for all tokens.
+            assert len(np.unique(one - other)) > 9_900
+            assert len(np.unique(one ^ other)) > 9_900
+
+
+def test_numbers_look_drawn_by_lot() -> None:
+    """Each bit of a number is set for half of the tokens, whatever the tokens are like."""
+    one = Renumbering(KEY)
+    for tokens in (range(50_000), range(0, 50_000 << 16, 1 << 16)):
+        numbers = one.numbers(tokens, "a")
+        shares = [float(((numbers >> np.uint32(bit)) & np.uint32(1)).mean()) for bit in range(32)]
+        assert all(abs(share - 0.5) < 0.02 for share in shares)
+        steps = np.unique(np.diff(numbers.astype(np.int64)))
+        assert len(steps) > 49_000
+
+
+def test_ids_that_are_no_tokens_are_cut_without_error() -> None:
+    one = Renumbering(KEY)
+    assert one.renumbered([-1, 2**40 + 3], "a") == one.renumbered([2**32 - 1, 3], "a")
+    assert one.renumbered([2**63 + 3], "a") == one.renumbered([3], "a")
+    assert one.renumbered([2**70 + 3, -(2**70) + 3], "a") == one.renumbered([3, 3], "a")
+    dice = random.Random(1)
+    one.renumbered([dice.randrange(-(2**80), 2**80) for _ in range(1000)], "a")
+
+
+def test_the_secret_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache_salt, "_process", [])
+    monkeypatch.setenv("LMCACHE_RAG_SECRET", "x" * 40)
+    monkeypatch.delenv("LMCACHE_RAG_SECRET_FILE", raising=False)
+    by_environment = renumbered([1, 2, 3], "a")
+    monkeypatch.setattr(cache_salt, "_process", [])
+    monkeypatch.setenv("LMCACHE_RAG_SECRET", "y" * 40)
+    assert renumbered([1, 2, 3], "a") != by_environment
+    cache_salt.use_secret(KEY)
+    assert renumbered([1, 2, 3], "a") == Renumbering(KEY).renumbered([1, 2, 3], "a")
+
+
+def test_numbers_need_the_secret_for_the_tables_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever had a namespace's keys would still not know its numbers."""
+    monkeypatch.setattr(cache_salt.hmac, "digest", lambda *_: bytes(range(32)))
+    assert Renumbering(KEY).renumbered([1, 2, 3], "a") != Renumbering(b"other").renumbered([1, 2, 3], "a")

@@ -148,7 +148,7 @@ def test_a_chunk_is_found_after_its_own_prefix_only(world: Any) -> None:
     assert asked(request)
 
 
-def test_whole_blocks_of_chunks_are_found_with_positions(world: Any) -> None:
+def test_whole_blocks_of_chunks_are_found_in_place(world: Any) -> None:
     pool, request = world
     spans = named_spans(request.kv_transfer_params, request.num_tokens)
     chunks = known(pool)
@@ -180,12 +180,12 @@ def test_more_spans_than_blocks_make_no_sense() -> None:
     assert len(named_spans({"lmcache_rag.chunks": [[at, at + 16] for at in range(0, 1600, 16)]}, 1600)) == 100
 
 
-def test_a_chunk_below_a_block_is_left_out_after_blocks() -> None:
+def test_only_the_first_chunk_may_be_below_a_block() -> None:
     spans = [[64, 70], [70, 80], [80, 96]]
     assert named_spans({"lmcache_rag.chunks": spans}, 100) == [(64, 70), (80, 96)]
 
 
-def test_blocks_are_pinned_from_the_claim_to_the_result(world: Any) -> None:
+def test_blocks_are_pinned_from_claim_to_result(world: Any) -> None:
     pool, request = world
     side = make(pool)
     claimed = side.match(request, 0)
@@ -325,7 +325,7 @@ def test_a_chunk_is_known_by_vllms_own_hashes() -> None:
     assert (start, end, old, keys) == (19, 103, 16, tuple(own[2:]))
 
 
-def test_a_chunk_inside_a_block_of_the_prefix_is_not_known() -> None:
+def test_a_chunk_inside_a_prefix_block_is_not_known() -> None:
     """Its own blocks would begin elsewhere than the chunk: keys would be moved from the wrong position."""
     pool, prefix, chunk = scheduler_kit.Pool(), list(range(20)), list(range(100, 150))
     hashes = scheduler_kit.chunk_hashes("salt", prefix + chunk, 8)
@@ -391,7 +391,7 @@ def test_only_ingested_chunks_are_remembered() -> None:
     assert hot.tokens == 64
 
 
-def test_a_chunk_that_was_evicted_is_not_looked_for_in_each_step(world: Any) -> None:
+def test_an_evicted_chunk_is_not_searched_in_each_step(world: Any) -> None:
     pool, request = world
     side = GpuChunks(known(pool))
     side.on_new_request(request, array("q", request.prompt_token_ids))
@@ -403,7 +403,7 @@ def test_a_chunk_that_was_evicted_is_not_looked_for_in_each_step(world: Any) -> 
     assert len(asked) == 3
 
 
-def test_a_block_is_not_copied_before_its_kv_is_computed() -> None:
+def test_a_block_is_not_copied_before_it_is_computed() -> None:
     """vLLM files a block when it schedules its tokens; a copy in that step would come before the model's pass."""
     pool = scheduler_kit.Pool()
     filed = UncomputedBlocks(pool, 8)

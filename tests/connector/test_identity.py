@@ -63,7 +63,7 @@ def test_what_a_model_is(tmp_path: Path) -> None:
     assert len({same, *(identity(other) for other in others)}) == 10
 
 
-def test_a_model_that_cannot_be_told_shares_with_nobody(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unidentified_model_shares_no_kv(caplog: pytest.LogCaptureFixture) -> None:
     odd = SimpleNamespace(model_config=SimpleNamespace(hf_config=Config(labels={1: "a", "1": "b"})), cache_config=None)
     assert identity(odd) != identity(odd)
     assert "KV of earlier runs is not reused" in caplog.text
@@ -87,7 +87,7 @@ def test_kv_of_another_form_is_other_kv(form: str, tmp_path: Path) -> None:
     assert identity(one, 64) != before
 
 
-def test_kv_of_another_vllm_layout_or_chunk_is_other_kv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_vllm_layout_or_chunk_is_other_kv(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = config(tmp_path)
     found = {identity(one, 64), identity(one, 256)}
     for version in ("0.25.1", "0.31.0", "0.31.0+cpu"):  # not that of a vLLM that is installed
@@ -180,7 +180,7 @@ def test_adapters_are_told_apart(tmp_path: Path) -> None:
     assert len(found) == 5
 
 
-def test_an_adapter_is_the_same_in_every_process_by_its_weights(tmp_path: Path) -> None:
+def test_an_adapter_is_identified_by_its_weights(tmp_path: Path) -> None:
     one = adapter(tmp_path / "a", bytes(9000))
     before = Adapters().of(one)
     assert Adapters().of(one) == before

@@ -128,7 +128,7 @@ def test_nothing_waits_for_kv_that_is_under_way(hf: HFModel) -> None:
     assert world.step() > 0
 
 
-def test_one_that_is_there_does_not_wait_for_one_that_is_not(hf: HFModel) -> None:
+def test_a_loaded_job_waits_for_no_unloaded_one(hf: HFModel) -> None:
     world = Background(hf)
     real, futures = world.link.submit_matches, iter(("slow", "fast"))
     world.link.submit_matches = lambda *asked: (real(*asked), next(futures))[1]  # type: ignore[method-assign]
@@ -151,7 +151,7 @@ def test_without_the_kv_everything_is_computed(hf: HFModel, fault: str) -> None:
 
 @pytest.mark.parametrize("policy", ["query", "hkvd", "none"])
 @pytest.mark.parametrize("fault", ["damaged key", "damaged value", "damaged last value"])
-def test_damage_is_repaired_before_vllm_hears_of_the_blocks(hf: HFModel, fault: str, policy: str) -> None:
+def test_damage_is_repaired_before_blocks_are_reported(hf: HFModel, fault: str, policy: str) -> None:
     world = Background(hf, fault, policy)
     result, steps = world.to_the_end()
     assert result.failure == "damaged KV"
@@ -159,7 +159,7 @@ def test_damage_is_repaired_before_vllm_hears_of_the_blocks(hf: HFModel, fault: 
     assert max(steps) <= 120 + 20, "at most a selection and a piece"
 
 
-def test_memory_that_runs_out_in_a_piece_means_computing(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_in_a_piece_means_computing(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
     world = Background(hf)
     real, calls = world.model.forward, iter(range(1000))
 
@@ -175,7 +175,7 @@ def test_memory_that_runs_out_in_a_piece_means_computing(hf: HFModel, monkeypatc
 
 
 @pytest.mark.parametrize("begun", [False, True])
-def test_an_aborted_request_keeps_its_blocks_until_loaded(hf: HFModel, begun: bool) -> None:
+def test_an_aborted_request_keeps_blocks_until_loaded(hf: HFModel, begun: bool) -> None:
     world = Background(hf)
     world.coming = not begun
     world.step(begins=True)
@@ -189,7 +189,7 @@ def test_an_aborted_request_keeps_its_blocks_until_loaded(hf: HFModel, begun: bo
     assert [result.request_id for result in world.worker.take_results()] == ["r"], "what is pinned is let go"
 
 
-def test_damaged_kv_of_a_request_that_ended_is_not_repaired(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_damage_of_an_ended_request_is_not_repaired(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(job.CudaTimer, "is_done", False)
     world = Background(hf, "damaged key")
     world.step(Allowance(1000), begins=True)
@@ -258,7 +258,7 @@ def test_loads_are_submitted_before_a_blend_begins(hf: HFModel) -> None:
     assert world.worker.receiving == {"r"}
 
 
-def test_the_host_is_a_piece_ahead_of_the_gpu_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_host_is_one_piece_ahead_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     waited: list[int] = []
 
     class Event:

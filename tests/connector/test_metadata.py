@@ -28,7 +28,7 @@ def matches(draw: st.DrawFn) -> list[Match]:
 
 
 @given(st.integers(2, 400), st.integers(0, 400), st.integers(0, 25), matches(), st.integers(0, 200), st.integers(0, 99))
-def test_a_claim_leaves_a_token_and_holds_what_was_found(
+def test_a_claim_has_all_that_was_found_but_a_token(
     prompt: int, local: int, chunks: int, found: list[Match], least: int, tail: int
 ) -> None:
     local, prefix = min(local, prompt - 1), min(chunks, prompt // CHUNK) * CHUNK
@@ -64,19 +64,19 @@ def test_a_nested_match_does_not_let_a_third_overlap() -> None:
     assert made.end == 100
 
 
-def test_a_prompt_that_is_cached_whole_leaves_its_last_token() -> None:
+def test_a_fully_cached_prompt_leaves_its_last_token() -> None:
     made = claim(64, 0, 64, [], least=1)
     assert (made.exact, made.matches, made.end) == (63, (), 63)
     made = claim(64, 0, 32, [at(32, 64)], least=1)
     assert (made.exact, made.matches, made.end) == (32, (), 32), "the last match would leave nothing to compute"
 
 
-def test_only_matches_after_computed_tokens_are_claimed() -> None:
+def test_only_matches_after_computed_tokens_count() -> None:
     made = claim(400, 100, 64, [at(64, 128), at(128, 192)], least=64)
     assert (made.exact, made.matches, made.end) == (100, (at(128, 192),), 192)
 
 
-def test_adjacent_matches_merge_only_if_cached_adjacent() -> None:
+def test_adjacent_matches_merge_if_adjacent_in_cache() -> None:
     pieces = (Match(0, 16, 32, 48), Match(16, 32, 48, 64), Match(32, 48, 0, 16), Match(60, 76, 16, 32))
     plan = BlendPlan("r", tuple(range(80)), 0, 0, pieces, 76, (0,), "query", Budget())
     assert plan.spans == [(0, 32), (32, 48), (60, 76)]
@@ -90,7 +90,7 @@ def read(**values: Any) -> ConnectorOptions:
     return ConnectorOptions.read(config.get)
 
 
-def test_settings_are_read_and_whole_numbers_are_numbers() -> None:
+def test_settings_are_read_and_given_their_types() -> None:
     options = read(policy="hkvd", ratio=1, blend=False, deadline=2, least_tokens=0, step_tokens=4096)
     assert options == ConnectorOptions("hkvd", 1.0, False, 2.0, least_tokens=0, step_tokens=4096)
     assert isinstance(options.ratio, float)

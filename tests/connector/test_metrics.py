@@ -109,7 +109,7 @@ def test_a_record_is_plain_and_its_tokens_add_up() -> None:
     assert "load" not in third, "no worker told of a load"
 
 
-def test_each_request_moves_the_counters_of_its_engine_once(shelf: Shelf) -> None:
+def test_each_request_moves_its_engines_counters_once(shelf: Shelf) -> None:
     both = meters(shelf)
     both.observe(counted(BLENDED, FAILED), 3)
     both.observe([metrics.unblended_record(100, 64)])
@@ -136,7 +136,7 @@ def test_what_never_moved_reads_zero_and_not_nothing(shelf: Shelf) -> None:
     assert {("requests", outcome) for outcome in metrics.OUTCOMES} <= labelled
 
 
-def test_a_reason_that_nobody_listed_is_counted_as_another(shelf: Shelf) -> None:
+def test_an_unlisted_reason_is_counted_as_other(shelf: Shelf) -> None:
     [record] = counted(BlendResult("0", 0, 0, 0, 76, 1.0, 1.0, "request 7 broke the moon"))
     assert record["fallback"] == "other"
     meters(shelf).observe([record])

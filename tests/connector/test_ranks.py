@@ -120,7 +120,7 @@ def test_alone_each_rank_would_choose_others(ranks: list[Outcome], hf: HFModel, 
 
 
 @pytest.mark.parametrize("name", ["dead", "late"])
-def test_kv_that_one_rank_did_not_get_is_computed_on_all(ranks: list[Outcome], hf: HFModel, name: str) -> None:
+def test_kv_missing_on_one_rank_is_computed_on_all(ranks: list[Outcome], hf: HFModel, name: str) -> None:
     one = World(hf)
     assert SCENARIOS[name]["fault"] == name
     assert [rank[name]["failure"] for rank in ranks] == [
@@ -145,7 +145,7 @@ def test_damage_on_one_rank_is_repaired_by_all_ranks(ranks: list[Outcome], hf: H
     assert close(joined(ranks, "repaired"), full_prefill(World(hf)))
 
 
-def test_in_the_background_too_two_ranks_do_what_one_does(ranks: list[Outcome], hf: HFModel) -> None:
+def test_in_the_background_two_ranks_equal_one(ranks: list[Outcome], hf: HFModel) -> None:
     one = World(hf)
     result = one.run()
     want = (result.prefix_tokens, result.reused_tokens, result.recomputed_tokens, result.computed_tokens)
@@ -154,14 +154,14 @@ def test_in_the_background_too_two_ranks_do_what_one_does(ranks: list[Outcome], 
 
 
 @pytest.mark.parametrize("name", ["background, late", "background, damaged"])
-def test_in_the_background_ranks_compute_what_one_misses(ranks: list[Outcome], hf: HFModel, name: str) -> None:
+def test_a_ranks_background_miss_is_computed_on_all(ranks: list[Outcome], hf: HFModel, name: str) -> None:
     assert all(rank[name]["failure"] for rank in ranks)
     assert [rank[name]["bad"] for rank in ranks] == [[]] * RANKS
     assert close(joined(ranks, name), full_prefill(World(hf)))
 
 
 @pytest.mark.parametrize("name", ["little memory", "little memory, late", "background, little memory"])
-def test_little_memory_on_one_rank_makes_all_pieces_small(ranks: list[Outcome], hf: HFModel, name: str) -> None:
+def test_little_memory_on_one_rank_makes_pieces_small(ranks: list[Outcome], hf: HFModel, name: str) -> None:
     why = ["load failed on another rank", "load failed"] if "late" in name else ["out of memory"] * RANKS
     assert [rank[name]["failure"] for rank in ranks] == why
     assert [rank[name]["passes"] for rank in ranks] == [ranks[0][name]["passes"]] * RANKS
@@ -178,7 +178,7 @@ def test_a_check_larger_than_a_piece_is_voted_on_too(ranks: list[Outcome], hf: H
     assert close(joined(ranks, "background, hkvd, memory for its pieces"), full_prefill(World(hf)))
 
 
-def test_where_one_rank_has_no_memory_at_all_vllm_is_told_by_all(ranks: list[Outcome]) -> None:
+def test_no_memory_on_one_rank_is_reported_by_all(ranks: list[Outcome]) -> None:
     assert [rank["no memory"]["failure"] for rank in ranks] == ["out of memory"] * RANKS
     assert [rank["no memory"]["passes"] for rank in ranks] == [[]] * RANKS
     assert ranks[0]["no memory"]["bad"] == ranks[1]["no memory"]["bad"] != []

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from array import array
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from scheduler_kit import CHUNK, Once, Pool, Request, chunk_hashes
 
-from lmcache_rag.connector import lookup, scheduler
+from lmcache_rag.connector import scheduler
 from lmcache_rag.connector.gpu_chunks import GpuChunks, ResidentChunks
-from lmcache_rag.connector.lookup import IN_FLIGHT, LOCK_SECONDS
+from lmcache_rag.connector.lookup import LOCK_SECONDS
 from lmcache_rag.connector.metadata import BlendResult
 
 
@@ -68,7 +67,7 @@ def test_a_request_may_go_away_at_any_time(when: str) -> None:
 
 
 @pytest.mark.parametrize("polls", [2, 3])
-def test_a_late_answer_to_an_aborted_lookup_leaves_no_lock(polls: int) -> None:
+def test_a_late_answer_of_an_aborted_lookup_unlocks(polls: int) -> None:
     once = Once()
     request = once.request(polls=polls)
     assert once.side.match(request, 0) is None
@@ -163,7 +162,7 @@ def test_on_a_busy_engine_a_request_is_blended_async() -> None:
     assert not once.side.budget.background
 
 
-def test_a_background_plan_is_sent_though_its_request_ended() -> None:
+def test_a_background_plan_outlives_its_request() -> None:
     """vLLM frees the blocks of an asynchronous load only when a worker reports that it is done."""
     once = Once()
     once.side.build_plans({"runs": 1})
@@ -177,7 +176,7 @@ def test_a_background_plan_is_sent_though_its_request_ended() -> None:
     assert not once.side.budget.background
 
 
-def test_a_request_that_is_not_blended_waits_for_no_blend() -> None:
+def test_a_request_that_is_not_blended_does_not_wait() -> None:
     once = Once()
     once.side.build_plans({"runs": 1})
     for number in range(once.side.budget.max_background):
@@ -190,7 +189,7 @@ def test_a_request_that_is_not_blended_waits_for_no_blend() -> None:
     assert once.side.match(plain, 32) == 0, "vLLM holds its exact prefix: there is nothing to load"
 
 
-def test_without_overlap_a_full_step_defers_only_blends() -> None:
+def test_without_overlap_full_steps_defer_only_blends() -> None:
     once = Once(overlap=False, step_tokens=50)
     blends, waits = once.request("a"), once.request("b")
     exact, nothing = once.request("c", cached=(32, ())), once.request("d", cached=(0, ()))
@@ -217,7 +216,7 @@ def test_a_short_exact_prefix_is_computed_not_loaded() -> None:
     assert (stats["prefix_tokens"], stats["computed_tokens"]) == (0, 100)
 
 
-def test_a_new_request_is_looked_up_before_it_is_scheduled() -> None:
+def test_a_new_request_is_looked_up_before_scheduling() -> None:
     once = Once()
     request = once.request(polls=1)
     once.side.start_early(request)
@@ -236,7 +235,7 @@ def test_a_new_request_is_looked_up_before_it_is_scheduled() -> None:
 
 
 @pytest.mark.parametrize("failure", ["load failed", "load failed on another rank", "out of memory", ""])
-def test_waiting_during_a_failed_load_costs_one_deadline(monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
+def test_waiting_in_a_failed_load_costs_one_deadline(monkeypatch: pytest.MonkeyPatch, failure: str) -> None:
     once = Once()
     now = [1000.0]
     monkeypatch.setattr(scheduler, "time", SimpleNamespace(perf_counter=lambda: now[0]))
@@ -255,7 +254,7 @@ def test_waiting_during_a_failed_load_costs_one_deadline(monkeypatch: pytest.Mon
     assert stats["failure"] == ("look-up deadline" if failure.startswith("load") else "")
 
 
-def test_a_look_up_is_waited_for_no_longer_than_its_deadline(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_lookup_is_waited_for_until_its_deadline(caplog: pytest.LogCaptureFixture) -> None:
     once = Once(lookup_deadline=0.0)
     request = once.request(polls=3)
     assert once.side.match(request, 0) == 0
@@ -291,7 +290,7 @@ def test_what_is_short_or_not_text_is_not_looked_up() -> None:
     assert once.lookups == []
 
 
-def test_an_outage_is_warned_of_once_and_the_next_one_again(caplog: pytest.LogCaptureFixture) -> None:
+def test_each_outage_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
     once, there = Once(), [False, False, True, False]
     once.side.client = SimpleNamespace(look_up=lambda request: once.look_up(request) if there.pop(0) else None)
     for name in "abcd":
@@ -302,7 +301,7 @@ def test_an_outage_is_warned_of_once_and_the_next_one_again(caplog: pytest.LogCa
     assert caplog.text.count("LMCache does not answer") == 2
 
 
-def test_an_answer_to_an_earlier_question_ends_no_outage(
+def test_an_answer_to_an_earlier_lookup_ends_no_outage(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     once, now = Once(), [1000.0]
@@ -340,7 +339,7 @@ def test_wrong_wishes_are_warned_of_and_not_followed(caplog: pytest.LogCaptureFi
     assert (plan.policy, str(plan.budget)) == ("head", "auto")
 
 
-def test_a_wish_that_is_no_wish_leaves_the_servers_choice() -> None:
+def test_an_invalid_parameter_keeps_the_servers_choice() -> None:
     for blend in (True, False):
         once = Once(blend=blend)
         request = once.request()
@@ -348,7 +347,7 @@ def test_a_wish_that_is_no_wish_leaves_the_servers_choice() -> None:
         assert once.side.match(request, 0) == (76 if blend else 32)
 
 
-def test_a_server_that_does_not_blend_by_itself_blends_who_asks() -> None:
+def test_blending_off_by_default_still_allows_requests() -> None:
     once = Once(blend=False)
     plain, asks = once.request("a"), once.request("b")
     asks.kv_transfer_params = {"lmcache_rag.blend": "on"}
@@ -359,7 +358,7 @@ def test_a_server_that_does_not_blend_by_itself_blends_who_asks() -> None:
     assert once.side.match(asks, 0) == 76
 
 
-def test_a_short_rest_of_the_prompt_is_claimed_with_the_blend() -> None:
+def test_a_blend_claims_a_short_rest_of_the_prompt() -> None:
     once = Once(tail_tokens=23)
     request = once.request()
     assert once.side.match(request, 0) == 99, "all but the last token"
@@ -406,129 +405,11 @@ def test_resident_chunks_are_kept_until_copied() -> None:
     assert [block.users for block in pool.filed.values()] == [0, 0, 0]
 
 
-def test_a_claim_that_begins_earlier_the_second_time_hides_more() -> None:
+def test_a_second_claim_that_begins_earlier_hides_more() -> None:
     once = Once()
     request = once.request()
     for local, hidden in ((48, [60]), (0, [60, 40]), (48, [60, 40])):
         assert once.side.match(request, local) == 76 - local
         assert request.hidden == hidden
         assert once.side.store_limit("a") == min(hidden)
-        once.side.build_plans()
-
-
-# -- look-ups of a long queue -----------------------------------------------------------------------------------------
-
-
-def long_queue(once: Once, count: int, **more: Any) -> list[Request]:
-    return [once.request(str(number), **more) for number in range(count)]
-
-
-def asked_for(once: Once, queue: list[Request]) -> list[str]:
-    """vLLM asks for every waiting request in a step: those that can run."""
-    found = [request.request_id for request in queue if once.side.match(request, 0) is not None]
-    once.side.build_plans({"runs": 1})
-    return found
-
-
-def test_a_queue_has_no_more_than_so_many_look_ups_in_flight() -> None:
-    once = Once()
-    once.side.build_plans({"runs": 1})
-    queue = long_queue(once, 100, polls=1 << 30)
-    for request in queue[:50]:
-        once.side.start_early(request)
-    short = Request("cannot hit", list(range(CHUNK)), None, (0, ()), 0, 0, num_tokens=CHUNK)
-    for _ in range(5):
-        assert asked_for(once, [*queue, short]) == ["cannot hit"]
-    assert len(once.lookups) == IN_FLIGHT
-
-
-def test_a_step_begins_few_look_ups_of_long_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lookup, "STEP_TOKENS", 250)
-    once = Once()
-    queue = long_queue(once, 9, polls=1 << 30)
-    for request in queue:
-        once.side.start_early(request)
-    assert len(once.lookups) == 2
-    for count in (2, 4, 6):
-        asked_for(once, queue)
-        assert len(once.lookups) == count
-    huge = Request("huge", list(range(900)), None, (0, ()), 9, 0, num_tokens=900)
-    asked_for(once, queue)
-    asked_for(once, queue)
-    asked_for(once, [huge])
-    assert once.lookups[-1].request is huge, "whatever a step may begin, it begins one"
-
-
-def test_every_request_of_a_queue_is_looked_up_in_its_order() -> None:
-    once = Once(overlap=False, step_tokens=1 << 20)
-    once.side.build_plans({"runs": 1})
-    queue = long_queue(once, 100, polls=2, cached=(0, ()))
-    waiting, done = list(queue), []
-    for number in range(60):
-        for name in asked_for(once, waiting)[:8]:  # as many as there is room for
-            request = next(one for one in waiting if one.request_id == name)
-            once.side.on_allocated(request, list(range(13)), 0, None)
-            waiting.remove(request)
-            done.append(name)
-        late = once.request(f"late {number}", polls=2)
-        once.side.start_early(late)
-        waiting.append(late)
-    assert done[:100] == [request.request_id for request in queue]
-
-
-def test_blocked_requests_do_not_block_other_lookups() -> None:
-    once = Once()
-    once.side.build_plans({"runs": 1})
-    blocked = long_queue(once, IN_FLIGHT, polls=2)
-    for request in blocked:
-        once.side.start_early(request)  # and is not asked for: its grammar is being compiled
-    other = once.request("other")
-    for _ in range(6):
-        if asked_for(once, [other]):
-            break
-    assert once.lookups[-1].request is other
-    for request in blocked:
-        assert once.side.match(request, 0) in (None, 99, 76)
-    for _ in range(9):
-        asked_for(once, blocked)
-    for request in [other, *blocked]:
-        once.finish(request)
-    for _ in range(9):
-        once.side.build_plans()
-    assert not any(once.server.held.values())
-    assert once.side.aborted_lookups == once.side.requests == 0
-
-
-def test_a_queue_waits_one_deadline_for_a_silent_server(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    once, now = Once(), [1000.0]
-    monkeypatch.setattr(scheduler, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    once.side.build_plans({"runs": 1})
-    queue = long_queue(once, 100, polls=1 << 30)
-    assert asked_for(once, queue) == []
-    now[0] += once.side.options.lookup_deadline + 0.1
-    assert asked_for(once, queue) == [request.request_id for request in queue]
-    for request in queue:
-        stats = once.finish(request)
-        assert stats is not None
-        assert stats["failure"] == "look-up deadline"
-
-
-def test_an_idle_step_waits_once_for_all_look_ups(monkeypatch: pytest.MonkeyPatch) -> None:
-    once, now, waits = Once(), [1000.0], []
-    monkeypatch.setattr(scheduler, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-
-    def poll(self: Any, seconds: float) -> bool:
-        waits.append(seconds)
-        now[0] += seconds
-        return False
-
-    queue = long_queue(once, 20)
-    monkeypatch.setattr(type(once.look_up(queue[0])), "poll", poll)
-    for _ in range(3):
-        for request in queue:
-            assert once.side.match(request, 0) is None
-        assert sum(waits) <= once.side.options.poll + 1e-9
-        waits.clear()
         once.side.build_plans()

@@ -149,7 +149,7 @@ def test_the_bound_is_four_times_what_chunkings_differ() -> None:
     assert [holds(got) for got in (noise, four, five)] == [True, True, False]
 
 
-def test_only_blocks_that_are_used_are_touched_and_cleared(model: HFModel) -> None:
+def test_only_used_blocks_are_touched_and_cleared(model: HFModel) -> None:
     checked = CheckedModel(model)
     check(checked)
     for caches in checked.caches:
@@ -262,13 +262,13 @@ def test_ranks_skip_the_check_together_or_not_at_all(model: HFModel, cache: Path
     assert len(checked.passes) > ran
 
 
-def test_a_rank_whose_check_passed_follows_one_whose_did_not(model: HFModel, cache: Path) -> None:
+def test_a_rank_that_passed_follows_one_that_failed(model: HFModel, cache: Path) -> None:
     reason = start(CheckedModel(model), lambda fine: False)
     assert reason.code == CannotBlend.OTHER_RANK
     assert not cache.exists()
 
 
-def test_a_folder_that_cannot_be_written_costs_a_check_only(
+def test_an_unwritable_folder_costs_one_check_only(
     model: HFModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
@@ -309,7 +309,7 @@ def test_what_cannot_be_named_is_not_remembered(cache: Path, caplog: pytest.LogC
     assert not cache.exists()
 
 
-def test_changed_policies_and_kernels_are_checked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_changed_policies_and_kernels_are_rechecked(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
     monkeypatch.setattr(self_check.Path, "read_bytes", lambda file: read.append(file.name) or b"")
     self_check._code_digest()

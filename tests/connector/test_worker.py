@@ -76,7 +76,7 @@ def test_without_the_kv_everything_is_computed(
     assert len([r for r in caplog.records if r.levelname == "WARNING"]) == 1
 
 
-def test_an_exact_prefix_that_is_not_asked_for_is_given_back(hf: HFModel) -> None:
+def test_an_unrequested_exact_prefix_is_returned(hf: HFModel) -> None:
     world = World(hf, "dead")
     world.plan = dataclasses.replace(world.plan, local=PREFIX - BLOCK)
     assert world.run().failure == "no server"
@@ -92,7 +92,7 @@ def test_a_plan_that_failed_is_computed_in_full(hf: HFModel) -> None:
     assert world.is_full_prefill()
 
 
-def test_blocks_of_a_timed_out_load_are_reported_to_its_end(hf: HFModel) -> None:
+def test_blocks_of_a_timed_out_load_are_reported(hf: HFModel) -> None:
     world = World(hf, "late")
     world.run()
     blocks = world.plan.block_ids[PREFIX // BLOCK :]
@@ -128,7 +128,7 @@ def test_damage_is_repaired_where_vllm_would_fail(hf: HFModel, fault: str) -> No
 
 
 @pytest.mark.parametrize("policy", ["query", "hkvd", "none"])
-def test_soundness_is_looked_up_before_recomputation_is_queued(
+def test_soundness_is_read_before_recomputation_starts(
     hf: HFModel, monkeypatch: pytest.MonkeyPatch, policy: str
 ) -> None:
     """Whoever waits for it need not wait for what takes most of the time."""
@@ -178,7 +178,7 @@ def test_damage_in_an_exact_prefix_is_always_found(
         torch.testing.assert_close(now, [part for pair in kept for part in pair], atol=1e-3, rtol=1e-3)
 
 
-def test_memory_that_runs_out_in_the_pass_means_computing(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_in_the_pass_means_computing(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(hf)
 
     def out_of_memory(*args: Any, **kwargs: Any) -> None:
@@ -221,7 +221,7 @@ def test_a_lone_last_token_is_computed_with_the_blend(hf: HFModel, policy: str, 
 
 
 @pytest.mark.parametrize("fault", ["dead", "late"])
-def test_vllm_computes_the_last_token_where_nothing_was_blended(hf: HFModel, fault: str) -> None:
+def test_vllm_computes_the_last_token_without_a_blend(hf: HFModel, fault: str) -> None:
     world = alone(World(hf, fault))
     assert world.run().failure
     assert world.worker.take_hidden() is None
@@ -319,7 +319,7 @@ def forgetful(world: World, monkeypatch: pytest.MonkeyPatch, most: int) -> list[
 
 @pytest.mark.parametrize("vllm_recomputes_bad_blocks", [True, False])
 @pytest.mark.parametrize("fault", ["", "late"])
-def test_where_memory_runs_out_again_the_pieces_become_smaller(
+def test_pieces_shrink_when_memory_runs_out_again(
     hf: HFModel, monkeypatch: pytest.MonkeyPatch, fault: str, vllm_recomputes_bad_blocks: bool
 ) -> None:
     monkeypatch.setattr(job, "SMALL", 80)
@@ -344,7 +344,7 @@ def test_where_there_is_no_memory_at_all_vllm_is_told(hf: HFModel, monkeypatch: 
         world.run()
 
 
-def test_a_pass_that_failed_is_forgotten_before_the_next_one(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_pass_is_forgotten_before_the_next(hf: HFModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """An exception that is being handled keeps what its pass had allocated; then there is no memory for another."""
     world = World(hf)
     kept: list[Any] = []

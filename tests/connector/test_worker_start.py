@@ -104,7 +104,7 @@ def test_a_blend_that_is_wrong_is_switched_off(monkeypatch: pytest.MonkeyPatch) 
     assert "wrap" not in world.done, "vLLM's worker is left as it is"
 
 
-def test_hot_chunks_are_got_ready_where_they_are_wanted_only(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hot_chunks_are_prepared_only_if_enabled(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch, "hot")
     side, why_not, *_ = world.prepared(hot=False)
     assert (side is not None, why_not) == (True, None)
@@ -155,7 +155,7 @@ def test_without_the_plugin_there_is_no_model(monkeypatch: pytest.MonkeyPatch) -
     ("policy", "asynchronous", "takes"),
     [("recompute", False, True), ("recompute", True, False), ("recompute", None, False), ("fail", False, False)],
 )
-def test_damage_is_reported_only_where_vllm_takes_it_back(
+def test_damage_is_reported_only_if_vllm_recomputes(
     monkeypatch: pytest.MonkeyPatch, policy: str, asynchronous: bool | None, takes: bool
 ) -> None:
     config = SimpleNamespace(

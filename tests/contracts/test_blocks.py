@@ -72,7 +72,7 @@ def run(manager: KVCacheManager, one: Request, *, hide_from: int | None = None, 
 
 
 @pytest.mark.parametrize("first", [0, 16, 40, 64, 90])
-def test_others_get_only_blocks_before_approximate_ones(manager: KVCacheManager, hasher: Any, first: int) -> None:
+def test_others_get_no_block_after_approximate_ones(manager: KVCacheManager, hasher: Any, first: int) -> None:
     prompt = list(range(100, 205))
     blended = request("blended", prompt, hasher)
     assert run(manager, blended, hide_from=first, decode=40) == 0
@@ -87,7 +87,7 @@ def test_others_get_only_blocks_before_approximate_ones(manager: KVCacheManager,
     assert manager.get_computed_blocks(again)[1] == len(everything) // BLOCK * BLOCK, "exact KV is served as ever"
 
 
-def test_a_preempted_request_finds_its_own_approximate_blocks(manager: KVCacheManager, hasher: Any) -> None:
+def test_a_preempted_request_finds_its_approximate_kv(manager: KVCacheManager, hasher: Any) -> None:
     blended = request("blended", list(range(100)), hasher)
     run(manager, blended, hide_from=40, decode=30)
     manager.free(blended)
@@ -110,7 +110,7 @@ def test_hiding_twice_and_without_prefix_caching(manager: KVCacheManager, hasher
     assert manager.block_pool.hash_block_size == BLOCK
 
 
-def test_ingested_chunks_are_found_in_vllms_own_blocks_and_kept(manager: KVCacheManager, hasher: Any) -> None:
+def test_ingested_chunks_are_kept_in_vllms_blocks(manager: KVCacheManager, hasher: Any) -> None:
     prefix, first, second = list(range(32)), list(range(100, 148)), list(range(200, 240))
     hot = ResidentChunks(vllm_internals.CachedBlocks(manager.block_pool), BLOCK)
     held = {}

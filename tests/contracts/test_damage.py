@@ -44,7 +44,7 @@ def done(engine: Any, out: Any, token: int, *, damaged: bool = False) -> list[in
     return [token for outputs in result.values() for one in outputs.outputs for token in one.new_token_ids]
 
 
-def test_a_step_with_a_blend_loads_before_its_forward_pass(make: Any) -> None:
+def test_a_blends_step_loads_before_its_forward_pass(make: Any) -> None:
     """There, behind vLLM's preparation, the worker side waits for the blend and repairs what is damaged."""
     engine = make()
     engine.add("a", 400, 4)

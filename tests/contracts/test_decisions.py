@@ -115,7 +115,7 @@ def test_decisions_and_costs_leave_with_the_statistics(make: Any) -> None:
     assert all(record.get("decision") for record in records)
 
 
-def test_a_request_that_is_computed_is_stored_and_cached_as_exact(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_computed_request_is_stored_as_exact(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     costs = known()
     for _ in range(10):
         costs.lookup.observe((PROMPT,), 500.0)

@@ -168,7 +168,7 @@ def test_a_pass_over_chosen_positions_mends_their_kv(pair: Pair) -> None:
         torch.testing.assert_close(pair.stored(layer), kv, **NEAR)
 
 
-def test_vllms_cpu_kernels_keep_keys_in_an_order_of_their_own(pair: Pair) -> None:
+def test_vllms_cpu_kernels_keep_keys_in_another_order(pair: Pair) -> None:
     """Why nothing is blended on a CPU: they transpose the keys of each block, and our attention reads a plain cache."""
     pair.prefill()
     assert "CPUAttentionBackendImpl is not supported" in str(model_runner.unsupported_reason(pair.config, pair.model))

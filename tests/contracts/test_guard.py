@@ -101,7 +101,7 @@ def test_a_store_after_its_deadline_is_refused(client: Any) -> None:
     assert client.commit_store(key(time.time() - 1), 7, b"").result(timeout=10) is False
 
 
-def test_a_worker_unknown_to_lmcache_learns_it_by_a_store(client: Any) -> None:
+def test_lmcache_learns_an_unknown_worker_by_a_store(client: Any) -> None:
     """Its heartbeats are answered all the same; see lmcache_client.Registration."""
     assert client.ping(7).result(timeout=10) is True
     assert client.store(key(time.time() + 60), 7, [[1, 2, 3, 4]], b"").result(timeout=10) == (b"", False)
@@ -215,7 +215,7 @@ def inline(chunks: list[Any]) -> bytes:
     return bytes(encode_tensors(chunks))
 
 
-def test_an_adapter_without_a_server_takes_no_other_chunk(
+def test_an_adapter_without_server_keeps_its_chunk(
     client: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(lmcache_client, "FIRST_WAIT_S", 0.5)

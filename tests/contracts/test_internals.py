@@ -42,7 +42,7 @@ VLLM = vllm_folder()
 # -- vLLM: what the plugin wraps ----------------------------------------------------------------------------------
 
 
-def test_the_plugin_is_found_and_remembers_who_loads_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_plugin_is_found_and_records_who_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     points = importlib.metadata.entry_points(group="vllm.general_plugins")
     assert points["lmcache_rag"].load() is plugin.register
 
@@ -93,9 +93,7 @@ def test_worker_results_come_before_finished_requests(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("writes", [{}, {"new_block_ids_to_zero": [3]}, {"kv_cache_block_copies": [(1, 2)]}])
-def test_the_connector_may_begin_before_vllm_prepares_the_step(
-    monkeypatch: pytest.MonkeyPatch, writes: dict[str, Any]
-) -> None:
+def test_the_connector_begins_before_vllm_prepares(monkeypatch: pytest.MonkeyPatch, writes: dict[str, Any]) -> None:
     from vllm.distributed.kv_transfer import kv_transfer_state
     from vllm.v1.core.sched.output import SchedulerOutput
 
@@ -253,7 +251,7 @@ def test_a_graph_pass_leaves_the_runners_buffers(config: VllmConfig) -> None:
     assert buffers.positions.tolist() == list(range(100, 116))
 
 
-def test_a_pass_that_we_capture_stays_out_of_vllms_graphs(config: VllmConfig) -> None:
+def test_a_captured_pass_stays_out_of_vllms_graphs(config: VllmConfig) -> None:
     from vllm.forward_context import get_forward_context
 
     def run(**inputs: Any) -> None:
@@ -288,7 +286,7 @@ def test_a_slot_of_minus_one_is_written_by_no_backend() -> None:
         assert "reshape_and_cache_flash" in (VLLM / module).read_text()
 
 
-def test_the_runner_has_its_graphs_and_buffers_where_we_look() -> None:
+def test_the_runners_graphs_and_buffers_are_in_place() -> None:
     utils = "v1/worker/gpu/cudagraph_utils.py"
     dispatch = source(utils, "CudaGraphManager", "dispatch").args
     wanted = ["self", "num_reqs", "num_tokens", "uniform_token_count", "num_active_loras"]
@@ -350,7 +348,7 @@ def test_only_a_pass_of_ours_is_answered_by_us() -> None:
     assert calls == [(0, 1, 2, 3, 6)] * 2
 
 
-def test_the_rotary_embedding_has_its_table_and_its_shape(config: VllmConfig) -> None:
+def test_the_rotary_embedding_has_table_and_shape(config: VllmConfig) -> None:
     from vllm.model_executor.layers.rotary_embedding import get_rope
 
     with set_current_vllm_config(config):
@@ -411,7 +409,7 @@ def test_ranks_can_record_graphs_together() -> None:
 # -- vLLM: the connector ------------------------------------------------------------------------------------------
 
 
-def test_vllm_finds_the_connector_and_calls_what_we_override() -> None:
+def test_vllm_finds_the_connector_and_our_overrides() -> None:
     from vllm.config import KVTransferConfig
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
@@ -441,7 +439,7 @@ def test_vllm_finds_the_connector_and_calls_what_we_override() -> None:
             takes(stock, *[p for p in inspect.signature(function).parameters if p != "self"])
 
 
-def test_a_worker_that_cannot_get_ready_serves_as_lmcaches_own(
+def test_a_worker_that_cannot_blend_is_lmcaches_own(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def odd() -> Any:
@@ -468,7 +466,7 @@ def test_a_worker_that_cannot_get_ready_serves_as_lmcaches_own(
     assert [record.levelname for record in said] == ["WARNING"]
 
 
-def test_results_reach_the_scheduler_and_plans_the_workers() -> None:
+def test_plans_reach_workers_results_the_scheduler() -> None:
     assert issubclass(BlendWorkerMetadata, base.KVConnectorWorkerMetadata)
     assert issubclass(BlendHandshakeMetadata, base.KVConnectorHandshakeMetadata)
     meta = lmcache_mp_metadata.LMCacheMPConnectorMetadata()

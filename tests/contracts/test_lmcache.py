@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-import threading
 import time
 import warnings
 from pathlib import Path
@@ -20,7 +19,6 @@ from contract_kit import BLOCK, CHUNK, request, sets, takes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
-    import torch
     from lmcache.integration.vllm import lmcache_mp_connector, lmcache_mp_metadata
     from lmcache.integration.vllm import vllm_multi_process_adapter as adapters
     from lmcache.v1.distributed import api
@@ -49,8 +47,8 @@ with warnings.catch_warnings():
     from lmcache_rag.connector.scheduler import BlendScheduler
     from lmcache_rag.connector.transfers import FinishedGate
 
-pytestmark = [pytest.mark.filterwarnings("ignore")]
 
+pytestmark = [pytest.mark.filterwarnings("ignore")]
 KEY = custom_types.IPCCacheServerKey
 TOKENS = next(name for name in ("token_bytes", "token_ids") if name in KEY.__dataclass_fields__)  # 0.5.7's, 0.5.6's
 
@@ -157,7 +155,7 @@ def test_transfers_and_answers() -> None:
         never.result(0.01)
 
 
-def test_a_pending_lookups_session_outlives_its_request() -> None:
+def test_a_pending_lookups_session_outlives_requests() -> None:
     """LMCache's connector ends it by the adapter's method, which it looks up when the request ends."""
     ended: list[str] = []
     stock = lmcache_mp_connector.LMCacheMPConnector
@@ -196,7 +194,7 @@ def test_a_pending_lookups_session_outlives_its_request() -> None:
     assert "self.connector.has_pending_push_work()" in inspect.getsource(Scheduler.has_requests)
 
 
-def test_lmcache_gets_blocks_after_load_before_session_end() -> None:
+def test_blocks_reach_lmcache_between_load_and_end() -> None:
     stock = lmcache_mp_connector.LMCacheMPConnector
     takes(adapters.LMCacheMPSchedulerAdapter.report_block_allocations, "records")
     assert "self.scheduler_adapter.report_block_allocations(" in inspect.getsource(stock)
@@ -230,7 +228,7 @@ def test_lmcache_gets_blocks_after_load_before_session_end() -> None:
     assert len(told) == 3
 
 
-def test_a_request_is_freed_once_whatever_lmcache_says_of_it() -> None:
+def test_a_request_is_freed_once_whatever_lmcache_says() -> None:
     """The connector is asked before vLLM hears; vLLM hears of loads first."""
     text = inspect.getsource(Scheduler._update_from_kv_xfer_finished)
     order = [text.index(f"self.connector.{word}" if "(" in word else f"in kv_connector_output.{word}") for word in (
@@ -263,7 +261,7 @@ def test_a_request_is_freed_once_whatever_lmcache_says_of_it() -> None:
     assert ended == {"f", "h"}
 
 
-def test_vllm_waits_for_what_is_blended_in_the_background() -> None:
+def test_vllm_waits_for_a_background_blend() -> None:
     """A claim that is asynchronous: blocks for it and no more, and the request goes on when a worker says so."""
     assert "self.connector.on_new_request(request)" in inspect.getsource(Scheduler.add_request)
     schedule = inspect.getsource(Scheduler.schedule)
@@ -448,199 +446,3 @@ def test_a_lookup_sends_the_prompt_once() -> None:
     assert {(key.request_id, key.cache_salt, key.model_name, key.num_kv_readers) for key in client.keys} == {
         ("r", "tenant", "m", 1)
     }
-
-
-class Backend:
-    """Events of a device; `fails` is what importing one comes to, `copied` whether the copy before one is done."""
-
-    def __init__(self) -> None:
-        self.fails: Exception | None = None
-        self.copied, self.waits = True, list[str]()
-
-    def import_event(self, handle: bytes, device: Any) -> str:
-        if self.fails:
-            raise self.fails
-        return "event"
-
-    def wait_event(self, event: str, stream: Any) -> None:
-        self.waits.append(event)
-
-    def query_event(self, event: str) -> bool:
-        return self.copied
-
-    def synchronize_event(self, event: str, device: Any) -> None:
-        assert self.copied, "the host would wait for ever for a copy that was cut off"
-
-
-@pytest.fixture
-def link(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr("torch.cuda.current_stream", lambda: "stream")
-    return lmcache_transfers.LMCacheLoader(SimpleNamespace(), 0.05)
-
-
-def asked(backend: Backend) -> tuple[Any, Any]:
-    """A question to the server as LMCache's client has it: the answer to come, and what waits for its copy."""
-    raw: Any = futures.MessagingFuture()
-    return raw, futures.DeviceMessagingFuture(raw, device="cpu", event_backend=backend)  # type: ignore[arg-type]
-
-
-def test_kv_comes_or_not(link: Any) -> None:
-    for came in (True, False):
-        raw, future = asked(Backend())
-        assert (link.answered(future, 0.01), link.there(future), link.arrived(future, 0.01)) == (False, False, False)
-        raw.set_result((b"handle", came))
-        assert (link.answered(future, 0.01), link.there(future), link.arrived(future, 0.01)) == (True, True, came)
-
-
-def test_a_copy_that_is_cut_off_is_waited_for_until_the_deadline(link: Any) -> None:
-    """LMCache was killed after its answer: its event is never signalled, and neither host nor stream waits for it."""
-    backend = Backend()
-    backend.copied = False
-    raw, future = asked(backend)
-    raw.set_result((b"handle", True))
-    assert (link.answered(future, 0.01), link.there(future), link.arrived(future, 0.01)) == (True, False, False)
-    assert not backend.waits, "no work of vLLM's stream is queued after the copy"
-    backend.copied = True
-    assert (link.there(future), link.arrived(future, 0.01)) == (True, True)
-
-
-@pytest.mark.parametrize("where", ["request", "event"])
-def test_an_error_of_lmcaches_client_is_kv_that_did_not_come(
-    link: Any, caplog: pytest.LogCaptureFixture, where: str
-) -> None:
-    def fails() -> Any:
-        backend = Backend()
-        raw, future = asked(backend)
-        if where == "request":
-            raw.set_exception(ConnectionError("lost"))
-        else:
-            backend.fails = ConnectionError("lost")
-            raw.set_result((b"handle", True))
-        return future
-
-    for _ in range(2):
-        future = fails()
-        assert (link.answered(future, 0.01), link.there(future), link.arrived(future, 0.01)) == (True, True, False)
-    assert [record.getMessage() for record in caplog.records] == [
-        "KV could not be loaded from LMCache: ConnectionError: lost"
-    ]
-    raw, future = asked(Backend())
-    raw.set_result((b"handle", True))
-    assert link.arrived(future, 0.01)
-    link.arrived(fails(), 0.01)
-    assert len(caplog.records) == 2, "it is another outage"
-
-
-def test_what_cannot_be_sent_is_kv_that_does_not_come(link: Any, caplog: pytest.LogCaptureFixture) -> None:
-    plan = BlendPlan("r", (1,) * 200, 0, 64, (), 128, tuple(range(20)), "query", Budget())
-    for ask in (lambda: link.submit_exact(plan), lambda: link.submit_matches(plan, [])):
-        future = ask()  # the adapter is empty: whatever is asked of it fails
-        assert (link.answered(future, 0.01), link.there(future), link.arrived(future, 0.01)) == (True, True, False)
-    assert len(caplog.records) == 1
-
-
-@pytest.mark.parametrize(
-    ("problem", "handshake"),
-    [(ConnectionError("lost"), "ConnectionError: lost"), (None, "start it with --engine-type")],
-)
-def test_an_error_at_start_is_a_reason(monkeypatch: pytest.MonkeyPatch, problem: Any, handshake: str) -> None:
-    def answer(*given: Any) -> Any:
-        future: Any = futures.MessagingFuture()
-        if problem:
-            future.set_exception(problem)
-        return future
-
-    adapter = SimpleNamespace(
-        transfer_ctx=SimpleNamespace(_event_backend=Backend()),
-        req_client=SimpleNamespace(cb_protocol_handshake=answer, cb_register_rope=answer, get_chunk_size=chunk_size),
-        lmcache_tokens_per_chunk=CHUNK,
-        kv_caches={},
-        instance_id=1,
-        _reregister_kv_caches_callback=lambda: True,
-    )
-    again = adapter._reregister_kv_caches_callback
-    monkeypatch.setattr("lmcache.v1.platform.kv_wrap.wrap_one_kv_cache", lambda tensor: tensor)
-    link = lmcache_transfers.LMCacheLoader(adapter, 0.01)
-    assert handshake in link.unsupported_reason().detail
-    assert "did not take the rotary table" in link.register_rope(torch.zeros(2, 2), 2, True)
-    assert adapter._reregister_kv_caches_callback is again
-
-
-def test_a_server_that_hangs_at_start_is_asked_when_it_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    answers: list[str] = []
-
-    def asked(what: str, said: Any) -> Any:
-        def ask(*given: Any) -> Any:
-            future: Any = futures.MessagingFuture()
-            if what in answers:
-                future.set_result(said)
-            return future
-
-        return ask
-
-    monkeypatch.setattr("lmcache_rag.connector.lmcache_client._CALL_S", 0.01)
-    monkeypatch.setattr("lmcache.v1.platform.kv_wrap.wrap_one_kv_cache", lambda tensor: tensor)
-    client = SimpleNamespace(
-        cb_protocol_handshake=asked("handshake", (1, True)),
-        cb_register_rope=asked("table", True),
-        get_chunk_size=asked("size", CHUNK),
-    )
-    healthy = threading.Event()
-    healthy.set()
-    adapter = SimpleNamespace(
-        transfer_ctx=SimpleNamespace(_event_backend=Backend()),
-        req_client=client,
-        lmcache_tokens_per_chunk=CHUNK,
-        kv_caches={},
-        instance_id=1,
-        _health_event=healthy,
-        is_healthy=True,
-        _reregister_kv_caches_callback=lambda: True,
-    )
-    link = lmcache_transfers.LMCacheLoader(adapter, 0.01)
-    assert link.unsupported_reason() is None
-    assert not healthy.is_set()
-    assert link.register_rope(torch.zeros(2, 2), 2, True) == ""
-    back = adapter._reregister_kv_caches_callback
-    for more, healed in (("size", True), ("handshake", False), ("table", True)):
-        answers.append(more)
-        if more == "size":  # it answers, and not the handshake: no blend server, but one for exact prefixes
-            other = lmcache_transfers.LMCacheLoader(adapter, 0.01, absent=True)
-            adapter._reregister_kv_caches_callback = lambda: True
-            assert other.register_rope(torch.zeros(2, 2), 2, True) == ""
-            assert adapter._reregister_kv_caches_callback() is healed
-            assert not other.is_healthy
-            continue
-        assert back() is healed
-    assert link.is_healthy
-
-
-def chunk_size(*given: Any) -> Any:
-    future: Any = futures.MessagingFuture()
-    future.set_result(CHUNK)
-    return future
-
-
-def test_a_server_that_comes_back_gets_the_table_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    problems: list[Any] = [None, ConnectionError("lost"), None]
-    sent: list[Any] = []
-
-    def register(*given: Any) -> Any:
-        future: Any = futures.MessagingFuture()
-        problem = problems.pop(0)
-        sent.append(problem)
-        future.set_exception(problem) if problem else future.set_result(True)
-        return future
-
-    adapter = SimpleNamespace(
-        req_client=SimpleNamespace(cb_register_rope=register, get_chunk_size=chunk_size),
-        lmcache_tokens_per_chunk=CHUNK,
-        instance_id=1,
-        _reregister_kv_caches_callback=lambda: True,
-    )
-    monkeypatch.setattr("lmcache.v1.platform.kv_wrap.wrap_one_kv_cache", lambda tensor: tensor)
-    link = lmcache_transfers.LMCacheLoader(adapter, 0.01)
-    assert link.register_rope(torch.zeros(2, 2), 2, True) == ""
-    back = adapter._reregister_kv_caches_callback
-    assert [back(), back()] == [False, True]
-    assert len(sent) == 3

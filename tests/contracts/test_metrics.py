@@ -126,7 +126,7 @@ def test_ranks_and_scheduler_add_up() -> None:
     assert both.records == [BLENDED]
 
 
-def test_the_connector_hands_over_what_ended_and_begins_anew() -> None:
+def test_the_connector_hands_records_over_once() -> None:
     one = object.__new__(connector.CacheBlendConnector)
     one._connector_stats, one._role = BlendStats(), base.KVConnectorRole.SCHEDULER
     one._scheduler = BlendScheduler(ConnectorOptions(), 64, SimpleNamespace(), PrefixCache(16))

@@ -197,7 +197,7 @@ def test_amd_gpus_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert (world.code, "ROCm" in world.why_not) == ("ROCm", True)
 
 
-def test_inside_vllms_multi_connector_nothing_is_blended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inside_multi_connector_nothing_is_blended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM's worker makes the outermost connector before it makes the KV caches."""
     world = World(tmp_path, monkeypatch)
     monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", object())
@@ -299,7 +299,7 @@ def test_vllms_own_model_passes_the_self_check(
 
 
 @pytest.mark.own_version
-def test_a_model_whose_passes_are_wrong_fails_the_self_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_wrong_passes_fails_self_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a fused kernel leaves out the keys of a pass that has no slot mapping."""
     world = Loaded(tmp_path, monkeypatch)
     write = vllm_internals.write_kv

@@ -117,7 +117,7 @@ def test_secret_numbers_keep_a_planted_chunk_apart(chunks: tuple[list[int], list
     assert served(*chunks, Renumbering(secret).renumbered) == b"the true chunk"
 
 
-def test_what_the_connector_uses_keeps_a_planted_chunk_apart(chunks: tuple[list[int], list[int]]) -> None:
+def test_renumbered_ids_keep_a_planted_chunk_apart(chunks: tuple[list[int], list[int]]) -> None:
     from lmcache_rag.connector import lmcache_client
 
     assert served(*chunks, lmcache_client.renumbering().renumbered) == b"the true chunk"

@@ -159,13 +159,13 @@ def test_a_limit_is_kept_to(engine: Engine) -> None:
     ],
     ids=["a limit of another type", "a ratio of another type", "keys of another role"],
 )
-def test_wrong_parameters_reach_neither_lmcache_nor_vllm(engine: Engine, params: dict[str, Any]) -> None:
+def test_wrong_parameters_reach_no_lmcache_and_no_vllm(engine: Engine, params: dict[str, Any]) -> None:
     request = engine.add_tokens("wrong", drawn("wrong", 300), params)
     assert request.kv_transfer_params == {protocol.MAX_OFFLOAD_TOKENS: 0}
     run(engine)
 
 
-def test_a_request_that_never_ran_may_ask_for_token_statistics(engine: Engine) -> None:
+def test_a_request_that_never_ran_may_ask_for_stats(engine: Engine) -> None:
     """As vLLM submits it where a prompt is refused: it is ended before anything asks for it."""
     params = {"do_remote_prefill": True, "cached_token_stats": 1}
     engine.add_tokens("refused", [1], params)
@@ -236,7 +236,7 @@ def targets(engine: Engine, fault: str) -> list[tuple[Any, str]]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_whatever_raises_the_others_go_on_and_nothing_leaks(
+def test_after_an_error_others_go_on_and_nothing_leaks(
     engines: Any, fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = engines(least_tokens=64)
@@ -295,7 +295,7 @@ def test_whatever_raises_the_others_go_on_and_nothing_leaks(
     )  # fmt: skip
 
 
-def test_what_was_claimed_and_could_not_be_planned_is_computed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unplanned_claim_is_computed(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM counts it as computed: without a plan its KV would be whatever was in the blocks."""
 
     def raises(*args: Any, **kwargs: Any) -> None:
@@ -313,7 +313,7 @@ def test_what_was_claimed_and_could_not_be_planned_is_computed(engine: Engine, m
     assert (told["failure"], told["reused_tokens"], told["computed_tokens"]) == ("request error", 0, 600)
 
 
-def test_a_step_whose_metadata_raises_stores_nothing_more(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_with_failed_metadata_stores_no_more(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     def raises(*args: Any, **kwargs: Any) -> None:
         raise FaultError
 
@@ -329,7 +329,7 @@ def test_a_step_whose_metadata_raises_stores_nothing_more(engine: Engine, monkey
 # -- results under another connector ----------------------------------------------------------------------------------
 
 
-def test_blends_end_where_results_come_with_vllms_output_only(engine: Engine) -> None:
+def test_blends_end_when_only_vllms_output_has_results(engine: Engine) -> None:
     """As inside MultiConnector, whose metadata is not ours when the scheduler hands it over first."""
 
     class Wrapped:
@@ -378,7 +378,7 @@ def test_what_is_stored_and_what_lmcache_is_told_of_it(engines: Any, store: str,
 
 
 @pytest.mark.parametrize("blends", [True, False])
-def test_embedded_prompts_are_neither_looked_up_nor_stored(engines: Any, blends: bool) -> None:
+def test_embedded_prompts_are_not_looked_up_or_stored(engines: Any, blends: bool) -> None:
     engine = engines()
     engine.connector._scheduler.unsupported = None if blends else OFF
     adapter = engine.connector.scheduler_adapter
@@ -472,7 +472,7 @@ def test_a_request_to_forget_may_leave_at_any_time(engine: Engine) -> None:
 # -- what is kept of a request ----------------------------------------------------------------------------------------
 
 
-def test_nothing_of_a_prompt_is_kept_after_it_is_planned(engine: Engine) -> None:
+def test_a_planned_prompt_leaves_nothing_behind(engine: Engine) -> None:
     engine.add("finds", 600, 4, exact=128, outputs=8)
     engine.step()
     state = engine.connector._scheduler._states["finds"]
@@ -488,7 +488,7 @@ def test_a_look_up_keeps_no_key_of_the_prompt(engine: Engine) -> None:
     assert not any(len(getattr(value, "token_ids", ())) for value in vars(lookup).values())
 
 
-def test_spans_are_in_the_answer_where_they_are_asked_for(engine: Engine) -> None:
+def test_spans_are_answered_where_requested(engine: Engine) -> None:
     for name, params in (("quiet", None), ("asks", {protocol.SPANS: True})):
         tokens = drawn(name, 400)
         engine.found[name] = 0, (0, (Match(8, 72, 64, 128), Match(72, 136, 128, 192)))

@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 
 @pytest.mark.parametrize("told", [CHUNK, 2 * CHUNK])
-def test_a_chunk_size_that_is_not_lmcaches_is_warned_of(make: Any, caplog: pytest.LogCaptureFixture, told: int) -> None:
+def test_a_chunk_size_unlike_lmcaches_is_warned_of(make: Any, caplog: pytest.LogCaptureFixture, told: int) -> None:
     make(chunk_size=told)
     assert ("set lmcache_rag.chunk_size to LMCache's" in caplog.text) == (told != CHUNK)
 
@@ -62,7 +62,7 @@ def test_a_plan_knows_whether_vllm_computes_one_token(make: Any, tail: int, alon
     engine.to_the_end()
 
 
-def test_beside_others_it_waits_for_the_worker_and_they_go_on(make: Any) -> None:
+def test_a_background_blend_lets_others_go_on(make: Any) -> None:
     engine = make()
     engine.add("runs", 100, 0, outputs=12)
     engine.step()
@@ -148,7 +148,7 @@ def test_exact_kv_is_stored_and_approximate_kv_is_not(make: Any, matches: int) -
         assert (stored[0][0], stored[-1][1]) == (4 * CHUNK, 1280)
 
 
-def test_blocks_that_may_still_be_written_to_are_given_to_nobody(make: Any) -> None:
+def test_blocks_that_may_be_written_to_are_not_reused(make: Any) -> None:
     engine = make()
     engine.add("late", 700, 4)
     run, late, over = engine.worker.step, [], []
@@ -185,7 +185,7 @@ def test_what_ranks_say_of_late_loads_is_added_up() -> None:
     assert (told.timed_out, told.ended) == ([("a", (1, 2)), ("a", (1, 2)), ("b", (3,))], ["c"])
 
 
-def test_a_lookup_has_the_namespace_of_prefix_and_tenant(make: Any) -> None:
+def test_a_lookups_namespace_has_prefix_and_tenant(make: Any) -> None:
     engine = make()
     rng = random.Random(3)
     prefix, other, chunk = ([rng.randrange(5, 40000) for _ in range(size)] for size in (100, 100, 300))
@@ -249,7 +249,7 @@ def test_a_chunk_computed_in_this_step_is_not_copied(make: Any) -> None:
 
 
 @pytest.mark.parametrize("hot", [True, False])
-def test_a_blend_does_not_run_before_its_prefix_is_computed(make: Any, hot: bool) -> None:
+def test_a_blend_waits_for_its_prefix(make: Any, hot: bool) -> None:
     """Two requests of one prefix in one step: vLLM lets the second share the blocks that the first is to compute."""
     engine = make(hot=hot)
     rng = random.Random(2)
@@ -314,7 +314,7 @@ def test_lora_adapters_have_namespaces_of_their_own(make: Any, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("blends", [True, False], ids=["blends", "fallback"])
-def test_embedded_prompts_are_neither_looked_up_nor_stored(make: Any, blends: bool) -> None:
+def test_embedded_prompts_are_not_looked_up_or_stored(make: Any, blends: bool) -> None:
     """Their token ids are zeros: prompts of one length would share KV."""
     engine = make()
     connector = engine.connector
@@ -340,7 +340,7 @@ def test_embedded_prompts_are_neither_looked_up_nor_stored(make: Any, blends: bo
 
 
 @pytest.mark.parametrize("healthy", [True, False])
-def test_lmcaches_own_connector_gives_locks_back_by_name(make: Any, healthy: bool) -> None:
+def test_lmcaches_connector_returns_locks_by_name(make: Any, healthy: bool) -> None:
     """Its calls name their arguments."""
     adapter = make().connector.scheduler_adapter
     client, sent = next(iter(adapter.req_clients.values())), []
@@ -357,7 +357,7 @@ def test_lmcaches_own_connector_gives_locks_back_by_name(make: Any, healthy: boo
     assert sent == [("r", 0, CHUNK)]
 
 
-def test_locks_are_given_back_when_lmcache_is_healthy_again(make: Any) -> None:
+def test_locks_are_returned_once_lmcache_is_healthy(make: Any) -> None:
     """A paused server goes on with the look-ups that nobody waits for any more; LMCache's adapter may not know yet."""
     engine = make(lookup_deadline=0.2)
     del engine.connector._client.look_up  # LMCache is asked
@@ -386,9 +386,7 @@ def test_locks_are_given_back_when_lmcache_is_healthy_again(make: Any) -> None:
 
 
 @pytest.mark.parametrize("case", ["aborted", "unhealthy", "answered"])
-def test_what_lmcaches_connector_never_asked_for_is_given_back(
-    make: Any, monkeypatch: pytest.MonkeyPatch, case: str
-) -> None:
+def test_locks_lmcache_never_requested_are_returned(make: Any, monkeypatch: pytest.MonkeyPatch, case: str) -> None:
     """Where we do not blend. LMCache would keep the look-up's job for ever, and its locks for five minutes."""
     from lmcache.v1.multiprocess.futures import MessagingFuture
 

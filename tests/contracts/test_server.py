@@ -79,7 +79,7 @@ def test_all_are_found_where_that_is_asked_for(make: Make, draw: random.Random) 
     assert server.chunks([5] * 7 + other) == 2
 
 
-def test_a_chunk_that_a_question_stored_can_be_ingested(make: Make, draw: random.Random) -> None:
+def test_a_chunk_stored_by_a_question_can_be_ingested(make: Make, draw: random.Random) -> None:
     """LMCache's own store would pass it over: it is there already."""
     server = make()
     prefix, chunk = text(draw, 1), text(draw, 2)
@@ -176,7 +176,7 @@ def test_a_store_after_its_deadline_is_refused(make: Make, draw: random.Random) 
     assert server.in_memory(prompt) == 2
 
 
-def test_a_refused_load_of_an_exact_prefix_keeps_nothing_locked(make: Make, draw: random.Random) -> None:
+def test_a_refused_exact_prefix_load_leaves_no_lock(make: Make, draw: random.Random) -> None:
     """After a pause, and for a plan whose worker found the server away. Its key ends with the prefix."""
     server = make()
     prefix = text(draw, 3)
@@ -192,7 +192,7 @@ def test_a_refused_load_of_an_exact_prefix_keeps_nothing_locked(make: Make, draw
         assert server.in_memory(prefix) == (3 if request == other.request_id else 0)
 
 
-def test_a_store_that_is_late_while_it_copies_commits_nothing(
+def test_a_store_late_while_copying_commits_nothing(
     make: Make, draw: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = make()
@@ -205,7 +205,7 @@ def test_a_store_that_is_late_while_it_copies_commits_nothing(
     assert server.store(text(draw, 2)), "the next one has no deadline"
 
 
-def test_only_ingested_kv_is_stored_where_that_is_asked_for(make: Make, draw: random.Random) -> None:
+def test_only_ingested_kv_is_stored_if_so_configured(make: Make, draw: random.Random) -> None:
     server = make({"store": "ingest"})
     prompt = text(draw, 2)
     handle, stored = server.blend.store(key(prompt, "r"), 7, [[1, 2]], b"")
@@ -241,7 +241,7 @@ def test_ingested_kv_is_evicted_last(make: Make, draw: random.Random) -> None:
     assert server.in_memory(prefix + chunk) == server.in_memory(asked) == 0, "at last they go"
 
 
-def test_ingested_kv_is_evicted_last_from_a_second_tier(make: Make, draw: random.Random) -> None:
+def test_a_second_tier_evicts_ingested_kv_last(make: Make, draw: random.Random) -> None:
     tier = {"type": "mock", "max_size_gb": 1, "mock_bandwidth_gb": 10, "eviction": {"eviction_policy": "LRU"}}
     server = make(l2=tier)
     prefix, chunk, question = text(draw, 1), text(draw, 1), text(draw, 3)
@@ -260,7 +260,7 @@ def test_ingested_kv_is_evicted_last_from_a_second_tier(make: Make, draw: random
 # -- forgetting -------------------------------------------------------------------------------------------------------
 
 
-def test_forgotten_chunks_are_gone_and_the_prefix_is_not(make: Make, draw: random.Random, tmp_path: Path) -> None:
+def test_forgotten_chunks_go_and_the_prefix_stays(make: Make, draw: random.Random, tmp_path: Path) -> None:
     server = make(l2=tmp_path)
     prefix, chunk, other = text(draw, 1), text(draw, 2), text(draw, 2)
     server.store(prefix + chunk, ingest=True)
@@ -291,7 +291,7 @@ def test_without_a_prefix_nothing_is_forgotten(
     assert protocol.PREFIX in caplog.text
 
 
-def test_a_chunk_that_is_read_is_forgotten_when_that_ends(make: Make, draw: random.Random) -> None:
+def test_a_chunk_in_use_is_forgotten_after_its_read(make: Make, draw: random.Random) -> None:
     server = make()
     prefix, chunk = text(draw, 1), text(draw, 2)
     server.store(prefix + chunk, ingest=True)
@@ -320,7 +320,7 @@ def test_a_chunk_that_is_being_stored_is_forgotten(
     assert len(server.guard.index) == 0
 
 
-def test_a_chunk_on_its_way_to_a_second_tier_is_forgotten_there(
+def test_a_chunk_on_its_way_to_l2_is_forgotten(
     make: Make, draw: random.Random, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(removal_module, "PASSES_S", (0.0, 0.2, 0.4))
@@ -333,7 +333,7 @@ def test_a_chunk_on_its_way_to_a_second_tier_is_forgotten_there(
     assert until(lambda: len(files(tmp_path)) == 10), "the prefixes"
 
 
-def test_a_chunk_on_its_way_from_a_second_tier_is_forgotten(
+def test_a_chunk_on_its_way_from_l2_is_forgotten(
     make: Make, draw: random.Random, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(removal_module, "PASSES_S", (0.0, 1.0, 2.0, 6.0))

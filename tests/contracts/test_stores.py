@@ -191,7 +191,7 @@ def test_a_server_that_ended_reads_nothing(worker: Worker, monkeypatch: pytest.M
     assert worker.stored() == {"r"}
 
 
-def test_an_answer_that_is_an_error_waits_for_the_fence(worker: Worker, quick: None) -> None:
+def test_an_answer_with_an_error_waits_for_the_fence(worker: Worker, quick: None) -> None:
     worker.store("r").set_exception(ConnectionError("lost"))
     assert worker.stored("r") == set(), "and does not end the worker"
     settle()
@@ -230,7 +230,7 @@ def test_a_preemption_does_not_wait_for_a_dead_server(worker: Worker, monkeypatc
     assert time.monotonic() - begin < LONG / 100
 
 
-def test_a_preemption_does_not_wait_for_a_copy_that_is_cut_off(
+def test_a_preemption_does_not_wait_for_a_broken_copy(
     worker: Worker, quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """LMCache was killed after its answer: its event is never signalled."""
@@ -252,7 +252,7 @@ def test_a_preemption_waits_for_an_answer(worker: Worker) -> None:
     assert worker.unknown == 0
 
 
-def test_a_refusal_in_time_means_that_the_worker_is_unknown(worker: Worker, quick: None) -> None:
+def test_a_refusal_in_time_means_an_unknown_worker(worker: Worker, quick: None) -> None:
     worker.store("fenced")
     settle()
     worker.answers[-1].set_result((b"", False))
@@ -314,7 +314,7 @@ def test_a_load_has_a_deadline_and_is_answered(worker: Worker) -> None:
     assert worker.stored("r") == {"r"}
 
 
-def test_blocks_of_a_late_load_are_kept_until_the_fence(worker: Worker, quick: None) -> None:
+def test_a_late_loads_blocks_are_kept_until_the_fence(worker: Worker, quick: None) -> None:
     worker.load("r")
     worker.adapter._health_event.clear()
     assert worker.loaded() == ({"r"}, {1, 2, 3, 4}), "it is computed"
@@ -347,7 +347,7 @@ def test_a_preemption_waits_for_late_loads_only(worker: Worker, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("lazy", [False, True])
-def test_a_transfer_that_raises_does_not_end_the_worker(worker: Worker, quick: None, lazy: bool) -> None:
+def test_a_transfer_that_raises_keeps_the_worker_alive(worker: Worker, quick: None, lazy: bool) -> None:
     """Through shared memory LMCache's timeout is an error. It may have been sent, and blocks are kept for that long."""
 
     def fails(*_: Any) -> None:

@@ -123,7 +123,7 @@ def test_the_request_itself_keeps_its_prompt() -> None:
     takes(STOCK, "tokenizer", "request")
 
 
-def test_it_is_wrapped_once_and_not_where_no_texts_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wrapper_comes_once_and_only_with_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     once = FastIncrementalDetokenizer.__init__
     patch_detokenizer_start()
     assert FastIncrementalDetokenizer.__init__ is once

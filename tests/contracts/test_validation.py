@@ -164,7 +164,7 @@ def test_requests_without_params_are_left_alone(validated: list[Any]) -> None:
     assert processor().process_inputs("r", pooling, None) is pooling
 
 
-def test_an_engine_without_a_kv_connector_is_left_alone(validated: list[Any]) -> None:
+def test_an_engine_without_kv_connector_is_unchanged(validated: list[Any]) -> None:
     inputs = processor()
     inputs.vllm_config.kv_transfer_config = None
     assert enters(engine_request({RATIO: 5}), inputs) == {RATIO: 5}
@@ -385,7 +385,7 @@ def add(engine: Engine, name: str, params: Any, prompt: list[int]) -> None:
     engine.scheduler.add_request(EngineRequest(name, prompt, sampling, None, block_hasher=engine._hasher))
 
 
-def test_what_passes_the_validation_does_not_harm_the_scheduler(
+def test_a_validated_request_cannot_harm_the_scheduler(
     validated: list[Any],
     lmcache: int,
     tmp_path: Path,

@@ -1,6 +1,7 @@
-"""The demo's page in a real browser, with real engines: what a user does in the three minutes, and what goes wrong.
+"""The demo's page in a real browser, with real engines: what a user does in the three minutes.
 
-Each figure on the page is compared with the exported JSON, which has what the engines gave.
+Each figure on the page is compared with the exported JSON, which has what the engines gave. The scenarios that are not
+marked `full` run in `.ci/run`.
 """
 
 from __future__ import annotations
@@ -10,240 +11,35 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import browser_kit as kit
+import demo_page_kit
 import httpx
 import pytest
 from browser_kit import export, number, ready, visit, wait_for
-
-from lmcache_rag import Workspace
-
-pytestmark = pytest.mark.browser
-
-ARMS = ("blended", "baseline")
-KINDS = ("prefix", "reused", "recomputed", "computed")
-QUESTION = "When was the lighthouse of Brandaris rebuilt, and how often does its lamp turn?"
-DOCUMENTS = {
-    "lighthouse.txt": "The lighthouse of Brandaris stands on the island of Terschelling. It was rebuilt in 1594, after "
-    "the sea had undermined the first tower. Its lamp turns once in five seconds, and ships see it from far away.",
-    "island.md": "Terschelling is an island in the north of the Netherlands. Most visitors come by ferry from "
-    "Harlingen, which takes two hours. The island has long beaches, dunes and forests of pine.",
-    "ferry.txt": "The ferry to the island leaves Harlingen several times a day. In winter it may be held up by ice and "
-    "by storms. The lighthouse shows its captain the way through the shoals at night.",
-    "маяк.txt": "Маяк Брандарис стоит на острове Терсхеллинг. Его построили заново в 1594 году.",
-}
-HOSTILE = (
-    "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 2'> [link](javascript:window.hacked=3) "
-    "<iframe src='https://example.com'></iframe> {{ constructor.constructor('window.hacked = 4')() }} </div></section> "
-    + "".join(f"{'>' * depth} {'*' * depth}bomb{'_' * depth}" for depth in (1, 7, 20))
-    + " \u202eThe Brandaris lighthouse reversed\u202c \u2066isolated\u2069 \x1b[31mred\x1b[0m \u200f."
+from demo_page_kit import (
+    ARMS,
+    KINDS,
+    QUESTION,
+    ask,
+    chunks,
+    clocks_of,
+    compare,
+    figure,
+    last_turns,
+    plain_ms,
+    served,
+    sources,
 )
 
+browser, page, page_url = demo_page_kit.browser, demo_page_kit.page, demo_page_kit.page_url
+server, small_store = demo_page_kit.server, demo_page_kit.small_store
 
-# -- what runs ----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import expect
-
-    expect.set_options(timeout=kit.LIMIT_S * 1e3)
-    with kit.chromium() as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def small_store(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four short documents and a hostile one, with their KV."""
-    place = tmp_path_factory.mktemp("small")
-    folder = place / "documents"
-    folder.mkdir()
-    for name, text in DOCUMENTS.items():
-        (folder / name).write_text(text, encoding="utf-8")
-    (folder / "<b>hostile<b>.txt").write_text(HOSTILE, encoding="utf-8")
-    with Workspace.open(place / "store", device="cpu") as workspace:
-        assert not workspace.ingestor.ingest([folder]).failed
-    return place / "store"
-
-
-@pytest.fixture(scope="module")
-def page_url(small_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page over the small store, with the embedded engine."""
-    folder = tmp_path_factory.mktemp("page")
-    with kit.demo(folder, "--store", small_store, "--max-tokens", "12", "--top-k", "3") as url:
-        yield url
-
-
-@pytest.fixture
-def page(browser: Any, page_url: str) -> Iterator[Any]:
-    with visit(browser, page_url) as opened:
-        ready(opened)
-        yield opened
-
-
-@contextmanager
-def served(
-    browser: Any, small_store: Path, folder: Path, *arguments: str | Path, **env: str
-) -> Iterator[tuple[Any, str]]:
-    """A page over servers, with a copy of the small store: (the page, its address)."""
-    store = folder / "store"
-    shutil.copytree(small_store, store)
-    with (
-        kit.demo(folder, "--store", store, "--max-tokens", "12", "--top-k", "3", *arguments, env=env) as url,
-        visit(browser, url) as opened,
-    ):
-        ready(opened)
-        yield opened, url
-
-
-@pytest.fixture(scope="module")
-def server(make_engine: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A server with a real engine in this process, so that this test's clock is the server's."""
-    from embedded_server_kit import serving
-
-    engine = make_engine(tmp_path_factory.mktemp("kv"))
-    with serving(engine) as running:
-        yield running
-    engine.close()
-
-
-def clocks_of(server: Any, monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """A list that gets, for each stream, the milliseconds from its request's arrival to the sending of its first text.
-
-    The clock is read before the sending: after it, a busy machine may let the client go first.
-    """
-    handler, clocks, seen = server.RequestHandlerClass, [], set()
-    sending = handler.send_event
-
-    def send(stream: Any, document: dict[str, Any]) -> None:
-        if stream not in seen and document["choices"] and document["choices"][0].get("text"):
-            seen.add(stream)
-            clocks.append((time.perf_counter() - stream.arrived) * 1e3)
-        sending(stream, document)
-
-    monkeypatch.setattr(handler, "send_event", send)
-    return clocks
-
-
-def plain_ms(client: httpx.Client, server: Any) -> float:
-    """Send the latest request once more, by a client that does nothing else: milliseconds to its first text."""
-    body = dict(server.questions[-1])
-    path, first_ms = body.pop("path"), 0.0
-    begin = time.perf_counter()
-    with client.stream("POST", f"{server.url}{path}", json=body) as answer:
-        for line in answer.iter_lines():
-            if not first_ms and '"text": "' in line and '"text": ""' not in line:
-                first_ms = (time.perf_counter() - begin) * 1e3
-    return first_ms
-
-
-def ask(page: Any, question: str = QUESTION) -> None:
-    """Ask, and wait in the browser for both answers, so that this process leaves its cores to a server in it."""
-    from playwright.sync_api import expect
-
-    turns = page.get_by_test_id("baseline-turn")
-    before = turns.count()
-    page.get_by_test_id("question").fill(question)
-    page.get_by_test_id("ask").click()
-    expect(turns).to_have_count(before + 1)
-    ready(page)
-
-
-def broken_words(page: Any) -> list[str]:
-    """Words of ordinary length that go on in another line, anywhere on the page."""
-    return page.evaluate(
-        r"""() => {
-            const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), broken = [];
-            while (texts.nextNode()) {
-                const node = texts.currentNode;
-                const parent = node.parentElement;
-                if (!parent.checkVisibility() || parent.closest("script, style, .q-icon")) continue;
-                for (const word of node.data.matchAll(/[\p{L}\p{N}]{2,20}/gu)) {
-                    const range = document.createRange();
-                    range.setStart(node, word.index);
-                    range.setEnd(node, word.index + word[0].length);
-                    const tops = new Set([...range.getClientRects()].filter(each => each.width)
-                        .map(each => Math.round(each.top)));
-                    if (tops.size > 1) broken.push(word[0]);
-                }
-            }
-            return broken;
-        }"""
-    )
-
-
-def sources(page: Any) -> list[str]:
-    return page.get_by_test_id("passage-source").all_inner_texts()
-
-
-def chunks(page: Any) -> list[int]:
-    return page.get_by_test_id("passage").evaluate_all("each => each.map(card => Number(card.dataset.chunk))")
-
-
-def figure(page: Any, name: str) -> float:
-    return number(page.get_by_test_id(name).inner_text())
-
-
-def last_turns(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {turn["arm"]: turn for turn in document["turns"]}
-
-
-def compare(page: Any) -> dict[str, Any]:
-    """See that each figure on the page is the export's; returns that."""
-    document = export(page)
-    turns = last_turns(document)
-    for arm, turn in turns.items():
-        stats = turn["stats"]
-        for kind in KINDS:
-            assert figure(page, f"{arm}-{kind}") == stats[f"{kind}_tokens"], (arm, kind)
-        assert figure(page, f"{arm}-prompt") == stats["prompt_tokens"] == sum(stats[f"{kind}_tokens"] for kind in KINDS)
-        assert figure(page, f"{arm}-timer") == round(turn["ttft_ms"]), arm
-        ends = page.get_by_test_id(f"{arm}-ttft").inner_text()
-        assert ends == f"to the first token; {turn['total_ms'] / 1e3:.1f} s to the end"
-        pieces = page.get_by_test_id(f"{arm}-bar").locator("[data-tokens]")
-        shown = [(piece.get_attribute("data-kind"), int(piece.get_attribute("data-tokens"))) for piece in pieces.all()]
-        sums = {kind: sum(count for each, count in shown if each == kind) for kind in (*KINDS, "cached")}
-        if sums["cached"]:  # a server says for the whole prompt only which of its cached tokens it recomputed
-            assert sums["cached"] == stats["reused_tokens"] + stats["recomputed_tokens"], arm
-            sums |= {"reused": stats["reused_tokens"], "recomputed": stats["recomputed_tokens"]}
-        assert [sums[kind] for kind in KINDS] == [stats[f"{kind}_tokens"] for kind in KINDS], arm
-        if turn["chunks"]:  # each part at its place in the prompt
-            places = [int(piece.get_attribute("data-passage") or 0) for piece in pieces.all()]
-            assert places[0] == places[-1] == 0, arm
-            inside = [place for place in places if place]
-            assert inside == sorted(inside), arm
-            assert set(inside) == set(range(1, len(turn["chunks"]) + 1)), arm
-        for index, chunk in enumerate(turn["chunks"], start=1):
-            for kind in KINDS:
-                cell = page.get_by_test_id(f"{arm}-passage-{index}-{kind}").text_content()
-                said = chunk[f"{kind}_tokens"]
-                assert cell == ("in those" if said is None else f"{said:,}"), (arm, index, kind)
-        answer = page.get_by_test_id(f"{arm}-answer").inner_text()
-        assert " ".join(answer.split()) == " ".join(turn["text"].split())
-    if document["speedup"]:
-        factor, words = document["speedup"], page.get_by_test_id("speedup").inner_text()
-        assert words == (
-            f"first token {factor:.1f}x faster" if factor >= 1 else f"first token {1 / factor:.1f}x slower"
-        )
-        assert factor == pytest.approx(turns["baseline"]["ttft_ms"] / turns["blended"]["ttft_ms"])
-    cards = page.get_by_test_id("passage-facts").all_inner_texts()
-    for card, passage in zip(cards, document["passages"], strict=True):
-        assert card.endswith(f"{passage['tokens']:,} tokens")
-        assert f"score {passage['score']:.2f}" in card or not passage["score"]
-    assert sources(page) == [f"{each['source']}, part {each['part']}" for each in document["passages"]]
-    assert chunks(page) == [each["chunk_id"] for each in document["passages"]]
-    total = sum(each["tokens"] for each in document["passages"])
-    assert page.get_by_test_id("passage-count").inner_text() == f"{len(cards)}, {total:,} tokens"
-    return document
-
-
-# -- in .ci/run ---------------------------------------------------------------------------------------------------
+pytestmark = pytest.mark.browser
 
 
 def test_each_figure_on_the_page_is_the_engines(page: Any) -> None:
@@ -275,7 +71,7 @@ def test_each_figure_on_the_page_is_the_engines(page: Any) -> None:
     assert number(words) == turns["blended"]["stats"]["prompt_tokens"], words
 
 
-def test_passages_reordered_by_keyboard_are_reused_again(page: Any) -> None:
+def test_passages_moved_by_keyboard_are_reused_again(page: Any) -> None:
     ask(page)
     before = chunks(page)
     page.get_by_test_id("down").first.focus()
@@ -323,9 +119,6 @@ def test_nothing_of_a_document_becomes_html(page: Any) -> None:
     compare(page)
 
 
-# -- in make test-full --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.full
 def test_times_are_those_of_another_clock(
     browser: Any, small_store: Path, server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -368,7 +161,7 @@ def test_times_are_those_of_another_clock(
 
 
 @pytest.mark.full
-def test_passages_are_dragged_shuffled_removed_and_added(page: Any) -> None:
+def test_passages_can_be_moved_removed_and_added(page: Any) -> None:
     ask(page)
     before = chunks(page)
     after = [*before[1:], before[0]]
@@ -438,7 +231,7 @@ def by_hand(page: Any) -> None:
 
 
 @pytest.mark.full
-def test_the_ratio_is_chosen_for_each_question_or_by_hand(page: Any) -> None:
+def test_the_ratio_is_automatic_or_set_by_hand(page: Any) -> None:
     by_hand(page)
     assert export(page)["controls"]["ratio"] == 0.15
     page.get_by_test_id("ratio-auto").click()
@@ -451,7 +244,7 @@ def test_the_ratio_is_chosen_for_each_question_or_by_hand(page: Any) -> None:
 
 
 @pytest.mark.full
-def test_equal_answers_have_no_marks_and_check_as_equal(page: Any) -> None:
+def test_equal_answers_have_no_marks(page: Any) -> None:
     by_hand(page)
     thumb = page.locator("[data-testid=ratio] [tabindex='0']")
 
@@ -505,7 +298,7 @@ def test_each_of_many_quick_key_presses_counts(page: Any) -> None:
 
 
 @pytest.mark.full
-def test_fields_for_words_are_high_enough_to_read_and_grow(page: Any) -> None:
+def test_text_fields_are_high_enough_and_grow(page: Any) -> None:
     def open_fields() -> list[Any]:
         page.get_by_text("Words before the passages").click()
         fields = [page.locator(f"textarea[data-testid={name}]") for name in ("system", "instruction")]
@@ -555,7 +348,7 @@ def test_repetitions_show_the_medians_of_the_export(page: Any) -> None:
 
 
 @pytest.mark.full
-def test_cold_computes_everything_and_warm_reuses_again(page: Any) -> None:
+def test_cold_computes_everything_and_warm_reuses(page: Any) -> None:
     ask(page)
     page.get_by_test_id("cold").click()
     wait_for(lambda: "Cold" in page.get_by_test_id("note").inner_text(), "cold")
@@ -569,307 +362,6 @@ def test_cold_computes_everything_and_warm_reuses_again(page: Any) -> None:
     ready(page)
     ask(page)
     assert last_turns(compare(page))["blended"]["stats"]["reused_tokens"] > 0
-
-
-@pytest.mark.full
-def test_good_files_are_ingested_and_bad_ones_have_their_errors(
-    browser: Any, small_store: Path, tmp_path: Path
-) -> None:
-    good = {"name": "pier.md", "mimeType": "text/markdown", "buffer": b"The pier of Nes has nineteen benches of oak."}
-    bad = {"name": "broken.pdf", "mimeType": "application/pdf", "buffer": b"%PDF-1.7 nothing of it"}
-    other = {"name": "<i>x<i>.bin", "mimeType": "application/octet-stream", "buffer": bytes(range(256)) * 10}
-    shutil.copytree(small_store, tmp_path / "store")
-    with (
-        kit.demo(tmp_path, "--store", tmp_path / "store", "--max-tokens", "8", "--top-k", "2") as url,
-        visit(browser, url) as page,
-    ):
-        ready(page)
-        page.locator("input[type=file]").set_input_files([good, bad, other])
-        wait_for(lambda: page.get_by_test_id("upload-failed").count() == 2, "two files that fail")
-        page.get_by_test_id("upload-done").wait_for()
-        ready(page)
-        assert page.get_by_test_id("upload-done").inner_text().startswith("pier.md: Ingested: 1 new passages")
-        failed = page.get_by_test_id("upload-failed").all_inner_texts()
-        assert any(text.startswith("broken.pdf: ") for text in failed)
-        assert any(text.startswith("<i>x<i>.bin: ") for text in failed)
-        assert not any(str(tmp_path) in text for text in failed), "no paths of the server"
-        ask(page, "How many benches has the pier of Nes?")
-        document = compare(page)
-        assert "pier.md" in {each["source"] for each in document["passages"]}
-        assert last_turns(document)["blended"]["stats"]["chunks_hit"] == 2
-        assert [row["state"] for row in document["uploads"]] == ["done", "failed", "failed"]
-
-
-@pytest.mark.full
-def test_stopping_ends_the_servers_work(browser: Any, small_store: Path, server: Any, tmp_path: Path) -> None:
-    with served(browser, small_store, tmp_path, "--engine", server.url, "--max-tokens", "200") as (page, _):
-        server.gone.clear()
-        server.pause = 0.2
-        try:
-            page.get_by_test_id("question").fill(QUESTION)
-            page.get_by_test_id("ask").click()
-            wait_for(lambda: len(page.get_by_test_id("blended-answer").inner_text()) > 10, "the begin of an answer")
-            page.get_by_test_id("stop").click()
-            wait_for(lambda: page.get_by_test_id("blended-state").inner_text() == "Stopped.", "the stop")
-            ready(page)
-            assert server.gone.wait(60), "the server still computes"
-            wait_for(lambda: server.active == 0, "the end of the request")
-        finally:
-            server.pause = 0.0
-        turns = export(page)["turns"]
-        assert [(turn["arm"], turn["stopped"]) for turn in turns] == [("blended", True)]
-        assert 0 < len(turns[0]["text"]) < 1000
-        assert page.get_by_test_id("baseline-state").inner_text() in ("Stopped.", "Ready.")
-        page.get_by_test_id("max-tokens").fill("8")
-        page.get_by_test_id("max-tokens").press("Tab")
-        ask(page)
-        compare(page)
-
-
-@pytest.mark.full
-def test_an_engine_that_is_killed_and_comes_back(browser: Any, small_store: Path, tmp_path: Path) -> None:
-    port = kit.free_port()
-    url = f"http://127.0.0.1:{port}"
-    script = Path(__file__).parents[1] / "support" / "embedded_server_kit.py"
-
-    def start() -> kit.Process:
-        command = [sys.executable, script, str(port), tmp_path / "kv"]
-        running = kit.Process(command, tmp_path / "engine.log", {"OMP_NUM_THREADS": "2"})
-        wait_for(lambda: running.answers(f"{url}/version"), running.said)
-        return running
-
-    engine = start()
-    try:
-        with served(browser, small_store, tmp_path / "page", "--engine", url) as (page, _):
-            ask(page)
-            assert last_turns(compare(page))["blended"]["stats"]["reused_tokens"] > 0
-            engine.process.kill()
-            engine.process.wait()
-            ask(page)
-            for arm in ARMS:
-                assert page.get_by_test_id(f"{arm}-state").inner_text() == "Failed."
-                error = page.get_by_test_id(f"{arm}-error")
-                assert url in error.inner_text()
-                assert len(error.inner_text().splitlines()) >= 2, "what happened, and the remedy"
-            assert all(turn["error"] for turn in last_turns(export(page)).values())
-            engine = start()
-            ask(page)
-            turns = last_turns(compare(page))
-            assert all(turn["error"] is None for turn in turns.values())
-            assert turns["blended"]["stats"]["reused_tokens"] > 0, "its KV files were still there"
-            assert page.locator("[data-testid$='-error']").count() == 0
-    finally:
-        engine.end()
-
-
-@pytest.mark.full
-def test_an_error_is_shown_in_the_pane_that_it_belongs_to(
-    browser: Any, small_store: Path, server: Any, tmp_path: Path
-) -> None:
-    """A baseline that is down, LMCache gone, a server without our connector."""
-    dead = f"http://127.0.0.1:{kit.free_port()}"
-    with served(browser, small_store, tmp_path, "--engine", server.url, "--baseline", dead) as (page, _):
-        ask(page)
-        assert page.get_by_test_id("blended-state").inner_text() == ""
-        assert page.get_by_test_id("blended-error").count() == 0
-        assert dead in page.get_by_test_id("baseline-error").inner_text()
-        assert page.get_by_test_id("speedup").is_hidden()
-        server.failure = "LMCache does not answer"
-        try:
-            ask(page)
-        finally:
-            server.failure = ""
-        stats = last_turns(export(page))["blended"]["stats"]
-        assert (stats["reused_tokens"], stats["computed_tokens"]) == (0, stats["prompt_tokens"])
-        assert "LMCache does not answer" in " ".join(page.get_by_test_id("blended-note").all_inner_texts())
-
-
-@pytest.mark.full
-def test_a_server_without_our_connector_says_so(browser: Any, small_store: Path, server: Any, tmp_path: Path) -> None:
-    server.connector = False
-    try:
-        with served(browser, small_store, tmp_path, "--engine", server.url) as (page, _):
-            ask(page)
-            notes = " ".join(page.get_by_test_id("blended-note").all_inner_texts())
-            assert "not blended" in notes
-            assert "lmcache-rag serve" in notes
-            assert page.get_by_test_id("speedup").is_hidden()
-    finally:
-        server.connector = True
-
-
-@pytest.mark.full
-def test_passages_that_do_not_fit_are_named(browser: Any, small_store: Path, server: Any, tmp_path: Path) -> None:
-    usual, server.context = server.context, 400
-    try:
-        with served(browser, small_store, tmp_path, "--engine", server.url, "--top-k", "5") as (page, _):
-            ask(page)
-            turn = last_turns(export(page))["blended"]
-            assert turn["dropped"] or turn["error"]
-            shown = page.get_by_test_id("blended-note").or_(page.get_by_test_id("blended-error")).all_inner_texts()
-            assert any("context" in each for each in shown), shown
-    finally:
-        server.context = usual
-
-
-@pytest.mark.full
-def test_two_browsers_have_sessions_of_their_own(browser: Any, page_url: str) -> None:
-    other = "How do visitors come to Terschelling?"
-    with visit(browser, page_url) as one, visit(browser, page_url) as two:
-        ready(one)
-        ready(two)
-        for page, question in ((one, QUESTION), (two, other)):
-            page.get_by_test_id("question").fill(question)
-            page.get_by_test_id("ask").click()
-        for page in (one, two):
-            wait_for(lambda page=page: page.get_by_test_id("baseline-turn").count() == 1, "an answer in each")
-            ready(page)
-        first, second = compare(one), compare(two)
-        assert {turn["question"] for turn in first["turns"]} == {QUESTION}
-        assert {turn["question"] for turn in second["turns"]} == {other}
-        two.get_by_test_id("shuffle").click()
-        assert chunks(one) == [each["chunk_id"] for each in first["passages"]]
-
-
-@pytest.mark.full
-def test_a_reload_keeps_the_session(page: Any) -> None:
-    ask(page)
-    page.get_by_test_id("shuffle").click()
-    before, order = compare_without_order(page), chunks(page)
-    page.reload()
-    ready(page)
-    assert page.get_by_test_id("question").input_value() == QUESTION
-    assert chunks(page) == order
-    after = compare_without_order(page)
-    assert after["turns"] == before["turns"]
-
-
-def compare_without_order(page: Any) -> dict[str, Any]:
-    return compare(page) | {"made": ""}
-
-
-@pytest.mark.full
-def test_all_of_it_by_keyboard(browser: Any, page_url: str) -> None:
-    with visit(browser, page_url) as page:
-        ready(page)
-        page.get_by_test_id("question").focus()
-        page.keyboard.type(QUESTION)
-        page.keyboard.press("Enter")
-        wait_for(lambda: page.get_by_test_id("baseline-turn").count() == 1, "the answers")
-        ready(page)
-        page.get_by_test_id("question").focus()
-        reached: set[str] = set()
-        for _ in range(120):
-            page.keyboard.press("Tab")
-            reached.add(page.evaluate("document.activeElement.closest('[data-testid]')?.dataset.testid || ''"))
-        wanted = {
-            "ask",
-            "at-once",
-            "follow-up",
-            "check",
-            "repeat-times",
-            "repeat",
-            "blended-answer",
-            "export",
-            "shuffle",
-        }
-        assert wanted <= reached, wanted - reached
-        assert {"down", "up", "remove", "ratio", "cold", "warm"} <= reached, reached
-
-
-@pytest.mark.full
-def test_a_narrow_window_needs_no_scrolling_sideways(browser: Any, page_url: str) -> None:
-    with visit(browser, page_url, viewport={"width": 360, "height": 740}) as page:
-        ready(page)
-        ask(page)
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        out = page.evaluate(
-            """() => [...document.querySelectorAll('[data-testid]')].filter(each => {
-                const box = each.getBoundingClientRect();
-                return box.width && (box.left < 0 || box.right > 361);
-            }).map(each => each.dataset.testid)"""
-        )
-        assert out == []
-        compare(page)
-        assert kit.findings(page) == []
-        for text in ("Words before the passages", "Add a passage"):
-            page.get_by_text(text).click()
-        for arm in ARMS:
-            page.get_by_test_id(f"{arm}-by-passage").get_by_text("Tokens by passage").click()
-        page.wait_for_timeout(600)  # until all is unfolded
-        assert page.get_by_test_id("blended-passage-1-reused").is_visible()
-        assert broken_words(page) == []
-        assert page.evaluate("document.documentElement.scrollWidth") <= 360
-        table = """each => {
-            const right = cell => {
-                const range = document.createRange();
-                range.selectNodeContents(cell);
-                return Math.round(range.getBoundingClientRect().right);
-            };
-            const ends = [...each.querySelectorAll(":scope > .d-n")].map(right);
-            return ends.length > 4 && ends.every((end, at) => Math.abs(end - ends[at % 4]) <= 1);
-        }"""
-        assert all(each.evaluate(table) for each in page.locator(".d-table").all()), "numbers end under their heads"
-        table = "each => each.scrollWidth <= each.clientWidth"
-        assert all(each.evaluate(table) for each in page.locator(".d-table").all()), "the table needs no scrolling"
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(browser: Any, page_url: str, scheme: str) -> None:
-    """Contrast AA, names, roles and focus, before and after an answer, with everything opened."""
-    with visit(browser, page_url, color_scheme=scheme) as page:
-        ready(page)
-        assert kit.findings(page) == []
-        ask(page)
-        for text in ("Words before the passages", "Add a passage", "Tokens by passage", "Earlier answers"):
-            page.get_by_text(text).first.click()
-        page.wait_for_timeout(600)  # until all is unfolded
-        assert page.evaluate("document.body.classList.contains('body--dark')") is (scheme == "dark")
-        assert kit.findings(page) == []
-
-
-@pytest.mark.full
-def test_the_password_lets_in_and_a_wrong_one_does_not(browser: Any, small_store: Path, tmp_path: Path) -> None:
-    shutil.copytree(small_store, tmp_path / "store")
-    env = {"LMCACHE_RAG_DEMO_PASSWORD": "correct horse battery"}
-    with kit.demo(tmp_path, "--store", tmp_path / "store", env=env) as url, visit(browser, url) as page:
-        page.get_by_test_id("password").fill("wrong horse battery")
-        page.get_by_test_id("login").click()
-        page.get_by_test_id("login-error").wait_for()
-        assert page.get_by_test_id("ask").count() == 0
-        assert kit.findings(page) == []
-        page.get_by_test_id("password").fill("correct horse battery")
-        page.get_by_test_id("password").press("Enter")
-        ready(page)
-    assert "correct horse" not in (tmp_path / "demo.log").read_text()
-
-
-@pytest.mark.full
-def test_ten_open_pages_keep_answering(browser: Any, page_url: str) -> None:
-    """All ask at once; meanwhile each still takes what its user does."""
-    with ExitStack() as stack:
-        pages = [stack.enter_context(visit(browser, page_url)) for _ in range(10)]
-        for page in pages:
-            ready(page)
-        for at, page in enumerate(pages):
-            page.get_by_test_id("question").fill(f"{QUESTION} ({at})")
-            page.get_by_test_id("ask").click()
-        for page in pages:
-            page.get_by_text("Add a passage").click()
-            page.get_by_test_id("find").fill("ferry")
-            page.get_by_test_id("find-button").click()
-        for page in pages:
-            page.get_by_test_id("found").first.wait_for()
-        for at, page in enumerate(pages):
-            wait_for(lambda page=page: page.get_by_test_id("baseline-turn").count() == 1, f"the answers of page {at}")
-            ready(page)
-            document = compare(page)
-            assert {turn["question"] for turn in document["turns"]} == {f"{QUESTION} ({at})"}
-            assert not any(turn["error"] for turn in document["turns"])
-
-
-# -- the samples, and pictures of them ----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -165,7 +165,7 @@ def test_compose_does_not_start_without_a_password() -> None:
     assert example_env()["LMCACHE_RAG_DEMO_PASSWORD"] == ""
 
 
-def test_env_example_names_each_variable_with_its_default() -> None:
+def test_env_example_names_variables_with_defaults() -> None:
     used = VARIABLE.findall((DEMO / "compose.yaml").read_text())
     assert {name for name, _, _ in used} == set(example_env())
     for name, how, default in used:
@@ -213,7 +213,7 @@ def test_commands_are_those_of_serve() -> None:
     assert made["environment"] == {}
 
 
-def test_readme_shows_the_commands_that_the_container_runs() -> None:
+def test_readme_shows_the_containers_commands() -> None:
     program, *words = services()["blended"]["command"]
     shown = CliRunner().invoke(app, [*words, "--dry-run"]).stdout
     assert f"```shell\n{shown}```" in (DEMO / "README.md").read_text()
@@ -229,7 +229,7 @@ def test_a_model_of_ones_own_reaches_every_service() -> None:
 
 
 @pytest.mark.parametrize("name", ["page-two-gpus", "page-one-gpu", "page-cpu"])
-def test_the_command_line_knows_each_option_of_the_pages(name: str) -> None:
+def test_the_command_line_has_each_option_of_the_pages(name: str) -> None:
     import typer
 
     program, verb, *words = services()[name]["command"]
@@ -333,7 +333,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Image:
 
 @pytest.mark.full
 @pytest.mark.slow
-def test_images_of_the_page_install_and_their_page_is_healthy(image: Image, tmp_path: Path) -> None:
+def test_images_install_and_their_page_is_healthy(image: Image, tmp_path: Path) -> None:
     """The command of `page-cpu` from an environment with nothing else in it, until its health check passes."""
     python = image.folders["/opt/venv"] / "bin" / "python"
     installed = json.loads(run([python, "-m", "pip", "list", "--format=json"], tmp_path, image.env))

@@ -65,7 +65,7 @@ def questions(server: FakeVLLM) -> list[dict[str, Any]]:
     return [body for body in server.seen if "prompt" in body and body.get("stream")]
 
 
-async def test_baseline_has_one_cache_salt_until_the_cold_button(hub: Hub, server: FakeVLLM) -> None:
+async def test_baseline_keeps_its_cache_salt_until_cold(hub: Hub, server: FakeVLLM) -> None:
     session = Session("a" * 16, hub)
     for _ in range(2):
         await done(session.ask(QUESTION))
@@ -88,7 +88,7 @@ async def test_sessions_have_different_salts(hub: Hub, server: FakeVLLM) -> None
     assert len(set(salts)) == 2
 
 
-async def test_another_order_loses_the_prefix_and_keeps_the_blend(hub: Hub) -> None:
+async def test_another_order_loses_the_prefix_not_the_blend(hub: Hub) -> None:
     session = Session("a" * 16, hub)
     for _ in range(2):
         await done(session.ask(QUESTION))
@@ -245,9 +245,7 @@ async def test_models_to_pick_from_are_those_served(
     hub.close()
 
 
-async def test_prompt_that_is_too_long_is_an_error_of_the_panes(
-    server: FakeVLLM, embedder: Any, tmp_path: Path
-) -> None:
+async def test_a_too_long_prompt_is_an_error_of_the_panes(server: FakeVLLM, embedder: Any, tmp_path: Path) -> None:
     server.context = 256
     hub = opened(tmp_path, embedder, server.url)
     session = Session("a" * 16, hub)

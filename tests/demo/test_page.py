@@ -15,7 +15,7 @@ from lmcache_rag.errors import ConfigError
 LONG = "correct horse battery"
 
 
-def test_differing_words_are_found_and_texts_stay_whole() -> None:
+def test_differing_words_are_found_in_whole_texts() -> None:
     first, second = "The  Nile is long.\nVery.", "The Amazon is long. Very wide."
     left, right = record.compare_words(first, second)
     assert "".join(piece.text for piece in left) == first
@@ -65,7 +65,7 @@ def test_loopback_is_this_machine_only() -> None:
     assert not any(map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "127.example.org")))
 
 
-def test_samples_come_with_questions_and_one_is_russian() -> None:
+def test_samples_have_questions_and_one_is_russian() -> None:
     files = samples.files()
     assert len(files) == len(set(files)) <= 12, "a first start is short"
     assert all(file.is_file() for file in files)

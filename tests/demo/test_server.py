@@ -79,7 +79,7 @@ def test_password_comes_before_everything_else(tmp_path: Path) -> None:
         assert PASSWORD not in page.text
 
 
-def test_other_machines_are_not_served_without_a_password(tmp_path: Path) -> None:
+def test_other_machines_need_a_password(tmp_path: Path) -> None:
     kept = {name: value for name, value in os.environ.items() if name != PASSWORD_VARIABLE}
     done = subprocess.run(
         [sys.executable, "-m", "lmcache_rag", "demo", "--host", "0.0.0.0", "--no-browser"],

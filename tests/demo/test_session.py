@@ -378,7 +378,7 @@ async def test_empty_question_is_a_problem_of_the_page(session: Session) -> None
     assert session.problem.message == "The question is empty."
 
 
-async def test_one_engine_takes_turns_and_times_exclude_waiting(hub: Hub) -> None:
+async def test_an_engine_takes_turns_and_times_exclude_waits(hub: Hub) -> None:
     sessions = [Session(name * 16, hub) for name in "abc"]
     for each in sessions:
         each.set(at_once=True)
@@ -405,7 +405,7 @@ async def test_no_factor_where_something_else_was_computed(session: Session) -> 
     assert session.speedup is not None
 
 
-async def test_what_begins_after_the_first_token_disturbs_nothing() -> None:
+async def test_work_after_the_first_token_disturbs_nothing() -> None:
     traffic = Traffic(exclusive=False)
     async with traffic.request() as first:
         first.measured = True

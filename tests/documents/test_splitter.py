@@ -65,13 +65,13 @@ def checked(text: str, chunks: list[Chunk], splitter: Splitter, encode: Encode) 
     return chunks
 
 
-def test_prose_is_cut_into_chunks_that_fit_and_cover_it(encode: Encode, prose: str) -> None:
+def test_chunks_of_prose_fit_and_cover_it(encode: Encode, prose: str) -> None:
     splitter = Splitter(encode, chunk_tokens=128)
     chunks = checked(prose, splitter.split(prose), splitter, encode)
     assert sum(chunk.tokens for chunk in chunks) / len(chunks) > 80
 
 
-def test_a_short_text_is_one_chunk_without_the_space_around_it(encode: Encode) -> None:
+def test_a_short_text_is_one_chunk_without_outer_space(encode: Encode) -> None:
     (chunk,) = Splitter(encode).split("\n\n  A short text.  \n")
     assert (chunk.text, chunk.index, chunk.start) == ("A short text.", 0, 4)
 
@@ -90,7 +90,7 @@ def test_markdown_is_cut_before_headings(encode: Encode) -> None:
     assert all(chunk.text.startswith("## Part") for chunk in chunks)
 
 
-def test_a_heading_before_a_long_paragraph_does_not_stand_alone(encode: Encode) -> None:
+def test_a_heading_stays_with_its_long_paragraph(encode: Encode) -> None:
     text = "## Lakes\n\n" + "A lake is a body of water that lies in a basin. " * 20
     splitter = Splitter(encode, chunk_tokens=64)
     first = checked(text, splitter.split(text), splitter, encode)[0]
@@ -135,7 +135,7 @@ def test_overlap_never_repeats_the_whole_chunk_before(encode: Encode) -> None:
     assert any(chunk.text.startswith("Sea\n\nWaves") for chunk in chunks), "nearly all of it is repeated"
 
 
-def test_overlap_repeats_whole_words_of_the_chunk_before(encode: Encode, prose: str) -> None:
+def test_overlap_repeats_whole_words_of_the_last_chunk(encode: Encode, prose: str) -> None:
     splitter = Splitter(encode, chunk_tokens=128, overlap_tokens=24)
     chunks = checked(prose, splitter.split(prose), splitter, encode)
     overlaps = 0
@@ -148,7 +148,7 @@ def test_overlap_repeats_whole_words_of_the_chunk_before(encode: Encode, prose: 
     assert overlaps > len(chunks) / 2
 
 
-def test_without_overlap_no_character_stands_in_two_chunks(encode: Encode, prose: str) -> None:
+def test_without_overlap_no_character_is_in_two_chunks(encode: Encode, prose: str) -> None:
     chunks = Splitter(encode, chunk_tokens=64).split(prose)
     assert all(a.start + len(a.text) <= b.start for a, b in pairwise(chunks))
 
@@ -159,7 +159,7 @@ def test_chunks_do_not_depend_on_earlier_texts(encode: Encode, prose: str) -> No
     assert used.split(prose) == fresh.split(prose) == used.split(prose)
 
 
-def test_a_change_at_the_end_leaves_the_chunks_before_it(encode: Encode, prose: str) -> None:
+def test_a_change_at_the_end_keeps_the_chunks_before(encode: Encode, prose: str) -> None:
     splitter = Splitter(encode, chunk_tokens=64)
     before, after = splitter.split(prose), splitter.split(prose + "\n\nOne more paragraph.")
     assert before[:-2] == after[: len(before) - 2]
@@ -173,7 +173,7 @@ def test_chunks_at_a_window_border_are_full(encode: Encode) -> None:
     assert all(chunk.text.count("Paragraph") >= 2 for chunk in chunks[:-1])
 
 
-def test_the_fingerprint_names_the_library_and_the_sizes(encode: Encode) -> None:
+def test_the_fingerprint_names_library_and_sizes(encode: Encode) -> None:
     from importlib.metadata import version
 
     one = Splitter(encode, chunk_tokens=64).fingerprint

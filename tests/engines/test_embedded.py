@@ -33,7 +33,7 @@ def test_all_chunks_hit_in_20_permutations_and_add_up(smollm2_engine, corpus):
         assert stats.reused_tokens > stats.recomputed_tokens > 0
 
 
-def test_precompute_skips_what_exists_and_verify_agrees(tiny, corpus):
+def test_precompute_skips_known_kv_and_verify_agrees(tiny, corpus):
     builder = PromptBuilder(tiny.tokenizer, tiny.info)
     prompts = [builder.ingest(text) for text in corpus]
     assert tiny.missing(prompts) == [True] * 6
@@ -128,7 +128,7 @@ def test_limits_are_errors_with_remedies(tiny):
         Sampling(max_tokens=0)
 
 
-def test_the_budget_of_the_files_drops_the_least_recently_used(tokenizer, corpus, tmp_path, caplog):
+def test_a_full_budget_drops_the_least_recently_used(tokenizer, corpus, tmp_path, caplog):
     model = HFModel.wrap(tiny_model("llama"), tokenizer)
     engine = EmbeddedEngine.from_model(model, name="t", revision="0", kv_dir=tmp_path, kv_budget=200_000)
     builder = PromptBuilder(tokenizer, engine.info)

@@ -121,7 +121,7 @@ def test_always_means_whatever_it_takes(tokenizer: Any, tmp_path: Path, corpus: 
     assert (done.stats.decision, done.stats.blended) == ("blended: always", True)
 
 
-def test_a_prefill_that_is_read_for_logits_is_blended_always(world: World) -> None:
+def test_a_prefill_for_logits_is_always_blended(world: World) -> None:
     world.teach(prefill=0.001, passes=3.0)
     spent = world.engine.prefill(world.prompt(), BlendOptions()).spent
     assert spent["selection"] > 0

@@ -30,7 +30,7 @@ def test_all_equals_a_full_prefill_in_float32(smollm2_path, sentences, tmp_path)
     assert (got - wanted).abs().max() < 1e-2
 
 
-def test_bfloat16_is_the_default_and_answers_alike_at_ratio_1(smollm2_path, sentences, tmp_path):
+def test_bfloat16_is_the_default_and_alike_at_ratio_1(smollm2_path, sentences, tmp_path):
     engine, prompt = engine_and_prompt(smollm2_path, tmp_path, sentences, None)
     assert engine.info.dtype == "bfloat16"
     full = engine.generate(prompt, Sampling(max_tokens=8), BlendOptions(enabled=False))

@@ -19,7 +19,7 @@ def answered(**reported: Any) -> Completion:
     return completion(gathered, PROMPT, kv_block=64, blending=True, streamed=True, ids=(1,))
 
 
-def test_a_prompt_that_was_computed_as_fast_misses_nothing() -> None:
+def test_a_prompt_computed_as_fast_misses_nothing() -> None:
     done = answered(decision="computed: not faster", predicted_blend_ms=46.7, predicted_compute_ms=32.7)
     assert (done.warnings, done.missed, done.stats.chunks_missed) == ((), (), 0), "else its chunks were ingested again"
     assert done.stats.decision == protocol.Decision.NOT_FASTER
@@ -34,7 +34,7 @@ def test_a_prompt_without_kv_is_still_warned_of(decision: str | None) -> None:
     assert done.stats.decision == (decision or "")
 
 
-def test_a_request_says_always_only_when_it_is_asked_for() -> None:
+def test_a_request_says_always_only_if_asked_for() -> None:
     switches = [blend_params(each)[protocol.BLEND] for each in (BlendOptions(), BlendOptions(always=True))]
     assert switches == ["on", "always"]
     assert blend_params(BlendOptions(enabled=False, always=True)) == protocol.NO_BLEND

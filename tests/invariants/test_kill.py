@@ -193,7 +193,7 @@ def ground(nursery: Nursery, sentences: list[str], embedder: Any, tmp_path_facto
 # -- kills ------------------------------------------------------------------------------------------------------
 
 
-def test_killed_at_20_random_moments_the_end_is_the_same(
+def test_killed_at_20_random_moments_it_ends_the_same(
     nursery: Nursery, ground: Ground, embedder: Any, tmp_path: Path
 ) -> None:
     moments, seconds = random.Random(20), ground.seconds
@@ -219,7 +219,7 @@ def test_killed_at_20_random_moments_the_end_is_the_same(
     assert all(stages.values()), stages
 
 
-def test_killed_again_and_again_it_still_gets_to_the_same_end(
+def test_killed_repeatedly_it_still_ends_the_same(
     nursery: Nursery, ground: Ground, embedder: Any, tmp_path: Path
 ) -> None:
     moments, store, kills = random.Random(3), ground.store(tmp_path / "store"), 0
@@ -275,7 +275,7 @@ def everything_is_there(store: Path, docs: tuple[Path, ...], embedder: Any) -> N
     assert {facts[0] for facts, _ in found.documents} == {str(path) for folder in docs for path in folder.iterdir()}
 
 
-def test_of_two_ingestions_at_once_one_waits_and_both_are_whole(
+def test_two_ingestions_at_once_queue_and_are_whole(
     nursery: Nursery, halves: tuple[Path, Path], embedder: Any, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
@@ -288,7 +288,7 @@ def test_of_two_ingestions_at_once_one_waits_and_both_are_whole(
     assert set(first.embedded).isdisjoint(second.embedded), "a text that both hold is embedded once"
 
 
-def test_two_ingestions_of_the_same_documents_do_the_work_once(
+def test_two_equal_ingestions_do_the_work_once(
     nursery: Nursery, halves: tuple[Path, Path], embedder: Any, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
@@ -299,7 +299,7 @@ def test_two_ingestions_of_the_same_documents_do_the_work_once(
     everything_is_there(store, halves[:1], embedder)
 
 
-def test_an_ingestion_that_may_not_wait_names_the_writer(
+def test_an_ingestion_without_wait_names_the_writer(
     nursery: Nursery, halves: tuple[Path, Path], embedder: Any, tmp_path: Path
 ) -> None:
     store = tmp_path / "store"

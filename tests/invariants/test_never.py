@@ -47,7 +47,7 @@ def warnings_of(caplog):
 
 
 @pytest.mark.parametrize("change", ["tenant", "prefix", "revision", "dtype", "tokenizer"])
-def test_kv_of_another_tenant_prefix_or_model_is_never_used(change, tokenizer, corpus, tmp_path):
+def test_kv_of_other_tenant_prefix_or_model_is_unused(change, tokenizer, corpus, tmp_path):
     def engine(seed=0, dtype=torch.float32, **facts):
         model = HFModel.wrap(tiny_model("llama", seed=seed).to(dtype), tokenizer)
         return EmbeddedEngine.from_model(model, name="tiny", kv_dir=tmp_path, **({"revision": "0"} | facts))
@@ -165,7 +165,7 @@ def test_counts_are_those_of_computed_tokens(policy, kept, tokenizer, corpus, tm
 
 
 @pytest.mark.parametrize("policy", ["query", "hkvd", "none"])
-def test_blended_kv_is_never_kept_neither_in_files_nor_in_memory(policy, tokenizer, corpus, tmp_path):
+def test_blended_kv_is_never_kept(policy, tokenizer, corpus, tmp_path):
     model = HFModel.wrap(tiny_model("llama"), tokenizer)
 
     def engine():
@@ -269,7 +269,7 @@ FAULTS = [
 
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("whose", ["chunk", "prefix"])
-def test_an_unusable_kv_file_is_computed_with_a_warning(whose, fault, tiny, corpus, tmp_path, caplog):
+def test_a_bad_kv_file_is_recomputed_with_a_warning(whose, fault, tiny, corpus, tmp_path, caplog):
     builder = PromptBuilder(tiny.tokenizer, tiny.info)
     prompts = [builder.ingest(text) for text in corpus]
     list(tiny.precompute(prompts))
@@ -326,7 +326,7 @@ def test_a_busy_file_is_not_taken_for_a_damaged_one(tiny, corpus, tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["gone", "a file", "cannot be written"])
-def test_a_dead_kv_folder_costs_time_and_never_an_answer(fault, parts, documents, caplog):
+def test_a_dead_kv_folder_costs_time_but_no_answer(fault, parts, documents, caplog):
     parts.ingestor.ingest(documents)
     parts.engine.close()
     hits = parts.rag.retrieve("What?")
@@ -409,7 +409,7 @@ def server(parts, documents, embedder):
     return RAG(parts.store, engine, embedder, parts.prompts, top_k=3, sampling=SHORT)
 
 
-def test_an_engine_without_blending_says_so_once_and_works(server, parts, caplog):
+def test_an_engine_without_blending_warns_once(server, parts, caplog):
     wanted = parts.rag.ask("What?", blend=FULL).text
     answers = [server.ask("What?"), server.ask("What?")]
     with ThreadPoolExecutor(4) as pool:
@@ -423,7 +423,7 @@ def test_an_engine_without_blending_says_so_once_and_works(server, parts, caplog
     ]
 
 
-async def test_it_says_so_in_an_event_loop_and_in_a_comparison(server, caplog):
+async def test_it_also_warns_in_event_loops_and_compare(server, caplog):
     await server.aask("What?")
     assert server.compare("What?").first_difference is None
     assert len(warnings_of(caplog)) == 1
@@ -434,7 +434,7 @@ def test_who_asks_for_a_full_prefill_needs_no_warning(server, caplog):
     assert warnings_of(caplog) == []
 
 
-def test_an_unsupported_family_answers_without_blending(parts, documents, tokenizer, embedder, caplog):
+def test_an_unsupported_family_answers_unblended(parts, documents, tokenizer, embedder, caplog):
     import transformers
 
     config = transformers.GPT2Config(vocab_size=49152, n_embd=32, n_layer=2, n_head=2, n_positions=2048, eos_token_id=2)

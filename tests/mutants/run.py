@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import tomllib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -215,6 +216,7 @@ def copies(root: Path, number: int) -> Iterator[queue.SimpleQueue[Path]]:
 def run(root: Path, mutants: Sequence[Mutant], runner: Runner, jobs: int) -> list[Outcome]:
     """All of them; those that need servers one after another."""
     outcomes: list[Outcome] = []
+    printing = threading.Lock()
 
     def judge(mutant: Mutant, bad: dict[str, str], free: queue.SimpleQueue[Path]) -> Outcome:
         copy = free.get()
@@ -223,7 +225,8 @@ def run(root: Path, mutants: Sequence[Mutant], runner: Runner, jobs: int) -> lis
             outcome = Outcome(mutant, f"ERROR: {wrong}" if wrong else runner.mutated(copy, mutant))
         finally:
             free.put(copy)
-        print(outcome, flush=True)
+        with printing:  # print() writes a line and its end apart, and another thread's line would come between them
+            print(outcome, flush=True)
         return outcome
 
     with copies(root, jobs) as free:

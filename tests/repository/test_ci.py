@@ -56,7 +56,7 @@ def test_a_change_asks_for_the_parts_it_touches(ci: ModuleType, names) -> None:
     assert set(more) <= set(everything)
 
 
-def test_frameworks_join_the_shared_servers_when_touched(ci: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_framework_tests_join_the_servers_when_touched(ci: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENV", "build/ci-venv")
 
     def of(file: str) -> bool:
@@ -78,7 +78,7 @@ def test_the_full_tier_leaves_nothing_of_the_other_out(ci: ModuleType, monkeypat
     assert {"mutants", "mutants, contracts", "mutants, servers", "long tests"} <= full
 
 
-def test_all_kernels_run_interpreted_and_the_cheap_in_run(ci: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_run_interpreted_the_cheap_ones_in_run(ci: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENV", "build/ci-venv")
     for parts, selection in ((ci.run_parts(set()), ["-m", "not full"]), (ci.full_parts(), [])):
         (part,) = [part for part in parts if part.name == "kernels, interpreted"]
@@ -86,15 +86,14 @@ def test_all_kernels_run_interpreted_and_the_cheap_in_run(ci: ModuleType, monkey
         assert part.env == {"TRITON_INTERPRET": "1"}
 
 
-def test_three_scenarios_of_the_page_run_always_and_all_in_full(
-    ci: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_has_three_scenarios_of_the_page_full_all(ci: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VENV", "build/ci-venv")
     for parts, selection in ((ci.run_parts(set()), ["-m", "not full"]), (ci.full_parts(), [])):
         (part,) = [part for part in parts if part.name == "browser"]
         assert part.command[0] == "build/ci-venv/bin/python"
         assert "--must-run" in part.command
-        assert part.command[-len(selection) - 1 :] == [*selection, "tests/demo/test_browser.py"]
+        files = [f"tests/demo/test_browser{each}.py" for each in ("", "_access", "_faults")]
+        assert part.command[-len(selection) - 3 :] == [*selection, *files]
         assert part.before is ci.chromium
     (part,) = [part for part in ci.full_parts() if part.name == "long tests"]
     assert part.command[-1] == "full and not browser"
@@ -187,7 +186,7 @@ def test_both_lmcaches_are_allowed_and_called_tested(ci: ModuleType) -> None:
     assert {("0.32.0", version) for version in both} <= TESTED
 
 
-def test_what_changed_is_seen_from_the_last_landed_commit(ci: ModuleType, tmp_path: Path) -> None:
+def test_changes_count_from_the_last_landed_commit(ci: ModuleType, tmp_path: Path) -> None:
     def git(*arguments: str) -> None:
         identity = ["-c", "user.name=x", "-c", "user.email=x@example.com"]
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
@@ -209,7 +208,7 @@ def test_what_changed_is_seen_from_the_last_landed_commit(ci: ModuleType, tmp_pa
     assert ci.changed(tmp_path) == ["b", "c", "new"]
 
 
-def test_a_part_that_fails_ends_a_run_but_not_the_full_one(ci: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_failed_part_ends_run_but_not_full(ci: ModuleType, capfd: pytest.CaptureFixture[str]) -> None:
     good = ci.Part("good", [sys.executable, "-c", "print('1 passed')"])
     bad = ci.Part("bad", [sys.executable, "-c", "raise SystemExit(3)"])
     missing = ci.Part("missing", ["/nowhere/python"])

@@ -81,21 +81,19 @@ def test_a_module_that_is_too_long_is_found(check: Check) -> None:
     assert (status, out) == (1, "p.leaf1 has 701 lines, more than 700.\n")
 
 
-def test_too_many_modules_with_a_single_importer_are_found(check: Check) -> None:
+def test_too_many_single_importers_are_found(check: Check) -> None:
     alone = "".join(f"import p.part{n}\n" for n in range(3))
     status, out = check(fan(4) | {f"part{n}.py": "" for n in range(3)} | {"whole.py": alone})
     assert status == 1
     assert "3 of 10 modules have a single importer, more than 25%" in out
 
 
-def test_a_module_that_its_package_offers_has_more_importers(check: Check) -> None:
+def test_a_module_its_package_offers_is_not_single(check: Check) -> None:
     parts = {f"part{n}.py": "" for n in range(3)}
     assert check(fan(4) | parts | {"__init__.py": "".join(f"import p.part{n}\n" for n in range(3))}) == (0, "")
 
 
-def test_the_report_of_this_project_names_what_it_measures(
-    modules: ModuleType, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_report_names_what_it_measures(modules: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert modules.main([]) == 0
     out = capsys.readouterr().out
     assert "Circles: none" in out

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -150,6 +154,34 @@ def test_a_mutant_that_makes_its_test_hang(runner: ModuleType, checkout: Path, t
     copy = runner.copy_checkout(checkout, tmp_path / "copy")
     assert runner.Runner({"": Path(sys.executable)}, 1.0).mutated(copy, mutant) == "failed (it hung)"
     assert (copy / mutant.file).read_text() == FILES[mutant.file]
+
+
+def test_mutants_side_by_side_print_whole_lines(
+    runner: ModuleType, checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2)
+
+    class Both:
+        """Its two mutants end at the same moment."""
+
+        def unmutated(self, *_: Any) -> dict[str, str]:
+            return {}
+
+        def mutated(self, *_: Any) -> str:
+            both.wait(60)
+            return "failed"
+
+    class Slow(io.StringIO):
+        """Between two writes of a thread the other has its turn."""
+
+        def write(self, text: str) -> int:
+            time.sleep(0.1)
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stdout", Slow())
+    outcomes = runner.run(checkout, [runner.Mutant(**ADD), runner.Mutant(**DOUBLE)], Both(), 2)
+    lines = sys.stdout.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert sorted(lines) == [str(outcome) for outcome in outcomes]
 
 
 def test_some_mutants_of_all(mutants: Callable[..., tuple[int, list[str]]]) -> None:

@@ -56,7 +56,7 @@ def test_gptq_weights_come_back_within_half_a_step(quantised):
 
 
 @pytest.mark.parametrize("form", ["awq", "gptq"])
-def test_a_folder_holds_every_layer_and_says_its_format(quantised, form, tmp_path):
+def test_a_folder_has_every_layer_and_its_format(quantised, form, tmp_path):
     tiny_model("llama").save_pretrained(tmp_path / "in")
     layers = quantised.write(tmp_path / "in", tmp_path / "out", form, GROUP)
     tensors = load_file(tmp_path / "out" / "model.safetensors")

@@ -107,7 +107,7 @@ def test_the_environment_has_nothing_of_the_checkout(elsewhere: Path) -> None:
     assert found.strip() == "[]"
 
 
-def test_a_file_is_ingested_and_a_question_answered_from_it(elsewhere: Path, smollm2_path: Path) -> None:
+def test_the_wheel_ingests_a_file_and_answers_from_it(elsewhere: Path, smollm2_path: Path) -> None:
     command = elsewhere / "venv/bin/lmcache-rag"
     (elsewhere / "lighthouse.md").write_text(f"# Brandaris\n\n{FACT}\n")
     common = ["--store", "store", "--model", smollm2_path, "--json"]

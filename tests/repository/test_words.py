@@ -1,4 +1,4 @@
-"""The script that refuses private words as names."""
+"""The script that refuses private words as names, and long names of tests."""
 
 from __future__ import annotations
 
@@ -29,6 +29,20 @@ def found(tmp_path: Path, source: str, name: str = "module.py", exceptions: dict
 
 def test_this_project_has_no_private_names() -> None:
     assert words.violations([ROOT / folder for folder in words.FOLDERS], words.EXCEPTIONS, ROOT) == []
+
+
+def test_this_project_has_no_long_test_names() -> None:
+    assert words.long_test_names(ROOT / words.TESTS, ROOT) == []
+
+
+@pytest.mark.parametrize("kind", ["def", "async def"])
+def test_a_test_name_above_50_letters_is_refused(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    longest = "test_" + "a" * 45
+    found(tmp_path, f"{kind} {longest}(): ...\n\n\ndef {'a' * 60}(): ...\n")
+    assert words.main([str(tmp_path / "p")]) == 0
+    found(tmp_path, f"class A:\n    {kind} {longest}a(): ...\n")
+    assert words.main([str(tmp_path / "p")]) == 1
+    assert capsys.readouterr().out == f"p/module.py:2: '{longest}a' has 51 letters, more than 50\n"
 
 
 @pytest.mark.parametrize("word", words.WORDS)

@@ -42,7 +42,7 @@ def test_kv_is_recognised_with_blocks_of_32(engine: VLLMEngine, servers: Servers
     assert engine.verify(prompt).status == "ok", "by LMCache"
 
 
-def test_answers_are_streams_inside_where_the_connector_runs(engine: VLLMEngine) -> None:
+def test_answers_are_streamed_only_with_our_connector(engine: VLLMEngine) -> None:
     """So the timeout is for each part of an answer, on vLLM 0.32 too, and the statistics come all the same."""
     builder = PromptBuilder(engine.tokenizer, engine.info)
     prompt = builder.query([], "What is it?")

@@ -187,7 +187,7 @@ def test_a_store_limit_of_another_type_is_refused(traffic: Traffic, value: Any) 
         traffic.ordinary()
 
 
-def test_a_refused_request_announces_nothing_to_the_engine(traffic: Traffic) -> None:
+def test_a_refused_request_does_not_reach_the_engine(traffic: Traffic) -> None:
     asked = {"stream": True, "use_beam_search": True}
     status, text = traffic.send("/v1/completions", {"do_remote_prefill": True, "cached_token_stats": 1}, **asked)
     assert status == 400

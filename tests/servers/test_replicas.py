@@ -23,7 +23,7 @@ def test_what_one_replica_computed_the_other_reuses(replicas: Servers) -> None:
     assert replicas.vllm_counter(LOADED, engine="0") == 0
 
 
-def test_tenants_of_one_replica_are_tenants_of_the_other(replicas: Servers) -> None:
+def test_tenants_are_the_same_on_both_replicas(replicas: Servers) -> None:
     rng = random.Random(1)
     prompt = [rng.randrange(300, 40_000) for _ in range(4 * CHUNK + 9)]
     stored, loaded = replicas.lmcache_counter(STORED), replicas.vllm_counter(LOADED, engine="1")

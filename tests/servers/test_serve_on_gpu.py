@@ -149,7 +149,7 @@ def test_another_prefix_and_another_tenant_get_nothing(served: Served) -> None:
         assert served.ask(served.prompt()[0], 1, **named)[1]["reused_tokens"]
 
 
-def test_requests_in_flight_together_answer_as_each_alone(served: Served) -> None:
+def test_requests_in_parallel_answer_as_each_alone(served: Served) -> None:
     prompts = [served.prompt()[0] for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
         got = list(pool.map(lambda prompt: served.ask(prompt, **ALL), prompts))
@@ -179,7 +179,7 @@ def test_a_server_that_hangs_costs_one_deadline(served: Served) -> None:
         assert served.ask(prompt, **ALL)[0] == served.full(prompt)
 
 
-def test_kv_that_goes_between_look_up_and_load_is_computed(served: Served) -> None:
+def test_kv_gone_between_lookup_and_load_is_computed(served: Served) -> None:
     failures: set[str] = set()
     for attempt in range(30):
         prompts = [served.prompt(served._prefix + served._gap)[0] for _ in range(8)]

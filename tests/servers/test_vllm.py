@@ -43,13 +43,13 @@ STORED, FOUND = "lmcache_mp_l1_write_chunks_total", "lmcache_mp_lookup_hit_token
 LOADED = "vllm:external_prefix_cache_hits_total"
 
 
-def test_it_starts_and_says_once_that_it_does_not_blend(servers: Servers) -> None:
+def test_it_starts_and_warns_once_that_it_cannot_blend(servers: Servers) -> None:
     said = [line for line in servers.vllm.text.splitlines() if "KV is not blended" in line]
     assert len(said) == 1
     assert "blending needs CUDA" in said[0]
 
 
-def test_exact_prefixes_come_from_lmcache_and_change_nothing(servers: Servers, chunks: list[list[int]]) -> None:
+def test_lmcaches_exact_prefixes_change_no_answer(servers: Servers, chunks: list[list[int]]) -> None:
     prompt = chunks[0] + chunks[1] + [1, 2, 3]
     whole = len(prompt) // CHUNK
     before = servers.lmcache_counter(STORED)
@@ -136,7 +136,7 @@ def test_chunks_in_another_order_are_computed_right(servers: Servers, chunks: li
 
 
 @pytest.mark.parametrize("kind", ["completions", "chat/completions"])
-def test_streams_say_at_their_end_what_whole_answers_say(servers: Servers, kind: str) -> None:
+def test_streams_end_with_what_whole_answers_report(servers: Servers, kind: str) -> None:
     """Our statistics, which say here that nothing is blended."""
     asked = (
         {"prompt": "One two three four"} if kind == "completions" else {"messages": [{"role": "user", "content": "Hi"}]}
@@ -152,7 +152,7 @@ def test_streams_say_at_their_end_what_whole_answers_say(servers: Servers, kind:
     ]
 
 
-def test_what_cannot_be_blended_is_counted_on_vllms_metrics(servers: Servers, chunks: list[list[int]]) -> None:
+def test_what_cannot_be_blended_is_in_vllms_metrics(servers: Servers, chunks: list[list[int]]) -> None:
     ours = "vllm:lmcache_rag_{}_total"
     names = [ours.format(name) for name in ("requests", "fallbacks", "prompt_tokens")]
 
@@ -173,7 +173,7 @@ def test_what_cannot_be_blended_is_counted_on_vllms_metrics(servers: Servers, ch
     assert until(lambda: [after - was for after, was in zip(read(), before, strict=True)] == moved), (before, read())
 
 
-def test_who_leaves_while_lmcache_loads_for_them_ends_nothing(servers: Servers, chunks: list[list[int]]) -> None:
+def test_a_client_that_leaves_in_a_load_ends_nothing(servers: Servers, chunks: list[list[int]]) -> None:
     """With LMCache's own connector an engine dies of this sooner or later; see lmcache_rag/connector/transfers.py."""
     prompts = [[*chunks[a], *chunks[b], *chunks[c], a] for a, b, c in ((0, 1, 2), (1, 2, 3), (2, 3, 0), (3, 0, 1))]
     wanted = [servers.tokens(prompt) for prompt in prompts]
@@ -209,7 +209,7 @@ def states(found: dict[str, dict[str, Any]], *names: str) -> dict[str, str]:
     return {name: found[name]["state"] for name in names if name in found}
 
 
-def test_doctor_says_what_works_without_cuda_and_what_does_not(servers: Servers) -> None:
+def test_doctor_says_what_works_without_cuda(servers: Servers) -> None:
     status, found = doctor(servers)
     assert status == 1
     assert states(found, "LMCache", "Blend engine", "RoPE", "vLLM", "Model", "Chunk and block", "Round trip") == {
@@ -253,7 +253,7 @@ def test_killing_lmcache_fails_no_request(servers: Servers, chunks: list[list[in
 
 
 @pytest.mark.ends_servers
-def test_doctor_says_that_lmcache_is_gone_and_vllm_is_not(servers: Servers) -> None:
+def test_doctor_says_that_lmcache_alone_is_gone(servers: Servers) -> None:
     servers.lmcache.kill()
     status, found = doctor(servers)
     assert status == 1

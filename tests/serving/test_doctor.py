@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import stat
 from pathlib import Path
 from typing import Any
 
+import doctor_kit
 import pytest
-from serve_kit import CHUNK, UNDEFINED, FakeServer, fake_packages
+from doctor_kit import CONFIG
+from serve_kit import CHUNK, FakeServer, fake_packages
 from typer.testing import CliRunner, Result
 
 from lmcache_rag import protocol
@@ -18,9 +18,8 @@ from lmcache_rag.engines.vllm_client import VLLMClient
 from lmcache_rag.errors import EngineError
 from lmcache_rag.serving import doctor, machine
 from lmcache_rag.serving.doctor import IDS, Answer, Outcome, Prompts, ask, cost_checks, judge, round_trip
-from lmcache_rag.serving.machine import version
 
-CONFIG = {"architectures": ["LlamaForCausalLM"]}
+gpu_machine = doctor_kit.gpu_machine
 
 
 @pytest.fixture
@@ -28,27 +27,6 @@ def model(tmp_path: Path) -> str:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
     return str(tmp_path / "model")
-
-
-@pytest.fixture
-def gpu_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A machine that has a GPU, as far as the checks can see: nvidia-smi, vLLM, LMCache. Returns nvidia-smi."""
-    program = tmp_path / "bin" / "nvidia-smi"
-    program.parent.mkdir()
-    program.write_text("#!/bin/sh\necho 'NVIDIA H100, 580.65.06, 81559, 12000, 9.0'\n")
-    program.chmod(program.stat().st_mode | stat.S_IEXEC)
-    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
-    for name, number in (("vllm", "0.25.1"), ("lmcache", "0.5.6")):
-        folder = tmp_path / "site" / f"{name}-{number}.dist-info"
-        folder.mkdir(parents=True)
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
-    folder = tmp_path / "site" / "plugin-1.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: plugin\nVersion: 1\n")
-    (folder / "entry_points.txt").write_text("[vllm.general_plugins]\nlmcache_rag = somewhere:register\n")
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-    return program
 
 
 def run(*arguments: str, **keys: str) -> Result:
@@ -83,7 +61,7 @@ def test_lmcache_that_asks_for_a_key_gets_it(model: str, monkeypatch: pytest.Mon
 # -- the round trip ---------------------------------------------------------------------------------------------
 
 
-def test_the_prompts_hold_the_same_chunks_in_another_order() -> None:
+def test_prompts_hold_the_same_chunks_in_another_order() -> None:
     prompts = Prompts.draw(CHUNK, seed=1)
     assert all(len(prompt) % CHUNK == 0 and prompt[:CHUNK] == list(prompts.prefix) for prompt in prompts.ingest())
     assert len({len(chunk) for chunk in prompts.chunks}) == 3
@@ -105,7 +83,7 @@ def trip(mode: str = "") -> tuple[Outcome, list[dict[str, Any]]]:
         return round_trip(server, server.first_model(), CHUNK, pause=lambda _: None), engine.requests
 
 
-def test_a_round_trip_ingests_without_blending_then_asks() -> None:
+def test_a_round_trip_ingests_unblended_then_asks() -> None:
     outcome, requests = trip()
     assert outcome.hit
     assert outcome.reused is not None
@@ -119,7 +97,7 @@ def test_a_round_trip_ingests_without_blending_then_asks() -> None:
     assert requests[3]["prompt"] != requests[4]["prompt"]
 
 
-def test_a_server_that_recomputes_all_by_default_is_well() -> None:
+def test_a_server_that_recomputes_all_by_default_is_ok() -> None:
     outcome, _ = trip("all")
     assert (outcome.hit, outcome.agrees, outcome.queries) == (True, True, 1)
     assert outcome.reused is not None
@@ -209,7 +187,7 @@ def test_a_tie_needs_the_probabilities_of_both_tokens() -> None:
     assert not _near_tie(plain, Answer((1, 2)), 2)
 
 
-def test_ratio_1_without_any_recomputed_token_proves_nothing() -> None:
+def test_ratio_1_without_recomputation_proves_nothing() -> None:
     reused = {"reused_tokens": 1, "policy": "query", "ratio": 0.15}
     outcome = Outcome(reused, 1, {"recomputed_tokens": 0, "failure": "evicted"}, 16, 16)
     assert [(c.name, c.state) for c in judge(outcome)][1:] == [("Round trip", "ok"), ("Ratio 1", "failed")]
@@ -242,13 +220,13 @@ def test_all_is_well(model: str, gpu_machine: Path, monkeypatch: pytest.MonkeyPa
     assert found["Blends from"]["result"] == words
 
 
-def test_a_server_that_does_not_report_costs_is_no_failure() -> None:
+def test_a_server_that_reports_no_costs_is_no_failure() -> None:
     assert [(check.name, check.state) for check in cost_checks("")] == [("Costs", "skipped")]
     page = f'{protocol.COST_GAUGE}{{cost="prefill_1024",engine="0"}} 14.0\n'
     assert [(check.name, check.state) for check in cost_checks(page)] == [("Costs", "ok"), ("Blends from", "skipped")]
 
 
-def test_further_queries_show_the_server_what_blends_take() -> None:
+def test_further_queries_teach_the_server_its_costs() -> None:
     with FakeServer("vllm") as fake, VLLMClient(fake.url, attempts=1) as server:
         outcome = round_trip(server, server.first_model(), CHUNK, compare=False, more=2, pause=lambda _: None)
         asked = [request["kv_transfer_params"].get("lmcache_rag.blend") for request in fake.requests]
@@ -371,141 +349,9 @@ def test_the_table_names_what_failed_and_the_remedy(model: str, monkeypatch: pyt
     assert "lmcache-rag serve" in line
 
 
-# -- this machine -----------------------------------------------------------------------------------------------
-
-
-def states(found: Any) -> dict[str, str]:
-    return {check.name: check.state for check in found}
-
-
-def test_a_machine_without_a_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert states(machine.gpu()) == {"GPU": "failed"}
-
-
-@pytest.mark.parametrize(
-    ("script", "expected"),
-    [
-        ("echo 'NVIDIA H100, 580.1, 81559, 300, 9.0'", {"GPU 0": "ok", "GPU 0 memory": "warning"}),
-        ("echo 'NVIDIA GB10, 580.1, [N/A], [N/A], 12.1'", {"GPU 0": "ok", "GPU 0 memory": "skipped"}),
-        ("echo 'NVIDIA A100, 580.1, 81559, 81000, 8.0'", {"GPU 0": "ok", "GPU 0 memory": "ok"}),
-        ("echo 'NVIDIA Strange, 580.1, 81559, 81000, [N/A]'", {"GPU 0": "ok", "GPU 0 memory": "ok"}),
-        ("echo 'No devices were found'; exit 6", {"GPU": "failed"}),
-    ],
-)
-def test_what_the_driver_says(gpu_machine: Path, script: str, expected: dict[str, str]) -> None:
-    gpu_machine.write_text(f"#!/bin/sh\n{script}\n")
-    assert states(machine.gpu()) == expected
-
-
-@pytest.mark.parametrize(
-    ("line", "words"),
-    [
-        ("Tesla T4, 580.1, 15360, 15000, 7.5", "Ampere"),
-        ("NVIDIA H100, 570.124.06, 81559, 81000, 9.0", "driver 580 or newer"),
-    ],
-)
-def test_a_gpu_or_a_driver_that_is_too_old_is_a_warning(gpu_machine: Path, line: str, words: str) -> None:
-    gpu_machine.write_text(f"#!/bin/sh\necho '{line}'\n")
-    check = next(machine.gpu())
-    assert check.state == "warning"
-    assert words in check.remedy
-
-
-def test_an_old_driver_is_asked_for_the_rest(gpu_machine: Path) -> None:
-    gpu_machine.write_text(
-        """#!/bin/sh
-case "$1" in *compute_cap*) echo 'Field "compute_cap" is not a valid field to query.'; exit 2;; esac
-echo 'Tesla V100, 450.80, 16160, 16000'
-"""
-    )
-    check, _ = machine.gpu()
-    assert (check.state, check.result) == ("warning", "Tesla V100, driver 450.80")
-
-
-@pytest.mark.parametrize(
-    ("cuda", "code", "state", "words"),
-    [
-        ("13.0", "", "ok", "fits PyTorch 2.13.0+cu130"),
-        (None, "", "skipped", "without CUDA"),
-        ("13.0", f"raise ImportError({UNDEFINED!r})", "failed", f"ImportError: {UNDEFINED}"),
-        ("13.0", "import os; os.abort()", "failed", "status -6"),
-    ],
-)
-def test_lmcaches_extension_is_loaded_as_its_server_does(
-    gpu_machine: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    cuda: str | None,
-    code: str,
-    state: str,
-    words: str,
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(fake_packages(tmp_path, cuda=cuda, code=code)))
-    check = machine.compiled()
-    assert check.state == state
-    assert words in check.result
-    if state == "failed":
-        assert 'pip install "vllm==0.32.0"' in check.remedy
-        assert "--no-deps --force-reinstall lmcache==0.5.6" in check.remedy
-
-
-def test_a_pytorch_that_cannot_be_imported_is_told(
-    gpu_machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(fake_packages(tmp_path)))
-    (tmp_path / "packages" / "torch" / "__init__.py").write_text("raise OSError('no libcublas')")
-    check = machine.compiled()
-    assert (check.state, check.result) == ("failed", "PyTorch cannot be imported: OSError: no libcublas")
-
-
 def test_a_server_of_another_environment_is_a_warning(model: str) -> None:
     with FakeServer("vllm", model=model) as engine, VLLMClient(engine.url, attempts=1) as server:
         for here, state in (("0.25.1", "ok"), ("0.25.1+cpu", "ok"), ("", "ok"), ("0.32.0", "warning")):
             ((check,), _) = doctor.vllm_checks(server, here)
             assert check.state == state
     assert "vLLM 0.25.1; this environment has vLLM 0.32.0" in check.result
-
-
-def test_a_pair_that_was_not_tested_is_a_warning(gpu_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "TESTED", {("0.1", "0.2")})
-    (check,) = machine.versions()
-    assert check.state == "warning"
-    assert "vLLM 0.1 with LMCache 0.2" in check.remedy
-
-
-@pytest.mark.skipif(version("vllm") != "", reason="vLLM is installed")
-def test_without_vllm_the_remedy_is_to_install_it() -> None:
-    (check,) = machine.versions()
-    assert check.state == "failed"
-    assert "lmcache-rag[gpu]" in check.remedy
-
-
-def test_a_plugin_that_vllm_may_not_load(gpu_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VLLM_PLUGINS", "other")
-    assert states(machine.connector())["Plugin"] == "failed"
-    monkeypatch.setenv("VLLM_PLUGINS", "other,lmcache_rag")
-    assert states(machine.connector())["Plugin"] == "ok"
-
-
-@pytest.mark.parametrize(
-    ("config", "state"),
-    [
-        (CONFIG, "ok"),
-        ({"architectures": ["Qwen2ForCausalLM"], "sliding_window": 4096, "use_sliding_window": False}, "ok"),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, "ok"),
-        ({"architectures": ["InternLM3ForCausalLM"]}, "ok"),
-        ({"architectures": ["Ministral3ForCausalLM"]}, "ok"),
-        ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "failed"),
-        ({"architectures": ["GptOssForCausalLM"]}, "failed"),
-        ({}, "failed"),
-    ],
-)
-def test_which_models_are_blended(tmp_path: Path, config: dict[str, Any], state: str) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert machine.model(str(tmp_path)).state == state
-
-
-def test_a_model_that_is_not_here_is_skipped() -> None:
-    assert machine.model("some/model-that-is-not-here").state == "skipped"
-    assert machine.model("/no/such/folder/at/all").state == "skipped"

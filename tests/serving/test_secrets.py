@@ -16,98 +16,21 @@ from serve_kit import alive, fake_packages, free_ports
 from typer.testing import CliRunner
 
 from lmcache_rag.cli.app import app
-from lmcache_rag.credentials import ensure_secret, lmcache_headers, read_secret
-from lmcache_rag.errors import ConfigError
+from lmcache_rag.credentials import ensure_secret, read_secret
 from lmcache_rag.serving.commands import ServeOptions, commands, lmcache_environment
 from lmcache_rag.serving.lmcache_server import arguments
 from lmcache_rag.serving.process import descendants
-from lmcache_rag.serving.tiers import filled, second_tier
 
 PASSWORD = "hunter2-and-more"
 TESTS = Path(__file__).parents[1]
 PATIENCE_S = 60.0
 
 
-# -- second tiers -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["", "{", '{"path": "/data"}', '{"type": 5}', "s3://bucket", "redis://host", "redis://me:${PW}@host:x", "{}"],
-)
-def test_a_second_tier_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="--l2"):
-        second_tier(text)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        f"redis://me:{PASSWORD}@host:1",
-        f"redis://:{PASSWORD}@host:1",
-        f"rediss://:{PASSWORD}@host:1",
-        f"redis://:{PASSWORD}@host",
-        json.dumps({"type": "resp", "password": PASSWORD}),
-        json.dumps({"type": "resp", "password": PASSWORD + "${X}"}),
-        json.dumps({"type": "hfbucket", "token": PASSWORD}),
-        json.dumps({"type": "s3", "options": [{"aws_secret_access_key": PASSWORD}]}),
-        json.dumps({"type": "s3", "aws_access_key_id": PASSWORD}),
-        json.dumps({"type": "plugin", "redis_password": PASSWORD, "apiKey": PASSWORD}),
-        json.dumps({"type": "valkey", "url": f"valkey://me:{PASSWORD}@host:1"}),
-        json.dumps({"type": "resp", "password": PASSWORD})[:-1],
-    ],
-)
-def test_a_password_on_the_command_line_is_refused(text: str) -> None:
-    with pytest.raises(ConfigError) as caught:
-        second_tier(text)
-    assert PASSWORD not in str(caught.value)
-    assert (
-        "${" in caught.value.remedy
-        or "--l2 is not valid JSON" in caught.value.message
-        or "known" in caught.value.message
-    )
-    result = CliRunner().invoke(app, ["serve", "some/model", "--dry-run", f"--l2={text}"])
-    assert result.exit_code == 2
-    assert PASSWORD not in result.output + result.stderr
-
-
-@pytest.mark.parametrize(
-    "tier",
-    [
-        {"type": "s3", "s3_endpoint": "b.s3.amazonaws.com", "s3_region": "eu-west-1"},
-        {"type": "hfbucket", "token_env": "MY_TOKEN", "key_prefix": "kv", "max_tokens": 5},
-        {"type": "resp", "host": "r", "port": 1, "password": "${file:/run/secrets/redis}"},
-        {"type": "fs", "base_path": "/data/token"},
-    ],
-)
-def test_a_second_tier_in_json_is_passed_on(tier: dict[str, Any]) -> None:
-    assert json.loads(second_tier(json.dumps(tier))) == tier
-
-
-def test_placeholders_are_filled_in_from_variables_and_files(tmp_path: Path) -> None:
-    (tmp_path / "pw").write_text(f"{PASSWORD}\n")
-    tier = second_tier(f"redis://me:${{file:{tmp_path / 'pw'}}}@[::1]:6379")
-    assert PASSWORD not in tier
-    wanted = {"type": "resp", "host": "::1", "port": 6379, "username": "me", "password": PASSWORD}
-    assert json.loads(filled(tier, {})) == wanted
-    tier = second_tier('{"type": "x", "deep": [{"password": "${PW}"}], "n": 5}')
-    assert json.loads(filled(tier, {"PW": 'a"b'})) == {"type": "x", "deep": [{"password": 'a"b'}], "n": 5}
-    with pytest.raises(ConfigError, match="PW is not set"):
-        filled(tier, {})
-    with pytest.raises(ConfigError, match="cannot be read"):
-        filled('{"type": "x", "password": "${file:/no/such}"}', {})
-    with pytest.raises(ConfigError, match="names no variable"):
-        second_tier('{"type": "x", "password": "${a b}"}')
-
-
-def test_lmcache_gets_filled_placeholders_not_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lmcache_gets_filled_placeholders_no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PW", PASSWORD)
     given = ["server", "--l2-adapter", '{"type": "fs", "base_path": "/data"}', "--l2-adapter", '{"password": "${PW}"}']
     assert arguments(given) == [*given[:4], json.dumps({"password": PASSWORD})]
     assert "PW" not in os.environ
-
-
-# -- other secrets on the command line --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -126,7 +49,7 @@ def test_a_key_on_vllms_command_line_is_refused(words: tuple[str, ...], variable
     assert PASSWORD not in result.output + result.stderr
 
 
-def test_a_token_that_vllm_has_itself_is_no_secret_on_the_line() -> None:
+def test_a_token_that_vllm_reads_is_not_on_the_line() -> None:
     commands(ServeOptions("some/model", ("--hf-token", "--enforce-eager")), {})
 
 
@@ -142,8 +65,6 @@ def test_dry_run_shows_placeholders_and_paths(tmp_path: Path) -> None:
     assert not (tmp_path / "state").exists()
 
 
-# -- which variables LMCache gets -------------------------------------------------------------------------------------
-
 FOREIGN = {
     "VLLM_API_KEY": "1",
     "LMCACHE_RAG_API_KEY": "1",
@@ -155,6 +76,8 @@ FOREIGN = {
     "https_proxy": "http://me:pw@proxy",
     "PW": "1",
 }
+
+
 NEEDED = {"PATH": "/bin", "HOME": "/root", "CUDA_VISIBLE_DEVICES": "0", "LD_LIBRARY_PATH": "/lib", "LMCACHE_X": "1"}
 
 
@@ -176,9 +99,6 @@ def test_a_second_tier_gets_the_variables_of_its_own(tier: str, more: set[str]) 
     assert lmcache_environment({**FOREIGN, **NEEDED}, [tier]).keys() == NEEDED.keys() | more
 
 
-# -- the secret of a server -------------------------------------------------------------------------------------------
-
-
 def test_where_the_secret_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LMCACHE_RAG_STATE", str(tmp_path))
 
@@ -196,7 +116,7 @@ def test_where_the_secret_comes_from(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("how", ["unwritable", "readable by others"])
-def test_with_a_second_tier_it_needs_a_secret_that_stays(tmp_path: Path, how: str) -> None:
+def test_a_second_tier_needs_a_lasting_secret(tmp_path: Path, how: str) -> None:
     state = tmp_path / "state"
     if how == "unwritable":
         state.touch()
@@ -225,29 +145,6 @@ def test_prefix_tokens_are_whole_chunks(words: tuple[str, ...]) -> None:
     assert CliRunner().invoke(app, ["serve", "some/model", "--dry-run", *words]).exit_code == 2
     result = CliRunner().invoke(app, ["serve", "some/model", "--dry-run", "--prefix-tokens", "128"])
     assert '"lmcache_rag.prefix_tokens": 128' in result.stdout
-
-
-# -- LMCache's HTTP key -----------------------------------------------------------------------------------------------
-
-
-def test_lmcaches_key_comes_from_its_variables_or_our_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LMCACHE_RAG_STATE", str(tmp_path))
-    here, elsewhere = "http://127.0.0.1:8089", "http://10.0.0.1:8089"
-    assert lmcache_headers(here, {}) == {}
-    key = ensure_secret(tmp_path / "lmcache-http-key")
-    assert lmcache_headers(here, {}) == {"Authorization": f"Bearer {key}"}
-    assert lmcache_headers(elsewhere, {}) == {}, "it is for this machine only"
-    (tmp_path / "theirs").write_text("abc\n")
-    for variables in (
-        {"LMCACHE_API_KEY": "abc"},
-        {"LMCACHE_HTTP_API_KEY": "abc"},
-        {"LMCACHE_HTTP_API_KEY_FILE": str(tmp_path / "theirs")},
-    ):
-        assert lmcache_headers(elsewhere, variables) == {"Authorization": "Bearer abc"}
-    assert lmcache_headers(here, {"LMCACHE_API_KEY_FILE": "/no/such"}) == {}
-
-
-# -- real processes ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -317,7 +214,7 @@ def test_no_process_shows_a_secret(serve: Callable[..., subprocess.Popen[str]], 
     assert secrets.items() <= vllm.items()
 
 
-def test_servers_with_a_second_tier_get_a_secret_that_stays(
+def test_with_a_second_tier_vllm_gets_a_lasting_secret(
     serve: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
     process = serve("--l2", str(tmp_path / "kv"))
@@ -335,7 +232,7 @@ def test_servers_with_a_second_tier_get_a_secret_that_stays(
     ("version", "variables", "made"),
     [("0.5.6", {}, False), ("0.5.7rc2", {}, True), ("0.5.7", {"LMCACHE_HTTP_API_KEY": "mine"}, False)],
 )
-def test_lmcaches_http_port_gets_a_key_where_it_knows_one(
+def test_lmcaches_http_port_gets_a_key_if_it_takes_one(
     serve: Callable[..., subprocess.Popen[str]], tmp_path: Path, version: str, variables: dict[str, str], made: bool
 ) -> None:
     process = serve(lmcache=version, **variables)

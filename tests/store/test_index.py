@@ -53,7 +53,7 @@ def test_a_query_of_any_length_gives_cosine_similarity(store: Store) -> None:
     assert hit.score == pytest.approx(1, abs=1e-6)
 
 
-def test_a_hit_names_every_document_that_holds_the_chunk(store: Store) -> None:
+def test_a_hit_names_every_document_with_the_chunk(store: Store) -> None:
     put(store, "b", "other", "shared", lang="de")
     put(store, "a", "shared", lang="en")
     (hit,) = store.index.search(vector("shared"), 1)
@@ -83,7 +83,7 @@ def test_a_store_that_became_empty_finds_nothing(store: Store) -> None:
     assert found(store, "one") == []
 
 
-def test_chunks_of_equal_score_come_in_the_order_of_their_ids(store: Store) -> None:
+def test_chunks_of_equal_score_are_ordered_by_id(store: Store) -> None:
     same = [chunk.__class__(chunk.text, 1, 0, vector("same")) for chunk in chunks(["x", "y", "z"])]
     new = NewDocument("a", "h", "s", "src", same)
     store.registry.put_documents([new], embedder=EMBEDDER)
@@ -97,7 +97,7 @@ def test_asking_for_no_chunk_is_a_mistake(store: Store, k: int) -> None:
 
 
 @pytest.mark.parametrize("query", [[1.0] * 3, [float("nan")] * DIMENSION, [[1.0] * DIMENSION]])
-def test_a_query_that_does_not_fit_the_store_is_refused(store: Store, query: list[float]) -> None:
+def test_a_query_unfit_for_the_store_is_refused(store: Store, query: list[float]) -> None:
     put(store, "a", "one")
     with pytest.raises(StoreError, match="mbedding"):
         store.index.search(query, 1)
@@ -148,7 +148,7 @@ def library(store: Store) -> Store:
         (None, set(range(50))),
     ],
 )
-def test_a_filter_by_values_finds_exactly_what_fulfils_it(library: Store, where: dict, wanted: set[int]) -> None:
+def test_a_filter_by_values_finds_exactly_its_matches(library: Store, where: dict, wanted: set[int]) -> None:
     hits = library.index.search(vector("q"), 100, where=where)
     assert {hit.text for hit in hits} == {TEXTS[n] for n in wanted}
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
@@ -171,14 +171,14 @@ def test_a_filter_that_is_no_plain_value_is_refused(library: Store, value: objec
         library.index.search(vector("q"), 1, where={"year": value})
 
 
-def test_a_function_as_filter_gets_hits_until_enough_fulfil_it(library: Store) -> None:
+def test_a_filter_function_gets_hits_until_enough(library: Store) -> None:
     last = library.index.search(vector("q"), 50)[-2:]
     kept = library.index.search(vector("q"), 2, where=lambda hit: hit.text in {last[0].text, last[1].text})
     assert kept == last
     assert library.index.search(vector("q"), 2, where=lambda _: False) == []
 
 
-def test_a_filter_function_is_not_called_for_everything(library: Store) -> None:
+def test_a_filter_function_is_not_called_for_all(library: Store) -> None:
     asked = []
     library.index.search(vector("q"), 2, where=lambda hit: asked.append(hit) or True)
     assert len(asked) <= 8
@@ -187,7 +187,7 @@ def test_a_filter_function_is_not_called_for_everything(library: Store) -> None:
 # Following the database
 
 
-def test_the_index_follows_what_another_process_commits(store: Store) -> None:
+def test_the_index_follows_commits_of_other_processes(store: Store) -> None:
     put(store, "a", "one", "two")
     assert found(store, "two") == ["two"]
     code = """
@@ -220,7 +220,7 @@ def test_only_what_changed_is_read_again(store: Store, monkeypatch: pytest.Monke
     assert in_step(store)
 
 
-def test_a_failed_update_is_completed_by_the_next_search(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_search_completes_a_failed_update(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     put(store, "a", *TEXTS)
     store.index.refresh()
     put(store, "a", *TEXTS[:20], "new")
@@ -245,7 +245,7 @@ def made(path: Path) -> Path:
     return path / "index.faiss"
 
 
-def test_the_index_file_is_written_at_the_end_of_writing(store: Store) -> None:
+def test_the_index_file_is_written_after_writing(store: Store) -> None:
     file = store.path / "index.faiss"
     with store.writing():
         put(store, "a", "one")
@@ -340,7 +340,7 @@ def test_a_missing_file_is_warned_about_and_rebuilt(tmp_path: Path, caplog: pyte
     assert (tmp_path / "index.faiss").exists()
 
 
-def test_a_whole_file_of_another_kind_of_index_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_index_file_of_another_kind_is_not_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = made(tmp_path)
     _, facts = index_module.read_index(file)
     faiss = index_module.import_faiss()
@@ -398,7 +398,7 @@ def test_a_moved_database_leaves_an_empty_store(tmp_path: Path, caplog: pytest.L
     assert "another state" in logged(caplog)
 
 
-def test_an_unsaved_index_is_a_warning_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unsaved_index_warns_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "index.faiss").mkdir()
     with Store.open(tmp_path) as store:
         with store.writing():
@@ -420,7 +420,7 @@ def test_faiss_imports_with_warnings_as_errors() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=Path(__file__).parents[2])
 
 
-def test_a_small_search_leaves_the_number_of_threads_as_it_was(store: Store) -> None:
+def test_a_small_search_keeps_the_number_of_threads(store: Store) -> None:
     put(store, "a", "one")
     faiss = index_module.import_faiss()
     before = faiss.omp_get_max_threads()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -49,7 +46,7 @@ def record(store: Store, text: str, key: str, fingerprint: str = FP) -> int:
 # Documents
 
 
-def test_a_new_document_is_added_and_comes_back_as_it_was(store: Store) -> None:
+def test_a_new_document_comes_back_as_it_was(store: Store) -> None:
     result = put(store, "a", "one", "two", lang="en", nested={"n": [1, None]})
     assert (result.status, result.added_chunks, result.kept_chunks, result.removed_chunks) == ("added", 2, 0, 0)
     back = store.registry.document("a")
@@ -65,7 +62,7 @@ def test_a_new_document_is_added_and_comes_back_as_it_was(store: Store) -> None:
     assert [chunk.text for chunk in store.registry.document_chunks("a")] == ["one", "two"]
 
 
-def test_the_same_document_again_is_unchanged_and_writes_nothing(store: Store) -> None:
+def test_the_same_document_again_writes_nothing(store: Store) -> None:
     put(store, "a", "one", "two")
     before, generation = store.registry.document("a"), store.registry.get_meta("generation")
     assert put(store, "a", "one", "two").status == "unchanged"
@@ -73,7 +70,7 @@ def test_the_same_document_again_is_unchanged_and_writes_nothing(store: Store) -
     assert store.registry.get_meta("generation") == generation
 
 
-def test_a_changed_document_replaces_only_the_changed_chunks(store: Store) -> None:
+def test_a_changed_document_replaces_changed_chunks(store: Store) -> None:
     put(store, "a", "one", "two", "three")
     kept = chunk_id(store, "one"), chunk_id(store, "three")
     result = put(store, "a", "one", "2", "three")
@@ -91,7 +88,7 @@ def test_a_document_with_new_facts_keeps_its_chunks(store: Store, change: dict[s
     assert [chunk.chunk_id for chunk in store.registry.document_chunks("a")] == ids
 
 
-def test_a_text_twice_in_a_document_is_one_chunk_at_two_places(store: Store) -> None:
+def test_a_repeated_text_is_one_chunk_at_two_places(store: Store) -> None:
     assert put(store, "a", "same", "other", "same").added_chunks == 2
     assert [chunk.text for chunk in store.registry.document_chunks("a")] == ["same", "other", "same"]
     (hit,) = store.index.search(vector("same"), 1)
@@ -115,7 +112,7 @@ def test_removing_an_unknown_document_is_reported(store: Store) -> None:
     assert list(store.registry.documents()) == []
 
 
-def test_a_text_moved_within_a_batch_stays_the_same_chunk(store: Store) -> None:
+def test_a_text_moved_in_a_batch_stays_the_same_chunk(store: Store) -> None:
     put(store, "a", "moves", "stays")
     before = chunk_id(store, "moves")
     left, right = store.registry.put_documents([document("a", "stays"), document("b", "moves")], embedder=EMBEDDER)
@@ -123,7 +120,7 @@ def test_a_text_moved_within_a_batch_stays_the_same_chunk(store: Store) -> None:
     assert chunk_id(store, "moves") == before
 
 
-def test_one_bad_document_of_a_batch_leaves_the_store_as_it_was(store: Store) -> None:
+def test_one_bad_document_of_a_batch_changes_nothing(store: Store) -> None:
     put(store, "a", "one")
     bad = replace(document("c", "x"), metadata={"object": object()})
     with pytest.raises(StoreError, match=r"metadata of 'c'"):
@@ -132,7 +129,7 @@ def test_one_bad_document_of_a_batch_leaves_the_store_as_it_was(store: Store) ->
     assert [record.doc_id for record in store.registry.documents()] == ["a"]
 
 
-def test_a_document_without_chunks_is_kept_as_a_document(store: Store) -> None:
+def test_a_document_without_chunks_is_kept(store: Store) -> None:
     assert put(store, "empty").status == "added"
     assert put(store, "empty").status == "unchanged"
     record = store.registry.document("empty")
@@ -148,7 +145,7 @@ def test_any_valid_text_can_be_an_id(store: Store, doc_id: str) -> None:
     assert store.registry.remove_documents([doc_id]).unknown == ()
 
 
-def test_text_with_nul_and_every_plane_of_unicode_comes_back(store: Store) -> None:
+def test_nul_and_every_plane_of_unicode_come_back(store: Store) -> None:
     text = "nul \0 then \u200b \uffff \U0001f9dc\u200d\u2640\ufe0f end"
     put(store, "a", text)
     assert texts_of(store) == {text}
@@ -175,7 +172,7 @@ def test_a_lone_surrogate_in_metadata_comes_back(store: Store) -> None:
     assert record.metadata == {"name": "bad \udcff"}
 
 
-def test_searching_for_a_lone_surrogate_is_a_store_error(store: Store) -> None:
+def test_searching_a_lone_surrogate_is_a_store_error(store: Store) -> None:
     with pytest.raises(StoreError, match="not valid Unicode"):
         store.registry.known_texts(["\ud800"])
 
@@ -190,7 +187,7 @@ def test_documents_come_in_id_order_over_pages(store: Store) -> None:
     assert [record.doc_id for record in store.registry.documents()] == [f"{n:04d}" for n in range(600)]
 
 
-def test_documents_can_be_removed_while_they_are_gone_through(store: Store) -> None:
+def test_documents_can_be_removed_while_iterated(store: Store) -> None:
     store.registry.put_documents([document(f"{n:04d}", f"text {n}") for n in range(300)], embedder=EMBEDDER)
     for record in store.registry.documents():
         store.registry.remove_documents([record.doc_id])
@@ -234,7 +231,7 @@ def test_another_embedder_is_refused_with_a_remedy(store: Store) -> None:
     assert texts_of(store) == {"one"}
 
 
-def test_a_store_without_embeddings_can_change_its_embedder(store: Store) -> None:
+def test_a_store_without_vectors_can_change_embedder(store: Store) -> None:
     store.registry.claim_embedder("model-b", 99)
     store.registry.require_embedder("anything")
     put(store, "a", "one")
@@ -248,7 +245,7 @@ def test_another_dimension_for_an_embedder_is_refused(store: Store) -> None:
         store.registry.claim_embedder(EMBEDDER, DIMENSION + 1)
 
 
-def test_an_embedding_that_replaces_another_is_what_search_sees(store: Store) -> None:
+def test_a_search_sees_a_replaced_embedding(store: Store) -> None:
     put(store, "a", "one", "two")
     store.index.refresh()
     embed_again(store.registry, {chunk_id(store, "one"): vector("elsewhere"), 999: vector("x")})
@@ -284,7 +281,7 @@ def test_embeddings_are_normalised_and_units_kept(store: Store) -> None:
     assert rows[1].tobytes() == unit.tobytes()
 
 
-def test_chunks_without_any_embedder_are_kept_but_not_found(store: Store) -> None:
+def test_chunks_without_embedder_are_kept_not_found(store: Store) -> None:
     store.registry.put_documents([document("a", "one")], embedder=None)
     assert store.registry.known_texts(["one"]) == {}, "it needs an embedding"
     assert set(store.registry.stored_texts(["one"])) == {text_hash("one")}
@@ -294,7 +291,7 @@ def test_chunks_without_any_embedder_are_kept_but_not_found(store: Store) -> Non
     assert found(store, "one") == ["one"]
 
 
-def test_a_token_count_of_another_tokenizer_replaces_the_old_one(store: Store) -> None:
+def test_another_tokenizers_count_replaces_the_old_one(store: Store) -> None:
     put(store, "a", "one two")
     new = replace(document("a", "one two"), chunks=[NewChunk("one two", 7, 0, None)])
     assert store.registry.put_documents([new], embedder=EMBEDDER)[0].status == "updated"
@@ -316,7 +313,7 @@ def test_recorded_kv_goes_to_the_trash_with_its_chunk(store: Store) -> None:
     assert store.registry.trash() == []
 
 
-def test_kv_that_two_texts_share_stays_until_the_second_has_left(store: Store) -> None:
+def test_kv_shared_by_two_texts_stays_for_the_second(store: Store) -> None:
     put(store, "a", "one")
     put(store, "b", "ONE")
     record(store, "one", "k")
@@ -329,7 +326,7 @@ def test_kv_that_two_texts_share_stays_until_the_second_has_left(store: Store) -
     assert (kv_keys(store.registry, FP), store.registry.trash()) == (set(), [(FP, "k")])
 
 
-def test_a_recorded_chunk_takes_its_key_out_of_the_trash(store: Store) -> None:
+def test_recording_a_chunk_takes_its_key_from_trash(store: Store) -> None:
     put(store, "a", "one")
     record(store, "one", "k")
     store.registry.remove_documents(["a"])
@@ -340,7 +337,7 @@ def test_a_recorded_chunk_takes_its_key_out_of_the_trash(store: Store) -> None:
     assert (kv_keys(store.registry, FP), store.registry.trash()) == ({"k"}, [])
 
 
-def test_kv_recorded_while_the_engine_drops_it_is_not_believed(store: Store) -> None:
+def test_kv_recorded_while_dropped_is_not_believed(store: Store) -> None:
     put(store, "a", "one")
     record(store, "one", "k")
     store.registry.remove_documents(["a"])
@@ -353,11 +350,11 @@ def test_kv_recorded_while_the_engine_drops_it_is_not_believed(store: Store) -> 
     assert [chunk.text for chunk in store.registry.chunks_without_kv(FP)] == ["one"]
 
 
-def test_clearing_what_is_not_in_the_trash_changes_nothing(store: Store) -> None:
+def test_clearing_what_is_not_trash_changes_nothing(store: Store) -> None:
     assert store.registry.clear_trash([(FP, "unknown")]) == []
 
 
-def test_kv_of_a_chunk_that_has_left_meanwhile_goes_to_the_trash(store: Store) -> None:
+def test_kv_of_a_chunk_gone_meanwhile_is_trash(store: Store) -> None:
     put(store, "a", "one")
     gone = chunk_id(store, "one")
     store.registry.remove_documents(["a"])
@@ -382,7 +379,7 @@ def test_a_chunk_has_one_key_under_a_fingerprint(store: Store) -> None:
     assert store.registry.trash() == [(FP, "old")]
 
 
-def test_kv_of_all_other_fingerprints_can_be_thrown_away(store: Store) -> None:
+def test_kv_of_all_other_fingerprints_can_be_trashed(store: Store) -> None:
     put(store, "a", "one")
     record(store, "one", "mine")
     record(store, "one", "old", fingerprint="e" * 64)
@@ -391,7 +388,7 @@ def test_kv_of_all_other_fingerprints_can_be_thrown_away(store: Store) -> None:
     assert [part.fingerprint for part in store.registry.stats().kv] == [FP]
 
 
-def test_chunks_without_kv_are_of_fingerprint_and_documents(store: Store) -> None:
+def test_missing_kv_is_per_fingerprint_and_documents(store: Store) -> None:
     put(store, "a", "one", "two")
     put(store, "b", "three")
     record(store, "one", "k")
@@ -418,7 +415,7 @@ def test_the_trash_can_be_taken_in_pieces(store: Store) -> None:
 # The whole store
 
 
-def test_stats_count_chunks_tokens_bytes_and_what_is_stale(store: Store) -> None:
+def test_stats_count_chunks_tokens_bytes_and_stale_kv(store: Store) -> None:
     put(store, "a", "one two", "three")
     put(store, "b", "three")
     record(store, "three", "k")
@@ -487,7 +484,7 @@ def test_threads_can_write_and_search_at_once(store: Store) -> None:
     assert problems(store.registry) == []
 
 
-def test_a_reader_sees_one_state_while_another_thread_commits(store: Store) -> None:
+def test_a_reader_sees_one_state_during_commits(store: Store) -> None:
     put(store, "a", "one")
     with store.registry._database.read() as connection:
         assert connection.execute("SELECT count(*) FROM documents").fetchone() == (1,)
@@ -495,68 +492,3 @@ def test_a_reader_sees_one_state_while_another_thread_commits(store: Store) -> N
             pool.submit(put, store, "b", "two").result()
         assert connection.execute("SELECT count(*) FROM documents").fetchone() == (1,)
     assert len(list(store.registry.documents())) == 2
-
-
-def test_a_closed_store_says_so_and_closes_again(tmp_path: Path) -> None:
-    store = Store.open(tmp_path)
-    store.close()
-    store.close()
-    with pytest.raises(StoreError, match="has been closed"):
-        store.registry.document("a")
-    with pytest.raises(StoreError, match="has been closed"):
-        put(store, "a", "one")
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_process_is_told_to_open_the_store_itself(tmp_path: Path) -> None:
-    code = """
-import os, sys
-from lmcache_rag.errors import StoreError
-from lmcache_rag.store import Store
-store = Store.open(sys.argv[1])
-child = os.fork()
-try:
-    store.registry.document("a")
-    print("parent reads" if child else "child reads", flush=True)
-except StoreError as error:
-    print("child is told:", error, flush=True)
-store.close()
-if child:
-    os.waitpid(child, 0)
-"""
-    out = subprocess.run(
-        [sys.executable, "-c", code, tmp_path],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parents[2],
-    ).stdout
-    assert "parent reads" in out
-    assert "after the fork" in out
-    assert "child reads" not in out
-
-
-def test_a_missing_store_is_made_only_when_asked(tmp_path: Path) -> None:
-    for options in ({"create": False}, {"read_only": True}):
-        with pytest.raises(StoreError, match="There is no store"):
-            Store.open(tmp_path / "new", **options)
-    assert not (tmp_path / "new").exists()
-    Store.open(tmp_path / "deep" / "new").close()
-    Store.open(tmp_path / "deep" / "new", create=False).close()
-
-
-def test_a_path_that_is_a_file_is_a_store_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("no folder")
-    with pytest.raises(StoreError, match="file"):
-        Store.open(tmp_path / "file")
-
-
-def test_another_programs_database_is_not_touched(tmp_path: Path) -> None:
-    other = sqlite3.connect(tmp_path / "store.db")
-    with other:
-        other.execute("CREATE TABLE theirs (x)")
-    other.close()
-    before = (tmp_path / "store.db").read_bytes()
-    with pytest.raises(StoreError, match="another program's database"):
-        Store.open(tmp_path)
-    assert (tmp_path / "store.db").read_bytes() == before

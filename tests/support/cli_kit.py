@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,11 @@ from typing import Any
 
 import pytest
 from models import tiny_model
-from typer.testing import Result
+from typer.testing import CliRunner, Result
+
+from lmcache_rag.cli import run as cli_run
+from lmcache_rag.cli.app import app
+from lmcache_rag.settings import Settings
 
 TEXTS = {
     "rope.md": """# Rotary position embedding
@@ -82,3 +87,21 @@ def document(result: Result) -> Any:
 
 def kv_files(store: Path) -> list[Path]:
     return sorted(store.glob("kv/*/*/*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def call(make_tiny: Any, embedder: Any) -> Call:
+    """Runs one command line in this process, with the model and embedder that are loaded already."""
+    from lmcache_rag.workspace import Workspace
+
+    def open_workspace(settings: Settings, *, create: bool) -> Workspace:
+        return Workspace(settings, create=create, engine=make_tiny(settings.store / "kv"), embedder=embedder)
+
+    runner = CliRunner(env={n: None for n in os.environ if n.startswith("LMCACHE_RAG_")} | {"COLUMNS": "80"})
+
+    services = cli_run.Services(open_workspace=open_workspace)
+
+    def run(*arguments: object, stdin: str | None = None, **env: str) -> Result:
+        return runner.invoke(app, [str(a) for a in arguments], input=stdin, env=env, obj=services)
+
+    return run

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from pypdf import PdfReader, PdfWriter
 
-PDF = Path(__file__).parents[2] / "examples" / "data" / "documents" / "oceans.pdf"
+DATA = Path(__file__).parents[2] / "examples" / "data"
+PDF = DATA / "documents" / "oceans.pdf"
 
 
 def write_pdf(pdf: Path, change: Callable[[PdfWriter], object]) -> Path:
@@ -15,3 +16,9 @@ def write_pdf(pdf: Path, change: Callable[[PdfWriter], object]) -> Path:
     change(writer)
     writer.write(pdf)
     return pdf
+
+
+def write(path: Path, content: str | bytes = "Some text.") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path

@@ -256,11 +256,12 @@ def main(role: str, port: int, folder: Path) -> None:
     server.hang = (folder / "hang").exists
     with server:
         print(f"{role} listens on {port}", flush=True)
-        while not (folder / "end").exists():
+        end = folder / "end"
+        while not (end.exists() and end.read_text()):  # a test makes the file, and then writes to it
             time.sleep(0.02)
         print(f"{role} says its last words", flush=True)
-        status = int((folder / "end").read_text())
-        (folder / "end").unlink()
+        status = int(end.read_text())
+        end.unlink()
         os._exit(status)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 import sqlite3
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -163,3 +165,47 @@ def overwrite(file: Path, start: int, data: bytes) -> None:
 
 
 TEXTS = [f"text number {n} " + "and more " * 300 for n in range(60)]
+
+
+def made(path: Path) -> Path:
+    """A closed store; returns its database."""
+    with Store.open(path) as store, store.writing():
+        put(store, "a", *TEXTS)
+    return path / "store.db"
+
+
+def use_everything(path: Path) -> None:
+    """Read all of a store."""
+    with Store.open(path) as store:
+        store.index.refresh()
+        assert len(texts_of(store)) == len(TEXTS)
+        assert [record.doc_id for record in store.registry.documents()] == ["a"]
+        store.registry.stats(FP)
+
+
+def crash_image(path: Path, *, keep_shm: bool) -> None:
+    """Leave at path what a killed process leaves: committed work that is only in the write-ahead log."""
+    store = Store.open(path / "work")
+    put(store, "a", *TEXTS)
+    with store.writing():
+        pass
+    put(store, "late", "late")
+    (path / "store").mkdir(exist_ok=True)
+    for file in (path / "work").iterdir():
+        if keep_shm or not file.name.endswith("-shm"):
+            shutil.copy(file, path / "store" / file.name)
+    store.close()
+    assert (path / "store" / "store.db-wal").stat().st_size > 0
+
+
+@contextmanager
+def mounted(folder: Path, *options: str) -> Iterator[Path]:
+    """A file system at that place; the test is skipped where mounting is not permitted."""
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(["mount", *options, str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"mounting is not permitted here: {done.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)

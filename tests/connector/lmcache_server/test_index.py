@@ -124,7 +124,7 @@ def test_a_full_index_says_so_and_keeps_what_is_used(caplog: pytest.LogCaptureFi
     assert "--index-size" in caplog.text
 
 
-def test_a_chunk_that_left_before_it_was_registered_stays_out() -> None:
+def test_a_chunk_gone_before_registration_stays_out() -> None:
     draw = random.Random(6)
     index = ChunkIndex(CHUNK, 10)
     tokens, hashes = text(draw, 2), names(draw, 2)
@@ -135,7 +135,7 @@ def test_a_chunk_that_left_before_it_was_registered_stays_out() -> None:
     assert [found.chunk_hash for found in index.match(from_ids(tokens), "")] == hashes[1:]
 
 
-def test_an_ingestion_makes_a_known_chunk_an_ingested_one() -> None:
+def test_ingestion_makes_a_known_chunk_an_ingested_one() -> None:
     draw = random.Random(7)
     index = ChunkIndex(CHUNK, 4)
     tokens, hashes = text(draw, 1), names(draw, 1)

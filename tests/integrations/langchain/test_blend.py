@@ -85,7 +85,7 @@ def text_of(answer: Any) -> str:
     return answer if isinstance(answer, str) else answer.text
 
 
-def test_every_way_of_asking_gives_the_same_blended_answer(case: Case) -> None:
+def test_every_way_to_ask_gives_the_same_answer(case: Case) -> None:
     right = case.blend.blender.engine.generate(case.prompt(), case.blend.blender.sampling, BlendOptions(ratio=0.15))
     seen = Seen()
     answers = [text_of(case.chain.invoke(QUESTION, {"callbacks": [seen]}))]
@@ -159,7 +159,7 @@ def test_statistics_stand_in_the_models_own_run(running: FakeVLLM, texts: list[s
     assert generation.generation_info["lmcache_rag"]["reused_tokens"] > 0
 
 
-def test_a_trace_has_the_models_name_and_the_statistics(running: FakeVLLM, texts: list[str]) -> None:
+def test_a_trace_has_the_model_and_the_statistics(running: FakeVLLM, texts: list[str]) -> None:
     class Tracer(BaseTracer):
         def __init__(self) -> None:
             super().__init__()
@@ -246,7 +246,7 @@ def test_the_budget_reaches_the_engine_and_is_reported(case: Case) -> None:
         case.chain.invoke(QUESTION, {"configurable": {"lmcache_rag": {"ratio": {"tokens": -9}}}})
 
 
-def test_a_chat_model_of_an_old_server_says_that_ids_differ(
+def test_an_old_servers_chat_says_that_ids_differ(
     running: FakeVLLM, texts: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     running.version = "0.31.0"
@@ -261,7 +261,7 @@ def test_a_chat_model_of_an_old_server_says_that_ids_differ(
     assert all(facts["reused_tokens"] == 0 for _, facts in seen.events)
 
 
-def test_an_old_servers_chat_is_blended_if_ids_are_equal(
+def test_an_old_servers_chat_blends_if_ids_are_equal(
     tokenizer: Any, texts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lmcache_rag.engines.vllm import VLLMEngine
@@ -376,7 +376,7 @@ def test_wrong_input_says_what_to_do(given: Any, message: str) -> None:
         blend("http://127.0.0.1:9").invoke(given)
 
 
-def test_the_prompt_value_has_text_messages_ids_and_parts(case: Case, texts: list[str]) -> None:
+def test_a_prompt_value_has_text_messages_ids_parts(case: Case, texts: list[str]) -> None:
     from lmcache_rag.integrations.langchain.prompts import prompt_value
 
     blender = case.blend.blender
@@ -397,7 +397,7 @@ def test_the_prompt_value_has_text_messages_ids_and_parts(case: Case, texts: lis
     assert all(text in human.text for text in (*texts[:3], QUESTION))
 
 
-def test_a_prompt_value_is_found_by_its_namespace_and_pickles() -> None:
+def test_a_prompt_value_has_a_namespace_and_pickles() -> None:
     part: Any = {"kind": "prefix", "start": 0, "end": 1, "key": ""}
     value = ChunkedPromptValue(text="a", messages=[HumanMessage("a")], token_ids=[1], segments=[part])
     for *module, name in (ChunkedPromptValue.lc_id(), json.loads(dumps(value))["id"]):
@@ -405,7 +405,7 @@ def test_a_prompt_value_is_found_by_its_namespace_and_pickles() -> None:
     assert pickle.loads(pickle.dumps(value)) == value
 
 
-def test_the_same_source_is_one_workspace_for_store_and_chain(running: FakeVLLM) -> None:
+def test_store_and_chain_of_a_source_share_a_workspace(running: FakeVLLM) -> None:
     llm = client(OpenAI, running)
     assert as_workspace(llm) is as_workspace(client(ChatOpenAI, running, max_tokens=9))
 

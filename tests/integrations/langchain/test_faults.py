@@ -253,7 +253,7 @@ class Fixed(BaseRetriever):
         return self.documents
 
 
-async def test_a_retriever_hands_keywords_on_and_changes_no_document() -> None:
+async def test_a_retriever_passes_keywords_keeps_documents() -> None:
     documents = [Document(str(i), id=str(i), metadata={"n": i}) for i in range(4)]
     fixed = Fixed(documents=documents, asked=[])
     retriever = LMCacheRetriever(retriever=fixed, k=2)
@@ -312,7 +312,7 @@ def test_our_faiss_says_what_it_cannot_keep(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("ids", [["1"], ["1", "2", "3"], []])
-def test_ids_that_do_not_match_the_documents_are_an_error(made: Workspace, ids: list[str]) -> None:
+def test_ids_that_do_not_match_documents_are_an_error(made: Workspace, ids: list[str]) -> None:
     class Odd(InMemoryVectorStore):
         def add_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
             super().add_documents(documents, **kwargs)
@@ -425,7 +425,7 @@ def test_chromas_own_methods_keep_the_registry_in_step(made: Workspace) -> None:
     assert registered(made) == set()
 
 
-def test_the_real_model_answers_as_its_full_prefill_at_ratio_one(
+def test_the_real_model_is_exact_at_ratio_one(
     make_engine: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str]
 ) -> None:
     fresh(monkeypatch, tmp_path)

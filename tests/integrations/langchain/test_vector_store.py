@@ -109,9 +109,7 @@ async def test_index_in_every_cleanup_mode(made: Workspace, tmp_path: Path, inne
     check(vectors, made, live)
 
 
-def test_a_failed_precompute_raises_and_the_next_run_repairs_it(
-    made: Workspace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_precompute_raises_and_is_repaired(made: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     vectors, records = LMCacheVectorStore(InMemoryVectorStore(FAKE), made), InMemoryRecordManager("r")
     failing = Failing(made.engine, monkeypatch)
     failing.left = 1
@@ -128,7 +126,7 @@ def test_a_failed_precompute_raises_and_the_next_run_repairs_it(
     check(vectors, made, set(TEXTS))
 
 
-def test_warm_brings_back_what_a_record_manager_outlives(made: Workspace) -> None:
+def test_warm_restores_what_a_record_manager_outlives(made: Workspace) -> None:
     vectors, records = LMCacheVectorStore(InMemoryVectorStore(FAKE), made), InMemoryRecordManager("r")
     index(docs(*TEXTS), records, vectors, cleanup="full", source_id_key="source", key_encoder="sha256")
     made.engine.forget([(made.prompts.fingerprint, made.prompts.chunk_key(text)) for text in TEXTS])
@@ -139,7 +137,7 @@ def test_warm_brings_back_what_a_record_manager_outlives(made: Workspace) -> Non
     check(vectors, made, set(TEXTS))
 
 
-def test_warm_follows_a_vector_store_that_was_changed_past_us(made: Workspace) -> None:
+def test_warm_follows_a_vector_store_changed_elsewhere(made: Workspace) -> None:
     inner = InMemoryVectorStore(FAKE)
     vectors = LMCacheVectorStore(inner, made)
     vectors.add_texts(TEXTS[:2], ids=["a", "b"])
@@ -174,7 +172,7 @@ def test_warm_follows_a_text_that_changed_under_its_id(made: Workspace) -> None:
     check(vectors, made, {TEXTS[1], TEXTS[2]})
 
 
-def test_two_vector_stores_share_a_workspace_and_a_text(made: Workspace) -> None:
+def test_vector_stores_share_a_workspace_and_a_text(made: Workspace) -> None:
     one = LMCacheVectorStore(InMemoryVectorStore(FAKE), made, space="one")
     two = LMCacheVectorStore(InMemoryVectorStore(FAKE), made, space="two")
     one.add_texts(TEXTS[:2], ids=["1", "2"])
@@ -196,7 +194,7 @@ async def test_delete_without_ids_removes_all(made: Workspace, tmp_path: Path, i
     assert await vectors.asimilarity_search("x") == []
 
 
-async def test_delete_without_ids_removes_what_only_the_registry_knows(made: Workspace) -> None:
+async def test_delete_without_ids_empties_the_registry_too(made: Workspace) -> None:
     inner = InMemoryVectorStore(FAKE)
     vectors = LMCacheVectorStore(inner, made)
     for deletes in (vectors.delete, lambda: asyncio.run(vectors.adelete())):

@@ -184,7 +184,7 @@ def test_a_url_will_do(running, texts):
     assert EngineLLM.of(running.url).complete("Hello", max_tokens=2).text
 
 
-def test_a_server_without_our_connector_answers_and_says_so_once(running, texts, caplog):
+def test_a_server_without_our_connector_warns_once(running, texts, caplog):
     running.connector = False
     llm = client(running)
     index = index_over(LMCacheVectorStore(None, llm), texts)
@@ -256,7 +256,7 @@ async def test_many_questions_and_an_ingestion_at_once(running, texts):
     assert len(store.kv.ids()) == 12
 
 
-def test_it_needs_neither_the_other_framework_nor_torch():
+def test_it_needs_neither_other_framework_nor_torch():
     code = (
         "import sys, lmcache_rag.integrations.llama_index; "
         "print([m for m in ('torch', 'langchain', 'langchain_core', 'openai', 'faiss') if m in sys.modules])"
@@ -265,7 +265,7 @@ def test_it_needs_neither_the_other_framework_nor_torch():
     assert done.stdout.strip() == "[]"
 
 
-def test_without_the_framework_the_error_names_the_extra():
+def test_without_the_framework_the_extra_is_named():
     code = (
         "import sys; sys.modules['llama_index'] = None\n"
         "try:\n import lmcache_rag.integrations.llama_index\n"

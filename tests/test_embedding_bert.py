@@ -31,7 +31,7 @@ def copy(embedder_path: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("pooling", ["mean_tokens", "cls_token"])
-def test_the_vectors_are_those_of_sentence_transformers(copy: Path, pooling: str) -> None:
+def test_vectors_equal_those_of_sentence_transformers(copy: Path, pooling: str) -> None:
     import sentence_transformers
 
     modes = {"pooling_mode_mean_tokens": False, f"pooling_mode_{pooling}": True}
@@ -58,7 +58,7 @@ def test_the_vectors_are_those_of_sentence_transformers(copy: Path, pooling: str
         ("1_Pooling/config.json", {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True}),
     ],
 )
-def test_anything_more_is_left_to_sentence_transformers(copy: Path, name: str, changes: dict[str, Any]) -> None:
+def test_anything_more_is_for_sentence_transformers(copy: Path, name: str, changes: dict[str, Any]) -> None:
     assert BertEncoder.open(change(copy, name, **changes)) is None
 
 
@@ -80,7 +80,7 @@ def test_it_is_used_without_sentence_transformers(embedder_path: Path) -> None:
     assert done.stdout.strip() == "False True", done.stderr
 
 
-def test_another_model_still_goes_through_sentence_transformers(copy: Path) -> None:
+def test_another_model_uses_sentence_transformers(copy: Path) -> None:
     change(copy, "sentence_bert_config.json", do_lower_case=True)
     other = SentenceTransformerEmbedder(copy, device="cpu")
     same = SentenceTransformerEmbedder(copy.parent / "plain", device="cpu")

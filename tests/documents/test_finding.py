@@ -1,0 +1,105 @@
+"""Which files a path, a folder or a glob means."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from document_kit import write
+
+from lmcache_rag.documents import find_files
+from lmcache_rag.errors import DocumentError
+
+
+def found(*paths: str | os.PathLike[str]) -> list[Path]:
+    items = list(find_files(paths))
+    assert all(isinstance(item, Path) for item in items), items
+    return items  # type: ignore[return-value]
+
+
+def problem(*paths: str | os.PathLike[str]) -> str:
+    (item,) = find_files(paths)
+    assert isinstance(item, DocumentError)
+    assert item.remedy
+    return str(item)
+
+
+def test_a_folder_means_all_files_below_it_by_name(tmp_path: Path) -> None:
+    names = ["b.txt", "a/z.md", "a/b/c.html", "c.pdf"]
+    for name in names:
+        write(tmp_path / name)
+    assert found(tmp_path) == [tmp_path / name for name in ("a/b/c.html", "a/z.md", "b.txt", "c.pdf")]
+
+
+def test_hidden_files_and_folders_are_passed_over(tmp_path: Path) -> None:
+    write(tmp_path / ".secret.txt")
+    write(tmp_path / ".git/config")
+    kept = write(tmp_path / "kept.txt")
+    assert found(tmp_path) == [kept]
+    assert found(str(tmp_path / "**" / "*")) == [kept]
+
+
+def test_a_hidden_file_named_outright_is_found(tmp_path: Path) -> None:
+    hidden = write(tmp_path / ".secret.txt")
+    assert found(hidden) == [hidden]
+    assert found(str(tmp_path / ".s*")) == [hidden]
+
+
+def test_binaries_in_folders_are_skipped_unless_named(tmp_path: Path) -> None:
+    picture = write(tmp_path / "a.png", b"\x89PNG\r\n\x1a\n\0")
+    write(tmp_path / "a.pyc", b"\0")
+    text = write(tmp_path / "a.txt")
+    assert found(tmp_path) == [text]
+    assert found(picture) == [picture]
+
+
+def test_a_glob_with_two_stars_walks_into_folders(tmp_path: Path) -> None:
+    top, deep = write(tmp_path / "docs/top.md"), write(tmp_path / "docs/x/y/deep.md")
+    write(tmp_path / "docs/x/other.txt")
+    assert found(str(tmp_path / "docs/**/*.md")) == [top, deep]
+
+
+def test_a_folder_that_a_glob_matches_means_its_files(tmp_path: Path) -> None:
+    inner = write(tmp_path / "docs-1/inner.md")
+    assert found(str(tmp_path / "docs-*")) == [inner]
+
+
+def test_a_name_with_glob_characters_is_literal(tmp_path: Path) -> None:
+    literal = write(tmp_path / "notes[1].txt")
+    write(tmp_path / "notes1.txt")
+    assert found(str(literal)) == [literal]
+
+
+def test_no_file_is_found_twice_whatever_leads_to_it(tmp_path: Path) -> None:
+    file = write(tmp_path / "docs/a.txt")
+    (tmp_path / "link.txt").symlink_to(file)
+    assert found(file, tmp_path / "docs", str(tmp_path / "docs" / "*.txt"), tmp_path / "link.txt", file) == [file]
+
+
+def test_relative_paths_and_home_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write(tmp_path / "a.txt")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert found("a.txt") == found("~/a.txt") == found("./*.txt") == [file]
+
+
+def test_a_path_that_matches_nothing_is_an_entry(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.txt")
+    items = list(find_files([tmp_path / "missing.txt", str(tmp_path / "*.rst"), "", "a\0b", file]))
+    texts = [str(item) for item in items]
+    assert "missing.txt' does not exist" in texts[0]
+    assert "*.rst' matches nothing" in texts[1]
+    assert "'' is not a path" in texts[2]
+    assert "is not a path" in texts[3]
+    assert items[4:] == [file]
+
+
+def test_a_folder_without_documents_is_an_entry(tmp_path: Path) -> None:
+    (tmp_path / "empty" / "inner").mkdir(parents=True)
+    assert "holds no documents" in problem(tmp_path / "empty")
+
+
+def test_a_folder_named_twice_is_no_error(tmp_path: Path) -> None:
+    file = write(tmp_path / "docs/a.txt")
+    assert found(tmp_path / "docs", tmp_path / "docs") == [file]
