@@ -23,7 +23,7 @@ BINS: Final = 64  # of a cost; the one that was observed least recently is dropp
 FADE: Final = 64  # observations of a cost after which a bin without any counts half
 LIMIT: Final = 4.0  # an observation counts at most so many times what was predicted, more above all observed sizes
 REACH: Final = 4  # prefills of up to so many times the largest one observed are predicted
-REFIT: Final = 0.03  # prices are fitted again when a bin's median changes by this share: a fit takes 0.3 ms
+REFIT: Final = 0.03  # prices are fitted again when a bin's median changes by this share
 NOTICEABLE: Final = 0.05  # a pass takes noticeably longer from this share on
 SMALLEST: Final = 16  # tokens of the smallest pass
 SPREAD: Final = 8  # what more tokens take is known if so many times more were observed
@@ -101,6 +101,7 @@ class Cost:
         self._least: tuple[float, ...] = ()  # the smallest of each size
         self._most: tuple[float, ...] = ()  # the largest of each size
         self._prices: tuple[float, ...] | None = None
+        self._stale = False  # whether the prices are to be fitted again
 
     @property
     def count(self) -> int:
@@ -128,8 +129,10 @@ class Cost:
         found.last = self._count
         found.seen.append((sizes, ms))
         usual = found.median()[1]
-        if len(found.seen) <= LEAST or abs(usual - found.fitted) > REFIT * usual or self._count - self._fitted >= FADE:
-            self._prices = None
+        changed = len(found.seen) <= LEAST or abs(usual - found.fitted) > REFIT * usual
+        self._stale = self._stale or changed or self._count - self._fitted >= FADE
+        if self._stale and self._count - self._fitted > len(self._bins) // 4:
+            self._prices = None  # not after each observation: a fit over many bins takes a millisecond
         self._least = tuple(map(min, self._least or sizes, sizes))
         self._most = tuple(map(max, self._most or sizes, sizes))
 
@@ -142,7 +145,7 @@ class Cost:
         if self._count < LEAST or (self._reach and inputs[0] > self._reach * self._most[0]):
             return None
         if self._prices is None:
-            self._prices, self._fitted = self._fit(), self._count
+            self._prices, self._fitted, self._stale = self._fit(), self._count, False
         return sum(price * term for price, term in zip(self._prices, self._terms(inputs), strict=True))
 
     def _fit(self) -> tuple[float, ...]:

@@ -141,7 +141,7 @@ class BlendBudget:
 # -- whether a request is blended --------------------------------------------------------------------------------------
 
 CHUNK = 512  # tokens of the chunks for which the boundary is shown
-EXACT_SHARE = 0.1  # how much a look-up changes the share of look-ups that found an exact prefix
+EXACT_SHARE = 0.1  # how much a look-up changes the share of tokens that are found as exact prefix
 KEEP_S = 60.0  # costs are written to their file once in so many seconds
 SHOW_S = 1.0  # and published once in so many
 
@@ -164,7 +164,7 @@ class BlendGate:
     def __init__(self, costs: CostModel, min_gain: float | None, least_tokens: int = 128) -> None:
         self.costs, self.min_gain, self._least = costs, min_gain, least_tokens
         self._exploration = Exploration()
-        self._exact = 1.0  # share of recent look-ups that found an exact prefix which vLLM did not hold
+        self._exact = 1.0  # share of the tokens which vLLM did not hold that recent look-ups found as exact prefix
         self._file: Path | None = None
         self._kept = (0, time.monotonic())  # observations in the file, and when it was written
         self._shown = (0, -SHOW_S)  # the same of the metrics
@@ -210,11 +210,12 @@ class BlendGate:
         if not work.looked_up:
             return False
         lookup = self.costs.lookup_ms(work.prompt)
-        loaded = self.costs.compute_ms(Work(work.prompt, work.local, work.prompt - 1, looked_up=False))
+        exact = work.local + int(self._exact * (work.prompt - 1 - work.local))
+        loaded = self.costs.compute_ms(Work(work.prompt, work.local, exact, looked_up=False))
         computed = self.costs.compute_ms(work, looked_up=False)
         if lookup is None or loaded is None or computed is None:
             return True
-        return self._exact * (computed - loaded) > lookup
+        return computed - loaded > lookup
 
     def blends(self, state: RequestState, claimed: Claim, prompt: int, *, busy: bool) -> bool:
         """Whether a request is blended as claimed; if not, its exact prefix is used, and the rest computed."""
@@ -223,6 +224,17 @@ class BlendGate:
             state.free = self.costs.free_tokens(prompt, state.policy) if auto else 0
             state.decision, state.forecast = self._decide(state, claimed, prompt, busy=busy)
         return state.decision != Decision.NOT_FASTER
+
+    def loads(self, state: RequestState, exact: int, prompt: int, *, busy: bool) -> bool:
+        """Whether an exact prefix of so many tokens is loaded, and not computed with the rest of the prompt.
+
+        While others run it is: a load waits beside their steps.
+        """
+        if self.min_gain is None or state.always or busy:
+            return True
+        loaded = self.costs.compute_ms(Work(prompt, state.local, exact, looked_up=False))
+        computed = self.costs.compute_ms(Work(prompt, state.local, state.local, looked_up=False))
+        return loaded is None or computed is None or loaded <= computed
 
     def _decide(
         self, state: RequestState, claimed: Claim, prompt: int, *, busy: bool
@@ -259,7 +271,9 @@ class BlendGate:
     def on_found(self, state: RequestState, *, idle: bool) -> None:
         """A look-up has its result. Its time counts only where no step of other requests delayed it."""
         if state.blend:
-            self._exact += EXACT_SHARE * ((state.prefix - state.local >= self._least) - self._exact)
+            found = state.prefix - state.local
+            share = found / max(state.prompt - 1 - state.local, 1) if found >= self._least else 0.0
+            self._exact += EXACT_SHARE * (min(share, 1.0) - self._exact)
         if idle:
             self.costs.lookup.observe((state.prompt,), state.lookup_ms)
 

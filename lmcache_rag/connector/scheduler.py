@@ -333,7 +333,8 @@ class BlendScheduler:
         wanted = claim(prompt, local, prefix, found, least=least, tail=self.options.tail_tokens)
         if wanted.matches and not self.gate.blends(state, wanted, prompt, busy=not self.budget.idle):
             wanted = claim(prompt, local, prefix, ())
-        if not wanted.matches and wanted.end - local < least:
+        few = wanted.end - local < least
+        if not wanted.matches and (few or not self.gate.loads(state, wanted.end, prompt, busy=not self.budget.idle)):
             return Claim(local, (), local)  # computing it with the rest of the prompt is faster than loading it
         return wanted
 

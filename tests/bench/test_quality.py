@@ -163,8 +163,8 @@ def test_only_auto_lets_the_server_decide(tokenizer: Any, samples: list[Sample],
     bodies = [body["kv_transfer_params"] for body in server.seen if "cache_salt" not in body]
     blended = [body for body in bodies if not body.get(protocol.INGEST)]
     always = protocol.ALWAYS_BLEND[protocol.BLEND]
-    assert [body[protocol.RATIO] for body in blended] == ["auto", "auto", 0.1]
-    assert [body[protocol.BLEND] == always for body in blended] == [False, True, True]
+    assert [body[protocol.RATIO] for body in blended] == ["auto", 0.1, "auto"]
+    assert [body[protocol.BLEND] == always for body in blended] == [True, True, False], "auto last: it may compute"
 
 
 def test_several_questions_at_once_give_no_times(tokenizer: Any, samples: list[Sample], tmp_path: Path) -> None:
@@ -429,7 +429,7 @@ def test_the_gate_takes_mean_lower_end_and_each_cell() -> None:
     assert verdict([], "auto", 0.02).passed is False
 
 
-def test_the_gate_does_not_depend_on_reported_questions() -> None:
+def test_the_gate_ignores_reported_questions() -> None:
     kept = records_of({"full": [1] * 50, "auto": [1] * 50}, cell="8x160")
     lost = [replace(r, gated=False) for r in records_of({"full": [1] * 50, "auto": [0] * 50}, cell="8x160:russian")]
     found = scores([*kept, *lost])

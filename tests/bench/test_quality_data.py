@@ -213,7 +213,7 @@ def talk(encode: Any) -> list[Sample]:
     return samples[6:12]
 
 
-def test_only_the_first_question_of_a_conversation_names_the_town(talk: list[Sample]) -> None:
+def test_only_the_first_question_names_the_town(talk: list[Sample]) -> None:
     town = next(word for word in re.findall(r"[A-Z]\w+", talk[0].question)[::-1] if word not in ("Answer", "In"))
     assert not any(town in sample.question for sample in talk[1:])
     assert all("that town" in sample.question for sample in talk[1:])
@@ -221,7 +221,7 @@ def test_only_the_first_question_of_a_conversation_names_the_town(talk: list[Sam
         assert any(town in text and sample.answers[0] in text for text in sample.passages)
 
 
-def test_passages_of_a_conversation_change_and_half_stay(talk: list[Sample]) -> None:
+def test_half_the_passages_of_a_turn_stay(talk: list[Sample]) -> None:
     for before, after in itertools.pairwise(talk):
         assert len(set(before.passages) & set(after.passages)) == 2
         assert before.passages != after.passages

@@ -186,6 +186,33 @@ def test_a_computed_request_uses_its_exact_prefix() -> None:
     assert not world.server.held["a"]
 
 
+@pytest.mark.parametrize(("load", "loaded"), [(0.1, 32), (2.0, 0)])
+def test_an_exact_prefix_that_loads_slowly_is_computed(load: float, loaded: int) -> None:
+    world = once(costs(prefill=1.0, load=load))
+    world.side.gate.skips_lookup = lambda *_, **__: False  # type: ignore[method-assign] # what it finds is not foreseen
+    request = world.request(cached=(32, ()))
+    assert world.side.match(request, 0) == loaded
+    if loaded:
+        world.side.on_allocated(request, list(range(13)), loaded, None)
+        world.side.build_plans()
+        world.server.give_back("a", 0, loaded)
+    world.finish(request)
+
+
+def test_a_short_exact_prefix_is_no_reason_to_look_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Look-ups of 100 tokens cost as much as computing 40, and find 32."""
+    on_found = BlendGate.on_found  # those of this test take no time
+    monkeypatch.setattr(BlendGate, "on_found", lambda gate, state, *, idle: on_found(gate, state, idle=False))
+    world = once(costs(prefill=1.0, passes=30.0, lookup=0.4))
+    for number in range(4 * EXPLORE):
+        run(world, world.request(str(number), cached=(32, ())))
+    assert len(world.lookups) < 2 * EXPLORE
+    longer = once(costs(prefill=1.0, passes=30.0, lookup=0.2))
+    for number in range(4 * EXPLORE):
+        run(longer, longer.request(str(number), cached=(32, ())))
+    assert len(longer.lookups) == 4 * EXPLORE
+
+
 def test_what_is_unknown_is_tried() -> None:
     found = run(world := once(None), world.request())
     assert (found["decision"], found["blended"]) == ("blended: costs unknown", True)

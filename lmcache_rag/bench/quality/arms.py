@@ -277,7 +277,9 @@ class ServerAnswers:
         self, name: str, prompt: QueryPrompt, arms: Sequence[Arm], gold: Sequence[int], max_tokens: int
     ) -> dict[str, ArmAnswer]:
         """See AnswerSource. `gold` is not used: no request makes a server score a text after blended KV."""
-        traces = {arm.name: self._ask(name, prompt, arm, max_tokens) for arm in arms}
+        # `auto` comes last: where it computes the prompt, vLLM caches exact KV of it, which the others would find.
+        ordered = sorted(arms, key=lambda arm: arm.name == AUTO)
+        traces = {arm.name: self._ask(name, prompt, arm, max_tokens) for arm in ordered}
         full = traces.get(FULL)
         return {arm: trace.answer(full) for arm, trace in traces.items()}
 
