@@ -114,7 +114,7 @@ class BlendScheduler:
         pool, block = vllm_internals.CachedBlocks(gpu_block_pool), self._prefix_cache.block_size
         self.forgetting.pool = pool
         self.uncomputed = UncomputedBlocks(pool, block)
-        vllm_patches.patch_cache_full_blocks(gpu_block_pool, self.uncomputed.add)
+        vllm_patches.patch_cache_full_blocks(gpu_block_pool, self.uncomputed.add, self.store_limit)
         if self.options.hot:
             most = len(pool.blocks) * block
             resident = ResidentChunks(pool, block, uncomputed=self.uncomputed, max_tokens=most)
@@ -349,7 +349,7 @@ class BlendScheduler:
         return state is not None and state.background
 
     def store_limit(self, request_id: str) -> int | None:
-        """LMCache may store this request's KV up to that token; None: all of it."""
+        """Up to that token this request's KV is exact, and may be stored or cached; None: all of it."""
         state = self._states.get(request_id)
         return state.approximate_from if state else None
 

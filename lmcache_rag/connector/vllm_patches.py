@@ -52,8 +52,9 @@ UPDATE_FROM_OUTPUT = Patch(
 )
 CACHE_FULL_BLOCKS = Patch(
     "vllm.v1.core.block_pool:BlockPool.cache_full_blocks",
-    "Blocks that vLLM caches before their KV is computed are not taken for resident chunks.",
-    "the prefix cache says which blocks are computed",
+    "Blocks that vLLM caches before their KV is computed are not taken for resident chunks, and approximate ones, "
+    "which no request can find, are not cached: vLLM uses them again before blocks that are cached.",
+    "the prefix cache says which blocks are computed, and a request which of its blocks are cached",
 )
 _STREAM_WHY = "The last chunk of a streamed answer carries `kv_transfer_params`."
 COMPLETION_STREAM = Patch(
@@ -247,20 +248,33 @@ def patch_update_from_output() -> None:
     patch_once(UPDATE_FROM_OUTPUT, wrap)
 
 
-def patch_cache_full_blocks(pool: Any, on_cached: Callable[[int], None]) -> None:
+def patch_cache_full_blocks(
+    pool: Any, on_cached: Callable[[int], None], exact_tokens: Callable[[str], int | None]
+) -> None:
     """Report each block that vLLM's block pool caches under a hash, which it does before the block's KV is computed.
+
+    Approximate blocks are not cached: it costs a microsecond for each before the request's step, and vLLM would keep
+    them in place of blocks that requests can find. A preempted request computes their tokens again, exactly.
 
     Args:
         pool: vLLM's BlockPool.
         on_cached: Called with the id of each block.
+        exact_tokens: Of a request's first tokens, how many have exact KV; None: all.
     """
     cache = pool.cache_full_blocks
     signature = inspect.signature(cache)
 
     def cache_full_blocks(*args: Any, **kwargs: Any) -> None:
-        cache(*args, **kwargs)
-        bound = signature.bind(*args, **kwargs).arguments
-        for block in bound["blocks"][bound["num_cached_blocks"] : bound["num_full_blocks"]]:
+        bound = signature.bind(*args, **kwargs)
+        arguments = bound.arguments
+        first = arguments["num_cached_blocks"]
+        exact = exact_tokens(arguments["request"].request_id)
+        if exact is not None:
+            arguments["num_full_blocks"] = end = min(arguments["num_full_blocks"], exact // arguments["block_size"])
+            if arguments.get("block_mask") is not None:
+                arguments["block_mask"] = arguments["block_mask"][: max(end - first, 0)]
+        cache(*bound.args, **bound.kwargs)
+        for block in arguments["blocks"][first : arguments["num_full_blocks"]]:
             on_cached(block.block_id)
 
     patch_object(CACHE_FULL_BLOCKS, pool, cache_full_blocks)
