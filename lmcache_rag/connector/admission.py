@@ -13,12 +13,14 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import update_wrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from lmcache_rag.budget import Budget
 from lmcache_rag.connector.metadata import BlendResult, Claim, StepShape, StepTime
@@ -144,6 +146,19 @@ CHUNK = 512  # tokens of the chunks for which the boundary is shown
 EXACT_SHARE = 0.1  # how much a look-up changes the share of tokens that are found as exact prefix
 KEEP_S = 60.0  # costs are written to their file once in so many seconds
 SHOW_S = 1.0  # and published once in so many
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _locked(method: Callable[Concatenate[BlendGate, _P], _R]) -> Callable[Concatenate[BlendGate, _P], _R]:
+    """The scheduler's call of a gate, while no other thread asks `may_gain`."""
+
+    def locked(self: BlendGate, /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with self.lock:
+            return method(self, *args, **kwargs)
+
+    update_wrapper(locked, method)
+    return locked
 
 
 class BlendGate:
@@ -159,9 +174,13 @@ class BlendGate:
         costs: What the work takes here.
         min_gain: Share of the time that a blend must save; None: everything is blended.
         least_tokens: Fewer tokens than this of an exact prefix are not loaded.
+
+    Attributes:
+        lock: Held by the scheduler's calls, since another thread may ask `may_gain`.
     """
 
     def __init__(self, costs: CostModel, min_gain: float | None, least_tokens: int = 128) -> None:
+        self.lock = Lock()
         self.costs, self.min_gain, self._least = costs, min_gain, least_tokens
         self._exploration = Exploration()
         self._exact = 1.0  # share of the tokens which vLLM did not hold that recent look-ups found as exact prefix
@@ -171,12 +190,36 @@ class BlendGate:
 
     # -- decisions ----------------------------------------------------------------------------------------------------
 
+    @_locked
     def skips_lookup(self, request: Any, state: RequestState, *, busy: bool) -> bool:
         """Whether the request is computed without a look-up: nothing that this could find would be worth it."""
-        if self.min_gain is None or state.always or not state.blend or state.decision or state.explores:
+        prompt = len(request.prompt_token_ids or ())
+        forecast = self._without_gain(request.kv_transfer_params, prompt, state, busy=busy)
+        if forecast is None:
             return False
-        prompt, local = len(request.prompt_token_ids or ()), state.local
-        spans = named_spans(request.kv_transfer_params, prompt)
+        if self._exploration.is_due(prompt, forecast):
+            state.explores = True
+            return False
+        state.decision, state.forecast = Decision.NOT_FASTER, forecast
+        return True
+
+    def may_gain(self, params: Any, state: RequestState, *, busy: bool) -> bool:
+        """Whether a new request is worth a look-up, by its accepted parameters. Decides and counts nothing.
+
+        For another thread than the scheduler's. It does not wait: False if the scheduler uses the gate at this time.
+        """
+        if not self.lock.acquire(blocking=False):
+            return False
+        try:
+            return self._without_gain(params, state.prompt, state, busy=busy) is None
+        finally:
+            self.lock.release()
+
+    def _without_gain(self, params: Any, prompt: int, state: RequestState, *, busy: bool) -> Forecast | None:
+        """What is predicted of a request that cannot gain whatever a look-up finds; None of any other."""
+        if self.min_gain is None or state.always or not state.blend or state.decision or state.explores:
+            return None
+        local, spans = state.local, named_spans(params, prompt)
         placed = sum(max(0, end - max(start, local)) for start, end in spans) or max(prompt - local - HEAD, 0)
         selected = self._recomputed(state.policy, state.budget, placed, len(spans) or 1)
         tier = "hot" if state.resident_only else "l1"
@@ -193,12 +236,8 @@ class BlendGate:
         )
         forecast = self.costs.gpu_forecast(work) if busy else self.costs.forecast(work, looked_up=False)
         if forecast is None or forecast.gains(self.min_gain) or self._may_find_exact_prefix(work):
-            return False
-        if self._exploration.is_due(prompt, forecast):
-            state.explores = True
-            return False
-        state.decision, state.forecast = Decision.NOT_FASTER, forecast
-        return True
+            return None
+        return forecast
 
     def _recomputed(self, policy: str, budget: Budget, placed: int, chunks: int) -> int:
         """How many of the tokens of so many chunks are probably recomputed."""
@@ -217,6 +256,7 @@ class BlendGate:
             return True
         return computed - loaded > lookup
 
+    @_locked
     def blends(self, state: RequestState, claimed: Claim, prompt: int, *, busy: bool) -> bool:
         """Whether a request is blended as claimed; if not, its exact prefix is used, and the rest computed."""
         if not state.decision:
@@ -268,6 +308,7 @@ class BlendGate:
 
     # -- observations -------------------------------------------------------------------------------------------------
 
+    @_locked
     def on_found(self, state: RequestState, *, idle: bool) -> None:
         """A look-up has its result. Its time counts only where no step of other requests delayed it."""
         if state.blend:
@@ -277,6 +318,7 @@ class BlendGate:
         if idle:
             self.costs.lookup.observe((state.prompt,), state.lookup_ms)
 
+    @_locked
     def on_result(self, state: RequestState, result: BlendResult) -> None:
         """A plan was carried out. In the background its times depend on other requests."""
         if state.background or result.failure:
@@ -292,6 +334,7 @@ class BlendGate:
             if state.budget.auto:
                 self.costs.observe_recomputed(state.policy, result.recomputed_tokens, state.most)
 
+    @_locked
     def on_steps(self, steps: Iterable[StepTime]) -> None:
         """Steps were measured."""
         for step in steps:
@@ -303,6 +346,7 @@ class BlendGate:
 
     # -- kept per model and GPU ---------------------------------------------------------------------------------------
 
+    @_locked
     def take(self, measured: Mapping[str, Any] | None, file: str) -> None:
         """Take what a worker measured at start, and the file in which costs are kept for later starts; "": none."""
         if measured and not self.costs.update(measured):
@@ -325,6 +369,7 @@ class BlendGate:
 
     # -- figures ------------------------------------------------------------------------------------------------------
 
+    @_locked
     def take_figures(self, policy: str, budget: Budget) -> list[list[Any]]:
         """What the work takes, and from where on a prompt is blended, for the metrics; none if it is known there.
 

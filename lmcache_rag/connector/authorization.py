@@ -137,6 +137,27 @@ class IngestKey:
         return {key: value for key, value in kept.items() if key not in (INGEST, FORGET)} if needs_key(params) else kept
 
 
+def checked(
+    params: Any, prompt: Sequence[int] | None, block: int, key: IngestKey | None
+) -> tuple[dict[str, Any] | None, list[str]]:
+    """The part of a request's kv_transfer_params that the scheduler acts on, and what is wrong with them.
+
+    Args:
+        params: The request's kv_transfer_params.
+        prompt: Its token ids.
+        block: Tokens of a block of vLLM's prefix cache.
+        key: The ingest key; None: every client may ingest and forget.
+
+    Returns:
+        (the parameters, a clause for each error); with an error none are accepted.
+    """
+    if key is not None:
+        params = key.permitted(params, prompt)
+    tokens = len(prompt or ())
+    wrong = complaints(params, tokens)
+    return None if wrong else accepted(params, tokens, block) or None, wrong
+
+
 @dataclass(frozen=True)
 class RequestValidation:
     """Checks kv_transfer_params of requests to one engine.

@@ -100,24 +100,35 @@ class CacheSalts:
             params: Its kv_transfer_params.
             adapter: Identity of its LoRA adapter; "" for the model itself.
         """
+        tenant = _owner(tenant, adapter)
+        length, name = self._find(prompt, tenant, params)
+        named = named_prefix(params, len(prompt))
+        if named and ingests(params) and length % self._chunk == 0:
+            self._remember(tenant, (length, name))
+        elif (length, name) in self._named.get(tenant, ()):
+            self._use(tenant, (length, name))
+        return name
+
+    def peek(self, prompt: Sequence[int], tenant: str, params: Mapping[str, Any] | None) -> str:
+        """As `of`, of a request without an adapter; nothing is remembered. Other threads may call it.
+
+        Raises:
+            RuntimeError: `of` was called meanwhile, and the salt is not known.
+        """
+        return self._find(prompt, _owner(tenant), params)[1]
+
+    def _find(self, prompt: Sequence[int], tenant: str, params: Mapping[str, Any] | None) -> tuple[int, str]:
+        """The prefix that a prompt belongs to: its length, and the name of its namespace."""
         tokens = len(prompt)
-        owner = f"{len(adapter)}\0{adapter}{tenant}".encode("utf-8", "surrogatepass")
-        tenant = hashlib.sha256(owner).hexdigest()  # a salt may be as long as its client likes
         if length := named_prefix(params, tokens):
-            (name,) = self._names(prompt, tenant, [length])
-            if ingests(params) and length % self._chunk == 0:
-                self._remember(tenant, (length, name))
-            elif (length, name) in self._named.get(tenant, ()):
-                self._use(tenant, (length, name))
-            return name
+            return length, self._names(prompt, tenant, [length])[0]
         if known := self._named.get(tenant):
             lengths = sorted({length for length, _ in known if length <= tokens})
             for length, name in reversed(list(zip(lengths, self._names(prompt, tenant, lengths), strict=True))):
                 if (length, name) in known:
-                    self._use(tenant, (length, name))
-                    return name
+                    return length, name
         length = next((length for length in self._lengths if 0 < length <= tokens), self._chunk)
-        return self._names(prompt, tenant, [length])[0]
+        return length, self._names(prompt, tenant, [length])[0]
 
     def _names(self, prompt: Sequence[int], tenant: str, lengths: Sequence[int]) -> list[str]:
         """Names of a prompt's prefixes of these lengths, in ascending order; each token is hashed once."""
@@ -144,6 +155,12 @@ class CacheSalts:
     def _use(self, tenant: str, prefix: tuple[int, str]) -> None:
         self._named.move_to_end(tenant)
         self._named[tenant].move_to_end(prefix)
+
+
+def _owner(tenant: str, adapter: str = "") -> str:
+    """A tenant and its adapter in one short name: a salt may be as long as its client likes."""
+    owner = f"{len(adapter)}\0{adapter}{tenant}".encode("utf-8", "surrogatepass")
+    return hashlib.sha256(owner).hexdigest()
 
 
 class Renumbering:

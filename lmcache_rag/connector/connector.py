@@ -20,6 +20,7 @@ from lmcache_rag.connector import cache_salt, lmcache_client, lmcache_transfers,
 from lmcache_rag.connector.authorization import IngestKey, RequestValidation
 from lmcache_rag.connector.cache_salt import CacheSalts
 from lmcache_rag.connector.config import ConnectorOptions
+from lmcache_rag.connector.early_lookup import EarlyLookups
 from lmcache_rag.connector.gpu_chunks import PrefixCache
 from lmcache_rag.connector.identity import identity
 from lmcache_rag.connector.lookup import SchedulerClient
@@ -77,15 +78,21 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             )
         salts = CacheSalts(identity(vllm_config, chunk), chunk, prefix_tokens=options.prefix_tokens, key=secret)
         self._client = SchedulerClient(adapter, self.request_trackers, salts, options)
+        prefix_cache, ingest_key = (
+            PrefixCache(vllm_config.cache_config.block_size),
+            IngestKey.read(options.ingest_key_file),
+        )
         self._scheduler = BlendScheduler(
             options,
             chunk,
             self._client,
-            PrefixCache(vllm_config.cache_config.block_size),
-            ingest_key=IngestKey.read(options.ingest_key_file),
+            prefix_cache,
+            ingest_key=ingest_key,
             alignment=self._hit_alignment_tokens,
             costs=CostModel(vllm_config.scheduler_config.max_num_batched_tokens),
         )
+        self.early_lookups = EarlyLookups(self._scheduler, self._client, chunk, prefix_cache, ingest_key)
+        vllm_patches.patch_preprocess_add_request()
         lmcache_client.watch_server(adapter, self._scheduler.can_blend)
 
     def _init_worker(self, vllm_config: Any) -> None:
@@ -157,10 +164,13 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         return tracker
 
     def on_new_request(self, request: Any) -> None:
-        """Check a request's parameters, and start its look-up."""
-        if self._scheduler.on_new_request(request):
-            self._get_or_create_request_tracker(request)
-            self._scheduler.start_early(request)
+        """Check a request's parameters, and start its look-up, or take the one that was sent."""
+        with self.early_lookups.taken(request.request_id) as sent:
+            if self._scheduler.on_new_request(request):
+                tracker = self._get_or_create_request_tracker(request)
+                if not (same := self._client.offer(sent, tracker)):
+                    self.early_lookups.abort(sent)
+                self._scheduler.start_early(request, sent=same)
 
     def get_num_new_matched_tokens(self, request: Any, num_computed_tokens: int) -> tuple[int | None, bool]:
         """Claim the exact prefix, and after it everything up to the last cached chunk."""
@@ -194,6 +204,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             meta = self._client.empty_step(scheduled, loads)
         meta.blend_plans, meta.blend_allowance = self._scheduler.build_plans(scheduled)
         self._client.send_releases()
+        self.early_lookups.abort_lost()
         return meta
 
     def take_worker_meta(self, meta: Any) -> None:

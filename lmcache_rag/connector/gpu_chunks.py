@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -137,6 +137,7 @@ class ResidentChunks:
         self._pool, self.block, self._max_tokens = pool, block, max_tokens
         self._known: OrderedDict[tuple[Any, bytes], tuple[Any, ...]] = OrderedDict()
         self._tokens = 0  # of the blocks that are known
+        self._digests: Counter[bytes] = Counter()  # of the chunks that are known, after whatever prefix
         self._pinned: dict[str, list[Any]] = {}
         self._uncomputed = UncomputedBlocks(pool, block) if uncomputed is None else uncomputed
 
@@ -155,6 +156,7 @@ class ResidentChunks:
         name = self._name(hashes[before - 1], tokens[prefix:])
         self._forget(name)
         self._known[name] = tuple(map(self._pool.key, own))
+        self._digests[name[1]] += 1
         self._tokens += len(own) * self.block
         while self._tokens > self._max_tokens and len(self._known) > 1:
             self._forget(next(iter(self._known)))
@@ -191,10 +193,18 @@ class ResidentChunks:
         return prefix // self.block if prefix % self.block == 0 and prefix // self.block <= len(hashes) else 0
 
     def _name(self, parent: Any, tokens: array[int]) -> tuple[Any, bytes]:
-        return parent, hashlib.blake2b(tokens, digest_size=16).digest()
+        return parent, _digest(tokens)
 
     def _forget(self, name: tuple[Any, bytes]) -> None:
-        self._tokens -= len(self._known.pop(name, ())) * self.block
+        if keys := self._known.pop(name, ()):
+            self._tokens -= len(keys) * self.block
+            self._digests[name[1]] -= 1
+            if not self._digests[name[1]]:
+                del self._digests[name[1]]
+
+    def known_tokens(self, tokens: array[int], spans: Sequence[tuple[int, int]]) -> int:
+        """How many tokens of these spans were ingested after some prefix; may be gone. Other threads may call it."""
+        return sum(end - start for start, end in spans if self._digests and _digest(tokens[start:end]) in self._digests)
 
     @property
     def tokens(self) -> int:
@@ -279,6 +289,12 @@ class GpuChunks:
         known = self._requests.get(request.request_id)
         return known is not None and self.resident.estimate(known.locations) >= self.share * known.tokens
 
+    def may_be_enough(self, params: Any, prompt: Sequence[int]) -> bool:
+        """Whether `seems_enough` may be true of a request, before its blocks are hashed. Other threads may call it."""
+        spans = named_spans(params, len(prompt))
+        tokens = sum(end - start for start, end in spans)
+        return 0 < self.share * tokens <= self.resident.known_tokens(array("q", prompt), spans)
+
     def find(self, request: Any) -> list[Match]:
         """The request's resident matches at this time."""
         known = self._requests.get(request.request_id)
@@ -321,6 +337,10 @@ class GpuChunks:
     def on_finished(self, request_id: str) -> None:
         """The request ended; a plan that is under way keeps its blocks."""
         self._requests.pop(request_id, None)
+
+
+def _digest(tokens: array[int]) -> bytes:
+    return hashlib.blake2b(tokens, digest_size=16).digest()
 
 
 def without_overlap(matches: Sequence[Match], resident: Sequence[Match], prompt: int) -> list[Match]:

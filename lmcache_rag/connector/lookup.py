@@ -33,6 +33,21 @@ MAX_REMOVALS = 32  # look-ups that remove: LMCache's server does it in the worke
 
 
 @dataclass
+class SentLookup:
+    """A look-up that was sent before the scheduler got its request; see lmcache_rag.connector.early_lookup.
+
+    Attributes:
+        lookup: The look-up.
+        at: When it was sent, by time.perf_counter().
+        used: Whether the scheduler took it.
+    """
+
+    lookup: lmcache_client.BlendLookup
+    at: float
+    used: bool = False
+
+
+@dataclass
 class AbortedLookups:
     """Aborted look-ups, still polled so that LMCache's read locks are released. Times are in seconds, of one clock."""
 
@@ -90,7 +105,7 @@ class LookupWindow:
     """
 
     def __init__(self, aborted: AbortedLookups, deadline: float) -> None:
-        self._aborted, self._deadline = aborted, deadline
+        self.aborted, self._deadline = aborted, deadline
         self._in_flight: dict[str, RequestState] = {}  # looked up, and no blocks allocated yet
         self._step_tokens = 0  # of the prompts whose look-ups started in this step
         self._refused = False  # in this step a queued request's look-up could not start: no later one may, either
@@ -101,6 +116,11 @@ class LookupWindow:
         """Whether the look-up of a request that has just arrived may start."""
         return not self._queued and not self._refused and self._may_start(request, now)
 
+    def has_place(self, tokens: int, now: float) -> bool:
+        """Whether a look-up of so many tokens could start, were its request new. Changes nothing: for other threads."""
+        fits = not self._step_tokens or self._step_tokens + tokens <= STEP_TOKENS
+        return fits and not self._queued and not self._refused and self._has_room(now)
+
     def may_start(self, request: Any, now: float) -> bool:
         """Whether the look-up of a request that vLLM asks for may start."""
         if not self._refused and self._may_start(request, now, queued=True):
@@ -110,7 +130,7 @@ class LookupWindow:
 
     def _may_start(self, request: Any, now: float, *, queued: bool = False) -> bool:
         tokens = len(request.prompt_token_ids or ())
-        if (self._step_tokens and self._step_tokens + tokens > STEP_TOKENS) or self._aborted.has(request.request_id):
+        if (self._step_tokens and self._step_tokens + tokens > STEP_TOKENS) or self.aborted.has(request.request_id):
             return False
         if not self._has_room(now) and not (queued and self._make_room(now)):
             return False
@@ -118,7 +138,7 @@ class LookupWindow:
         return True
 
     def _has_room(self, now: float) -> bool:
-        return len(self._in_flight) + self._aborted.since(now - self._deadline) < IN_FLIGHT
+        return len(self._in_flight) + self.aborted.since(now - self._deadline) < IN_FLIGHT
 
     def _make_room(self, now: float) -> bool:
         """Abort a look-up whose request cannot run yet: vLLM did not ask for it in the whole step before.
@@ -131,7 +151,7 @@ class LookupWindow:
         del self._in_flight[name]
         lookup, state.lookup, state.started, state.waiting_since = state.lookup, None, False, 0.0
         if lookup is not None:
-            self._aborted.add(lookup, now, 0.0)
+            self.aborted.add(lookup, now, 0.0)
         return self._has_room(now)
 
     def add(self, request_id: str, state: RequestState) -> None:
@@ -183,6 +203,7 @@ class SchedulerClient:
         self._reports = lmcache_client.DeferredBlockReports(adapter)
         self._releases = lmcache_client.DeferredReleases(adapter)
         self._unused: set[str] = set()  # LMCache's own connector looked them up, and has not used the result yet
+        self._sent: SentLookup | None = None  # of the request that has just come, if it is what `look_up` would send
 
     # -- a request's tracker ------------------------------------------------------------------------------------------
 
@@ -206,15 +227,20 @@ class SchedulerClient:
         if has_embeddings(request):
             lmcache_client.bypass_lmcache(tracker)
             return
-        configs = {MAX_OFFLOAD_TOKENS: params[MAX_OFFLOAD_TOKENS]} if MAX_OFFLOAD_TOKENS in params else {}
         forgets = params.get(FORGET) is True
-        if forgets:
-            configs |= {FORGET: True, PREFIX: named_prefix(params, len(prompt))}
-        elif ingests(params):
-            configs[INGEST] = True
-        tracker.request_configs = configs or None
+        tracker.request_configs = self._configs(params, named_prefix(params, len(prompt)))
         stored = ingests(params) or self._options.store == "all"
         tracker.max_offload_tokens = 0 if forgets or not stored or not store else params.get(MAX_OFFLOAD_TOKENS)
+
+    @staticmethod
+    def _configs(params: Mapping[str, Any], prefix: int = 0) -> dict[str, Any] | None:
+        """What LMCache gets with each key of a request."""
+        configs = {MAX_OFFLOAD_TOKENS: params[MAX_OFFLOAD_TOKENS]} if MAX_OFFLOAD_TOKENS in params else {}
+        if params.get(FORGET) is True:
+            configs |= {FORGET: True, PREFIX: prefix}
+        elif ingests(params):
+            configs[INGEST] = True
+        return configs or None
 
     def stop_storing(self, request_id: str) -> None:
         """Store no more KV of this request."""
@@ -232,6 +258,9 @@ class SchedulerClient:
         """Start a look-up for a request that has a tracker; None when LMCache does not answer."""
         if not self._adapter.is_healthy:
             return None
+        if (sent := self._sent) is not None and sent.lookup.request_id == request.request_id and not sent.used:
+            sent.used = True
+            return sent.lookup
         tracker = self._trackers[request.request_id]
         return lmcache_client.BlendLookup(
             self._adapter,
@@ -240,6 +269,29 @@ class SchedulerClient:
             tracker.cache_salt,
             tracker.request_configs,
         )
+
+    def look_up_early(self, request: Any, params: Mapping[str, Any]) -> SentLookup | None:
+        """Start a look-up for a request that has no tracker yet; any thread may call it.
+
+        Args:
+            request: vLLM's EngineCoreRequest, without a LoRA adapter.
+            params: The part of its kv_transfer_params that is accepted; it neither ingests nor forgets.
+        """
+        if not self._adapter.is_healthy:
+            return None
+        prompt, configs = request.prompt_token_ids, self._configs(params)
+        salt = self._salts.peek(prompt, request.cache_salt or "", params)
+        lookup = lmcache_client.BlendLookup(self._adapter, request.request_id, prompt, salt, configs)
+        return SentLookup(lookup, time.perf_counter())
+
+    def offer(self, sent: SentLookup | None, tracker: Any) -> bool:
+        """Whether the next `look_up` takes a look-up that was sent early: it does if it would send the same."""
+        same = sent is not None and (sent.lookup.salt, sent.lookup.configs) == (
+            tracker.cache_salt,
+            tracker.request_configs,
+        )
+        self._sent = sent if same else None
+        return same
 
     def on_stock_lookup(self, request_id: str) -> None:
         """LMCache's own connector looks this request up."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from lmcache_rag.connector import metrics, vllm_internals, vllm_patches
 from lmcache_rag.connector.admission import Admission, Allowance, BlendBudget, BlendGate
-from lmcache_rag.connector.authorization import IngestKey
+from lmcache_rag.connector.authorization import IngestKey, checked
 from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.connector.gpu_chunks import GpuChunks, PrefixCache, ResidentChunks, UncomputedBlocks, without_overlap
 from lmcache_rag.connector.lookup import AbortedLookups, Forgetting, LookupClient, LookupWindow
@@ -43,8 +43,6 @@ from lmcache_rag.protocol import (
     Fallback,
     SelfCheck,
     Unsupported,
-    accepted,
-    complaints,
     ingests,
     joined,
     read_params,
@@ -90,7 +88,7 @@ class BlendScheduler:
         self.self_check: SelfCheck | None = None
         self._chunk, self._alignment, self._prefix_cache, self._ingest_key = chunk, alignment, prefix_cache, ingest_key
         self._aborted = AbortedLookups()
-        self._window = LookupWindow(self._aborted, options.lookup_deadline)
+        self.window = LookupWindow(self._aborted, options.lookup_deadline)
         self.forgetting = Forgetting(client, prefix_cache, self._aborted, options.lookup_deadline)
         self._states: dict[str, RequestState] = {}
         self._failed: set[str] = set()  # an error was raised: vLLM computes them, and nothing of them is stored
@@ -114,7 +112,7 @@ class BlendScheduler:
         pool, block = vllm_internals.CachedBlocks(gpu_block_pool), self._prefix_cache.block_size
         self.forgetting.pool = pool
         self.uncomputed = UncomputedBlocks(pool, block)
-        vllm_patches.patch_cache_full_blocks(gpu_block_pool, self.uncomputed.add)
+        vllm_patches.patch_cache_full_blocks(gpu_block_pool, self.uncomputed.add, self.store_limit)
         if self.options.hot:
             most = len(pool.blocks) * block
             resident = ResidentChunks(pool, block, uncomputed=self.uncomputed, max_tokens=most)
@@ -200,28 +198,31 @@ class BlendScheduler:
         name = request.request_id
         params, request.kv_transfer_params = request.kv_transfer_params, None
         with self.contain_errors(name):
-            prompt = request.prompt_token_ids or ()
-            if self._ingest_key is not None:
-                params = self._ingest_key.permitted(params, request.prompt_token_ids)
-            if wrong := complaints(params, len(prompt)):  # the API server rejects these: this request bypassed it
+            params, wrong = checked(params, request.prompt_token_ids, self._prefix_cache.block_size, self._ingest_key)
+            if wrong:  # the API server rejects these: this request bypassed it
                 log.warning("request %s is neither blended nor stored: %s", shown(name), joined(wrong))
                 request.kv_transfer_params = {MAX_OFFLOAD_TOKENS: 0}
                 self._exclude(request, Fallback.REQUEST_ERROR)
                 return False
-            request.kv_transfer_params = accepted(params, len(prompt), self._prefix_cache.block_size) or None
+            request.kv_transfer_params = params
             if self.forgetting.on_new_request(request):
                 self._exclude(request)
                 return False
             return self.can_blend() and not getattr(request, "resumable", False)
         return False
 
-    def start_early(self, request: Any) -> None:
-        """Start a new request's look-up while it waits, unless earlier requests wait for theirs to start."""
+    def start_early(self, request: Any, *, sent: bool = False) -> None:
+        """Start a new request's look-up while it waits, unless earlier requests wait for theirs to start.
+
+        Args:
+            request: vLLM's request.
+            sent: Whether the client has sent the look-up already.
+        """
         if request.request_id in self._failed:
             return
         with self.contain_errors(request.request_id):
             state = self._register(request)
-            if not state.closed and self._window.may_start_early(request, time.perf_counter()):
+            if not state.closed and (sent or self.window.may_start_early(request, time.perf_counter())):
                 self._start(request, state)
 
     def _exclude(self, request: Any, failure: str = "") -> None:
@@ -236,7 +237,7 @@ class BlendScheduler:
         if wrong:
             log.warning("request %s: %s; the default is used", shown(request.request_id), joined(wrong))
         state = RequestState(params.policy, params.budget, params.blend, closed=not can_hit(request, self._chunk))
-        state.spans, state.ingest, state.step = [] if params.spans else None, params.ingest, self._window.step
+        state.spans, state.ingest, state.step = [] if params.spans else None, params.ingest, self.window.step
         state.always, state.prompt = params.always, len(request.prompt_token_ids or ())
         self._states[request.request_id] = state
         return state
@@ -288,7 +289,7 @@ class BlendScheduler:
             # blended again. LMCache's share was loaded and its locks are gone; the statistics are those of the first
             # run.
             return 0
-        state.local, state.step = local, self._window.step
+        state.local, state.step = local, self.window.step
         if state.lookup is not None and state.lookup.result is None:
             self._skip_lookup(request, state)  # what vLLM itself holds was not known when it was sent
         if not self._looked_up(request, state):
@@ -350,7 +351,7 @@ class BlendScheduler:
         return state is not None and state.background
 
     def store_limit(self, request_id: str) -> int | None:
-        """LMCache may store this request's KV up to that token; None: all of it."""
+        """Up to that token this request's KV is exact, and may be stored or cached; None: all of it."""
         state = self._states.get(request_id)
         return state.approximate_from if state else None
 
@@ -377,7 +378,7 @@ class BlendScheduler:
         """Start the look-up of a queued request, if it may start now."""
         now = time.perf_counter()
         state.waiting_since = state.waiting_since or now
-        if self._window.may_start(request, now):
+        if self.window.may_start(request, now):
             state.waiting_since = 0.0  # the wait for its turn ends; that for the answer counts from the next poll
             self._start(request, state)
         elif self._silent_since is not None and now - state.waiting_since > self.options.lookup_deadline:
@@ -398,13 +399,13 @@ class BlendScheduler:
             state.closed, state.failure = True, Fallback.NO_SERVER
             self._warn("LMCache does not answer")
         else:
-            self._window.add(request.request_id, state)
+            self.window.add(request.request_id, state)
 
     def _skip_lookup(self, request: Any, state: RequestState) -> bool:
         """Compute a request without its look-up, or without waiting for it, if that is faster."""
         if not self.gate.skips_lookup(request, state, busy=not self.budget.idle):
             return False
-        self._window.remove(request.request_id)
+        self.window.remove(request.request_id)
         lookup, state.lookup, state.closed = state.lookup, None, True
         if lookup is not None:
             self._aborted.add(lookup, time.perf_counter(), 0.0)
@@ -443,7 +444,7 @@ class BlendScheduler:
         self._silent_since = time.perf_counter()
 
     def _give_up(self, request_id: str, state: RequestState, reason: Fallback) -> None:
-        self._window.remove(request_id)
+        self.window.remove(request_id)
         lookup, state.lookup, state.closed, state.failure = state.lookup, None, True, reason
         if lookup is not None:
             self._abort(lookup)
@@ -494,7 +495,7 @@ class BlendScheduler:
         if state is None or state.planned:
             return
         state.planned, state.done = True, state.local + external
-        self._window.remove(request.request_id)
+        self.window.remove(request.request_id)
         claimed = state.claim if external > 0 else None
         if state.lookup is not None and state.lookup.result is not None:
             prefix = state.prefix
@@ -555,7 +556,7 @@ class BlendScheduler:
         for plan in plans:
             if state := self._states.get(plan.request_id):
                 state.on_plan_sent()
-        self._window.on_step()
+        self.window.on_step()
         self._patience = self.options.poll
         if self.gpu_chunks:
             self.gpu_chunks.on_step()
@@ -633,7 +634,7 @@ class BlendScheduler:
         state = self._states.get(request.request_id)
         if state is None:
             return None
-        self._window.remove(request.request_id)
+        self.window.remove(request.request_id)
         self.budget.withdraw(request.request_id)
         # vLLM waits until a worker reports a background load as done: that one is not withdrawn.
         plans = [plan for plan in self._plans if plan.request_id != request.request_id or plan.background]

@@ -69,7 +69,7 @@ def hide_from_prefix_cache(request: Any, first_token: int, hash_block: int) -> N
     """Hide the block that holds `first_token`, and all later ones, decoded ones too, from other requests.
 
     vLLM caches blocks under the request's chained hashes. Random hashes for the blocks that are full by now make all
-    later hashes random too; a preempted request still finds its own blocks.
+    later hashes random too. The pool's patch does not cache these blocks at all (vllm_patches.patch_cache_full_blocks).
     """
     first = first_token // hash_block
     if not request.block_hashes and getattr(request, "_block_hasher", None) is None:
