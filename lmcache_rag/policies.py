@@ -102,21 +102,14 @@ class QueryPolicy(Policy):
     """The tokens that the question attends to: the default.
 
     The question's own attention over the placed KV shows which tokens the answer depends on. Known from ProphetKV
-    (arXiv 2602.02579), CacheClip (2510.10129) and A3 (2511.17560). Upper layers only, since lower ones attend to
-    neighbours rather than to meaning.
-
-    Attributes:
-        window: How many of the prompt's last tokens are observed.
-        from_layer: First layer that counts, as a share of the model's depth.
-        pool: Each token has the highest score of so many tokens around it, as in SnapKV (2404.14469). 1, the default,
-            is no pooling: with 5 the same number of tokens repairs less (docs/results/selection-h200.md).
-        reduce: "sum" or "max" over rows, heads and layers.
+    (arXiv 2602.02579), CacheClip (2510.10129) and A3 (2511.17560); pooling from SnapKV (2404.14469). Upper layers
+    only, since lower ones attend to neighbours rather than to meaning.
     """
 
     name: ClassVar[str] = "query"
     window: int = 64
     from_layer: float = 0.5
-    pool: int = 1
+    pool: int = 5
     reduce: str = "sum"
 
     def scores(self, layout: Layout, passes: Passes) -> Tensor:

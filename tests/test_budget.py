@@ -200,10 +200,9 @@ def test_attention_counts_unpooled() -> None:
     """Pooling selects a peak's neighbours too; their own attention, not the peak's, is what they leave out."""
     mass = torch.full((1000,), 1e-6)
     mass[::10] = 1.0  # 100 peaks, each with four neighbours that are selected with it
-    query = QueryPolicy(pool=5)
-    chosen, reason = select(query, Budget(), LAYOUT, Given(mass))
+    chosen, reason = select(QueryPolicy(), Budget(), LAYOUT, Given(mass))
     rule, (floor, ceiling) = AUTO_RULES["query"], AUTO_RULES["query"].bounds(2, 1000)
-    order = query.scores(LAYOUT, Given(mass)).argsort(descending=True, stable=True)
+    order = QueryPolicy().scores(LAYOUT, Given(mass)).argsort(descending=True, stable=True)
     assert rule.tail is not None
     assert (len(chosen), reason) == (min(max(tail_count(mass[order], rule.tail), floor), ceiling), "scores")
     assert select(HKVDPolicy(), Budget(), LAYOUT, Given(mass)).reason == "floor"  # 90 peaks, and nothing between

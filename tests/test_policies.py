@@ -43,15 +43,15 @@ def selected(policy: Any, share: float) -> list[int]:
 
 
 def test_query_takes_what_the_question_attends_to_most() -> None:
-    alone = get_policy("query")
+    alone = QueryPolicy(pool=1)
     assert selected(alone, 1 / 14) == [13]
     assert selected(alone, 2 / 14) == [13, 25]
     assert selected(alone, 4 / 14) == [13, 19, 25, 28]
     assert selected(alone, 6 / 14) == [10, 13, 17, 19, 25, 28]
 
 
-def test_pooled_it_takes_their_neighbours_in_the_chunk() -> None:
-    query = QueryPolicy(pool=5)
+def test_query_takes_their_neighbours_in_the_chunk() -> None:
+    query = get_policy("query")
     assert selected(query, 5 / 14) == [11, 12, 13, 14, 15]  # two on either side
     assert selected(query, 8 / 14) == [11, 12, 13, 14, 15, 25, 26, 27]  # and never those of another chunk
     assert selected(query, 9 / 14) == [11, 12, 13, 14, 15, 25, 26, 27, 28]
@@ -172,7 +172,7 @@ def test_an_engine_recomputes_what_the_policy_picks(
     kept = engine(model, case, "none", 0.0)
     again = engine(model, case, policy, 5 / 14)
     want = {
-        "query": [first + 3, first + 7, first + 9, second, second + 3],
+        "query": [first + 1, first + 2, first + 3, first + 4, first + 5],
         "hkvd": [first + 2, first + 6, second, second + 2, second + 3],
         "head": [first, first + 1, first + 2, second, second + 1],
     }[policy]
