@@ -320,6 +320,13 @@ def _with(run: QualityRun, **changes: Any) -> QualityRun:
 
 # The tables
 
+# Measures by their importance, for terminals that have no room for all.
+_IMPORTANCE = (
+    *("hits", "minus full", "times as fast", "TTFT ms", "recomputed", "blended", "F1", "equal", "along"),
+    *("minus full ", "gold NLL minus full", "KL first"),
+)
+_LEFT_OUT = "A wider terminal shows more measures; --json has all."
+
 
 def _show(
     context: CommandContext,
@@ -331,11 +338,12 @@ def _show(
     *,
     gated: bool,
 ) -> None:
+    width = context.out.width
     pooled = [score for score in found if (score.cell, score.task) == (POOLED, POOLED)]
-    context.out.print(_table(f"{facts['model']}, {pooled[0].questions if pooled else 0} questions", pooled))
+    context.out.print(score_table(f"{facts['model']}, {pooled[0].questions if pooled else 0} questions", pooled, width))
     parts = [score for score in found if score.arm == judged.arm and (score.cell == POOLED) != (score.task == POOLED)]
     if parts:
-        context.out.print(_table(f"{judged.arm}, by cell and by task", parts, first="", arm=False))
+        context.out.print(score_table(f"{judged.arm}, by cell and by task", parts, width, first="", arm=False))
     for cell in dict.fromkeys(turn.cell for turn in talks):
         context.out.print(_turns(cell, [turn for turn in talks if turn.cell == cell]))
     context.out.print(advice)
@@ -344,8 +352,8 @@ def _show(
         context.out.print(f"Gate {judged.limit:g}, {judged.arm}: {words}")
 
 
-def _table(title: str, rows: Sequence[Score], *, first: str = "arm", arm: bool = True) -> Table:
-    """A row for each score; the measures that none has are left out."""
+def score_table(title: str, rows: Sequence[Score], width: int, *, first: str = "arm", arm: bool = True) -> Table:
+    """A row for each score; the measures that none has are left out, and those for which the terminal has no room."""
     from rich.table import Table
 
     columns: dict[str, Callable[[Score], str]] = {
@@ -363,28 +371,34 @@ def _table(title: str, rows: Sequence[Score], *, first: str = "arm", arm: bool =
         "times as fast": lambda s: "" if s.faster is None else f"{s.faster:.2f}",
     }
     texts = {name: [text(score) for score in rows] for name, text in columns.items()}
-    shown = [name for name, own in texts.items() if any(own)]
-    table = Table(title=title)
-    table.add_column(first)
+    names = [score.arm if arm else score.task if score.cell == POOLED else score.cell for score in rows]
+    room = width - 4 - max(len(text) for text in (first, *names))
+    fitting = set()
+    for name in sorted((name for name, own in texts.items() if any(own)), key=_IMPORTANCE.index):
+        room -= 3 + max(len(text) for text in (name, *texts[name]))
+        if room >= 0:
+            fitting.add(name)
+    shown = [name for name in columns if name in fitting]
+    left_out = "" if all(name in fitting for name, own in texts.items() if any(own)) else _LEFT_OUT
+    table = Table(title=title, caption=left_out)
+    table.add_column(first, no_wrap=True)
     for name in shown:
-        table.add_column(name, justify="right")
-    for row, score in enumerate(rows):
-        name = score.arm if arm else score.task if score.cell == POOLED else score.cell
+        table.add_column(name, justify="right", no_wrap=True)
+    for row, name in enumerate(names):
         table.add_row(name, *(texts[column][row] for column in shown))
     return table
 
 
 def _turns(cell: str, talks: Sequence[Turn]) -> Table:
-    """Hits and times of each arm, a row for each turn of a conversation."""
+    """Hits and times of each arm, a column for each turn of a conversation."""
     from rich.table import Table
 
     table = Table(title=f"{cell}: hits, and TTFT in ms, by turn")
-    for name in ("turn", "tokens", *(arms := dict.fromkeys(turn.arm for turn in talks))):
-        table.add_column(name, justify="right")
-    for number in dict.fromkeys(turn.turn for turn in talks):
-        own = {turn.arm: turn for turn in talks if turn.turn == number}
-        texts = [_hits_and_time(own[arm]) if arm in own else "" for arm in arms]
-        table.add_row(f"{number}", f"{next(iter(own.values())).prompt_tokens:.0f}", *texts)
+    table.add_column("arm", no_wrap=True)
+    for number, tokens in {turn.turn: turn.prompt_tokens for turn in talks}.items():
+        table.add_column(f"{number}:\n{tokens:.0f}\ntokens", justify="right", no_wrap=True)
+    for arm in dict.fromkeys(turn.arm for turn in talks):
+        table.add_row(arm, *(_hits_and_time(turn) for turn in talks if turn.arm == arm))
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 from embedded_server_kit import EngineBackend
 from fake_vllm import FakeVLLM, running
 from openai_kit import vllm_serving
+from rich.console import Console
 from typer.testing import CliRunner
 
 from lmcache_rag import protocol
@@ -37,6 +39,7 @@ from lmcache_rag.bench.quality.scores import (
 )
 from lmcache_rag.bench.quality.tasks import Cell, make_samples
 from lmcache_rag.cli.app import app
+from lmcache_rag.cli.bench_quality import score_table
 from lmcache_rag.cli.run import Services
 from lmcache_rag.engines.base import Sampling
 from lmcache_rag.engines.vllm import VLLMEngine
@@ -455,6 +458,10 @@ def test_the_recommendation_is_a_sentence() -> None:
     assert "no faster arm stays within 2 points." in recommendation(found, "query:0.3", 0.02)
     worse = scores(records_of({"full": even, "auto": [0] * 200}, times=times))
     assert recommendation(worse, "auto", 0.02).endswith("compute such questions in full.")
+    hopeless = scores(records_of({"full": [0] * 50, "auto": [0] * 50}, times=times))
+    assert recommendation(hopeless, "auto", 0.02).endswith(
+        "A full prefill answers 0% of them right, so little could be lost."
+    )
     slower = scores(records_of({"full": even, "auto": even}, times={"full": 10.0, "auto": 12.0}))
     assert recommendation(slower, "auto", 0.02).endswith("compute such questions in full.")
 
@@ -547,6 +554,20 @@ def test_the_command_shows_a_conversation_by_turn(call: Callable[..., Any], tmp_
     assert page.count("<polyline") == 2
     again = json.loads(call("bench", "quality", *words, "--json").stdout)
     assert [(t["turn"], t["arm"]) for t in again["turns"]] == [(1, "full"), (1, "none"), (2, "full"), (2, "none")]
+
+
+@pytest.mark.parametrize(("width", "shown"), [(80, "times as fast"), (120, "recomputed"), (200, "KL first")])
+def test_a_narrow_terminal_shows_fewer_measures(width: int, shown: str) -> None:
+    interval = Interval(-0.1, -0.2, 0.1)
+    own = Score("query:0.15", POOLED, POOLED, 20, 0.5, 0.5, *[interval] * 5, 0.2, 1607.0, 2.46, 1.0, 158.0)
+    out = io.StringIO()
+    console = Console(file=out, width=width)
+    console.print(score_table("Title", [own], width))
+    assert "…" not in out.getvalue()
+    assert "query:0.15" in out.getvalue()
+    assert shown in out.getvalue()
+    assert max(map(len, out.getvalue().splitlines())) <= width
+    assert ("--json has all" in out.getvalue()) == (width < 200)
 
 
 # The page

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from lmcache_rag.bench.quality.results import Record
 
-_WIDTH, _LEFT, _RIGHT, _ROW = 760, 150, 150, 26  # of a picture, in pixels
+_WIDTH, _LEFT, _RIGHT, _ROW = 800, 150, 190, 26  # of a picture, in pixels
+_LETTER, _LINE = 8, 15  # of its texts, at most
 
 
 def write_report(
@@ -203,15 +204,25 @@ def scatter_picture(found: Sequence[Score]) -> Markup | str:
         f'<line class="limit" x1="{x(1):.1f}" x2="{x(1):.1f}" y1="10" y2="{height - 10}"/>',
         f'<text x="{_LEFT - 8}" y="{y(0) + 4:.1f}" text-anchor="end">as the full prefill</text>',
     ]
-    for number, (arm, faster, difference) in enumerate(sorted(rows, key=lambda row: row[1])):
-        beneath = 4 + 15 * (number % 3 - 1)  # labels of neighbours are at different heights
+    labels: list[tuple[float, float, int]] = []  # (left, y, letters)
+    for arm, faster, difference in sorted(rows, key=lambda row: row[1]):
+        left, place = x(faster) + 8, y(difference.mean) + 4
+        while any(_overlaps((left, place, len(arm)), other) for other in labels):
+            place += _LINE
+        labels.append((left, place, len(arm)))
         lines += [
             f'<line class="mark" x1="{x(faster):.1f}" x2="{x(faster):.1f}" y1="{y(difference.low):.1f}" '
             f'y2="{y(difference.high):.1f}"/>',
             f'<circle class="mark" cx="{x(faster):.1f}" cy="{y(difference.mean):.1f}" r="5"/>',
-            f'<text x="{x(faster) + 8:.1f}" y="{y(difference.mean) + beneath:.1f}">{_escape(arm)}</text>',
+            f'<text x="{left:.1f}" y="{place:.1f}">{_escape(arm)}</text>',
         ]
-    return _svg(lines, 0, height)
+    return _svg(lines, 0, max(height, *(round(place) + _LINE for _, place, _ in labels)))
+
+
+def _overlaps(one: tuple[float, float, int], other: tuple[float, float, int]) -> bool:
+    """Whether two labels do."""
+    first, second = sorted((one, other))
+    return second[0] < first[0] + _LETTER * first[2] and abs(first[1] - second[1]) < _LINE
 
 
 def turns_picture(turns: Sequence[Turn]) -> Markup | str:
@@ -238,7 +249,7 @@ def turns_picture(turns: Sequence[Turn]) -> Markup | str:
     ends = sorted((points[-1][1], arm) for arm, points in lines_of.items())
     place = float(height)
     for ms, arm in ends:  # from the bottom up; labels of arms that end alike stand above each other
-        place = min(y(ms) + 4, place - 15)
+        place = min(y(ms) + 4, place - _LINE)
         points = " ".join(f"{x(number):.1f},{y(each):.1f}" for number, each in lines_of[arm])
         lines.append(f'<polyline class="line" points="{points}"/>')
         lines.append(f'<text x="{x(lines_of[arm][-1][0]) + 8:.1f}" y="{place:.1f}">{_escape(arm)} {ms:.0f}</text>')

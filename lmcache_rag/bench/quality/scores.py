@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 POOLED = "all"  # name of all cells, or of all tasks, together
 _DRAWS, _AT_ONCE = 4000, 250  # of the bootstrap
+_FEW_RIGHT = 0.1  # of the full prefill's answers: below it a comparison shows little
 _MOST_KEPT = 4000  # questions: 128 MB
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = frozenset(string.punctuation)
@@ -285,11 +286,13 @@ def recommendation(found: Sequence[Score], arm: str, limit: float) -> str:
     if own.blended is not None and own.blended < 1:
         first += f"; {own.blended:.0%} of its answers were blended"
     best = max(_faster_and_good(found, pooled, limit), key=_quickness, default=None)
+    few = pooled[FULL].hit
+    last = f" A full prefill answers {few:.0%} of them right, so little could be lost." if few < _FEW_RIGHT else ""
     if best is None:
-        return f"{first}; no faster arm stays within {limit * 100:g} points: compute such questions in full."
+        return f"{first}; no faster arm stays within {limit * 100:g} points: compute such questions in full.{last}"
     if best.arm == arm:
-        return f"{first}; no faster arm stays within {limit * 100:g} points."
-    return f"{first}; {best.arm} {_cost(best, would=True)} and {_speed(best, would=True)}."
+        return f"{first}; no faster arm stays within {limit * 100:g} points.{last}"
+    return f"{first}; {best.arm} {_cost(best, would=True)} and {_speed(best, would=True)}.{last}"
 
 
 def _faster_and_good(found: Sequence[Score], pooled: dict[str, Score], limit: float) -> list[Score]:
