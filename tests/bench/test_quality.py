@@ -557,7 +557,7 @@ def test_the_command_shows_a_conversation_by_turn(call: Callable[..., Any], tmp_
 
 
 @pytest.mark.parametrize(("width", "shown"), [(80, "times as fast"), (120, "recomputed"), (200, "KL first")])
-def test_a_narrow_terminal_shows_fewer_measures_but_whole(width: int, shown: str) -> None:
+def test_a_narrow_terminal_shows_fewer_measures(width: int, shown: str) -> None:
     interval = Interval(-0.1, -0.2, 0.1)
     own = Score("query:0.15", POOLED, POOLED, 20, 0.5, 0.5, *[interval] * 5, 0.2, 1607.0, 2.46, 1.0, 158.0)
     out = io.StringIO()
