@@ -127,8 +127,13 @@ def test_the_scheduler_finds_the_namespace(core: Core) -> None:
     prefix = {"lmcache_rag.prefix": CHUNK * 2, "lmcache_rag.ingest": True}
     first, second = core.receive("first", prefix), core.receive("second", prompt=500)
     assert core.events_of("second")[0] == "look-up"
+    lookup = core.engine.connector.early_lookups._sent["second"].lookup
+    poll, lookup.poll = lookup.poll, lambda seconds: False
     core.engine.scheduler.add_request(first)
     core.engine.scheduler.add_request(second)
+    core.engine.step()
+    assert core.events_of("second").count("look-up") == 1, "LMCache would answer the second one with the first one's KV"
+    lookup.poll = poll
     end = time.monotonic() + 20
     while core.events_of("second").count("look-up") < 2 and time.monotonic() < end:
         time.sleep(0.01)
