@@ -26,6 +26,7 @@ STEPS = (
     "computed_tokens",
     "lookup_ms",
     "load_ms",
+    protocol.SELECT_MS,
     "blend_ms",
 )
 
@@ -277,7 +278,7 @@ class SpeedBench:
             for arm in self.arms:
                 # A different prompt for each arm: none may find another's in a prefix cache.
                 number += 1
-                done = await self._ask(arm, tokens, number)
+                done = await self.ask(arm, tokens, number)
                 if repeat >= 0:
                     taken[arm.name].append(done)
                 self._on_step()
@@ -290,7 +291,8 @@ class SpeedBench:
             rows.append(Row(arm.name, tokens, times, speedup, steps(taken[arm.name]), tuple(filter(None, decided))))
         return rows
 
-    async def _ask(self, arm: Arm, tokens: int, number: int, answer: int = 1) -> Timed:
+    async def ask(self, arm: Arm, tokens: int, number: int, answer: int = 1) -> Timed:
+        """Send the prompt of that number, of about so many tokens, as this arm does."""
         params = {protocol.PREFIX: self.workload.prefix} | arm.params  # as our client asks
         params |= {protocol.CHUNKS: self.workload.spans(tokens, number)} if arm.hot else {}
         return await self._clients[arm.url].ask(self.workload.prompt(tokens, number), params, tokens=answer)
@@ -303,7 +305,7 @@ class SpeedBench:
 
         async def one(number: int) -> None:
             async with gate:
-                done.append(await self._ask(arm, tokens, number, answer))
+                done.append(await self.ask(arm, tokens, number, answer))
                 self._on_step()
 
         begin = time.perf_counter()
@@ -341,7 +343,7 @@ class SpeedBench:
         async def one(number: int, moment: float) -> None:
             await asyncio.sleep(max(0.0, begin + moment - time.perf_counter()))
             delays.append(time.perf_counter() - begin - moment)
-            done.append(await self._ask(arm, tokens, number, answer))
+            done.append(await self.ask(arm, tokens, number, answer))
             self._on_step()
 
         first = tokens * 2_000_000 + 7919 * self.arms.index(arm)

@@ -265,6 +265,7 @@ class BlendGate:
             state.decision, state.forecast = self._decide(state, claimed, prompt, busy=busy)
         return state.decision != Decision.NOT_FASTER
 
+    @_locked
     def loads(self, state: RequestState, exact: int, prompt: int, *, busy: bool) -> bool:
         """Whether an exact prefix of so many tokens is loaded, and not computed with the rest of the prompt.
 

@@ -44,6 +44,7 @@ class CudaTimer:
         self._cuda = torch.cuda.is_available()
         self._load = [self._mark()]
         self._work: list[tuple[Any, Any]] = []
+        self._selected: tuple[int, Any] | None = None  # the part in which the selection ended, and when
 
     def _mark(self) -> Any:
         if not self._cuda:
@@ -66,6 +67,10 @@ class CudaTimer:
         """The part ends."""
         self._work[-1] = (self._work[-1][0], self._mark())
 
+    def selected(self) -> None:
+        """The selection ends, within a part."""
+        self._selected = len(self._work) - 1, self._mark()
+
     @property
     def is_done(self) -> bool:
         """Whether the GPU has done all of the queued work, so that `read` does not wait."""
@@ -74,6 +79,13 @@ class CudaTimer:
     def read(self) -> tuple[float, float]:
         """Milliseconds of the load and of the work. Waits for the GPU."""
         return self._between(*self._load), sum(self._between(*marks) for marks in self._work)
+
+    def read_selection(self) -> float:
+        """Milliseconds of the work up to the end of the selection; 0.0 without one. Waits for the GPU."""
+        if self._selected is None:
+            return 0.0
+        last, mark = self._selected
+        return sum(self._between(*marks) for marks in self._work[:last]) + self._between(self._work[last][0], mark)
 
     def _between(self, first: Any, last: Any) -> float:
         if not self._cuda:
@@ -338,6 +350,7 @@ class BlendJob:
         selection = yield from self.blend.select(
             self._ids, plan.spans, plan.exact, policy=policy, budget=plan.budget, free=plan.free
         )
+        self.timer.selected()
         # Before the recomputation, which takes most of the time: reading the check does not wait for that.
         self._queue_finite_check(selection.checked, selection.observed_sum)
         with_last_token = plan.alone and plan.end < self._sequence.capacity
@@ -445,14 +458,17 @@ class BlendJob:
     def result(self) -> BlendResult:
         """The counts and times of the job. Waits for the GPU."""
         plan, outcome = self.plan, self.outcome
+        select_ms = 0.0
         if self.failure:
             counts, resident, reason = (plan.local, 0, 0, plan.end - plan.local), 0, ""
         else:
+            select_ms = self.timer.read_selection()
             covered = sum(match.end - match.start for match in plan.matches)
             counts = (plan.exact, covered - outcome.recomputed, outcome.recomputed, outcome.gaps)
             resident = sum(match.end - match.start for match in plan.matches if match.block >= 0)
             reason = outcome.reason
-        result = BlendResult(plan.request_id, *counts, *self.timer.read(), self.failure, resident, reason)
+        times = self.timer.read()
+        result = BlendResult(plan.request_id, *counts, *times, self.failure, resident, reason, select_ms)
         if log.isEnabledFor(logging.DEBUG):  # to compare tensor-parallel ranks
             what = self.failure or f"{outcome.recomputed} tokens selected, digest {outcome.digest()}"
             log.debug("request %s on rank %d: %s", plan.request_id, self._resources.model.rank, what)

@@ -112,6 +112,7 @@ class BlendResult:
         failure: Why everything was computed (a Fallback); empty when the blend succeeded.
         hot_tokens: How many of the reused and recomputed tokens were resident in vLLM's own KV cache.
         budget_reason: Why so many tokens were recomputed (a BudgetReason); empty when nothing was blended.
+        select_ms: Time of the selection alone.
     """
 
     request_id: str
@@ -124,6 +125,7 @@ class BlendResult:
     failure: str = ""
     hot_tokens: int = 0
     budget_reason: str = ""
+    select_ms: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -214,9 +214,7 @@ class BlendScheduler:
     def start_early(self, request: Any, *, sent: bool = False) -> None:
         """Start a new request's look-up while it waits, unless earlier requests wait for theirs to start.
 
-        Args:
-            request: vLLM's request.
-            sent: Whether the client has sent the look-up already.
+        If the client has `sent` it already, that one is taken.
         """
         if request.request_id in self._failed:
             return

@@ -11,6 +11,7 @@ import pytest
 from scheduler_kit import CHUNK, Lookup, Once, Pool, Request, chunk_hashes
 
 from lmcache_rag.connector import early_lookup
+from lmcache_rag.connector.admission import BlendGate
 from lmcache_rag.connector.authorization import IngestKey
 from lmcache_rag.connector.cache_salt import CacheSalts
 from lmcache_rag.connector.early_lookup import EarlyLookups
@@ -192,6 +193,12 @@ def test_nothing_waits_for_a_gate_that_is_in_use() -> None:
     with world.side.gate.lock:
         world.send(world.request())
     assert world.lookups == []
+
+
+def test_the_scheduler_holds_the_gate_in_every_call() -> None:
+    """The costs are not changed while another thread reads them."""
+    calls = {name: call for name, call in vars(BlendGate).items() if callable(call) and not name.startswith("_")}
+    assert {name for name, call in calls.items() if not hasattr(call, "__wrapped__")} == {"may_gain"}
 
 
 def test_few_are_in_flight() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
 from models import tiny_model
 from worker_kit import World
 
-from lmcache_rag.connector import job
+from lmcache_rag.budget import Budget
+from lmcache_rag.connector import job, metrics
 from lmcache_rag.connector.admission import Allowance
 from lmcache_rag.connector.job import StepTimer
 from lmcache_rag.connector.metadata import BlendResult, StepShape
@@ -92,3 +94,46 @@ def test_a_worker_reports_its_steps(hf: HFModel, shape: StepShape | None) -> Non
     assert [each.shape for each in world.worker.take_steps()] == [shape] * (shape is not None)
     assert world.worker.take_steps() == []
     world.worker.begin_step(None)
+
+
+# -- the selection ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("policy", "selects"), [("query", True), ("none", False)])
+@pytest.mark.parametrize("pieces", [False, True])
+def test_the_selection_is_a_part_of_the_blend(hf: HFModel, pieces: bool, policy: str, selects: bool) -> None:
+    world = World(hf, "", policy, 0.3, chunk_size=20)
+    world.plan = replace(world.plan, background=pieces)
+    world.worker.run([world.plan], Allowance(20))
+    world.worker.finish()
+    while not (results := world.worker.take_results()):
+        world.worker.run([], Allowance(20))
+        world.worker.finish()
+    (result,) = results
+    assert not result.failure
+    assert 0 < result.select_ms < result.blend_ms
+    assert (result.recomputed_tokens > 0) == selects
+    statistics = metrics.reuse_statistics(100, policy, Budget(), local=0, result=result)
+    assert statistics["select_ms"] == pytest.approx(result.select_ms, abs=1e-3)
+
+
+def test_parts_before_the_end_of_the_selection_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = iter([0.0, 1.0, 2.0, 5.0, 7.0, 8.0, 12.0])
+    monkeypatch.setattr(job.CudaTimer, "_mark", lambda self: next(now))
+    timer = job.CudaTimer()
+    timer.loaded()
+    timer._cuda = False
+    timer.begin()
+    timer.end()  # 2 to 5
+    timer.begin()
+    timer.selected()  # 7 to 8
+    timer.end()
+    assert (timer.read_selection(), timer.read()) == (4000.0, (1000.0, 8000.0))
+
+
+def test_a_job_that_fails_has_no_selection(hf: HFModel) -> None:
+    world = World(hf, "late", "query", 0.3)
+    world.worker.run([world.plan], Allowance(20))
+    world.worker.finish()
+    (result,) = world.worker.take_results()
+    assert (bool(result.failure), result.select_ms) == (True, 0.0)

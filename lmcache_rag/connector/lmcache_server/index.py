@@ -300,8 +300,9 @@ def as_tokens(key: Any) -> Any:
 
 def from_ids(token_ids: Iterable[int]) -> Any:
     """Token ids, as the index takes them."""
+    ids = token_ids if isinstance(token_ids, Sequence) else list(token_ids)
     try:
-        numbers = np.asarray(array("Q", token_ids))  # faster than NumPy reads a list
+        numbers: Any = np.asarray(array("I", ids))  # 32 bits: half of the time of 64, and less than NumPy itself takes
     except (OverflowError, TypeError):
-        numbers = np.fromiter((int(each) & 0xFFFFFFFFFFFFFFFF for each in token_ids), dtype=np.uint64)
+        numbers = np.fromiter((int(each) & 0xFFFFFFFFFFFFFFFF for each in ids), dtype=np.uint64)
     return numbers.astype(np.uint64, copy=False)
