@@ -134,7 +134,11 @@ class Engine:
 
         sampling = [
             SamplingParams(
-                temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=2, extra_args={"kv_transfer_params": each}
+                temperature=0,
+                max_tokens=tokens,
+                ignore_eos=True,
+                logprobs=2,
+                extra_args={"kv_transfer_params": {**protocol.ALWAYS_BLEND, **each}},
             )
             for each in params
         ]

@@ -22,6 +22,7 @@ from lmcache_rag import protocol
 
 PREFIX, CHUNK, QUESTION = 256, 256, 24  # a prefix of whole LMCache chunks, of any usual size
 OFF = {protocol.BLEND: "off", protocol.MAX_OFFLOAD_TOKENS: 64}
+ALWAYS = {**protocol.ALWAYS_BLEND, protocol.POLICY: "query"}
 COUNTS = ("prefix_tokens", "reused_tokens", "recomputed_tokens", "computed_tokens", "hot_tokens")
 
 
@@ -68,7 +69,7 @@ def measure(replicas: Replicas, count: int, prompts: int, tokens: int, ratio: fl
             order = rng.sample(range(len(chunks)), 5)
             prompt = prefix + [token for number in order for token in (*chunks[number], 11, 12)] + drawn(QUESTION)
             answer, statistics = replicas.ask(
-                replica, prompt, tokens, {protocol.POLICY: "query", protocol.RATIO: ratio, protocol.PREFIX: PREFIX}
+                replica, prompt, tokens, {**ALWAYS, protocol.RATIO: ratio, protocol.PREFIX: PREFIX}
             )
             full, _ = replicas.ask(replica, prompt, tokens, OFF)
             row["blended"] += statistics.get("reused_tokens", 0) + statistics.get("recomputed_tokens", 0) > 0

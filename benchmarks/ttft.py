@@ -45,7 +45,7 @@ def main() -> None:
         ).to(engine.device)
         plain.eval()
         arms = {"full prefill": BlendOptions(enabled=False)}
-        arms |= {f"{policy} {ratio:.2f}": BlendOptions(policy, ratio) for policy, ratio in ARMS}
+        arms |= {f"{policy} {ratio:.2f}": BlendOptions(policy, ratio, always=True) for policy, ratio in ARMS}
         times: dict[str, list[float]] = {"transformers": [], **{name: [] for name in arms}}
         spent: dict[str, list[dict[str, float]]] = {name: [] for name in arms}
         for repeat in range(-1, args.repeats):

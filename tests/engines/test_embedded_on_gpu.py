@@ -34,7 +34,7 @@ def test_bfloat16_is_the_default_and_alike_at_ratio_1(smollm2_path, sentences, t
     engine, prompt = engine_and_prompt(smollm2_path, tmp_path, sentences, None)
     assert engine.info.dtype == "bfloat16"
     full = engine.generate(prompt, Sampling(max_tokens=8), BlendOptions(enabled=False))
-    blended = engine.generate(prompt, Sampling(max_tokens=8), BlendOptions("query", 0.15))
+    blended = engine.generate(prompt, Sampling(max_tokens=8), BlendOptions("query", 0.15, always=True))
     again = engine.generate(prompt, Sampling(max_tokens=8), BlendOptions("all"))
     assert again.token_ids[0] == full.token_ids[0]
     assert blended.stats.chunks_hit == 6
