@@ -28,6 +28,8 @@ NOTICEABLE: Final = 0.05  # a pass takes noticeably longer from this share on
 SMALLEST: Final = 16  # tokens of the smallest pass
 SPREAD: Final = 8  # what more tokens take is known if so many times more were observed
 EXPLORE: Final = 32  # of the time of the requests that are computed, measuring again takes one part in so many
+RECHECK: Final = 256  # blends of a size after which a prompt of it is computed once, to measure that again
+DOUBTFUL: Final = 3.0  # not where blending seems faster by so many times
 MOST_TOKENS: Final = 131_072  # a boundary is looked for up to here
 SHOWN: Final = (1024, 8192)  # sizes of the figures that are shown
 HEAD: Final = 64  # tokens of a typical prompt without KV: its question
@@ -549,3 +551,27 @@ class Exploration:
         due = saved >= max(extra, 1.0)
         self._debts[size] = 0.0 if due else saved
         return due
+
+
+class Recheck:
+    """When a request that would be blended is computed nevertheless, so that it is known what that takes now.
+
+    A server that blends all prompts of a size measures no prefills of it. If they were slow while something else used
+    the GPU, it would blend for ever what it computes as fast. By size of the prompt; only where a mistake is likely.
+    """
+
+    def __init__(self) -> None:
+        self._blends: dict[int, int] = {}
+
+    def is_due(self, tokens: int, forecast: Forecast) -> bool:
+        """Whether this request, of so many tokens without exact KV, is computed. Each call counts as one request."""
+        if DOUBTFUL * forecast.blend_ms <= forecast.compute_ms:
+            return False
+        size = tokens.bit_length()
+        self._blends[size] = count = self._blends.get(size, 0) + 1
+        return count > RECHECK
+
+    def on_computed(self, tokens: int) -> None:
+        """A step computed so many tokens: prompts of about that size need none."""
+        for size in range(tokens.bit_length() - 1, tokens.bit_length() + 2):
+            self._blends.pop(size, None)

@@ -119,6 +119,7 @@ class Decision(StrEnum):
     UNKNOWN = "blended: costs unknown"
     MEASURED = "blended: costs measured again"
     NOT_FASTER = "computed: not faster"
+    COMPUTED_AGAIN = "computed: costs measured again"
 
 
 _DECISIONS: Final[Mapping[str, str]] = {
@@ -127,7 +128,9 @@ _DECISIONS: Final[Mapping[str, str]] = {
     Decision.UNKNOWN: "Blended, since it is not known yet what computing or blending takes",
     Decision.MEASURED: "Blended, to measure again what that takes",
     Decision.NOT_FASTER: "Computed, since blending would not start the answer earlier",
+    Decision.COMPUTED_AGAIN: "Computed, to measure again what that takes",
 }
+COMPUTED: Final = (Decision.NOT_FASTER, Decision.COMPUTED_AGAIN)  # by decision, not for want of KV
 
 
 def decision_sentence(statistics: Mapping[str, Any]) -> str:

@@ -16,10 +16,12 @@ from lmcache_rag.costs import (
     KEEP,
     LEAST,
     LIMIT,
+    RECHECK,
     USED,
     CostModel,
     Exploration,
     Forecast,
+    Recheck,
     Work,
     non_negative_least_squares,
 )
@@ -351,3 +353,17 @@ def test_an_observation_is_limited_by_the_prediction() -> None:
     for _ in range(3):
         costs.lookup.observe((500,), 1000.0)
     assert (costs.lookup_ms(500) or 0) <= LIMIT * 2.0 * 1.01
+
+
+def test_computing_is_measured_where_all_is_blended() -> None:
+    recheck, close = Recheck(), Forecast(40.0, 60.0)
+    assert [recheck.is_due(4000, close) for _ in range(RECHECK)] == [False] * RECHECK
+    assert recheck.is_due(4000, close)
+    assert not recheck.is_due(500, close), "another size"
+    recheck.on_computed(3000)
+    assert not recheck.is_due(4000, close)
+
+
+def test_what_is_much_faster_blended_is_never_computed() -> None:
+    recheck = Recheck()
+    assert not any(recheck.is_due(16_000, Forecast(20.0, 61.0)) for _ in range(3 * RECHECK))

@@ -24,9 +24,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from lmcache_rag.budget import Budget
 from lmcache_rag.connector.metadata import BlendResult, Claim, StepShape, StepTime
-from lmcache_rag.costs import HEAD, SELECTING, CostModel, Exploration, Forecast, Work
+from lmcache_rag.costs import HEAD, SELECTING, CostModel, Exploration, Forecast, Recheck, Work
 from lmcache_rag.policies import at_most, get_policy
-from lmcache_rag.protocol import BOUNDARY_GAUGE, COST_GAUGE, Decision, named_spans
+from lmcache_rag.protocol import BOUNDARY_GAUGE, COMPUTED, COST_GAUGE, Decision, named_spans
 
 if TYPE_CHECKING:
     from lmcache_rag.connector.request_state import RequestState
@@ -182,7 +182,7 @@ class BlendGate:
     def __init__(self, costs: CostModel, min_gain: float | None, least_tokens: int = 128) -> None:
         self.lock = Lock()
         self.costs, self.min_gain, self._least = costs, min_gain, least_tokens
-        self._exploration = Exploration()
+        self._exploration, self._recheck = Exploration(), Recheck()
         self._exact = 1.0  # share of the tokens which vLLM did not hold that recent look-ups found as exact prefix
         self._file: Path | None = None
         self._kept = (0, time.monotonic())  # observations in the file, and when it was written
@@ -263,7 +263,7 @@ class BlendGate:
             auto = state.budget.auto and not busy  # beside others a token costs their time
             state.free = self.costs.free_tokens(prompt, state.policy) if auto else 0
             state.decision, state.forecast = self._decide(state, claimed, prompt, busy=busy)
-        return state.decision != Decision.NOT_FASTER
+        return state.decision not in COMPUTED
 
     @_locked
     def loads(self, state: RequestState, exact: int, prompt: int, *, busy: bool) -> bool:
@@ -302,7 +302,8 @@ class BlendGate:
         if forecast is None or (forecast.gains(self.min_gain) and not forecast.known):
             return Decision.UNKNOWN, None
         if forecast.gains(self.min_gain):
-            return Decision.BLENDED, forecast
+            again = not busy and not state.explores and self._recheck.is_due(prompt - work.exact, forecast)
+            return Decision.COMPUTED_AGAIN if again else Decision.BLENDED, forecast
         if state.explores or self._exploration.is_due(prompt, forecast):
             return Decision.MEASURED, forecast
         return Decision.NOT_FASTER, forecast
@@ -343,6 +344,7 @@ class BlendGate:
                 self.costs.finish.observe((1,), step.ms)
             elif not step.shape.blended:
                 self.costs.prefill.observe((step.shape.tokens, step.shape.context, 1), step.ms)
+                self._recheck.on_computed(step.shape.tokens)
         self._keep()
 
     # -- kept per model and GPU ---------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from lmcache_rag.demo.record import (
     speedup_words,
     totals,
 )
-from lmcache_rag.protocol import Decision, budget_words, decision_sentence
+from lmcache_rag.protocol import COMPUTED, budget_words, decision_sentence
 
 if TYPE_CHECKING:
     from lmcache_rag.demo.record import Check
@@ -218,7 +218,7 @@ class _PaneView:
             if self.name == "blended" and turn.problem is None and arm.why_not:
                 notes.append(f"This pane is not blended: {arm.why_not}. Start the server with `lmcache-rag serve`.")
             stats = turn.completion.stats if turn.completion else None
-            if self.name == "blended" and stats is not None and stats.decision == Decision.NOT_FASTER:
+            if self.name == "blended" and stats is not None and stats.decision in COMPUTED:
                 notes.append(decision_sentence(stats.as_dict()))
             if turn.completion and turn.completion.finish_reason == "length":
                 notes.append("The answer was cut at its longest; more tokens can be allowed in the settings.")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcache_rag import lazy_fill
 from lmcache_rag._utils import AsyncFromStream
-from lmcache_rag.costs import SELECTING, CostModel, Exploration, Work
+from lmcache_rag.costs import SELECTING, CostModel, Exploration, Recheck, Work
 from lmcache_rag.engines.base import (
     BlendOptions,
     ChunkReuse,
@@ -31,7 +31,7 @@ from lmcache_rag.engines.chunk_cache import ChunkCache, require_blendable
 from lmcache_rag.engines.kv_files import KVFiles
 from lmcache_rag.errors import ContextLengthError
 from lmcache_rag.policies import at_most, get_policy
-from lmcache_rag.protocol import DECISION, DEFAULT_MIN_GAIN, PREDICTED, Decision
+from lmcache_rag.protocol import COMPUTED, DECISION, DEFAULT_MIN_GAIN, PREDICTED, Decision
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -351,7 +351,7 @@ def _blend(
     prefix_ms = (time.perf_counter() - begin) * 1e3
     held = chunks.held(prompt)
     decided = gate.decide(prompt, held, blend) if gate is not None else {}
-    computed = decided.get(DECISION) == Decision.NOT_FASTER
+    computed = decided.get(DECISION) in COMPUTED
     hits = chunks.find(prompt, first=computed)
     lookup_ms = (time.perf_counter() - begin) * 1e3
     found = {span for span, _ in hits}
@@ -413,7 +413,7 @@ class EmbeddedGate:
 
     def __init__(self, min_gain: float | None) -> None:
         self.min_gain, self.costs = min_gain, CostModel()
-        self._exploration, self._lock = Exploration(), threading.Lock()
+        self._exploration, self._recheck, self._lock = Exploration(), Recheck(), threading.Lock()
 
     def decide(self, prompt: QueryPrompt, held: Mapping[ChunkSpan, str], blend: BlendOptions) -> dict[str, Any]:
         """The fields of ReuseStats for the decision; none where there is nothing to blend.
@@ -448,7 +448,8 @@ class EmbeddedGate:
             if forecast is None or (forecast.gains(self.min_gain) and not forecast.known):
                 return {DECISION: str(Decision.UNKNOWN)}
             if forecast.gains(self.min_gain):
-                decision = Decision.BLENDED
+                again = self._recheck.is_due(len(prompt) - exact, forecast)
+                decision = Decision.COMPUTED_AGAIN if again else Decision.BLENDED
             else:
                 due = self._exploration.is_due(len(prompt), forecast)
                 decision = Decision.MEASURED if due else Decision.NOT_FASTER
@@ -483,6 +484,7 @@ class EmbeddedGate:
         """So many tokens were computed after `context` others, up to the first token of an answer."""
         with self._lock:
             self.costs.prefill.observe((tokens, context, 0), seconds * 1e3)
+            self._recheck.on_computed(tokens)
 
 
 def _most(blend: BlendOptions, held: Mapping[ChunkSpan, str], exact: int) -> int:

@@ -160,7 +160,7 @@ def completion(
     if counts is not None and reported is not None:
         # Where nothing can be blended no chunk is missed, and the reason is logged once, not with each answer. Nor is
         # one where computing was as fast: the server may not even have looked them up.
-        computed = counts["decision"] == protocol.Decision.NOT_FASTER
+        computed = counts["decision"] in protocol.COMPUTED
         found = None if gathered.unsupported_reason or computed else chunks_found(prompt, reported, kv_block)
         hit, missed = (found.count(True), found.count(False)) if found is not None else (0, 0)
         counts |= {"chunks_hit": hit, "chunks_missed": missed}

@@ -24,7 +24,7 @@ from lmcache_rag.connector.metadata import (
     StepTime,
 )
 from lmcache_rag.connector.request_state import RequestState
-from lmcache_rag.costs import EXPLORE, KEEP, CostModel
+from lmcache_rag.costs import EXPLORE, KEEP, RECHECK, CostModel
 from lmcache_rag.protocol import BOUNDARY_GAUGE, COST_GAUGE, Decision
 
 
@@ -315,6 +315,18 @@ def test_while_others_run_the_gpus_time_decides() -> None:
     request = beside.request("a")
     assert (beside.side.match(request, 0) or 0) > 0
     assert beside.side._states["a"].decision == "blended"
+
+
+def test_slow_prefills_of_the_past_are_noticed() -> None:
+    """Computing took 1 ms for each token while something else used the GPU, and takes 0.05 now."""
+    world = once(costs(prefill=1.0, passes=0.5))
+    for number in range(RECHECK):
+        assert run(world, world.request(str(number)))["decision"] == "blended"
+    request = world.request("once")
+    assert run(world, request)["decision"] == "computed: costs measured again"
+    for _ in range(10 * KEEP):
+        world.side.gate.on_steps([StepTime(StepShape(size, 0), size / 20) for size in (*SIZES, 68)])
+    assert run(world, world.request("last"))["decision"] == "computed: not faster"
 
 
 def test_a_deferred_request_is_decided_once() -> None:
