@@ -194,14 +194,31 @@ class BlendGate:
     def skips_lookup(self, request: Any, state: RequestState, *, busy: bool) -> bool:
         """Whether the request is computed without a look-up: nothing that this could find would be worth it."""
         prompt = len(request.prompt_token_ids or ())
-        forecast = self._without_gain(request.kv_transfer_params, prompt, state, busy=busy)
+        if state.blend:
+            forecast = self._without_gain(request.kv_transfer_params, prompt, state, busy=busy)
+        else:
+            forecast = None if busy else self._without_prefix(prompt, state)
         if forecast is None:
             return False
         if self._exploration.is_due(prompt, forecast):
             state.explores = True
             return False
-        state.decision, state.forecast = Decision.NOT_FASTER, forecast
+        if state.blend:
+            state.decision, state.forecast = Decision.NOT_FASTER, forecast
         return True
+
+    def _without_prefix(self, prompt: int, state: RequestState) -> Forecast | None:
+        """Of a request that is not to be blended: with and without a look-up, where an exact prefix is not worth one.
+
+        None where it is. An ingestion is looked up always: what LMCache holds of it need not be computed.
+        """
+        if self.min_gain is None or state.ingest or state.explores:
+            return None
+        work = Work(prompt, state.local, state.local)
+        computed, lookup = self.costs.compute_ms(work, looked_up=False), self.costs.lookup_ms(prompt)
+        if computed is None or lookup is None or self._may_find_exact_prefix(work):
+            return None
+        return Forecast(computed + lookup, computed)
 
     def may_gain(self, params: Any, state: RequestState, *, busy: bool) -> bool:
         """Whether a new request is worth a look-up, by its accepted parameters. Decides and counts nothing.
@@ -313,7 +330,7 @@ class BlendGate:
     @_locked
     def on_found(self, state: RequestState, *, idle: bool) -> None:
         """A look-up has its result. Its time counts only where no step of other requests delayed it."""
-        if state.blend:
+        if not state.ingest:
             found = state.prefix - state.local
             share = found / max(state.prompt - 1 - state.local, 1) if found >= self._least else 0.0
             self._exact += EXACT_SHARE * (min(share, 1.0) - self._exact)

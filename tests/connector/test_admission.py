@@ -25,7 +25,7 @@ from lmcache_rag.connector.metadata import (
 )
 from lmcache_rag.connector.request_state import RequestState
 from lmcache_rag.costs import EXPLORE, KEEP, RECHECK, CostModel
-from lmcache_rag.protocol import BOUNDARY_GAUGE, COST_GAUGE, Decision
+from lmcache_rag.protocol import BLEND, BOUNDARY_GAUGE, COST_GAUGE, Decision
 
 
 def test_an_idle_engine_blends_one_within_the_step() -> None:
@@ -211,6 +211,25 @@ def test_a_short_exact_prefix_is_no_reason_to_look_up(monkeypatch: pytest.Monkey
     for number in range(4 * EXPLORE):
         run(longer, longer.request(str(number), cached=(32, ())))
     assert len(longer.lookups) == 4 * EXPLORE
+
+
+def test_without_blending_a_useless_lookup_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_found = BlendGate.on_found  # those of this test take no time
+    monkeypatch.setattr(BlendGate, "on_found", lambda gate, state, *, idle: on_found(gate, state, idle=False))
+
+    def off(world: Once, name: str, cached: Any) -> dict[str, Any]:
+        request = world.request(name, cached=cached)
+        request.kv_transfer_params = {BLEND: "off"}
+        return run(world, request)
+
+    world = once(costs(prefill=1.0, lookup=0.2))
+    for number in range(4 * EXPLORE):
+        assert "decision" not in off(world, str(number), (0, ())), "there was nothing to decide"
+    assert EXPLORE / 8 < len(world.lookups) < 2 * EXPLORE, "now and then one is looked up"
+    found = once(costs(prefill=1.0, lookup=0.2))
+    for number in range(4 * EXPLORE):
+        off(found, str(number), (32, ()))
+    assert len(found.lookups) == 4 * EXPLORE, "they find what is worth them"
 
 
 def test_what_is_unknown_is_tried() -> None:
