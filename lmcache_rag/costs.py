@@ -431,7 +431,8 @@ class CostModel:
         """How many tokens a blend can compute before its passes take noticeably longer than with SMALLEST; 0: unknown.
 
         Known only between the smallest and the largest number that was observed, and if those are far apart: from one
-        size alone the whole time would count as constant, and every token as free.
+        size alone the whole time would count as constant, and every token as free. Nor is a token free that takes time
+        in a prefill, where noise hides that in the times of blends.
 
         Args:
             context: Tokens of the prompt.
@@ -446,11 +447,17 @@ class CostModel:
         low, high = SMALLEST, max(min(context, int(many)), SMALLEST)
         while low < high:
             middle = (low + high + 1) // 2
-            if (self.passes_ms(policy, middle, context) or 0.0) <= (1 + NOTICEABLE) * least:
+            more = (self.passes_ms(policy, middle, context) or 0.0) - least
+            if max(more, self._more_prefill(middle)) <= NOTICEABLE * least:
                 low = middle
             else:
                 high = middle - 1
         return low
+
+    def _more_prefill(self, tokens: int) -> float:
+        """How much longer a bare prefill of so many tokens takes than one of SMALLEST; 0 if that is unknown."""
+        few, many = self.prefill_ms(SMALLEST, served=False), self.prefill_ms(tokens, served=False)
+        return many - few if few is not None and many is not None else 0.0
 
     def boundary(
         self, computed: Callable[[int], int], min_gain: float, *, tier: str = "l1", policy: str = "query"

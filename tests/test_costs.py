@@ -289,6 +289,17 @@ def test_no_token_is_free_as_long_as_one_size_was_seen() -> None:
     assert 0 < costs.free_tokens(900) <= 200, "not more than were observed"
 
 
+def test_what_takes_time_in_a_prefill_is_not_free() -> None:
+    """Blends of 16 to 4,000 tokens took 40 ms on a GPU that others used; 1,000 more tokens of a prefill take 10."""
+    costs = CostModel()
+    for size in (16, 200, 1000, 4000) * KEEP:
+        costs.observe_passes("query", size, 8000, 40.0)
+    assert costs.free_tokens(8000) == 4000
+    for size in (16, 200, 1000, 4000) * KEEP:
+        costs.prefill.observe((size, 0, 0), 5 + size / 100)
+    assert 150 < costs.free_tokens(8000) < 300, "2 ms more are 5% of a blend"
+
+
 @pytest.mark.parametrize("context", [4096, 16384])
 def test_free_tokens_end_where_a_pass_takes_longer(context: int) -> None:
     assert 100 < measured().free_tokens(context) < 650, "400 are free on that GPU"
