@@ -564,7 +564,7 @@ class Recheck:
     """When a request that would be blended is computed nevertheless, so that it is known what that takes now.
 
     A server that blends all prompts of a size measures no prefills of it. If they were slow while something else used
-    the GPU, it would blend for ever what it computes as fast. By size of the prompt; only where a mistake is likely.
+    the GPU, it would go on blending what it computes as fast. By size of the prompt; only where a mistake is likely.
     """
 
     def __init__(self) -> None:
@@ -575,8 +575,10 @@ class Recheck:
         if DOUBTFUL * forecast.blend_ms <= forecast.compute_ms:
             return False
         size = tokens.bit_length()
-        self._blends[size] = count = self._blends.get(size, 0) + 1
-        return count > RECHECK
+        due = self._blends.get(size, 0) >= RECHECK
+        # Counted anew even if this one's time is not observed, since others run beside it: one in so many, not all.
+        self._blends[size] = 0 if due else self._blends.get(size, 0) + 1
+        return due
 
     def on_computed(self, tokens: int) -> None:
         """A step computed so many tokens: prompts of about that size need none."""

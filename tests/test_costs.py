@@ -370,9 +370,11 @@ def test_computing_is_measured_where_all_is_blended() -> None:
     recheck, close = Recheck(), Forecast(40.0, 60.0)
     assert [recheck.is_due(4000, close) for _ in range(RECHECK)] == [False] * RECHECK
     assert recheck.is_due(4000, close)
+    assert not recheck.is_due(4000, close), "one is enough, even if its time is not observed"
     assert not recheck.is_due(500, close), "another size"
+    found = [recheck.is_due(4000, close) for _ in range(RECHECK - 2)]
     recheck.on_computed(3000)
-    assert not recheck.is_due(4000, close)
+    assert not any([*found, recheck.is_due(4000, close), recheck.is_due(4000, close)]), "it is known again"
 
 
 def test_what_is_much_faster_blended_is_never_computed() -> None:

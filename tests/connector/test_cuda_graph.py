@@ -101,7 +101,7 @@ class CudaGraph(captured_module.CudaGraph):
 
 
 class Spy:
-    """Policy `query` that keeps what it was told."""
+    """Policy `query` that keeps what it observed."""
 
     name: ClassVar[str] = "query"
     check_layer = None
@@ -110,8 +110,8 @@ class Spy:
         self._asks = {"window": window, "from_layer": from_layer, "reduce": reduce}
 
     def scores(self, layout: Any, passes: Any) -> torch.Tensor:
-        self.told: torch.Tensor = passes.suffix_attention(**self._asks)
-        return self.told
+        self.observed: torch.Tensor = passes.suffix_attention(**self._asks)
+        return self.observed
 
 
 class Request:
@@ -173,8 +173,8 @@ def test_a_replay_is_the_pass_that_was_launched(device: str, reduce: str) -> Non
         want, want_kv = request.run(launched, was)
         got, got_kv = request.run(replayed, now)
         assert graph.replays == number
-        torch.testing.assert_close(now.told, was.told, atol=1e-4, rtol=1e-3)
-        assert was.told.sum() > 0
+        torch.testing.assert_close(now.observed, was.observed, atol=1e-4, rtol=1e-3)
+        assert was.observed.sum() > 0
         assert (got.recomputed, got.gaps) == (want.recomputed, want.gaps)
         torch.testing.assert_close(got.observed_sum, want.observed_sum, atol=1e-3, rtol=1e-3)
         torch.testing.assert_close(got_kv, want_kv, atol=1e-3, rtol=1e-3, equal_nan=True)
@@ -229,7 +229,7 @@ def test_anything_else_is_launched(request_: Request, policy: dict[str, Any]) ->
     request_.run(model, now)
     request_.run(launched, was)
     assert graph.replays == 0
-    assert torch.equal(now.told, was.told)
+    assert torch.equal(now.observed, was.observed)
 
 
 def test_every_replay_reads_the_same_tensors() -> None:

@@ -280,6 +280,8 @@ def test_a_request_aborted_at_once_holds_nothing() -> None:
     world.send(request)
     world.arrive(request)
     world.end(request)
+    assert len(world.early) == 0
+    assert not world.side._states
 
 
 def test_a_request_that_never_comes_holds_nothing() -> None:
@@ -342,4 +344,4 @@ def test_an_ingested_chunk_may_be_resident() -> None:
         own = [*range(start, start + 8)]
         resident.forget(array("q", own + chunk), chunk_hashes(None, own + chunk, block), 8)
     assert not chunks.may_be_enough(params, prompt)
-    assert not resident._digests, "it would grow for ever"
+    assert not resident._digests, "it would grow without end"

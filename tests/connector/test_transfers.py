@@ -168,7 +168,7 @@ class VLLM:
         self.side = FinishedOnce()
         self.workers = [FinishedGate() for _ in range(ranks)]
         self.loaded: dict[int, set[str]] = {rank: {"a"} for rank in range(ranks)}  # still to come
-        self.told = {"loaded": set[int](), "stored": set[int]()}
+        self.reported = {"loaded": set[int](), "stored": set[int]()}
 
     def abort(self) -> None:
         if self.requests.get("a") in ("loading", "runs"):
@@ -186,15 +186,15 @@ class VLLM:
             words.append((done, stored))
         for rank, (done, stored) in enumerate(words):
             if done:
-                self.told["loaded"].add(rank)
+                self.reported["loaded"].add(rank)
             if stored:
-                self.told["stored"].add(rank)
+                self.reported["stored"].add(rank)
         self.pending = words
 
     def hear(self, before: dict[str, bool]) -> None:
         everyone = len(self.workers)
-        loaded = {"a"} if not before["loaded"] and len(self.told["loaded"]) == everyone else set()
-        stored = {"a"} if not before["stored"] and len(self.told["stored"]) == everyone else set()
+        loaded = {"a"} if not before["loaded"] and len(self.reported["loaded"]) == everyone else set()
+        stored = {"a"} if not before["stored"] and len(self.reported["stored"]) == everyone else set()
         stored = self.side.stored(loaded, stored)
         for name in loaded:
             assert name in self.requests
@@ -217,14 +217,14 @@ def test_in_any_order_on_any_ranks_it_is_freed_once(
     ranks: int, arrivals: list[tuple[bool, bool]], abort_at: int, late: bool
 ) -> None:
     vllm = VLLM(ranks)
-    told = False  # the workers know that it ended
+    known = False  # the workers know that it ended
     for number, arrives in enumerate([*arrivals, (True, True), (False, False), (False, False)]):
         if number == abort_at and not late:
             vllm.abort()
-        before = {name: len(ranks_told) == ranks for name, ranks_told in vllm.told.items()}
-        ends = not told and (vllm.requests.get("a") == "ended" or number == 7)
+        before = {name: len(ranks_reported) == ranks for name, ranks_reported in vllm.reported.items()}
+        ends = not known and (vllm.requests.get("a") == "ended" or number == 7)
         vllm.step(ends, list(arrives))
-        told = told or ends
+        known = known or ends
         if number == abort_at and late:
             vllm.abort()  # while the step's output is on its way
         vllm.hear(before)

@@ -41,7 +41,7 @@ class RussianFacts:
         """
         rng, town = self._rng, take(self._towns)
         # The towns are masculine and end in a hard consonant, so this is the genitive; numbers that end in 0 or 5
-        # take the genitive plural; surnames and goods stand in the nominative, as in the answer.
+        # take the genitive plural; surnames and goods are in the nominative, as in the answer.
         of = f"{town}а"
         year, code = str(rng.randint(1612, 1987)), str(rng.randint(10_000, 99_999))
         length, books = str(5 * rng.randint(21, 99)), str(5 * rng.randint(210, 1990))
