@@ -125,9 +125,24 @@ class FaissStore(VectorStore):
         """Async version of add_documents, in a thread."""
         return await asyncio.to_thread(self.add_documents, documents, **kwargs)
 
-    def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool:
-        """Remove documents; None removes all. Unknown ids are ignored."""
+    def delete(self, ids: list[str] | None = None, *, filter: Filter | None = None, **kwargs: Any) -> bool:
+        """Remove documents by id, by filter (see matches_filters), or by both; without either, all.
+
+        Unknown ids are ignored.
+
+        Raises:
+            ConfigError: Another keyword was given, or the filter is empty or not valid.
+        """
+        if kwargs:
+            raise ConfigError(
+                f"FaissStore.delete has no keyword {sorted(kwargs)[0]!r}.", remedy="Give ids, filter, or both."
+            )
         wanted = self.store.registry.doc_ids() if ids is None else [str(key) for key in ids]
+        if filter is not None:
+            if not filter:
+                raise ConfigError("The filter is empty.", remedy="Leave it out to delete all documents.")
+            matches = matches_filters(filter)
+            wanted = [str(document.id) for document in self.get_by_ids(wanted) if matches(document)]
         if wanted:
             with self.store.writing(timeout=30.0):
                 self.store.registry.remove_documents(wanted)
@@ -304,6 +319,11 @@ def _condition(name: str, value: Any) -> Callable[[Document], bool]:
         parts = [matches_filters(part) for part in value]
         combine = all if name == "$and" else any
         return lambda document: combine(part(document) for part in parts)
+    if name.startswith("$"):
+        raise ConfigError(
+            f"The filter has the operator {name!r}, which is not known.",
+            remedy="Conditions are combined by $and and $or; or give a function of a Document as filter.",
+        )
     if not isinstance(value, Mapping):
         wanted = list(value) if isinstance(value, list | tuple | set | frozenset) else [value]
         return lambda document: name in document.metadata and document.metadata[name] in wanted

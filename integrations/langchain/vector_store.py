@@ -12,7 +12,7 @@ from typing import Any
 
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
-from langchain_core.vectorstores import VectorStore
+from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
 
 from lmcache_rag.embedding import SentenceTransformerEmbedder
 from lmcache_rag.errors import ConfigError, LMCacheRAGError
@@ -142,17 +142,32 @@ class LMCacheVectorStore(VectorStore):
     # -- deletions ------------------------------------------------------------------------------------------------
 
     def delete(self, ids: list[str] | None = None, **kwargs: Any) -> bool | None:
-        """Remove documents, and KV that no other document needs; None removes all."""
-        wanted = self._all_ids() if ids is None else list(ids)
-        done = self.inner.delete(wanted, **kwargs) if wanted else True
-        self.register.remove(wanted)
+        """Remove documents, and KV that no other document needs.
+
+        Args:
+            ids: Their ids. None removes all, unless keywords select some.
+            kwargs: The vector store's own, for example `filter` of our FaissStore or `where` of Chroma. Only the KV of
+                documents that it no longer holds is dropped then.
+
+        Raises:
+            ConfigError: The vector store ignores keywords, or cannot say which documents it deleted.
+        """
+        if ids is not None and not ids:
+            return True
+        before = self._deletable(ids, kwargs)
+        wanted = sorted(before) if ids is None and not kwargs else ids
+        done = self.inner.delete(wanted, **kwargs) if wanted or kwargs else True
+        self._forget(before, done, kwargs)
         return done
 
     async def adelete(self, ids: list[str] | None = None, **kwargs: Any) -> bool | None:
         """Async version of delete."""
-        wanted = await asyncio.to_thread(self._all_ids) if ids is None else list(ids)
-        done = await self.inner.adelete(wanted, **kwargs) if wanted else True
-        await asyncio.to_thread(lambda: self.register.remove(wanted))
+        if ids is not None and not ids:
+            return True
+        before = await asyncio.to_thread(self._deletable, ids, kwargs)
+        wanted = sorted(before) if ids is None and not kwargs else ids
+        done = await self.inner.adelete(wanted, **kwargs) if wanted or kwargs else True
+        await asyncio.to_thread(self._forget, before, done, kwargs)
         return done
 
     def delete_collection(self) -> None:
@@ -248,9 +263,39 @@ class LMCacheVectorStore(VectorStore):
             )
         register({key: doc.page_content for key, doc in zip(ids, documents, strict=True)})
 
-    def _all_ids(self) -> list[str]:
+    def _deletable(self, ids: list[str] | None, kwargs: dict[str, Any]) -> set[str]:
+        """Return the documents that a deletion may remove: with keywords, the registered ones that are there now."""
+        if kwargs and getattr(type(self.inner), "delete", None) is InMemoryVectorStore.delete:
+            raise ConfigError(
+                f"{type(self.inner).__name__} deletes by ids only, and ignores {', '.join(map(repr, sorted(kwargs)))}.",
+                remedy="Give the ids of the documents.",
+            )
+        if ids is not None:
+            return set(ids)
+        if not kwargs:
+            return self.register.ids() | set(_texts_of(self.inner) or ())
+        held = self._held(self.register.ids())
+        if held is None:
+            raise ConfigError(
+                f"{type(self.inner).__name__} cannot say which documents it deletes by {', '.join(sorted(kwargs))}.",
+                remedy="Give their ids, so that their KV is dropped with them.",
+            )
+        return held
+
+    def _forget(self, before: set[str], done: bool | None, kwargs: dict[str, Any]) -> None:
+        """Drop the KV of documents that were deleted: all of `before`, unless keywords or a failure left some."""
+        left = self._held(before) if kwargs or done is False else set()
+        self.register.remove(before - (before if left is None else left))
+
+    def _held(self, ids: set[str]) -> set[str] | None:
+        """Return which of the ids the vector store holds, or None if it cannot say."""
         live = _texts_of(self.inner)
-        return sorted(self.register.ids() | set(live or ()))
+        if live is not None:
+            return ids & live.keys()
+        try:
+            return {str(document.id) for document in self.inner.get_by_ids(sorted(ids))} if ids else set()
+        except NotImplementedError:
+            return None
 
     def _own(self, embedding: Embeddings | None, space: str) -> FaissStore:
         opened = self._source if isinstance(self._source, Workspace) else None

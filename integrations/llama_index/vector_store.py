@@ -391,7 +391,7 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         """Return the nodes that the wrapped store no longer holds."""
         if isinstance(self._inner, SimpleVectorStore):
             return before - set(self._inner.data.embedding_dict)
-        return before
+        return before - self._held(sorted(before), None) if before else before
 
     def __getstate__(self) -> dict[Any, Any]:
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import llama_index.core
@@ -125,6 +126,17 @@ async def test_a_filter_without_match_skips_the_inner_store(store, corpus, monke
         await done
     assert asked == []
     assert store.kv.ids() == {"0"}
+
+
+@pytest.mark.parametrize("twin", ["delete_nodes", "adelete_nodes"])
+async def test_deletion_that_names_no_nodes_keeps_their_kv(store, workspace, tmp_path, corpus, twin):
+    """Most stores then delete nothing."""
+    await store.async_add([node(text, "d", name=str(i), number=i) for i, text in enumerate(corpus[:2])])
+    with contextlib.suppress(ValueError):  # Chroma refuses
+        done = getattr(store, twin)()
+        if twin == "adelete_nodes":
+            await done
+    same(store, workspace, tmp_path)
 
 
 def test_a_store_without_list_fails_before_deleting(workspace, corpus):
