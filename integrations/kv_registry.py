@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from lmcache_rag.engines.base import Engine
 from lmcache_rag.errors import ConfigError, DocumentError, EngineError, EngineUnavailableError
@@ -194,6 +196,21 @@ _by_engine: weakref.WeakValueDictionary[tuple[int, str], Workspace] = weakref.We
 _URLS = ("openai_api_base", "api_base", "base_url")
 _KEYS = ("openai_api_key", "api_key")
 _MODELS = ("model_name", "model")
+# LLM classes by the package that defines them: langchain_ollama, llama_index.llms.ollama, ...
+_LLM_PACKAGES = re.compile(r"(?:llama_index\.llms\.|langchain_(?!core|classic|community))(\w+)")
+_VLLM_CLIENTS = {"openai", "openai_like"}  # also what others derive from them: a server decides what it can
+_HOSTED = (  # services that run no connector of ours
+    "openai.com",
+    "openai.azure.com",
+    "anthropic.com",
+    "googleapis.com",
+    "mistral.ai",
+    "deepseek.com",
+    "groq.com",
+    "openrouter.ai",
+    "together.xyz",
+    "fireworks.ai",
+)
 
 
 def as_workspace(source: Any, *, store: str | Path | None = None, model: str | None = None) -> Workspace:
@@ -223,13 +240,34 @@ def as_workspace(source: Any, *, store: str | Path | None = None, model: str | N
             if workspace is None:
                 workspace = _by_engine[id(source), folder] = Workspace.open(folder, engine=source)
             return workspace
-    url = _attribute(source, _URLS)
-    if url is None or "api.openai.com" in str(url):
-        raise ConfigError(
-            f"{type(source).__name__} has no vLLM server URL.",
-            remedy="Give a langchain_openai or OpenAILike object with its URL, a URL, an engine or a Workspace.",
-        )
-    return _for_server(str(url), _attribute(source, _KEYS), model or _attribute(source, _MODELS), folder)
+    url = server_url_of(source)
+    return _for_server(url, _attribute(source, _KEYS), model or _attribute(source, _MODELS), folder)
+
+
+def server_url_of(llm: Any) -> str:
+    """Return the server that an LLM object of a framework calls.
+
+    Raises:
+        ConfigError: It is not a client of a vLLM server, as far as its class and URL show.
+    """
+    url, kind = _attribute(llm, _URLS), type(llm)
+    others = [match[1] for cls in kind.__mro__ if (match := _LLM_PACKAGES.match(cls.__module__))]
+    host = urlsplit(str(url)).hostname or "" if url else ""
+    why = ""
+    if others and not _VLLM_CLIENTS & set(others):
+        why = f": it is the client of something else ({others[0].replace('_', '-')})"
+    elif any(host == name or host.endswith(f".{name}") for name in _HOSTED):
+        why = f": it calls {host}"
+    elif url:
+        return str(url)
+    raise ConfigError(
+        f"{kind.__name__} has no vLLM server URL{why}. Only vLLM with this library's connector, and the embedded "
+        "engine, reuse the KV of passages.",
+        remedy='Start "lmcache-rag serve MODEL" and give the client of that server: OpenAILike(model="MODEL", '
+        'api_base="http://localhost:8000/v1", api_key="none") in LlamaIndex, ChatOpenAI(model="MODEL", '
+        'base_url="http://localhost:8000/v1", api_key="none") in LangChain, or its URL. Without a server, give '
+        'Workspace.open("my-store", model="MODEL"), which answers in this process.',
+    )
 
 
 def _for_server(url: str, key: Any, model: str | None, store: str) -> Workspace:

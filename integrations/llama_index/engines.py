@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama_index.core.base.llms.types import ChatMessage
 from llama_index.core.callbacks import CallbackManager
 from llama_index.core.chat_engine import ContextChatEngine
+from llama_index.core.chat_engine.types import AgentChatResponse, StreamingAgentChatResponse
 from llama_index.core.indices.base import BaseIndex
 from llama_index.core.memory import BaseMemory, Memory
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
@@ -20,11 +21,13 @@ from lmcache_rag.errors import ConfigError
 from lmcache_rag.workspace import Workspace
 
 from .prompts import ChangedPassageWarner, with_system
-from .synthesizer import BlendSynthesizer
+from .synthesizer import BlendSynthesizer, ReuseMetadata, collect_reuse
 
 if TYPE_CHECKING:
     from lmcache_rag.rag import RAG
     from lmcache_rag.store import Hit
+
+ChatAnswer = TypeVar("ChatAnswer", AgentChatResponse, StreamingAgentChatResponse)
 
 _RESPONSE_OPTIONS = (
     "response_mode",
@@ -227,6 +230,30 @@ class BlendChatEngine(ContextChatEngine):
         )
         self._synthesizer = synthesizer
 
+    def chat(self, *args: Any, **kwargs: Any) -> AgentChatResponse:
+        """Answer a message; `response.metadata["lmcache_rag"]` reports what was reused."""
+        with collect_reuse() as found:
+            response: AgentChatResponse = super().chat(*args, **kwargs)
+            return _with_reuse(response, found)
+
+    async def achat(self, *args: Any, **kwargs: Any) -> AgentChatResponse:
+        """Async version of chat."""
+        with collect_reuse() as found:
+            response: AgentChatResponse = await super().achat(*args, **kwargs)
+            return _with_reuse(response, found)
+
+    def stream_chat(self, *args: Any, **kwargs: Any) -> StreamingAgentChatResponse:
+        """Answer piece by piece; the metadata is filled in when the stream has ended."""
+        with collect_reuse() as found:
+            response: StreamingAgentChatResponse = super().stream_chat(*args, **kwargs)
+            return _with_reuse(response, found)
+
+    async def astream_chat(self, *args: Any, **kwargs: Any) -> StreamingAgentChatResponse:
+        """Async version of stream_chat."""
+        with collect_reuse() as found:
+            response: StreamingAgentChatResponse = await super().astream_chat(*args, **kwargs)
+            return _with_reuse(response, found)
+
     def _get_nodes(self, message: str) -> list[NodeWithScore]:
         nodes = self._retriever.retrieve(message)
         return self._synthesizer.noticer.postprocess(self._node_postprocessors, nodes, QueryBundle(message))
@@ -239,6 +266,12 @@ class BlendChatEngine(ContextChatEngine):
         self, chat_history: list[ChatMessage], streaming: bool = False
     ) -> BlendSynthesizer:
         return self._synthesizer.after(chat_history, streaming=streaming)
+
+
+def _with_reuse(response: ChatAnswer, found: list[ReuseMetadata]) -> ChatAnswer:
+    """Add the reuse metadata; without passages there is none. A stream's class has no such field of its own."""
+    response.metadata = {"lmcache_rag": found[-1]} if found else {}  # type: ignore[attr-defined]
+    return response
 
 
 def as_blend_chat_engine(

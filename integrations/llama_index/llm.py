@@ -29,7 +29,7 @@ from lmcache_rag.errors import ConfigError, PromptError
 from lmcache_rag.prompt import PromptBuilder, PromptFormat, Turn
 from lmcache_rag.workspace import Workspace
 
-from ..blender import Blender, BlendPrompt, join_turns
+from ..blender import Blender, BlendPrompt, counts, join_turns
 from ..kv_registry import as_workspace
 
 # No text of ours: the conversation alone, in the model's own chat template.
@@ -174,19 +174,41 @@ def workspace_of(source: Any) -> Workspace:
     return source.blender.workspace if isinstance(source, EngineLLM) else as_workspace(source)
 
 
+class EngineAnswer(dict[str, Any]):
+    """A finished answer as a response's `raw`: a dictionary like that of OpenAI's API, for callback handlers.
+
+    Attributes:
+        completion: The engine's answer.
+    """
+
+    completion: Completion
+
+    @classmethod
+    def of(cls, done: Completion) -> EngineAnswer:
+        """Make one. `usage` has the engine's own counts, so that a TokenCountingHandler need not estimate them."""
+        prompt, answer = done.stats.prompt_tokens, len(done.token_ids)
+        made = cls(
+            usage={"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer},
+            finish_reason=done.finish_reason,
+            lmcache_rag={"stats": counts(done.stats), "warnings": list(done.warnings)},
+        )
+        made.completion = done
+        return made
+
+
 def _response(done: Completion) -> CompletionResponse:
-    return CompletionResponse(text=done.text, raw=done)
+    return CompletionResponse(text=done.text, raw=EngineAnswer.of(done))
 
 
 def _responses(events: Iterator[StreamEvent]) -> CompletionResponseGen:
-    """Convert events to LlamaIndex's stream of responses; the last one has our Completion as `raw`."""
+    """Convert events to LlamaIndex's stream of responses; the last one has an EngineAnswer as `raw`."""
     text = ""
     for event in events:
         if isinstance(event, TextDelta):
             text += event.text
             yield CompletionResponse(text=text, delta=event.text)
         else:
-            yield CompletionResponse(text=event.text, delta="", raw=event)
+            yield CompletionResponse(text=event.text, delta="", raw=EngineAnswer.of(event))
 
 
 async def _aresponses(events: AsyncIterator[StreamEvent]) -> CompletionResponseAsyncGen:
@@ -197,7 +219,7 @@ async def _aresponses(events: AsyncIterator[StreamEvent]) -> CompletionResponseA
                 text += event.text
                 yield CompletionResponse(text=text, delta=event.text)
             else:
-                yield CompletionResponse(text=event.text, delta="", raw=event)
+                yield CompletionResponse(text=event.text, delta="", raw=EngineAnswer.of(event))
 
 
 def _as_chat(part: CompletionResponse) -> ChatResponse:

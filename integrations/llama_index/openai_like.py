@@ -16,7 +16,8 @@ from lmcache_rag.errors import ConfigError
 from lmcache_rag.protocol import CHUNKS, PREFIX, SPANS
 
 from ..blender import Blender, BlendPrompt
-from .llm import EngineLLM
+from ..kv_registry import server_url_of
+from .llm import EngineAnswer, EngineLLM
 
 _PROMPT_KEYS = (  # keys of kv_transfer_params that belong to the prompt itself
     "prompt_token_ids",
@@ -39,10 +40,12 @@ class BlendClient:
         blender: Builds the prompts.
 
     Raises:
-        ConfigError: The LLM requests several answers to one question.
+        ConfigError: The LLM requests several answers to one question, or is no client of a vLLM server.
     """
 
     def __init__(self, llm: LLM, blender: Blender) -> None:
+        if not isinstance(llm, EngineLLM):
+            server_url_of(llm)  # refuses what is no client of a vLLM server
         self.llm, self.blender = llm, blender
         if int(self._additional.get("n") or 1) > 1:
             raise ConfigError("The LLM requests several answers at once (n).", remedy="Leave n out.")
@@ -63,8 +66,8 @@ class BlendClient:
                 if call.chat
                 else call.llm.complete(call.input, formatted=True, **call.kwargs)
             )
-        if isinstance(response.raw, Completion):
-            return response.raw
+        if isinstance(response.raw, EngineAnswer):
+            return response.raw.completion
         gathered.take(response.raw)
         return self._finished(gathered, prompt, blend, call, streamed=False)
 
@@ -78,8 +81,8 @@ class BlendClient:
                 response = await call.llm.achat(call.input, **call.kwargs)
             else:
                 response = await call.llm.acomplete(call.input, formatted=True, **call.kwargs)
-        if isinstance(response.raw, Completion):
-            return response.raw
+        if isinstance(response.raw, EngineAnswer):
+            return response.raw.completion
         gathered.take(response.raw)
         return await asyncio.to_thread(self._finished, gathered, prompt, blend, call, streamed=False)
 
@@ -87,6 +90,7 @@ class BlendClient:
         """TextDelta events, then one Completion. Errors as for answer."""
         call = self._call(prompt, blend, kwargs)
         gathered = self.blender.gather()
+        done: Completion | None = None
         with _connection_advice(), _closing(call.llm):
             parts: Iterator[Any] = (
                 call.llm.stream_chat(call.input, **call.kwargs)
@@ -94,14 +98,13 @@ class BlendClient:
                 else call.llm.stream_complete(call.input, formatted=True, **call.kwargs)
             )
             for part in parts:
-                if isinstance(part.raw, Completion):
-                    yield part.raw
-                    return
-                if part.raw is not None:
+                if isinstance(part.raw, EngineAnswer):
+                    done = part.raw.completion  # and go on to the end: LlamaIndex then reports the LLM's answer
+                elif part.raw is not None:
                     gathered.take(part.raw)
                 if part.delta:
                     yield TextDelta(part.delta)
-        yield self._finished(gathered, prompt, blend, call, streamed=True)
+        yield done or self._finished(gathered, prompt, blend, call, streamed=True)
 
     async def astream(
         self, prompt: BlendPrompt, *, blend: BlendOptions | None = None, **kwargs: Any
@@ -109,6 +112,7 @@ class BlendClient:
         """Async version of stream."""
         call = self._call(prompt, blend, kwargs)
         gathered = self.blender.gather()
+        done: Completion | None = None
         async with _aclosing(call.llm):
             parts: Any = (
                 await call.llm.astream_chat(call.input, **call.kwargs)
@@ -117,14 +121,15 @@ class BlendClient:
             )
             async with aclosing(parts):
                 async for part in parts:
-                    if isinstance(part.raw, Completion):
-                        yield part.raw
-                        return
-                    if part.raw is not None:
+                    if isinstance(part.raw, EngineAnswer):
+                        done = part.raw.completion
+                    elif part.raw is not None:
                         gathered.take(part.raw)
                     if part.delta:
                         yield TextDelta(part.delta)
-        yield await asyncio.to_thread(self._finished, gathered, prompt, blend, call, streamed=True)
+        if done is None:
+            done = await asyncio.to_thread(self._finished, gathered, prompt, blend, call, streamed=True)
+        yield done
 
     # -- inside ---------------------------------------------------------------------------------------------------
 

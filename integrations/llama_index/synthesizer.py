@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
-from collections.abc import AsyncGenerator, Generator, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage
@@ -75,6 +77,21 @@ def emit_blend_event(prompt: BlendPrompt, done: Completion, changed: int) -> dic
 
 class ReuseMetadata(dict[str, Any]):
     """The fields of the BlendEvent; empty until a stream has ended."""
+
+
+# What answers reuse, inside collect_reuse(): LlamaIndex's chat engines do not pass a response's metadata on.
+_collected: ContextVar[list[ReuseMetadata] | None] = ContextVar("collected", default=None)
+
+
+@contextmanager
+def collect_reuse() -> Iterator[list[ReuseMetadata]]:
+    """Collect the reuse metadata of the answers that are made meanwhile, in this thread or task."""
+    found: list[ReuseMetadata] = []
+    token = _collected.set(found)
+    try:
+        yield found
+    finally:
+        _collected.reset(token)
 
 
 class AnswerText(str):
@@ -331,4 +348,6 @@ class BlendSynthesizer(BaseSynthesizer):
         response = super()._prepare_response_output(text, source_nodes)
         if reuse is not None:
             response.metadata = {**(response.metadata or {}), "lmcache_rag": reuse}
+            if (collected := _collected.get()) is not None:
+                collected.append(reuse)
         return response

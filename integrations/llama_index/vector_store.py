@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -230,13 +230,13 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         """Remove the nodes of a document, then their KV."""
         with self._lock:
             self._inner.delete(ref_doc_id, **delete_kwargs)
-            self._register.remove(self._register.ids(ref_doc_id))
+            self._register.remove(self._gone(self._register.ids(ref_doc_id), delete_kwargs))
 
     async def adelete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         """Async version of delete."""
         async with self._lock:
             await self._inner.adelete(ref_doc_id, **delete_kwargs)
-            await in_thread(self._register.remove, self._register.ids(ref_doc_id))
+            await in_thread(self._register.remove, self._gone(self._register.ids(ref_doc_id), delete_kwargs))
 
     def delete_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
@@ -244,27 +244,25 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         """Remove nodes by id and filters, as the wrapped store supports them, then their KV.
 
         Raises:
-            ConfigError: Filters were given, and the wrapped store cannot list the nodes that match them.
+            ConfigError: Neither ids nor filters were given, or the wrapped store cannot list the nodes that match.
         """
-        gone = node_ids if filters is None else None
         with self._lock:
-            before = self._held(node_ids, filters) if gone is None else set()
+            before = self._named(node_ids, filters)
             arguments = self._delete_arguments(node_ids, filters, before)
             if arguments != ([], None):
                 self._inner.delete_nodes(*arguments, **delete_kwargs)
-            self._register.remove(self._gone(before) if gone is None else gone)
+            self._register.remove(self._gone(before, delete_kwargs))
 
     async def adelete_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
     ) -> None:
         """Async version of delete_nodes."""
-        gone = node_ids if filters is None else None
         async with self._lock:
-            before = self._held(node_ids, filters) if gone is None else set()
+            before = self._named(node_ids, filters)
             arguments = self._delete_arguments(node_ids, filters, before)
             if arguments != ([], None):
                 await self._inner.adelete_nodes(*arguments, **delete_kwargs)
-            await in_thread(self._register.remove, self._gone(before) if gone is None else gone)
+            await in_thread(self._register.remove, self._gone(before, delete_kwargs))
 
     def clear(self) -> None:
         """Remove all nodes, then the KV of this space."""
@@ -376,6 +374,18 @@ class LMCacheVectorStore(BasePydanticVectorStore):
                 f"{self._inner.class_name()} cannot list its nodes.", remedy="Give the ids of the nodes."
             ) from problem
 
+    def _named(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> set[str]:
+        """Return the nodes that delete_nodes() names; of a SimpleVectorStore with filters, all that it may delete."""
+        if filters is None or not filters.filters:
+            if node_ids is None:
+                raise ConfigError(
+                    "delete_nodes() names no nodes, so nothing was deleted.",
+                    remedy="Give node_ids or filters; clear() removes all nodes.",
+                )
+            return set(node_ids)
+        found = self._held(None, filters)  # without ids: some stores take one of the two, or find what matches either
+        return found if node_ids is None else found & set(node_ids)
+
     def _delete_arguments(
         self, node_ids: list[str] | None, filters: MetadataFilters | None, found: set[str]
     ) -> tuple[list[str] | None, MetadataFilters | None]:
@@ -383,15 +393,25 @@ class LMCacheVectorStore(BasePydanticVectorStore):
 
         Some stores can find by filters, but not delete by filters alone (Chroma's).
         """
-        if filters is None or isinstance(self._inner, SimpleVectorStore):
+        if filters is None or not filters.filters:
+            return node_ids, None
+        if isinstance(self._inner, SimpleVectorStore):
             return node_ids, filters
         return sorted(found), None
 
-    def _gone(self, before: set[str]) -> set[str]:
-        """Return the nodes that the wrapped store no longer holds."""
+    def _gone(self, named: set[str], options: Mapping[str, Any]) -> set[str]:
+        """Return those of the nodes that the wrapped store no longer holds after a deletion.
+
+        Options of its own can spare nodes: Milvus's partition, Qdrant's shard.
+        """
         if isinstance(self._inner, SimpleVectorStore):
-            return before - set(self._inner.data.embedding_dict)
-        return before - self._held(sorted(before), None) if before else before
+            return named - set(self._inner.data.embedding_dict)
+        if not options or not named:
+            return named
+        try:
+            return named - self._held(sorted(named), None)
+        except ConfigError:  # it cannot list
+            return named
 
     def __getstate__(self) -> dict[Any, Any]:
         raise ConfigError(

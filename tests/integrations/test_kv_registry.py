@@ -146,3 +146,26 @@ def test_a_server_down_for_a_while_keeps_its_workspace(tokenizer, tmp_path):
 def test_what_names_no_server_is_refused(source):
     with pytest.raises(ConfigError, match="has no vLLM server URL"):
         as_workspace(source)
+
+
+def test_a_client_of_another_server_is_named(workspace):
+    from langchain_openai import ChatOpenAI
+    from llama_index.llms.ollama import Ollama
+    from llama_index.llms.openai_like import OpenAILike
+    from lmcache_rag.integrations.llama_index import BlendSynthesizer, LMCacheVectorStore
+
+    ollama = Ollama(model="llama3.2")  # its base_url is that of a server that answers /v1/models, but no vLLM
+    hosted = OpenAILike(model="m", api_base="https://api.groq.com/openai/v1", api_key="k")
+    found = {}
+    for llm in (ollama, hosted, ChatOpenAI(model="m", api_key="k", base_url="https://eu.api.openai.com/v1")):
+        with pytest.raises(ConfigError, match="has no vLLM server URL") as error:
+            as_workspace(llm)
+        found[type(llm).__name__] = str(error.value)
+    assert "Ollama has no vLLM server URL: it is the client of something else (ollama)." in found["Ollama"]
+    assert "it calls api.groq.com" in found["OpenAILike"]
+    assert "it calls eu.api.openai.com" in found["ChatOpenAI"]
+    for text in found.values():
+        assert "lmcache-rag serve MODEL" in text and "OpenAILike(" in text and "Workspace.open(" in text
+    for use in (lambda: BlendSynthesizer(ollama, workspace=workspace), lambda: LMCacheVectorStore(None, ollama)):
+        with pytest.raises(ConfigError, match="it is the client of something else"):
+            use()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import llama_index.core
@@ -113,6 +112,45 @@ async def test_nodes_are_deleted_by_filters_async(store, workspace, tmp_path, co
     assert same(store, workspace, tmp_path) == {"0"}
 
 
+async def test_a_deletion_that_names_no_nodes_is_refused(store, workspace, tmp_path, corpus):
+    await store.async_add([node(text, "d", name=str(i)) for i, text in enumerate(corpus[:2])])
+    for named in ((None, None), (None, MetadataFilters(filters=[]))):
+        with pytest.raises(ConfigError, match="names no nodes"):
+            store.delete_nodes(*named)
+        with pytest.raises(ConfigError, match="names no nodes"):
+            await store.adelete_nodes(*named)
+    store.delete_nodes([])
+    assert same(store, workspace, tmp_path) == {"0", "1"}
+    store.delete_nodes(["0"], MetadataFilters(filters=[]))
+    assert same(store, workspace, tmp_path) == {"1"}
+
+
+async def test_kv_of_nodes_that_a_deletion_spares_stays(workspace, tmp_path, corpus):
+    """Stores have options that narrow a deletion, as Milvus's partition and Qdrant's shard."""
+
+    class Parts(FaissVectorStore):
+        def delete(self, ref_doc_id, part=None, **more):
+            self.delete_nodes([node.node_id for node in self.get_nodes() if node.ref_doc_id == ref_doc_id], part=part)
+
+        def delete_nodes(self, node_ids=None, filters=None, part=None, **more):
+            super().delete_nodes([name for name in node_ids if part is None or name.startswith(part)])
+
+        async def adelete(self, ref_doc_id, **more):
+            self.delete(ref_doc_id, **more)
+
+        async def adelete_nodes(self, node_ids=None, filters=None, **more):
+            self.delete_nodes(node_ids, filters, **more)
+
+    store = LMCacheVectorStore(Parts(tmp_path / "parts"), workspace)
+    names = ["a1", "a2", "b1", "b2", "c1", "c2", "d1", "d2"]
+    store.add([node(f"{name} {corpus[0]}", f"of {name[0]}", name=name) for name in names])
+    store.delete_nodes(["a1", "a2"], part="a1")
+    await store.adelete_nodes(["b1", "b2"], part="b1")
+    store.delete("of c", part="c1")
+    await store.adelete("of d", part="d1")
+    assert same(store, workspace, tmp_path) == {"a2", "b2", "c2", "d2"}
+
+
 @pytest.mark.parametrize("store", ["ours", "chroma"], indirect=True)  # the other is asked by filters
 @pytest.mark.parametrize("twin", ["delete_nodes", "adelete_nodes"])
 async def test_a_filter_without_match_skips_the_inner_store(store, corpus, monkeypatch, twin):
@@ -126,17 +164,6 @@ async def test_a_filter_without_match_skips_the_inner_store(store, corpus, monke
         await done
     assert asked == []
     assert store.kv.ids() == {"0"}
-
-
-@pytest.mark.parametrize("twin", ["delete_nodes", "adelete_nodes"])
-async def test_deletion_that_names_no_nodes_keeps_their_kv(store, workspace, tmp_path, corpus, twin):
-    """Most stores then delete nothing."""
-    await store.async_add([node(text, "d", name=str(i), number=i) for i, text in enumerate(corpus[:2])])
-    with contextlib.suppress(ValueError):  # Chroma refuses
-        done = getattr(store, twin)()
-        if twin == "adelete_nodes":
-            await done
-    same(store, workspace, tmp_path)
 
 
 def test_a_store_without_list_fails_before_deleting(workspace, corpus):
