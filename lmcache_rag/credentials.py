@@ -129,7 +129,23 @@ LMCACHE_KEY_REMEDY = (
     f"Put LMCache's key into {LMCACHE_KEY_NAMES[1]}, or the path of a file with it into {LMCACHE_KEY_FILES[1]}."
 )
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+# For httpx's `mounts`: no proxy reaches this machine itself, whatever HTTP_PROXY says.
+DIRECT: dict[str, None] = {f"all://{f'[{host}]' if ':' in host else host}": None for host in LOOPBACK}
 API_KEY_REMEDY = f"Put it into the environment variable {API_KEY_NAMES[0]} or {API_KEY_NAMES[1]}."
+
+
+def proxy_remedy(url: str) -> str:
+    """A sentence, after a blank, about the proxy through which requests to a server go; "" if there is none."""
+    import urllib.request
+
+    parts = urlsplit(url)
+    host, proxies = parts.hostname or "", urllib.request.getproxies()
+    proxy = proxies.get(parts.scheme) or proxies.get("all") or ""
+    if not proxy or host in LOOPBACK or urllib.request.proxy_bypass(host):
+        return ""
+    shown = (proxy if "://" in proxy else f"http://{proxy}").rpartition("@")  # without name and password
+    scheme = f"{shown[0].partition('://')[0]}://" if shown[0] else ""
+    return f" Requests go through the proxy {scheme}{shown[2]}; NO_PROXY={host} leaves it out."
 
 
 def api_key(first: str = API_KEY_NAMES[0], environment: Mapping[str, str] | None = None) -> str:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lmcache_rag.documents import Document, find_files, load_document
+from lmcache_rag.documents.finding import named_by
 from lmcache_rag.errors import ConfigError, DocumentError
-from lmcache_rag.kv_manager import KVManager, KVTotals
+from lmcache_rag.kv_manager import KVManager, KVTotals, gone_documents
 
 if TYPE_CHECKING:
     from lmcache_rag.documents import Chunk, Splitter
     from lmcache_rag.embedding import Embedder
     from lmcache_rag.engines.base import Engine
     from lmcache_rag.prompt import PromptBuilder
-    from lmcache_rag.store import NewChunk, NewDocument, Store, StoredChunk
+    from lmcache_rag.store import DocumentRecord, NewChunk, NewDocument, Registry, Store, StoredChunk
 
 log = logging.getLogger("lmcache_rag.ingest")
 
@@ -68,6 +69,8 @@ class IngestReport:
         chunks_removed: Chunks that no document holds any more.
         kv: KV computed, and found to exist already.
         seconds: How long it took.
+        pruned: Ids of documents that were removed since their files are gone.
+        gone: Ids of documents whose files are gone and that stay in the store.
     """
 
     added: tuple[str, ...] = ()
@@ -78,11 +81,13 @@ class IngestReport:
     chunks_removed: int = 0
     kv: KVTotals = field(default_factory=KVTotals)
     seconds: float = 0.0
+    pruned: tuple[str, ...] = ()
+    gone: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class IngestPlan:
-    """What an ingestion would do."""
+    """What an ingestion would do. `gone` are the documents that it would remove with `prune`."""
 
     documents: int
     unchanged: int
@@ -90,6 +95,7 @@ class IngestPlan:
     chunks: int
     tokens: int
     kv_bytes: int
+    gone: tuple[str, ...] = ()
 
 
 class Ingestor:
@@ -125,8 +131,16 @@ class Ingestor:
         self.lock_timeout = lock_timeout
         self._kv = KVManager(store, engine, prompts)
 
-    def ingest(self, sources: Iterable[str | Path | Document], *, kv: bool | None = None) -> IngestReport:
+    def ingest(
+        self, sources: Iterable[str | Path | Document], *, kv: bool | None = None, prune: bool = False
+    ) -> IngestReport:
         """Ingest files, folders, globs and documents. A source that cannot be read never stops the others.
+
+        Args:
+            sources: What to ingest.
+            kv: False only indexes; None: as the constructor was told.
+            prune: Remove documents whose files are gone, if the sources name them or if a file with the same content
+                is in the store under another path.
 
         Raises:
             StoreLockedError: Another process is writing to the store.
@@ -135,23 +149,28 @@ class Ingestor:
         """
         with_kv = self.kv if kv is None else kv
         begin = time.perf_counter()
+        names: list[str | Path] = []
         with self.store.writing(timeout=self.lock_timeout):
             run = _Run(self, with_kv)
-            for item in expand(sources, on_found=run.expect):
+            for item in expand(_noted(sources, names), on_found=run.expect):
                 run.take(item)
             run.flush()
+            run.look_for_gone(names, prune=prune)
         return replace(run.report(), seconds=time.perf_counter() - begin)
 
-    async def aingest(self, sources: Iterable[str | Path | Document], *, kv: bool | None = None) -> IngestReport:
+    async def aingest(
+        self, sources: Iterable[str | Path | Document], *, kv: bool | None = None, prune: bool = False
+    ) -> IngestReport:
         """Async version of ingest, in a thread."""
-        return await asyncio.to_thread(self.ingest, sources, kv=kv)
+        return await asyncio.to_thread(self.ingest, sources, kv=kv, prune=prune)
 
     def plan(self, sources: Iterable[str | Path | Document]) -> IngestPlan:
         """Return what ingest would do. Writes nothing."""
         documents = unchanged = 0
         failed: list[Failure] = []
         new: dict[str, int] = {}
-        for item in expand(sources):
+        names: list[str | Path] = []
+        for item in expand(_noted(sources, names)):
             if isinstance(item, Failure):
                 failed.append(item)
                 continue
@@ -164,7 +183,8 @@ class Ingestor:
             new |= {c.text: c.tokens for c in chunks if c.text not in known}
         tokens = sum(new.values())
         size = tokens * self.engine.info.kv_bytes_per_token
-        return IngestPlan(documents, unchanged, tuple(failed), len(new), tokens, size)
+        gone = tuple(_prunable(self.store.registry, gone_documents(self.store.registry), names))
+        return IngestPlan(documents, unchanged, tuple(failed), len(new), tokens, size, gone)
 
     def is_unchanged(self, document: Document) -> bool:
         """Whether the store holds exactly this document, split like this."""
@@ -233,6 +253,18 @@ class _Run:
             self._compute_kv(self._without_kv)
         self._without_kv = []
 
+    def look_for_gone(self, names: list[str | Path], *, prune: bool) -> None:
+        """Report documents whose files are gone; with `prune` remove those that were named or have moved."""
+        registry = self._by.store.registry
+        gone = gone_documents(registry)
+        if prune and gone:
+            pruned = _prunable(registry, gone, names)
+            removed = registry.remove_documents(pruned)
+            self._by._kv.empty_trash()
+            gone = [record for record in gone if record.doc_id not in pruned]
+            self._add(pruned=tuple(pruned), chunks_removed=self._report.chunks_removed + removed.removed_chunks)
+        self._add(gone=tuple(record.doc_id for record in gone))
+
     def _compute_kv(self, doc_ids: list[str]) -> None:
         by = self._by
         chunks: list[StoredChunk] = by.store.registry.chunks_without_kv(by.prompts.fingerprint, doc_ids=doc_ids)
@@ -270,6 +302,26 @@ class _Run:
 
     def _add(self, **changes: object) -> None:
         self._report = replace(self._report, **changes)  # type: ignore[arg-type]
+
+
+def _prunable(registry: Registry, gone: Sequence[DocumentRecord], names: Iterable[str | Path]) -> list[str]:
+    """Ids of documents without files that these sources name, or whose content is in the store under another path."""
+    ids = {record.doc_id for record in gone}
+    still = {record.content_hash for record in registry.documents() if record.doc_id not in ids}
+    tests = [named_by(name) for name in names]
+    return [
+        record.doc_id for record in gone if record.content_hash in still or any(test(record.doc_id) for test in tests)
+    ]
+
+
+def _noted(sources: Iterable[str | Path | Document], names: list[str | Path]) -> Iterator[str | Path | Document]:
+    """The sources, with each name of files noted in `names`."""
+    if isinstance(sources, str | Path):
+        raise ConfigError("Sources must be a list.", remedy=f"Write [{str(sources)!r}].")
+    for source in sources:
+        if not isinstance(source, Document):  # names its files
+            names.append(source)
+        yield source
 
 
 def expand(

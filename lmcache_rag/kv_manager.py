@@ -10,14 +10,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lmcache_rag import lazy_fill
+from lmcache_rag.documents.access import is_gone
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine, IngestPrompt, KVUsage, PrecomputeResult, VerifyResult
     from lmcache_rag.prompt import PromptBuilder
-    from lmcache_rag.store import KVRow, RemoveResult, Store, StoredChunk, StoreStats
+    from lmcache_rag.store import DocumentRecord, KVRow, Registry, RemoveResult, Store, StoredChunk, StoreStats
 
 log = logging.getLogger("lmcache_rag")
 
@@ -216,6 +218,7 @@ class Status:
         model: The engine's model.
         can_blend: Whether it can be blended.
         why_not: The reason when it cannot.
+        gone: Ids of documents whose files are gone.
     """
 
     store: StoreStats
@@ -224,6 +227,24 @@ class Status:
     model: str
     can_blend: bool
     why_not: str
+    gone: tuple[str, ...] = ()
+
+
+def gone_documents(registry: Registry) -> list[DocumentRecord]:
+    """The documents that were read from files which are not there any more. Others never count: they had no file."""
+    return [record for record in registry.documents() if _was_file(record) and is_gone(record.doc_id)]
+
+
+def _was_file(record: DocumentRecord) -> bool:
+    """Whether load_document made it."""
+    path = Path(record.doc_id)
+    facts = record.metadata
+    return (
+        record.doc_id == record.source
+        and path.is_absolute()
+        and facts.get("name") == path.name
+        and "media_type" in facts
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +287,7 @@ class Maintainer:
             info.model,
             info.can_blend,
             info.why_not,
+            tuple(record.doc_id for record in gone_documents(self.store.registry)),
         )
 
     def warm(self, *, on_chunk: Callable[[int, int, PrecomputeResult], None] | None = None) -> KVTotals:

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from lmcache_rag.credentials import ingest_key
+from lmcache_rag.credentials import DIRECT, ingest_key
 from lmcache_rag.engines.vllm_client import VLLMClient
 from lmcache_rag.errors import EngineError
 from lmcache_rag.protocol import INGEST_KEY_HEADER, answer_statistics, chunk_tokens, ingests
@@ -55,7 +55,9 @@ class TimedClient:
         self.url = self._client.url
         headers = self._client.headers
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-        self._http = httpx.AsyncClient(base_url=self.url, headers=headers, timeout=timeout, limits=limits)
+        self._http = httpx.AsyncClient(
+            base_url=self.url, headers=headers, timeout=timeout, limits=limits, mounts=DIRECT
+        )
         self.model = ""
         self.chunk = 0
 

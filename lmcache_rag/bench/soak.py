@@ -20,7 +20,7 @@ import httpx
 
 from lmcache_rag.bench.exact import Query, Trace, TracedServer, difference, questions
 from lmcache_rag.bench.hostile import Hostile, HostileError, send
-from lmcache_rag.credentials import lmcache_headers
+from lmcache_rag.credentials import DIRECT, lmcache_headers
 from lmcache_rag.engines.base import BlendOptions, QueryPrompt, Sampling
 from lmcache_rag.errors import LMCacheRAGError
 from lmcache_rag.protocol import NEAR_TIE, answer_statistics
@@ -221,7 +221,8 @@ class Soak:
         begin, self._begun = time.monotonic(), 0
         self.report.engine_cores.append(engine_cores(self._watch))
         url = self._source.engine.urls[0]
-        async with httpx.AsyncClient(base_url=url, timeout=self._limit, headers=self._source.engine.headers) as http:
+        headers = self._source.engine.headers
+        async with httpx.AsyncClient(base_url=url, timeout=self._limit, headers=headers, mounts=DIRECT) as http:
             jobs = [self._worker(http, number, begin, seconds) for number in range(self._concurrency)]
             jobs += [self._at(begin + seconds * (i + 1) / (len(disturb) + 1), each) for i, each in enumerate(disturb)]
             jobs += [self._at(begin + seconds / 10, self._note_memory)]
@@ -328,7 +329,7 @@ async def settled(vllm: httpx.AsyncClient, lmcache_url: str, *, seconds: float) 
     end = time.monotonic() + seconds
     headers = lmcache_headers(lmcache_url)
     # Not vllm: that one sends vLLM's key.
-    async with httpx.AsyncClient(base_url=lmcache_url, timeout=10, headers=headers) as lmcache:
+    async with httpx.AsyncClient(base_url=lmcache_url, timeout=10, headers=headers, mounts=DIRECT) as lmcache:
         while True:
             found = await _vllm_gauges(vllm) | await _lmcache_gauges(lmcache)
             if all(value == 0 for value in found.values()) or time.monotonic() >= end:

@@ -51,6 +51,7 @@ def _program(
 
 for _function in (ingest, ask, chat, demo):
     app.command(rich_help_panel="Use", no_args_is_help=_function in (ingest, ask))(_function)
+app.command("list", rich_help_panel="Look after")(maintain.list_documents)
 for _function in (
     maintain.status,
     maintain.warm,

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from lmcache_rag._utils import clean
 from lmcache_rag.cli.console import PARTLY
-from lmcache_rag.cli.render import count, duration, facts, place, plain, show, size
+from lmcache_rag.cli.render import count, duration, facts, place, plain, show, show_gone, size
 from lmcache_rag.cli.run import EMBED, PLACE, SPLIT, CommandContext, IngestBars, command
 
 if TYPE_CHECKING:
@@ -28,11 +28,19 @@ Paths = Annotated[
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Only show what would be done. Writes nothing.")]
+Prune = Annotated[
+    bool,
+    typer.Option(
+        "--prune", help="Remove documents whose files are gone: those below PATH, and those that moved elsewhere."
+    ),
+]
 NoKV = Annotated[bool, typer.Option("--no-kv", help="Only index now; KV is computed with the first use, or by warm.")]
 
 
 @command(*PLACE, *EMBED, *SPLIT)
-def ingest(context: CommandContext, paths: Paths, dry_run: DryRun = False, no_kv: NoKV = False) -> int:
+def ingest(
+    context: CommandContext, paths: Paths, dry_run: DryRun = False, no_kv: NoKV = False, prune: Prune = False
+) -> int:
     """Put documents into the store, and compute each chunk's KV once.
 
     Unchanged documents in the store are skipped, so the same command
@@ -47,14 +55,14 @@ def ingest(context: CommandContext, paths: Paths, dry_run: DryRun = False, no_kv
     sources = _listed(paths)
     if dry_run:
         plan = _plan(context, list(sources))
-        context.emit(plain(plan)) if context.json else _show_plan(context, plan)
+        context.emit(plain(plan)) if context.json else _show_plan(context, plan, prune=prune)
         return PARTLY if plan.failed else 0
     with context.workspace(create=True) as workspace:
         context.find(workspace, embedder=True)
         ingestor = workspace.ingestor
         with IngestBars(context, with_kv=not no_kv) as bars:
             ingestor.on_progress = bars.step
-            report = ingestor.ingest(sources, kv=not no_kv)
+            report = ingestor.ingest(sources, kv=not no_kv, prune=prune)
     context.emit(plain(report)) if context.json else _show_report(context, report, with_kv=not no_kv)
     return PARTLY if report.failed else 0
 
@@ -76,7 +84,7 @@ def _plan(context: CommandContext, sources: list[str]) -> IngestPlan:
             return workspace.ingestor.plan(sources)
 
 
-def _show_plan(context: CommandContext, plan: IngestPlan) -> None:
+def _show_plan(context: CommandContext, plan: IngestPlan, *, prune: bool) -> None:
     show(
         context.out,
         facts(
@@ -86,6 +94,7 @@ def _show_plan(context: CommandContext, plan: IngestPlan) -> None:
                 ("Failed", _failed(plan.failed)),
                 ("Chunks", f"{plan.chunks:,} new ({count(plan.tokens, 'token')})"),
                 ("KV", f"{size(plan.kv_bytes)} to come"),
+                *([("To prune", count(len(plan.gone), "document"))] if prune else []),
             ]
         ),
     )
@@ -103,6 +112,11 @@ def _show_report(context: CommandContext, report: IngestReport, *, with_kv: bool
                 ("Updated", count(len(report.updated), "document")),
                 ("Unchanged", count(report.unchanged, "document")),
                 ("Failed", _failed(report.failed)),
+                *(
+                    [("Pruned", f"{count(len(report.pruned), 'document')}, since their files are gone")]
+                    if report.pruned
+                    else []
+                ),
                 ("Chunks", f"{report.chunks_added:,} added, {report.chunks_removed:,} removed"),
                 ("KV", computed if with_kv else "left for later: lmcache-rag warm, or the first use"),
                 ("Time", duration(report.seconds)),
@@ -110,6 +124,7 @@ def _show_report(context: CommandContext, report: IngestReport, *, with_kv: bool
         ),
     )
     _show_failures(context, report.failed)
+    show_gone(context.out, report.gone)
 
 
 def _failed(failed: tuple[Failure, ...]) -> Text:

@@ -1,10 +1,12 @@
-"""status, warm, verify, remove, forget, prune, settings: maintain the store."""
+"""status, list, warm, verify, remove, forget, prune, settings: maintain the store."""
 
 from __future__ import annotations
 
 import os
+import re
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,7 +16,7 @@ from rich.text import Text
 
 from lmcache_rag._utils import clean
 from lmcache_rag.cli.console import PARTLY
-from lmcache_rag.cli.render import count, facts, plain, show, show_status, size
+from lmcache_rag.cli.render import count, facts, place, plain, show, show_documents, show_status, size
 from lmcache_rag.cli.run import (
     ANSWER,
     EMBED,
@@ -27,7 +29,9 @@ from lmcache_rag.cli.run import (
     makes_new_kv,
     variable,
 )
+from lmcache_rag.documents.finding import glob_regex, is_glob, named_by
 from lmcache_rag.errors import ConfigError
+from lmcache_rag.kv_manager import gone_documents
 from lmcache_rag.settings import FILE, Settings
 
 if TYPE_CHECKING:
@@ -42,11 +46,10 @@ Seed = Annotated[
 ]
 Documents = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="DOC...", help="Ids of documents, or files and folders as at ingestion.", show_default=False
-    ),
+    typer.Argument(metavar="DOC...", help="Documents by name, path, folder, glob or id.", show_default=False),
 ]
 AllDocuments = Annotated[bool, typer.Option("--all", help="Remove every document; asks first.")]
+Missing = Annotated[bool, typer.Option("--missing", help="Documents whose files are gone.")]
 
 
 @command(*PLACE)
@@ -140,32 +143,60 @@ def verify(
     return PARTLY if report.repaired < len(report.bad) else 0
 
 
+@command("store")
+def list_documents(context: CommandContext, documents: Documents = None, missing: Missing = False) -> int:
+    """List the documents of the store, or those that are named.
+
+    Loads no model.
+
+    [bold]Examples[/bold]
+      lmcache-rag list
+      lmcache-rag list 'papers/*.pdf'
+      lmcache-rag list --missing --json
+    """
+    with context.workspace(models=False) as workspace:
+        registry = workspace.store.registry
+        found = _named(workspace.store, documents, missing=missing)
+        records = list(registry.documents(found.ids if documents or missing else None))
+        gone = {record.doc_id for record in gone_documents(registry)}
+    if context.json:
+        rows = [{**plain(record), "missing": record.doc_id in gone} for record in records]
+        context.emit({"documents": rows, "unknown": list(found.unknown)})
+    else:
+        show_documents(context.out, records, gone)
+    _show_unknown(context, found.unknown.values())
+    return PARTLY if found.unknown else 0
+
+
 @command(*PLACE)
-def remove(context: CommandContext, documents: Documents = None, all_documents: AllDocuments = False) -> int:
+def remove(
+    context: CommandContext, documents: Documents = None, all_documents: AllDocuments = False, missing: Missing = False
+) -> int:
     """Remove documents; chunks that other documents hold stay.
 
     A chunk and its KV are removed with the last document that holds them. A folder
-    means all documents below it. An unknown document does not stop the command; the exit
+    means all documents below it, a name without folders the document with that
+    name. An unknown document does not stop the command; the exit
     status is then 1.
 
     [bold]Examples[/bold]
-      lmcache-rag remove notes.md old-docs/
+      lmcache-rag remove notes.md old-docs/ 'papers/*-draft.pdf'
+      lmcache-rag remove --missing
       lmcache-rag remove --all
     """
-    if bool(documents) == all_documents:
-        raise ConfigError("Name documents, or give --all.", remedy="See lmcache-rag remove --help.")
+    if bool(documents or missing) == all_documents:
+        raise ConfigError("Name documents, or give --missing or --all.", remedy="See lmcache-rag remove --help.")
     with context.workspace() as workspace:
-        known, unknown = _named(workspace.store, documents, all_documents=all_documents)
+        found = _named(workspace.store, documents, all_documents=all_documents, missing=missing)
         context.find(workspace, embedder=False)
         with context.waiting("Removing"):
-            result = workspace.maintainer.remove(known)
-    unknown += result.unknown
+            result = workspace.maintainer.remove(found.ids)
     if context.json:
-        context.emit({**plain(result), "unknown": unknown})
-    elif known:
+        context.emit({**plain(result), "unknown": [*found.unknown, *result.unknown]})
+    elif found.ids or not found.unknown:
         _show_removed(context, result)
-    _show_unknown(context, unknown)
-    return PARTLY if unknown else 0
+    _show_unknown(context, found.unknown.values())
+    return PARTLY if found.unknown or result.unknown else 0
 
 
 @command(*PLACE)
@@ -183,15 +214,17 @@ def forget(context: CommandContext, documents: Documents = None, all_documents: 
     if bool(documents) == all_documents:
         raise ConfigError("Name documents, or give --all.", remedy="See lmcache-rag forget --help.")
     with context.workspace() as workspace:
-        known, unknown = _named(workspace.store, documents, all_documents=all_documents)
+        found = _named(workspace.store, documents, all_documents=all_documents)
         context.find(workspace, embedder=False)
         with Bars(context, "chunks") as bars:
-            report = workspace.maintainer.forget(known, on_chunk=lambda done, total: bars.update("chunks", done, total))
+            report = workspace.maintainer.forget(
+                found.ids, on_chunk=lambda done, total: bars.update("chunks", done, total)
+            )
     result = report.removed
-    unknown += result.unknown
+    unknown = [*found.unknown, *result.unknown]
     if context.json:
         context.emit({**plain(report), "unknown": unknown})
-    elif known:
+    elif found.ids:
         _show_removed(context, result)
         if report.deleted:
             context.out.print(f"The KV of {count(report.deleted, 'chunk')} was deleted on the server.")
@@ -201,7 +234,7 @@ def forget(context: CommandContext, documents: Documents = None, all_documents: 
             f"{clean(report.why)}",
             style="bold red",
         )
-    _show_unknown(context, unknown)
+    _show_unknown(context, found.unknown.values())
     return PARTLY if unknown or report.staying else 0
 
 
@@ -225,13 +258,30 @@ def prune(context: CommandContext) -> None:
         context.out.print(f"KV of {count(dropped, 'chunk')} dropped.")
 
 
-def _named(store: Store, documents: Sequence[str] | None, *, all_documents: bool) -> tuple[list[str], list[str]]:
-    """(ids, unknown names) of the documents that a command names; asks before it takes all."""
-    if not all_documents:
-        return find_documents(store.registry, documents or [])
-    known = [record.doc_id for record in store.registry.documents()]
-    typer.confirm(f"Remove all {count(len(known), 'document')} from {store.path}?", abort=True, err=True)
-    return known, []
+@dataclass(frozen=True)
+class Found:
+    """Documents that a command names.
+
+    Attributes:
+        ids: Their ids.
+        unknown: Names that mean no document, or more than one, and why.
+    """
+
+    ids: list[str]
+    unknown: dict[str, str]
+
+
+def _named(store: Store, names: Sequence[str] | None, *, all_documents: bool = False, missing: bool = False) -> Found:
+    """The documents that a command names; asks before it takes all."""
+    if all_documents:
+        known = [record.doc_id for record in store.registry.documents()]
+        typer.confirm(f"Remove all {count(len(known), 'document')} from {store.path}?", abort=True, err=True)
+        return Found(known, {})
+    found = find_documents(store.registry, names or [])
+    if missing:
+        gone = [record.doc_id for record in gone_documents(store.registry)]
+        found = Found(list(dict.fromkeys([*found.ids, *gone])), found.unknown)
+    return found
 
 
 def _show_removed(context: CommandContext, result: RemoveResult) -> None:
@@ -241,27 +291,51 @@ def _show_removed(context: CommandContext, result: RemoveResult) -> None:
     )
 
 
-def _show_unknown(context: CommandContext, unknown: Sequence[str]) -> None:
-    for name in unknown:
-        context.message(f"There is no document {clean(repr(name))} in the store.", style="bold red")
+def _show_unknown(context: CommandContext, unknown: Iterable[str]) -> None:
+    for reason in unknown:
+        context.message(reason, style="bold red")
 
 
-def find_documents(registry: Registry, names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(ids, unknown names) of documents given by id, by path, or by a folder above them."""
+def find_documents(registry: Registry, names: Sequence[str]) -> Found:
+    """Documents by id, path, a folder above them, a glob, or the end of their path, such as a bare file name."""
     ids: dict[str, None] = {}
-    unknown: list[str] = []
+    unknown: dict[str, str] = {}
+    every: list[str] | None = None
     for name in names:
         path = str(Path(name).expanduser().absolute())
-        candidates = dict.fromkeys((name, path, str(Path(path).resolve())))
-        found = [record.doc_id for record in registry.documents(candidates)]
+        exact = dict.fromkeys((name, path, str(Path(path).resolve())))
+        found = [record.doc_id for record in registry.documents(exact)]
         if not found:
-            below = tuple(f"{folder.rstrip('/')}/" for folder in candidates if Path(folder).is_absolute())
-            found = [record.doc_id for record in registry.documents() if record.doc_id.startswith(below)]
+            every = registry.doc_ids() if every is None else every
+            below = named_by(name)
+            found = [doc_id for doc_id in every if below(doc_id)]
+        if not found and every:
+            found = [doc_id for doc_id in every if _ends_with(name, doc_id)]
+            if len(found) > 1 and not is_glob(name):
+                unknown[name] = f"{name!r} is the name of {len(found)} documents: {_some(found)}. Give the path of one."
+                continue
         if found:
             ids.update(dict.fromkeys(found))
         else:
-            unknown.append(name)
-    return list(ids), unknown
+            unknown[name] = f"There is no document {name!r} in the store.{_did_you_mean(name, every or [])}"
+    return Found(list(ids), {name: clean(reason) for name, reason in unknown.items()})
+
+
+def _ends_with(name: str, doc_id: str) -> bool:
+    """Whether an id ends with these parts of a path, or with what a glob matches."""
+    return re.fullmatch(f"(?s:(?:.*/)?){glob_regex(name) if is_glob(name) else re.escape(name)}", doc_id) is not None
+
+
+def _did_you_mean(name: str, doc_ids: Sequence[str]) -> str:
+    """The ids that a wrong name may mean, as a sentence; "" if none is near."""
+    places = {place(doc_id): None for doc_id in doc_ids} | {Path(doc_id).name: None for doc_id in doc_ids}
+    near = get_close_matches(name, places, n=3, cutoff=0.7)
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def _some(doc_ids: Sequence[str]) -> str:
+    more = f" and {len(doc_ids) - 5:,} more" if len(doc_ids) > 5 else ""
+    return ", ".join(repr(place(doc_id)) for doc_id in doc_ids[:5]) + more
 
 
 @command(*PLACE, *EMBED, *SPLIT, *ANSWER)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
     from lmcache_rag.engines.base import ReuseStats
     from lmcache_rag.kv_manager import Status
     from lmcache_rag.rag import Answer, Comparison
-    from lmcache_rag.store import FingerprintStats, Hit
+    from lmcache_rag.store import DocumentRecord, FingerprintStats, Hit
 
+_NAMED = 10  # documents whose files are gone, by name
 _SHORTEST_TITLE = 12  # characters; less is not worth showing
 
 
@@ -274,6 +275,32 @@ def show_status(out: Console, path: Path, status: Status, *, read_only: bool) ->
         out.print(
             f"{count(store.chunks_without_embedding, 'chunk')} without embedding: no search finds them.", style="red"
         )
+    show_gone(out, status.gone)
+
+
+def show_documents(out: Console, records: Sequence[DocumentRecord], gone: Collection[str]) -> None:
+    """One line for each document: its chunks, when it was ingested, where it is."""
+    widest = max((len(f"{record.chunks:,}") for record in records), default=0)
+    for record in records:
+        day = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.updated_at))
+        line = Text(f"{record.chunks:>{widest},} {'chunk ' if record.chunks == 1 else 'chunks'}  {day}  ")
+        line.append(place(record.doc_id))
+        if record.doc_id in gone:
+            line.append("  (its file is gone)", style="yellow")
+        out.print(line, soft_wrap=True)
+    out.print(f"{count(len(records), 'document')}.", style="bold")
+
+
+def show_gone(out: Console, gone: Sequence[str]) -> None:
+    """Name documents whose files are gone, with the remedy."""
+    if not gone:
+        return
+    files = "The file of 1 document is" if len(gone) == 1 else f"The files of {len(gone):,} documents are"
+    out.print(f"{files} gone; questions still find them. To remove them: lmcache-rag remove --missing", style="yellow")
+    for doc_id in gone[:_NAMED]:
+        out.print(f"  {place(doc_id)}", soft_wrap=True)
+    if len(gone) > _NAMED:
+        out.print(f"  and {len(gone) - _NAMED:,} more: lmcache-rag list --missing")
 
 
 def _stale_kv(part: FingerprintStats) -> str:

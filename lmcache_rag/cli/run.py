@@ -130,11 +130,20 @@ class CommandContext:
         return Settings.load(options.pop("store", None), **options)
 
     @contextmanager
-    def workspace(self, *, create: bool = False, settings: Settings | None = None) -> Iterator[Workspace]:
-        """The workspace of these settings, closed at the end."""
+    def workspace(
+        self, *, create: bool = False, settings: Settings | None = None, models: bool = True
+    ) -> Iterator[Workspace]:
+        """The workspace of these settings, closed at the end.
+
+        Args:
+            create: Make the store if it does not exist.
+            settings: Instead of this run's.
+            models: Load the libraries that models need, which takes seconds; without, they are loaded on first use.
+        """
         settings = settings or self.settings()  # so that wrong settings are reported before anything heavy is loaded
-        with self.waiting("Starting"):
-            quiet_libraries(verbose=self.verbose)
+        if models:
+            with self.waiting("Starting"):
+                quiet_libraries(verbose=self.verbose)
         with self.services.open_workspace(settings, create=create) as workspace:
             yield workspace
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 
 from lmcache_rag.errors import DocumentError
 
@@ -45,6 +46,30 @@ def access_error(path: str | os.PathLike[str], error: OSError) -> DocumentError:
                 f"{name} cannot be read: {error.strerror or error}.",
                 remedy="Check the file and the disk that it is on.",
             )
+
+
+def name_error(path: str | os.PathLike[str]) -> DocumentError:
+    """The DocumentError for a name that cannot be stored, since it is not valid Unicode here."""
+    try:
+        name = os.fsencode(path).decode()
+    except UnicodeDecodeError:
+        return DocumentError(f"{quoted(path)} has a name that is not valid Unicode.", remedy="Rename it.")
+    return DocumentError(
+        f"{name!r} has a name in UTF-8, and the locale of this process has the encoding "
+        f"{sys.getfilesystemencoding().upper()}.",
+        remedy="Set a locale with UTF-8, for example LC_ALL=C.UTF-8, or PYTHONUTF8=1.",
+    )
+
+
+def is_gone(path: str) -> bool:
+    """Whether there is certainly no such file; not for one that cannot be looked at now (no permission, a bad disk)."""
+    try:
+        os.stat(path)  # noqa: PTH116
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except (OSError, ValueError):
+        return False
+    return False
 
 
 def special_error(path: str | os.PathLike[str], mode: int) -> DocumentError | None:

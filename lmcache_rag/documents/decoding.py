@@ -57,8 +57,7 @@ def decode(data: bytes, name: str, *, declared: str | None = None) -> str:
     except UnicodeDecodeError as error:
         if declared is not None:
             return _checked(data, name, declared)
-        sample = data[:8192]
-        if _signature(data) or len(sample) - len(sample.translate(None, _CONTROL)) > len(sample) // 50:
+        if _signature(data) or _controls(data[:8192]):
             raise _binary(data, name) from error
         raise _broken(data, name, error) from error
 
@@ -83,17 +82,40 @@ def _checked(data: bytes, name: str, encoding: str) -> str:
     return text
 
 
+def _controls(sample: bytes) -> bool:
+    """Whether there are more control characters than a text has."""
+    return len(sample) - len(sample.translate(None, _CONTROL)) > len(sample) // 50
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        return bool(data.decode().strip()) and not _controls(data[:8192])
+    except UnicodeDecodeError:
+        return False
+
+
+def _line(data: bytes, place: int) -> int:
+    return data.count(b"\n", 0, place) + 1
+
+
 def _signature(data: bytes) -> str:
     return next((kind for mark, kind in _SIGNATURES if data.startswith(mark)), "")
 
 
 def _binary(data: bytes, name: str) -> DocumentError:
     sample = data[:4096]
-    if not _signature(data) and max(sample[::2].count(0), sample[1::2].count(0)) > len(sample) * 0.35:
+    if not _signature(data) and abs(sample[::2].count(0) - sample[1::2].count(0)) > len(sample) * 0.35:
         return DocumentError(
             f"{name} is binary, or UTF-16 text without a byte order mark.", remedy="If it is text, save it as UTF-8."
         )
     kind = _signature(data)
+    if not kind and b"\0" in data and _is_text(data.replace(b"\0", b"")):
+        place, number = data.index(0), data.count(0)
+        held, first = ("a NUL byte", "") if number == 1 else (f"{number:,} NUL bytes", "the first ")
+        return DocumentError(
+            f"{name} holds {held}, as binary files do: {first}at offset {place} (line {_line(data, place)}).",
+            remedy="If it is text, take such bytes out: tr -d '\\000' < OLD > NEW",
+        )
     return DocumentError(
         f"{name} is binary{f' ({kind})' if kind else ''}, not text.",
         remedy="Convert it to text, Markdown, HTML or PDF, or leave it out.",
@@ -102,8 +124,45 @@ def _binary(data: bytes, name: str) -> DocumentError:
 
 def _broken(data: bytes, name: str, error: UnicodeDecodeError) -> DocumentError:
     shown = data[error.start : error.start + 1].hex()
-    line = data.count(b"\n", 0, error.start) + 1
+    likely = likely_encodings(data)
+    known = f"its encoding, probably {' or '.join(likely)}" if likely else "its encoding, for example WINDOWS-1252"
     return DocumentError(
-        f"{name} is not valid {error.encoding.upper()}: byte 0x{shown} at offset {error.start} (line {line}).",
-        remedy="Save it as UTF-8, for example with: iconv -f WINDOWS-1252 -t UTF-8 OLD > NEW",
+        f"{name} is not valid {error.encoding.upper()}: byte 0x{shown} at offset {error.start} "
+        f"(line {_line(data, error.start)}).",
+        remedy=f"Save it as UTF-8, for example with: iconv -f ENCODING -t UTF-8 OLD > NEW, where ENCODING is {known}.",
     )
+
+
+# Encodings that are in use, as iconv names them, by Python's names. Of several that give the same text the first is
+# named.
+_ENCODINGS = {
+    "cp1252": "WINDOWS-1252",
+    "latin_1": "ISO-8859-1",
+    "iso8859_15": "ISO-8859-15",
+    "cp932": "CP932 (Shift JIS)",
+    "shift_jis": "SHIFT_JIS",
+    "euc_jp": "EUC-JP",
+    "gb18030": "GB18030",
+    "gb2312": "GB2312",
+    "big5": "BIG5",
+    "cp949": "CP949 (EUC-KR)",
+    "euc_kr": "EUC-KR",
+    "koi8_r": "KOI8-R",
+    "iso8859_2": "ISO-8859-2",
+} | {f"cp{number}": f"WINDOWS-{number}" for number in (1250, 1251, 1253, 1254, 1255, 1256, 1257, 1258)}
+
+
+def likely_encodings(data: bytes, most: int = 3) -> list[str]:
+    """The encodings that text in no Unicode encoding is probably in, the likeliest first; none where that is unknown.
+
+    Only for messages: an encoding is never guessed to read a document.
+    """
+    try:
+        from charset_normalizer import from_bytes
+    except ImportError:
+        return []
+    found = []
+    for match in from_bytes(data[: 1 << 16]):
+        same = {match.encoding, *match.could_be_from_charset}
+        found += [name for code, name in _ENCODINGS.items() if code in same][:1]
+    return list(dict.fromkeys(found))[:most]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from lmcache_rag.documents.access import access_error, quoted, special_error
@@ -40,6 +41,46 @@ def find_files(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path | Docum
         yield from finder.find(os.fspath(pattern))
 
 
+def named_by(pattern: str | os.PathLike[str]) -> Callable[[str], bool]:
+    """Returns whether a path is one that find_files would find by this pattern, if its file existed.
+
+    The path itself, everything below it, or what a glob matches and everything below that.
+    """
+    text = os.path.expanduser(os.fspath(pattern))  # noqa: PTH111
+    if not text or "\0" in text:
+        return lambda path: False
+    tops = tuple(dict.fromkeys((os.path.abspath(text), os.path.realpath(text))))  # noqa: PTH100
+    if not os.path.lexists(text) and is_glob(text):
+        shape = re.compile("|".join(glob_regex(top) for top in tops))
+        return lambda path: shape.fullmatch(path) is not None
+    below = tuple(os.path.join(top, "") for top in tops)  # noqa: PTH118
+    return lambda path: path in tops or path.startswith(below)
+
+
+def is_glob(text: str) -> bool:
+    """Whether a text can be a glob."""
+    return any(character in text for character in "*?[")
+
+
+def glob_regex(glob: str) -> str:
+    """A regular expression for the paths that a glob matches, and for all paths below them."""
+    parts = glob.split(os.sep)  # noqa: PTH206 - not Path.parts: of an absolute glob that has the root as a part
+    made = ""
+    for place, part in enumerate(parts):
+        last = place == len(parts) - 1
+        if part == "**":
+            made += ".*" if last else "(?:[^/]+/)*"
+            continue
+        for piece in re.findall(r"\[!?\]?[^\]]*\]|.", part, re.DOTALL):
+            if len(piece) > 1:
+                negated, body = piece[1] == "!", piece[1:-1].removeprefix("!").replace("\\", "\\\\")
+                made += f"[{'^' if negated else ''}{body}]"
+            else:
+                made += {"*": "[^/]*", "?": "[^/]"}.get(piece, re.escape(piece))
+        made += "(?:/.*)?" if last else "/"
+    return f"(?s:{made})"
+
+
 class _Finder:
     """Finds files; remembers them over all paths of one call."""
 
@@ -51,10 +92,16 @@ class _Finder:
         if not pattern or "\0" in pattern:
             yield DocumentError(f"{pattern!r} is not a path.", remedy="Name a file, a folder or a glob.")
             return
+        if re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", pattern):
+            yield DocumentError(
+                f"{quoted(pattern)} is a URL, and URLs are not fetched.",
+                remedy="Download it, for example with: curl -LO URL. Then ingest the file.",
+            )
+            return
         expanded = os.path.expanduser(pattern)  # noqa: PTH111  (Path("") would mean the current folder)
         if os.path.lexists(expanded):
             yield from self._below(expanded)
-        elif any(character in expanded for character in "*?["):
+        elif is_glob(expanded):
             matches = _glob(expanded)
             if not matches:
                 yield DocumentError(
@@ -115,7 +162,7 @@ def _listing(folder: str) -> list[str]:
 def _glob(pattern: str) -> list[str]:
     """Sorted matches. Path.glob is used because its ``**``, unlike glob.glob's, does not walk into links."""
     parts = Path(pattern).parts
-    first = next(i for i, part in enumerate(parts) if any(character in part for character in "*?["))
+    first = next(i for i, part in enumerate(parts) if is_glob(part))
     root = Path(*parts[:first])
     wants_hidden = any(part.startswith(".") for part in parts[first:])
     try:

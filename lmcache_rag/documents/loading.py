@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from lmcache_rag.documents.access import access_error, quoted, special_error
+from lmcache_rag.documents.access import access_error, name_error, quoted, special_error
 from lmcache_rag.documents.decoding import decode, tidy
 from lmcache_rag.documents.formats import MAX_HTML_BYTES, html_text, pdf_text
 from lmcache_rag.documents.types import Document
@@ -101,7 +101,7 @@ def _read(path: str | os.PathLike[str], max_bytes: int) -> tuple[Path, bytes]:
                 raise refusal
             data = file.read() if status.st_size <= max_bytes else b""
     except UnicodeEncodeError as error:
-        raise DocumentError(f"{quoted(path)} has a name that is not valid Unicode.", remedy="Rename it.") from error
+        raise name_error(path) from error
     except ValueError as error:
         raise DocumentError(f"{quoted(path)} is not a path.", remedy="Name a file.") from error
     except OSError as error:

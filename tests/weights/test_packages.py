@@ -53,6 +53,15 @@ def parts(folder: Path) -> list[str]:
     return [file.name for file in (folder / "own" / "models").glob(".*.part")]
 
 
+def test_a_cache_that_cannot_be_written_has_a_remedy(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMCACHE_RAG_CACHE", "/proc/.cache")
+    with pytest.raises(SourceError) as caught:
+        find_model(NAME)
+    assert "cannot be kept in /proc/.cache" in caught.value.message
+    assert "set LMCACHE_RAG_CACHE to a folder that can be written" in caught.value.remedy
+    assert "pip install" not in caught.value.remedy  # it was found
+
+
 def test_a_package_serves_without_cache_and_hub(wheel: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = find_model(NAME)
     assert source.origin == "package"
