@@ -6,6 +6,7 @@ from lmcache_rag.errors import OptionalDependencyError
 
 try:
     from .blend import Blend, blend
+    from .doc_store import LMCacheDocStore
     from .faiss_store import FaissStore
     from .prompts import ChunkedPromptValue
     from .retriever import LMCacheRetriever
@@ -15,4 +16,12 @@ except ModuleNotFoundError as problem:  # pragma: no cover - only without the fr
         raise
     raise OptionalDependencyError("langchain-core", "langchain") from problem
 
-__all__ = ["Blend", "ChunkedPromptValue", "FaissStore", "LMCacheRetriever", "LMCacheVectorStore", "blend"]
+__all__ = [
+    "Blend",
+    "ChunkedPromptValue",
+    "FaissStore",
+    "LMCacheDocStore",
+    "LMCacheRetriever",
+    "LMCacheVectorStore",
+    "blend",
+]

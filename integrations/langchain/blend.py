@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from langchain_core.callbacks import adispatch_custom_event, dispatch_custom_event
 from langchain_core.runnables import Runnable, RunnableBinding, RunnableConfig
@@ -24,6 +24,7 @@ from ..kv_registry import as_workspace
 from .chat_model import EngineModel
 from .openai import KEY, BlendCall, api_of, bind_request, chat_body
 from .prompts import ChunkedPromptValue, parse_input, prompt_value
+from .spaces import refuse_pickling
 
 if TYPE_CHECKING:
     from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
@@ -83,6 +84,9 @@ class Blend(Runnable[dict[str, Any], Any]):
         """The builder of the prompts; connects to the engine at first use."""
         with self._lock:
             return self._blender
+
+    def __getstate__(self) -> NoReturn:
+        raise refuse_pickling(self)
 
     # -- LangChain's interface ------------------------------------------------------------------------------------
 
@@ -234,8 +238,8 @@ class Blend(Runnable[dict[str, Any], Any]):
         if unregistered and self._first("unregistered"):
             log.warning(
                 "%d of %d passages are not registered, so they have no KV before the first question about them. %s A "
-                "step after the retriever changed their text, or they never went through LMCacheVectorStore. The first "
-                "begins %r.",
+                "step after the retriever changed their text, or they never went through LMCacheVectorStore (texts of "
+                "a docstore, as ParentDocumentRetriever returns them: LMCacheDocStore). The first begins %r.",
                 len(unregistered),
                 len(prompt.texts),
                 self.blender.unregistered_note,

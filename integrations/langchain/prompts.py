@@ -85,26 +85,45 @@ def parse_input(value: Any) -> BlendInput:
         question = question.text
     if not isinstance(question, str):
         raise ConfigError(f"The question is {type(question).__name__}.", remedy="Pass a text.")
-    history = next((value[name] for name in HISTORIES if value.get(name)), ())
-    return BlendInput(tuple(map(_text, documents)), _scores(documents), question, _turns(history))
+    history, question = conversation(next((value[name] for name in HISTORIES if value.get(name)), ()), question)
+    return BlendInput(tuple(map(_text, documents)), _scores(documents), question, history)
 
 
-def _turns(messages: Sequence[Any]) -> tuple[Turn, ...]:
-    """Convert messages (or what LangChain converts to messages) to turns.
+def conversation(messages: Any, question: str) -> tuple[tuple[Turn, ...], str]:
+    """Convert messages (or what LangChain converts to messages) to earlier turns, and the question after them.
+
+    Turns begin with a user's and alternate, as chat templates require, so that
+
+    - an assistant's greeting at the head is left out, and so are tool messages and messages without text;
+    - system messages (a summary, say) stand before the user's next words;
+    - a question at the end that was never answered stands before the new one, unless it is the same.
 
     Raises:
-        ConfigError: A message is neither human nor AI.
+        ConfigError: It is no list of messages.
     """
-    turns = []
-    for message in convert_to_messages(messages) if messages else ():
-        if not isinstance(message, AIMessage | HumanMessage):
-            raise ConfigError(
-                f"The history holds a {type(message).__name__}.",
-                remedy="Only human and AI messages can follow the passages; the system text is a setting "
-                "(LMCACHE_RAG_SYSTEM), since it precedes them and is part of their KV.",
-            )
-        turns.append(Turn("assistant" if isinstance(message, AIMessage) else "user", message.text))
-    return tuple(join_turns(turns))
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        raise ConfigError(
+            f"The history is {type(messages).__name__}.",
+            remedy="Pass a list of human and AI messages, without passages.",
+        )
+    turns: list[Turn] = []
+    notes = ""  # system messages, until the user speaks
+    for message in convert_to_messages(messages):
+        text = message.text
+        if not text.strip():
+            continue
+        if isinstance(message, SystemMessage):
+            notes += f"{text}\n\n"
+        elif isinstance(message, AIMessage) and turns:
+            turns.append(Turn("assistant", text))
+        elif isinstance(message, HumanMessage):
+            turns.append(Turn("user", notes + text))
+            notes = ""
+    turns = join_turns(turns)
+    if turns and turns[-1].role == "user":
+        pending = turns.pop().content
+        notes = notes if pending.strip() == question.strip() else f"{pending}\n\n{notes}"
+    return tuple(turns), notes + question
 
 
 def _first(values: Mapping[str, Any], names: Sequence[str]) -> Any:

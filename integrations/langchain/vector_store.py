@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
@@ -22,6 +22,7 @@ from lmcache_rag.workspace import Workspace
 
 from ..kv_registry import KVRegistry, as_workspace
 from .faiss_store import EmbedderEmbeddings, FaissStore
+from .spaces import refuse_pickling, space_of
 
 log = logging.getLogger("lmcache_rag")
 
@@ -59,7 +60,8 @@ class LMCacheVectorStore(VectorStore):
         source: The program's own langchain_openai object, a vLLM server's URL, an engine or a Workspace.
         embedding: Embeddings for our own store; None: from the settings. An `inner` has its own.
         store: Folder of the registry, and of our own vector store; None: from the settings.
-        space: Name of this vector store, where several share a workspace. None: its kind and collection.
+        space: Name of this vector store, where several share a workspace. None: its kind and collection; the second of
+            a kind without collections gets a number, and a warning.
         adopt: Register what the vector store already holds. If the engine is down, this only logs a warning.
 
     Raises:
@@ -84,7 +86,7 @@ class LMCacheVectorStore(VectorStore):
         self._source, self._folder = source, store
         self._lock = threading.RLock()
         self.inner: VectorStore = inner if inner is not None else self._own(embedding, space or "")
-        self.space = _name_of(self.inner) if space is None else space
+        self.space = space_of(self, self.inner, source, store) if space is None else space
         if adopt:
             self._adopt()
 
@@ -107,6 +109,9 @@ class LMCacheVectorStore(VectorStore):
         if name.startswith("__") or name in ("inner", "_source"):
             raise AttributeError(name)
         return getattr(self.inner, name)
+
+    def __getstate__(self) -> NoReturn:
+        raise refuse_pickling(self)
 
     # -- additions ------------------------------------------------------------------------------------------------
 
@@ -337,12 +342,3 @@ def _texts_of(inner: VectorStore) -> dict[str, str] | None:
     if isinstance(rows := getattr(getattr(other, "docstore", None), "_dict", None), Mapping):
         return {str(key): document.page_content for key, document in list(rows.items())}
     return None
-
-
-def _name_of(inner: VectorStore) -> str:
-    """Return a name that is unique in a workspace and the same after a restart: the class and its collection."""
-    for attribute in ("_collection_name", "collection_name", "index_name", "_index_name", "table_name"):
-        value = getattr(inner, attribute, None)
-        if isinstance(value, str) and value:
-            return f"{type(inner).__name__}:{value}"
-    return type(inner).__name__

@@ -15,7 +15,7 @@ from fake_vllm import FakeVLLM
 from framework_kit import fresh, light_tokenizer, passages
 from langchain_core.documents import Document
 from langchain_core.load import dumps
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
 from langchain_core.tracers.base import BaseTracer
@@ -24,13 +24,15 @@ from langchain_kit import FAKE, Seen, client, server, workspace
 from langchain_openai import ChatOpenAI, OpenAI
 from lmcache_rag.integrations.kv_registry import as_workspace
 from lmcache_rag.integrations.langchain import ChunkedPromptValue, LMCacheVectorStore, blend
+from lmcache_rag.integrations.langchain.prompts import conversation
 
 from lmcache_rag.engines.base import BlendOptions, QueryPrompt
-from lmcache_rag.errors import ConfigError, PromptError
-from lmcache_rag.prompt import PromptBuilder, PromptFormat
+from lmcache_rag.errors import ConfigError
+from lmcache_rag.prompt import PromptBuilder, PromptFormat, Turn
 
 QUESTION = "How is a key moved?"
 KINDS = {"completions": OpenAI, "chat": ChatOpenAI}
+CALL = {"name": "search", "args": {"query": "who"}, "id": "1"}
 
 
 @pytest.fixture(scope="session")
@@ -355,10 +357,29 @@ def test_history_stands_behind_the_passages(case: Case, texts: list[str]) -> Non
     assert facts["chunks_hit"] == 2
     assert facts["reused_tokens"] > 0
     assert facts["prompt_tokens"] > len(case.blend.blender.prompts.query(texts[:2], QUESTION))
-    with pytest.raises(ConfigError, match="SystemMessage"):
-        case.blend.invoke(ask | {"chat_history": [SystemMessage("Be brief.")]})
-    with pytest.raises(PromptError, match="roles"):
-        case.blend.invoke(ask | {"chat_history": [AIMessage("Hello.")]})
+    with pytest.raises(ConfigError, match="The history is str"):
+        case.blend.invoke(ask | {"chat_history": "Who? Me."})
+
+
+WHO, ME = HumanMessage("Who?"), AIMessage("Me.")
+SAID = [Turn("user", "Who?"), Turn("assistant", "Me.")]
+OF_AN_AGENT = [SystemMessage("They met."), WHO, AIMessage("", tool_calls=[CALL]), ToolMessage("x", tool_call_id="1")]
+
+
+@pytest.mark.parametrize(
+    ("history", "turns", "question"),
+    [
+        ([AIMessage("Hello!"), WHO, ME], SAID, QUESTION),
+        ([AIMessage("Hello!")], [], QUESTION),
+        ([WHO], [], f"Who?\n\n{QUESTION}"),
+        ([("human", "Who?"), ("ai", "Me."), ("human", QUESTION)], SAID, QUESTION),
+        (OF_AN_AGENT, [], f"They met.\n\nWho?\n\n{QUESTION}"),
+        ([WHO, ME, SystemMessage("Be brief.")], SAID, f"Be brief.\n\n{QUESTION}"),
+    ],
+    ids=["greeting", "only a greeting", "unanswered", "the question itself", "an agent's", "a note at the end"],
+)
+def test_histories_as_chat_programs_have_them(history: Any, turns: Any, question: str) -> None:
+    assert conversation(history, QUESTION) == (tuple(turns), question)
 
 
 @pytest.mark.parametrize(
