@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from lmcache_rag._utils import iterate_in_thread
+from lmcache_rag._utils import iterate_in_thread, well_formed
 from lmcache_rag.engines import vllm_answer
 from lmcache_rag.engines.base import (
     BlendOptions,
@@ -119,6 +119,8 @@ class Blender:
         """
         from lmcache_rag.store import Hit
 
+        question, texts = well_formed(question), [well_formed(text) for text in texts]
+        history = [Turn(turn.role, well_formed(turn.content)) for turn in history]
         if not question.strip():
             raise PromptError("The question is empty.", remedy="Ask something.")
         ranked = [-float(i) for i in range(len(texts))]

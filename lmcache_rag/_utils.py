@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol, TypeVar
@@ -76,6 +77,19 @@ class AsyncFromStream:
         """Async version of stream."""
         async for event in iterate_in_thread(self.stream(prompt, sampling, blend)):
             yield event
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def well_formed(text: str) -> str:
+    """The text as valid Unicode, which tokenizers and databases need: two halves of a character become one again.
+
+    A half without the other, and a byte of another encoding from a terminal, become U+FFFD, as in documents.
+    """
+    if _SURROGATE.search(text) is None:
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 # A document or an answer may contain terminal control sequences; they are shown, not executed.

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lmcache_rag._utils import without_garbage_collection
+from lmcache_rag._utils import well_formed, without_garbage_collection
 from lmcache_rag.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ class SentenceTransformerEmbedder:
 
     def _encode(self, method: str, texts: list[str]) -> NDArray[np.float32]:
         # One at a time: a fast tokenizer's padding settings are shared, and torch uses every core already.
+        texts = [well_formed(text) for text in texts]
         with self._lock:
             model = self._model
             if isinstance(model, BertEncoder):
@@ -187,11 +188,11 @@ class ForeignEmbedder:
 
         if not len(texts):
             return np.empty((0, self.dimension), dtype=np.float32)
-        return unit_length(self._documents(list(texts)))
+        return unit_length(self._documents([well_formed(text) for text in texts]))
 
     def embed_query(self, text: str) -> NDArray[np.float32]:
         """Vector of a question, shape [dimension], of length 1."""
-        vector: NDArray[np.float32] = unit_length([self._query(text)])[0]
+        vector: NDArray[np.float32] = unit_length([self._query(well_formed(text))])[0]
         return vector
 
 

@@ -11,6 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from lmcache_rag._utils import well_formed
 from lmcache_rag.documents import Document, find_files, load_document
 from lmcache_rag.documents.finding import named_by
 from lmcache_rag.errors import ConfigError, DocumentError
@@ -340,7 +341,7 @@ def expand(
         if are_documents:
             for document in group:
                 report(1)
-                yield document  # type: ignore[misc]
+                yield replace(document, text=well_formed(document.text))  # type: ignore[type-var,union-attr]
             continue
         found = _find(group)  # type: ignore[arg-type]
         report(len(found))

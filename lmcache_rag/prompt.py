@@ -21,6 +21,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from lmcache_rag._utils import well_formed
 from lmcache_rag.engines.base import ChunkSpan, EngineInfo, IngestPrompt, QueryPrompt, kv_key
 from lmcache_rag.errors import PromptError
 
@@ -174,7 +175,8 @@ class PromptBuilder:
         )
         turns = [*history, Turn("user", question)]
         passages = self._lead(question) + passages
-        return self._messages(turns, passages, fold=self._fold_system, filler=self.format.filler * self._fillers)
+        made = self._messages(turns, passages, fold=self._fold_system, filler=self.format.filler * self._fillers)
+        return [{name: well_formed(text) for name, text in message.items()} for message in made]
 
     # -- inside -------------------------------------------------------------------------------------------------
 
@@ -322,13 +324,13 @@ class SafeTokenizer:
         return list(self._template.encode(text, add_special_tokens=False).ids)
 
     def text(self, text: str) -> list[int]:
-        """Ids of a text in which nothing is special.
+        """Ids of a text in which nothing is special; lone surrogates become U+FFFD.
 
         Raises:
             PromptError: The tokenizer's own vocabulary maps some text to a control token. (No tokenizer of the
                 supported families does.)
         """
-        ids = list(self._text.encode(text, add_special_tokens=False).ids) if text else []
+        ids = list(self._text.encode(well_formed(text), add_special_tokens=False).ids) if text else []
         if not self._control.isdisjoint(ids):
             raise PromptError(
                 "The tokenizer turns plain text into a control token.", remedy="This model cannot be used safely."

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, TypeAlias
 
-from lmcache_rag._utils import iterate_in_thread
+from lmcache_rag._utils import iterate_in_thread, well_formed
 from lmcache_rag.engines.base import (
     BlendOptions,
     Completion,
@@ -180,6 +180,7 @@ class RAG:
         After the Answer, missing KV is computed and stored; a caller that stops at the Answer skips this.
         """
         sampling, blend = sampling or self.sampling, blend or self.blend
+        question = well_formed(question)
         found = list(hits) if hits is not None else self.retrieve(question, top_k=top_k)
         fitted = fit_context(
             self.prompts,

@@ -9,6 +9,7 @@ import sys
 import pytest
 from rag_kit import Parts, document
 
+from lmcache_rag.documents import Document
 from lmcache_rag.engines.base import BlendOptions, Sampling, TextDelta
 from lmcache_rag.errors import ConfigError, ContextLengthError, LMCacheRAGError, PrecomputeError, PromptError
 from lmcache_rag.prompt import Turn
@@ -23,6 +24,21 @@ def test_documents_in_answers_out(parts, documents):
     assert answer.sources[0].documents[0].doc_id == "d1"
     assert answer.stats.chunks_hit == 3
     assert answer.stats.blended
+
+
+def test_a_question_with_half_an_emoji_is_answered(parts, documents):
+    parts.ingestor.ingest(documents)
+    question = f"{documents[1].text[:60]} \ud83d"
+    answer = parts.rag.ask(question)
+    assert answer.question == question.replace("\ud83d", "\N{REPLACEMENT CHARACTER}")
+    assert answer.sources[0].documents[0].doc_id == "d1"
+    assert [hit.chunk_id for hit in parts.rag.retrieve(question)] == [hit.chunk_id for hit in answer.sources]
+
+
+def test_a_document_with_half_an_emoji_is_ingested(parts):
+    report = parts.ingestor.ingest([document("a", "Quince."), Document("b", "Half \ud83d an emoji.", "1", "b")])
+    assert report.added == ("a", "b")
+    assert "Half \N{REPLACEMENT CHARACTER} an emoji." in {chunk.text for chunk in parts.store.registry.chunks()}
 
 
 def test_only_changed_chunks_are_computed_again(parts, documents):

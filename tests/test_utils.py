@@ -1,4 +1,4 @@
-"""A blocking iterator in an event loop, left early."""
+"""A blocking iterator in an event loop, left early; texts that are not valid Unicode."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from lmcache_rag._utils import iterate_in_thread
+from lmcache_rag._utils import iterate_in_thread, well_formed
 
 
 class Source:
@@ -49,3 +49,9 @@ async def test_cancelled_before_an_item_it_closes_after_it() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert source.closed.is_set()
+
+
+def test_halves_of_a_character_become_one_again() -> None:
+    assert well_formed("a \ud83d\ude00 b") == "a \N{GRINNING FACE} b"
+    assert well_formed("\ude00\ud83d \udce9") == "\ufffd\ufffd \ufffd"
+    assert well_formed("日本 \N{GRINNING FACE}") == "日本 \N{GRINNING FACE}"

@@ -149,9 +149,9 @@ def _lines(name: str) -> Iterator[str]:
         yield from (line.strip() for line in sys.stdin if line.strip())
         return
     try:
-        with Path(name).open(encoding="utf-8") as file:
+        with Path(name).open(encoding="utf-8-sig", errors="replace") as file:
             yield from (line.strip() for line in file if line.strip())
-    except (OSError, UnicodeDecodeError) as problem:
+    except OSError as problem:
         raise ConfigError(
             f"The questions cannot be read from {name}: {problem}", remedy="Name a text file."
         ) from problem

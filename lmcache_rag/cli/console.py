@@ -152,11 +152,13 @@ def as_error(kind: str, message: str, remedy: str) -> dict[str, Any]:
 
 
 def settle_streams() -> None:
-    """Make stdout writable, however the process was started."""
+    """Make stdout writable and stdin readable, however the process was started and whatever bytes come."""
     if sys.stdout is None:  # closed by the parent process
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     elif reconfigure := getattr(sys.stdout, "reconfigure", None):
         reconfigure(errors="backslashreplace")  # an answer must not fail on a terminal that cannot show its letters
+    if reconfigure := getattr(sys.stdin, "reconfigure", None):
+        reconfigure(errors="surrogateescape")  # as in arguments: names of files keep their bytes
 
 
 # Logs

@@ -6,6 +6,8 @@ What it takes to run with real weights is tested in test_signals.py, by real pro
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +179,37 @@ def test_a_too_long_conversation_offers_reset(call: Call, stocked: Stocked) -> N
     assert second["error"]["type"] == "ContextLengthError"
     assert "/reset" in result.stderr
     assert result.exit_code == 1
+
+
+# -- questions that are not valid Unicode -------------------------------------------------------------------------
+
+
+def test_a_question_in_another_encoding_is_answered(call: Call, stocked: Stocked) -> None:
+    latin = b"caf\xe9 opens?".decode("utf-8", "surrogateescape")  # an argument from a Latin-1 terminal
+    result = call("ask", latin, "--store", stocked.store, "--max-tokens", 2, "--json")
+    assert result.exit_code == 0
+    assert document(result)["question"] == "caf\N{REPLACEMENT CHARACTER} opens?"
+
+
+def test_stdin_may_hold_foreign_bytes() -> None:
+    code = "import sys; from lmcache_rag.cli import console; console.settle_streams(); print(*map(ascii, sys.stdin))"
+    questions = b"one?\ncaf\xe9?\ntwo?\n"
+    done = subprocess.run([sys.executable, "-c", code], input=questions, capture_output=True, check=True)
+    assert done.stdout == rb"'one?\n' 'caf\udce9?\n' 'two?\n'" + b"\n"
+
+
+def test_foreign_bytes_in_a_chat_stop_nothing(call: Call, stocked: Stocked, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lmcache_rag.cli.ask import Chat
+
+    lines = iter(["one?\n", f"{QUESTION} \udce9\n", "two?\n", "/quit\n"])  # typer's runner sends valid UTF-8 only
+    monkeypatch.setattr(Chat, "_read", lambda chat: next(lines))
+    answers = lines_of_chat(call, stocked, "")
+    assert [answer["question"] for answer in answers] == ["one?", f"{QUESTION} \N{REPLACEMENT CHARACTER}", "two?"]
+    assert all(answer["text"] for answer in answers)
+
+
+def test_a_file_of_questions_may_hold_foreign_bytes(call: Call, stocked: Stocked, tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_bytes(b"\xef\xbb\xbfone?\ncaf\xe9?\n")
+    result = call("ask", "--questions", tmp_path / "q.txt", "--store", stocked.store, "--max-tokens", 2)
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [line["question"] for line in lines] == ["one?", "caf\N{REPLACEMENT CHARACTER}?"]

@@ -29,6 +29,16 @@ def test_registered_texts_are_blended_in_any_order(register, workspace, corpus):
     assert counts(off.stats)["blended"] is False
 
 
+def test_lone_surrogates_are_replaced(register, workspace, corpus):
+    replaced = f"{corpus[0]} \N{REPLACEMENT CHARACTER}"
+    register.add({"a": replaced})
+    blender, lone = Blender(workspace, blend=BlendOptions("query", 0.2)), f"{corpus[0]} \ud83d"
+    prompted = blender.build_prompt([lone], "what \ud83d?", history=[Turn("user", lone), Turn("assistant", lone)])
+    assert (prompted.texts, prompted.registered) == ((replaced,), (True,))
+    assert prompted.question == "what \N{REPLACEMENT CHARACTER}?"
+    assert blender.answer(prompted).stats.chunks_hit == 1
+
+
 def test_an_unregistered_text_is_noticed_and_computed(register, workspace, corpus):
     register.add({"a": corpus[0]})
     blender = Blender(workspace)
