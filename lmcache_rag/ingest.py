@@ -341,7 +341,7 @@ def expand(
         if are_documents:
             for document in group:
                 report(1)
-                yield replace(document, text=well_formed(document.text))  # type: ignore[type-var,union-attr]
+                yield replace(document, text=well_formed(document.text))  # type: ignore[type-var,union-attr,misc]
             continue
         found = _find(group)  # type: ignore[arg-type]
         report(len(found))
