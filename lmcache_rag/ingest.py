@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from pathlib import Path
@@ -27,7 +27,16 @@ if TYPE_CHECKING:
 log = logging.getLogger("lmcache_rag.ingest")
 
 _BATCH_CHUNKS = 64  # new chunks that are embedded and committed together
+MOST_CHARACTERS = 100_000_000  # of documents that a preview keeps
 _BATCH_DOCUMENTS = 256  # documents between two commits, even if they have few chunks
+
+_RATE_TOKENS = 2000  # of fewer a rate is not worth keeping
+
+
+def rate_key(fingerprint: str) -> str:
+    """Name of the store's fact how many tokens of KV are computed in a second."""
+    return f"ingest_rate:{fingerprint}"
+
 
 Step: TypeAlias = Literal["document", "kv"]
 
@@ -88,7 +97,19 @@ class IngestReport:
 
 @dataclass(frozen=True, slots=True)
 class IngestPlan:
-    """What an ingestion would do. `gone` are the documents that it would remove with `prune`."""
+    """What an ingestion would do.
+
+    Attributes:
+        documents: Documents that are new or have changed.
+        unchanged: Documents that are the same.
+        failed: Sources that cannot be read.
+        chunks: Chunks that the store does not hold.
+        tokens: Their tokens.
+        kv_bytes: Size of the KV that would be computed.
+        gone: Documents that would be removed with `prune`.
+        kv_chunks: Chunks whose KV would be computed: the new ones, and those of unchanged documents that lack it.
+        kv_tokens: Their tokens.
+    """
 
     documents: int
     unchanged: int
@@ -97,6 +118,30 @@ class IngestPlan:
     tokens: int
     kv_bytes: int
     gone: tuple[str, ...] = ()
+    kv_chunks: int = 0
+    kv_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Preview:
+    """Sources that were read once, with the plan; `Ingestor.ingest` takes it in the place of the sources.
+
+    Attributes:
+        plan: What the ingestion would do.
+        names: The files, folders and globs among the sources.
+        items: What they mean. Documents beyond a size in all are not kept: their paths stand there.
+        chunks: The chunks of the documents that are kept, by document id and content hash.
+    """
+
+    plan: IngestPlan
+    names: tuple[str | Path, ...]
+    items: tuple[Document | Failure | Path, ...]
+    chunks: Mapping[tuple[str, str], list[Chunk]]
+
+    @property
+    def found(self) -> bool:
+        """Whether there is any document."""
+        return self.plan.documents + self.plan.unchanged > 0
 
 
 class Ingestor:
@@ -133,12 +178,12 @@ class Ingestor:
         self._kv = KVManager(store, engine, prompts)
 
     def ingest(
-        self, sources: Iterable[str | Path | Document], *, kv: bool | None = None, prune: bool = False
+        self, sources: Iterable[str | Path | Document] | Preview, *, kv: bool | None = None, prune: bool = False
     ) -> IngestReport:
         """Ingest files, folders, globs and documents. A source that cannot be read never stops the others.
 
         Args:
-            sources: What to ingest.
+            sources: What to ingest, or the preview of it.
             kv: False only indexes; None: as the constructor was told.
             prune: Remove documents whose files are gone, if the sources name them or if a file with the same content
                 is in the store under another path.
@@ -151,63 +196,48 @@ class Ingestor:
         with_kv = self.kv if kv is None else kv
         begin = time.perf_counter()
         names: list[str | Path] = []
+        items: Iterator[str | Path | Document | Failure]
+        chunks: Mapping[tuple[str, str], list[Chunk]] = {}
+        if isinstance(sources, Preview):
+            names, chunks, items = list(sources.names), sources.chunks, iter(sources.items)
+        else:
+            items = _noted(sources, names)
         with self.store.writing(timeout=self.lock_timeout):
-            run = _Run(self, with_kv)
-            for item in expand(_noted(sources, names), on_found=run.expect):
+            run = _Run(self, with_kv, chunks)
+            for item in expand(items, on_found=run.expect):
                 run.take(item)
             run.flush()
+            run.keep_rate()
             run.look_for_gone(names, prune=prune)
         return replace(run.report(), seconds=time.perf_counter() - begin)
 
     async def aingest(
-        self, sources: Iterable[str | Path | Document], *, kv: bool | None = None, prune: bool = False
+        self, sources: Iterable[str | Path | Document] | Preview, *, kv: bool | None = None, prune: bool = False
     ) -> IngestReport:
         """Async version of ingest, in a thread."""
         return await asyncio.to_thread(self.ingest, sources, kv=kv, prune=prune)
 
     def plan(self, sources: Iterable[str | Path | Document]) -> IngestPlan:
         """Return what ingest would do. Writes nothing."""
-        documents = unchanged = 0
-        failed: list[Failure] = []
-        new: dict[str, int] = {}
-        names: list[str | Path] = []
-        for item in expand(_noted(sources, names)):
-            if isinstance(item, Failure):
-                failed.append(item)
-                continue
-            if self.is_unchanged(item):
-                unchanged += 1
-                continue
-            documents += 1
-            chunks = self.splitter.split(item.text)
-            known = {c.text for c in self.store.registry.known_texts([c.text for c in chunks]).values()}
-            new |= {c.text: c.tokens for c in chunks if c.text not in known}
-        tokens = sum(new.values())
-        size = tokens * self.engine.info.kv_bytes_per_token
-        gone = tuple(_prunable(self.store.registry, gone_documents(self.store.registry), names))
-        return IngestPlan(documents, unchanged, tuple(failed), len(new), tokens, size, gone)
+        return preview(sources, self.splitter, self.prompts, self.store.registry, most_characters=0).plan
 
     def is_unchanged(self, document: Document) -> bool:
         """Whether the store holds exactly this document, split like this."""
-        record = self.store.registry.document(document.doc_id)
-        return (
-            record is not None
-            and record.content_hash == document.content_hash
-            and record.splitter == self.splitter.fingerprint
-            and record.metadata == dict(document.metadata)
-        )
+        return _is_unchanged(self.store.registry, self.splitter, document)
 
 
 class _Run:
     """One ingestion: gathers documents and commits them batch by batch."""
 
-    def __init__(self, ingestor: Ingestor, with_kv: bool) -> None:
+    def __init__(self, ingestor: Ingestor, with_kv: bool, chunks: Mapping[tuple[str, str], list[Chunk]]) -> None:
         self._by = ingestor
+        self._split = chunks  # of documents that were read before
         self._with_kv = with_kv
         self._pending: dict[str, tuple[Document, list[Chunk]]] = {}
         self._without_kv: list[str] = []  # documents whose chunks may still lack KV
         self._report = IngestReport()
         self._documents = self._documents_known = self._kv_done = self._kv_known = 0
+        self._seconds = 0.0  # in which KV was computed
         ingestor.store.registry.claim_embedder(ingestor.embedder.fingerprint, ingestor.embedder.dimension)
         ingestor._kv.empty_trash()
 
@@ -230,10 +260,11 @@ class _Run:
         else:
             if item.doc_id in self._pending:  # ingested twice: the later one is stored
                 self.flush()
-            self._pending[item.doc_id] = (item, self._by.splitter.split(item.text))
+            chunks = self._split.get((item.doc_id, item.content_hash))
+            self._pending[item.doc_id] = (item, self._by.splitter.split(item.text) if chunks is None else chunks)
         self._by.on_progress(Progress("document", self._documents, self._documents_known))
-        chunks = sum(len(chunks) for _, chunks in self._pending.values())
-        if chunks >= _BATCH_CHUNKS or len(self._pending) + len(self._without_kv) >= _BATCH_DOCUMENTS:
+        waiting = sum(len(chunks) for _, chunks in self._pending.values())
+        if waiting >= _BATCH_CHUNKS or len(self._pending) + len(self._without_kv) >= _BATCH_DOCUMENTS:
             self.flush()
 
     def flush(self) -> None:
@@ -253,6 +284,13 @@ class _Run:
         if self._with_kv and self._without_kv:
             self._compute_kv(self._without_kv)
         self._without_kv = []
+
+    def keep_rate(self) -> None:
+        """Record how fast KV was computed, so that the next ingestion can say how long it takes."""
+        kv = self._report.kv
+        if not kv.existed and kv.tokens >= _RATE_TOKENS and self._seconds > 0:
+            rate = f"{kv.tokens / self._seconds:.1f}"
+            self._by.store.registry.set_meta(rate_key(self._by.prompts.fingerprint), rate)
 
     def look_for_gone(self, names: list[str | Path], *, prune: bool) -> None:
         """Report documents whose files are gone; with `prune` remove those that were named or have moved."""
@@ -276,7 +314,10 @@ class _Run:
             tokens = getattr(result, "tokens", 0)
             by.on_progress(Progress("kv", self._kv_done, self._kv_known, tokens))
 
-        self._add(kv=self._report.kv + by._kv.compute(chunks, on_chunk=tick))
+        begin = time.perf_counter()
+        totals = by._kv.compute(chunks, on_chunk=tick)
+        self._seconds += time.perf_counter() - begin
+        self._add(kv=self._report.kv + totals)
 
     def _new_documents(self) -> list[NewDocument]:
         from lmcache_rag.store import NewChunk, NewDocument
@@ -305,6 +346,78 @@ class _Run:
         self._report = replace(self._report, **changes)  # type: ignore[arg-type]
 
 
+def preview(
+    sources: Iterable[str | Path | Document],
+    splitter: Splitter,
+    prompts: PromptBuilder,
+    registry: Registry | None,
+    *,
+    most_characters: int = MOST_CHARACTERS,
+) -> Preview:
+    """Read sources and find out what their ingestion would do. Writes nothing.
+
+    Args:
+        sources: What would be ingested.
+        splitter: Cuts documents into chunks.
+        prompts: Makes the prompts.
+        registry: Of the store; None if there is no store yet.
+        most_characters: Most characters of documents that are kept, so that they need not be read again.
+    """
+    documents, failed, unchanged = 0, list[Failure](), list[str]()
+    new: dict[str, int] = {}
+    kept: dict[tuple[str, str], list[Chunk]] = {}
+    items, names = list[Document | Failure | Path](), list[str | Path]()
+    room = most_characters
+    for item in expand(_noted(sources, names)):
+        if isinstance(item, Failure):
+            failed.append(item)
+            items.append(item)
+            continue
+        room -= len(item.text)
+        # A document that a program gave cannot be read again, so it is kept in any case.
+        from_file = item.doc_id == item.source and Path(item.doc_id).is_absolute()
+        items.append(item if room >= 0 or not from_file else Path(item.doc_id))
+        if registry is not None and _is_unchanged(registry, splitter, item):
+            unchanged.append(item.doc_id)
+            continue
+        documents += 1
+        chunks = splitter.split(item.text)
+        if room >= 0:
+            kept[item.doc_id, item.content_hash] = chunks
+        known = registry.known_texts([c.text for c in chunks]).values() if registry is not None else ()
+        texts = {chunk.text for chunk in known}
+        new |= {c.text: c.tokens for c in chunks if c.text not in texts}
+    tokens = sum(new.values())
+    lacking: list[StoredChunk] = []
+    gone: list[str] = []
+    if registry is not None:
+        lacking = registry.chunks_without_kv(prompts.fingerprint, doc_ids=unchanged)
+        gone = _prunable(registry, gone_documents(registry), names)
+    kv_tokens = tokens + sum(chunk.tokens for chunk in lacking)
+    plan = IngestPlan(
+        documents=documents,
+        unchanged=len(unchanged),
+        failed=tuple(failed),
+        chunks=len(new),
+        tokens=tokens,
+        kv_bytes=kv_tokens * prompts.info.kv_bytes_per_token,
+        gone=tuple(gone),
+        kv_chunks=len(new) + len(lacking),
+        kv_tokens=kv_tokens,
+    )
+    return Preview(plan, tuple(names), tuple(items), kept)
+
+
+def _is_unchanged(registry: Registry, splitter: Splitter, document: Document) -> bool:
+    record = registry.document(document.doc_id)
+    return (
+        record is not None
+        and record.content_hash == document.content_hash
+        and record.splitter == splitter.fingerprint
+        and record.metadata == dict(document.metadata)
+    )
+
+
 def _prunable(registry: Registry, gone: Sequence[DocumentRecord], names: Iterable[str | Path]) -> list[str]:
     """Ids of documents without files that these sources name, or whose content is in the store under another path."""
     ids = {record.doc_id for record in gone}
@@ -326,7 +439,7 @@ def _noted(sources: Iterable[str | Path | Document], names: list[str | Path]) ->
 
 
 def expand(
-    sources: Iterable[str | Path | Document], *, on_found: Callable[[int], None] | None = None
+    sources: Iterable[str | Path | Document | Failure], *, on_found: Callable[[int], None] | None = None
 ) -> Iterator[Document | Failure]:
     """Read files, folders, globs and documents as documents; yields a Failure for each that cannot be read.
 
@@ -337,10 +450,13 @@ def expand(
     if isinstance(sources, str | Path):
         raise ConfigError("Sources must be a list.", remedy=f"Write [{str(sources)!r}].")
     report = on_found or (lambda number: None)
-    for are_documents, group in groupby(sources, key=lambda source: isinstance(source, Document)):
-        if are_documents:
+    for are_read, group in groupby(sources, key=lambda source: isinstance(source, Document | Failure)):
+        if are_read:
             for document in group:
                 report(1)
+                if isinstance(document, Failure):
+                    yield document
+                    continue
                 yield replace(document, text=well_formed(document.text))  # type: ignore[type-var,union-attr,misc]
             continue
         found = _find(group)  # type: ignore[arg-type]

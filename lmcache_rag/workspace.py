@@ -13,16 +13,19 @@ from lmcache_rag.engines.base import BlendOptions, Sampling
 from lmcache_rag.settings import Settings
 
 if TYPE_CHECKING:
-    from lmcache_rag.documents import Splitter
+    from collections.abc import Iterable
+
+    from lmcache_rag.documents import Document, Splitter
     from lmcache_rag.embedding import Embedder
     from lmcache_rag.engines.base import Engine
-    from lmcache_rag.ingest import Ingestor
+    from lmcache_rag.ingest import Ingestor, Preview
     from lmcache_rag.kv_manager import Maintainer
     from lmcache_rag.prompt import PromptBuilder
     from lmcache_rag.rag import RAG
     from lmcache_rag.store import Store
 
 _GB = 1_000_000_000
+KV_FOLDER = "kv"  # in the store; an engine may be opened before there is a store
 
 
 class Workspace:
@@ -68,6 +71,11 @@ class Workspace:
 
         return Store.open(self.settings.store, create=self._create)
 
+    @property
+    def has_store(self) -> bool:
+        """Whether there is a store, made by this workspace or before."""
+        return "store" in self.__dict__ or (self.settings.store / "store.db").exists()
+
     @cached_property
     def engine(self) -> Engine:
         """The engine."""
@@ -83,12 +91,14 @@ class Workspace:
                 timeout=self.settings.engine_timeout_s,
                 ingest_key=ingest_key_for(self.settings),
             )
+        if not self._create:
+            _ = self.store  # if there is none, that is the error
         with without_garbage_collection():
             from lmcache_rag.engines.embedded import EmbeddedEngine
 
             return EmbeddedEngine(
                 self.settings.model,
-                kv_dir=self.store.kv_dir,
+                kv_dir=self.settings.store / KV_FOLDER,
                 device=self.settings.device,
                 dtype=self.settings.dtype,
                 kv_budget=int(self.settings.kv_budget_gb * _GB),
@@ -140,6 +150,22 @@ class Workspace:
             self.splitter,
             lock_timeout=self.settings.lock_timeout_s,
         )
+
+    def preview(self, sources: Iterable[str | Path | Document]) -> Preview:
+        """Read sources and find out what their ingestion would do; for Ingestor.ingest. Makes no store."""
+        from lmcache_rag.ingest import preview
+
+        registry = self.store.registry if self.has_store else None
+        return preview(sources, self.splitter, self.prompts, registry)
+
+    def ingest_rate(self) -> float:
+        """Tokens a second at which KV is computed, by the store's last ingestion or measured now; 0: unknown."""
+        from lmcache_rag.ingest import rate_key
+
+        if self.has_store and (known := self.store.registry.get_meta(rate_key(self.prompts.fingerprint))):
+            return float(known)
+        measure = getattr(self.engine, "prefill_rate", None)
+        return float(measure()) if callable(measure) else 0.0
 
     @cached_property
     def rag(self) -> RAG:

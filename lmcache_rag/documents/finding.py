@@ -7,6 +7,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 
 from lmcache_rag.documents.access import access_error, quoted, special_error
@@ -29,6 +30,9 @@ def find_files(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path | Docum
     A folder means all files below it, sorted by name; hidden ones (a name that begins with a dot) and images, sound,
     video, fonts and compiled code are skipped. Links are followed, loops end. A name that exists is taken as it
     is; else ``*``, ``?``, ``[`` and ``**`` make it a glob, and a folder that a glob matches means its files.
+
+    Stores of this library, Git's own folder and virtual environments never hold documents: below a folder and in a
+    glob's matches they are skipped, named themselves they are refused.
 
     Args:
         paths: Files, folders and globs; ``~`` is the home folder.
@@ -87,6 +91,7 @@ class _Finder:
     def __init__(self) -> None:
         self._files: set[str] = set()
         self._folders: set[tuple[int, int]] = set()
+        self._kind = cache(folder_kind)
 
     def find(self, pattern: str) -> Iterator[Path | DocumentError]:
         if not pattern or "\0" in pattern:
@@ -100,9 +105,12 @@ class _Finder:
             return
         expanded = os.path.expanduser(pattern)  # noqa: PTH111  (Path("") would mean the current folder)
         if os.path.lexists(expanded):
-            yield from self._below(expanded)
+            if part := self._part_of(expanded):
+                yield DocumentError(f"{quoted(pattern)} is part of {part}, not a document.", remedy="Leave it out.")
+            else:
+                yield from self._below(expanded)
         elif is_glob(expanded):
-            matches = _glob(expanded)
+            matches = [match for match in _glob(expanded) if not self._part_of(match)]
             if not matches:
                 yield DocumentError(
                     f"The glob {pattern!r} matches nothing.", remedy="Check it, and quote it in a shell."
@@ -128,12 +136,14 @@ class _Finder:
                         anything = True
                         continue
                     self._folders.add((status.st_dev, status.st_ino))
-                    pending += reversed(_listing(path))
+                    pending += reversed([child for child in _listing(path) if not self._excluded(child)])
                     continue
                 real = os.path.realpath(path, strict=True)
             except OSError as error:
                 anything = True
                 yield access_error(path, error)
+                continue
+            if os.path.islink(path) and self._part_of(real):  # noqa: PTH114
                 continue
             anything = True
             refusal = special_error(path, status.st_mode)
@@ -144,6 +154,47 @@ class _Finder:
                 yield Path(real)
         if not anything:
             yield DocumentError(f"The folder {quoted(top)} holds no documents.", remedy="Name a folder with documents.")
+
+    def _excluded(self, path: str) -> str:
+        """What a path belongs to that is never a document, by itself and the folder that it is in; "" otherwise."""
+        folder, name = os.path.split(path)
+        if (kind := self._kind(path)) and kind != _ENVIRONMENT:
+            return f"{kind} {quoted(path)}"
+        if name in _OF_ENVIRONMENTS and self._kind(folder) == _ENVIRONMENT:
+            return f"{_ENVIRONMENT} {quoted(folder)}"
+        return ""
+
+    def _part_of(self, path: str) -> str:
+        """As `_excluded`, by all folders above the path too, links followed."""
+        real = Path(os.path.realpath(path))
+        return next(filter(None, (self._excluded(str(part)) for part in (real, *real.parents))), "")
+
+
+_STORE, _REPOSITORY, _ENVIRONMENT = "the store", "the Git repository", "the virtual environment"
+# A virtual environment may have been made in a folder with documents: only its own parts are left out.
+_OF_ENVIRONMENTS = frozenset({"bin", "include", "lib", "lib64", "share", "Scripts", "Lib", "Include", "pyvenv.cfg"})
+_APPLICATION_ID = b"LMCR"  # in the header of a store's database
+
+
+def folder_kind(folder: str) -> str:
+    """Whether a folder is one of our stores, Git's own folder or a virtual environment, in words; "" otherwise."""
+
+    def has(*names: str) -> bool:
+        return any(os.path.lexists(os.path.join(folder, name)) for name in names)  # noqa: PTH118
+
+    if has("store.db") and (has("lock", "index.faiss", "kv") or _is_database(os.path.join(folder, "store.db"))):  # noqa: PTH118
+        return _STORE
+    if has("HEAD") and has("objects") and has("refs"):  # bare ones too
+        return _REPOSITORY
+    return _ENVIRONMENT if has("pyvenv.cfg", "conda-meta") else ""
+
+
+def _is_database(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:  # noqa: PTH123
+            return file.read(72)[68:] == _APPLICATION_ID
+    except OSError:
+        return False
 
 
 def _listing(folder: str) -> list[str]:

@@ -42,7 +42,7 @@ class ChunkCache:
 
     def __init__(self, model: HFModel, info: EngineInfo, store: KVStore, *, lock: threading.Lock, batch: int) -> None:
         self._model, self._info, self._store = model, info, store
-        self._lock, self._batch = lock, batch
+        self._lock, self.batch = lock, batch
 
     # -- ingestion ----------------------------------------------------------------------------------------------
 
@@ -55,7 +55,7 @@ class ChunkCache:
         """
         require_blendable(self._info)
         source = iter(prompts)
-        while group := list(islice(source, self._batch)):
+        while group := list(islice(source, self.batch)):
             todo = {p.key: p for p in group if not self._store.has(p.fingerprint, p.key)}
             done = self._compute(list(todo.values())) if todo else {}
             for prompt in group:

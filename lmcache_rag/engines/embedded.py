@@ -181,6 +181,20 @@ class EmbeddedEngine(AsyncFromStream):
         """Load the weights now, so that the times of the first computation do not include it."""
         _ = self._model.model
 
+    def prefill_rate(self, tokens: int = 256) -> float:
+        """Tokens a second at which chunks of this length are computed, measured now."""
+        import torch
+
+        count, batch = min(tokens, self._info.context_length), self._chunks.batch
+        with self._lock, torch.inference_mode():
+            for length in (8, count):  # the first run has costs of its own
+                ids = torch.ones((batch, length), dtype=torch.int64, device=self._model.device)
+                cache = self._model.buffer(length, batch=batch)
+                begin = time.perf_counter()
+                states = self._model.forward(ids, torch.arange(length, device=ids.device), cache)
+                _ = states[0, -1, 0].item()  # waits for a GPU
+        return batch * count / (time.perf_counter() - begin)
+
     # -- ingestion ----------------------------------------------------------------------------------------------
 
     def precompute(

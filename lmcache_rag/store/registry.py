@@ -253,6 +253,11 @@ class Registry:
         with self._database.read() as connection:
             return sql.read_meta(connection, key)
 
+    def set_meta(self, key: str, value: str | None) -> None:
+        """Record a named fact about the store; None removes it."""
+        with self._database.write() as connection:
+            sql.write_meta(connection, key, value)
+
     @property
     def embedder(self) -> str | None:
         """The model of the store's embeddings, None before the first."""

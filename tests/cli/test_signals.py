@@ -157,7 +157,7 @@ def test_ask_reuses_kv_of_the_right_document(session: Session) -> None:
 def test_stderr_has_no_bar_or_hint_of_other_libraries(session: Session) -> None:
     for ended in (session.again, session.asked, session.status):
         known = re.compile(
-            r"The (model|embedder) is served by |documents \d+ of \d+; KV "
+            r"The (model|embedder) is served by |To compute: |documents \d+ of \d+; KV "
         )  # the latter, where it lasts
         assert [line for line in ended.stderr.splitlines() if not known.match(line)] == []
 

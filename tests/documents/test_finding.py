@@ -133,3 +133,57 @@ def test_a_pattern_names_files_that_are_gone(
 @pytest.mark.parametrize("url", ["https://example.org/page.html", "s3://bucket/a.pdf", "file:///etc/hosts"])
 def test_a_url_is_refused_as_one(url: str) -> None:
     assert f"'{url}' is a URL, and URLs are not fetched. Download it" in problem(url)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder with documents, a store of ours, a repository and a virtual environment."""
+    from lmcache_rag.store import Store
+
+    top = tmp_path / "project"
+    write(top / "a.md")
+    write(top / "sub/b.md")
+    Store.open(top / "my-store").close()
+    write(top / "my-store/settings.toml")
+    for name in ("HEAD", "objects/x", "refs/y"):
+        write(top / ".git" / name)
+        write(top / "bare.git" / name)
+    for name in ("env/pyvenv.cfg", "env/lib/python3.11/site-packages/x/LICENSE.md", "env/bin/activate", "env/notes.md"):
+        write(top / name)
+    return top
+
+
+def test_stores_git_and_environments_are_skipped(project: Path) -> None:
+    wanted = [project / name for name in ("a.md", "env/notes.md", "sub/b.md")]
+    assert found(project) == wanted
+    assert sorted(found(str(project / "**" / "*"))) == wanted
+    assert sorted(found(str(project / "**" / "*.md"))) == wanted
+
+
+def test_a_new_store_is_skipped_while_it_is_open(project: Path) -> None:
+    from lmcache_rag.store import Store
+
+    with Store.open(project / "second"):
+        assert not [path for path in found(project) if "second" in path.parts]
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("my-store", "the store"),
+        ("my-store/settings.toml", "the store"),
+        (".git", "the Git repository"),
+        (".git/HEAD", "the Git repository"),
+        ("bare.git/objects", "the Git repository"),
+        ("env/lib", "the virtual environment"),
+        ("env/lib/python3.11/site-packages/x/LICENSE.md", "the virtual environment"),
+    ],
+)
+def test_what_is_no_document_is_refused_if_named(project: Path, name: str, part: str) -> None:
+    assert f"is part of {part} " in problem(project / name)
+
+
+def test_a_link_into_a_store_is_skipped(project: Path) -> None:
+    (project / "sub" / "link.toml").symlink_to(project / "my-store" / "settings.toml")
+    (project / "sub" / "folder").symlink_to(project / "my-store")
+    assert found(project / "sub") == [project / "sub" / "b.md"]

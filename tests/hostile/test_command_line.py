@@ -29,6 +29,7 @@ from lmcache_rag.cli.app import app
 from lmcache_rag.cli.run import Services
 from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.settings import Settings
+from lmcache_rag.store import Store
 from lmcache_rag.workspace import Workspace
 
 copy, make_tiny, stocked = cli_kit.copy, cli_kit.make_tiny, cli_kit.stocked
@@ -197,10 +198,7 @@ def test_an_empty_store_says_that_there_are_no_sources(call: Call, copy: Path, t
         assert call("remove", "--all", "--store", store, stdin="y\n").exit_code == 0
     else:
         store = tmp_path / "store"
-        (tmp_path / "nothing").mkdir()
-        result = call("ingest", tmp_path / "nothing", "--store", store)
-        assert result.exit_code == 1
-        assert "nothing' holds no documents" in result.stdout
+        Store.open(store).close()
     result = call("ask", QUESTION, "--store", store, "--max-tokens", 4)
     assert result.exit_code == 0, result.output
     assert "No sources: the store is empty. Fill it with: lmcache-rag ingest" in result.stdout
