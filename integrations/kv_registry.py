@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import re
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -39,19 +41,29 @@ class KVRegistry:
         prompts: Builds the prompts, and so the keys of KV.
         space: Name of the other store, where several share ours.
         lock_timeout: Seconds to wait for another process that is writing.
+        canonical: Converts an id to the form in which the other store returns it.
     """
 
     def __init__(
-        self, store: Store, engine: Engine, prompts: PromptBuilder, *, space: str = "", lock_timeout: float = 30.0
+        self,
+        store: Store,
+        engine: Engine,
+        prompts: PromptBuilder,
+        *,
+        space: str = "",
+        lock_timeout: float = 30.0,
+        canonical: Callable[[str], str] = str,
     ) -> None:
         self.store, self.engine, self.prompts = store, engine, prompts
         self.space = space
         self.lock_timeout = lock_timeout
+        self._canonical = canonical
         self._manager = KVManager(store, engine, prompts)
         self._head = f"{space}\x1f"  # before each id; no framework's ids begin with this
+        self._changes = _changes_of(store, space)
 
     @classmethod
-    def of(cls, workspace: Workspace, *, space: str = "") -> KVRegistry:
+    def of(cls, workspace: Workspace, *, space: str = "", canonical: Callable[[str], str] = str) -> KVRegistry:
         """Make one over the parts of a workspace."""
         return cls(
             workspace.store,
@@ -59,6 +71,7 @@ class KVRegistry:
             workspace.prompts,
             space=space,
             lock_timeout=workspace.settings.lock_timeout_s,
+            canonical=canonical,
         )
 
     # -- changes --------------------------------------------------------------------------------------------------
@@ -79,6 +92,7 @@ class KVRegistry:
         """
         items, groups = list(texts.items()), groups or {}
         totals = KVTotals()
+        self._changes.touch(self._keys(texts))
         with self.store.writing(timeout=self.lock_timeout):
             for start in range(0, len(items), _BATCH):
                 batch = items[start : start + _BATCH]
@@ -86,7 +100,7 @@ class KVRegistry:
                     [self._document(key, text, groups.get(key, self.space)) for key, text in batch], embedder=None
                 )
             for start in range(0, len(items), _BATCH):
-                ids = [self._head + key for key, _ in items[start : start + _BATCH]]
+                ids = self._keys(key for key, _ in items[start : start + _BATCH])
                 todo = self.store.registry.chunks_without_kv(self.prompts.fingerprint, doc_ids=ids)
                 totals += self._manager.compute(self._computable(todo))
             # Last: if KV cannot be computed, the caller may want to restore the earlier texts.
@@ -99,7 +113,8 @@ class KVRegistry:
 
     def remove(self, ids: Iterable[str]) -> int:
         """Remove ids, and KV that no other id needs. Ignores unknown ids. Returns how many were known."""
-        keys = [self._head + key for key in ids]
+        keys = self._keys(ids)
+        self._changes.touch(keys)
         if not keys:
             return 0
         with self.store.writing(timeout=self.lock_timeout):
@@ -113,8 +128,10 @@ class KVRegistry:
 
     def forget(self, ids: Iterable[str]) -> ForgetReport:
         """Remove ids, and delete KV that no other id needs on the server too; see Maintainer.forget."""
+        keys = self._keys(ids)
+        self._changes.touch(keys)
         with self.store.writing(timeout=self.lock_timeout):
-            return self._manager.forget([self._head + key for key in ids])
+            return self._manager.forget(keys)
 
     async def aforget(self, ids: Iterable[str]) -> ForgetReport:
         """Async version of forget, in a thread."""
@@ -160,10 +177,57 @@ class KVRegistry:
                 "".join(chunk.text for chunk in self.store.registry.document_chunks(record.doc_id)),
                 record.source,
             )
-            for record in self.store.registry.documents([self._head + key for key in ids])
+            for record in self.store.registry.documents(self._keys(ids))
         }
 
+    # -- adoption -------------------------------------------------------------------------------------------------
+
+    def watch_changes(self) -> Changes:
+        """Note the ids that add(), remove() and forget() change from now on, in this process; see adopt()."""
+        return self._changes.watch()
+
+    def adopt(self, texts: Mapping[str, tuple[str, str]], *, changes: Changes) -> tuple[set[str], int]:
+        """Register texts that the other store held before, without computing KV; see compute().
+
+        Args:
+            texts: (text, group) by id; "": no group.
+            changes: Ids that were changed after `texts` were read; they are left as they are.
+
+        Returns:
+            The ids that were registered now, and how many texts cannot be registered (no valid Unicode).
+        """
+        new, unusable = [], 0
+        with self.store.writing(timeout=self.lock_timeout), self._changes.lock:
+            known = self.entries(texts)
+            for key, (text, group) in texts.items():
+                name = self._canonical(key)
+                if self._head + name in changes.ids or (name in known and known[name][0] == text):
+                    continue
+                try:
+                    new.append(self._document(key, text, group or self.space))
+                except DocumentError as problem:
+                    log.warning("It is left out: %s", problem)
+                    unusable += 1
+            self.store.registry.put_documents(new, embedder=None)
+        return {document.doc_id[len(self._head) :] for document in new}, unusable
+
+    def compute(self, ids: Iterable[str], *, stop: threading.Event) -> KVTotals:
+        """Compute the KV of those of the ids for which none is recorded, until `stop` is set.
+
+        Raises:
+            PrecomputeError: KV could not be computed; call it again to continue.
+        """
+        with self.store.writing(timeout=self.lock_timeout):
+            todo = self.store.registry.chunks_without_kv(self.prompts.fingerprint, doc_ids=self._keys(ids))
+            wanted = itertools.takewhile(lambda _: not stop.is_set(), self._computable(todo))
+            totals = self._manager.compute(wanted, stop=stop)
+            self._manager.empty_trash()
+        return totals
+
     # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _keys(self, ids: Iterable[str]) -> list[str]:
+        return [self._head + self._canonical(key) for key in ids]
 
     def _document(self, key: str, text: str, group: str) -> NewDocument:
         from lmcache_rag.store import NewChunk, NewDocument, text_hash
@@ -175,7 +239,7 @@ class KVRegistry:
                 f"The text of {key!r} is not valid Unicode: {problem}.", remedy="Decode it with errors='replace'."
             ) from problem
         chunk = NewChunk(text, len(self.prompts.chunk_ids(text)), 0)
-        return NewDocument(self._head + key, name, "", group, [chunk])
+        return NewDocument(self._head + self._canonical(key), name, "", group, [chunk])
 
     def _computable(self, chunks: Sequence[StoredChunk]) -> list[StoredChunk]:
         limit = self.engine.info.context_length - len(self.prompts.prefix_ids)
@@ -183,6 +247,42 @@ class KVRegistry:
         if long := sum(size >= limit for size in sizes):
             log.warning("%d text(s) are longer than the model's context: they have no KV. Split them smaller.", long)
         return [chunk for chunk, size in zip(chunks, sizes, strict=True) if 0 < size < limit]
+
+
+@dataclass(eq=False)
+class Changes:
+    """Ids that were changed, with the head of their space."""
+
+    ids: set[str] = field(default_factory=set)
+    any: bool = False  # also changes of no known ids
+
+
+class _ChangesOfSpace:
+    """Notes the changes of one space for those that adopt its texts meanwhile."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # held while texts are adopted
+        self._watching: weakref.WeakSet[Changes] = weakref.WeakSet()
+
+    def watch(self) -> Changes:
+        with self.lock:
+            self._watching.add(changes := Changes())
+        return changes
+
+    def touch(self, keys: Iterable[str]) -> None:
+        with self.lock:
+            for changes in self._watching:
+                changes.ids.update(keys)
+                changes.any = True
+
+
+# All registries of a store's space: programs may wrap a vector store twice.
+_spaces: weakref.WeakKeyDictionary[Store, dict[str, _ChangesOfSpace]] = weakref.WeakKeyDictionary()
+
+
+def _changes_of(store: Store, space: str) -> _ChangesOfSpace:
+    with _lock:
+        return _spaces.setdefault(store, {}).setdefault(space, _ChangesOfSpace())
 
 
 # -- the workspace of an LLM object, URL or engine --------------------------------------------------------------------

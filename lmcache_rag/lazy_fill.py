@@ -76,6 +76,21 @@ class _Uses:
 
 
 @dataclass(frozen=True, slots=True)
+class Task:
+    """Other background work of an engine, which cancel() stops too.
+
+    Attributes:
+        owner: For cancel().
+        stop: Set when it should end.
+        ended: Set by the work when it has ended.
+    """
+
+    owner: object
+    stop: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(frozen=True, slots=True)
 class _Job:
     key: bytes
     ingest: Callable[[threading.Event], PrecomputeResult | None]
@@ -112,6 +127,7 @@ class LazyFill:
         self._queue: deque[_Job] = deque()
         self._running: _Job | None = None
         self._thread: threading.Thread | None = None
+        self._tasks: list[Task] = []
         self._uses: OrderedDict[bytes, _Uses] = OrderedDict()
         self._counts = FillCounts()
         self._last_question = float("-inf")  # when the last question began or ended
@@ -174,8 +190,14 @@ class LazyFill:
         with self._changed:
             return self._changed.wait_for(lambda: self._thread is None, timeout)
 
+    def watch(self, task: Task) -> None:
+        """Let cancel() stop this task too."""
+        with self._changed:
+            self._tasks = [known for known in self._tasks if not known.ended.is_set()]
+            self._tasks.append(task)
+
     def cancel(self, owner: object = None, *, timeout: float = CLOSE_S) -> None:
-        """Drop queued passages, and wait for the ingestion in flight. New offers are still taken.
+        """Drop queued passages, and wait for the ingestion in flight and for tasks. New offers are still taken.
 
         Args:
             owner: Only its passages; None: all.
@@ -188,6 +210,12 @@ class LazyFill:
                 job.stop.set()
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._running is not job, timeout)
+            tasks = [task for task in self._tasks if owner is None or task.owner is owner]
+        for task in tasks:
+            task.stop.set()
+        end = time.monotonic() + timeout
+        for task in tasks:
+            task.ended.wait(max(0.0, end - time.monotonic()))
 
     # -- the thread -------------------------------------------------------------------------------------------------
 
@@ -195,7 +223,7 @@ class LazyFill:
         before, rest = self._counts, 0.0
         while (job := self._next()) is not None:
             job.stop.wait(rest)
-            self._wait_for_pause(job.stop)
+            self.wait_for_pause(job.stop)
             begin = time.monotonic()
             if not job.stop.is_set():
                 self._ingest(job)
@@ -221,7 +249,8 @@ class LazyFill:
             self._changed.notify_all()
             return None
 
-    def _wait_for_pause(self, stop: threading.Event) -> None:
+    def wait_for_pause(self, stop: threading.Event) -> None:
+        """Wait for a pause between questions, as long as `patience` at most, or until `stop` is set."""
         end = time.monotonic() + self._patience
         while (now := time.monotonic()) < end and (left := self._last_question + self._quiet - now) > 0:
             if stop.wait(min(left, end - now)):

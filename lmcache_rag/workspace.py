@@ -106,6 +106,11 @@ class Workspace:
                 min_gain=self.settings.min_gain,
             )
 
+    @property
+    def has_engine(self) -> bool:
+        """Whether the engine is there already, so that using it loads nothing."""
+        return self._engine is not None or "engine" in self.__dict__
+
     @cached_property
     def embedder(self) -> Embedder:
         """The embedder."""

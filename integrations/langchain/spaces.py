@@ -35,7 +35,7 @@ def space_of(wrapper: Any, inner: Any, source: Any, folder: str | Path | None, k
         kind: Stands before the name.
     """
     for attribute in _COLLECTIONS:
-        value = getattr(inner, attribute, None)
+        value = getattr(getattr(inner, "_PGVectorStore__vs", inner), attribute, None)  # pgvector's tables, made async
         if isinstance(value, str) and value:
             return f"{kind}{type(inner).__name__}:{value}"
     settings = source.settings if isinstance(source, Workspace) else Settings.load(folder)

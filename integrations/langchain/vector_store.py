@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn, overload
 
 from langchain_core.documents import Document
 from langchain_core.embeddings import Embeddings
 from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
 
 from lmcache_rag.embedding import SentenceTransformerEmbedder
-from lmcache_rag.errors import ConfigError, LMCacheRAGError
+from lmcache_rag.errors import ConfigError
 from lmcache_rag.kv_manager import KVTotals
 from lmcache_rag.settings import Settings
 from lmcache_rag.workspace import Workspace
 
+from ..adoption import PAGE, Adoption, AdoptProgress
 from ..kv_registry import KVRegistry, as_workspace
+from ..listing import Listing, listing_of
 from .faiss_store import EmbedderEmbeddings, FaissStore
 from .spaces import refuse_pickling, space_of
 
 log = logging.getLogger("lmcache_rag")
+
+_PAGE = 256  # rows that a vector store lists at once
 
 
 def _forwarded(name: str) -> Any:
@@ -62,7 +68,7 @@ class LMCacheVectorStore(VectorStore):
         store: Folder of the registry, and of our own vector store; None: from the settings.
         space: Name of this vector store, where several share a workspace. None: its kind and collection; the second of
             a kind without collections gets a number, and a warning.
-        adopt: Register what the vector store already holds. If the engine is down, this only logs a warning.
+        adopt: Adopt what the vector store already holds, in the background; see adopt(). Failures are logged.
 
     Raises:
         ConfigError: `source` is missing.
@@ -87,12 +93,18 @@ class LMCacheVectorStore(VectorStore):
         self._lock = threading.RLock()
         self.inner: VectorStore = inner if inner is not None else self._own(embedding, space or "")
         self.space = space_of(self, self.inner, source, store) if space is None else space
+        self._adoption: Adoption | None = None
         if adopt:
-            self._adopt()
+            self._adopt_in_background()
 
     @cached_property
     def _register(self) -> KVRegistry:
-        return KVRegistry.of(as_workspace(self._source, store=self._folder), space=self.space)
+        listing = _listing_of(self.inner)
+        return KVRegistry.of(
+            as_workspace(self._source, store=self._folder),
+            space=self.space,
+            canonical=listing.canonical if listing else str,
+        )
 
     @property
     def register(self) -> KVRegistry:
@@ -210,15 +222,17 @@ class LMCacheVectorStore(VectorStore):
         """Compute KV that the engine has lost, and update the registry from the vector store.
 
         A record manager (langchain_core.indexing) outlives the KV: it skips documents whose KV is gone. Call this after
-        a restart of the server, or after changing the inner store directly. The registry is not updated if the vector
-        store cannot list what it holds.
+        a restart of the server, or after changing the inner store directly. If the vector store cannot list what it
+        holds, only the KV of registered texts is computed, and a warning says so.
 
         Raises:
             PrecomputeError: KV could not be computed; call it again to continue.
         """
         register, live = self.register, _texts_of(self.inner)
         totals = KVTotals()
-        if live is not None:
+        if live is None:
+            log.warning(_cannot_list(self.inner, self.space))
+        else:
             known = register.texts()
             register.remove(known.keys() - live.keys())
             totals += register.add({key: text for key, text in live.items() if known.get(key) != text})
@@ -227,6 +241,73 @@ class LMCacheVectorStore(VectorStore):
     async def awarm(self) -> KVTotals:
         """Async version of warm, in a thread."""
         return await asyncio.to_thread(self.warm)
+
+    @overload
+    def adopt(
+        self,
+        documents: Iterable[Document] | None = None,
+        *,
+        background: Literal[False] = False,
+        on_progress: Callable[[AdoptProgress], None] | None = None,
+    ) -> KVTotals: ...
+
+    @overload
+    def adopt(
+        self,
+        documents: Iterable[Document] | None = None,
+        *,
+        background: Literal[True],
+        on_progress: Callable[[AdoptProgress], None] | None = None,
+    ) -> Adoption: ...
+
+    def adopt(
+        self,
+        documents: Iterable[Document] | None = None,
+        *,
+        background: bool = False,
+        on_progress: Callable[[AdoptProgress], None] | None = None,
+    ) -> KVTotals | Adoption:
+        """Compute the KV of documents that were in the vector store before it was wrapped.
+
+        What is done already is skipped: call it again after a failure or a restart, and it continues.
+
+        Args:
+            documents: The documents, with the ids that the vector store has for them; None: all that it holds.
+            background: Return at once, and adopt in a thread, in pauses between questions.
+            on_progress: Called after each few documents, for example `print`.
+
+        Returns:
+            What was computed; with `background`, the Adoption, which has progress, wait(), result() and stop().
+
+        Raises:
+            ConfigError: The vector store cannot list its documents; give them.
+            PrecomputeError: KV could not be computed; call it again to continue.
+        """
+        if documents is None and _listing_of(self.inner) is None:
+            raise ConfigError(
+                f"What {type(self.inner).__name__} holds cannot be listed.",
+                remedy="Give the documents, with their ids: adopt(documents).",
+            )
+        self._adoption = adoption = self._adoption_of(documents, on_progress)
+        return adoption.start() if background else adoption.run()
+
+    async def aadopt(
+        self,
+        documents: Iterable[Document] | None = None,
+        *,
+        on_progress: Callable[[AdoptProgress], None] | None = None,
+    ) -> KVTotals:
+        """Async version of adopt. Cancelling it stops the work after the document in flight."""
+        adoption = self.adopt(documents, background=True, on_progress=on_progress)
+        try:
+            return await asyncio.to_thread(adoption.result)
+        finally:
+            adoption.stop(0)
+
+    @property
+    def adoption(self) -> Adoption | None:
+        """The last adoption, for example the one that began when the vector store was wrapped."""
+        return self._adoption
 
     # -- create, save, load ---------------------------------------------------------------------------------------
 
@@ -253,7 +334,7 @@ class LMCacheVectorStore(VectorStore):
 
     @classmethod
     def load_local(cls, folder: str | Path, embeddings: Embeddings, source: Any, **kwargs: Any) -> LMCacheVectorStore:
-        """Open a folder that our own vector store was saved to; register what is not registered yet."""
+        """Open a folder that our own vector store was saved to, and adopt what is not registered yet."""
         return cls(FaissStore.load_local(folder, embeddings), source, **kwargs)
 
     # -- inside ---------------------------------------------------------------------------------------------------
@@ -296,7 +377,8 @@ class LMCacheVectorStore(VectorStore):
         """Return which of the ids the vector store holds, or None if it cannot say."""
         live = _texts_of(self.inner)
         if live is not None:
-            return ids & live.keys()
+            listing = _listing_of(self.inner)
+            return {key for key in ids if (listing.canonical(key) if listing else key) in live}
         try:
             return {str(document.id) for document in self.inner.get_by_ids(sorted(ids))} if ids else set()
         except NotImplementedError:
@@ -310,35 +392,73 @@ class LMCacheVectorStore(VectorStore):
             embedding = EmbedderEmbeddings(own)
         return FaissStore(embedding, settings.store / "vectors" / (space or "default"))
 
-    def _adopt(self) -> None:
-        live = _texts_of(self.inner)
-        if not live:
+    def _adopt_in_background(self) -> None:
+        """Adopt what the vector store holds, if it holds something; report if that cannot be known."""
+        listing = _listing_of(self.inner)
+        if listing is None:
+            log.warning(_cannot_list(self.inner, self.space))
             return
         try:
-            known = self.register.texts()
-            if new := {key: text for key, text in live.items() if known.get(key) != text}:
-                log.info("%d documents of %s are not registered yet; computing their KV.", len(new), self.space)
-                self.register.add(new)
-        except LMCacheRAGError as problem:
-            log.warning("Could not register the documents of %s; call warm() later. %s", self.space, problem)
+            count = listing.count()
+        except Exception as problem:  # the vector store's own: it reports it at its first use
+            log.warning("What %s holds could not be listed: %s. Call adopt() later.", self.space, problem)
+            return
+        if count:
+            log.info("%s holds %d documents; KV that is missing is computed in the background.", self.space, count)
+            if isinstance(self._source, Workspace) and self._source.has_engine:
+                _ = self.register  # now: a workspace that is closed meanwhile would be opened again
+            self._adoption = self._adoption_of(None, None).start()
+
+    def _adoption_of(
+        self, documents: Iterable[Document] | None, on_progress: Callable[[AdoptProgress], None] | None
+    ) -> Adoption:
+        listing = _listing_of(self.inner)
+        if documents is not None:
+            return Adoption(
+                lambda: self.register, lambda: _pages_of(documents), name=self.space, on_progress=on_progress
+            )
+        assert listing is not None  # noqa: S101 - the callers have asked
+
+        def pages() -> Iterator[dict[str, tuple[str, str]]]:
+            for page in listing.pages(PAGE):
+                yield {row.id: (row.text, "") for row in page}
+
+        return Adoption(
+            lambda: self.register,
+            pages,
+            name=self.space,
+            count=listing.count,
+            held=self._held,
+            on_progress=on_progress,
+        )
 
 
-# -- what other vector stores hold: LangChain's interface has no method for it ----------------------------------------
+# -- what other vector stores hold ------------------------------------------------------------------------------------
+
+
+def _listing_of(inner: VectorStore) -> Listing | None:
+    return Listing.of_texts(inner.texts) if isinstance(inner, FaissStore) else listing_of(inner)
 
 
 def _texts_of(inner: VectorStore) -> dict[str, str] | None:
-    """Return all texts of a vector store by id, or None if it cannot list them.
+    """Return all texts of a vector store by id, or None if it cannot list them; see listing_of()."""
+    listing = _listing_of(inner)
+    return None if listing is None else {row.id: row.text for page in listing.pages(_PAGE) for row in page}
 
-    Supports our own store, Chroma (`get`), the in-memory store (`store`) and LangChain's FAISS (`docstore`).
-    """
-    if isinstance(inner, FaissStore):
-        return inner.texts()
-    other: Any = inner
-    if callable(get := getattr(other, "get", None)) and hasattr(other, "reset_collection"):
-        found = get(include=["documents"])
-        return dict(zip(found["ids"], found["documents"], strict=True))
-    if isinstance(rows := getattr(other, "store", None), Mapping):
-        return {str(key): row["text"] for key, row in list(rows.items())}
-    if isinstance(rows := getattr(getattr(other, "docstore", None), "_dict", None), Mapping):
-        return {str(key): document.page_content for key, document in list(rows.items())}
-    return None
+
+def _pages_of(documents: Iterable[Document]) -> Iterator[dict[str, tuple[str, str]]]:
+    """Return documents in pages. One without an id is registered under a digest of its text."""
+    rest = iter(documents)
+    while page := list(islice(rest, PAGE)):
+        yield {str(document.id or _digest(document.page_content)): (document.page_content, "") for document in page}
+
+
+def _digest(text: str) -> str:
+    return f"sha256:{hashlib.sha256(text.encode('utf-8', 'surrogatepass')).hexdigest()}"
+
+
+def _cannot_list(inner: VectorStore, space: str) -> str:
+    return (
+        f"What {space} ({type(inner).__name__}) holds cannot be listed: documents that were added to it before it was "
+        "wrapped are computed by questions until you give them to adopt(documents). adopt=False leaves this out."
+    )

@@ -7,10 +7,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, overload
 
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import BaseNode
@@ -25,8 +26,10 @@ from llama_index.core.vector_stores.types import (
 from lmcache_rag.errors import ConfigError, LMCacheRAGError, PrecomputeError, StoreLockedError
 from lmcache_rag.kv_manager import KVTotals
 
+from ..adoption import PAGE, Adoption, AdoptProgress
 from ..kv_registry import KVRegistry, as_workspace
 from .faiss_store import FaissVectorStore, group_of, in_thread
+from .listing import get_nodes, nodes_of
 from .llm import workspace_of
 from .prompts import node_text
 
@@ -34,6 +37,8 @@ log = logging.getLogger("lmcache_rag")
 
 _POLL_S = 0.01  # of a waiting event loop
 _CHECK_S = 0.25  # of a waiting thread, for a deadlock
+_ADOPT_DOCSTORE = "adopt(index.docstore.docs.values())"
+_PAGE = 256  # nodes that the wrapped store lists at once
 _PATIENCE_S = 60.0  # that a thread waits where there may be a deadlock
 
 
@@ -144,6 +149,7 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         inner: The wrapped store; None: our own, FAISS and SQLite in the workspace's folder.
         source: A Workspace, an engine, the URL of a vLLM server, or an LLM object that has one.
         space: Name of this store, where several share a workspace.
+        adopt: Adopt what the store holds already, in the background; see adopt(). If False, only warn of it.
         store: Folder of the registry, see lmcache_rag.integrations.kv_registry.as_workspace.
 
     Raises:
@@ -157,6 +163,7 @@ class LMCacheVectorStore(BasePydanticVectorStore):
     _inner: BasePydanticVectorStore = PrivateAttr()
     _register: KVRegistry = PrivateAttr()
     _lock: SyncAsyncLock = PrivateAttr(default_factory=SyncAsyncLock)
+    _adoption: Adoption | None = PrivateAttr(default=None)
 
     def __init__(
         self,
@@ -164,6 +171,7 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         source: Any,
         *,
         space: str = "",
+        adopt: bool = False,
         store: str | os.PathLike[str] | None = None,
     ) -> None:
         workspace = workspace_of(source) if store is None else as_workspace(source, store=os.fspath(store))
@@ -172,6 +180,8 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         facts: dict[str, Any] = {"stores_text": inner.stores_text, "is_embedding_query": inner.is_embedding_query}
         super().__init__(**facts, space=space)  # type: ignore[call-arg]
         self._inner, self._register = inner, register
+        if not self._is_registered() and adopt:
+            self.adopt(background=True)
 
     @classmethod
     def class_name(cls) -> str:
@@ -302,34 +312,91 @@ class LMCacheVectorStore(BasePydanticVectorStore):
 
     # -- KV -------------------------------------------------------------------------------------------------------
 
-    def adopt(self, nodes: Iterable[BaseNode] | None = None) -> KVTotals:
+    @overload
+    def adopt(
+        self,
+        nodes: Iterable[BaseNode] | None = None,
+        *,
+        background: Literal[False] = False,
+        on_progress: Callable[[AdoptProgress], None] | None = None,
+    ) -> KVTotals: ...
+
+    @overload
+    def adopt(
+        self,
+        nodes: Iterable[BaseNode] | None = None,
+        *,
+        background: Literal[True],
+        on_progress: Callable[[AdoptProgress], None] | None = None,
+    ) -> Adoption: ...
+
+    def adopt(
+        self,
+        nodes: Iterable[BaseNode] | None = None,
+        *,
+        background: bool = False,
+        on_progress: Callable[[AdoptProgress], None] | None = None,
+    ) -> KVTotals | Adoption:
         """Compute the KV of nodes that were in the wrapped store before it was wrapped.
 
+        What is done already is skipped: call it again after a failure or a restart, and it continues.
+
         Args:
-            nodes: The nodes; None: all of the wrapped store. Those that it does not hold are left out, so that a whole
-                docstore can be given: `adopt(index.docstore.docs.values())`.
+            nodes: The nodes; None: all of the wrapped store. Those that it does not hold are left out, if it can say
+                that, so that a whole docstore can be given: `adopt(index.docstore.docs.values())`.
+            background: Return at once, and adopt in a thread, in pauses between questions.
+            on_progress: Called after each few nodes, for example `print`.
+
+        Returns:
+            What was computed; with `background`, the Adoption, which has progress, wait(), result() and stop().
 
         Raises:
             ConfigError: The wrapped store cannot list its nodes; give them.
             PrecomputeError: KV could not be computed; call it again to continue.
         """
-        if nodes is None and not self._inner.stores_text:
-            raise ConfigError(
-                f"{self._inner.class_name()} holds no texts.", remedy="Write adopt(index.docstore.docs.values())."
-            )
-        with self._lock:
-            held = self._held(None, None)
-            all_nodes = self._inner.get_nodes() if nodes is None else nodes
-            found = [node for node in all_nodes if node.node_id in held]
-            return self._register.add(_texts(found), groups=self._groups(found))
+        listing = nodes_of(self._inner)
+        if nodes is None and listing is None:
+            why = "cannot list its nodes" if self._inner.stores_text else "holds no texts"
+            raise ConfigError(f"{self._inner.class_name()} {why}.", remedy=f"Give the nodes: {_ADOPT_DOCSTORE}.")
+        self._adoption = adoption = Adoption(
+            lambda: self._register,
+            lambda: self._pages(nodes),
+            name=self._inner.class_name(),
+            count=(listing and nodes is None and listing.count) or (lambda: None),
+            held=self._held_of,
+            on_progress=on_progress,
+        )
+        return adoption.start() if background else adoption.run()
+
+    async def aadopt(
+        self,
+        nodes: Iterable[BaseNode] | None = None,
+        *,
+        on_progress: Callable[[AdoptProgress], None] | None = None,
+    ) -> KVTotals:
+        """Async version of adopt. Cancelling it stops the work after the node in flight."""
+        adoption = self.adopt(nodes, background=True, on_progress=on_progress)
+        try:
+            return await asyncio.to_thread(adoption.result)
+        finally:
+            adoption.stop(0)
+
+    @property
+    def adoption(self) -> Adoption | None:
+        """The last adoption, for example the one that began when the store was wrapped."""
+        return self._adoption
 
     def warm(self) -> KVTotals:
-        """Compute the KV of every node for which the engine has none, for example after its cache was emptied."""
+        """Compute the KV of every registered node for which the engine has none, for example after a restart.
+
+        Nodes that are not registered are left to adopt(); a warning names their number.
+        """
+        self._is_registered(always_warn=True)
         return self._register.warm()
 
     async def awarm(self) -> KVTotals:
         """Async version of warm."""
-        return await in_thread(self._register.warm)
+        return await in_thread(self.warm)
 
     def prune(self) -> int:
         """Drop the KV of nodes that the wrapped store no longer holds; returns how many.
@@ -363,16 +430,67 @@ class LMCacheVectorStore(BasePydanticVectorStore):
 
     def _held(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> set[str]:
         """Return the ids of the wrapped store's nodes, or of those that match, if it can list them."""
-        if isinstance(self._inner, FaissVectorStore) and filters is None and node_ids is None:
-            return self._inner.ids()
         if isinstance(self._inner, SimpleVectorStore):  # it can delete by filters, but not list
             return set(self._inner.data.embedding_dict)
+        if node_ids is not None or (filters is not None and filters.filters):
+            return {node.node_id for node in get_nodes(self._inner, node_ids, filters)}
+        if isinstance(self._inner, FaissVectorStore):
+            return self._inner.ids()
+        listing = nodes_of(self._inner)
+        pages = [get_nodes(self._inner)] if listing is None else listing.pages(_PAGE)
+        return {node.node_id for page in pages for node in page}
+
+    def _held_of(self, node_ids: set[str]) -> set[str] | None:
+        """Return those of the ids that the wrapped store holds, or None if it cannot say."""
         try:
-            return {node.node_id for node in self._inner.get_nodes(node_ids, filters)}
-        except NotImplementedError as problem:
-            raise ConfigError(
-                f"{self._inner.class_name()} cannot list its nodes.", remedy="Give the ids of the nodes."
-            ) from problem
+            return (self._held(sorted(node_ids), None) & node_ids) if node_ids else node_ids
+        except ConfigError:
+            return None
+
+    def _pages(self, nodes: Iterable[BaseNode] | None) -> Iterator[dict[str, tuple[str, str]]]:
+        """Return nodes as (text, group) by id, in pages."""
+        listing = nodes_of(self._inner)
+        if nodes is None:
+            assert listing is not None  # noqa: S101 - adopt() has asked
+            pages: Iterator[list[BaseNode]] = listing.pages(PAGE)
+        else:
+            rest = iter(nodes)
+            pages = iter(lambda: list(islice(rest, PAGE)), [])
+        for page in pages:
+            if nodes is not None and (held := self._held_of({node.node_id for node in page})) is not None:
+                page = [node for node in page if node.node_id in held]
+            groups = self._groups(page)
+            yield {node.node_id: (node_text(node), groups[node.node_id]) for node in page}
+
+    def _is_registered(self, *, always_warn: bool = False) -> bool:
+        """Return whether all nodes of the wrapped store are registered; warn if not.
+
+        Args:
+            always_warn: Warn of a store whose nodes cannot be counted although some of its nodes are registered.
+        """
+        name, known, listing = self._inner.class_name(), len(self._register.ids()), nodes_of(self._inner)
+        count: int | None = None
+        try:
+            if isinstance(self._inner, SimpleVectorStore):
+                count = len(self._inner.data.embedding_dict)
+            elif listing is not None and listing.count is not None:
+                count = listing.count()
+        except Exception as problem:  # the store's own: it reports it at its first use
+            log.warning("What %s holds could not be listed: %s. Call adopt() later.", name, problem)
+            return False
+        if count is not None and count <= known:
+            return True
+        if count is None and known and not always_warn:  # adopt() was called, or nodes were added
+            return False
+        how = "adopt()" if listing is not None else _ADOPT_DOCSTORE
+        log.warning(
+            "%s, and %d are registered. %s registers nodes that were in the store before it was wrapped, and computes "
+            "their KV; until then questions compute them.",
+            f"{name} holds {count} nodes" if count is not None else f"It is not known how many nodes {name} holds",
+            known,
+            how,
+        )
+        return False
 
     def _named(self, node_ids: list[str] | None, filters: MetadataFilters | None) -> set[str]:
         """Return the nodes that delete_nodes() names; of a SimpleVectorStore with filters, all that it may delete."""

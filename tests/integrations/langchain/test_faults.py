@@ -186,7 +186,8 @@ def test_retrieval_goes_on_while_the_engine_is_down(
         chain.invoke(QUESTION)
     fresh(monkeypatch, tmp_path)  # a new process
     again = LMCacheVectorStore(inner, llm)
-    assert "call warm() later" in caplog.text
+    assert again.adoption is not None and again.adoption.wait(60)
+    assert "Call adopt() later" in caplog.text
     assert len(again.similarity_search(QUESTION)) == 4
     with pytest.raises(EngineUnavailableError, match="cannot be reached"):
         blend(llm).invoke({"documents": texts, "question": QUESTION})
@@ -409,6 +410,7 @@ def test_chromas_own_methods_keep_the_registry_in_step(made: Workspace) -> None:
 
     name = f"c{uuid.uuid4().hex}"
     vectors = LMCacheVectorStore(Chroma.from_texts(["one", "two"], FAKE, collection_name=name), made)
+    assert vectors.adoption is not None and vectors.adoption.wait(60)
     assert set(vectors.register.texts().values()) == {"one", "two"}  # adopted
     assert vectors.space == f"Chroma:{name}"
     [key] = [key for key, text in vectors.register.texts().items() if text == "one"]

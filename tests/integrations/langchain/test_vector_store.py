@@ -57,6 +57,13 @@ class Failing:
             yield result
 
 
+def adopted(vectors: LMCacheVectorStore) -> LMCacheVectorStore:
+    """The vector store, after it was adopted."""
+    assert vectors.adoption is not None
+    vectors.adoption.result(60)
+    return vectors
+
+
 def check(vectors: LMCacheVectorStore, made: Workspace, live: set[str]) -> None:
     """Registry, vector store and KV agree about what lives, and no KV of a dead chunk is left."""
     assert set(vectors.register.texts().values()) == live
@@ -150,7 +157,7 @@ def test_warm_follows_a_vector_store_changed_elsewhere(made: Workspace) -> None:
 def test_a_filled_vector_store_is_adopted(made: Workspace, caplog: pytest.LogCaptureFixture) -> None:
     inner = InMemoryVectorStore(FAKE)
     inner.add_texts(TEXTS)
-    check(LMCacheVectorStore(inner, made), made, set(TEXTS))
+    check(adopted(LMCacheVectorStore(inner, made)), made, set(TEXTS))
     assert registered(made) == set(TEXTS)
     apart = LMCacheVectorStore(InMemoryVectorStore(FAKE), made, space="other", adopt=False)
     assert apart.register.ids() == set()
@@ -160,7 +167,7 @@ def test_a_text_that_changed_under_its_id_is_adopted(made: Workspace) -> None:
     inner = InMemoryVectorStore(FAKE)
     LMCacheVectorStore(inner, made).add_texts(TEXTS[:2], ids=["a", "b"])
     inner.add_texts([TEXTS[2]], ids=["a"])  # by a program that knows nothing of KV
-    check(LMCacheVectorStore(inner, made), made, {TEXTS[1], TEXTS[2]})
+    check(adopted(LMCacheVectorStore(inner, made)), made, {TEXTS[1], TEXTS[2]})
 
 
 def test_warm_follows_a_text_that_changed_under_its_id(made: Workspace) -> None:
@@ -214,7 +221,7 @@ def test_save_load_and_a_restart(tokenizer: Any, tmp_path: Path) -> None:
         again = LMCacheVectorStore(None, made, embedding=FAKE)
         assert again.similarity_search_with_score("Keys", k=5) == before
         check(again, made, set(TEXTS))
-        loaded = LMCacheVectorStore.load_local(tmp_path / "copy", FAKE, made, space="copy")
+        loaded = adopted(LMCacheVectorStore.load_local(tmp_path / "copy", FAKE, made, space="copy"))
         assert loaded.similarity_search_with_score("Keys", k=5) == before
         assert loaded.register.ids() == again.register.ids()
         assert made.engine.usage().chunks == len(TEXTS) + 1  # one KV for both, and the prefix's
