@@ -6,7 +6,9 @@ The engine answers it, or the user's own OpenAI client sends it and the Blender 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +25,19 @@ from lmcache_rag.engines.base import (
 from lmcache_rag.errors import EngineError, PromptError
 from lmcache_rag.lazy_fill import FillCounts, cancel, fill_of, mode_of
 from lmcache_rag.prompt import Turn
-from lmcache_rag.rag import AnswerStreamer, fit_context
+from lmcache_rag.rag import AnswerStreamer, fit_context, fit_sizes
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine
     from lmcache_rag.engines.vllm import VLLMEngine
+    from lmcache_rag.message_prompt import Message, MessageComposer, MessagePrompt
     from lmcache_rag.prompt import PromptBuilder
+    from lmcache_rag.store import Hit
     from lmcache_rag.workspace import Workspace
+
+
+_PREFIXES = 64  # of prompts made of messages, the latest
+_SEPARATOR = 6  # tokens around a passage in these, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +79,7 @@ class Blender:
         sampling: How tokens are chosen where the engine itself answers; None: from the settings.
         lazy_fill: At which use a passage without KV is ingested in the background: "first", "second" or "never"; None:
             from the settings.
+        prompts: Prompts with other words than the workspace's; their KV is another.
 
     Raises:
         ConfigError: lazy_fill is none of these.
@@ -83,15 +92,19 @@ class Blender:
         blend: BlendOptions | None = None,
         sampling: Sampling | None = None,
         lazy_fill: str | None = None,
+        prompts: PromptBuilder | None = None,
     ) -> None:
         settings = workspace.settings
         self.workspace = workspace
         self.engine: Engine = workspace.engine
-        self.prompts: PromptBuilder = workspace.prompts
+        self.prompts: PromptBuilder = prompts or workspace.prompts
         self.blend = blend or BlendOptions(settings.policy, settings.ratio, settings.blend)
         self.sampling = sampling or Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature)
         self.lazy_fill = mode_of(lazy_fill or settings.lazy_fill)
         self._answering = AnswerStreamer(workspace.store, self.engine, self.prompts, lazy_fill=self.lazy_fill)
+        self._lock = threading.Lock()
+        self._composer: MessageComposer | None = None
+        self._others: dict[str, Blender] = {}
 
     # -- the prompt -----------------------------------------------------------------------------------------------
 
@@ -117,19 +130,11 @@ class Blender:
             PromptError: The question is empty, or the roles in the history do not alternate.
             ContextLengthError: The question alone is longer than the context.
         """
-        from lmcache_rag.store import Hit
-
         question, texts = well_formed(question), [well_formed(text) for text in texts]
         history = [Turn(turn.role, well_formed(turn.content)) for turn in history]
         if not question.strip():
             raise PromptError("The question is empty.", remedy="Ask something.")
-        ranked = [-float(i) for i in range(len(texts))]
-        if scores is not None:
-            numbers = [float(score) for score in scores if score is not None]
-            if len(numbers) == len(scores):  # scores of only some texts cannot be compared
-                ranked = numbers
-        # Not from a store: a chunk's id is its index in `texts`; size and documents are not known, nor read.
-        hits = [Hit(i, text, score, 0, ()) for i, (text, score) in enumerate(zip(texts, ranked, strict=True))]
+        hits = _hits(texts, scores)
         fitted = fit_context(
             self.prompts,
             question,
@@ -147,6 +152,84 @@ class Blender:
             tuple(hit.chunk_id for hit in fitted.dropped),
             tuple(self._registered(kept)),
         )
+
+    # -- prompts made of messages -----------------------------------------------------------------------------------
+
+    @property
+    def composer(self) -> MessageComposer:
+        """Makes prompts of messages."""
+        from lmcache_rag.message_prompt import MessageComposer
+
+        with self._lock:
+            if self._composer is None:
+                tenant = self.workspace.settings.tenant
+                self._composer = MessageComposer(self.engine.tokenizer, self.engine.info, tenant=tenant)
+            return self._composer
+
+    def build_message_prompt(
+        self,
+        texts: Sequence[str],
+        question: str,
+        messages: Callable[[Sequence[str]], Sequence[Message]],
+        *,
+        scores: Sequence[float | None] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        options: Mapping[str, Any] | None = None,
+        max_tokens: int | None = None,
+    ) -> tuple[Blender, BlendPrompt, Sequence[Message]]:
+        """As build_prompt, of messages; returns also the Blender for its prefix, and the messages.
+
+        Args:
+            texts: The chunks.
+            question: The question, for traces.
+            messages: Returns the conversation with these chunks.
+            scores: As for build_prompt.
+            tools: As for MessageComposer.compose.
+            options: The same.
+            max_tokens: Limit of the answer.
+
+        Raises:
+            PromptError: The chat template cannot render the messages.
+            ContextLengthError: They alone are longer than the context.
+        """
+        bare = self.composer.compose(messages([]), tools=tools, options=options)
+        hits = [hit for hit in _hits(texts, scores) if bare.prompts.chunk_ids(hit.text)]
+        fitted = fit_sizes(
+            hits,
+            [len(bare.prompts.chunk_ids(hit.text)) + _SEPARATOR for hit in hits],
+            len(bare.prompt),
+            limit=self.engine.info.context_length,
+            max_tokens=self.sampling.max_tokens if max_tokens is None else max_tokens,
+            has_history=True,
+        )
+        shown = messages([hit.text for hit in fitted.kept])
+        made = self.composer.compose(shown, tools=tools, options=options)
+        kept, dropped = ([hit.chunk_id for hit in some] for some in (fitted.kept, fitted.dropped))
+        return *self.of_message_prompt(made, question, kept=kept, dropped=dropped), shown
+
+    def of_message_prompt(
+        self, made: MessagePrompt, question: str, *, kept: Sequence[int] = (), dropped: Sequence[int] = ()
+    ) -> tuple[Blender, BlendPrompt]:
+        """Return the prompt of messages, and the Blender that answers it and ingests what it misses.
+
+        Args:
+            made: The prompt.
+            question: The question, for traces.
+            kept: See BlendPrompt.
+            dropped: See BlendPrompt.
+        """
+        with self._lock:
+            found = self._others.get(made.prompts.fingerprint)
+            if found is None:
+                found = copy(self)
+                found._answering = AnswerStreamer(
+                    self.workspace.store, self.engine, made.prompts, lazy_fill=self.lazy_fill
+                )
+                if len(self._others) >= _PREFIXES:
+                    self._others.pop(next(iter(self._others)))
+                self._others[made.prompts.fingerprint] = found
+        registered = tuple(self._registered(made.texts))
+        return found, BlendPrompt(made.prompt, question, made.texts, tuple(kept), tuple(dropped), registered)
 
     def _registered(self, texts: Sequence[str]) -> list[bool]:
         from lmcache_rag.store import text_hash
@@ -273,6 +356,13 @@ class Blender:
         return f"They are ingested in the background at their {self.lazy_fill} use (lazy_fill)."
 
     @property
+    def missing_note(self) -> str:
+        """What happens to registered passages without KV, as a sentence for warnings."""
+        if self.lazy_fill == "never":
+            return "They are computed for every question."
+        return "They are ingested in the background after their first use (lazy_fill)."
+
+    @property
     def fill_counts(self) -> FillCounts:
         """Counts of background ingestion so far, for this engine."""
         return fill_of(self.engine).counts
@@ -302,6 +392,19 @@ class Blender:
                 remedy='Open the workspace with the server: Workspace.open(..., engine="http://localhost:8000").',
             )
         return self.engine
+
+
+def _hits(texts: Sequence[str], scores: Sequence[float | None] | None) -> list[Hit]:
+    """Return texts as hits; without scores for all, later ones rank lower."""
+    from lmcache_rag.store import Hit
+
+    ranked = [-float(i) for i in range(len(texts))]
+    if scores is not None:
+        numbers = [float(score) for score in scores if score is not None]
+        if len(numbers) == len(scores):  # scores of only some texts cannot be compared
+            ranked = numbers
+    # Not from a store: a chunk's id is its index in `texts`; size and documents are not known, nor read.
+    return [Hit(i, text, score, 0, ()) for i, (text, score) in enumerate(zip(texts, ranked, strict=True))]
 
 
 def counts(stats: ReuseStats) -> dict[str, Any]:

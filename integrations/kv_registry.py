@@ -16,12 +16,11 @@ from urllib.parse import urlsplit
 
 from lmcache_rag.engines.base import Engine
 from lmcache_rag.errors import ConfigError, DocumentError, EngineError, EngineUnavailableError
-from lmcache_rag.kv_manager import ForgetReport, KVManager, KVTotals
+from lmcache_rag.kv_manager import ForgetReport, IngestPrompts, KVManager, KVTotals
 from lmcache_rag.settings import Settings
 from lmcache_rag.workspace import Workspace
 
 if TYPE_CHECKING:
-    from lmcache_rag.prompt import PromptBuilder
     from lmcache_rag.store import NewDocument, Store, StoredChunk
 
 log = logging.getLogger("lmcache_rag")
@@ -42,33 +41,45 @@ class KVRegistry:
         space: Name of the other store, where several share ours.
         lock_timeout: Seconds to wait for another process that is writing.
         canonical: Converts an id to the form in which the other store returns it.
+        more: Other prompts, for which KV is computed too.
     """
 
     def __init__(
         self,
         store: Store,
         engine: Engine,
-        prompts: PromptBuilder,
+        prompts: IngestPrompts,
         *,
         space: str = "",
         lock_timeout: float = 30.0,
         canonical: Callable[[str], str] = str,
+        more: Sequence[IngestPrompts] = (),
     ) -> None:
         self.store, self.engine, self.prompts = store, engine, prompts
         self.space = space
         self.lock_timeout = lock_timeout
         self._canonical = canonical
         self._manager = KVManager(store, engine, prompts)
+        self._more = [(one, KVManager(store, engine, one)) for one in more if one.fingerprint != prompts.fingerprint]
         self._head = f"{space}\x1f"  # before each id; no framework's ids begin with this
         self._changes = _changes_of(store, space)
 
     @classmethod
-    def of(cls, workspace: Workspace, *, space: str = "", canonical: Callable[[str], str] = str) -> KVRegistry:
-        """Make one over the parts of a workspace."""
+    def of(
+        cls,
+        workspace: Workspace,
+        *,
+        space: str = "",
+        canonical: Callable[[str], str] = str,
+        prompts: Sequence[IngestPrompts] = (),
+    ) -> KVRegistry:
+        """Make one over the parts of a workspace, for these prompts or the workspace's."""
+        first, *more = prompts or [workspace.prompts]
         return cls(
             workspace.store,
             workspace.engine,
-            workspace.prompts,
+            first,
+            more=more,
             space=space,
             lock_timeout=workspace.settings.lock_timeout_s,
             canonical=canonical,
@@ -101,8 +112,9 @@ class KVRegistry:
                 )
             for start in range(0, len(items), _BATCH):
                 ids = self._keys(key for key, _ in items[start : start + _BATCH])
-                todo = self.store.registry.chunks_without_kv(self.prompts.fingerprint, doc_ids=ids)
-                totals += self._manager.compute(self._computable(todo))
+                for prompts, manager in self._all_prompts():
+                    todo = self.store.registry.chunks_without_kv(prompts.fingerprint, doc_ids=ids)
+                    totals += manager.compute(self._computable(todo, prompts))
             # Last: if KV cannot be computed, the caller may want to restore the earlier texts.
             self._manager.empty_trash()
         return totals
@@ -148,9 +160,12 @@ class KVRegistry:
             PrecomputeError: KV could not be computed; call it again to continue.
         """
         with self.store.writing(timeout=self.lock_timeout):
-            chunks = self._computable(list(self.store.registry.stored_texts(self.texts().values()).values()))
-            absent = self.engine.missing([self.prompts.ingest(chunk.text) for chunk in chunks])
-            return self._manager.compute([chunk for chunk, gone in zip(chunks, absent, strict=True) if gone])
+            totals, known = KVTotals(), list(self.store.registry.stored_texts(self.texts().values()).values())
+            for prompts, manager in self._all_prompts():
+                chunks = self._computable(known, prompts)
+                absent = self.engine.missing([prompts.ingest(chunk.text) for chunk in chunks])
+                totals += manager.compute([chunk for chunk, gone in zip(chunks, absent, strict=True) if gone])
+            return totals
 
     async def awarm(self) -> KVTotals:
         """Async version of warm, in a thread."""
@@ -218,9 +233,11 @@ class KVRegistry:
             PrecomputeError: KV could not be computed; call it again to continue.
         """
         with self.store.writing(timeout=self.lock_timeout):
-            todo = self.store.registry.chunks_without_kv(self.prompts.fingerprint, doc_ids=self._keys(ids))
-            wanted = itertools.takewhile(lambda _: not stop.is_set(), self._computable(todo))
-            totals = self._manager.compute(wanted, stop=stop)
+            totals, keys = KVTotals(), list(self._keys(ids))
+            for prompts, manager in self._all_prompts():
+                todo = self.store.registry.chunks_without_kv(prompts.fingerprint, doc_ids=keys)
+                wanted = itertools.takewhile(lambda _: not stop.is_set(), self._computable(todo, prompts))
+                totals += manager.compute(wanted, stop=stop)
             self._manager.empty_trash()
         return totals
 
@@ -241,9 +258,12 @@ class KVRegistry:
         chunk = NewChunk(text, len(self.prompts.chunk_ids(text)), 0)
         return NewDocument(self._head + self._canonical(key), name, "", group, [chunk])
 
-    def _computable(self, chunks: Sequence[StoredChunk]) -> list[StoredChunk]:
-        limit = self.engine.info.context_length - len(self.prompts.prefix_ids)
-        sizes = [len(self.prompts.chunk_ids(chunk.text)) for chunk in chunks]
+    def _all_prompts(self) -> list[tuple[IngestPrompts, KVManager]]:
+        return [(self.prompts, self._manager), *self._more]
+
+    def _computable(self, chunks: Sequence[StoredChunk], prompts: IngestPrompts) -> list[StoredChunk]:
+        limit = self.engine.info.context_length - len(prompts.prefix_ids)
+        sizes = [len(prompts.chunk_ids(chunk.text)) for chunk in chunks]
         if long := sum(size >= limit for size in sizes):
             log.warning("%d text(s) are longer than the model's context: they have no KV. Split them smaller.", long)
         return [chunk for chunk, size in zip(chunks, sizes, strict=True) if 0 < size < limit]

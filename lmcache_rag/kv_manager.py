@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from lmcache_rag import lazy_fill
 from lmcache_rag.documents.access import is_gone
 
 if TYPE_CHECKING:
-    from lmcache_rag.engines.base import Engine, IngestPrompt, KVUsage, PrecomputeResult, VerifyResult
+    from lmcache_rag.engines.base import Engine, EngineInfo, IngestPrompt, KVUsage, PrecomputeResult, VerifyResult
     from lmcache_rag.prompt import PromptBuilder
     from lmcache_rag.store import DocumentRecord, KVRow, Registry, RemoveResult, Store, StoredChunk, StoreStats
 
@@ -62,6 +62,22 @@ class ForgetReport:
     why: str
 
 
+class IngestPrompts(Protocol):
+    """Makes the ingest prompts of one prefix: a PromptBuilder, or a ChunkPrompts of messages."""
+
+    info: EngineInfo
+    prefix_ids: tuple[int, ...]
+    fingerprint: str
+
+    def chunk_ids(self, text: str) -> tuple[int, ...]:
+        """Token ids of a chunk."""
+        ...
+
+    def ingest(self, chunk: str) -> IngestPrompt:
+        """Prefix ⧺ chunk."""
+        ...
+
+
 class KVManager:
     """Computes KV through the engine and records it.
 
@@ -75,7 +91,7 @@ class KVManager:
         prompts: Makes the prompts, and with them the keys.
     """
 
-    def __init__(self, store: Store, engine: Engine, prompts: PromptBuilder) -> None:
+    def __init__(self, store: Store, engine: Engine, prompts: IngestPrompts) -> None:
         self._store, self._engine, self._prompts = store, engine, prompts
 
     def compute(

@@ -20,7 +20,7 @@ from lmcache_rag.engines.base import (
     TextDelta,
 )
 from lmcache_rag.errors import ConfigError, ContextLengthError, LMCacheRAGError, PromptError, StoreLockedError
-from lmcache_rag.kv_manager import KVManager
+from lmcache_rag.kv_manager import IngestPrompts, KVManager
 from lmcache_rag.lazy_fill import LazyFillMode, fill_of
 
 if TYPE_CHECKING:
@@ -293,7 +293,7 @@ class AnswerStreamer:
         self,
         store: Store,
         engine: Engine,
-        prompts: PromptBuilder,
+        prompts: IngestPrompts,
         *,
         keep_missing: bool = True,
         lazy_fill: LazyFillMode | None = None,
@@ -424,17 +424,24 @@ def fit_context(
     Raises:
         ContextLengthError: Not even the question fits.
     """
+    separator = max(len(prompts.encode(prompts.format.separator)), 1) + 2
+    sizes = [len(prompts.chunk_ids(hit.text)) + separator for hit in hits]
     bare = len(prompts.query([], question, history))
+    return fit_sizes(hits, sizes, bare, limit=limit, max_tokens=max_tokens, has_history=bool(history))
+
+
+def fit_sizes(
+    hits: Sequence[Hit], sizes: Sequence[int], bare: int, *, limit: int, max_tokens: int, has_history: bool
+) -> FittedContext:
+    """As fit_context, for chunks that take so many tokens each, in a prompt that takes `bare` tokens without them."""
     if bare >= limit:
         raise ContextLengthError(
-            f"The question{' and the conversation' if history else ''} take {bare} tokens, the model's context "
+            f"The question{' and the conversation' if has_history else ''} take {bare} tokens, the model's context "
             f"holds {limit}.",
-            remedy="Ask a shorter question." if not history else "Ask a shorter question or start a new chat.",
+            remedy="Ask a shorter question or start a new chat." if has_history else "Ask a shorter question.",
         )
     # Reserve room for the answer, but never so much that no passage fits.
     room = limit - bare - min(max_tokens, (limit - bare) // 2)
-    separator = max(len(prompts.encode(prompts.format.separator)), 1) + 2
-    sizes = [len(prompts.chunk_ids(hit.text)) + separator for hit in hits]
     total = sum(sizes)
     dropped: list[int] = []
     for index in sorted(range(len(hits)), key=lambda i: hits[i].score):

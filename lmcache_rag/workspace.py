@@ -123,9 +123,17 @@ class Workspace:
     @cached_property
     def prompts(self) -> PromptBuilder:
         """The prompts of this engine, system text, instruction and tenant."""
+        return self.prompts_with()
+
+    def prompts_with(self, *, system: str | None = None, instruction: str | None = None) -> PromptBuilder:
+        """As `prompts`, with another system text or instruction. Their KV is another than that of `prompts`."""
         from lmcache_rag.prompt import PromptBuilder, PromptFormat
 
-        texts = {"system": self.settings.system, "instruction": self.settings.instruction}
+        own = self.settings
+        texts = {
+            "system": own.system if system is None else system,
+            "instruction": own.instruction if instruction is None else instruction,
+        }
         words = PromptFormat(**{name: text for name, text in texts.items() if text is not None})  # type: ignore[arg-type]
         engine = self.engine
         with without_garbage_collection():  # a tokenizer is a large heap of small objects

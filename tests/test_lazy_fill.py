@@ -319,7 +319,7 @@ def test_registered_passages_are_ingested_at_first_use(
     workspace = as_workspace(running.url)
     register = KVRegistry.of(workspace)
     register.add({"a": texts[0]})
-    fingerprint = running.backend.fingerprint({})
+    fingerprint = running.backend.prompts.fingerprint
     running.backend.engine.forget([(fingerprint, kv_key(fingerprint, workspace.prompts.chunk_ids(texts[0])))])
     blender = Blender(workspace)
     assert blender.answer(blender.build_prompt(texts[:1], "What?")).stats.chunks_missed == 1

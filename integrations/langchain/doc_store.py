@@ -16,6 +16,7 @@ from lmcache_rag.errors import ConfigError
 from lmcache_rag.kv_manager import KVTotals
 
 from ..kv_registry import KVRegistry, as_workspace
+from .retrieved import RETRIEVED
 from .spaces import refuse_pickling, space_of
 
 _BATCH = 256  # documents read at a time
@@ -71,11 +72,15 @@ class LMCacheDocStore(BaseStore[str, Document]):
 
     def mget(self, keys: Sequence[str]) -> list[Document | None]:
         """Return the documents with these keys; None for unknown ones."""
-        return self.inner.mget(keys)
+        found = self.inner.mget(keys)
+        RETRIEVED.note(found)
+        return found
 
     async def amget(self, keys: Sequence[str]) -> list[Document | None]:
         """Async version of mget."""
-        return await self.inner.amget(keys)
+        found = await self.inner.amget(keys)
+        RETRIEVED.note(found)
+        return found
 
     def mset(self, key_value_pairs: Sequence[tuple[str, Document]]) -> None:
         """Set documents, and compute the KV of their texts.

@@ -149,6 +149,14 @@ def _rendered_ids(tokenizer: Any, value: ChunkedPromptValue) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False))
 
 
+def template_options(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a model or its keywords give the chat template (`chat_template_kwargs` of vLLM)."""
+    found: dict[str, Any] = {}
+    for body in (getattr(model, "extra_body", None), kwargs.get("extra_body")):
+        found |= (body or {}).get("chat_template_kwargs") or {}
+    return found
+
+
 # -- the model --------------------------------------------------------------------------------------------------------
 
 

@@ -24,8 +24,6 @@ from lmcache_rag.prompt import Turn
 from ..blender import join_turns
 
 if TYPE_CHECKING:
-    from lmcache_rag.prompt import PromptBuilder
-
     from ..blender import BlendPrompt
 
 DOCUMENTS = ("documents", "context", "docs")
@@ -74,19 +72,34 @@ def parse_input(value: Any) -> BlendInput:
             f"blend() takes documents and a question; it got {type(value).__name__}.",
             remedy='Put {"documents": retriever, "question": RunnablePassthrough()} before it.',
         )
-    documents = _first(value, DOCUMENTS)
-    if isinstance(documents, str) or not isinstance(documents, Sequence):
-        raise ConfigError(
-            f"The documents are {type(documents).__name__}.",
-            remedy="Pass the list of Documents as the retriever returns it: joined into one text, no KV is found.",
-        )
+    texts, scores = parse_documents(_first(value, DOCUMENTS))
     question = _first(value, QUESTIONS)
     if isinstance(question, BaseMessage):
         question = question.text
     if not isinstance(question, str):
         raise ConfigError(f"The question is {type(question).__name__}.", remedy="Pass a text.")
     history, question = conversation(next((value[name] for name in HISTORIES if value.get(name)), ()), question)
-    return BlendInput(tuple(map(_text, documents)), _scores(documents), question, history)
+    return BlendInput(texts, scores, question, history)
+
+
+def unused_inputs(value: Mapping[str, Any]) -> list[str]:
+    """Return the names in a chain's input that parse_input does not use."""
+    used = {next((name for name in names if name in value), "") for names in (DOCUMENTS, QUESTIONS)}
+    return sorted(set(value) - used - {name for name in HISTORIES if name in value})
+
+
+def parse_documents(documents: Any) -> tuple[tuple[str, ...], tuple[float, ...] | None]:
+    """Return the texts of documents, and their scores if all have one.
+
+    Raises:
+        ConfigError: They are no list of Documents or texts.
+    """
+    if isinstance(documents, str) or not isinstance(documents, Sequence):
+        raise ConfigError(
+            f"The documents are {type(documents).__name__}.",
+            remedy="Pass the list of Documents as the retriever returns it: joined into one text, no KV is found.",
+        )
+    return tuple(map(_text, documents)), _scores(documents)
 
 
 def conversation(messages: Any, question: str) -> tuple[tuple[Turn, ...], str]:
@@ -200,19 +213,15 @@ class ChunkedPromptValue(PromptValue):
         return list(self.messages)
 
 
-def prompt_value(
-    prompts: PromptBuilder, tokenizer: Any, prompt: BlendPrompt, history: Sequence[Turn] = ()
-) -> ChunkedPromptValue:
+def prompt_value(messages: Sequence[Mapping[str, str]], tokenizer: Any, prompt: BlendPrompt) -> ChunkedPromptValue:
     """Convert a blended prompt to a prompt value.
 
     Args:
-        prompts: The builder of the prompt.
+        messages: The same as a conversation.
         tokenizer: The model's tokenizer.
         prompt: The prompt.
-        history: The earlier turns in it.
     """
     ids = list(prompt.prompt.token_ids)
-    messages = prompts.messages(prompt.texts, prompt.question, history)
     return ChunkedPromptValue(
         text=tokenizer.decode(ids),
         messages=[_MESSAGES[message["role"]](message["content"]) for message in messages],

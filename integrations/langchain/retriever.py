@@ -14,6 +14,8 @@ from pydantic import Field, model_validator
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.rag import RAG
 
+from .retrieved import RETRIEVED
+
 if TYPE_CHECKING:
     from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 
@@ -56,21 +58,21 @@ class LMCacheRetriever(BaseRetriever):
     ) -> list[Document]:
         k = self._checked(k)
         if self.rag is not None:
-            return [_document(hit) for hit in self.rag.retrieve(query, top_k=k)]
+            return _noted([_document(hit) for hit in self.rag.retrieve(query, top_k=k)])
         source, kwargs = self._source(k, kwargs)
-        return source.invoke(query, RunnableConfig(callbacks=run_manager.get_child()), **kwargs)[:k]
+        return _noted(source.invoke(query, RunnableConfig(callbacks=run_manager.get_child()), **kwargs)[:k])
 
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None, **kwargs: Any
     ) -> list[Document]:
         k = self._checked(k)
         if self.rag is not None:
-            return [_document(hit) for hit in await self.rag.aretrieve(query, top_k=k)]
+            return _noted([_document(hit) for hit in await self.rag.aretrieve(query, top_k=k)])
         source, kwargs = self._source(k, kwargs)
         if kwargs and _drops_keywords(source):
             config = RunnableConfig(callbacks=run_manager.get_sync().get_child())
-            return (await asyncio.to_thread(source.invoke, query, config, **kwargs))[:k]
-        return (await source.ainvoke(query, RunnableConfig(callbacks=run_manager.get_child()), **kwargs))[:k]
+            return _noted((await asyncio.to_thread(source.invoke, query, config, **kwargs))[:k])
+        return _noted((await source.ainvoke(query, RunnableConfig(callbacks=run_manager.get_child()), **kwargs))[:k])
 
     def _get_ls_params(self, **kwargs: Any) -> LangSmithRetrieverParams:
         params = super()._get_ls_params(**kwargs)
@@ -111,6 +113,11 @@ def _drops_keywords(source: Runnable[str, list[Document]]) -> bool:
         and source._expects_other_args
         and type(source)._aget_relevant_documents is BaseRetriever._aget_relevant_documents
     )
+
+
+def _noted(documents: list[Document]) -> list[Document]:
+    RETRIEVED.note(documents)
+    return documents
 
 
 def _document(hit: Hit) -> Document:

@@ -26,7 +26,9 @@ from ..adoption import PAGE, Adoption, AdoptProgress
 from ..kv_registry import KVRegistry, as_workspace
 from ..listing import Listing, listing_of
 from .faiss_store import EmbedderEmbeddings, FaissStore
+from .retrieved import RETRIEVED
 from .spaces import refuse_pickling, space_of
+from .templates import ingest_prompts
 
 log = logging.getLogger("lmcache_rag")
 
@@ -34,10 +36,10 @@ _PAGE = 256  # rows that a vector store lists at once
 
 
 def _forwarded(name: str) -> Any:
-    """Return a method that calls the method of the same name on `inner`, arguments and result unchanged."""
+    """Return a method that calls the method of the same name on `inner`, and notes the documents that it returns."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.inner, name)(*args, **kwargs)
+        return RETRIEVED.note(getattr(self.inner, name)(*args, **kwargs))
 
     method.__name__, method.__doc__ = name, f"{name} of the vector store."
     return method
@@ -47,7 +49,7 @@ def _aforwarded(name: str) -> Any:
     """As _forwarded, for an async method."""
 
     async def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return await getattr(self.inner, name)(*args, **kwargs)
+        return RETRIEVED.note(await getattr(self.inner, name)(*args, **kwargs))
 
     method.__name__, method.__doc__ = name, f"{name} of the vector store."
     return method
@@ -69,6 +71,8 @@ class LMCacheVectorStore(VectorStore):
         space: Name of this vector store, where several share a workspace. None: its kind and collection; the second of
             a kind without collections gets a number, and a warning.
         adopt: Adopt what the vector store already holds, in the background; see adopt(). Failures are logged.
+        prompts: For which prompts KV is computed, each once: prompt templates, steps made by blend(), AgentPrompts,
+            or None for this library's own words. Empty: these words only.
 
     Raises:
         ConfigError: `source` is missing.
@@ -83,13 +87,14 @@ class LMCacheVectorStore(VectorStore):
         store: str | Path | None = None,
         space: str | None = None,
         adopt: bool = True,
+        prompts: Sequence[Any] = (),
     ) -> None:
         if source is None:
             raise ConfigError(
                 "LMCacheVectorStore needs `source`: an LLM object, URL, engine or Workspace.",
                 remedy="Give the program's LLM object, a server's URL, an engine or a Workspace as second argument.",
             )
-        self._source, self._folder = source, store
+        self._source, self._folder, self._prompts = source, store, tuple(prompts)
         self._lock = threading.RLock()
         self.inner: VectorStore = inner if inner is not None else self._own(embedding, space or "")
         self.space = space_of(self, self.inner, source, store) if space is None else space
@@ -99,11 +104,12 @@ class LMCacheVectorStore(VectorStore):
 
     @cached_property
     def _register(self) -> KVRegistry:
-        listing = _listing_of(self.inner)
+        workspace, listing = as_workspace(self._source, store=self._folder), _listing_of(self.inner)
         return KVRegistry.of(
-            as_workspace(self._source, store=self._folder),
+            workspace,
             space=self.space,
             canonical=listing.canonical if listing else str,
+            prompts=[ingest_prompts(one, workspace, self._source) for one in self._prompts],
         )
 
     @property

@@ -7,6 +7,7 @@ full.
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -86,15 +87,20 @@ class EngineBackend:
 
     # -- what the connector does ------------------------------------------------------------------------------------
 
-    def fingerprint(self, body: dict[str, Any]) -> str:
-        return f"{self.prompts.fingerprint}{body.get('cache_salt', '')}"
+    def prefix(self, ids: list[int], body: dict[str, Any]) -> tuple[int, str]:
+        """Tokens of a request's prefix, as it names them or as the default prompt has them, and its fingerprint."""
+        named = (body.get("kv_transfer_params") or {}).get("lmcache_rag.prefix")
+        own = self.prompts.prefix_ids
+        length = named if isinstance(named, int) else len(own) if ids[: len(own)] == list(own) else 0
+        fingerprint = self.engine.info.fingerprint(ids[:length], self.prompts.tenant)
+        return length, f"{fingerprint}{body.get('cache_salt', '')}"
 
     def ingest(self, ids: list[int], body: dict[str, Any]) -> Completion:
         """Keep the KV of the chunk behind the prefix; the one token of the answer is the first of the prompt again."""
         params = body.get("kv_transfer_params") or {}
-        prefix, fingerprint = len(self.prompts.prefix_ids), self.fingerprint(body)
+        prefix, fingerprint = self.prefix(ids, body)
         reported = {"prefix_tokens": 0, "computed_tokens": len(ids)}
-        if ids[:prefix] == list(self.prompts.prefix_ids) and len(ids) > prefix:
+        if 0 < prefix < len(ids):
             prompt = IngestPrompt(tuple(ids), prefix, kv_key(fingerprint, ids[prefix:]), fingerprint)
             [missing] = self.engine.missing([prompt])
             if not missing:
@@ -107,10 +113,8 @@ class EngineBackend:
     def query(self, ids: list[int], body: dict[str, Any]) -> tuple[QueryPrompt, BlendOptions]:
         """The prompt as our engine takes it."""
         params = body.get("kv_transfer_params") or {}
-        prefix, fingerprint = len(self.prompts.prefix_ids), self.fingerprint(body)
+        prefix, fingerprint = self.prefix(ids, body)
         spans = params.get("lmcache_rag.chunks") or []
-        if ids[:prefix] != list(self.prompts.prefix_ids):
-            prefix, spans = 0, []
         chunks = tuple(ChunkSpan(start, end, kv_key(fingerprint, ids[start:end])) for start, end in spans)
         prompt = QueryPrompt(tuple(ids), prefix, chunks, chunks[-1].end if chunks else prefix, fingerprint)
         blending = (
@@ -173,7 +177,9 @@ class EngineBackend:
                 choice["token_ids"] = list(done.token_ids)
             said: dict[str, Any] = {"text": done.text}
             if "messages" in body:
-                said = {"message": {"role": "assistant", "content": done.text}}
+                said = {"message": {"role": "assistant"} | _said(body, done.text)}
+                if said["message"]["content"] != done.text:
+                    choice["finish_reason"] = "stop"  # made up, and whole
             choices.append(choice | said)
         length = sum(map(len, prompts))
         usage = {"prompt_tokens": length, "completion_tokens": tokens, "total_tokens": length + tokens}
@@ -211,6 +217,18 @@ class EngineBackend:
             handler.wfile.write(b"data: [DONE]\n\n")
         finally:
             events.close()  # type: ignore[attr-defined]
+
+
+def _said(body: dict[str, Any], text: str) -> dict[str, Any]:
+    """The answer as chat: a call of the tool that `tool_choice` names, or JSON where the request has a schema."""
+    choice, schema = body.get("tool_choice"), (body.get("response_format") or {}).get("json_schema")
+    if isinstance(choice, dict):
+        asked = next(one["content"] for one in reversed(body["messages"]) if one["role"] == "user")
+        function = {"name": choice["function"]["name"], "arguments": json.dumps({"query": asked})}
+        return {"content": None, "tool_calls": [{"id": "call_1", "type": "function", "function": function}]}
+    if schema:
+        return {"content": json.dumps(dict.fromkeys(schema["schema"]["properties"], "yes"))}
+    return {"content": text}
 
 
 def _head(body: dict[str, Any], model: str, *, chunk: bool) -> dict[str, Any]:

@@ -12,11 +12,13 @@ from fake_vllm import MODEL, FakeVLLM
 from framework_kit import tiny_llama
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.embeddings import DeterministicFakeEmbedding, Embeddings
+from lmcache_rag.integrations import kv_registry
 
 from lmcache_rag import Workspace
 from lmcache_rag.engines.base import kv_key
 from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.engines.hf_model import HFModel
+from lmcache_rag.lazy_fill import cancel
 
 FAKE = DeterministicFakeEmbedding(size=8)
 
@@ -54,7 +56,11 @@ def workspace(tokenizer: Any, folder: Path, **settings: Any) -> Iterator[Workspa
 def server(tokenizer: Any, folder: Path, **options: Any) -> Iterator[FakeVLLM]:
     """A vLLM-like server over a tiny model."""
     with serving(tiny_engine(tokenizer, folder), **options) as running:
-        yield running
+        try:
+            yield running
+        finally:
+            for made in kv_registry._by_server.values():
+                cancel(made.engine)  # or its ingestion in the background would look for a server that is gone
 
 
 def client(kind: Any, running: FakeVLLM, **options: Any) -> Any:

@@ -25,6 +25,7 @@ from langchain_openai import ChatOpenAI, OpenAI
 from lmcache_rag.integrations.kv_registry import as_workspace
 from lmcache_rag.integrations.langchain import ChunkedPromptValue, LMCacheVectorStore, blend
 from lmcache_rag.integrations.langchain.prompts import conversation
+from pydantic import BaseModel
 
 from lmcache_rag.engines.base import BlendOptions, QueryPrompt
 from lmcache_rag.errors import ConfigError
@@ -322,16 +323,40 @@ def test_stop_strings_do_not_make_a_server_look_stock(
     assert case.blend.blender.engine.info.can_blend
 
 
-def test_what_a_blended_prompt_cannot_carry_is_refused(running: FakeVLLM, texts: list[str]) -> None:
-    case = Case(client(ChatOpenAI, running), texts)
+def test_what_an_api_does_not_take_is_refused(running: FakeVLLM, texts: list[str]) -> None:
     ask = {"documents": texts, "question": QUESTION}
-    with pytest.raises(ConfigError, match="tools"):
-        blend(case.source.bind(tools=[{"type": "function"}])).invoke(ask)
-    with pytest.raises(ConfigError, match="structured output"):
-        blend(case.source.bind(response_format={"type": "json_object"})).invoke(ask)
+    for kind, bound in (
+        (OpenAI, {"tools": [{"type": "function"}]}),
+        (OpenAI, {"response_format": {"type": "json_object"}}),
+        (ChatOpenAI, {"functions": [{"name": "f"}]}),
+    ):
+        with pytest.raises(ConfigError, match="this API does not take"):
+            blend(client(kind, running).bind(**bound)).invoke(ask)
     with pytest.raises(ConfigError):
         blend(RunnableLambda(str)).invoke(ask)
     assert not running.questions
+
+
+def test_tools_and_structured_output_are_sent(running: FakeVLLM, texts: list[str]) -> None:
+    class Grade(BaseModel):
+        """A grade."""
+
+        score: str
+
+    ask = {"documents": texts[:2], "question": QUESTION, "history": [("human", "Who?"), ("ai", "Me.")]}
+    step = blend(client(ChatOpenAI, running))
+    answer = step.bind_tools([Grade], tool_choice="Grade").invoke(ask)
+    assert answer.tool_calls[0]["name"] == "Grade"
+    assert step.with_structured_output(Grade).invoke(ask) == Grade(score="yes")
+    with_tools, with_schema = running.questions
+    assert with_tools["tools"][0]["function"]["name"] == "Grade"
+    assert with_schema["response_format"]["json_schema"]["name"] == "Grade"
+    for body in (with_tools, with_schema):
+        params = body["kv_transfer_params"]
+        spans = params["lmcache_rag.chunks"]
+        assert [running.tokenizer.decode(params["prompt_token_ids"][a:b]) for a, b in spans] == texts[:2]
+    with pytest.raises(ConfigError, match="include_raw"):
+        step.with_structured_output(Grade, include_raw=True)
 
 
 def test_langchains_cache_answers_without_a_request(running: FakeVLLM, texts: list[str]) -> None:
@@ -402,7 +427,8 @@ def test_a_prompt_value_has_text_messages_ids_parts(case: Case, texts: list[str]
 
     blender = case.blend.blender
     prompted = blender.build_prompt(texts[:3], QUESTION)
-    value = prompt_value(blender.prompts, blender.engine.tokenizer, prompted)
+    messages = blender.prompts.messages(prompted.texts, QUESTION)
+    value = prompt_value(messages, blender.engine.tokenizer, prompted)
     assert isinstance(value, ChunkedPromptValue)
     assert value.token_ids == list(prompted.prompt.token_ids)
     ends = [0, *(part["end"] for part in value.segments)]
