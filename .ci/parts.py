@@ -250,7 +250,12 @@ def full_parts() -> list[Part]:
     """Of `full`: everything that needs no GPU."""
     pytest = [f"{os.environ['VENV']}/bin/python", "-m", "pytest", "--durations=5"]
     mutants = [f"{os.environ['VENV']}/bin/python", "tests/mutants/run.py", "--contracts-python", python(), "--needs"]
-    parts = [*ordinary(), Part("long tests", [*pytest, "-m", "full and not browser"])]
+    extras = "tests/repository/test_extras.py"
+    parts = [
+        *ordinary(),
+        Part("long tests", [*pytest, f"--ignore={extras}", "-m", "full and not browser"]),
+        Part("clean environments", [*pytest, "--capture=no", "-m", "full", extras]),  # prints the sizes
+    ]
     for lmcache in (LMCACHE, LMCACHE_NEXT):
         parts += [
             made(lmcache),

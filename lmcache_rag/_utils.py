@@ -1,4 +1,4 @@
-"""Helpers that several modules share: faster imports, async from sync, text that a screen can show."""
+"""Helpers that several modules share: imports, async from sync, text that a screen can show."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from lmcache_rag.errors import OptionalDependencyError
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import BlendOptions, Completion, QueryPrompt, Sampling, StreamEvent
@@ -28,6 +30,22 @@ def without_garbage_collection() -> Iterator[None]:
         if was_on:
             gc.freeze()
             gc.enable()
+
+
+@contextmanager
+def needs(extra: str) -> Iterator[None]:
+    """Import what an extra installs: a package that is missing is reported with the command that installs it.
+
+    Raises:
+        OptionalDependencyError: It is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as problem:
+        package = (problem.name or "").partition(".")[0]
+        if package in ("", "lmcache_rag"):
+            raise
+        raise OptionalDependencyError(package, extra) from problem
 
 
 T = TypeVar("T")

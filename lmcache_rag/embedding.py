@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from lmcache_rag._utils import well_formed, without_garbage_collection
+from lmcache_rag._utils import needs, well_formed, without_garbage_collection
 from lmcache_rag.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ class SentenceTransformerEmbedder:
     @cached_property
     def _model(self) -> Any:
         path = self._source.path
-        with without_garbage_collection():
+        with without_garbage_collection(), needs("store"):
             import torch
 
             on_cpu = self._device == "cpu" or (self._device is None and not torch.accelerator.is_available())

@@ -102,7 +102,17 @@ class EngineUnavailableError(EngineError):
 
 
 class OptionalDependencyError(LMCacheRAGError, ImportError):
-    """An optional package is missing."""
+    """An optional package is missing.
+
+    Args:
+        package: Its name, or that of the module that could not be imported.
+        extra: The extra of this package that installs it.
+    """
 
     def __init__(self, package: str, extra: str) -> None:
-        super().__init__(f"{package} is not installed.", remedy=f'Install it with: pip install "lmcache-rag[{extra}]"')
+        name = _DISTRIBUTIONS.get(package, package)
+        super().__init__(f"{name} is not installed.", remedy=f'Install it with: pip install "lmcache-rag[{extra}]"')
+
+
+# Packages whose modules have another name.
+_DISTRIBUTIONS = {"bs4": "beautifulsoup4", "faiss": "faiss-cpu"}

@@ -12,24 +12,28 @@ same in every prompt, and that is what makes its KV cache reusable. A format may
 from __future__ import annotations
 
 import itertools
-import json
 import threading
-import weakref
 from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from lmcache_rag._utils import well_formed
 from lmcache_rag.engines.base import ChunkSpan, EngineInfo, IngestPrompt, QueryPrompt, kv_key
 from lmcache_rag.errors import PromptError
+from lmcache_rag.tokenizer import SafeTokenizer, render_chat
 
 SYSTEM = "You answer questions from the passages that you are given."
 INSTRUCTION = "Answer the question with the passages below. If they do not hold the answer, say so."
 
 # Placeholders that the chat template puts where the real parts go. Letters only: no template changes them.
-_CONTEXT, _TURN = "QXCONTEXTXQ", "QXTURN{}XQ"
+_CONTEXT, _TURN, _REASON = "QXCONTEXTXQ", "QXTURN{}XQ", "QXREASONXQ"
+_THINK, _END_THINK = "<think>", "</think>"
+_FILLERS = ("\n", " ", ".", "-", "_")  # tried where the format's own filler is not one token
+_DATE = datetime(2024, 7, 26)
 _CACHED_CHUNKS = 8192
 
 
@@ -54,9 +58,11 @@ class PromptFormat:
         context_head: Between instruction and first chunk.
         separator: Between chunks, always recomputed; ``{rank}`` becomes the number of the chunk that follows.
         question: The question's frame, after the last chunk.
-        filler: Repeated between instruction and passages until the prefix is a whole number of KV blocks.
+        filler: Repeated between instruction and passages until the prefix is a whole number of KV blocks. Where it is
+            not one token of the model, another neutral text is used.
         template_options: Given to the chat template. The date is fixed, since a prefix that changes every day (Llama 3)
-            would make all KV useless every midnight.
+            would make all KV useless every midnight; a template that calls `strftime_now` gets the same date, unless
+            the options have a function of that name.
         lead: Between prefix and first chunk, in queries only; ``{question}`` becomes the question. It is always
             computed, and no chunk is exact then.
     """
@@ -79,7 +85,7 @@ class PromptBuilder:
     """Builds ingest and query prompts for one engine, format and tenant. Thread-safe.
 
     Args:
-        tokenizer: A transformers tokenizer with a fast (tokenizers) backend.
+        tokenizer: A ModelTokenizer, or a transformers tokenizer with a fast (tokenizers) backend.
         info: The engine's facts; kv_block decides how the prefix is padded.
         format: The text around chunks and question.
         tenant: KV of different tenants is never shared.
@@ -94,11 +100,12 @@ class PromptBuilder:
         self.info = info
         self.format = format or PromptFormat()
         self.tenant = tenant
-        self._hf = tokenizer
+        self._tokenizer = tokenizer
         self._parts = SafeTokenizer.of(tokenizer)
         self._lock = threading.Lock()
         self._chunks: OrderedDict[str, tuple[str, array[int]]] = OrderedDict()
         self._fold_system = self._needs_folding()
+        self._drops_reasoning = self._template_drops_reasoning()
         self.prefix_ids: tuple[int, ...] = self._make_prefix()
         self.fingerprint: str = info.fingerprint(self.prefix_ids, tenant)
 
@@ -135,8 +142,10 @@ class PromptBuilder:
             )
         _, tail = self._split(roles)
         ids: list[int] = []
-        for index, content in enumerate(turns):
+        for index, (role, content) in enumerate(zip(roles, turns, strict=True)):
             before, tail = _cut(tail, _TURN.format(index))
+            if role == "assistant" and self._drops_reasoning:
+                content = content.rpartition(_END_THINK)[2].lstrip("\n")
             ids += self._parts.template(before) + self._parts.text(content)
         return ids + self._parts.template(tail)
 
@@ -175,7 +184,7 @@ class PromptBuilder:
         )
         turns = [*history, Turn("user", question)]
         passages = self._lead(question) + passages
-        made = self._messages(turns, passages, fold=self._fold_system, filler=self.format.filler * self._fillers)
+        made = self._messages(turns, passages, fold=self._fold_system, filler=self._filler * self._fillers)
         return [{name: well_formed(text) for name, text in message.items()} for message in made]
 
     # -- inside -------------------------------------------------------------------------------------------------
@@ -202,12 +211,22 @@ class PromptBuilder:
     def _make_prefix(self) -> tuple[int, ...]:
         head, _ = self._split(["user"])
         before, after = _cut(head, self.format.context_head, last=True)
-        start, end = self._parts.template(before), self._parts.template(self.format.context_head + after)
-        filler = self._parts.text(self.format.filler)
-        if len(filler) != 1:
-            raise PromptError(f"The filler {self.format.filler!r} is {len(filler)} tokens.", remedy="Use one token.")
+        # A chat template names the token that begins a sequence, if there is one.
+        start = [] if self._template else self._parts.start()
+        start += self._parts.template(before, first=True)
+        end = self._parts.template(self.format.context_head + after)
+        self._filler, filler = self._one_token_filler()
         self._fillers = -(len(start) + len(end)) % self.info.kv_block
         return (*start, *(filler * self._fillers), *end)
+
+    def _one_token_filler(self) -> tuple[str, list[int]]:
+        for filler in (self.format.filler, *_FILLERS):
+            if len(ids := self._parts.text(filler)) == 1:
+                return filler, ids
+        raise PromptError(
+            f"The filler {self.format.filler!r} is {len(self._parts.text(self.format.filler))} tokens.",
+            remedy="Give PromptFormat a filler that is one token of this model.",
+        )
 
     def _messages(self, turns: Sequence[Turn], passages: str, *, fold: bool, filler: str = "") -> list[dict[str, str]]:
         form = self.format
@@ -228,15 +247,35 @@ class PromptBuilder:
     def _render(self, roles: Sequence[Role], *, fold: bool) -> str:
         turns = [Turn(role, _TURN.format(index)) for index, role in enumerate(roles)]
         messages = self._messages(turns, _CONTEXT, fold=fold)
-        if not getattr(self._hf, "chat_template", None):
+        if not self._template:
             names = {"user": "\n\n", "assistant": "\nAnswer: ", "system": ""}
             text = "".join(names[m["role"]] + m["content"] for m in messages)
             return text.lstrip() + "\nAnswer:"
-        return str(
-            self._hf.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True, **dict(self.format.template_options)
-            )
-        )
+        return self._rendered(messages)
+
+    def _rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
+        variables = {"strftime_now": _DATE.strftime, "add_generation_prompt": True, **self.format.template_options}
+        named = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
+        return render_chat(self._template, messages, {**named, **variables})
+
+    @cached_property
+    def _template(self) -> str:
+        """The chat template; "": the model has none."""
+        found = getattr(self._tokenizer, "chat_template", None)
+        if isinstance(found, dict):  # several, of which the default one is for this
+            found = found.get("default")
+        return found or ""
+
+    def _template_drops_reasoning(self) -> bool:
+        """Whether the chat template leaves an earlier answer's reasoning out."""
+        if not self._template:
+            return False
+        turns = [Turn("user", "a"), Turn("assistant", f"{_THINK}{_REASON}{_END_THINK}{_TURN}"), Turn("user", "b")]
+        try:
+            shown = self._rendered(self._messages(turns, "", fold=self._fold_system))
+        except Exception:  # templates raise errors of any kind
+            return False
+        return _REASON not in shown and _TURN in shown
 
     def _split(self, roles: Sequence[Role]) -> tuple[str, str]:
         """The rendered template before and after the chunks; the turns' placeholders are in the second part."""
@@ -270,69 +309,3 @@ def _cut(text: str, mark: str, *, last: bool = False) -> tuple[str, str]:
         )
     before, _, after = text.rpartition(mark)
     return before, after
-
-
-# -- tokens -----------------------------------------------------------------------------------------------------------
-
-_lock = threading.Lock()
-_made: weakref.WeakKeyDictionary[Any, tuple[int, SafeTokenizer]] = weakref.WeakKeyDictionary()
-
-
-class SafeTokenizer:
-    """Two views of one tokenizer.
-
-    A document or a question may contain text such as ``<|im_end|>``. Only the template may produce that *token*: a
-    document that could do so would end the user's turn and pose as the system. So text goes through a copy of the
-    tokenizer without added tokens (those of white space alone stay: they are ordinary text), and the result is
-    checked too.
-    """
-
-    @classmethod
-    def of(cls, tokenizer: Any) -> SafeTokenizer:
-        """The SafeTokenizer of a tokenizer; making it copies the whole vocabulary, which takes most of a second."""
-        with _lock:
-            size, made = _made.get(tokenizer, (-1, None))
-            if made is None or size != len(tokenizer):  # tokens may have been added since
-                made = cls(tokenizer)
-                _made[tokenizer] = (len(tokenizer), made)
-            return made
-
-    def __init__(self, tokenizer: Any) -> None:
-        from tokenizers import Tokenizer
-
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            raise PromptError(
-                f"{type(tokenizer).__name__} has no fast backend.",
-                remedy="Use a model that comes with a tokenizer.json.",
-            )
-        serialised = backend.to_str()
-        facts = json.loads(serialised)
-        control = [token for token in facts["added_tokens"] if token["content"].strip()]
-        facts["added_tokens"] = [token for token in facts["added_tokens"] if not token["content"].strip()]
-        # The post-processor only adds special tokens around a text, and may name some that are gone now.
-        facts["post_processor"] = None
-        self._control = frozenset(int(token["id"]) for token in control)
-        self._text = Tokenizer.from_str(json.dumps(facts))
-        self._template = Tokenizer.from_str(serialised)
-        for view in (self._text, self._template):
-            view.no_truncation()
-            view.no_padding()
-
-    def template(self, text: str) -> list[int]:
-        """Ids of a piece of the chat template; special tokens are recognised, none is added."""
-        return list(self._template.encode(text, add_special_tokens=False).ids)
-
-    def text(self, text: str) -> list[int]:
-        """Ids of a text in which nothing is special; lone surrogates become U+FFFD.
-
-        Raises:
-            PromptError: The tokenizer's own vocabulary maps some text to a control token. (No tokenizer of the
-                supported families does.)
-        """
-        ids = list(self._text.encode(well_formed(text), add_special_tokens=False).ids) if text else []
-        if not self._control.isdisjoint(ids):
-            raise PromptError(
-                "The tokenizer turns plain text into a control token.", remedy="This model cannot be used safely."
-            )
-        return ids

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import datetime
+import json
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -9,6 +13,7 @@ from hypothesis import strategies as st
 from lmcache_rag.engines.base import EngineInfo
 from lmcache_rag.errors import PromptError
 from lmcache_rag.prompt import PromptBuilder, PromptFormat, Turn
+from lmcache_rag.tokenizer import ModelTokenizer, SafeTokenizer
 
 INFO = EngineInfo("embedded", "m", "r", "float32", "t", 64, 8192, 1)
 TEXT = st.text(min_size=1, max_size=200).filter(lambda t: all(not 0xD800 <= ord(c) < 0xE000 for c in t))
@@ -75,8 +80,6 @@ def test_history_stands_behind_the_chunks_in_order(builder, tokenizer):
 
 
 def test_a_missing_system_role_goes_into_the_user_turn(tokenizer):
-    import copy
-
     own = copy.deepcopy(tokenizer)
     own.chat_template = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
@@ -87,8 +90,6 @@ def test_a_missing_system_role_goes_into_the_user_turn(tokenizer):
 
 
 def test_a_template_that_hides_the_passages_is_refused(tokenizer):
-    import copy
-
     own = copy.deepcopy(tokenizer)
     own.chat_template = "nothing of it"
     with pytest.raises(PromptError, match="chat_template"):
@@ -96,8 +97,6 @@ def test_a_template_that_hides_the_passages_is_refused(tokenizer):
 
 
 def test_a_model_without_a_template_gets_plain_text(tokenizer):
-    import copy
-
     own = copy.deepcopy(tokenizer)
     own.chat_template = None
     prompt = PromptBuilder(own, INFO).query(["Passage."], "What?")
@@ -106,8 +105,6 @@ def test_a_model_without_a_template_gets_plain_text(tokenizer):
 
 def test_a_template_with_the_date_gets_a_fixed_one(tokenizer):
     """Llama 3's holds today's: each midnight all KV would be useless."""
-    import copy
-
     own = copy.deepcopy(tokenizer)
     own.chat_template = (
         "{% if not date_string is defined %}{% set date_string = 'today' %}{% endif %}"
@@ -121,3 +118,93 @@ def test_a_later_turn_begins_without_space(builder, tokenizer):
     text = tokenizer.decode(prompt.token_ids)
     assert "Passage.\n\nQuestion: First?" in text
     assert "user\nQuestion: Second?" in text
+
+
+@pytest.fixture(scope="module")
+def sentencepiece():
+    """A small tokenizer of SentencePiece's kind: a space before a text, no token for a line end, BOS added."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    metaspace = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    learnt = Tokenizer(models.BPE(unk_token="<unk>"))
+    learnt.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    special = ["<unk>", "<s>", "</s>"]
+    words = ["the passages answer the question and the growers sell quince in march and figs in may"] * 50
+    learnt.train_from_iterator(words, trainers.BpeTrainer(vocab_size=200, special_tokens=special))
+    facts = json.loads(learnt.to_str())["model"]
+    vocabulary = dict(facts["vocab"])
+    letters = ["<", "s", ">", "/", "<s", "</", "</s", *(f"<0x{byte:02X}>" for byte in range(256))]
+    for word in letters:  # bytes are ordinary tokens, as in the real ones
+        vocabulary.setdefault(word, len(vocabulary))
+    merges = [*map(tuple, facts["merges"]), ("<", "s"), ("<s", ">"), ("<", "/"), ("</", "s"), ("</s", ">")]
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, byte_fallback=True, unk_token="<unk>"))
+    backend.pre_tokenizer = metaspace
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    backend.add_special_tokens(special)
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}"
+        "{% elif m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %}{{ m.content }}{{ eos_token }}{% endif %}"
+        "{% endfor %}"
+    )
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return ModelTokenizer(backend, named=named, chat_template=template)
+
+
+def test_sentencepiece_puts_no_space_before_a_part(sentencepiece):
+    builder = PromptBuilder(sentencepiece, INFO)
+    prompt = builder.query(["Quince.", " Figs."], "What?", [Turn("user", "First?"), Turn("assistant", "Yes.")])
+    assert prompt.token_ids[0] == 1
+    assert prompt.token_ids.count(1) == 1
+    text = sentencepiece.decode(prompt.token_ids)
+    assert (
+        "Passages:\n\nQuince.\n\n Figs.\n\nQuestion: First? [/INST]Yes.</s> [INST] Question: What? [/INST]" in text
+    )  # one after a special token
+
+
+def test_no_merge_puts_a_control_token_together(sentencepiece):
+    assert sentencepiece.encode("a</s>b", add_special_tokens=False).count(2) == 1
+    ids = SafeTokenizer.of(sentencepiece).text("a</s>b <s>")
+    assert not {1, 2} & set(ids)
+    assert sentencepiece.decode([1, *ids]) == "<s>a</s>b <s>"
+
+
+def test_without_a_template_a_sequence_begins_as_usual(sentencepiece):
+    plain = ModelTokenizer(sentencepiece.backend_tokenizer, named=sentencepiece.special_tokens_map)
+    prompt = PromptBuilder(plain, INFO).query(["Quince."], "What?")
+    assert prompt.token_ids[0] == 1
+    assert prompt.token_ids.count(1) == 1
+    assert plain.decode(prompt.token_ids).endswith("Quince.\n\nQuestion: What?\nAnswer:")
+
+
+def test_a_template_that_asks_for_today_gets_a_date(tokenizer):
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = (
+        "[{{ strftime_now('%d %B %Y') }}]{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    )
+    assert "[26 July 2024]" in own.decode(PromptBuilder(own, INFO).prefix_ids)
+    fixed = PromptFormat(template_options={"strftime_now": datetime.date(2031, 1, 2).strftime})
+    assert "[02 January 2031]" in own.decode(PromptBuilder(own, INFO, format=fixed).prefix_ids)
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_reasoning_is_left_out_where_the_template_does(tokenizer, drops):
+    own = copy.deepcopy(tokenizer)
+    content = "{{ m.content.split('</think>')[-1] }}" if drops else "{{ m.content }}"
+    own.chat_template = "{% for m in messages %}[{{ m.role }}]" + content + "{% endfor %}[assistant]<think>"
+    history = [Turn("user", "First?"), Turn("assistant", "<think>\nHidden.\n</think>\n\nShown.")]
+    builder = PromptBuilder(own, INFO)
+    text = own.decode(builder.query(["Passage."], "Second?", history).token_ids)
+    assert ("Hidden." in text) == (not drops)
+    assert "Shown.[user]Question: Second?[assistant]<think>" in text
+
+
+def test_a_filler_of_several_tokens_is_replaced(tokenizer):
+    builder = PromptBuilder(tokenizer, INFO, format=PromptFormat(filler="never one token"))
+    assert len(builder.prefix_ids) % 64 == 0
+    assert "never one token" not in tokenizer.decode(builder.prefix_ids)
+    assert "never one token" not in builder.messages(["Passage."], "What?")[-1]["content"]

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from lmcache_rag.errors import ConfigError, LMCacheRAGError
+from lmcache_rag.errors import ConfigError, LMCacheRAGError, OptionalDependencyError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -113,7 +113,7 @@ def status_of(problem: BaseException, report: Report) -> int:
         return PARTLY
     if isinstance(problem, LMCacheRAGError):
         report(type(problem).__name__, problem.message, problem.remedy)
-        return USAGE if isinstance(problem, ConfigError) else FAILED
+        return USAGE if isinstance(problem, ConfigError | OptionalDependencyError) else FAILED
     message = f"{type(problem).__name__}: {problem}".strip().removesuffix(":")
     report(type(problem).__name__, message, "This should not happen. Run it again with --verbose to see where.")
     return UNEXPECTED
@@ -214,11 +214,14 @@ def quiet_libraries(*, verbose: bool) -> None:
     # Several threads use tokenizers here; their warning about forks is of no use on a command line.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-    from transformers.utils import logging as transformers_log
 
     downloads_silent = are_progress_bars_disabled()
+    try:
+        import torch  # noqa: F401 - takes seconds: better here, under a status line, than inside a measured time
+        from transformers.utils import logging as transformers_log
+    except ModuleNotFoundError:  # a client needs neither
+        return
     transformers_log.disable_progress_bar()
     (disable_progress_bars if downloads_silent else enable_progress_bars)()
     if not verbose:
         transformers_log.set_verbosity_error()
-    import torch  # noqa: F401 - takes seconds: better here, under a status line, than inside a measured time

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from lmcache_rag._utils import needs
 from lmcache_rag.documents.decoding import decode
 from lmcache_rag.errors import DocumentError
 
@@ -51,9 +52,10 @@ def html_text(data: bytes, name: str) -> tuple[str, str]:
     Raises:
         DocumentError: The bytes are not text.
     """
-    from bs4 import BeautifulSoup
-    from bs4.dammit import EncodingDetector
-    from bs4.exceptions import ParserRejectedMarkup
+    with needs("documents"):
+        from bs4 import BeautifulSoup
+        from bs4.dammit import EncodingDetector
+        from bs4.exceptions import ParserRejectedMarkup
 
     declared = EncodingDetector.find_declared_encoding(data[:4096], is_html=True)
     if declared is not None and not _DECLARABLE.match(declared):
@@ -152,7 +154,9 @@ def pdf_text(data: bytes, name: str) -> tuple[str, dict[str, int | str]]:
         raise DocumentError(
             f"{name} is a truncated PDF: its end is missing.", remedy="Copy or download the whole file again."
         )
-    from pypdf.errors import LimitReachedError, PdfReadError
+    with needs("documents"):
+        import cryptography  # noqa: F401 - pypdf reads encrypted files with it
+        from pypdf.errors import LimitReachedError, PdfReadError
 
     with _pypdf_messages(name) as losses:
         try:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 
+from lmcache_rag._utils import needs
 from lmcache_rag.documents.types import Chunk
 from lmcache_rag.errors import ConfigError
 
@@ -55,7 +56,8 @@ class Splitter:
                 f"An overlap of {overlap_tokens} tokens does not fit chunks of {chunk_tokens}.",
                 remedy=f"Use 0 to {chunk_tokens // 2}.",
             )
-        from langchain_text_splitters import RecursiveCharacterTextSplitter
+        with needs("documents"):
+            from langchain_text_splitters import RecursiveCharacterTextSplitter
 
         self.chunk_tokens = chunk_tokens
         self.overlap_tokens = overlap_tokens

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag import lazy_fill
-from lmcache_rag._utils import AsyncFromStream
+from lmcache_rag._utils import AsyncFromStream, needs
 from lmcache_rag.costs import SELECTING, CostModel, Exploration, Recheck, Work
 from lmcache_rag.engines.base import (
     BlendOptions,
@@ -83,8 +83,12 @@ class EmbeddedEngine(AsyncFromStream):
         batch: int | None = None,
         min_gain: float | None = DEFAULT_MIN_GAIN,
     ) -> None:
-        from lmcache_rag.engines.hf_model import HFModel
         from lmcache_rag.weights import find_model, revision_of, tokenizer_digest
+
+        with needs("embedded"):
+            import torch  # noqa: F401 - transformers without it fails in other ways
+
+            from lmcache_rag.engines.hf_model import HFModel
 
         source = find_model(str(model) if model is not None else None)
         self._setup(

@@ -74,7 +74,9 @@ class HFModel:
             ConfigError: There is no such dtype.
         """
         import torch
-        from transformers import AutoConfig, AutoTokenizer
+        from transformers import AutoConfig
+
+        from lmcache_rag.tokenizer import auto_tokenizer
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         name = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
@@ -90,7 +92,7 @@ class HFModel:
 
         try:
             config = AutoConfig.from_pretrained(path, local_files_only=True)
-            tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+            tokenizer = auto_tokenizer(path)
         except (OSError, ValueError) as problem:
             raise _no_model(path, problem) from problem
         return cls(config, tokenizer, dtype=kind, device=torch.device(device), load=load)
@@ -181,42 +183,6 @@ def _no_model(path: Path | str, problem: Exception) -> EngineError:
         f"No model could be loaded from {path}: {problem}",
         remedy="Name a folder with config.json, *.safetensors and a tokenizer.",
     )
-
-
-# -- models that run elsewhere ----------------------------------------------------------------------------------------
-
-
-def open_tokenizer(path: Path) -> Any:
-    """The transformers tokenizer of a folder.
-
-    Raises:
-        EngineError: It cannot be read.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError) as problem:
-        raise EngineError(
-            f"No tokenizer could be loaded from {path}: {problem}", remedy="Name a folder with a tokenizer.json."
-        ) from problem
-
-
-def kv_bytes_per_token(path: Path) -> int:
-    """Keys and values of one token over all layers, by the model's configuration; 0 where there is none.
-
-    An estimate: a server may keep its KV in fewer bits than the model's own.
-    """
-    import torch
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(path, local_files_only=True)
-        dtype = getattr(torch, str(getattr(config, "dtype", None) or "bfloat16").removeprefix("torch."))
-        unused: Callable[[], Any] = lambda: None  # noqa: E731 - never called: there are no weights
-        return HFModel(config, None, dtype=dtype, device=torch.device("cpu"), load=unused).kv_bytes_per_token
-    except (OSError, ValueError, AttributeError, TypeError):
-        return 0
 
 
 # -- the KV cache of one request --------------------------------------------------------------------------------------

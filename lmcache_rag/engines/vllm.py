@@ -59,8 +59,8 @@ class VLLMEngine:
     Args:
         urls: The servers, for example "http://localhost:8000"; a text with commas, or a list.
         model: Name or root of the served model, which the server must serve; None: any.
-        tokenizer: The model's transformers tokenizer, or the folder or Hugging Face name to take it from; None: found
-            by the model's name.
+        tokenizer: The model's tokenizer (a ModelTokenizer, or transformers' own), or the folder or Hugging Face name to
+            take it from; None: found by the model's name.
         timeout: Longest silence of a server, in seconds.
         concurrency: Chunks that are precomputed at once, over all servers.
         kv_block: Tokens of an LMCache chunk; None: what the server reports, or 64.
@@ -374,21 +374,21 @@ def _tokenizer_of(served: ServedModel, tokenizer: Any) -> tuple[Any, str, int]:
 
     Args:
         served: The model.
-        tokenizer: A transformers tokenizer, or the folder or name to take it from; None: found by the model's names.
+        tokenizer: A tokenizer, or the folder or name to take it from; None: found by the model's names.
 
     Raises:
         SourceError: No source has it.
         EngineError: It cannot be read.
     """
-    from lmcache_rag.engines import hf_model
-    from lmcache_rag.weights import find_tokenizer, tokenizer_digest
+    from lmcache_rag.tokenizer import open_tokenizer
+    from lmcache_rag.weights import find_tokenizer, kv_bytes_per_token, tokenizer_digest
 
     if tokenizer is not None and not isinstance(tokenizer, str | Path):
         content = f"{tokenizer.backend_tokenizer.to_str()}{tokenizer.chat_template}"
         return tokenizer, hashlib.sha256(content.encode()).hexdigest()[:32], 0
     names = [str(tokenizer)] if tokenizer is not None else [served.local, served.root, served.name]
     path = find_tokenizer(names)
-    return hf_model.open_tokenizer(path), tokenizer_digest(path), hf_model.kv_bytes_per_token(path)
+    return open_tokenizer(path), tokenizer_digest(path), kv_bytes_per_token(path)
 
 
 # -- requests, and what their answers reveal of the servers -----------------------------------------------------------

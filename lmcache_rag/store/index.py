@@ -18,16 +18,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 import xxhash
-from numpy.typing import NDArray
 
+from lmcache_rag._utils import needs
 from lmcache_rag.errors import ConfigError, StoreError
 from lmcache_rag.store import sql
 from lmcache_rag.store.database import Database
 from lmcache_rag.store.types import Hit, Vector
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 logger = logging.getLogger("lmcache_rag.store")
 
@@ -85,6 +88,8 @@ class VectorIndex:
         Raises:
             StoreError: A chunk is not in the index.
         """
+        import numpy as np
+
         with self._lock:
             self.refresh()
             unknown = set(chunk_ids) - set(self._ids().tolist())
@@ -152,6 +157,9 @@ class VectorIndex:
         self, vectors: Sequence[Vector | Sequence[float]] | Vector, k: int, condition: sql.Condition | None
     ) -> tuple[list[list[Hit]], bool]:
         """Hits for each vector, and whether they are all that any k could find."""
+        faiss = import_faiss()
+        import numpy as np
+
         with ExitStack() as snapshot:
             with self._lock:
                 connection = snapshot.enter_context(self._database.read())
@@ -160,7 +168,7 @@ class VectorIndex:
                 if size == 0:
                     return [[] for _ in vectors], True
                 queries = sql.normalised(vectors, self._index.d)
-                faiss, parameters = import_faiss(), None
+                parameters = None
                 if condition is not None:
                     allowed = np.asarray(condition.chunk_ids(connection), dtype=np.int64)
                     size = min(size, len(allowed))
@@ -212,6 +220,8 @@ class VectorIndex:
 
     def _update(self, connection: sqlite3.Connection, dimension: int) -> None:
         """Take in vectors that were added and removed since the index's generation."""
+        import numpy as np
+
         new = list(self._vectors_after(connection, self._generation, dimension))
         present = self._ids()
         gone = [np.intersect1d(ids, present) for ids, _ in new]  # embedded again
@@ -231,6 +241,8 @@ class VectorIndex:
     def _vectors_after(
         self, connection: sqlite3.Connection, generation: int, dimension: int
     ) -> Iterator[tuple[NDArray[np.int64], Vector]]:
+        import numpy as np
+
         cursor = connection.execute(
             "SELECT chunk_id, embedding FROM chunks WHERE vector_generation > ? ORDER BY chunk_id", (generation,)
         )
@@ -241,6 +253,8 @@ class VectorIndex:
             )
 
     def _ids(self) -> NDArray[np.int64]:
+        import numpy as np
+
         if self._index is None:
             return np.empty(0, dtype=np.int64)
         ids: NDArray[np.int64] = import_faiss().vector_to_array(self._index.id_map)
@@ -295,6 +309,8 @@ def read_index(path: Path) -> tuple[Any, IndexFacts]:
         FileNotFoundError: There is no such file.
         DamagedIndexError: It is damaged or incomplete.
     """
+    import numpy as np
+
     size = path.stat().st_size
     end = len(_MAGIC) + 8
     if size < end:
@@ -325,11 +341,16 @@ def read_index(path: Path) -> tuple[Any, IndexFacts]:
 
 
 def import_faiss() -> Any:
-    """The module faiss."""
+    """The module faiss, which needs numpy.
+
+    Raises:
+        OptionalDependencyError: One of them is not installed.
+    """
     # Its SWIG wrapper warns about itself on import with some versions of Python; nothing here can change that.
-    with _import_lock, warnings.catch_warnings():
+    with _import_lock, warnings.catch_warnings(), needs("store"):
         warnings.simplefilter("ignore", DeprecationWarning)
         import faiss
+        import numpy as np  # noqa: F401
     return faiss
 
 

@@ -12,11 +12,9 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-import numpy as np
-from numpy.typing import NDArray
-
+from lmcache_rag._utils import needs
 from lmcache_rag.errors import ConfigError, StoreError
 from lmcache_rag.store.connections import corrupt
 from lmcache_rag.store.types import (
@@ -32,6 +30,10 @@ from lmcache_rag.store.types import (
     Vector,
     text_hash,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 # Facts about the store
 
@@ -129,6 +131,9 @@ def normalised(embeddings: Sequence[Vector | Sequence[float]] | Vector, dimensio
     Raises:
         StoreError: They are not finite numbers, or not of this dimension.
     """
+    with needs("store"):
+        import numpy as np
+
     try:
         rows: NDArray[np.float64] = np.asarray(embeddings, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -181,6 +186,9 @@ def from_blobs(blobs: Iterable[bytes], dimension: int, path: Path) -> Vector:
     Raises:
         StoreCorruptError: The bytes are not embeddings that this library has written.
     """
+    with needs("store"):
+        import numpy as np
+
     joined = b"".join(blobs)
     if len(joined) % (4 * dimension):
         raise corrupt(path, "an embedding has the wrong length")

@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
-Vector: TypeAlias = NDArray[np.float32]
+    Vector: TypeAlias = NDArray[np.float32]
+else:  # a client's store has no vectors, and needs no numpy
+    Vector: TypeAlias = Any
 PutStatus: TypeAlias = Literal["added", "updated", "unchanged"]
 
 

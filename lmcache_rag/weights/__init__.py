@@ -15,6 +15,7 @@ from lmcache_rag.weights.find import (
     find_embedder,
     find_model,
     find_tokenizer,
+    kv_bytes_per_token,
     revision_of,
     tokenizer_digest,
 )
@@ -29,6 +30,7 @@ __all__ = [
     "find_embedder",
     "find_model",
     "find_tokenizer",
+    "kv_bytes_per_token",
     "revision_of",
     "tokenizer_digest",
 ]

@@ -308,6 +308,29 @@ def _first_line(problem: Exception) -> str:
     return lines[0].strip() if lines else type(problem).__name__
 
 
+# What a folder's configuration says
+
+_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "float16": 2, "half": 2, "float64": 8}
+
+
+def kv_bytes_per_token(path: Path) -> int:
+    """Keys and values of one token over all layers, by the model's configuration; 0 where there is none.
+
+    An estimate: a server may keep its KV in fewer bits than the model's own.
+    """
+    try:
+        facts = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        facts = {**facts, **(facts.get("text_config") or {})}  # a model that sees pictures, too
+        heads = int(facts["num_attention_heads"])
+        size = int(facts.get("head_dim") or facts["hidden_size"] // heads)
+        kind = str(facts.get("dtype") or facts.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+        return (
+            2 * int(facts["num_hidden_layers"]) * int(facts.get("num_key_value_heads") or heads) * size * _BYTES[kind]
+        )
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        return 0
+
+
 # Digests
 
 

@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, TypeAlias
 
+from lmcache_rag._utils import needs
+
 Kind: TypeAlias = Literal["model", "embedder"]
 
 log = logging.getLogger("lmcache_rag")
@@ -87,7 +89,8 @@ class WeightsPackage:
 def _convert(raw: Path, folder: Path) -> None:
     from lmcache_rag.weights.gguf import convert
 
-    convert(raw / "SmolLM2-135M-Instruct.Q4_1.gguf", folder)
+    with needs("embedded"):
+        convert(raw / "SmolLM2-135M-Instruct.Q4_1.gguf", folder)
 
 
 def _as_they_are(raw: Path, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 from pathlib import Path
 
 import cli_kit
@@ -63,6 +64,13 @@ def test_a_missing_store_exits_3_with_a_remedy(call: Call, tmp_path: Path) -> No
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "none").exists()
+
+
+def test_a_missing_package_ends_with_status_2(call: Call, stocked: Stocked, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    done = call("ask", QUESTION, "--store", stocked.store)
+    assert done.exit_code == 2
+    assert 'faiss-cpu is not installed.\nInstall it with: pip install "lmcache-rag[store]"' in done.stderr
 
 
 def test_an_error_with_json_is_one_json_document(call: Call, tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ from lmcache_rag.integrations.kv_registry import KVRegistry
 from openai_kit import BLOCK, vllm_serving
 from vllm_engine_kit import OFF, SHORT, add_up
 
-from lmcache_rag import Workspace
-from lmcache_rag.engines import hf_model
+from lmcache_rag import Workspace, tokenizer
 from lmcache_rag.engines.base import BlendOptions, Sampling
 from lmcache_rag.errors import EngineError, PrecomputeError
 from lmcache_rag.prompt import PromptBuilder
@@ -277,7 +276,7 @@ def test_the_ingest_key_comes_from_environment_or_file(connect, builder, server,
         with monkeypatch.context() as patched:
             patched.setenv(name, value)
             assert list(connect(server.url, patience=1).precompute([builder.ingest(chunks[0])]))
-    monkeypatch.setattr(hf_model, "open_tokenizer", lambda path: server.tokenizer)
+    monkeypatch.setattr(tokenizer, "open_tokenizer", lambda path: server.tokenizer)
     with Workspace.open(tmp_path / "s", engine=server.url, ingest_key_file=file) as workspace:
         assert list(workspace.engine.precompute([builder.ingest(chunks[1])]))
 

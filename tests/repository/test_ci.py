@@ -97,6 +97,8 @@ def test_run_has_three_scenarios_of_the_page_full_all(ci: ModuleType, monkeypatc
         assert part.before is ci.chromium
     (part,) = [part for part in ci.full_parts() if part.name == "long tests"]
     assert part.command[-1] == "full and not browser"
+    (part,) = [part for part in ci.full_parts() if part.name == "clean environments"]
+    assert part.command[-1] == "tests/repository/test_extras.py"
     assert '-m "not full and not browser"' in (ROOT / "Makefile").read_text()
 
 

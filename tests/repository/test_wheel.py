@@ -55,7 +55,7 @@ def elsewhere(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "versions.txt").write_text(
         "".join(f"{name}=={version}\n" for name, version in versions.items() if name.lower() != "lmcache-rag")
     )
-    wanted = ["--constraint", place / "versions.txt", wheel]
+    wanted = ["--constraint", place / "versions.txt", f"{wheel}[embedded,langchain,llama-index]"]
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-compile"]
     if importlib.util.find_spec("uv") is None:
         run([*pip, *wanted], place)

@@ -10,8 +10,7 @@ from typing import Any
 from lmcache_rag.integrations import kv_registry
 from models import tiny_model
 
-from lmcache_rag.engines import hf_model
-from lmcache_rag.engines.hf_model import open_tokenizer
+from lmcache_rag import tokenizer
 from lmcache_rag.weights import find_model
 
 
@@ -23,7 +22,7 @@ def tiny_llama() -> Any:
 
 @cache
 def _opened(path: Path) -> Any:
-    return open_tokenizer(path)
+    return tokenizer.auto_tokenizer(path)
 
 
 def light_tokenizer() -> Any:
@@ -33,7 +32,7 @@ def light_tokenizer() -> Any:
 
 def fresh(monkeypatch: Any, folder: Path) -> None:
     """No workspace of an earlier test, whose server may have had the same port; a registry of its own."""
-    monkeypatch.setattr(hf_model, "open_tokenizer", _opened)  # it takes a second each time
+    monkeypatch.setattr(tokenizer, "open_tokenizer", _opened)  # it takes a second each time
     monkeypatch.setattr(kv_registry, "_by_server", {})
     monkeypatch.setenv("LMCACHE_RAG_STORE", str(folder / "registry"))
 

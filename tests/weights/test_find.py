@@ -14,7 +14,14 @@ import pytest
 from hub_kit import COMMIT, LocalServer, serving
 
 from lmcache_rag.errors import SourceError
-from lmcache_rag.weights import content_digest, find_embedder, find_model, revision_of, tokenizer_digest
+from lmcache_rag.weights import (
+    content_digest,
+    find_embedder,
+    find_model,
+    kv_bytes_per_token,
+    revision_of,
+    tokenizer_digest,
+)
 
 MODEL = {"config.json": b"{}", "model.safetensors": b"w" * 5000, "tokenizer.json": b"{}"}
 
@@ -296,3 +303,21 @@ def test_another_folders_weights_are_another_revision(smollm2_path: Path, embedd
     digests = [revision_of(smollm2_path), revision_of(embedder_path)]
     assert len(set(digests)) == 2
     assert all(len(digest) in (32, 40) for digest in digests)
+
+
+@pytest.mark.parametrize(
+    ("facts", "size"),
+    [
+        ({"num_key_value_heads": 8, "head_dim": 128, "dtype": "bfloat16"}, 2 * 32 * 8 * 128 * 2),
+        ({"num_key_value_heads": 4, "torch_dtype": "float32"}, 2 * 32 * 4 * 128 * 4),
+        ({}, 2 * 32 * 32 * 128 * 2),  # Llama 7B's: as many KV heads as heads
+        ({"dtype": "unheard"}, 0),
+        ({"num_attention_heads": None}, 0),
+    ],
+)
+def test_kv_bytes_are_read_from_the_configuration(tmp_path: Path, facts: dict[str, object], size: int) -> None:
+    whole = {"num_hidden_layers": 32, "num_attention_heads": 32, "hidden_size": 4096} | facts
+    for nested in (whole, {"text_config": whole}):
+        (tmp_path / "config.json").write_text(json.dumps(nested))
+        assert kv_bytes_per_token(tmp_path) == size
+    assert kv_bytes_per_token(tmp_path / "nowhere") == 0
