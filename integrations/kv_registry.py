@@ -74,6 +74,7 @@ class KVRegistry:
         prompts: Sequence[IngestPrompts] = (),
     ) -> KVRegistry:
         """Make one over the parts of a workspace, for these prompts or the workspace's."""
+        workspace.record_model()
         first, *more = prompts or [workspace.prompts]
         return cls(
             workspace.store,

@@ -18,8 +18,10 @@ from lmcache_rag.documents.access import is_gone
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine, EngineInfo, IngestPrompt, KVUsage, PrecomputeResult, VerifyResult
+    from lmcache_rag.engines.chunk_cache import KVStore
     from lmcache_rag.prompt import PromptBuilder
     from lmcache_rag.store import DocumentRecord, KVRow, Registry, RemoveResult, Store, StoredChunk, StoreStats
+    from lmcache_rag.store_model import Identity
 
 log = logging.getLogger("lmcache_rag")
 
@@ -205,17 +207,22 @@ class KVManager:
 
     def empty_trash(self) -> int:
         """Let the engine drop KV that no chunk needs any more. Needs the store's writing lock."""
-        pairs = self._store.registry.trash()
-        if pairs:
-            self._engine.forget(pairs)
-            self._store.registry.clear_trash(pairs)
-        return len(pairs)
+        return empty_trash(self._store, self._engine.forget)
 
     def _record(self, rows: list[KVRow]) -> None:
         if rows:
             facts = {"model": self._prompts.info.model, "dtype": self._prompts.info.dtype}
             self._store.registry.record_kv(self._prompts.fingerprint, facts, rows)
             rows.clear()
+
+
+def empty_trash(store: Store, forget: Callable[[list[tuple[str, str]]], None]) -> int:
+    """Drop KV that no chunk needs any more, by this function; returns how much. Needs the store's writing lock."""
+    pairs = store.registry.trash()
+    if pairs:
+        forget(pairs)
+        store.registry.clear_trash(pairs)
+    return len(pairs)
 
 
 # -- maintenance ------------------------------------------------------------------------------------------------------
@@ -276,6 +283,42 @@ class VerifyReport:
     checked: int
     bad: tuple[VerifyResult, ...]
     repaired: int
+
+
+class StoredKV:
+    """What can be done to a store's KV files without the model that computed them.
+
+    Args:
+        store: The store.
+        kv: Its files.
+        lock_timeout: Seconds to wait for another writer.
+    """
+
+    def __init__(self, store: Store, kv: KVStore, *, lock_timeout: float) -> None:
+        self._store, self._kv, self._lock_timeout = store, kv, lock_timeout
+
+    def status(self, known: Identity) -> Status:
+        """Status of the store, whose KV is computed with this."""
+        from lmcache_rag.engines.base import KVUsage
+
+        gone = tuple(record.doc_id for record in gone_documents(self._store.registry))
+        stats = self._store.registry.stats(known.fingerprint)
+        usage = KVUsage(*self._kv.files.usage())
+        return Status(stats, usage, known.fingerprint, known.model, known.can_blend, known.why_not, gone)
+
+    def is_complete(self, fingerprint: str) -> bool:
+        """Whether every chunk has its KV, recorded and in a file, and no other KV waits to be dropped."""
+        registry = self._store.registry
+        if registry.stats(fingerprint).chunks_without_kv or registry.trash(1):
+            return False
+        return all(self._kv.has(fingerprint, row.key) for row in registry.kv_rows(fingerprint))
+
+    def remove(self, doc_ids: Sequence[str]) -> RemoveResult:
+        """Remove documents; see Maintainer.remove."""
+        with self._store.writing(timeout=self._lock_timeout):
+            result = self._store.registry.remove_documents(doc_ids)
+            empty_trash(self._store, self._kv.forget_chunks)
+        return result
 
 
 class Maintainer:

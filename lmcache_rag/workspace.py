@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -13,16 +14,16 @@ from lmcache_rag.engines.base import BlendOptions, Sampling
 from lmcache_rag.settings import Settings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from lmcache_rag.documents import Document, Splitter
     from lmcache_rag.embedding import Embedder
     from lmcache_rag.engines.base import Engine
     from lmcache_rag.ingest import Ingestor, Preview
-    from lmcache_rag.kv_manager import Maintainer
+    from lmcache_rag.kv_manager import Maintainer, StoredKV
     from lmcache_rag.prompt import PromptBuilder
     from lmcache_rag.rag import RAG
     from lmcache_rag.store import Store
+    from lmcache_rag.store_model import Identity
+    from lmcache_rag.weights import Source
 
 _GB = 1_000_000_000
 KV_FOLDER = "kv"  # in the store; an engine may be opened before there is a store
@@ -97,7 +98,7 @@ class Workspace:
             from lmcache_rag.engines.embedded import EmbeddedEngine
 
             return EmbeddedEngine(
-                self.settings.model,
+                self._source,
                 kv_dir=self.settings.store / KV_FOLDER,
                 device=self.settings.device,
                 dtype=self.settings.dtype,
@@ -110,6 +111,44 @@ class Workspace:
     def has_engine(self) -> bool:
         """Whether the engine is there already, so that using it loads nothing."""
         return self._engine is not None or "engine" in self.__dict__
+
+    @cached_property
+    def _source(self) -> Source:
+        """Where the embedded engine's model is: the one that the settings name, else the store's."""
+        from lmcache_rag.store_model import find_store_model
+        from lmcache_rag.weights import find_model
+
+        if self.settings.model is not None:
+            return find_model(self.settings.model)
+        return find_store_model(self.store.registry if self.has_store else None)
+
+    def record_model(self) -> None:
+        """Record in the store which model its KV is computed with, if that is not recorded yet. See store_model."""
+        if self._engine is None and self.settings.engine == "embedded":
+            from lmcache_rag.store_model import record
+
+            record(self.store, self.settings, self._source, self.engine.info, self.prompts.fingerprint)
+
+    @property
+    def identity(self) -> Identity | None:
+        """The fingerprint of the KV and its model, without loading anything; None if that is not recorded."""
+        from lmcache_rag.store_model import known_identity
+
+        if self._engine is not None or self.settings.engine != "embedded":
+            return None
+        return known_identity(self.store.registry, self.settings)
+
+    @property
+    def stored_kv(self) -> StoredKV | None:
+        """The store's KV files, without a model; None if the engine is the caller's own."""
+        if self._engine is not None:
+            return None
+        from lmcache_rag.engines.chunk_cache import KVStore
+        from lmcache_rag.engines.kv_files import KVFiles
+        from lmcache_rag.kv_manager import StoredKV
+
+        kv = KVStore(KVFiles(self.store.kv_dir), memory_budget=0, device=None)
+        return StoredKV(self.store, kv, lock_timeout=self.settings.lock_timeout_s)
 
     @cached_property
     def embedder(self) -> Embedder:
@@ -155,6 +194,7 @@ class Workspace:
         """Fills the store."""
         from lmcache_rag.ingest import Ingestor
 
+        self.record_model()
         return Ingestor(
             self.store,
             self.engine,

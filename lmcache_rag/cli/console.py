@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 OURS = "lmcache_rag"
+NOTICES = "lmcache_rag.weights"  # which source serves a model
 _STYLES = {logging.WARNING: "yellow", logging.ERROR: "bold red", logging.CRITICAL: "bold red"}
 
 _received: int | None = None
@@ -192,8 +193,8 @@ class _ConsoleHandler(logging.Handler):
 def on_console(console: Console, *, verbose: bool) -> Iterator[None]:
     """Show log records on a console within a `with` block; restore the loggers at its end."""
     handler = _ConsoleHandler(console, verbose=verbose)
-    root, ours, ingestion = (logging.getLogger(name) for name in ("", OURS, f"{OURS}.ingest"))
-    levels = ours.level, ingestion.level
+    root, ours, ingestion, notices = (logging.getLogger(name) for name in ("", OURS, f"{OURS}.ingest", NOTICES))
+    levels = ours.level, ingestion.level, notices.level
     root.addHandler(handler)
     ours.setLevel(logging.DEBUG if verbose else logging.INFO)
     if not verbose:
@@ -205,7 +206,7 @@ def on_console(console: Console, *, verbose: bool) -> Iterator[None]:
             yield
     finally:
         root.removeHandler(handler)
-        for logger, level in zip((ours, ingestion), levels, strict=True):
+        for logger, level in zip((ours, ingestion, notices), levels, strict=True):
             logger.setLevel(level)
 
 

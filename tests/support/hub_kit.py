@@ -84,8 +84,8 @@ def hub_of(name: str, files: dict[str, bytes]) -> Answer:
 
     def answer(handler: BaseHTTPRequestHandler) -> None:
         path = handler.path.split("?")[0]
-        if path == f"/api/models/{name}/revision/main":
-            siblings = [{"rfilename": file} for file in files]
+        if path in (f"/api/models/{name}", f"/api/models/{name}/revision/main"):
+            siblings = [{"rfilename": file, "size": len(content)} for file, content in files.items()]
             send_json(handler, {"id": name, "sha": COMMIT, "siblings": siblings, "tags": [], "private": False})
         elif path == f"/api/models/{name}/tree/{COMMIT}":
             send_json(handler, [entry(file, content) for file, content in files.items()])

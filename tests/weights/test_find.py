@@ -15,10 +15,14 @@ from hub_kit import COMMIT, LocalServer, serving
 
 from lmcache_rag.errors import SourceError
 from lmcache_rag.weights import (
+    choose_model,
     content_digest,
+    find,
     find_embedder,
     find_model,
+    find_recorded,
     kv_bytes_per_token,
+    packages,
     revision_of,
     tokenizer_digest,
 )
@@ -321,3 +325,59 @@ def test_kv_bytes_are_read_from_the_configuration(tmp_path: Path, facts: dict[st
         (tmp_path / "config.json").write_text(json.dumps(nested))
         assert kv_bytes_per_token(tmp_path) == size
     assert kv_bytes_per_token(tmp_path / "nowhere") == 0
+
+
+# The model of a new store, and of one that has one
+
+
+def test_the_size_of_a_download_is_logged_first(
+    hub: Callable[..., LocalServer], caplog: pytest.LogCaptureFixture
+) -> None:
+    files = MODEL | {"model.safetensors": bytes(7_000_000), "pytorch_model.bin": bytes(9_000_000)}
+    hub(hub_kit.hub_of("acme/tiny", files))
+    with caplog.at_level(logging.INFO, logger="lmcache_rag"):
+        find_model("acme/tiny")
+    assert caplog.messages[0].startswith("Getting acme/tiny (7 MB) from http://127.0.0.1:")
+
+
+def test_a_new_store_gets_the_better_model(hub: Callable[..., LocalServer], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(find, "BETTER_MODEL", "acme/better")
+    hub(hub_kit.hub_of("acme/better", MODEL))
+    assert choose_model().name == "acme/better"
+
+
+def test_without_a_hub_a_new_store_gets_the_default(hub_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(find, "BETTER_MODEL", "acme/better")
+    monkeypatch.setattr(find, "DEFAULT_MODEL", "acme/tiny")
+    hub_kit.lay_out_snapshot(hub_cache, "acme/tiny", MODEL)
+    assert choose_model().name == "acme/tiny"
+
+
+def test_a_recorded_package_stays_the_source(hub_cache: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from package_kit import NAME, install, tiny_package
+
+    monkeypatch.setattr(packages, "PACKAGES", (tiny_package(),))
+    install(tmp_path / "site")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    hub_kit.lay_out_snapshot(hub_cache, NAME, MODEL)
+    assert find_model(NAME).origin == "hub"  # other weights under the same name
+    assert find_recorded(NAME, "package").origin == "package"
+
+
+def test_a_recorded_commit_stays_the_source(hub_cache: Path) -> None:
+    snapshot = hub_kit.lay_out_snapshot(hub_cache, "acme/tiny", MODEL)
+    newer = snapshot.with_name("f" * 40)
+    write(newer, MODEL)
+    (snapshot.parents[1] / "refs" / "main").write_text(newer.name)
+    assert find_model("acme/tiny").path == newer
+    assert find_recorded("acme/tiny", "hub", COMMIT).path == snapshot
+
+
+def test_a_recorded_package_that_is_gone_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from package_kit import NAME, tiny_package
+
+    monkeypatch.setattr(packages, "PACKAGES", (tiny_package(),))
+    for name, value in (("PIP_CONFIG_FILE", "/dev/null"), ("PIP_NO_INDEX", "1"), ("PIP_FIND_LINKS", str(tmp_path))):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SourceError, match=r"was filled with .* which cannot be had: .*--model"):
+        find_recorded(NAME, "package")
