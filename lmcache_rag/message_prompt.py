@@ -26,7 +26,8 @@ from typing import Any, Literal, TypeAlias
 from lmcache_rag._utils import well_formed
 from lmcache_rag.engines.base import ChunkSpan, EngineInfo, IngestPrompt, QueryPrompt, kv_key
 from lmcache_rag.errors import PromptError
-from lmcache_rag.prompt import PromptFormat, SafeTokenizer
+from lmcache_rag.prompt import PromptFormat
+from lmcache_rag.tokenizer import SafeTokenizer
 
 Kind: TypeAlias = Literal["fixed", "changing", "passage"]
 
