@@ -6,6 +6,7 @@ The engine answers it, or the user's own OpenAI client sends it and the Blender 
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -22,7 +23,7 @@ from lmcache_rag.engines.base import (
     Sampling,
     StreamEvent,
 )
-from lmcache_rag.errors import EngineError, PromptError
+from lmcache_rag.errors import EngineError, LMCacheRAGError, PromptError, StoreLockedError
 from lmcache_rag.lazy_fill import FillCounts, cancel, fill_of, mode_of
 from lmcache_rag.prompt import Turn
 from lmcache_rag.rag import AnswerStreamer, fit_context, fit_sizes
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from lmcache_rag.store import Hit
     from lmcache_rag.workspace import Workspace
 
+log = logging.getLogger("lmcache_rag")
 
 _PREFIXES = 64  # of prompts made of messages, the latest
 _SEPARATOR = 6  # tokens around a passage in these, at most
@@ -345,6 +347,17 @@ class Blender:
         done = self._vllm().finished(gathered, prompt.prompt, blend, streamed=streamed, stops=stops)
         done = self._answering.filled(prompt.texts, prompt.registered, prompt.prompt, done, blend)
         return _with_notes(done, prompt.notes)
+
+    def keep(self, texts: Sequence[str]) -> None:
+        """Compute the KV of registered texts now, where it is missing. An error is logged, and fails no answer."""
+        from lmcache_rag.kv_manager import KVManager
+
+        try:
+            KVManager(self.workspace.store, self.engine, self.prompts).keep(texts)
+        except StoreLockedError:
+            log.debug("another process writes to the store; the missing KV is stored at a later question")
+        except LMCacheRAGError as problem:
+            log.warning("Could not store the missing KV: %s", problem)
 
     # -- the background -------------------------------------------------------------------------------------------
 

@@ -188,6 +188,12 @@ class ChangedPassageWarner:
                 unregistered_note,
             )
 
+    def keeps_text(self, text: str, node: BaseNode) -> bool:
+        """Return whether no postprocessor changed this text, or only replaced it by the node's own metadata."""
+        with self._lock:
+            cause = self._causes.get(text, "")
+        return not cause or node.get_content(metadata_mode=MetadataMode.NONE) in node.metadata.values()
+
     def _record(self, postprocessor: BaseNodePostprocessor, changed: set[str]) -> None:
         with self._lock:
             for text in changed:

@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import Any
 
 from llama_index.core.base.llms.types import ChatMessage
@@ -19,7 +20,7 @@ from llama_index.core.llms.llm import LLM
 from llama_index.core.prompts import BasePromptTemplate
 from llama_index.core.prompts.mixin import PromptDictType
 from llama_index.core.response_synthesizers import BaseSynthesizer
-from llama_index.core.schema import NodeWithScore, QueryType
+from llama_index.core.schema import BaseNode, NodeWithScore, QueryType
 from llama_index.core.settings import Settings
 from llama_index.core.types import RESPONSE_TEXT_TYPE
 
@@ -28,6 +29,7 @@ from lmcache_rag.prompt import Turn
 from lmcache_rag.workspace import Workspace
 
 from ..blender import Blender, BlendPrompt, counts
+from .derived import is_derived, register_derived
 from .llm import EngineLLM, conversation, workspace_of
 from .openai_like import BlendClient
 from .prompts import ChangedPassageWarner, format_of, template_of, with_format
@@ -146,6 +148,23 @@ class AsyncAnswerStream(AsyncGenerator[str, None]):
     async def aclose(self) -> None:
         """Stop the computation."""
         await self._pieces.aclose()
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """A prompt to answer.
+
+    Attributes:
+        prompt: The prompt.
+        changed: How many of its passages are not registered as they are.
+        options: For the client.
+        derived: Parents and windows that were registered for this answer; their KV is computed after it.
+    """
+
+    prompt: BlendPrompt
+    changed: int
+    options: dict[str, Any]
+    derived: tuple[str, ...] = ()
 
 
 class BlendSynthesizer(BaseSynthesizer):
@@ -273,6 +292,7 @@ class BlendSynthesizer(BaseSynthesizer):
             response_kwargs: `blend` and `history` for this answer; all others go to the LLM.
         """
         response_kwargs.setdefault("scores", [node.score for node in nodes])
+        response_kwargs.setdefault("passage_nodes", [node.node for node in nodes])
         return super().synthesize(query, nodes, additional_source_nodes, **response_kwargs)
 
     async def asynthesize(
@@ -284,16 +304,18 @@ class BlendSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TYPE:
         """Async version of synthesize."""
         response_kwargs.setdefault("scores", [node.score for node in nodes])
+        response_kwargs.setdefault("passage_nodes", [node.node for node in nodes])
         return await super().asynthesize(query, nodes, additional_source_nodes, **response_kwargs)
 
     def get_response(self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any) -> RESPONSE_TEXT_TYPE:
         """Return the answer to a question from texts, or a generator of its pieces."""
         request = self._parse(query_str, text_chunks, response_kwargs)
         if self._streaming:
-            return AnswerStream(self._stream(*request, reuse := ReuseMetadata()), reuse)
-        prompt, changed, options = request
-        done = self._client.answer(prompt, **options)
-        return AnswerText.of(done.text or self._empty_response, ReuseMetadata(emit_blend_event(prompt, done, changed)))
+            return AnswerStream(self._stream(request, reuse := ReuseMetadata()), reuse)
+        done = self._client.answer(request.prompt, **request.options)
+        reuse = ReuseMetadata(emit_blend_event(request.prompt, done, request.changed))
+        self._keep(request)
+        return AnswerText.of(done.text or self._empty_response, reuse)
 
     async def aget_response(
         self, query_str: str, text_chunks: Sequence[str], **response_kwargs: Any
@@ -301,44 +323,72 @@ class BlendSynthesizer(BaseSynthesizer):
         """Async version of get_response."""
         request = await asyncio.to_thread(self._parse, query_str, text_chunks, response_kwargs)
         if self._streaming:
-            return AsyncAnswerStream(self._astream(*request, reuse := ReuseMetadata()), reuse)
-        prompt, changed, options = request
-        done = await self._client.aanswer(prompt, **options)
-        return AnswerText.of(done.text or self._empty_response, ReuseMetadata(emit_blend_event(prompt, done, changed)))
+            return AsyncAnswerStream(self._astream(request, reuse := ReuseMetadata()), reuse)
+        done = await self._client.aanswer(request.prompt, **request.options)
+        reuse = ReuseMetadata(emit_blend_event(request.prompt, done, request.changed))
+        await asyncio.to_thread(self._keep, request)
+        return AnswerText.of(done.text or self._empty_response, reuse)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _stream(
-        self, prompt: BlendPrompt, changed: int, options: dict[str, Any], reuse: ReuseMetadata
-    ) -> Generator[str, None, None]:
-        for event in self._client.stream(prompt, **options):
+    def _stream(self, request: _Request, reuse: ReuseMetadata) -> Generator[str, None, None]:
+        for event in self._client.stream(request.prompt, **request.options):
             if isinstance(event, TextDelta):
                 yield event.text
             elif isinstance(event, Completion):
-                reuse |= emit_blend_event(prompt, event, changed)
+                reuse |= emit_blend_event(request.prompt, event, request.changed)
+        self._keep(request)
 
-    async def _astream(
-        self, prompt: BlendPrompt, changed: int, options: dict[str, Any], reuse: ReuseMetadata
-    ) -> AsyncGenerator[str, None]:
-        async for event in self._client.astream(prompt, **options):
+    async def _astream(self, request: _Request, reuse: ReuseMetadata) -> AsyncGenerator[str, None]:
+        async for event in self._client.astream(request.prompt, **request.options):
             if isinstance(event, TextDelta):
                 yield event.text
             elif isinstance(event, Completion):
-                reuse |= emit_blend_event(prompt, event, changed)
+                reuse |= emit_blend_event(request.prompt, event, request.changed)
+        await asyncio.to_thread(self._keep, request)
 
-    def _parse(
-        self, question: str, texts: Sequence[str], kwargs: dict[str, Any]
-    ) -> tuple[BlendPrompt, int, dict[str, Any]]:
-        """Return (prompt, how many of its passages are not registered as they are, options for the client)."""
+    def _parse(self, question: str, texts: Sequence[str], kwargs: dict[str, Any]) -> _Request:
         options = dict(kwargs)
-        scores = options.pop("scores", None)
+        scores, nodes = options.pop("scores", None), options.pop("passage_nodes", None)
         history, question = conversation(options.pop("history", self._history), question)
         limit = options.get("max_tokens") or self._client.max_tokens
         prompt = self.blender.build_prompt(texts, question, history=history, scores=scores, max_tokens=limit)
-        changed = [text for text, known in zip(prompt.texts, prompt.registered, strict=True) if not known]
+        derived = self._register_derived(prompt, nodes)
+        parts = list(zip(prompt.texts, prompt.registered, strict=True))
+        changed = [text for text, known in parts if not known and text not in derived]
         if changed:
             self._warner.warn(changed, len(prompt.texts), self.blender.unregistered_note)
-        return prompt, len(changed), options
+        kept: tuple[str, ...] = ()
+        if derived and self.blender.engine.info.engine == "embedded":
+            kept = tuple(derived)
+        elif derived:  # the server ingests them in the background
+            prompt = replace(prompt, registered=tuple(known or text in derived for text, known in parts))
+        return _Request(prompt, len(changed), options, kept)
+
+    def _keep(self, request: _Request) -> None:
+        """Compute the KV of new parents and windows after the answer. Only the embedded engine does that here."""
+        blend = request.options.get("blend") or self.blender.blend
+        if request.derived and blend.enabled:
+            self.blender.keep(request.derived)
+
+    def _register_derived(self, prompt: BlendPrompt, nodes: Sequence[BaseNode] | None) -> set[str]:
+        """Register passages that are parents or windows of registered nodes; return the texts that are new."""
+        if nodes is None or all(prompt.registered) or self.blender.lazy_fill == "never":
+            return set()
+        parts = zip(prompt.texts, prompt.kept, prompt.registered, strict=True)
+        unknown = {text: nodes[index] for text, index, known in parts if not known}
+        stable = {
+            text: node for text, node in unknown.items() if self._warner.keeps_text(text, node) and is_derived(node)
+        }
+        done = register_derived(self._workspace, stable) if stable else set()
+        if done:
+            log.info(
+                "%d of %d passages are parents or windows of registered nodes. They are registered now, and have KV "
+                "from their second use.",
+                len(done),
+                len(prompt.texts),
+            )
+        return done
 
     def _prepare_response_output(
         self, response_str: RESPONSE_TEXT_TYPE | None, source_nodes: list[NodeWithScore]

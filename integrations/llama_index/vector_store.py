@@ -28,6 +28,7 @@ from lmcache_rag.kv_manager import KVTotals
 
 from ..adoption import PAGE, Adoption, AdoptProgress
 from ..kv_registry import KVRegistry, as_workspace
+from .derived import DerivedTexts
 from .faiss_store import FaissVectorStore, group_of, in_thread
 from .listing import get_nodes, nodes_of
 from .llm import workspace_of
@@ -149,6 +150,8 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         inner: The wrapped store; None: our own, FAISS and SQLite in the workspace's folder.
         source: A Workspace, an engine, the URL of a vLLM server, or an LLM object that has one.
         space: Name of this store, where several share a workspace.
+        target_metadata_key: Compute the KV of this entry of the nodes' metadata instead of their text, since a
+            MetadataReplacementPostProcessor with the same key puts it into prompts ("window").
         adopt: Adopt what the store holds already, in the background; see adopt(). If False, only warn of it.
         store: Folder of the registry, see lmcache_rag.integrations.kv_registry.as_workspace.
 
@@ -160,6 +163,8 @@ class LMCacheVectorStore(BasePydanticVectorStore):
 
     stores_text: bool = True
     space: str = ""
+    target_metadata_key: str | None = None
+    _derived: DerivedTexts = PrivateAttr()
     _inner: BasePydanticVectorStore = PrivateAttr()
     _register: KVRegistry = PrivateAttr()
     _lock: SyncAsyncLock = PrivateAttr(default_factory=SyncAsyncLock)
@@ -171,6 +176,7 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         source: Any,
         *,
         space: str = "",
+        target_metadata_key: str | None = None,
         adopt: bool = False,
         store: str | os.PathLike[str] | None = None,
     ) -> None:
@@ -178,8 +184,9 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         register = KVRegistry.of(workspace, space=space)
         inner = FaissVectorStore.of(workspace, space=space) if inner is None else inner
         facts: dict[str, Any] = {"stores_text": inner.stores_text, "is_embedding_query": inner.is_embedding_query}
-        super().__init__(**facts, space=space)  # type: ignore[call-arg]
+        super().__init__(**facts, space=space, target_metadata_key=target_metadata_key)  # type: ignore[call-arg]
         self._inner, self._register = inner, register
+        self._derived = DerivedTexts(workspace, register)
         if not self._is_registered() and adopt:
             self.adopt(background=True)
 
@@ -212,7 +219,7 @@ class LMCacheVectorStore(BasePydanticVectorStore):
             PrecomputeError: KV could not be computed. Nothing was added.
             DocumentError: A node's text is not valid Unicode.
         """
-        texts, groups = _texts(nodes), self._groups(nodes)
+        texts, groups = self._texts(nodes), self._groups(nodes)
         with self._lock:
             before = self._register.entries(texts)
             try:
@@ -224,7 +231,7 @@ class LMCacheVectorStore(BasePydanticVectorStore):
 
     async def async_add(self, nodes: Sequence[BaseNode], **kwargs: Any) -> list[str]:
         """Async version of add."""
-        texts, groups = _texts(nodes), self._groups(nodes)
+        texts, groups = self._texts(nodes), self._groups(nodes)
         async with self._lock:
             before = self._register.entries(texts)
             try:
@@ -240,13 +247,13 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         """Remove the nodes of a document, then their KV."""
         with self._lock:
             self._inner.delete(ref_doc_id, **delete_kwargs)
-            self._register.remove(self._gone(self._register.ids(ref_doc_id), delete_kwargs))
+            self._forget(self._gone(self._register.ids(ref_doc_id), delete_kwargs))
 
     async def adelete(self, ref_doc_id: str, **delete_kwargs: Any) -> None:
         """Async version of delete."""
         async with self._lock:
             await self._inner.adelete(ref_doc_id, **delete_kwargs)
-            await in_thread(self._register.remove, self._gone(self._register.ids(ref_doc_id), delete_kwargs))
+            await in_thread(self._forget, self._gone(self._register.ids(ref_doc_id), delete_kwargs))
 
     def delete_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
@@ -261,7 +268,7 @@ class LMCacheVectorStore(BasePydanticVectorStore):
             arguments = self._delete_arguments(node_ids, filters, before)
             if arguments != ([], None):
                 self._inner.delete_nodes(*arguments, **delete_kwargs)
-            self._register.remove(self._gone(before, delete_kwargs))
+            self._forget(self._gone(before, delete_kwargs))
 
     async def adelete_nodes(
         self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None, **delete_kwargs: Any
@@ -272,19 +279,19 @@ class LMCacheVectorStore(BasePydanticVectorStore):
             arguments = self._delete_arguments(node_ids, filters, before)
             if arguments != ([], None):
                 await self._inner.adelete_nodes(*arguments, **delete_kwargs)
-            await in_thread(self._register.remove, self._gone(before, delete_kwargs))
+            await in_thread(self._forget, self._gone(before, delete_kwargs))
 
     def clear(self) -> None:
         """Remove all nodes, then the KV of this space."""
         with self._lock:
             self._inner.clear()
-            self._register.clear()
+            self._clear()
 
     async def aclear(self) -> None:
         """Async version of clear."""
         async with self._lock:
             await self._inner.aclear()
-            await in_thread(self._register.remove, self._register.ids())
+            await in_thread(self._clear)
 
     # -- search ------------------------------------------------------------------------------------------------
 
@@ -386,13 +393,27 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         """The last adoption, for example the one that began when the store was wrapped."""
         return self._adoption
 
+    def register_nodes(self, nodes: Iterable[BaseNode]) -> KVTotals:
+        """Compute the KV of nodes that prompts hold and this store does not: parents, for an AutoMergingRetriever.
+
+        Without this they are registered at their first use, and have KV from the second. They leave with the last node
+        of their document.
+
+        Args:
+            nodes: For example `(node for node in storage_context.docstore.docs.values() if node.child_nodes)`.
+
+        Raises:
+            PrecomputeError: KV could not be computed; call it again to continue.
+        """
+        return self._derived.add(nodes)
+
     def warm(self) -> KVTotals:
         """Compute the KV of every registered node for which the engine has none, for example after a restart.
 
         Nodes that are not registered are left to adopt(); a warning names their number.
         """
         self._is_registered(always_warn=True)
-        return self._register.warm()
+        return self._register.warm() + self._derived.register.warm()
 
     async def awarm(self) -> KVTotals:
         """Async version of warm."""
@@ -404,15 +425,38 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         Needed after the wrapped store was changed directly: loaded from an older file, or started empty.
         """
         with self._lock:
-            return self._register.remove(self._register.ids() - self._held(None, None))
+            removed = self._register.remove(self._register.ids() - self._held(None, None))
+            self._derived.remove_orphans()
+            return removed
 
     # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _texts(self, nodes: Sequence[BaseNode]) -> dict[str, str]:
+        """Return the text of each node as it comes into prompts."""
+        key, texts = self.target_metadata_key, {}
+        for node in nodes:
+            if key is not None and node.metadata.get(key) is not None:
+                node = node.model_copy()
+                node.set_content(node.metadata[key])
+            texts[node.node_id] = node_text(node)
+        return texts
 
     def _groups(self, nodes: Sequence[BaseNode]) -> dict[str, str]:
         """Return the document of each node. LlamaIndex's stores write "None" for a node without one."""
         if isinstance(self._inner, FaissVectorStore):
             return {node.node_id: group_of(node) for node in nodes}
         return {node.node_id: node.ref_doc_id or "None" for node in nodes}
+
+    def _forget(self, node_ids: set[str]) -> None:
+        """Drop the KV of nodes, and of parents and windows whose document has no node any more."""
+        groups = self._derived.groups(node_ids)
+        self._register.remove(node_ids)
+        self._derived.register.remove(node_ids)  # their windows
+        self._derived.remove_orphans(groups)
+
+    def _clear(self) -> None:
+        self._register.clear()
+        self._derived.register.clear()
 
     def _restore(self, texts: dict[str, str], before: dict[str, tuple[str, str]]) -> None:
         """Undo a failed addition: register the earlier texts again, and remove the others."""
@@ -460,7 +504,7 @@ class LMCacheVectorStore(BasePydanticVectorStore):
             if nodes is not None and (held := self._held_of({node.node_id for node in page})) is not None:
                 page = [node for node in page if node.node_id in held]
             groups = self._groups(page)
-            yield {node.node_id: (node_text(node), groups[node.node_id]) for node in page}
+            yield {key: (text, groups[key]) for key, text in self._texts(page).items()}
 
     def _is_registered(self, *, always_warn: bool = False) -> bool:
         """Return whether all nodes of the wrapped store are registered; warn if not.
@@ -537,7 +581,3 @@ class LMCacheVectorStore(BasePydanticVectorStore):
             remedy="Create one in each process. An IngestionPipeline with num_workers does not need this: its workers "
             "only split and embed.",
         )
-
-
-def _texts(nodes: Sequence[BaseNode]) -> dict[str, str]:
-    return {node.node_id: node_text(node) for node in nodes}

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import pytest
@@ -144,12 +145,15 @@ def test_warm_follows_a_store_changed_directly(inner: Any, made: Workspace) -> N
 
 
 def test_the_constructor_waits_for_no_kv(made: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = Slow(made.engine, monkeypatch)
-    vectors = LMCacheVectorStore(filled(), made)
-    assert vectors.adoption is not None and vectors.adoption.running
-    assert slow.computed == 0  # none is computed before it is let
-    assert len(vectors.similarity_search("orchard", k=2)) == 2
-    slow.release(len(TEXTS))
+    slow, wrapped = Slow(made.engine, monkeypatch), Queue[LMCacheVectorStore]()
+    threading.Thread(target=lambda: wrapped.put(LMCacheVectorStore(filled(), made)), daemon=True).start()
+    try:
+        vectors = wrapped.get(timeout=60)  # no KV is computed before it is let
+        assert slow.computed == 0
+        assert vectors.adoption is not None and vectors.adoption.running
+        assert len(vectors.similarity_search("orchard", k=2)) == 2
+    finally:
+        slow.release(1000)
     assert vectors.adoption.wait(60)
     check(vectors, made, set(TEXTS))
 

@@ -12,11 +12,11 @@ from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugH
 from llama_index.core.llms import ChatMessage, MockLLM
 from llama_index.core.postprocessor import (
     LongContextReorder,
-    MetadataReplacementPostProcessor,
     PrevNextNodePostprocessor,
     SentenceEmbeddingOptimizer,
     SimilarityPostprocessor,
 )
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.prompts import ChatPromptTemplate, PromptTemplate
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode
@@ -207,7 +207,8 @@ def test_the_lowest_score_is_dropped_first(workspace, sentences):
     nodes = [NodeWithScore(node=node(f"{i} {long}"), score=score) for i, score in enumerate((0.1, 0.9, 0.5))]
     synthesizer = BlendSynthesizer(workspace)
     many = [NodeWithScore(node=n.node, score=n.score) for n in nodes for _ in range(2)]
-    prompted, _, _ = synthesizer._parse("What?", [node_text(n.node) for n in many], {"scores": [n.score for n in many]})
+    scores = [n.score for n in many]
+    prompted = synthesizer._parse("What?", [node_text(n.node) for n in many], {"scores": scores}).prompt
     assert prompted.dropped
     assert set(prompted.dropped) <= {0, 1}
 
@@ -294,19 +295,17 @@ def test_postprocessors_that_keep_texts_keep_hits(workspace, index, caplog):
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-async def test_a_changed_text_is_computed_and_named_once(workspace, corpus, caplog):
-    store = LMCacheVectorStore(None, workspace)
-    nodes = [node(text, f"d{i}") for i, text in enumerate(corpus[:3])]
-    nodes[1].metadata["window"] = f"{corpus[4]} {corpus[5]}"
-    for one in nodes:
-        one.excluded_llm_metadata_keys = ["window"]
-    store.add(nodes)
-    replace = MetadataReplacementPostProcessor(target_metadata_key="window")
-    ask = as_blend_query_engine(index_over(store), workspace, similarity_top_k=3, node_postprocessors=[replace])
+async def test_a_changed_text_is_computed_and_named_once(workspace, index, caplog):
+    class Shout(BaseNodePostprocessor):
+        def _postprocess_nodes(self, nodes, query_bundle=None):
+            nodes[0].node.set_content(nodes[0].node.get_content().upper())
+            return nodes
+
+    ask = as_blend_query_engine(index, workspace, similarity_top_k=3, node_postprocessors=[Shout()])
     for response in (ask.query("What?"), await ask.aquery("What?")):
         assert (stats(response)["chunks_hit"], stats(response)["chunks_missed"]) == (2, 1)
         assert response.metadata["lmcache_rag"]["changed"] == 1
-    assert caplog.text.count("MetadataReplacementPostProcessor changed the text of 1 of 3 passages") == 1
+    assert caplog.text.count("Shout changed the text of 1 of 3 passages") == 1
 
 
 def test_ingested_neighbours_from_postprocessors_hit(workspace, corpus, caplog):
