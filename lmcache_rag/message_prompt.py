@@ -20,22 +20,19 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from typing import Any, Literal, TypeAlias
 
 from lmcache_rag._utils import well_formed
 from lmcache_rag.engines.base import ChunkSpan, EngineInfo, IngestPrompt, QueryPrompt, kv_key
 from lmcache_rag.errors import PromptError
 from lmcache_rag.prompt import PromptFormat
-from lmcache_rag.tokenizer import SafeTokenizer
+from lmcache_rag.tokenizer import SafeTokenizer, chat_template, chat_text
 
 Kind: TypeAlias = Literal["fixed", "changing", "passage"]
 
 _MARK = "QXPIECE{}XQ"  # letters only: no template changes them
 _FILL = "QXFILLXQ"
 _MARKS = re.compile(r"QX(?:PIECE\d+|FILL)XQ")
-_FILLERS = ("\n", " ", ".", "-", "_")
-_DATE = datetime(2024, 7, 26)  # of templates that ask for today's: a prefix must not change every day
 _CACHED_CHUNKS, _CACHED_PREFIXES = 8192, 64
 _ROLES = {"user": "\n\n", "assistant": "\nAnswer: "}  # where a model has no chat template
 
@@ -186,17 +183,16 @@ class MessageComposer:
         """Token ids of the parts before the first that changes, filled up to whole KV blocks."""
         head = rendered[: _head_of(rendered)]
         place = head.index(_FILL)
-        before, after = (
-            [
-                token
-                for part in parts
-                for token in (self._parts.text(part.text) if isinstance(part, Piece) else self._parts.template(part))
-            ]
-            for parts in (head[:place], head[place + 1 :])
-        )
-        filler = next((ids for text in _FILLERS if len(ids := self._parts.text(text)) == 1), None)
-        if filler is None:
-            raise PromptError("No filler is one token of this model.", remedy="This model cannot be used.")
+        first = True
+        before, after = [] if chat_template(self._tokenizer) else self._parts.start(), list[int]()
+        for ids, parts in ((before, head[:place]), (after, head[place + 1 :])):
+            for part in parts:
+                if isinstance(part, Piece):
+                    ids += self._parts.text(part.text)
+                else:
+                    ids += self._parts.template(part, first=first)
+                first = False
+        _, filler = self._parts.filler()
         return (*before, *(filler * (-(len(before) + len(after)) % self._info.kv_block)), *after)
 
     # -- the chat template ----------------------------------------------------------------------------------------
@@ -240,14 +236,9 @@ class MessageComposer:
             for name in ("name", "tool_call_id"):
                 self._require_plain(extra.get(name, ""))
             shown.append({"role": message.role, "content": content, **extra})
-        if getattr(self._tokenizer, "chat_template", None):
-            variables = {"strftime_now": _DATE.strftime, **PromptFormat().template_options, **options}
-            text = str(
-                self._tokenizer.apply_chat_template(
-                    shown, tools=list(tools) if tools else None, tokenize=False, add_generation_prompt=True, **variables
-                )
-            )
-        else:
+        variables = {"tools": list(tools) if tools else None, **PromptFormat().template_options, **options}
+        text = chat_text(self._tokenizer, shown, variables)
+        if text is None:
             text = "".join(_ROLES.get(message["role"], "") + message["content"] for message in shown).lstrip()
             text += "\nAnswer:"
         found: list[str | Piece] = []

@@ -17,14 +17,12 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 from lmcache_rag._utils import well_formed
 from lmcache_rag.engines.base import ChunkSpan, EngineInfo, IngestPrompt, QueryPrompt, kv_key
 from lmcache_rag.errors import PromptError
-from lmcache_rag.tokenizer import SafeTokenizer, render_chat
+from lmcache_rag.tokenizer import SafeTokenizer, chat_template, chat_text
 
 SYSTEM = "You answer questions from the passages that you are given."
 INSTRUCTION = "Answer the question with the passages below. If they do not hold the answer, say so."
@@ -32,8 +30,6 @@ INSTRUCTION = "Answer the question with the passages below. If they do not hold 
 # Placeholders that the chat template puts where the real parts go. Letters only: no template changes them.
 _CONTEXT, _TURN, _REASON = "QXCONTEXTXQ", "QXTURN{}XQ", "QXREASONXQ"
 _THINK, _END_THINK = "<think>", "</think>"
-_FILLERS = ("\n", " ", ".", "-", "_")  # tried where the format's own filler is not one token
-_DATE = datetime(2024, 7, 26)
 _CACHED_CHUNKS = 8192
 
 
@@ -104,6 +100,7 @@ class PromptBuilder:
         self._parts = SafeTokenizer.of(tokenizer)
         self._lock = threading.Lock()
         self._chunks: OrderedDict[str, tuple[str, array[int]]] = OrderedDict()
+        self._has_template = bool(chat_template(tokenizer))
         self._fold_system = self._needs_folding()
         self._drops_reasoning = self._template_drops_reasoning()
         self.prefix_ids: tuple[int, ...] = self._make_prefix()
@@ -212,21 +209,12 @@ class PromptBuilder:
         head, _ = self._split(["user"])
         before, after = _cut(head, self.format.context_head, last=True)
         # A chat template names the token that begins a sequence, if there is one.
-        start = [] if self._template else self._parts.start()
+        start = [] if self._has_template else self._parts.start()
         start += self._parts.template(before, first=True)
         end = self._parts.template(self.format.context_head + after)
-        self._filler, filler = self._one_token_filler()
+        self._filler, filler = self._parts.filler(self.format.filler)
         self._fillers = -(len(start) + len(end)) % self.info.kv_block
         return (*start, *(filler * self._fillers), *end)
-
-    def _one_token_filler(self) -> tuple[str, list[int]]:
-        for filler in (self.format.filler, *_FILLERS):
-            if len(ids := self._parts.text(filler)) == 1:
-                return filler, ids
-        raise PromptError(
-            f"The filler {self.format.filler!r} is {len(self._parts.text(self.format.filler))} tokens.",
-            remedy="Give PromptFormat a filler that is one token of this model.",
-        )
 
     def _messages(self, turns: Sequence[Turn], passages: str, *, fold: bool, filler: str = "") -> list[dict[str, str]]:
         form = self.format
@@ -247,32 +235,18 @@ class PromptBuilder:
     def _render(self, roles: Sequence[Role], *, fold: bool) -> str:
         turns = [Turn(role, _TURN.format(index)) for index, role in enumerate(roles)]
         messages = self._messages(turns, _CONTEXT, fold=fold)
-        if not self._template:
-            names = {"user": "\n\n", "assistant": "\nAnswer: ", "system": ""}
-            text = "".join(names[m["role"]] + m["content"] for m in messages)
-            return text.lstrip() + "\nAnswer:"
-        return self._rendered(messages)
-
-    def _rendered(self, messages: Sequence[Mapping[str, str]]) -> str:
-        variables = {"strftime_now": _DATE.strftime, "add_generation_prompt": True, **self.format.template_options}
-        named = {name: str(token) for name, token in self._tokenizer.special_tokens_map.items()}
-        return render_chat(self._template, messages, {**named, **variables})
-
-    @cached_property
-    def _template(self) -> str:
-        """The chat template; "": the model has none."""
-        found = getattr(self._tokenizer, "chat_template", None)
-        if isinstance(found, dict):  # several, of which the default one is for this
-            found = found.get("default")
-        return found or ""
+        if (text := chat_text(self._tokenizer, messages, self.format.template_options)) is not None:
+            return text
+        names = {"user": "\n\n", "assistant": "\nAnswer: ", "system": ""}
+        text = "".join(names[m["role"]] + m["content"] for m in messages)
+        return text.lstrip() + "\nAnswer:"
 
     def _template_drops_reasoning(self) -> bool:
         """Whether the chat template leaves an earlier answer's reasoning out."""
-        if not self._template:
-            return False
         turns = [Turn("user", "a"), Turn("assistant", f"{_THINK}{_REASON}{_END_THINK}{_TURN}"), Turn("user", "b")]
         try:
-            shown = self._rendered(self._messages(turns, "", fold=self._fold_system))
+            messages = self._messages(turns, "", fold=self._fold_system)
+            shown = chat_text(self._tokenizer, messages, self.format.template_options) or _REASON
         except Exception:  # templates raise errors of any kind
             return False
         return _REASON not in shown and _TURN in shown

@@ -207,6 +207,32 @@ def _add_tokens(backend: Any, config: Mapping[str, Any], named: Mapping[str, str
 # -- chat templates ---------------------------------------------------------------------------------------------------
 
 
+_DATE = datetime(2024, 7, 26)
+
+
+def chat_template(tokenizer: Any) -> str:
+    """The chat template of a ModelTokenizer or transformers' own, of several the default one; "": there is none."""
+    found = getattr(tokenizer, "chat_template", None)
+    return (found.get("default") if isinstance(found, dict) else found) or ""
+
+
+def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str | None:
+    """The text of a conversation by a tokenizer's chat template, before an answer; None: it has no template.
+
+    A template that asks for today's date gets a fixed one: a prompt that changes every day would make all KV useless.
+
+    Args:
+        tokenizer: A ModelTokenizer, or transformers' own.
+        messages: The conversation, of plain values.
+        variables: What else the template may use.
+    """
+    if not (template := chat_template(tokenizer)):
+        return None
+    named = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    fixed = {"strftime_now": _DATE.strftime, "add_generation_prompt": True}
+    return render_chat(template, messages, {**named, **fixed, **variables})
+
+
 def render_chat(template: str, messages: Sequence[Mapping[str, Any]], variables: Mapping[str, Any]) -> str:
     """The text of a conversation, as transformers renders it.
 
@@ -254,6 +280,7 @@ def _compiled(template: str) -> Any:
 
 # -- the parts of a prompt --------------------------------------------------------------------------------------------
 
+_FILLERS = ("\n", " ", ".", "-", "_")
 _lock = threading.Lock()
 _made: weakref.WeakKeyDictionary[Any, tuple[int, SafeTokenizer]] = weakref.WeakKeyDictionary()
 
@@ -304,6 +331,17 @@ class SafeTokenizer:
         facts["post_processor"] = None
         _make_unreachable(facts["model"], {token["content"] for token in control})
         self._text = _tokenizer(json.dumps(facts))
+
+    def filler(self, *preferred: str) -> tuple[str, list[int]]:
+        """A neutral text that is one token, and that token: a preferred text if one is.
+
+        Raises:
+            PromptError: There is none.
+        """
+        for text in (*preferred, *_FILLERS):
+            if len(ids := self.text(text)) == 1:
+                return text, ids
+        raise PromptError("No white space or sign is one token of this model.", remedy="This model cannot be used.")
 
     def start(self) -> list[int]:
         """Ids that the tokenizer itself puts before a text, such as the one that begins a sequence."""

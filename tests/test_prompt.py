@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from lmcache_rag.engines.base import EngineInfo
 from lmcache_rag.errors import PromptError
+from lmcache_rag.message_prompt import Message, MessageComposer, Piece
 from lmcache_rag.prompt import PromptBuilder, PromptFormat, Turn
 from lmcache_rag.tokenizer import ModelTokenizer, SafeTokenizer
 
@@ -208,3 +209,20 @@ def test_a_filler_of_several_tokens_is_replaced(tokenizer):
     assert len(builder.prefix_ids) % 64 == 0
     assert "never one token" not in tokenizer.decode(builder.prefix_ids)
     assert "never one token" not in builder.messages(["Passage."], "What?")[-1]["content"]
+
+
+def test_messages_of_a_program_begin_like_our_prompts(sentencepiece, tokenizer):
+    messages = [
+        Message("user", (Piece("fixed", "Passages:\n\n"), Piece("passage", "Quince."), Piece("changing", "What?"))),
+    ]
+    today = copy.deepcopy(tokenizer)
+    today.chat_template = "[{{ strftime_now('%Y') }}]{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    plain = ModelTokenizer(sentencepiece.backend_tokenizer, named=sentencepiece.special_tokens_map)
+    for own, expected in (
+        (sentencepiece, "<s> [INST] Passages:\n\nQuince.What? [/INST]"),
+        (plain, "<s>Passages:\n\nQuince.What?\nAnswer:"),
+        (today, "[2024][user]Passages:\n\nQuince.What?"),
+    ):
+        prompt = MessageComposer(own, INFO).compose(messages).prompt
+        assert own.decode(prompt.token_ids).replace("\n", "") == expected.replace("\n", "")
+        assert prompt.prefix_tokens % 64 == 0
