@@ -61,6 +61,9 @@ class PromptFormat:
             the options have a function of that name.
         lead: Between prefix and first chunk, in queries only; ``{question}`` becomes the question. It is always
             computed, and no chunk is exact then.
+        label: Before each chunk, the first too, in queries with labels only; ``{label}`` becomes the chunk's. Always
+            computed, as the separators are, so the chunks' KV is the same with labels and without.
+        cite: After the question, in queries with labels only; ``{label}`` becomes the first chunk's.
     """
 
     system: str = SYSTEM
@@ -71,6 +74,8 @@ class PromptFormat:
     filler: str = "\n"
     template_options: Mapping[str, Any] = field(default_factory=lambda: {"date_string": "26 Jul 2024"})
     lead: str = ""
+    label: str = "[{label}] "
+    cite: str = "\n\nAfter each statement, give the number of its passage in brackets, for example [{label}]."
 
     def __post_init__(self) -> None:
         if self.question.count("{question}") != 1:
@@ -155,19 +160,38 @@ class PromptBuilder:
             raise PromptError("A chunk has no tokens.", remedy="Leave out empty chunks.")
         return IngestPrompt((*self.prefix_ids, *ids), len(self.prefix_ids), key, self.fingerprint)
 
-    def query(self, chunks: Sequence[str], question: str, history: Sequence[Turn] = ()) -> QueryPrompt:
-        """Prefix ⧺ chunk₁ ⧺ sep₂ ⧺ chunk₂ ⧺ … ⧺ suffix, chunks in the given order."""
-        ids = [*self.prefix_ids, *self._parts.text(self._lead(question))]
-        spans = []
+    def query(
+        self, chunks: Sequence[str], question: str, history: Sequence[Turn] = (), *, labels: Sequence[str] = ()
+    ) -> QueryPrompt:
+        """Prefix ⧺ chunk₁ ⧺ sep₂ ⧺ chunk₂ ⧺ … ⧺ suffix, chunks in the given order.
+
+        Args:
+            chunks: The chunks' texts.
+            question: The question.
+            history: Earlier turns.
+            labels: A label for each chunk, for citations; none: the prompt has no labels.
+        """
+        lead, spans = self._lead(question), []
+        ids = list(self.prefix_ids)
         for rank, text in enumerate(chunks, start=1):
-            if rank > 1:
-                ids += self._separator(rank)
+            before = lead if rank == 1 else self.format.separator.replace("{rank}", str(rank))
+            ids += self._parts.text(before + self.label_text(labels[rank - 1]) if labels else before)
             key, chunk = self._chunk(text)
             spans.append(ChunkSpan(len(ids), len(ids) + len(chunk), key))
             ids += chunk
+        if not chunks:
+            ids += self._parts.text(lead)
         suffix_start = len(ids)
-        ids += self.suffix_ids(question, history)
+        ids += self.suffix_ids(self.with_citing(question, labels), history)
         return QueryPrompt(tuple(ids), len(self.prefix_ids), tuple(spans), suffix_start, self.fingerprint)
+
+    def label_text(self, label: str) -> str:
+        """What stands before a chunk with this label."""
+        return self.format.label.replace("{label}", label)
+
+    def with_citing(self, question: str, labels: Sequence[str]) -> str:
+        """The question with the request to cite, if there are labels."""
+        return question + self.format.cite.replace("{label}", labels[0]) if labels else question
 
     def messages(self, chunks: Sequence[str], question: str, history: Sequence[Turn] = ()) -> list[dict[str, str]]:
         """The prompt as chat messages, chunks in the first user message; the filler of the prefix is in it too.
@@ -188,9 +212,6 @@ class PromptBuilder:
 
     def _lead(self, question: str) -> str:
         return self.format.lead.replace("{question}", question)
-
-    def _separator(self, rank: int) -> list[int]:
-        return self._parts.text(self.format.separator.replace("{rank}", str(rank)))
 
     def _chunk(self, text: str) -> tuple[str, array[int]]:
         with self._lock:

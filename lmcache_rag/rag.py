@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ class Answer:
         sources: The chunks in the prompt, in their order.
         dropped: Retrieved chunks that did not fit the context, lowest score first.
         completion: The engine's answer, with the reuse statistics.
+        labels: The labels of the sources in the prompt, for citations; empty without.
     """
 
     question: str
@@ -49,11 +51,18 @@ class Answer:
     sources: tuple[Hit, ...]
     dropped: tuple[Hit, ...]
     completion: Completion
+    labels: tuple[str, ...] = ()
 
     @property
     def stats(self) -> ReuseStats:
         """The reuse statistics."""
         return self.completion.stats
+
+    @property
+    def cited(self) -> tuple[str, ...]:
+        """Those labels that the answer cites, in the order in which it does."""
+        found = re.findall(r"\d+", " ".join(re.findall(r"\[([\d,; ]+)\]", self.text)))
+        return tuple(label for label in dict.fromkeys(found) if label in self.labels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +85,16 @@ class Comparison:
         return self.full.stats.ttft_ms / max(self.blended.stats.ttft_ms, 1e-9)
 
 
+def retrieve(store: Store, embedder: Embedder, question: str, top_k: int) -> list[Hit]:
+    """A store's chunks that are nearest to a question, best first. Needs no language model. See RAG.retrieve."""
+    if top_k < 1:
+        raise ConfigError(f"top_k must be at least 1; got {top_k}.")
+    if not question.strip():
+        raise PromptError("The question is empty.", remedy="Ask something.")
+    store.registry.require_embedder(embedder.fingerprint)
+    return store.index.search(embedder.embed_query(question), top_k)
+
+
 RAGEvent: TypeAlias = TextDelta | Answer
 
 
@@ -91,6 +110,7 @@ class RAG:
         sampling: How tokens are chosen, by default.
         blend: How KV is reused, by default.
         keep_missing: Compute and store the KV of chunks that had none, once the question that needed it is answered.
+        cite: Give each passage its chunk id as a label and ask for citations. The same KV is reused.
     """
 
     def __init__(
@@ -104,8 +124,10 @@ class RAG:
         sampling: Sampling | None = None,
         blend: BlendOptions | None = None,
         keep_missing: bool = True,
+        cite: bool = False,
     ) -> None:
         self.store, self.engine, self.embedder, self.prompts = store, engine, embedder, prompts
+        self.cite = cite
         self.top_k = top_k
         self.sampling = sampling or Sampling()
         self.blend = blend or BlendOptions()
@@ -121,12 +143,7 @@ class RAG:
             StoreError: The store was made with another embedder.
         """
         k = self.top_k if top_k is None else top_k
-        if k < 1:
-            raise ConfigError(f"top_k must be at least 1; got {k}.")
-        if not question.strip():
-            raise PromptError("The question is empty.", remedy="Ask something.")
-        self.store.registry.require_embedder(self.embedder.fingerprint)
-        return self.store.index.search(self.embedder.embed_query(question), k)
+        return retrieve(self.store, self.embedder, question, k)
 
     async def aretrieve(self, question: str, *, top_k: int | None = None) -> list[Hit]:
         """Async version of retrieve."""
@@ -189,15 +206,17 @@ class RAG:
             limit=self.engine.info.context_length,
             history=history,
             max_tokens=sampling.max_tokens,
+            cite=self.cite,
         )
         texts = [hit.text for hit in fitted.kept]
-        prompt = self.prompts.query(texts, question, history)
+        labels = tuple(str(hit.chunk_id) for hit in fitted.kept) if self.cite else ()
+        prompt = self.prompts.query(texts, question, history, labels=labels)
         notes = []
         if fitted.dropped:
             notes.append(f"{len(fitted.dropped)} of {len(found)} chunks did not fit the context and were dropped.")
         for event in self._answering.stream(texts, prompt, sampling, blend, notes):
             if isinstance(event, Completion):
-                yield Answer(question, event.text, fitted.kept, fitted.dropped, event)
+                yield Answer(question, event.text, fitted.kept, fitted.dropped, event, labels)
             else:
                 yield event
 
@@ -410,6 +429,7 @@ def fit_context(
     limit: int,
     history: Sequence[Turn] = (),
     max_tokens: int = 0,
+    cite: bool = False,
 ) -> FittedContext:
     """Choose the chunks that fit the context with question and answer; the lowest scores are dropped first.
 
@@ -420,13 +440,17 @@ def fit_context(
         limit: The model's context, in tokens.
         history: Earlier turns of the conversation.
         max_tokens: Most tokens of the answer.
+        cite: Whether the chunks get labels, their ids, and the answer is to cite them.
 
     Raises:
         ContextLengthError: Not even the question fits.
     """
     separator = max(len(prompts.encode(prompts.format.separator)), 1) + 2
+    labels = [str(hit.chunk_id) for hit in hits] if cite else []
+    if longest := max(labels, key=len, default=""):
+        separator += len(prompts.encode(prompts.label_text(longest)))
     sizes = [len(prompts.chunk_ids(hit.text)) + separator for hit in hits]
-    bare = len(prompts.query([], question, history))
+    bare = len(prompts.query([], prompts.with_citing(question, [longest] if longest else []), history))
     return fit_sizes(hits, sizes, bare, limit=limit, max_tokens=max_tokens, has_history=bool(history))
 
 

@@ -38,6 +38,7 @@ class Settings(BaseSettings):
     lazy_fill: Literal["first", "second", "never"] = Field(
         "second", description="At which use a passage without KV is ingested, after the answer: first, second or never."
     )
+    cite: bool = Field(False, description="Number the passages and ask for citations; the KV stays the same.")
     top_k: int = Field(4, ge=1, description="Chunks retrieved for a question.")
     chunk_tokens: int = Field(256, ge=32, description="Most tokens of a chunk.")
     chunk_overlap: int = Field(0, ge=0, description="Tokens that neighbouring chunks share.")

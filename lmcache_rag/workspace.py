@@ -234,6 +234,7 @@ class Workspace:
             sampling=Sampling(max_tokens=self.settings.max_tokens, temperature=self.settings.temperature),
             blend=BlendOptions(self.settings.policy, self.settings.ratio, self.settings.blend),
             keep_missing=self.settings.lazy_fill != "never",
+            cite=self.settings.cite,
         )
 
     @cached_property

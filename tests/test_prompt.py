@@ -71,6 +71,26 @@ def test_separators_carry_the_rank_and_chunks_do_not(tokenizer):
     assert "One.\n\n[2] Two.\n\n[3] Three." in text
 
 
+def test_labels_stand_before_each_chunk_and_keep_kv(builder, tokenizer):
+    chunks, labels = ["One.", "Two.", "Three."], ["17", "4", "230"]
+    plain, cited = builder.query(chunks, "What?"), builder.query(chunks, "What?", labels=labels)
+    assert [span.key for span in cited.chunks] == [span.key for span in plain.chunks]
+    assert cited.fingerprint == plain.fingerprint
+    for prompt in (plain, cited):
+        for span, text in zip(prompt.chunks, chunks, strict=True):
+            assert prompt.token_ids[span.start : span.end] == builder.ingest(text).chunk_ids
+    text = tokenizer.decode(cited.token_ids)
+    assert "[17] One.\n\n[4] Two.\n\n[230] Three.\n\nQuestion: What?\n\nAfter each statement" in text
+    assert "for example [17]." in text
+    assert "[17]" not in tokenizer.decode(plain.token_ids)
+
+
+def test_a_label_follows_the_lead(tokenizer):
+    builder = PromptBuilder(tokenizer, INFO, format=PromptFormat(lead="About {question}: "))
+    prompt = builder.query(["One."], "rivers", labels=["7"])
+    assert "About rivers: [7] One." in tokenizer.decode(prompt.token_ids)
+
+
 def test_history_stands_behind_the_chunks_in_order(builder, tokenizer):
     turns = [Turn("user", "First?"), Turn("assistant", "Yes.")]
     prompt = builder.query(["Passage."], "Second?", turns)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 
 import pytest
 from rag_kit import Parts, document
@@ -13,7 +15,7 @@ from lmcache_rag.documents import Document
 from lmcache_rag.engines.base import BlendOptions, Sampling, TextDelta
 from lmcache_rag.errors import ConfigError, ContextLengthError, LMCacheRAGError, PrecomputeError, PromptError
 from lmcache_rag.prompt import Turn
-from lmcache_rag.rag import Answer, first_difference
+from lmcache_rag.rag import Answer, first_difference, fit_context
 
 
 def test_documents_in_answers_out(parts, documents):
@@ -39,6 +41,40 @@ def test_a_document_with_half_an_emoji_is_ingested(parts):
     report = parts.ingestor.ingest([document("a", "Quince."), Document("b", "Half \ud83d an emoji.", "1", "b")])
     assert report.added == ("a", "b")
     assert "Half \N{REPLACEMENT CHARACTER} an emoji." in {chunk.text for chunk in parts.store.registry.chunks()}
+
+
+def test_citing_reuses_the_same_kv_in_any_order(parts, documents):
+    parts.ingestor.ingest(documents)
+    question = documents[1].text[:60]
+    hits = parts.rag.retrieve(question)
+    plain = parts.rag.ask(question, hits=hits)
+    parts.rag.cite = True
+    files = parts.engine.usage().chunks
+    for order in (hits, hits[::-1]):
+        answer = parts.rag.ask(question, hits=order)
+        assert answer.labels == tuple(str(hit.chunk_id) for hit in order)  # a passage's label is the same at any rank
+        assert (answer.stats.chunks_hit, answer.stats.chunks_missed) == (3, 0)
+        assert answer.stats.prompt_tokens > plain.stats.prompt_tokens
+    assert parts.engine.usage().chunks == files
+    assert plain.labels == ()
+
+
+def test_what_an_answer_cites_is_found(parts, documents):
+    parts.ingestor.ingest(documents)
+    parts.rag.cite = True
+    answer = parts.rag.ask(documents[1].text[:60])
+    first, second, _ = answer.labels
+    text = f"It opens [{second}]. It closes [{first}, {second}] in [1999] and [x]."
+    assert replace(answer, text=text).cited == (second, first)
+
+
+def test_labels_count_to_the_context(parts, documents):
+    parts.ingestor.ingest(documents)
+    hits = [replace(hit, chunk_id=10**30 + hit.chunk_id) for hit in parts.rag.retrieve(documents[1].text[:60])]
+    plain = len(parts.prompts.query([hit.text for hit in hits], "What?"))
+    fit = partial(fit_context, parts.prompts, "What?", hits, limit=plain + 10)
+    assert not fit().dropped
+    assert fit(cite=True).dropped
 
 
 def test_only_changed_chunks_are_computed_again(parts, documents):

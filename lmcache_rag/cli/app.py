@@ -8,7 +8,7 @@ import typer
 
 from lmcache_rag import __version__
 from lmcache_rag.cli import maintain
-from lmcache_rag.cli.ask import ask, chat, demo
+from lmcache_rag.cli.ask import ask, chat, demo, search
 from lmcache_rag.cli.bench import speed
 from lmcache_rag.cli.bench_checks import exact, soak
 from lmcache_rag.cli.bench_quality import quality
@@ -49,8 +49,8 @@ def _program(
     """
 
 
-for _function in (ingest, ask, chat, demo):
-    app.command(rich_help_panel="Use", no_args_is_help=_function in (ingest, ask))(_function)
+for _function in (ingest, ask, search, chat, demo):
+    app.command(rich_help_panel="Use", no_args_is_help=_function in (ingest, ask, search))(_function)
 app.command("list", rich_help_panel="Look after")(maintain.list_documents)
 for _function in (
     maintain.status,

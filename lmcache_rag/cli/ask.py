@@ -1,4 +1,4 @@
-"""ask, chat and demo: one question, a file of questions, a conversation, or a page that compares two answers."""
+"""ask, search, chat and demo: a question, a file of questions, passages, a conversation, a page of two answers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from lmcache_rag._utils import clean
+from lmcache_rag._utils import clean, well_formed
 from lmcache_rag.cli.console import PARTLY, Terminated, as_error, forget_signal, quiet_libraries
 from lmcache_rag.cli.render import (
+    WordWrap,
     answer_as_dict,
     comparison_as_dict,
+    plain,
     show,
     show_answer_end,
+    show_answer_line,
     show_comparison,
+    show_hits,
     show_notes,
     show_sources,
     stats_table,
@@ -106,6 +110,32 @@ def ask(
         else:
             _stream(context, rag, text)
     return None
+
+
+@command("store", "device", *EMBED, "top_k")
+def search(context: CommandContext, question: Question = None) -> None:
+    """Find the passages that are nearest to a question, without an answer.
+
+    Loads the embedder only, no language model.
+
+    [bold]Examples[/bold]
+      lmcache-rag search 'Who proposed RoPE?'
+      lmcache-rag search 'Who proposed RoPE?' --top-k 10 --json
+    """
+    from lmcache_rag.rag import retrieve
+
+    if question is None:
+        raise ConfigError("Give a question.", remedy="See lmcache-rag search --help.")
+    text = well_formed(sys.stdin.read().strip() if question == "-" else question)
+    with context.workspace() as workspace:
+        with context.waiting("Searching"):
+            hits = retrieve(workspace.store, workspace.embedder, text, workspace.settings.top_k)
+        if context.json:
+            context.emit({"question": text, "passages": plain(hits)})
+        elif hits:
+            show_hits(context.out, hits, passages=True)
+        else:
+            context.out.print("The store is empty. Fill it with: lmcache-rag ingest")
 
 
 def _stream(context: CommandContext, rag: RAG, question: str) -> None:
@@ -243,6 +273,8 @@ class Chat:
             self.context.emit(answer_as_dict(answer), indent=None)
         else:
             self.context.write("\n\n")
+            show_answer_line(self.context.out, answer)
+            self.context.write("\n")
 
     def _failed(self, question: str, problem: LMCacheRAGError) -> None:
         self.failed = True
@@ -329,17 +361,24 @@ def stream_answer(
         pieces: Takes the text as it comes.
         quiet: Do not write the text.
     """
+    wrap = WordWrap(context.out.width) if context.out.is_terminal else None
     try:
         with context.waiting("Answering") as stop_waiting:
             for event in events:
                 stop_waiting()
                 if not isinstance(event, TextDelta):
+                    if wrap and not quiet:
+                        context.write(wrap.end())
                     on_answer(event)
                     continue
                 if pieces is not None:
                     pieces.append(event.text)
                 if not quiet:
-                    context.write(clean(event.text))
+                    context.write(wrap.feed(clean(event.text)) if wrap else clean(event.text))
+    except KeyboardInterrupt:
+        if wrap and not quiet:
+            context.write(wrap.end())
+        raise
     finally:
         if close := getattr(events, "close", None):
             close()

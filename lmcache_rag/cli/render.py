@@ -112,6 +112,7 @@ def answer_as_dict(answer: Answer) -> dict[str, Any]:
         "dropped": plain(answer.dropped),
         "stats": answer.stats.as_dict(),
         "warnings": list(answer.completion.warnings),
+        "cited": [int(label) for label in answer.cited],
     }
 
 
@@ -150,19 +151,87 @@ def show_sources(out: Console, answer: Answer, *, passages: bool = False) -> Non
         out.print("No sources.", style="bold")
     else:
         out.print("Sources", style="bold")
-    places = [hit_place(hit) for hit in answer.sources]
+    show_hits(out, answer.sources, labels=answer.labels, passages=passages)
+    if answer.dropped:
+        out.print(f"   {count(len(answer.dropped), 'more chunk')} did not fit the context.", style="yellow")
+
+
+def show_hits(out: Console, hits: Sequence[Hit], *, labels: Sequence[str] = (), passages: bool = False) -> None:
+    """One line for each chunk: its rank or label, its score, its place and title; with or without its text."""
+    places = [hit_place(hit) for hit in hits]
     widest = max(map(cell_len, places), default=0)
-    for rank, (hit, spot) in enumerate(zip(answer.sources, places, strict=True), start=1):
-        line = Text(f"{rank:>2}  {hit.score:5.2f}  {spot}")
+    names = [f"[{label}]" for label in labels] or [f"{rank:>2}" for rank in range(1, len(hits) + 1)]
+    wide = max(map(len, names), default=0)
+    for name, hit, spot in zip(names, hits, places, strict=True):
+        line = Text(f"{name:>{wide}}  {hit.score:5.2f}  {spot}")
         # The title gets the rest of the line; after a long path there is none.
-        budget = min(out.width, 120) - len("99  -0.99    ") - widest
+        budget = min(out.width, 120) - len("  -0.99    ") - wide - widest
         if budget >= _SHORTEST_TITLE:
             line.append(f"{' ' * (widest - cell_len(spot))}  {hit_title(hit, budget)}", style="dim")
         out.print(line, soft_wrap=True)
         if passages:
             out.print(f"{clean(hit.text)}\n", style="dim", soft_wrap=True)
-    if answer.dropped:
-        out.print(f"   {count(len(answer.dropped), 'more chunk')} did not fit the context.", style="yellow")
+
+
+def show_answer_line(out: Console, answer: Answer) -> None:
+    """Sources, reuse and TTFT in two lines, for an answer in a conversation."""
+    spots = [hit_place(hit) for hit in answer.sources]
+    if answer.labels:
+        spots = [f"[{label}] {spot}" for label, spot in zip(answer.labels, spots, strict=True)]
+    stats = answer.stats
+    taken = stats.prefix_tokens + stats.reused_tokens
+    out.print(f"Sources: {'; '.join(dict.fromkeys(spots)) or 'none'}", style="dim")
+    out.print(
+        f"TTFT {milliseconds(stats.ttft_ms)}; KV of {taken:,} of {count(stats.prompt_tokens, 'prompt token')} reused",
+        style="dim",
+        soft_wrap=True,
+    )
+    show_notes(out, answer)
+
+
+class WordWrap:
+    """Breaks a text that comes in pieces between words, at a width in cells.
+
+    Args:
+        width: Cells of a line.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._width = width
+        self._column = 0
+        self._blanks, self._word = "", ""
+
+    def feed(self, text: str) -> str:
+        """The lines so far, up to the last whole word."""
+        done = []
+        for character in text:
+            if character == "\n":
+                done.append(f"{self._taken()}\n")
+                self._column, self._blanks = 0, ""
+            elif character == " ":
+                done.append(self._taken())
+                self._blanks += character
+            else:
+                self._word += character
+                if cell_len(self._word) >= self._width - 1:  # longer than a line: broken anywhere
+                    done.append(self._taken())
+        return "".join(done)
+
+    def end(self) -> str:
+        """The rest."""
+        return self._taken()
+
+    def _taken(self) -> str:
+        word, blanks, self._word = self._word, self._blanks, ""
+        if not word:
+            return ""
+        self._blanks = ""
+        size = cell_len(blanks) + cell_len(word)
+        if self._column and self._column + size > self._width:
+            self._column = cell_len(word)
+            return f"\n{word}"
+        self._column += size
+        return blanks + word
 
 
 def hit_place(hit: Hit) -> str:

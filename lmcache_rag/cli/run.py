@@ -42,7 +42,7 @@ PREFIX = str(Settings.model_config["env_prefix"])
 PLACE = ("store", "engine", "model", "device", "dtype", "kv_budget_gb")
 EMBED = ("embedder",)
 SPLIT = ("chunk_tokens", "chunk_overlap")
-ANSWER = ("policy", "ratio", "blend", "top_k", "max_tokens", "temperature")
+ANSWER = ("policy", "ratio", "blend", "cite", "top_k", "max_tokens", "temperature")
 _EVERY_S = 10.0  # between two lines without a terminal
 
 Function = Callable[..., int | None]
@@ -290,6 +290,7 @@ _LOOKS = {
     "ratio": _Look(metavar="RATIO"),
     "min_gain": _Look(metavar="0..1|off", text=True),
     "blend": _Look("--blend/--no-blend", default="blend"),
+    "cite": _Look("--cite/--no-cite"),
     "top_k": _Look(metavar="N"),
     "max_tokens": _Look(metavar="N"),
     "temperature": _Look(metavar="T"),

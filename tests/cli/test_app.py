@@ -26,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 VERBS = (
     "ingest",
     "ask",
+    "search",
     "chat",
     "status",
     "list",

@@ -213,3 +213,73 @@ def test_a_file_of_questions_may_hold_foreign_bytes(call: Call, stocked: Stocked
     result = call("ask", "--questions", tmp_path / "q.txt", "--store", stocked.store, "--max-tokens", 2)
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["question"] for line in lines] == ["one?", "caf\N{REPLACEMENT CHARACTER}?"]
+
+
+# -- citations, passages without an answer, what a chat shows -----------------------------------------------------
+
+
+def test_cite_labels_passages_and_reuses_their_kv(call: Call, stocked: Stocked) -> None:
+    options = ("--store", stocked.store, "--max-tokens", 4, "--ratio", 0.15)
+    found = document(call("ask", QUESTION, *options, "--cite", "--json"))
+    assert (found["stats"]["chunks_hit"], found["stats"]["chunks_missed"]) == (3, 0)
+    assert found["stats"]["reused_tokens"] > 0
+    assert found["cited"] == []  # a random model cites nothing
+    shown = call("ask", QUESTION, *options, "--cite").stdout
+    ids = [source["chunk_id"] for source in found["sources"]]
+    assert [line.split()[0] for line in shown.partition("Sources\n")[2].splitlines()[:3]] == [f"[{i}]" for i in ids]
+    assert "3 of 3 chunks from the store" in shown
+    assert "[1]" not in call("ask", QUESTION, *options).stdout
+
+
+def test_search_shows_passages_without_an_answer(call: Call, stocked: Stocked) -> None:
+    result = call("search", QUESTION, "--store", stocked.store, "--top-k", 2)
+    assert result.exit_code == 0
+    assert "rope.md, part 1" in result.stdout.splitlines()[0]
+    assert "proposed by Jianlin Su in 2021" in result.stdout
+    found = document(call("search", QUESTION, "--store", stocked.store, "--top-k", 2, "--json"))
+    assert found["question"] == QUESTION
+    assert len(found["passages"]) == 2
+    assert "Jianlin Su" in found["passages"][0]["text"]
+
+
+def test_search_loads_no_language_model(stocked: Stocked, embedder: Any) -> None:
+    from typer.testing import CliRunner
+
+    from lmcache_rag.cli.app import app
+    from lmcache_rag.cli.run import Services
+    from lmcache_rag.workspace import Workspace
+
+    opened: list[Workspace] = []
+
+    def open_workspace(settings: Any, *, create: bool) -> Workspace:
+        opened.append(Workspace(settings, create=create, embedder=embedder))
+        return opened[-1]
+
+    words = ["search", QUESTION, "--store", str(stocked.store)]
+    assert CliRunner().invoke(app, words, obj=Services(open_workspace=open_workspace)).exit_code == 0
+    assert "engine" not in opened[0].__dict__
+
+
+def test_search_of_nothing_is_an_error(call: Call, stocked: Stocked) -> None:
+    assert "The question is empty." in call("search", " ", "--store", stocked.store).stderr
+
+
+def test_chat_shows_sources_and_ttft(call: Call, stocked: Stocked) -> None:
+    result = call("chat", "--store", stocked.store, "--max-tokens", 4, stdin=f"{QUESTION}\n")
+    assert "\nSources: " in result.stdout
+    assert "rope.md, part 1; " in result.stdout
+    assert "\nTTFT " in result.stdout
+    assert " prompt tokens reused" in result.stdout
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_words_are_wrapped_as_they_come(size: int) -> None:
+    from lmcache_rag.cli.render import WordWrap
+
+    text = "The quick brown fox jumps over it.\n\n  - a list\nAbcdefghijklmnopqrstuvwxyz 日本語の長い文"
+    wrap = WordWrap(12)
+    shown = "".join(wrap.feed(text[i : i + size]) for i in range(0, len(text), size)) + wrap.end()
+    assert shown.splitlines() == [
+        *("The quick", "brown fox", "jumps over", "it.", "", "  - a list"),
+        *("Abcdefghijk", "lmnopqrstuv", "wxyz", "日本語の長い", "文"),
+    ]
