@@ -29,7 +29,7 @@ from .faiss_store import EmbedderEmbedding, FaissVectorStore
 from .llm import EngineLLM
 from .prompts import node_text
 from .synthesizer import BlendEvent, BlendSynthesizer
-from .vector_store import LMCacheVectorStore
+from .vector_store import LMCacheVectorStore, blend_storage_context
 
 __all__ = [
     "BlendChatEngine",
@@ -43,5 +43,6 @@ __all__ = [
     "LMCacheVectorStore",
     "as_blend_chat_engine",
     "as_blend_query_engine",
+    "blend_storage_context",
     "node_text",
 ]

@@ -13,6 +13,7 @@ from itertools import islice
 from types import TracebackType
 from typing import Any, Literal, overload
 
+from llama_index.core import StorageContext
 from llama_index.core.bridge.pydantic import PrivateAttr
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores import SimpleVectorStore
@@ -187,7 +188,7 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         super().__init__(**facts, space=space, target_metadata_key=target_metadata_key)  # type: ignore[call-arg]
         self._inner, self._register = inner, register
         self._derived = DerivedTexts(workspace, register)
-        if not self._is_registered() and adopt:
+        if not self._is_registered() and adopt and nodes_of(inner) is not None:
             self.adopt(background=True)
 
     @classmethod
@@ -581,3 +582,22 @@ class LMCacheVectorStore(BasePydanticVectorStore):
             remedy="Create one in each process. An IngestionPipeline with num_workers does not need this: its workers "
             "only split and embed.",
         )
+
+
+def blend_storage_context(
+    llm: Any, *, persist_dir: str | None = None, adopt: bool = False, **options: Any
+) -> StorageContext:
+    """Return a StorageContext like LlamaIndex's default one, whose vector store keeps KV.
+
+    Args:
+        llm: As `source` of LMCacheVectorStore.
+        persist_dir: Folder that an index was persisted to; None: begin empty.
+        adopt: Compute the KV of the nodes in the folder in the background, if it was persisted without this library.
+        options: Of LMCacheVectorStore.
+    """
+    inner = SimpleVectorStore() if persist_dir is None else SimpleVectorStore.from_persist_dir(persist_dir)
+    vector_store = LMCacheVectorStore(inner, llm, **options)
+    context = StorageContext.from_defaults(vector_store=vector_store, persist_dir=persist_dir)
+    if adopt:
+        vector_store.adopt(list(context.docstore.docs.values()), background=True)
+    return context
