@@ -108,7 +108,8 @@ class SentenceTransformerEmbedder:
 
     def embed_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors of texts that will be searched, shape [len(texts), dimension], each of length 1."""
-        import numpy as np
+        with needs("store"):
+            import numpy as np
 
         if isinstance(texts, str):
             raise ConfigError("embed_documents takes a list of texts.", remedy="Write [text].")
@@ -184,7 +185,8 @@ class ForeignEmbedder:
 
     def embed_documents(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Vectors of texts that will be searched, shape [len(texts), dimension], each of length 1."""
-        import numpy as np
+        with needs("store"):
+            import numpy as np
 
         if not len(texts):
             return np.empty((0, self.dimension), dtype=np.float32)
@@ -225,7 +227,8 @@ def as_embedder(obj: Any, *, name: str | None = None) -> Embedder:
 
 def unit_length(vectors: Any) -> NDArray[np.float32]:
     """Rows scaled to length 1, as float32; a row of zeros stays as it is."""
-    import numpy as np
+    with needs("store"):
+        import numpy as np
 
     rows = np.asarray(vectors, dtype=np.float32)
     lengths = np.linalg.norm(rows, axis=-1, keepdims=True)

@@ -65,7 +65,7 @@ def auto_tokenizer(path: Path | str) -> Any:
 
     found = AutoTokenizer.from_pretrained(path, local_files_only=True)
     if getattr(found, "backend_tokenizer", None) is None:  # Mistral's own, where mistral-common is installed
-        found = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True)
+        found = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True, fix_mistral_regex=True)
     return found
 
 

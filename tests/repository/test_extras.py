@@ -32,7 +32,10 @@ class Environment:
 
     def __init__(self, place: Path, extras: str = "") -> None:
         self.place, self.python = place, place / "venv" / "bin" / "python"
-        venv.create(place / "venv", with_pip=False, symlinks=True)
+        with_torch = extras == "embedded"
+        venv.create(place / "venv", with_pip=with_torch, symlinks=True)
+        if with_torch:  # the documented command
+            self.run("sh", ROOT / ".ci" / "install-torch", self.python)
         source = place / "source"  # a copy: what earlier builds left in the checkout cannot get in
         for name in ("lmcache_rag", "integrations", "examples/data"):
             shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -40,11 +43,13 @@ class Environment:
             shutil.copy(ROOT / name, source / name)
         pins = place / "pins.txt"
         versions = {each.metadata["Name"]: each.version for each in importlib.metadata.distributions()}
+        versions = {name: version for name, version in versions.items() if not (with_torch and name == "torch")}
         pins.write_text("".join(f"{name}=={version}\n" for name, version in versions.items() if name != "lmcache-rag"))
         uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--link-mode", "copy", "--python", self.python]
         self.run(*uv, "--constraint", pins, f"{source}[{extras}]" if extras else source)
         shutil.rmtree(source)
-        self.run(self.python, "-m", "compileall", "-q", place / "venv" / "lib")  # as pip does
+        # As pip does; torch carries files of a newer Python.
+        subprocess.run([self.python, "-m", "compileall", "-qq", place / "venv" / "lib"], check=False)
         print(f"\n{extras or 'base':<12} {self.megabytes:6.0f} MB")
 
     @property
@@ -87,6 +92,7 @@ base = environment("")
 langchain = environment("langchain")
 llama_index = environment("llama-index")
 documents = environment("documents")
+embedded = environment("embedded")
 
 
 @pytest.fixture
@@ -213,6 +219,17 @@ def test_documents_are_read_and_split_without_torch(documents: Environment) -> N
         "print(Splitter(lambda t: t.split(), chunk_tokens=32).split(text))"
     )
     assert "It ripens in March." in documents.run(documents.python, "-c", code)
+
+
+@full
+def test_without_a_gpu_the_embedded_engine_has_no_cuda(embedded: Environment, smollm2_path: Path) -> None:
+    assert {"torch", "transformers", "sentence_transformers", "faiss", "pypdf", "bs4"} <= set(embedded.modules())
+    assert embedded.modules(("vllm", "nicegui", "llama_index", "pytest")) == []
+    if shutil.which("nvidia-smi") is None:
+        embedded.run(embedded.python, "-c", "import torch; assert torch.version.cuda is None")
+        assert not list((embedded.place / "venv").glob("lib/python*/site-packages/nvidia*"))
+    (embedded.place / "words.md").write_text("Quince ripens in March. " * 20)
+    assert "1 added" in embedded.cli("ingest", "words.md", "--model", smollm2_path)
 
 
 # -- without an installation ------------------------------------------------------------------------------------------

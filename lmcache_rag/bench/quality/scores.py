@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from lmcache_rag._utils import needs
 from lmcache_rag.bench.quality.arms import CONTEXTPILOT, FULL, UNBLENDING
 
 if TYPE_CHECKING:
@@ -68,7 +69,8 @@ class Interval:
     @classmethod
     def of(cls, values: Sequence[float]) -> Interval | None:
         """Of these values; None without any."""
-        import numpy as np
+        with needs("store"):
+            import numpy as np
 
         if not values:
             return None
