@@ -51,7 +51,7 @@ TOUCHED = (
     ("tests/contracts/*", ("contracts, vLLM " + OLDEST_VLLM, "contracts, vLLM " + NEWEST_VLLM)),
     ("tests/contracts/*", ("contracts, LMCache " + LMCACHE_NEXT,)),
     ("integrations/*", ("frameworks",)),
-    ("tests/servers/test_frameworks.py", ("frameworks",)),
+    ("tests/servers/test_frameworks*.py", ("frameworks",)),
     ("pyproject.toml", ("*",)),
     (".ci/*", ("*",)),
 )

@@ -170,7 +170,7 @@ class KVManager:
         return done[0] if done else None
 
     def forget(self, doc_ids: Sequence[str], *, on_chunk: Callable[[int, int], None] | None = None) -> ForgetReport:
-        """Remove documents, and delete the KV of chunks that only they hold, on the server too.
+        """Remove documents, and delete the KV of chunks that only they hold, on the server too, for every prompt.
 
         The KV is deleted first: a run that is killed or fails leaves the documents, and the next one continues. Needs
         the store's writing lock.
@@ -189,21 +189,45 @@ class KVManager:
         deleted, staying, why = 0, 0, ""
         if isinstance(self._engine, ForgetsChunks):
             ids = self._store.registry.chunks_only_in(doc_ids)
-            for result in self._engine.forget_chunks(self._keepable(ids)):
+            stuck = [
+                result.why
+                for prompts, held in self._other_prompts(ids)
+                for result in self._engine.forget_chunks(self._keepable(held, prompts))
+                if not result.forgotten
+            ]
+            for result in self._engine.forget_chunks(self._keepable(ids, self._prompts)):
                 deleted, staying, why = deleted + result.forgotten, staying + (not result.forgotten), why or result.why
                 if on_chunk:
                     on_chunk(deleted + staying, len(ids))
+            if len(stuck) > staying:
+                deleted, staying, why = max(0, len(ids) - len(stuck)), len(stuck), stuck[0]
         removed = self._store.registry.remove_documents(doc_ids)
         self.empty_trash()
         return ForgetReport(removed, deleted, staying, why)
 
-    def _keepable(self, chunk_ids: Sequence[int]) -> Iterator[IngestPrompt]:
+    def _other_prompts(self, chunk_ids: Sequence[int]) -> Iterator[tuple[IngestPrompts, list[int]]]:
+        """Other prompts for which KV of these chunks is recorded, with those chunks; of this model and tenant."""
+        from lmcache_rag.message_prompt import ChunkPrompts
+        from lmcache_rag.tokenizer import SafeTokenizer
+
+        wanted, own = set(chunk_ids), self._prompts
+        for recorded in self._store.registry.stats().kv if wanted else ():
+            prefix = recorded.facts.get("prefix")
+            if recorded.fingerprint == own.fingerprint or not prefix:
+                continue
+            parts = SafeTokenizer.of(self._engine.tokenizer)
+            made = ChunkPrompts(parts, own.info, prefix, tenant=getattr(own, "tenant", ""))
+            held = {row.chunk_id for row in self._store.registry.kv_rows(recorded.fingerprint)} & wanted
+            if made.fingerprint == recorded.fingerprint and held:
+                yield made, sorted(held)
+
+    def _keepable(self, chunk_ids: Sequence[int], prompts: IngestPrompts) -> Iterator[IngestPrompt]:
         """Prompts of those of the chunks that can have KV."""
-        room = self._engine.info.context_length - len(self._prompts.prefix_ids)
+        room = self._engine.info.context_length - len(prompts.prefix_ids)
         for start in range(0, len(chunk_ids), _PAGE):
             for chunk in self._store.registry.chunks(chunk_ids[start : start + _PAGE]):
-                if 0 < len(self._prompts.chunk_ids(chunk.text)) < room:
-                    yield self._prompts.ingest(chunk.text)
+                if 0 < len(prompts.chunk_ids(chunk.text)) < room:
+                    yield prompts.ingest(chunk.text)
 
     def empty_trash(self) -> int:
         """Let the engine drop KV that no chunk needs any more. Needs the store's writing lock."""
@@ -211,7 +235,8 @@ class KVManager:
 
     def _record(self, rows: list[KVRow]) -> None:
         if rows:
-            facts = {"model": self._prompts.info.model, "dtype": self._prompts.info.dtype}
+            info = self._prompts.info
+            facts = {"model": info.model, "dtype": info.dtype, "prefix": list(self._prompts.prefix_ids)}
             self._store.registry.record_kv(self._prompts.fingerprint, facts, rows)
             rows.clear()
 

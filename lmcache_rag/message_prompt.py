@@ -70,7 +70,7 @@ class ChunkPrompts:
     """
 
     def __init__(self, parts: SafeTokenizer, info: EngineInfo, prefix_ids: Sequence[int], *, tenant: str = "") -> None:
-        self._parts, self.info = parts, info
+        self._parts, self.info, self.tenant = parts, info, tenant
         self.prefix_ids = tuple(prefix_ids)
         self.fingerprint = info.fingerprint(self.prefix_ids, tenant)
         self._lock = threading.Lock()

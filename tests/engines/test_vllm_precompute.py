@@ -238,6 +238,20 @@ def test_documents_stay_while_a_server_is_unreachable(server, connect, chunks, t
         assert (report.deleted, report.staying, register.ids()) == (1, 0, {"b"})
 
 
+def test_forgetting_deletes_the_kv_of_every_prompt(server, connect, chunks, tmp_path) -> None:
+    engine = connect(server.url)
+    with Workspace.open(tmp_path / "s", engine=engine) as workspace:
+        other = workspace.prompts_with(system="You are brief.")
+        KVRegistry.of(workspace, prompts=[other, workspace.prompts]).add({"a": chunks[0], "b": chunks[1]})
+        prompts = [made.ingest(text) for made in (workspace.prompts, other) for text in chunks[:2]]
+        server.forgets = False
+        assert KVRegistry.of(workspace).forget(["b"]).staying == 1
+        server.forgets = True
+        report = KVRegistry.of(workspace).forget(["a"])  # it was told of one prompt only
+        assert (report.deleted, report.staying) == (1, 0)
+        assert [engine.verify(prompt).status for prompt in prompts] == ["missing", "ok", "missing", "ok"]
+
+
 KEY = "k3y-" + "0123456789abcdef" * 3  # no real one
 
 

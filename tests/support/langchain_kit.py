@@ -21,6 +21,20 @@ from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.lazy_fill import cancel
 
 FAKE = DeterministicFakeEmbedding(size=8)
+# As of models that call tools: they stand after the system text, answers of tools in a turn of their own.
+TEMPLATE = """{%- for m in messages %}{%- if loop.first and m.role != 'system' %}<|im_start|>system
+{% if tools %}# Tools
+{% for t in tools %}{{ t | tojson }}
+{% endfor %}{% endif %}<|im_end|>
+{% endif %}<|im_start|>{{ m.role }}
+{{ m.content or '' }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} \
+{{ c.function.arguments | tojson }}</tool_call>{% endfor %}{% if loop.first and m.role == 'system' and tools %}
+
+# Tools
+{% for t in tools %}{{ t | tojson }}
+{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 
 
 class Real(Embeddings):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from fake_vllm import MODEL
 from framework_kit import fresh, light_tokenizer
-from langchain_kit import server, tiny_engine
+from langchain_kit import TEMPLATE, server, tiny_engine
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 
@@ -92,6 +92,35 @@ def test_three_changed_lines(
     assert sum(no_reuse) == 0
     assert asked == len(fast)
     assert min(reuse) > 0
+
+
+def test_the_tutorials_programs_reuse(
+    tokenizer: Any, tmp_path: Path, few_documents: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    fresh(monkeypatch, tmp_path)
+    monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
+    monkeypatch.setenv("MODEL", MODEL)
+    with server(tokenizer, tmp_path / "server") as running:
+        monkeypatch.setenv("VLLM_URL", running.url)
+        module = load(EXAMPLES / "langchain_tutorials.py", few_documents)
+        facts = module.main()
+    assert list(facts) == ["tool_agent", "prompt_agent", "agentic_rag", "retrieval_chain"]
+    for shape, answers in facts.items():
+        assert len(answers) == 4
+        assert all(one["chunks_hit"] >= 3 and one["chunks_missed"] == 0 for one in answers), shape
+        assert all(one["reused_tokens"] > 0 for one in answers), shape
+    assert capsys.readouterr().out.count("passages") == 16
+
+
+def test_the_documents_conversions_are_the_examples() -> None:
+    """Each line that a diff of docs/langchain.md adds or keeps stands in the example that runs."""
+    example = {line.strip() for line in (EXAMPLES / "langchain_tutorials.py").read_text().splitlines()}
+    page = (EXAMPLES.parent / "docs" / "langchain.md").read_text()
+    section = page.partition("## Agents and other programs")[2].partition("\n## ")[0]
+    diffs = re.findall(r"```diff\n(.*?)```", section, re.DOTALL)
+    assert len(diffs) == 4
+    lines = [line[1:].strip() for diff in diffs for line in diff.splitlines() if not line.startswith("-")]
+    assert [line for line in lines if line not in example] == []
 
 
 def _sources(result: dict[str, Any]) -> list[tuple[str, str]]:

@@ -18,7 +18,7 @@ from langchain_core.documents import Document
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.vectorstores import InMemoryVectorStore
-from langchain_kit import FAKE, Seen, client, server
+from langchain_kit import FAKE, TEMPLATE, Seen, client, server
 from langchain_openai import ChatOpenAI, OpenAI
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode, tools_condition
@@ -29,20 +29,6 @@ from lmcache_rag.errors import ConfigError
 
 QUESTION = "How is a key moved, and where to?"
 SYSTEM = "You have a tool that retrieves passages. Use it to answer."
-# As of models that call tools: they stand after the system text, answers of tools in a turn of their own.
-TEMPLATE = """{%- for m in messages %}{%- if loop.first and m.role != 'system' %}<|im_start|>system
-{% if tools %}# Tools
-{% for t in tools %}{{ t | tojson }}
-{% endfor %}{% endif %}<|im_end|>
-{% endif %}<|im_start|>{{ m.role }}
-{{ m.content or '' }}{% for c in m.tool_calls or [] %}<tool_call>{{ c.function.name }} \
-{{ c.function.arguments | tojson }}</tool_call>{% endfor %}{% if loop.first and m.role == 'system' and tools %}
-
-# Tools
-{% for t in tools %}{{ t | tojson }}
-{% endfor %}{% endif %}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""
 
 
 class Score(BaseModel):
