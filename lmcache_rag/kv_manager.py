@@ -211,14 +211,13 @@ class KVManager:
         from lmcache_rag.tokenizer import SafeTokenizer
 
         wanted, own = set(chunk_ids), self._prompts
-        for recorded in self._store.registry.stats().kv if wanted else ():
-            prefix = recorded.facts.get("prefix")
-            if recorded.fingerprint == own.fingerprint or not prefix:
+        for fingerprint, prefix in self._store.registry.prefixes().items() if wanted else ():
+            if fingerprint == own.fingerprint:
                 continue
             parts = SafeTokenizer.of(self._engine.tokenizer)
             made = ChunkPrompts(parts, own.info, prefix, tenant=getattr(own, "tenant", ""))
-            held = {row.chunk_id for row in self._store.registry.kv_rows(recorded.fingerprint)} & wanted
-            if made.fingerprint == recorded.fingerprint and held:
+            held = {row.chunk_id for row in self._store.registry.kv_rows(fingerprint)} & wanted
+            if made.fingerprint == fingerprint and held:
                 yield made, sorted(held)
 
     def _keepable(self, chunk_ids: Sequence[int], prompts: IngestPrompts) -> Iterator[IngestPrompt]:
@@ -234,9 +233,11 @@ class KVManager:
         return empty_trash(self._store, self._engine.forget)
 
     def _record(self, rows: list[KVRow]) -> None:
+        from lmcache_rag.store.registry import PREFIX
+
         if rows:
             info = self._prompts.info
-            facts = {"model": info.model, "dtype": info.dtype, "prefix": list(self._prompts.prefix_ids)}
+            facts = {"model": info.model, "dtype": info.dtype, PREFIX: list(self._prompts.prefix_ids)}
             self._store.registry.record_kv(self._prompts.fingerprint, facts, rows)
             rows.clear()
 

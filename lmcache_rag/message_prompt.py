@@ -253,7 +253,7 @@ class MessageComposer:
 
     def _require_plain(self, text: Any) -> None:
         """Raise if a text that stands in the template as it is holds a special token."""
-        if self._parts.template(str(text)) != self._parts.text(str(text)):
+        if self._parts.has_special(str(text)):
             raise PromptError(f"{text!r} holds a special token of the model.", remedy="Leave it out of the messages.")
 
 

@@ -363,6 +363,10 @@ class SafeTokenizer:
         ids = list(self._template.encode(text[:inside], add_special_tokens=False).ids) if inside else []
         return ids + (list(self._first.encode(text[inside:], add_special_tokens=False).ids) if found else [])
 
+    def has_special(self, text: str) -> bool:
+        """Whether a text, as a piece of the chat template, holds a special token."""
+        return not self._control.isdisjoint(self.template(text))
+
     def text(self, text: str) -> list[int]:
         """Ids of a text in which nothing is special; lone surrogates become U+FFFD.
 

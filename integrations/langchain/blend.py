@@ -26,6 +26,7 @@ from .agent_call import AgentCall, is_messages, shown_tools
 from .chat_model import EngineModel
 from .openai import KEY, BlendCall, api_of, bind_request, chat_body, template_options
 from .prompts import ChunkedPromptValue, parse_input, prompt_value, unused_inputs
+from .retrieved import RETRIEVED
 from .reuse_watch import ReuseWatch
 from .spaces import refuse_pickling
 from .templates import TemplatePrompt, default_template
@@ -91,6 +92,7 @@ class Blend(Runnable[dict[str, Any], Any]):
         self._lock = threading.RLock()
         self._logged: set[str] = set()
         self._watch = ReuseWatch()
+        RETRIEVED.expect_blends()
 
     @cached_property
     def _blender(self) -> Blender:

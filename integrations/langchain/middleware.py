@@ -21,6 +21,7 @@ from ..blender import Blender
 from ..kv_registry import as_workspace
 from .agent_call import AgentCall
 from .openai import KEY, api_of, bind_request
+from .retrieved import RETRIEVED
 from .reuse_watch import ReuseWatch
 
 log = logging.getLogger("lmcache_rag")
@@ -61,6 +62,7 @@ class BlendMiddleware(AgentMiddleware[Any, Any, Any]):
         self._lazy_fill = lazy_fill and mode_of(lazy_fill)
         self._lock = threading.RLock()
         self._watch = ReuseWatch()
+        RETRIEVED.expect_blends()
         self._model: Any = None
 
     @cached_property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
@@ -9,7 +10,10 @@ from typing import Any
 
 from langchain_core.documents import Document
 
+log = logging.getLogger("lmcache_rag")
+
 _KEPT = 512
+_SEARCHES = 3  # until it is said that nothing blends
 _SHORTEST = 24  # characters; a shorter text may stand in a message by chance
 
 
@@ -19,10 +23,28 @@ class RetrievedPassages:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._texts: OrderedDict[str, None] = OrderedDict()
+        self._searches = 0
+        self._blends = False
+
+    def expect_blends(self) -> None:
+        """Something in this process answers from KV."""
+        self._blends = True
 
     def note(self, found: Any) -> Any:
-        """Note the documents in a search's result; returns the result."""
+        """Note the documents in a search's result; returns the result.
+
+        Warns once if nothing in this process answers from their KV, which then was computed in vain.
+        """
         texts = passages_in(found)
+        if texts and not self._blends:
+            with self._lock:
+                self._searches += 1
+                warn = self._searches == _SEARCHES
+            if warn:
+                log.warning(
+                    "Passages with KV were retrieved, but nothing in this program answers from it. Use blend(llm) in "
+                    "the chain, or BlendMiddleware in create_agent; see docs/langchain.md."
+                )
         with self._lock:
             for text in texts:
                 self._texts[text] = None

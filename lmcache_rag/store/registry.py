@@ -28,6 +28,7 @@ from lmcache_rag.store.types import (
 )
 
 T = TypeVar("T")
+PREFIX = "prefix"  # of a fingerprint's facts: the token ids, see prefixes()
 _PAGE = 256  # rows read at a time, so that no transaction stays open while the caller works on them
 
 _WITHOUT_KV = """NOT EXISTS (SELECT 1 FROM kv_chunks JOIN kv USING (kv_id)
@@ -209,6 +210,13 @@ class Registry:
 
         yield from self._pages(page, lambda row: row.chunk_id)
 
+    def prefixes(self) -> dict[str, tuple[int, ...]]:
+        """The prompts' prefixes by fingerprint, of those that were recorded with theirs."""
+        with self._database.read() as connection:
+            rows = connection.execute("SELECT fingerprint, facts FROM fingerprints").fetchall()
+        found = {fingerprint: json.loads(facts).get(PREFIX) for fingerprint, facts in rows}
+        return {fingerprint: tuple(prefix) for fingerprint, prefix in found.items() if prefix}
+
     def chunks_without_kv(self, fingerprint: str, *, doc_ids: Iterable[str] | None = None) -> list[StoredChunk]:
         """Chunks for which no KV is recorded under the fingerprint, of all documents or of those named."""
         if doc_ids is None:
@@ -360,7 +368,7 @@ def _kv_stats(connection: sqlite3.Connection, current: str | None) -> tuple[Fing
     return tuple(
         FingerprintStats(
             fingerprint=row[0],
-            facts=json.loads(row[1]),
+            facts={name: value for name, value in json.loads(row[1]).items() if name != PREFIX},
             created_at=row[2],
             keys=row[3],
             tokens=int(row[4]),

@@ -111,6 +111,7 @@ def test_a_retrieval_tool_called_by_name(servers: Servers, llm: Any, texts: list
     assert until(lambda: servers.lmcache_counter(STORED) > before)
     agent = create_agent(llm, [retrieve_context], system_prompt=SYSTEM, middleware=[search_first, BlendMiddleware()])
     result = agent.invoke({"messages": [HumanMessage(QUESTION)]})
+    assert len(result["messages"]) == 4, result["messages"][1]
     _, call, found, answer = result["messages"]
     assert call.tool_calls[0]["args"]["query"] in ("passage", "question")
     assert [doc.page_content in found.content for doc in found.artifact] == [True, True]

@@ -254,8 +254,9 @@ needs_vllm_cpu = pytest.mark.skipif(
 def servers(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
     """One pair for all tests of a run."""
     json_only = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})  # SmolLM2 would write only that
-    tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--structured-outputs-config", json_only)
-    pair = Servers(smollm2_path, tmp_path_factory.mktemp("servers"), *tools)
+    tools = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    strict = ("--tool-strict-level", "parameter", "--structured-outputs-config", json_only)
+    pair = Servers(smollm2_path, tmp_path_factory.mktemp("servers"), *tools, *strict)
     yield pair
     pair.close()
 

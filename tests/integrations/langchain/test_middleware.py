@@ -23,6 +23,7 @@ from langchain_openai import ChatOpenAI, OpenAI
 from langgraph.graph import END, START, MessagesState, StateGraph
 from langgraph.prebuilt import ToolNode, tools_condition
 from lmcache_rag.integrations.langchain import AgentPrompt, BlendMiddleware, LMCacheVectorStore, blend
+from lmcache_rag.integrations.langchain.retrieved import RetrievedPassages
 from pydantic import BaseModel
 
 from lmcache_rag.errors import ConfigError
@@ -356,6 +357,16 @@ def test_a_program_that_reuses_is_told_nothing(
     for _ in range(5):
         step.invoke({"documents": texts[:2], "question": QUESTION})
     assert "Nothing was reused" not in caplog.text
+
+
+def test_an_agent_without_middleware_is_told_once(
+    running: FakeVLLM, texts: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("lmcache_rag.integrations.langchain.vector_store.RETRIEVED", RetrievedPassages())
+    llm = client(ChatOpenAI, running)
+    vectors = filled(llm, texts)
+    ask(create_agent(llm, [retrieval_tool(vectors)], middleware=[search_first]), 5)
+    assert caplog.text.count("nothing in this program answers from it. Use blend(llm)") == 1
 
 
 def test_messages_need_a_chat_model(running: FakeVLLM) -> None:
