@@ -63,7 +63,7 @@ class PromptFormat:
             computed, and no chunk is exact then.
         label: Before each chunk, the first too, in queries with labels only; ``{label}`` becomes the chunk's. Always
             computed, as the separators are, so the chunks' KV is the same with labels and without.
-        cite: After the question, in queries with labels only; ``{label}`` becomes the first chunk's.
+        cite: After the last chunk, in queries with labels only; ``{label}`` becomes the first chunk's.
     """
 
     system: str = SYSTEM
@@ -75,7 +75,7 @@ class PromptFormat:
     template_options: Mapping[str, Any] = field(default_factory=lambda: {"date_string": "26 Jul 2024"})
     lead: str = ""
     label: str = "[{label}] "
-    cite: str = "\n\nAfter each statement, give the number of its passage in brackets, for example [{label}]."
+    cite: str = "\n\nCite the passages by their numbers, such as [{label}]."
 
     def __post_init__(self) -> None:
         if self.question.count("{question}") != 1:
@@ -182,16 +182,16 @@ class PromptBuilder:
         if not chunks:
             ids += self._parts.text(lead)
         suffix_start = len(ids)
-        ids += self.suffix_ids(self.with_citing(question, labels), history)
+        ids += self._parts.text(self.cite_text(labels)) + self.suffix_ids(question, history)
         return QueryPrompt(tuple(ids), len(self.prefix_ids), tuple(spans), suffix_start, self.fingerprint)
 
     def label_text(self, label: str) -> str:
         """What stands before a chunk with this label."""
         return self.format.label.replace("{label}", label)
 
-    def with_citing(self, question: str, labels: Sequence[str]) -> str:
-        """The question with the request to cite, if there are labels."""
-        return question + self.format.cite.replace("{label}", labels[0]) if labels else question
+    def cite_text(self, labels: Sequence[str]) -> str:
+        """The request to cite; "" without labels."""
+        return self.format.cite.replace("{label}", labels[0]) if labels else ""
 
     def messages(self, chunks: Sequence[str], question: str, history: Sequence[Turn] = ()) -> list[dict[str, str]]:
         """The prompt as chat messages, chunks in the first user message; the filler of the prefix is in it too.

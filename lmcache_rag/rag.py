@@ -450,7 +450,7 @@ def fit_context(
     if longest := max(labels, key=len, default=""):
         separator += len(prompts.encode(prompts.label_text(longest)))
     sizes = [len(prompts.chunk_ids(hit.text)) + separator for hit in hits]
-    bare = len(prompts.query([], prompts.with_citing(question, [longest] if longest else []), history))
+    bare = len(prompts.query([], question, history, labels=[longest] if longest else []))
     return fit_sizes(hits, sizes, bare, limit=limit, max_tokens=max_tokens, has_history=bool(history))
 
 

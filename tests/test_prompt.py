@@ -80,8 +80,8 @@ def test_labels_stand_before_each_chunk_and_keep_kv(builder, tokenizer):
         for span, text in zip(prompt.chunks, chunks, strict=True):
             assert prompt.token_ids[span.start : span.end] == builder.ingest(text).chunk_ids
     text = tokenizer.decode(cited.token_ids)
-    assert "[17] One.\n\n[4] Two.\n\n[230] Three.\n\nQuestion: What?\n\nAfter each statement" in text
-    assert "for example [17]." in text
+    assert "[17] One.\n\n[4] Two.\n\n[230] Three.\n\nCite the passages" in text
+    assert "such as [17].\n\nQuestion: What?" in text
     assert "[17]" not in tokenizer.decode(plain.token_ids)
 
 

@@ -405,7 +405,7 @@ def _ready(context: CommandContext, options: ServeOptions, made: Commands, folde
     context.write(f"{where}; blending: {blending}; {made.l1_gb:g} GB for KV{second}; logs in {folder}\n")
 
 
-@command()
+@command("store", "embedder", "kv_budget_gb")
 def doctor(
     context: CommandContext,
     url: Annotated[
@@ -426,9 +426,11 @@ def doctor(
         ),
     ] = "",
 ) -> int:
-    """Check GPU, versions, connector, servers, and a live round trip.
+    """Check what this machine needs to answer, or a server and a round trip.
 
-    The round trip precomputes three random chunks, queries them in another
+    Without a URL: the embedded engine, store, disk, model and embedder; GPU,
+    vLLM and LMCache where they are installed. With one, the servers too; the
+    round trip precomputes three random chunks, queries them in another
     order, and compares ratio 1 with a run without reuse. The server's key, if
     any, is taken from the variable VLLM_API_KEY or LMCACHE_RAG_API_KEY, and
     its ingest key from LMCACHE_RAG_INGEST_KEY or LMCACHE_RAG_INGEST_KEY_FILE.
@@ -440,10 +442,16 @@ def doctor(
       lmcache-rag doctor http://127.0.0.1:8000 --json
     """
     from lmcache_rag.serving.doctor import examine
+    from lmcache_rag.serving.machine import Check, embedded
 
-    found = []
+    found: list[Check] = []
     with context.waiting("Checking"):
         keys = {"api_key": api_key("VLLM_API_KEY"), "ingest_key": ingest_key()}
+        settings = context.settings()
+        if not url and settings.engine == "embedded":
+            if check_model:
+                settings = settings.model_copy(update={"model": check_model})
+            found += embedded(settings)
         for check in examine(url, lmcache_url=lmcache_url, model=check_model, **keys):
             found.append(check)
     failed = [check for check in found if check.state == "failed"]

@@ -67,6 +67,9 @@ def examine(
         ConfigError: An address is not valid.
     """
     here = not url or _host(url) in LOOPBACK
+    if not (url or lmcache_url or machine.serves()):
+        yield Check("vLLM", "skipped", "not installed here, and no URL was given", machine.INSTALL)
+        return
     if here:
         yield from machine.gpu()
         yield from machine.versions()

@@ -12,9 +12,13 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+from lmcache_rag.errors import LMCacheRAGError
 from lmcache_rag.protocol import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from lmcache_rag.settings import Settings
 
 State = Literal["ok", "warning", "failed", "skipped"]
 
@@ -25,6 +29,7 @@ TESTED = {  # vLLM with LMCache
     ("0.33.0", "0.5.6"),
 }
 LEAST_FREE_MIB = 2048
+LEAST_FREE_GB = 1.0
 LEAST_CAPABILITY = (8, 0)  # bfloat16, and the kernels of the blend
 LEAST_DRIVER = 580  # of builds for CUDA 13, as vLLM, PyTorch and LMCache come from PyPI
 _FIELDS = "name,driver_version,memory.total,memory.free"
@@ -205,6 +210,101 @@ def _config_file(name: str) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
+# The embedded engine and its store
+
+
+def embedded(settings: Settings) -> Iterator[Check]:
+    """What the embedded engine needs: its packages, the store, room for KV, model and embedder. Downloads nothing."""
+    yield engine()
+    registered, opened = _store(settings)
+    yield opened
+    yield disk(settings)
+    known = registered.get("model")
+    yield weights("Model", settings.model or known, "model")
+    yield weights("Embedder", settings.embedder or (registered.get("embedder") or "").partition("@")[0], "embedder")
+
+
+def engine() -> Check:
+    """Whether PyTorch and transformers are there, and the device that they use."""
+    found = {name: version(name) for name in ("torch", "transformers", "sentence-transformers", "faiss-cpu")}
+    missing = [name for name, number in found.items() if not number]
+    if missing:
+        result = f"not installed: {', '.join(missing)}; a server needs none of these"
+        return Check("Embedded engine", "skipped", result, 'pip install "lmcache-rag[embedded]"')
+    try:
+        import torch
+
+        device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "the CPU"
+    except Exception as problem:  # a broken build raises errors of any kind
+        remedy = 'pip install --force-reinstall "lmcache-rag[embedded]"'
+        return Check("Embedded engine", "failed", f"PyTorch cannot be used: {problem}", remedy)
+    return Check("Embedded engine", "ok", f"PyTorch {found['torch']} on {device}, transformers {found['transformers']}")
+
+
+def _store(settings: Settings) -> tuple[dict[str, str], Check]:
+    """(model and embedder that the store records, the check of the store)."""
+    if not (settings.store / "store.db").exists():
+        return {}, _no_store(settings)
+    from lmcache_rag.kv_manager import gone_documents
+    from lmcache_rag.store import Store
+    from lmcache_rag.store_model import recorded_model
+
+    try:
+        with Store.open(settings.store, create=False) as store:
+            stats, model = store.registry.stats(), recorded_model(store.registry)
+            gone, read_only = len(gone_documents(store.registry)), store.read_only
+    except LMCacheRAGError as problem:
+        return {}, Check("Store", "failed", problem.message, problem.remedy)
+    facts = {"embedder": stats.embedder or "", "model": model.name if model else ""}
+    result = f"{settings.store}: {stats.documents:,} documents, {stats.chunks:,} chunks"
+    if read_only:
+        remedy = "Questions are answered; to ingest, make the folder writable for this user."
+        return facts, Check("Store", "warning", f"{result}; it cannot be written", remedy)
+    if gone:
+        remedy = "lmcache-rag remove --missing"
+        return facts, Check("Store", "warning", f"{result}; the files of {gone:,} are gone", remedy)
+    return facts, Check("Store", "ok", result)
+
+
+def _no_store(settings: Settings) -> Check:
+    return Check("Store", "skipped", f"there is none in {settings.store}", "Make one: lmcache-rag ingest FOLDER")
+
+
+def disk(settings: Settings) -> Check:
+    """Whether there is room for KV where the store is."""
+    store = settings.store.absolute()
+    place = next(folder for folder in (store, *store.parents) if folder.exists())
+    free, budget = shutil.disk_usage(place).free / 1e9, settings.kv_budget_gb
+    result = f"{free:,.1f} GB free; KV may take {budget:g} GB"
+    if free < LEAST_FREE_GB:
+        return Check("Disk", "warning", result, "Free some space, or name another folder: --store.")
+    if free < budget:
+        return Check("Disk", "ok", f"{result}: --kv-budget lowers it")
+    return Check("Disk", "ok", result)
+
+
+def weights(label: str, name: str | None, kind: Literal["model", "embedder"]) -> Check:
+    """Whether a model's or an embedder's files are here, and whether the model's family is blended."""
+    from lmcache_rag.weights import locate
+
+    source = locate(name or None, kind)
+    if source is None:
+        if name and Path(name).is_absolute():
+            return Check(label, "failed", f"{name} is not a whole model", f"Name another: --{kind}.")
+        result = f"{name or 'the default'} is not on this machine yet"
+        return Check(label, "skipped", result, "The first ingestion gets it from the Hugging Face hub or a package.")
+    if kind == "embedder":
+        return Check(label, "ok", f"{source.name}, {source.message}")
+    try:
+        families = json.loads((source.path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
+    except (OSError, ValueError, AttributeError) as problem:
+        return Check(label, "failed", f"{source.path / 'config.json'} cannot be read: {problem}", "Get it again.")
+    if not set(families) & set(ARCHITECTURES):
+        remedy = f"Its answers come from full prefills. Supported: {', '.join(ARCHITECTURES)}."
+        return Check(label, "warning", f"{source.name}: {', '.join(families) or 'its family'} is not blended", remedy)
+    return Check(label, "ok", f"{source.name}, {source.message}")
+
+
 # What is installed
 
 
@@ -221,6 +321,11 @@ class CUDACode:
     state: Literal["ok", "failed", "skipped"]
     result: str
     remedy: str = ""
+
+
+def serves() -> bool:
+    """Whether this machine is meant to run a server: vLLM or LMCache is installed."""
+    return bool(version("vllm") or version("lmcache"))
 
 
 def missing_packages() -> list[str]:

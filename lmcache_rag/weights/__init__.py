@@ -18,6 +18,7 @@ from lmcache_rag.weights.find import (
     find_recorded,
     find_tokenizer,
     kv_bytes_per_token,
+    locate,
     revision_of,
     tokenizer_digest,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "find_recorded",
     "find_tokenizer",
     "kv_bytes_per_token",
+    "locate",
     "revision_of",
     "tokenizer_digest",
 ]

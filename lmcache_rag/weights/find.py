@@ -120,6 +120,30 @@ def find_recorded(name: str, origin: str, revision: str = "") -> Source:
         ) from reason
 
 
+def locate(name: str | Path | None, kind: Part) -> Source | None:
+    """Where a model or an embedder is on this machine; None if it would have to be downloaded or prepared first.
+
+    Args:
+        name: Folder or Hugging Face name; None: the default.
+        kind: Whether it is a model or an embedder.
+    """
+    text = str(name or (DEFAULT_MODEL if kind == "model" else DEFAULT_EMBEDDER))
+    if kind == "embedder" and "/" not in text and not _is_path(text):
+        text = f"sentence-transformers/{text}"
+    if _is_path(text):
+        path = Path(text).expanduser()
+        whole = path.is_dir() and not what_is_missing(path, kind)
+        return Source(path.resolve(), "folder", path.name, f"in the folder {path}") if whole else None
+    try:
+        path = cached_snapshot(text, kind, revision=None)
+        return Source(path, "hub", text, "in the Hugging Face cache")
+    except UnavailableError:
+        package = packages.package_for(text, "embedder" if kind == "embedder" else "model")
+    if package is None or not is_whole(package.target):
+        return None
+    return Source(package.target, "package", text, f"from the package {package.label} ({package.note})")
+
+
 def find_embedder(name: str | Path | None = None, *, revision: str | None = None) -> Source:
     """Find an embedding model. Takes and raises what find_model does; None: all-MiniLM-L6-v2.
 

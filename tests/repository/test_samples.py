@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from document_kit import DATA
 
 from lmcache_rag.documents import load_document
+from lmcache_rag.weights import DEFAULT_MODEL
 
 CORPUS = sorted((DATA / "documents").iterdir())
 
@@ -47,3 +51,21 @@ def test_sample_questions_need_and_quote_two_documents() -> None:
         assert list(question["evidence"]) == question["documents"]
         for document, quote in question["evidence"].items():
             assert [name for name, text in texts.items() if quote in text] == [document]
+
+
+def test_the_samples_answer_the_quickstarts_questions() -> None:
+    questions = json.loads((DATA / "quickstart.json").read_text())
+    text = " ".join(" ".join(load_document(path).text.split()) for path in CORPUS)
+    assert len(questions) == 5
+    for question in questions:
+        assert question["answer"] in question["reference"]
+        assert question["answer"] in text
+
+
+@pytest.mark.slow
+@pytest.mark.full
+def test_the_quickstart_answers_its_questions(tmp_path: Path) -> None:
+    command = [sys.executable, DATA.parent / "quickstart.py", "--store", tmp_path / "s"]
+    env = {**os.environ, "LMCACHE_RAG_MODEL": DEFAULT_MODEL, "COLUMNS": "160"}
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=True)
+    assert "full prefill: 5 of 5 right; blended KV: 5 of 5 right" in done.stdout

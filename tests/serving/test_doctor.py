@@ -355,3 +355,77 @@ def test_a_server_of_another_environment_is_a_warning(model: str) -> None:
             ((check,), _) = doctor.vllm_checks(server, here)
             assert check.state == state
     assert "vLLM 0.25.1; this environment has vLLM 0.32.0" in check.result
+
+
+# -- this machine and its embedded engine -------------------------------------------------------------------------
+
+
+def local(*arguments: str, **env: str) -> tuple[int, dict[str, dict[str, str]]]:
+    """Exit status and checks by name, without a URL."""
+    result = run(*arguments, "--json", **env)
+    return result.exit_code, {check["name"]: check for check in json.loads(result.stdout)["checks"]}
+
+
+@pytest.fixture
+def cpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without vLLM and LMCache."""
+    monkeypatch.setattr(machine, "serves", lambda: False)
+
+
+def test_a_cpu_machine_is_fine(cpu_machine: None, smollm2_path: Path, embedder_path: Path, tmp_path: Path) -> None:
+    status, found = local("--store", str(tmp_path / "none"), "--model", str(smollm2_path))
+    assert status == 0
+    assert {name: check["state"] for name, check in found.items()} == {
+        "Embedded engine": "ok",
+        "Store": "skipped",
+        "Disk": "ok",
+        "Model": "ok",
+        "Embedder": "ok",
+        "vLLM": "skipped",
+    }
+    assert "lmcache-rag ingest" in found["Store"]["remedy"]
+    assert "GB free" in found["Disk"]["result"]
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_store_is_checked(cpu_machine: None, tmp_path: Path, embedder: Any) -> None:
+    from lmcache_rag import Workspace
+
+    (tmp_path / "weir.txt").write_text("The weir is closed in frost.")
+    store = tmp_path / "s"
+    with Workspace.open(store, embedder=embedder) as workspace:
+        workspace.ingestor.ingest([tmp_path / "weir.txt"], kv=False)
+    assert local("--store", str(store))[1]["Store"]["result"] == f"{store}: 1 documents, 1 chunks"
+    (tmp_path / "weir.txt").unlink()
+    status, found = local("--store", str(store))
+    assert (status, found["Store"]["state"], found["Store"]["remedy"]) == (0, "warning", "lmcache-rag remove --missing")
+    for name in ("store.db-wal", "store.db-shm"):
+        (store / name).unlink(missing_ok=True)
+    (store / "store.db").write_bytes(b"no database" * 500)
+    status, found = local("--store", str(store))
+    assert (status, found["Store"]["state"]) == (1, "failed")
+    assert found["Store"]["remedy"]
+
+
+def test_a_model_that_is_not_whole_fails(cpu_machine: None, tmp_path: Path) -> None:
+    status, found = local("--model", str(tmp_path), "--store", str(tmp_path / "none"))
+    assert (status, found["Model"]["state"]) == (1, "failed")
+
+
+def test_a_model_that_is_not_here_is_skipped(cpu_machine: None, tmp_path: Path) -> None:
+    status, found = local("--model", "acme/not-here", "--store", str(tmp_path / "none"))
+    assert (status, found["Model"]["state"]) == (0, "skipped")
+
+
+def test_without_the_extra_it_is_named(cpu_machine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = machine.version
+    monkeypatch.setattr(machine, "version", lambda name: "" if name == "torch" else real(name))
+    _, found = local("--store", str(tmp_path / "none"))
+    assert found["Embedded engine"]["state"] == "skipped"
+    assert "lmcache-rag[embedded]" in found["Embedded engine"]["remedy"]
+
+
+def test_a_nearly_full_disk_is_a_warning(cpu_machine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "LEAST_FREE_GB", 10.0**9)
+    status, found = local("--store", str(tmp_path / "none"))
+    assert (status, found["Disk"]["state"]) == (0, "warning")
