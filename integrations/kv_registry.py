@@ -376,7 +376,10 @@ def server_url_of(llm: Any) -> str:
     host = urlsplit(str(url)).hostname or "" if url else ""
     why = ""
     if others and not _VLLM_CLIENTS & set(others):
-        why = f": it is the client of something else ({others[0].replace('_', '-')})"
+        other = others[0].replace("_", "-")
+        why = (
+            ": it does not use vLLM's OpenAI server" if other == "vllm" else f": it is the client of another ({other})"
+        )
     elif any(host == name or host.endswith(f".{name}") for name in _HOSTED):
         why = f": it calls {host}"
     elif url:

@@ -161,11 +161,14 @@ def test_a_client_of_another_server_is_named(workspace):
         with pytest.raises(ConfigError, match="has no vLLM server URL") as error:
             as_workspace(llm)
         found[type(llm).__name__] = str(error.value)
-    assert "Ollama has no vLLM server URL: it is the client of something else (ollama)." in found["Ollama"]
+    assert "Ollama has no vLLM server URL: it is the client of another (ollama)." in found["Ollama"]
     assert "it calls api.groq.com" in found["OpenAILike"]
     assert "it calls eu.api.openai.com" in found["ChatOpenAI"]
+    in_process = type("Vllm", (), {"__module__": "llama_index.llms.vllm.base", "api_url": "http://localhost:8000"})()
+    with pytest.raises(ConfigError, match="does not use vLLM's OpenAI server"):
+        as_workspace(in_process)
     for text in found.values():
         assert "lmcache-rag serve MODEL" in text and "OpenAILike(" in text and "Workspace.open(" in text
     for use in (lambda: BlendSynthesizer(ollama, workspace=workspace), lambda: LMCacheVectorStore(None, ollama)):
-        with pytest.raises(ConfigError, match="it is the client of something else"):
+        with pytest.raises(ConfigError, match="it is the client of another"):
             use()
