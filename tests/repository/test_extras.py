@@ -136,6 +136,8 @@ def test_a_base_client_ingests_and_blends(base: Environment, server: FakeVLLM, s
         ("demo", "demo"),
         ("ingest words.md --engine {url}", "documents"),
         ("ask What? --engine {url}", "store"),
+        ("search What?", "store"),
+        ("serve model", "gpu"),
     ],
 )
 def test_a_missing_extra_is_named_with_its_command(
@@ -143,7 +145,7 @@ def test_a_missing_extra_is_named_with_its_command(
 ) -> None:
     (base.place / "words.md").write_text("Quince ripens in March.")
     shutil.rmtree(base.place / "lmcache-rag-store", ignore_errors=True)
-    if command.startswith("ask"):
+    if command.startswith(("ask", "search")):
         make = "from lmcache_rag.store import Store; Store.open('lmcache-rag-store').close()"
         base.run(base.python, "-c", make)
     words = command.format(url=server.url).split()
@@ -155,6 +157,14 @@ def test_a_base_command_line_helps_and_lists_settings(base: Environment) -> None
     assert "ingest" in base.cli("--help")
     assert "chunk_tokens" in base.cli("settings")
     assert "lmcache-rag" in base.cli("--version")
+
+
+@full
+def test_a_base_command_line_looks_after_a_store(base: Environment, server: FakeVLLM) -> None:
+    base.run(base.python, "-c", "from lmcache_rag.store import Store; Store.open('another').close()")
+    assert json.loads(base.cli("list", "--store", "another", "--json"))["documents"] == []
+    assert '"documents"' in base.cli("status", "--store", "another", "--engine", server.url, "--json")
+    assert base.cli("warm", "--store", "another", "--engine", server.url)
 
 
 @full
