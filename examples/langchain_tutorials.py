@@ -1,8 +1,9 @@
 """The RAG programs of LangChain's and LangGraph's tutorials, converted; prints what each reused.
 
-    lmcache-rag serve Qwen/Qwen2.5-1.5B-Instruct --enable-auto-tool-choice --tool-call-parser hermes
+    lmcache-rag serve Qwen/Qwen2.5-1.5B-Instruct --min-gain off --enable-auto-tool-choice --tool-call-parser hermes
     VLLM_URL=http://localhost:8000 MODEL=Qwen/Qwen2.5-1.5B-Instruct python examples/langchain_tutorials.py
 
+With `--min-gain off` the server blends also where computing a prompt as short as these starts the answer as early.
 docs/langchain.md shows what was changed in each. Each asks its questions twice; `search_first` stands in for a model
 that calls tools by itself.
 """
