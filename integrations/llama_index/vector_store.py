@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -188,6 +189,7 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         super().__init__(**facts, space=space, target_metadata_key=target_metadata_key)  # type: ignore[call-arg]
         self._inner, self._register = inner, register
         self._derived = DerivedTexts(workspace, register)
+        self._warn_of_shared_space(os.fspath(workspace.store.path))
         if not self._is_registered() and adopt and nodes_of(inner) is not None:
             self.adopt(background=True)
 
@@ -507,6 +509,17 @@ class LMCacheVectorStore(BasePydanticVectorStore):
             groups = self._groups(page)
             yield {key: (text, groups[key]) for key, text in self._texts(page).items()}
 
+    def _warn_of_shared_space(self, folder: str) -> None:
+        """Warn if another vector store, which is still in use, has the same name in this workspace."""
+        other = _spaces.get((folder, self.space))
+        if other is not None and not _is_same(other.inner, self._inner):
+            log.warning(
+                "Two vector stores have the name %r in one workspace: clear() and prune() of one drop the KV of the "
+                "other's nodes. Give each its own: LMCacheVectorStore(..., space=...).",
+                self.space,
+            )
+        _spaces[folder, self.space] = self
+
     def _is_registered(self, *, always_warn: bool = False) -> bool:
         """Return whether all nodes of the wrapped store are registered; warn if not.
 
@@ -582,6 +595,20 @@ class LMCacheVectorStore(BasePydanticVectorStore):
             remedy="Create one in each process. An IngestionPipeline with num_workers does not need this: its workers "
             "only split and embed.",
         )
+
+
+# By (registry's folder, space): the vector store that has it, as long as it is in use.
+_spaces: weakref.WeakValueDictionary[tuple[str, str], LMCacheVectorStore] = weakref.WeakValueDictionary()
+
+
+def _is_same(one: BasePydanticVectorStore, other: BasePydanticVectorStore) -> bool:
+    """Return whether two objects are one store: the same object, or one of the same folder or collection."""
+    if one is other:
+        return True
+    names = ("folder", "collection_name", "table_name")
+    return type(one) is type(other) and any(
+        getattr(one, name, None) and getattr(one, name) == getattr(other, name, None) for name in names
+    )
 
 
 def blend_storage_context(

@@ -191,15 +191,15 @@ def test_a_store_without_texts_asks_for_the_docstore(workspace, tmp_path, caplog
 
 
 def test_a_store_that_cannot_be_listed_is_named(workspace, tmp_path, caplog):
-    made = nodes(3)
-    store = LMCacheVectorStore(Remote(), workspace)
+    made, remote = nodes(3), Remote()
+    store = LMCacheVectorStore(remote, workspace)
     assert "It is not known how many nodes Remote holds" in caplog.text
     with pytest.raises(ConfigError, match=r"adopt\(index.docstore.docs.values\(\)\)"):
         store.adopt()
     store.adopt(iter(made))
     check(store, workspace, tmp_path, made)
     caplog.clear()
-    LMCacheVectorStore(Remote(), workspace)
+    LMCacheVectorStore(remote, workspace)
     assert caplog.text == ""  # said once, before anything was registered
     store.warm()
     assert "It is not known how many nodes" in caplog.text

@@ -258,6 +258,16 @@ async def test_a_change_inside_a_change_fails(ours, workspace, tmp_path, corpus,
     assert same(ours, workspace, tmp_path) == {"0"}
 
 
+def test_two_stores_of_one_name_are_warned_of(workspace, tmp_path, corpus, caplog):
+    first = LMCacheVectorStore(SimpleVectorStore(), workspace)
+    again, apart = LMCacheVectorStore(first.inner, workspace), LMCacheVectorStore(None, workspace, space="b")
+    assert "have the name" not in caplog.text
+    second = LMCacheVectorStore(SimpleVectorStore(), workspace)
+    assert "Two vector stores have the name '' in one workspace" in caplog.text
+    assert "space=" in caplog.text
+    assert {store.space for store in (first, again, second)} == {""} != apart.space
+
+
 def test_two_stores_of_one_workspace_keep_apart(workspace, tmp_path, corpus):
     first, second = (LMCacheVectorStore(None, workspace, space=name) for name in ("a/1", "b"))
     first.add([node(corpus[0], "d", name="1")])
