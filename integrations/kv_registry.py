@@ -263,7 +263,7 @@ class KVRegistry:
         return [(self.prompts, self._manager), *self._more]
 
     def _computable(self, chunks: Sequence[StoredChunk], prompts: IngestPrompts) -> list[StoredChunk]:
-        limit = self.engine.info.context_length - len(prompts.prefix_ids)
+        limit = self.engine.info.context_length - len(prompts.prefix_ids) - len(prompts.neutral_ids)
         sizes = [len(prompts.chunk_ids(chunk.text)) for chunk in chunks]
         if long := sum(size >= limit for size in sizes):
             log.warning("%d text(s) are longer than the model's context: they have no KV. Split them smaller.", long)

@@ -1,9 +1,9 @@
 """How many cached tokens of a prompt are recomputed: a share, a number of tokens, or chosen for each request (`auto`).
 
-What an answer needs is some tokens of each chunk, whatever the chunk's length, and more where the question attends to
-many places. `auto` therefore takes as many tokens as leave no more than a `tail` of the policy's mass outside the
-selection, between a floor and a ceiling that grow with the number of chunks, and at least what costs no time on this
-GPU. The constants are in `AutoRule` alone.
+What an answer needs is some tokens of each chunk, whatever the chunk's length, more where the question attends to
+many places, and a growing share of a very long prompt. `auto` therefore takes as many tokens as leave no more than a
+`tail` of the policy's mass outside the selection, between a floor and a ceiling that grow with the number of chunks,
+and at least what costs no time on this GPU. The constants are in `AutoRule` alone.
 """
 
 from __future__ import annotations
@@ -163,6 +163,8 @@ class AutoRule:
         per_prompt: Fewest tokens of a prompt.
         most_per_chunk: Most tokens for each chunk.
         most_per_prompt: A prompt of few chunks may have so many nevertheless.
+        long: In a prompt of so many cached tokens all of them are recomputed, in one of half the length half of them:
+            at least their square, divided by this. None: a long prompt needs no more than its chunks.
         nearly_all: From this share of the cached tokens on, all of them are recomputed, which is exact.
     """
 
@@ -174,6 +176,9 @@ class AutoRule:
     most_per_chunk: int = 80  # with 100 instead, no hit more
     # 8 chunks of 160 with a long instruction lose 2 hits of 14 with 256 tokens, none with 320.
     most_per_prompt: int = 384
+    # 30 chunks of 1,024 tokens lose 0.13 of the hits with 5,100 tokens, 0.07 with 8,000 and 0.03 with 15,700; 30 of 512
+    # lose 0.02 with 2,400: docs/results/neutral-h200.md.
+    long: int | None = 120_000
     nearly_all: float = 0.9  # not from the run: a tenth of the tokens saves hardly any time, and all of them are exact
 
     def __post_init__(self) -> None:
@@ -184,7 +189,7 @@ class AutoRule:
         """(floor, ceiling) of a prompt with so many chunks and cached tokens, before anything is free."""
         if self.per_chunk is None:
             return 0, cached
-        floor = max(self.per_prompt, self.per_chunk * chunks)
+        floor = max(self.per_prompt, self.per_chunk * chunks, cached * cached // self.long if self.long else 0)
         ceiling = floor if self.tail is None else max(floor, self.most_per_prompt, self.most_per_chunk * chunks)
         return min(floor, cached), min(ceiling, cached)
 

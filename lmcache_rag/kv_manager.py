@@ -69,6 +69,7 @@ class IngestPrompts(Protocol):
 
     info: EngineInfo
     prefix_ids: tuple[int, ...]
+    neutral_ids: tuple[int, ...]
     fingerprint: str
 
     def chunk_ids(self, text: str) -> tuple[int, ...]:
@@ -76,7 +77,7 @@ class IngestPrompts(Protocol):
         ...
 
     def ingest(self, chunk: str) -> IngestPrompt:
-        """Prefix ⧺ chunk."""
+        """Prefix ⧺ neutral passages ⧺ chunk."""
         ...
 
 
@@ -215,14 +216,17 @@ class KVManager:
             if fingerprint == own.fingerprint:
                 continue
             parts = SafeTokenizer.of(self._engine.tokenizer)
-            made = ChunkPrompts(parts, own.info, prefix, tenant=getattr(own, "tenant", ""))
             held = {row.chunk_id for row in self._store.registry.kv_rows(fingerprint)} & wanted
-            if made.fingerprint == fingerprint and held:
-                yield made, sorted(held)
+            tenant = getattr(own, "tenant", "")
+            for neutral in (None, own.neutral_ids, ()) if held else ():
+                made = ChunkPrompts(parts, own.info, prefix, tenant=tenant, neutral=neutral)
+                if made.fingerprint == fingerprint:
+                    yield made, sorted(held)
+                    break
 
     def _keepable(self, chunk_ids: Sequence[int], prompts: IngestPrompts) -> Iterator[IngestPrompt]:
         """Prompts of those of the chunks that can have KV."""
-        room = self._engine.info.context_length - len(prompts.prefix_ids)
+        room = self._engine.info.context_length - len(prompts.prefix_ids) - len(prompts.neutral_ids)
         for start in range(0, len(chunk_ids), _PAGE):
             for chunk in self._store.registry.chunks(chunk_ids[start : start + _PAGE]):
                 if 0 < len(prompts.chunk_ids(chunk.text)) < room:

@@ -4,7 +4,7 @@
 agent's. What they begin with, up to the first text that changes or the first passage, is the prefix. ::
 
     query   = prefix ⧺ texts and passages, in the order of the chat template
-    ingest  = prefix ⧺ passage
+    ingest  = prefix ⧺ neutral passages ⧺ passage
 
 Each text is tokenised apart, in place of a mark in the rendered chat template, so that a passage has the same ids in
 every prompt, and no text can be taken for a special token.
@@ -25,6 +25,7 @@ from typing import Any, Literal, TypeAlias
 from lmcache_rag._utils import well_formed
 from lmcache_rag.engines.base import ChunkSpan, EngineInfo, IngestPrompt, QueryPrompt, kv_key
 from lmcache_rag.errors import PromptError
+from lmcache_rag.neutral import NEUTRAL_PASSAGES, neutral_ids
 from lmcache_rag.prompt import PromptFormat
 from lmcache_rag.tokenizer import SafeTokenizer, chat_template, chat_text
 
@@ -67,14 +68,27 @@ class ChunkPrompts:
         info: The engine's facts.
         prefix_ids: The prefix.
         tenant: KV of different tenants is never shared.
+        neutral: Token ids of the neutral passages; None: the usual ones.
     """
 
-    def __init__(self, parts: SafeTokenizer, info: EngineInfo, prefix_ids: Sequence[int], *, tenant: str = "") -> None:
+    def __init__(
+        self,
+        parts: SafeTokenizer,
+        info: EngineInfo,
+        prefix_ids: Sequence[int],
+        *,
+        tenant: str = "",
+        neutral: Sequence[int] | None = None,
+    ) -> None:
         self._parts, self.info, self.tenant = parts, info, tenant
         self.prefix_ids = tuple(prefix_ids)
-        self.fingerprint = info.fingerprint(self.prefix_ids, tenant)
+        self.neutral_ids = self._make_neutral() if neutral is None else tuple(neutral)
+        self.fingerprint = info.fingerprint(self.prefix_ids, tenant, self.neutral_ids)
         self._lock = threading.Lock()
         self._chunks: OrderedDict[str, tuple[str, array[int]]] = OrderedDict()
+
+    def _make_neutral(self) -> tuple[int, ...]:
+        return neutral_ids(NEUTRAL_PASSAGES, self._parts.text, self.info.kv_block, self.info.context_length)
 
     def chunk_ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a passage; special tokens in it are plain text. The latest are cached."""
@@ -95,11 +109,18 @@ class ChunkPrompts:
         return entry
 
     def ingest(self, chunk: str) -> IngestPrompt:
-        """Prefix ⧺ passage."""
+        """Prefix ⧺ neutral passages ⧺ passage."""
         key, ids = self.chunk(chunk)
         if not ids:
             raise PromptError("A chunk has no tokens.", remedy="Leave out empty chunks.")
-        return IngestPrompt((*self.prefix_ids, *ids), len(self.prefix_ids), key, self.fingerprint)
+        return IngestPrompt(
+            (*self.prefix_ids, *self.neutral_ids, *ids),
+            len(self.prefix_ids),
+            key,
+            self.fingerprint,
+            len(self.neutral_ids),
+            self.tenant,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +186,9 @@ class MessageComposer:
                     texts.append(piece.text)
                     ids += chunk
         end = spans[-1].end if spans else len(prefix)
-        prompt = QueryPrompt(tuple(ids), len(prefix), tuple(spans), end, prompts.fingerprint)
+        prompt = QueryPrompt(
+            tuple(ids), len(prefix), tuple(spans), end, prompts.fingerprint, len(prompts.neutral_ids), self._tenant
+        )
         return MessagePrompt(prompts, prompt, tuple(texts))
 
     # -- the prefix -----------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 ::
 
     query   = prefix ⧺ chunk₁ ⧺ sep₂ ⧺ chunk₂ ⧺ … ⧺ chunkₙ ⧺ suffix(question)
-    ingest  = prefix ⧺ chunk
+    ingest  = prefix ⧺ neutral passages ⧺ chunk
 
 Parts are tokenised one by one and spliced as ids; text is never joined and tokenised again. So a chunk's ids are the
 same in every prompt, and that is what makes its KV cache reusable. A format may put a `lead` between prefix and chunk₁.
@@ -22,6 +22,7 @@ from typing import Any, Literal, TypeAlias
 from lmcache_rag._utils import well_formed
 from lmcache_rag.engines.base import ChunkSpan, EngineInfo, IngestPrompt, QueryPrompt, kv_key
 from lmcache_rag.errors import PromptError
+from lmcache_rag.neutral import NEUTRAL_PASSAGES, neutral_ids
 from lmcache_rag.tokenizer import SafeTokenizer, chat_template, chat_text
 
 SYSTEM = "You answer questions from the passages that you are given."
@@ -64,6 +65,8 @@ class PromptFormat:
         label: Before each chunk, the first too, in queries with labels only; ``{label}`` becomes the chunk's. Always
             computed, as the separators are, so the chunks' KV is the same with labels and without.
         cite: After the last chunk, in queries with labels only; ``{label}`` becomes the first chunk's.
+        neutral: Passages that stand before a chunk while its KV is computed, and in no query; see lmcache_rag.neutral.
+            Empty: a chunk's KV is computed right after the prefix, and is exact in a query's first place.
     """
 
     system: str = SYSTEM
@@ -76,6 +79,7 @@ class PromptFormat:
     lead: str = ""
     label: str = "[{label}] "
     cite: str = "\n\nCite the passages by their numbers, such as [{label}]."
+    neutral: tuple[str, ...] = NEUTRAL_PASSAGES
 
     def __post_init__(self) -> None:
         if self.question.count("{question}") != 1:
@@ -109,7 +113,8 @@ class PromptBuilder:
         self._fold_system = self._needs_folding()
         self._drops_reasoning = self._template_drops_reasoning()
         self.prefix_ids: tuple[int, ...] = self._make_prefix()
-        self.fingerprint: str = info.fingerprint(self.prefix_ids, tenant)
+        self.neutral_ids: tuple[int, ...] = self._make_neutral()
+        self.fingerprint: str = info.fingerprint(self.prefix_ids, tenant, self.neutral_ids)
 
     # -- the parts ----------------------------------------------------------------------------------------------
 
@@ -154,11 +159,18 @@ class PromptBuilder:
     # -- the prompts --------------------------------------------------------------------------------------------
 
     def ingest(self, chunk: str) -> IngestPrompt:
-        """Prefix ⧺ chunk."""
+        """Prefix ⧺ neutral passages ⧺ chunk."""
         key, ids = self._chunk(chunk)
         if not ids:
             raise PromptError("A chunk has no tokens.", remedy="Leave out empty chunks.")
-        return IngestPrompt((*self.prefix_ids, *ids), len(self.prefix_ids), key, self.fingerprint)
+        return IngestPrompt(
+            (*self.prefix_ids, *self.neutral_ids, *ids),
+            len(self.prefix_ids),
+            key,
+            self.fingerprint,
+            len(self.neutral_ids),
+            self.tenant,
+        )
 
     def query(
         self, chunks: Sequence[str], question: str, history: Sequence[Turn] = (), *, labels: Sequence[str] = ()
@@ -183,7 +195,15 @@ class PromptBuilder:
             ids += self._parts.text(lead)
         suffix_start = len(ids)
         ids += self._parts.text(self.cite_text(labels)) + self.suffix_ids(question, history)
-        return QueryPrompt(tuple(ids), len(self.prefix_ids), tuple(spans), suffix_start, self.fingerprint)
+        return QueryPrompt(
+            tuple(ids),
+            len(self.prefix_ids),
+            tuple(spans),
+            suffix_start,
+            self.fingerprint,
+            len(self.neutral_ids),
+            self.tenant,
+        )
 
     def label_text(self, label: str) -> str:
         """What stands before a chunk with this label."""
@@ -236,6 +256,9 @@ class PromptBuilder:
         self._filler, filler = self._parts.filler(self.format.filler)
         self._fillers = -(len(start) + len(end)) % self.info.kv_block
         return (*start, *(filler * self._fillers), *end)
+
+    def _make_neutral(self) -> tuple[int, ...]:
+        return neutral_ids(self.format.neutral, self._parts.text, self.info.kv_block, self.info.context_length)
 
     def _messages(self, turns: Sequence[Turn], passages: str, *, fold: bool, filler: str = "") -> list[dict[str, str]]:
         form = self.format

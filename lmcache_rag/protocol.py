@@ -28,8 +28,10 @@ RATIO: Final = "lmcache_rag.ratio"  # how many cached tokens to recompute: a sha
 BLEND: Final = "lmcache_rag.blend"  # "on", "off", a boolean, or "always": even where computing is as fast
 CHUNKS: Final = "lmcache_rag.chunks"  # [[start, end], ...]: where the chunks are in the prompt, in tokens
 PREFIX: Final = "lmcache_rag.prefix"  # tokens before the first chunk, which the prompt shares with others
-INGEST: Final = "lmcache_rag.ingest"  # true: the prompt is prefix + chunk, to be stored and indexed
-FORGET: Final = "lmcache_rag.forget"  # true: the prompt is prefix + chunk, whose KV is to be removed everywhere
+# true: the prompt is prefix + chunk, to be stored and indexed. Between the two there may be other text; then CHUNKS
+# names the chunk.
+INGEST: Final = "lmcache_rag.ingest"
+FORGET: Final = "lmcache_rag.forget"  # true: such a prompt, whose chunk's KV is to be removed everywhere
 SPANS: Final = "lmcache_rag.spans"  # true: the answer's statistics hold `spans`
 REQUEST_KEYS: Final = (POLICY, RATIO, BLEND, CHUNKS, PREFIX, INGEST, FORGET, SPANS)
 
@@ -516,6 +518,15 @@ def named_prefix(params: Any, prompt: int) -> int:
     """Tokens of the prefix that the request names; 0 if it names none, or one longer than the prompt."""
     prefix = params.get(PREFIX) if isinstance(params, Mapping) else None
     return prefix if isinstance(prefix, int) and not isinstance(prefix, bool) and 0 < prefix <= prompt else 0
+
+
+def chunk_start(params: Any, prompt: int) -> int:
+    """Where the chunk of a prompt that is ingested or forgotten begins; 0 if its prefix is not named.
+
+    At the one span that the request names, or else right after the prefix.
+    """
+    prefix, spans = named_prefix(params, prompt), named_spans(params, prompt)
+    return spans[0][0] if prefix and len(spans) == 1 and spans[0][0] >= prefix else prefix
 
 
 def ingests(params: Any) -> bool:

@@ -171,8 +171,18 @@ def test_a_rule_without_any_part_is_refused() -> None:
 def test_every_chunk_adds_to_the_bounds() -> None:
     rule = AutoRule()
     assert rule.per_chunk is not None
-    assert [rule.bounds(chunks, 10**6)[0] for chunks in (20, 40)] == [20 * rule.per_chunk, 40 * rule.per_chunk]
-    assert rule.bounds(1, 10**6) == (rule.per_prompt, rule.most_per_prompt)
+    assert [rule.bounds(chunks, 3000)[0] for chunks in (20, 40)] == [20 * rule.per_chunk, 40 * rule.per_chunk]
+    assert rule.bounds(1, 3000) == (rule.per_prompt, rule.most_per_prompt)
+
+
+def test_a_long_prompt_needs_a_growing_share() -> None:
+    rule = AutoRule()
+    assert rule.long is not None
+    shares = [rule.bounds(30, cached)[0] / cached for cached in (rule.long // 8, rule.long // 4, rule.long // 2)]
+    assert shares == [1 / 8, 1 / 4, 1 / 2]
+    assert rule.bounds(30, rule.long)[0] == rule.bounds(30, rule.long)[1] == rule.long
+    assert rule.bounds(30, 2 * rule.long) == (2 * rule.long, 2 * rule.long)
+    assert replace(rule, long=None).bounds(30, 30_000) == (30 * rule.per_chunk, 30 * rule.most_per_chunk)
     assert set(AUTO_RULES) <= {"query", "hkvd", "head"}
 
 
@@ -342,7 +352,7 @@ def test_the_scores_of_a_real_model_decide(
         assert one[1] == two[1] == "scores"
         assert abs(one[0] - two[0]) > 10
         assert {one, two} == set(chosen(AutoRule(tail=tail, per_chunk=None)))  # no bound took part
-    assert chosen(AutoRule(tail=None, per_chunk=30, per_prompt=100)) == [(210, "chunks")] * 2  # the first one is exact
+    assert chosen(AutoRule(tail=None, per_chunk=30, per_prompt=100)) == [(240, "chunks")] * 2  # of eight chunks
 
 
 def test_an_engine_says_which_budget_it_took(smollm2_engine: Any, questions: Any) -> None:

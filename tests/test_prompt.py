@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import datetime
 import json
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from lmcache_rag.engines.base import EngineInfo
 from lmcache_rag.errors import PromptError
 from lmcache_rag.message_prompt import Message, MessageComposer, Piece
+from lmcache_rag.neutral import NEUTRAL_PASSAGES
 from lmcache_rag.prompt import PromptBuilder, PromptFormat, Turn
 from lmcache_rag.tokenizer import ModelTokenizer, SafeTokenizer
 
@@ -57,6 +59,29 @@ def test_special_tokens_in_a_document_stay_text(builder, tokenizer, evil):
     assert not set(ids) & set(tokenizer.added_tokens_decoder)
     assert tokenizer.decode(ids) == evil
     assert not set(builder.suffix_ids(evil)[:-6]) & {0}
+
+
+@pytest.mark.parametrize(
+    ("block", "context", "tokens"), [(64, 8192, 512), (256, 8192, 512), (384, 8192, 768), (64, 1000, 192)]
+)
+def test_neutral_passages_stand_before_a_chunk(tokenizer, block, context, tokens):
+    builder = PromptBuilder(tokenizer, replace(INFO, kv_block=block, context_length=context))
+    ingest, query = builder.ingest("A chunk."), builder.query(["A chunk.", "Another."], "What?")
+    assert len(builder.neutral_ids) == ingest.neutral_tokens == query.neutral_tokens == tokens
+    assert ingest.chunk_start == query.computed_at == len(builder.prefix_ids) + tokens
+    assert ingest.chunk_start % block == 0
+    assert ingest.token_ids == (*builder.prefix_ids, *builder.neutral_ids, *builder.chunk_ids("A chunk."))
+    assert tokenizer.decode(builder.neutral_ids).endswith(f"{NEUTRAL_PASSAGES[-1]}\n\n")
+    assert NEUTRAL_PASSAGES[-1] not in tokenizer.decode(query.token_ids)
+
+
+def test_other_neutral_passages_are_other_kv(tokenizer):
+    forms = [PromptFormat(), PromptFormat(neutral=()), PromptFormat(neutral=("Short.",))]
+    builders = [PromptBuilder(tokenizer, INFO, format=form) for form in forms]
+    assert len({builder.ingest("A chunk.").key for builder in builders}) == 3
+    assert builders[1].ingest("A chunk.").token_ids == (*builders[1].prefix_ids, *builders[1].chunk_ids("A chunk."))
+    assert len(builders[2].neutral_ids) == 512, "a short text is repeated"
+    assert len({builder.query(["A chunk."], "What?").token_ids for builder in builders}) == 1
 
 
 def test_the_prefix_is_a_whole_number_of_blocks(tokenizer):

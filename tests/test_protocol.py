@@ -164,6 +164,23 @@ def test_a_prefix_longer_than_the_prompt_is_refused() -> None:
     assert protocol.PREFIX in wrong({protocol.PREFIX: 161}, 160)
 
 
+@pytest.mark.parametrize(
+    ("params", "start"),
+    [
+        ({protocol.PREFIX: 64}, 64),
+        ({protocol.PREFIX: 64, protocol.CHUNKS: [[576, 700]]}, 576),
+        ({protocol.PREFIX: 64, protocol.CHUNKS: [[576, 640], [640, 700]]}, 64),  # of a query, not of one chunk
+        ({protocol.PREFIX: 64, protocol.CHUNKS: [[32, 700]]}, 64),  # begins in the prefix
+        ({protocol.PREFIX: 64, protocol.CHUNKS: [[576, 701]]}, 64),  # ends after the prompt
+        ({protocol.CHUNKS: [[576, 700]]}, 0),
+        ({protocol.PREFIX: True, protocol.CHUNKS: [[576, 700]]}, 0),
+        (None, 0),
+    ],
+)
+def test_where_an_ingested_chunk_begins(params: Any, start: int) -> None:
+    assert protocol.chunk_start(params, 700) == start
+
+
 def test_too_many_spans_are_not_read() -> None:
     class Unread(list[Any]):
         def __iter__(self) -> Any:

@@ -156,7 +156,7 @@ def test_verify_finds_and_repairs_damage(parts, documents):
 
 def test_a_failed_precompute_raises_and_is_repaired(parts, documents, monkeypatch):
     whole = parts.model.forward
-    calls = iter([False, False, False, True])  # the prefix and two chunks go well
+    calls = iter([False, False, False, False, True])  # the prefix, what stands before chunks, and two chunks go well
 
     def fail(*args):
         if next(calls, False):

@@ -1,7 +1,7 @@
 """Ingested chunks whose exact KV is still resident in vLLM's own block pool on the GPU.
 
 A copy on the GPU instead of a load from LMCache. Blocks of finished requests stay in vLLM's pool until they are
-evicted, cached under hashes of everything before them; so the blocks of `prefix + chunk` are found when it is known
+evicted, cached under hashes of everything before them; so the blocks of an ingested chunk are found when it is known
 where in a prompt the chunks are. A client sends that in kv_transfer_params, see lmcache_rag.protocol.CHUNKS.
 """
 
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 
 from lmcache_rag.connector import vllm_internals
 from lmcache_rag.connector.metadata import Match
-from lmcache_rag.protocol import named_prefix, named_spans
+from lmcache_rag.protocol import chunk_start, named_prefix, named_spans
 
 _ATTEMPTS = 2
 _match: Callable[[tuple[Any, ...]], Match] = partial(tuple.__new__, Match)
@@ -135,36 +135,38 @@ class ResidentChunks:
         self, pool: BlockPool, block: int, *, uncomputed: UncomputedBlocks | None = None, max_tokens: int = 1 << 22
     ) -> None:
         self._pool, self.block, self._max_tokens = pool, block, max_tokens
-        self._known: OrderedDict[tuple[Any, bytes], tuple[Any, ...]] = OrderedDict()
+        self._known: OrderedDict[tuple[Any, bytes], tuple[int, tuple[Any, ...]]] = OrderedDict()  # (start, keys)
         self._tokens = 0  # of the blocks that are known
         self._digests: Counter[bytes] = Counter()  # of the chunks that are known, after whatever prefix
         self._pinned: dict[str, list[Any]] = {}
         self._uncomputed = UncomputedBlocks(pool, block) if uncomputed is None else uncomputed
 
-    def remember(self, tokens: array[int], hashes: Sequence[Any], prefix: int) -> None:
+    def remember(self, tokens: array[int], hashes: Sequence[Any], prefix: int, start: int = 0) -> None:
         """Remember a chunk, by the request that computed it.
 
         Args:
-            tokens: Its prompt, prefix + chunk, as 64-bit numbers.
+            tokens: Its prompt, prefix + neutral passages + chunk, as 64-bit numbers.
             hashes: The prompt's block hashes, as vLLM made them.
             prefix: Tokens of the prefix, which fills whole blocks.
+            start: Where the chunk begins, at a block's beginning; 0: right after the prefix.
         """
+        start = start or prefix
         before = self._blocks_before(hashes, prefix)
-        own = hashes[before : len(tokens) // self.block]
-        if not before or not own:
+        own = hashes[start // self.block : len(tokens) // self.block]
+        if not before or not own or start % self.block:
             return
-        name = self._name(hashes[before - 1], tokens[prefix:])
+        name = self._name(hashes[before - 1], tokens[start:])
         self._forget(name)
-        self._known[name] = tuple(map(self._pool.key, own))
+        self._known[name] = start, tuple(map(self._pool.key, own))
         self._digests[name[1]] += 1
         self._tokens += len(own) * self.block
         while self._tokens > self._max_tokens and len(self._known) > 1:
             self._forget(next(iter(self._known)))
 
-    def forget(self, tokens: array[int], hashes: Sequence[Any], prefix: int) -> None:
+    def forget(self, tokens: array[int], hashes: Sequence[Any], prefix: int, start: int = 0) -> None:
         """Forget a chunk; the arguments are those of `remember`."""
         if before := self._blocks_before(hashes, prefix):
-            self._forget(self._name(hashes[before - 1], tokens[prefix:]))
+            self._forget(self._name(hashes[before - 1], tokens[start or prefix :]))
 
     def locate(
         self, tokens: array[int], hashes: Sequence[Any], spans: Sequence[tuple[int, int]]
@@ -183,9 +185,9 @@ class ResidentChunks:
         parent, locations = hashes[before - 1], []
         for start, end in spans:
             name = self._name(parent, tokens[start:end])
-            if (keys := self._known.get(name)) is not None:
+            if (known := self._known.get(name)) is not None:
                 self._known.move_to_end(name)
-                locations.append(ChunkLocation(start, end, prefix, keys))
+                locations.append(ChunkLocation(start, end, *known))
         return locations
 
     def _blocks_before(self, hashes: Sequence[Any], prefix: int) -> int:
@@ -196,8 +198,8 @@ class ResidentChunks:
         return parent, _digest(tokens)
 
     def _forget(self, name: tuple[Any, bytes]) -> None:
-        if keys := self._known.pop(name, ()):
-            self._tokens -= len(keys) * self.block
+        if known := self._known.pop(name, None):
+            self._tokens -= len(known[1]) * self.block
             self._digests[name[1]] -= 1
             if not self._digests[name[1]]:
                 del self._digests[name[1]]
@@ -282,7 +284,8 @@ class GpuChunks:
         prompt = request.prompt_token_ids or ()
         prefix = named_prefix(request.kv_transfer_params, len(prompt))
         if 0 < prefix < len(prompt) <= request.num_computed_tokens:
-            self.resident.remember(array("q", prompt), request.block_hashes, prefix)
+            start = chunk_start(request.kv_transfer_params, len(prompt))
+            self.resident.remember(array("q", prompt), request.block_hashes, prefix, start)
 
     def seems_enough(self, request: Any) -> bool:
         """Whether so much seems to be resident that a look-up at LMCache is not needed."""

@@ -19,7 +19,7 @@ from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.connector.gpu_chunks import BlockPool, PrefixCache, ResidentChunks
 from lmcache_rag.connector.identity import Adapters
 from lmcache_rag.connector.request_state import Lookup, RequestState, has_embeddings
-from lmcache_rag.protocol import FORGET, INGEST, MAX_OFFLOAD_TOKENS, PREFIX, ingests, named_prefix
+from lmcache_rag.protocol import FORGET, INGEST, MAX_OFFLOAD_TOKENS, PREFIX, chunk_start, ingests, named_prefix
 
 log = logging.getLogger("lmcache_rag")
 
@@ -228,16 +228,16 @@ class SchedulerClient:
             lmcache_client.bypass_lmcache(tracker)
             return
         forgets = params.get(FORGET) is True
-        tracker.request_configs = self._configs(params, named_prefix(params, len(prompt)))
+        tracker.request_configs = self._configs(params, chunk_start(params, len(prompt)))
         stored = ingests(params) or self._options.store == "all"
         tracker.max_offload_tokens = 0 if forgets or not stored or not store else params.get(MAX_OFFLOAD_TOKENS)
 
     @staticmethod
-    def _configs(params: Mapping[str, Any], prefix: int = 0) -> dict[str, Any] | None:
-        """What LMCache gets with each key of a request."""
+    def _configs(params: Mapping[str, Any], start: int = 0) -> dict[str, Any] | None:
+        """What LMCache gets with each key of a request; `start`: where a chunk that is forgotten begins."""
         configs = {MAX_OFFLOAD_TOKENS: params[MAX_OFFLOAD_TOKENS]} if MAX_OFFLOAD_TOKENS in params else {}
         if params.get(FORGET) is True:
-            configs |= {FORGET: True, PREFIX: prefix}
+            configs |= {FORGET: True, PREFIX: start}
         elif ingests(params):
             configs[INGEST] = True
         return configs or None
@@ -348,7 +348,7 @@ class SchedulerClient:
 
 @dataclass
 class _RemovalRequest:
-    prefix: int
+    start: int  # where the chunk begins
     lookup: Lookup | None = None
     asked_at: float | None = None
     closed: bool = False
@@ -385,16 +385,16 @@ class Forgetting:
         if not params or params.get(FORGET) is not True or has_embeddings(request):
             return False
         prompt = request.prompt_token_ids
-        prefix = named_prefix(params, len(prompt))
-        known = self._requests[request.request_id] = _RemovalRequest(prefix, closed=not 0 < prefix < len(prompt))
+        prefix, start = named_prefix(params, len(prompt)), chunk_start(params, len(prompt))
+        known = self._requests[request.request_id] = _RemovalRequest(start, closed=not 0 < start < len(prompt))
         if known.closed:
             return True
         hashes = list(request.block_hashes)
-        self.prefix_cache.hide(request, prefix)  # before anything else: the request must not find its own blocks
+        self.prefix_cache.hide(request, start)  # before anything else: the request must not find its own blocks
         if self.resident is not None:
-            self.resident.forget(array("q", prompt), hashes, prefix)
+            self.resident.forget(array("q", prompt), hashes, prefix, start)
         if self.pool is not None:
-            self.pool.remove(hashes[prefix // self.prefix_cache.block_size :])
+            self.pool.remove(hashes[start // self.prefix_cache.block_size :])
         return True
 
     def has(self, request_id: str) -> bool:

@@ -51,8 +51,14 @@ class EngineInfo:
     falls_back: bool = True
     said_why: bool = False
 
-    def fingerprint(self, prefix_ids: Sequence[int], tenant: str = "") -> str:
-        """A hash of everything that a chunk's KV depends on besides the chunk, as 64 hex digits."""
+    def fingerprint(self, prefix_ids: Sequence[int], tenant: str = "", neutral_ids: Sequence[int] = ()) -> str:
+        """A hash of everything that a chunk's KV depends on besides the chunk, as 64 hex digits.
+
+        Args:
+            prefix_ids: The prefix.
+            tenant: Name of the tenant.
+            neutral_ids: The neutral passages that stand between the prefix and a chunk while its KV is computed.
+        """
         facts = {
             "format": KV_FORMAT,
             "model": self.model,
@@ -62,6 +68,7 @@ class EngineInfo:
             "kv_block": self.kv_block,
             "prefix": list(prefix_ids),
             "tenant": tenant,
+            **({"neutral": list(neutral_ids)} if neutral_ids else {}),
         }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
@@ -82,31 +89,64 @@ class ChunkSpan:
 
 @dataclass(frozen=True, slots=True)
 class IngestPrompt:
-    """prefix ⧺ chunk: the prompt whose chunk part is stored as KV."""
+    """prefix ⧺ neutral passages ⧺ chunk: the prompt whose chunk part is stored as KV.
+
+    Attributes:
+        token_ids: Its token ids.
+        prefix_tokens: Tokens of the prefix.
+        key: Name of the chunk's KV.
+        fingerprint: Of all that the KV depends on besides the chunk.
+        neutral_tokens: Tokens of the neutral passages, see lmcache_rag.neutral.
+        tenant: Whose KV it is; "": that of all who use the engine.
+    """
 
     token_ids: tuple[int, ...]
     prefix_tokens: int
     key: str
     fingerprint: str
+    neutral_tokens: int = 0
+    tenant: str = ""
+
+    @property
+    def chunk_start(self) -> int:
+        """Where the chunk begins."""
+        return self.prefix_tokens + self.neutral_tokens
 
     @property
     def chunk_ids(self) -> tuple[int, ...]:
         """The chunk's own tokens."""
-        return self.token_ids[self.prefix_tokens :]
+        return self.token_ids[self.chunk_start :]
 
 
 @dataclass(frozen=True, slots=True)
 class QueryPrompt:
-    """prefix ⧺ chunk₁ ⧺ sep₂ ⧺ chunk₂ ⧺ … ⧺ chunkₙ ⧺ suffix."""
+    """prefix ⧺ chunk₁ ⧺ sep₂ ⧺ chunk₂ ⧺ … ⧺ chunkₙ ⧺ suffix.
+
+    Attributes:
+        token_ids: Its token ids.
+        prefix_tokens: Tokens of the prefix.
+        chunks: Where the chunks are, in order.
+        suffix_start: Where the suffix begins.
+        fingerprint: Of all that a chunk's KV depends on besides the chunk.
+        neutral_tokens: Tokens of the neutral passages behind which the chunks' KV was computed; they are not in here.
+        tenant: Whose KV it is; "": that of all who use the engine.
+    """
 
     token_ids: tuple[int, ...]
     prefix_tokens: int
     chunks: tuple[ChunkSpan, ...]
     suffix_start: int
     fingerprint: str
+    neutral_tokens: int = 0
+    tenant: str = ""
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def computed_at(self) -> int:
+        """Where a chunk began when its KV was computed."""
+        return self.prefix_tokens + self.neutral_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,9 +110,10 @@ class ChunkCache:
 
         Args:
             prompt: The prompt.
-            first: Only one right after the prefix, whose KV is exact.
+            first: Only one whose KV is exact: without neutral passages, one right after the prefix.
         """
-        chunks = [span for span in prompt.chunks if span.start == prompt.prefix_tokens] if first else prompt.chunks
+        exact = prompt.prefix_tokens if not prompt.neutral_tokens else -1
+        chunks = [span for span in prompt.chunks if span.start == exact] if first else prompt.chunks
         found = [(span, self._store.get(prompt.fingerprint, span.key)) for span in chunks]
         return [(span, kv) for span, kv in found if kv is not None and kv.tokens == span.end - span.start]
 
@@ -121,18 +122,10 @@ class ChunkCache:
 
         The caller holds the lock and is in inference mode.
         """
-        import torch
-
         key = kv_key(fingerprint, ())
         if kv := self._store.get(fingerprint, key):
             return kv, True
-        ids = torch.tensor(prefix_ids, device=self._model.device)
-        cache = self._model.buffer(len(ids))
-        self._model.forward(ids[None], torch.arange(len(ids), device=ids.device), cache)
-        kv = ChunkKV(
-            torch.stack([layer.keys[0] for layer in cache.layers]),
-            torch.stack([layer.values[0] for layer in cache.layers]),
-        )
+        kv = self._compute_alone(prefix_ids)
         try:
             self._store.put(fingerprint, key, kv)
         except PrecomputeError as problem:  # a query must not fail because the store cannot be written
@@ -145,11 +138,36 @@ class ChunkCache:
 
     # -- inside -------------------------------------------------------------------------------------------------
 
-    def _compute(self, prompts: list[IngestPrompt]) -> dict[str, ChunkKV]:
-        """Compute chunk KV after the prefix. A batch is padded on the right, which causal attention never reads."""
+    def _before(self, prompt: IngestPrompt) -> ChunkKV:
+        """KV of all that stands before the chunk. The latest is kept in memory, with the model."""
+        prefix, _ = self.prefix(prompt.fingerprint, prompt.token_ids[: prompt.prefix_tokens])
+        if not prompt.neutral_tokens:
+            return prefix
+        ids = prompt.token_ids[: prompt.chunk_start]
+        kept = self._model.before_chunks
+        if kept is None or kept[0] != ids:
+            kept = self._model.before_chunks = (ids, self._compute_alone(ids))
+        return kept[1]
+
+    def _compute_alone(self, token_ids: tuple[int, ...]) -> ChunkKV:
         import torch
 
-        start = prompts[0].prefix_tokens
+        ids = torch.tensor(token_ids, device=self._model.device)
+        cache = self._model.buffer(len(ids))
+        self._model.forward(ids[None], torch.arange(len(ids), device=ids.device), cache)
+        return ChunkKV(
+            torch.stack([layer.keys[0] for layer in cache.layers]),
+            torch.stack([layer.values[0] for layer in cache.layers]),
+        )
+
+    def _compute(self, prompts: list[IngestPrompt]) -> dict[str, ChunkKV]:
+        """Compute KV of chunks, each after the prefix and the neutral passages.
+
+        A batch is padded on the right, which causal attention never reads.
+        """
+        import torch
+
+        start = prompts[0].chunk_start
         longest = max(len(p.chunk_ids) for p in prompts)
         if start + longest > self._info.context_length:
             raise PrecomputeError(
@@ -158,11 +176,11 @@ class ChunkCache:
             )
         try:
             with self._lock, torch.inference_mode():
-                prefix, _ = self.prefix(prompts[0].fingerprint, prompts[0].token_ids[:start])
+                before = self._before(prompts[0])
                 cache = self._model.buffer(start + longest, batch=len(prompts))
                 for index, layer in enumerate(cache.layers):
-                    layer.all_keys[:, :, :start] = prefix.keys[index]
-                    layer.all_values[:, :, :start] = prefix.values[index]
+                    layer.all_keys[:, :, :start] = before.keys[index]
+                    layer.all_values[:, :, :start] = before.values[index]
                 cache.set_length(start)
                 rows = [list(p.chunk_ids) + [0] * (longest - len(p.chunk_ids)) for p in prompts]
                 ids = torch.tensor(rows, device=self._model.device)

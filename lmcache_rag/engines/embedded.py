@@ -517,7 +517,7 @@ def _places(prompt: QueryPrompt, held: Mapping[ChunkSpan, str]) -> tuple[int, di
     exact, placed = prompt.prefix_tokens, dict[str, int]()
     end = exact
     for span, tier in held.items():
-        if span.start == exact == end and not placed:
+        if span.start == exact == end and not placed and not prompt.neutral_tokens:
             exact = end = span.end
         else:
             placed[tier] = placed.get(tier, 0) + span.end - span.start

@@ -57,8 +57,8 @@ def blended_prefill(
     """Place the prefix's and the chunks' KV, then recompute the selected tokens and the gaps.
 
     The gaps are the tokens without KV between the hits: separators and missed chunks. What follows the last hit is
-    left to the caller. A first chunk right after the prefix stands where its KV was computed: it is exact and no
-    candidate for recomputation.
+    left to the caller. Without neutral passages a first chunk right after the prefix stands where its KV was computed:
+    it is exact and no candidate for recomputation.
 
     Args:
         model: The model.
@@ -75,7 +75,7 @@ def blended_prefill(
     exact = prompt.prefix_tokens
     _place(cache, prefix, 0)
     cached = list(hits)
-    if cached and cached[0][0].start == exact:
+    if cached and cached[0][0].start == exact == prompt.computed_at:
         span, kv = cached.pop(0)
         _place(cache, kv, exact)
         exact = span.end
@@ -86,7 +86,7 @@ def blended_prefill(
     layout = Layout.of([(span.start, span.end) for span, _ in cached], device=str(ids.device))
     end = cached[-1][0].end
     gaps = _gaps(layout, exact, end)
-    cos, sin = shift_tables(model.rotary, layout.offset + prompt.prefix_tokens, layout.cached)
+    cos, sin = shift_tables(model.rotary, layout.offset + prompt.computed_at, layout.cached)
     shift_ms = 0.0
     first = 0
     for span, kv in cached:

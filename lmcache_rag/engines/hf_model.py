@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from lmcache_rag.engines.kv_files import ChunkKV
+
 
 FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2 and Qwen2.5", "qwen3": "Qwen3"}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -48,6 +50,9 @@ class HFModel:
         dtype: Element type of weights and KV.
         device: Where the weights go.
         load: Gives the transformers causal language model.
+
+    Attributes:
+        before_chunks: Token ids that stood before the chunks of the latest ingestion, and their KV; for ChunkCache.
     """
 
     def __init__(
@@ -61,6 +66,7 @@ class HFModel:
         self.layers = int(config.num_hidden_layers)
         self.kv_heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
         self.head_size = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+        self.before_chunks: tuple[tuple[int, ...], ChunkKV] | None = None
         self._load = load
         self._loaded: Any = None
         self._lock = threading.Lock()

@@ -411,14 +411,13 @@ class RequestBuilder:
 
         Without a tenant there is no salt. With one it is the fingerprint, which holds the tenant.
         """
-        plain = self.info.fingerprint(prompt.token_ids[: prompt.prefix_tokens])
         return vllm_answer.request(
             self.model,
             prompt.token_ids,
             sampling,
             params | {protocol.PREFIX: prompt.prefix_tokens},
             room=self.info.context_length - len(prompt.token_ids),
-            salt="" if prompt.fingerprint == plain else prompt.fingerprint,
+            salt=prompt.fingerprint if prompt.tenant else "",
         )
 
 
@@ -580,7 +579,8 @@ class ChunkPrecomputer:
                 f"A chunk of {len(prompt.chunk_ids)} tokens does not fit the context of {length}.",
                 remedy="Split into smaller chunks (--chunk-tokens).",
             )
-        return self.requests.build(prompt, _ONE, _EXACT | (params or {}))
+        where = {protocol.CHUNKS: [[prompt.chunk_start, len(prompt.token_ids)]]} if prompt.neutral_tokens else {}
+        return self.requests.build(prompt, _ONE, _EXACT | where | (params or {}))
 
     def _held(self, prompt: IngestPrompt, response: Any) -> bool:
         gathered = vllm_answer.Gathered()

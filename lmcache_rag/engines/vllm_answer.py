@@ -137,7 +137,7 @@ def already_held(gathered: Gathered, prompt: IngestPrompt, *, kv_block: int, vll
     # One token at least is always computed, and vLLM's own cache then gives whole blocks only.
     keeps = min(length // kv_block * kv_block, (length - 1) // vllm_block * vllm_block)
     reported = gathered.stats or {}
-    return keeps > prompt.prefix_tokens and int(reported.get("prefix_tokens", gathered.cached or 0)) >= keeps
+    return keeps > prompt.chunk_start and int(reported.get("prefix_tokens", gathered.cached or 0)) >= keeps
 
 
 def completion(

@@ -351,6 +351,25 @@ def test_a_chunk_is_not_found_after_part_of_a_block() -> None:
     assert (first.start, first.old_start) == (20, 16)
 
 
+def test_a_chunk_behind_neutral_passages_is_found() -> None:
+    """Its keys are moved from where it stood at ingestion, and its name is that of prefix and chunk alone."""
+    pool, prefix, neutral, chunk = scheduler_kit.Pool(), list(range(16)), list(range(500, 524)), list(range(100, 148))
+    ingested = prefix + neutral + chunk
+    pool.file("salt", ingested, 8)
+    chunks = ResidentChunks(pool, 8)
+    params = {"lmcache_rag.prefix": 16, "lmcache_rag.chunks": [[40, 88]]}
+    request = Request("ingest", ingested, [])
+    request.kv_transfer_params = params  # type: ignore[assignment]
+    request.block_hashes, request.num_computed_tokens = scheduler_kit.chunk_hashes("salt", ingested, 8), len(ingested)
+    GpuChunks(chunks).on_ingested(request)
+    query = array("q", [*prefix, 7, 8, *chunk])
+    own = scheduler_kit.chunk_hashes("salt", list(query), 8)
+    found = chunks.find(chunks.locate(query, own, [(16, 18), (18, 66)]))
+    assert [(match.start, match.old_start) for match in found] == [(18 + at, 40 + at) for at in range(0, 48, 8)]
+    chunks.forget(array("q", ingested), request.block_hashes, 16, 40)
+    assert (chunks.locate(query, own, [(16, 18), (18, 66)]), chunks.tokens) == ([], 0)
+
+
 def test_known_chunks_are_bounded_by_their_tokens() -> None:
     chunks = ResidentChunks(scheduler_kit.Pool(), 8, max_tokens=200)
     for number in range(50):

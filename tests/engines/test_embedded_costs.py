@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from models import tiny_model
 
 from lmcache_rag.costs import EXPLORE, KEEP
 from lmcache_rag.engines.base import BlendOptions, Completion, QueryPrompt, Sampling
 from lmcache_rag.engines.embedded import EmbeddedEngine
+from lmcache_rag.engines.hf_blend import shift_keys, shift_tables
 from lmcache_rag.engines.hf_model import HFModel
-from lmcache_rag.prompt import PromptBuilder
+from lmcache_rag.prompt import PromptBuilder, PromptFormat
 
 SHORT = Sampling(max_tokens=1)
 
@@ -21,10 +23,12 @@ SHORT = Sampling(max_tokens=1)
 class World:
     """An engine over a tiny model, and a prompt of which it has all chunks."""
 
-    def __init__(self, tokenizer: Any, folder: Path, texts: list[str], **options: Any) -> None:
+    def __init__(
+        self, tokenizer: Any, folder: Path, texts: list[str], *, form: PromptFormat | None = None, **options: Any
+    ) -> None:
         model = HFModel.wrap(tiny_model("llama"), tokenizer)
         self.engine = EmbeddedEngine.from_model(model, name="tiny", revision="0", kv_dir=folder, **options)
-        self.builder = PromptBuilder(tokenizer, self.engine.info)
+        self.builder = PromptBuilder(tokenizer, self.engine.info, format=form)
         self.texts = texts
         list(self.engine.precompute(map(self.builder.ingest, texts)))
         self.gate = self.engine._gate
@@ -69,7 +73,7 @@ def test_a_prompt_that_is_computed_as_fast_is_computed(world: World) -> None:
 
 
 def test_a_chunk_after_the_prefix_is_exact_in_both(tokenizer: Any, tmp_path: Path, corpus: list[str]) -> None:
-    world = World(tokenizer, tmp_path, corpus, min_gain=0.1)
+    world = World(tokenizer, tmp_path, corpus, form=PromptFormat(neutral=()), min_gain=0.1)
     world.teach(prefill=0.001, passes=3.0)
     prompt = world.prompt()
     held = world.engine._chunks.held(prompt)
@@ -78,6 +82,34 @@ def test_a_chunk_after_the_prefix_is_exact_in_both(tokenizer: Any, tmp_path: Pat
     done = world.ask()
     assert first.start == prompt.prefix_tokens
     assert done.stats.prefix_tokens == first.end
+
+
+def test_behind_neutral_passages_no_chunk_is_exact(world: World) -> None:
+    prompt = world.prompt()
+    assert prompt.chunks[0].start == prompt.prefix_tokens
+    done = world.ask(BlendOptions("none", 0.0))
+    cached = sum(span.end - span.start for span in prompt.chunks)
+    assert (done.stats.prefix_tokens, done.stats.reused_tokens) == (prompt.prefix_tokens, cached)
+    world.teach(prefill=0.001, passes=3.0)
+    done = world.ask()
+    assert (done.stats.decision, done.stats.prefix_tokens) == ("computed: not faster", prompt.prefix_tokens)
+
+
+def test_keys_move_from_behind_neutral_passages(world: World) -> None:
+    """KV that is reused as it is, against that of a forward pass over prefix, neutral passages and chunk."""
+    engine, builder, text = world.engine, world.builder, world.texts[0]
+    prompt = builder.query([text], "What?")
+    (span,) = prompt.chunks
+    state = engine.prefill(prompt, BlendOptions("none", 0.0, always=True), room=1)
+    ingest = builder.ingest(text)
+    model = engine._model
+    cache = model.buffer(len(ingest.token_ids))
+    ids, places = torch.tensor(ingest.token_ids), torch.arange(len(ingest.token_ids))
+    model.forward(ids[None], places, cache)
+    cos, sin = shift_tables(model.rotary, places[ingest.chunk_start :], torch.arange(span.start, span.end))
+    for mine, fresh in zip(state._cache.layers, cache.layers, strict=True):
+        want = shift_keys(fresh.all_keys[0, :, ingest.chunk_start :], cos, sin)
+        torch.testing.assert_close(mine.all_keys[0, :, span.start : span.end], want, atol=1e-4, rtol=1e-4)
 
 
 def test_a_blend_that_is_faster_is_made(world: World) -> None:

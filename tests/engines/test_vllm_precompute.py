@@ -33,7 +33,7 @@ def test_all_chunks_hit_in_20_permutations_and_add_up(engine, builder, server, c
         assert (stats.chunks_hit, stats.chunks_missed, done.warnings) == (6, 0, ())
         assert add_up(done)
         assert stats.reused_tokens > stats.recomputed_tokens > 0
-        assert stats.prefix_tokens > len(builder.prefix_ids)  # the first chunk stands where it stood at ingestion
+        assert stats.prefix_tokens == len(builder.prefix_ids)  # at ingestion the first chunk stood elsewhere
         assert (stats.load_ms, stats.blend_ms) == (1.5, 2.5)
         assert stats.ttft_ms > 0
 
@@ -47,7 +47,9 @@ def test_precompute_sends_exact_prefills_in_order(engine, builder, server, chunk
     assert sorted(body["prompt"] for body in server.seen) == sorted(list(p.token_ids) for p in prompts)
     assert {body["max_tokens"] for body in server.seen} == {1}
     params = {"lmcache_rag.blend": "off", "lmcache_rag.ingest": True, "lmcache_rag.prefix": len(builder.prefix_ids)}
-    assert all(body["kv_transfer_params"] == params for body in server.seen)
+    start = len(builder.prefix_ids) + len(builder.neutral_ids)
+    for body in server.seen:
+        assert body["kv_transfer_params"] == params | {"lmcache_rag.chunks": [[start, len(body["prompt"])]]}
     assert engine.missing(prompts) == [False] * 6
     assert not any(r.computed for r in engine.precompute(prompts))
     engine.forget([(prompts[0].fingerprint, prompts[0].key), ("unknown", "00" * 32)])
@@ -202,6 +204,7 @@ def test_forgetting_takes_a_chunk_out_of_every_server(smollm2_tokenizer, server,
                 "lmcache_rag.forget": True,
                 "lmcache.max_offload_tokens": 0,
                 "lmcache_rag.prefix": len(builder.prefix_ids),
+                "lmcache_rag.chunks": [[prompts[0].chunk_start, len(prompts[0].token_ids)]],
             }
             assert (body["prompt"], body["max_tokens"]) == (list(prompts[0].token_ids), 1)
 

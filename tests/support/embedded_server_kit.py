@@ -49,6 +49,7 @@ class EngineBackend:
     def __init__(self, engine: EmbeddedEngine, *, prompts: PromptBuilder | None = None) -> None:
         self.engine, self.tokenizer = engine, engine.tokenizer
         self.prompts = prompts or PromptBuilder(engine.tokenizer, engine.info)
+        self.neutral_tokens: dict[str, int] = {}  # by the fingerprint of what was ingested
         self.context = engine.info.context_length
         self.reused: list[int] = []  # what each question's answer took from cached chunks
         self.first_ms: list[float] = []  # of each stream: from the request to its first piece of text
@@ -100,8 +101,10 @@ class EngineBackend:
         params = body.get("kv_transfer_params") or {}
         prefix, fingerprint = self.prefix(ids, body)
         reported = {"prefix_tokens": 0, "computed_tokens": len(ids)}
-        if 0 < prefix < len(ids):
-            prompt = IngestPrompt(tuple(ids), prefix, kv_key(fingerprint, ids[prefix:]), fingerprint)
+        start = params["lmcache_rag.chunks"][0][0] if params.get("lmcache_rag.chunks") else prefix
+        if 0 < prefix <= start < len(ids):
+            prompt = IngestPrompt(tuple(ids), prefix, kv_key(fingerprint, ids[start:]), fingerprint, start - prefix)
+            self.neutral_tokens[fingerprint] = start - prefix
             [missing] = self.engine.missing([prompt])
             if not missing:
                 held = (len(ids) - 1) // VLLM_BLOCK * VLLM_BLOCK
@@ -116,7 +119,8 @@ class EngineBackend:
         prefix, fingerprint = self.prefix(ids, body)
         spans = params.get("lmcache_rag.chunks") or []
         chunks = tuple(ChunkSpan(start, end, kv_key(fingerprint, ids[start:end])) for start, end in spans)
-        prompt = QueryPrompt(tuple(ids), prefix, chunks, chunks[-1].end if chunks else prefix, fingerprint)
+        end, neutral = chunks[-1].end if chunks else prefix, self.neutral_tokens.get(fingerprint, 0)
+        prompt = QueryPrompt(tuple(ids), prefix, chunks, end, fingerprint, neutral)
         blending = (
             self.server.connector
             and not self.server.failure

@@ -39,8 +39,8 @@ class BlockMemory:
             self.chains.add((salt, tuple(ids[: start + BLOCK])))
             self.blocks[salt, tuple(ids[start : start + BLOCK])] = start
 
-    def forget(self, salt: str, ids: list[int], prefix: int) -> None:
-        for start in range(prefix, len(ids) // BLOCK * BLOCK, BLOCK):
+    def forget(self, salt: str, ids: list[int], begin: int) -> None:
+        for start in range(begin, len(ids) // BLOCK * BLOCK, BLOCK):
             self.chains.discard((salt, tuple(ids[: start + BLOCK])))
             self.blocks.pop((salt, tuple(ids[start : start + BLOCK])), None)
 
@@ -161,7 +161,7 @@ class TextBackend:
         if not self.server.connector:
             return None
         if params.get(protocol.FORGET):
-            return {"lmcache_rag": self._forget(salt, ids, params[protocol.PREFIX])}
+            return {"lmcache_rag": self._forget(salt, ids, protocol.chunk_start(params, len(ids)))}
         if self.server.why_not:
             with self.server.lock:
                 exact, _ = self.memory.find(salt, ids)
@@ -185,12 +185,12 @@ class TextBackend:
                 self.memory.keep(salt, ids, min(n for n in limits if n is not None))
             return {"lmcache_rag": self._side.finish(request)}
 
-    def _forget(self, salt: str, ids: list[int], prefix: int) -> dict[str, Any]:
+    def _forget(self, salt: str, ids: list[int], begin: int) -> dict[str, Any]:
         with self.server.lock:
             done = not self.server.cannot_forget
             self.server.cannot_forget = max(0, self.server.cannot_forget - 1)
             if done:
-                self.memory.forget(salt, ids, prefix)
+                self.memory.forget(salt, ids, begin)
         return reuse_statistics(len(ids), "query", Budget()) | {protocol.FORGOTTEN: done}
 
 
