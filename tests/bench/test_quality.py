@@ -72,9 +72,10 @@ def asked(run: QualityRun, samples: list[Sample], path: Path) -> dict[tuple[str,
 
 
 def test_arms_of_the_embedded_engine_answer_as_it_does(smollm2_engine: Any, tmp_path: Path) -> None:
-    builder = PromptBuilder(smollm2_engine.tokenizer, smollm2_engine.info)
+    form = PromptFormat(neutral=())  # behind neutral passages all answers would be the full prefill's
+    builder = PromptBuilder(smollm2_engine.tokenizer, smollm2_engine.info, format=form)
     samples = make_samples(Cell(3, 64), 2, builder.encode, tasks=["fact", "needle"], seed=7)
-    run = run_of(smollm2_engine, EmbeddedAnswers(smollm2_engine), max_tokens=16)
+    run = run_of(smollm2_engine, EmbeddedAnswers(smollm2_engine), max_tokens=16, format=form)
     records = asked(run, samples, tmp_path / "r.jsonl")
     texts = [(each.arms["full"]["text"], each.arms["none"]["text"]) for each in records.values()]
     assert any(a != b and a[:8] == b[:8] for a, b in texts), texts  # one differs in the middle
