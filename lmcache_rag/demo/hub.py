@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from lmcache_rag.demo import samples
 from lmcache_rag.demo.arms import Arm, Traffic, Wording, join_threads
 from lmcache_rag.demo.record import Problem
+from lmcache_rag.documents.finding import UPLOADS
 from lmcache_rag.errors import DocumentError, EngineError, LMCacheRAGError
 from lmcache_rag.workspace import Workspace
 
@@ -77,7 +78,7 @@ class Stack:
         embedded = self.workspace.engine.info.engine == "embedded"
         words = "Drag them into another order, or use the arrows, and ask again: blended KV is reused in any order."
         if embedded:
-            words += " An exact prefix hit there: what all prompts begin with, and whichever passage stands first."
+            words += " An exact prefix hit there: what all prompts begin with."
         if embedded and self.one_engine:
             return f"{words} Without blending, this engine has no prefix cache: it computes the whole prompt each time."
         return f"{words} Without blending, the server's prefix cache finds nothing after the first passage that moved."
@@ -264,7 +265,7 @@ class Hub:
         return f"Ingested: {report.chunks_added} new passages, {report.kv.tokens:,} tokens of KV."
 
     def _uploads(self) -> Path:
-        return Path(self.settings.store) / "uploads"
+        return Path(self.settings.store) / UPLOADS
 
 
 def _baseline(urls: str, blended: Engine, timeout: float) -> Engine:

@@ -165,11 +165,17 @@ class _Finder:
         return ""
 
     def _part_of(self, path: str) -> str:
-        """As `_excluded`, by all folders above the path too, links followed."""
-        real = Path(os.path.realpath(path))
-        return next(filter(None, (self._excluded(str(part)) for part in (real, *real.parents))), "")
+        """As `_excluded`, by all folders above the path too, links followed. A store's uploads are documents."""
+        below, real = "", Path(os.path.realpath(path))
+        for part in (real, *real.parents):
+            uploaded = below == UPLOADS and self._kind(str(part)) == _STORE
+            if not uploaded and (reason := self._excluded(str(part))):
+                return reason
+            below = part.name
+        return ""
 
 
+UPLOADS = "uploads"  # the demo keeps them in its store's folder
 _STORE, _REPOSITORY, _ENVIRONMENT = "the store", "the Git repository", "the virtual environment"
 # A virtual environment may have been made in a folder with documents: only its own parts are left out.
 _OF_ENVIRONMENTS = frozenset({"bin", "include", "lib", "lib64", "share", "Scripts", "Lib", "Include", "pyvenv.cfg"})

@@ -153,6 +153,14 @@ def project(tmp_path: Path) -> Path:
     return top
 
 
+def test_a_stores_uploads_are_documents_if_named(project: Path) -> None:
+    uploaded = project / "my-store/uploads/0a/fact.md"
+    write(uploaded)
+    assert found(uploaded) == [uploaded]
+    assert uploaded not in found(project)
+    assert "is part of the store " in problem(project / "my-store/settings.toml")
+
+
 def test_stores_git_and_environments_are_skipped(project: Path) -> None:
     wanted = [project / name for name in ("a.md", "env/notes.md", "sub/b.md")]
     assert found(project) == wanted

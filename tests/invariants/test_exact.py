@@ -13,7 +13,7 @@ from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.engines.hf_blend import shift_keys, shift_tables
 from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.policies import get_policy
-from lmcache_rag.prompt import PromptBuilder
+from lmcache_rag.prompt import PromptBuilder, PromptFormat
 
 
 def blended_logits(engine: EmbeddedEngine, prompt, policy: str, ratio: float = 0.15) -> torch.Tensor:
@@ -130,7 +130,8 @@ def test_what_is_reused_is_really_reused(smollm2_engine, smollm2_plain, sentence
 
 
 def test_a_first_chunk_in_its_own_place_is_exact(smollm2_engine, smollm2_plain, sentences):
-    builder = PromptBuilder(smollm2_engine.tokenizer, smollm2_engine.info)
+    form = PromptFormat(neutral=())  # its KV is computed right after the prefix
+    builder = PromptBuilder(smollm2_engine.tokenizer, smollm2_engine.info, format=form)
     chunk = " ".join(sentences[:5])
     list(smollm2_engine.precompute([builder.ingest(chunk)]))
     prompt = builder.query([chunk], "What is it?")
