@@ -319,8 +319,9 @@ def test_registered_passages_are_ingested_at_first_use(
     workspace = as_workspace(running.url)
     register = KVRegistry.of(workspace)
     register.add({"a": texts[0]})
-    fingerprint = running.backend.prompts.fingerprint
-    running.backend.engine.forget([(fingerprint, kv_key(fingerprint, workspace.prompts.chunk_ids(texts[0])))])
+    server = running.backend
+    fingerprint = server.engine.info.fingerprint(server.prompts.prefix_ids, server.prompts.tenant)
+    server.engine.forget([(fingerprint, kv_key(fingerprint, workspace.prompts.chunk_ids(texts[0])))])
     blender = Blender(workspace)
     assert blender.answer(blender.build_prompt(texts[:1], "What?")).stats.chunks_missed == 1
     assert blender.drain(LONG)

@@ -6,6 +6,8 @@ anything heavy is imported, so this module imports nothing heavy itself.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import os
 import shlex
@@ -159,7 +161,8 @@ def settle_streams() -> None:
     elif reconfigure := getattr(sys.stdout, "reconfigure", None):
         reconfigure(errors="backslashreplace")  # an answer must not fail on a terminal that cannot show its letters
     if reconfigure := getattr(sys.stdin, "reconfigure", None):
-        reconfigure(errors="surrogateescape")  # as in arguments: names of files keep their bytes
+        with contextlib.suppress(io.UnsupportedOperation):  # something of it was read already
+            reconfigure(errors="surrogateescape")  # as in arguments: names of files keep their bytes
 
 
 # Logs
