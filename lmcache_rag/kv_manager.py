@@ -208,7 +208,7 @@ class KVManager:
 
     def _other_prompts(self, chunk_ids: Sequence[int]) -> Iterator[tuple[IngestPrompts, list[int]]]:
         """Other prompts for which KV of these chunks is recorded, with those chunks; of this model and tenant."""
-        from lmcache_rag.message_prompt import ChunkPrompts
+        from lmcache_rag.chunk_prompts import ChunkPrompts
         from lmcache_rag.tokenizer import SafeTokenizer
 
         wanted, own = set(chunk_ids), self._prompts

@@ -16,16 +16,15 @@ import contextlib
 import json
 import re
 import threading
-from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from lmcache_rag._utils import well_formed
-from lmcache_rag.engines.base import ChunkSpan, EngineInfo, IngestPrompt, QueryPrompt, kv_key
+from lmcache_rag.chunk_prompts import ChunkPrompts
+from lmcache_rag.engines.base import ChunkSpan, EngineInfo, QueryPrompt
 from lmcache_rag.errors import PromptError
-from lmcache_rag.neutral import NEUTRAL_PASSAGES, neutral_ids
 from lmcache_rag.prompt import PromptFormat
 from lmcache_rag.tokenizer import SafeTokenizer, chat_template, chat_text
 
@@ -34,7 +33,7 @@ Kind: TypeAlias = Literal["fixed", "changing", "passage"]
 _MARK = "QXPIECE{}XQ"  # letters only: no template changes them
 _FILL = "QXFILLXQ"
 _MARKS = re.compile(r"QX(?:PIECE\d+|FILL)XQ")
-_CACHED_CHUNKS, _CACHED_PREFIXES = 8192, 64
+_CACHED_PREFIXES = 64
 _ROLES = {"user": "\n\n", "assistant": "\nAnswer: "}  # where a model has no chat template
 
 
@@ -58,69 +57,6 @@ class Message:
     def text(self) -> str:
         """The text."""
         return "".join(piece.text for piece in self.pieces)
-
-
-class ChunkPrompts:
-    """Ingest prompts of one prefix. Thread-safe.
-
-    Args:
-        parts: The model's tokenizer.
-        info: The engine's facts.
-        prefix_ids: The prefix.
-        tenant: KV of different tenants is never shared.
-        neutral: Token ids of the neutral passages; None: the usual ones.
-    """
-
-    def __init__(
-        self,
-        parts: SafeTokenizer,
-        info: EngineInfo,
-        prefix_ids: Sequence[int],
-        *,
-        tenant: str = "",
-        neutral: Sequence[int] | None = None,
-    ) -> None:
-        self._parts, self.info, self.tenant = parts, info, tenant
-        self.prefix_ids = tuple(prefix_ids)
-        self.neutral_ids = self._make_neutral() if neutral is None else tuple(neutral)
-        self.fingerprint = info.fingerprint(self.prefix_ids, tenant, self.neutral_ids)
-        self._lock = threading.Lock()
-        self._chunks: OrderedDict[str, tuple[str, array[int]]] = OrderedDict()
-
-    def _make_neutral(self) -> tuple[int, ...]:
-        return neutral_ids(NEUTRAL_PASSAGES, self._parts.text, self.info.kv_block, self.info.context_length)
-
-    def chunk_ids(self, text: str) -> tuple[int, ...]:
-        """Token ids of a passage; special tokens in it are plain text. The latest are cached."""
-        return tuple(self.chunk(text)[1])
-
-    def chunk(self, text: str) -> tuple[str, array[int]]:
-        """Key of a passage's KV, and its token ids."""
-        with self._lock:
-            if found := self._chunks.get(text):
-                self._chunks.move_to_end(text)
-                return found
-        ids = array("I", self._parts.text(text))
-        entry = (kv_key(self.fingerprint, ids), ids)
-        with self._lock:
-            self._chunks[text] = entry
-            while len(self._chunks) > _CACHED_CHUNKS:
-                self._chunks.popitem(last=False)
-        return entry
-
-    def ingest(self, chunk: str) -> IngestPrompt:
-        """Prefix ⧺ neutral passages ⧺ passage."""
-        key, ids = self.chunk(chunk)
-        if not ids:
-            raise PromptError("A chunk has no tokens.", remedy="Leave out empty chunks.")
-        return IngestPrompt(
-            (*self.prefix_ids, *self.neutral_ids, *ids),
-            len(self.prefix_ids),
-            key,
-            self.fingerprint,
-            len(self.neutral_ids),
-            self.tenant,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -310,7 +246,7 @@ def _with_filler(messages: Sequence[Message]) -> Iterator[list[Message]]:
         if messages[earlier].pieces:
             yield _changed(messages, earlier, (*messages[earlier].pieces, fill))
             break
-    # Where a template moves the fixed text behind what changes.
+    # Where a template moves the fixed text after what changes.
     for later in range(len(messages)):
         yield _changed(messages, later, (fill, *messages[later].pieces))
 

@@ -1,7 +1,7 @@
 """Neutral passages: text that stands before a chunk while its KV is computed, where a query has other passages.
 
 KV that is computed right after the prefix fits badly into a prompt of many passages, since it is that of a first
-passage. Behind a few other passages it fits better; see docs/results/neutral-h200.md. They read like passages of a
+passage. After a few other passages it fits better; see docs/results/neutral-h200.md. They read like passages of a
 corpus, all in them is made up, and they are in no query.
 """
 

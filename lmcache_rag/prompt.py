@@ -12,15 +12,13 @@ same in every prompt, and that is what makes its KV cache reusable. A format may
 from __future__ import annotations
 
 import itertools
-import threading
-from array import array
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 from lmcache_rag._utils import well_formed
-from lmcache_rag.engines.base import ChunkSpan, EngineInfo, IngestPrompt, QueryPrompt, kv_key
+from lmcache_rag.chunk_prompts import ChunkPrompts
+from lmcache_rag.engines.base import ChunkSpan, EngineInfo, IngestPrompt, QueryPrompt
 from lmcache_rag.errors import PromptError
 from lmcache_rag.neutral import NEUTRAL_PASSAGES, neutral_ids
 from lmcache_rag.tokenizer import SafeTokenizer, chat_template, chat_text
@@ -31,7 +29,6 @@ INSTRUCTION = "Answer the question with the passages below. If they do not hold 
 # Placeholders that the chat template puts where the real parts go. Letters only: no template changes them.
 _CONTEXT, _TURN, _REASON = "QXCONTEXTXQ", "QXTURN{}XQ", "QXREASONXQ"
 _THINK, _END_THINK = "<think>", "</think>"
-_CACHED_CHUNKS = 8192
 
 
 Role: TypeAlias = Literal["user", "assistant"]
@@ -107,14 +104,14 @@ class PromptBuilder:
         self.tenant = tenant
         self._tokenizer = tokenizer
         self._parts = SafeTokenizer.of(tokenizer)
-        self._lock = threading.Lock()
-        self._chunks: OrderedDict[str, tuple[str, array[int]]] = OrderedDict()
         self._has_template = bool(chat_template(tokenizer))
         self._fold_system = self._needs_folding()
         self._drops_reasoning = self._template_drops_reasoning()
-        self.prefix_ids: tuple[int, ...] = self._make_prefix()
-        self.neutral_ids: tuple[int, ...] = self._make_neutral()
-        self.fingerprint: str = info.fingerprint(self.prefix_ids, tenant, self.neutral_ids)
+        neutral = neutral_ids(self.format.neutral, self._parts.text, info.kv_block, info.context_length)
+        self._chunks = ChunkPrompts(self._parts, info, self._make_prefix(), tenant=tenant, neutral=neutral)
+        self.prefix_ids: tuple[int, ...] = self._chunks.prefix_ids
+        self.neutral_ids: tuple[int, ...] = self._chunks.neutral_ids
+        self.fingerprint: str = self._chunks.fingerprint
 
     # -- the parts ----------------------------------------------------------------------------------------------
 
@@ -125,11 +122,11 @@ class PromptBuilder:
 
     def chunk_ids(self, text: str) -> tuple[int, ...]:
         """Token ids of a chunk; special tokens in it are plain text. The latest are cached."""
-        return tuple(self._chunk(text)[1])
+        return self._chunks.chunk_ids(text)
 
     def chunk_key(self, text: str) -> str:
         """Name of the chunk's KV."""
-        return self._chunk(text)[0]
+        return self._chunks.chunk(text)[0]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of any text as it is: no special tokens are added, and none is recognised."""
@@ -160,17 +157,7 @@ class PromptBuilder:
 
     def ingest(self, chunk: str) -> IngestPrompt:
         """Prefix ⧺ neutral passages ⧺ chunk."""
-        key, ids = self._chunk(chunk)
-        if not ids:
-            raise PromptError("A chunk has no tokens.", remedy="Leave out empty chunks.")
-        return IngestPrompt(
-            (*self.prefix_ids, *self.neutral_ids, *ids),
-            len(self.prefix_ids),
-            key,
-            self.fingerprint,
-            len(self.neutral_ids),
-            self.tenant,
-        )
+        return self._chunks.ingest(chunk)
 
     def query(
         self, chunks: Sequence[str], question: str, history: Sequence[Turn] = (), *, labels: Sequence[str] = ()
@@ -188,7 +175,7 @@ class PromptBuilder:
         for rank, text in enumerate(chunks, start=1):
             before = lead if rank == 1 else self.format.separator.replace("{rank}", str(rank))
             ids += self._parts.text(before + self.label_text(labels[rank - 1]) if labels else before)
-            key, chunk = self._chunk(text)
+            key, chunk = self._chunks.chunk(text)
             spans.append(ChunkSpan(len(ids), len(ids) + len(chunk), key))
             ids += chunk
         if not chunks:
@@ -233,19 +220,6 @@ class PromptBuilder:
     def _lead(self, question: str) -> str:
         return self.format.lead.replace("{question}", question)
 
-    def _chunk(self, text: str) -> tuple[str, array[int]]:
-        with self._lock:
-            if found := self._chunks.get(text):
-                self._chunks.move_to_end(text)
-                return found
-        ids = array("I", self._parts.text(text))
-        entry = (kv_key(self.fingerprint, ids), ids)
-        with self._lock:
-            self._chunks[text] = entry
-            while len(self._chunks) > _CACHED_CHUNKS:
-                self._chunks.popitem(last=False)
-        return entry
-
     def _make_prefix(self) -> tuple[int, ...]:
         head, _ = self._split(["user"])
         before, after = _cut(head, self.format.context_head, last=True)
@@ -256,9 +230,6 @@ class PromptBuilder:
         self._filler, filler = self._parts.filler(self.format.filler)
         self._fillers = -(len(start) + len(end)) % self.info.kv_block
         return (*start, *(filler * self._fillers), *end)
-
-    def _make_neutral(self) -> tuple[int, ...]:
-        return neutral_ids(self.format.neutral, self._parts.text, self.info.kv_block, self.info.context_length)
 
     def _messages(self, turns: Sequence[Turn], passages: str, *, fold: bool, filler: str = "") -> list[dict[str, str]]:
         form = self.format

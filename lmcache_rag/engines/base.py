@@ -128,7 +128,7 @@ class QueryPrompt:
         chunks: Where the chunks are, in order.
         suffix_start: Where the suffix begins.
         fingerprint: Of all that a chunk's KV depends on besides the chunk.
-        neutral_tokens: Tokens of the neutral passages behind which the chunks' KV was computed; they are not in here.
+        neutral_tokens: Tokens of the neutral passages after which the chunks' KV was computed; they are not in here.
         tenant: Whose KV it is; "": that of all who use the engine.
     """
 

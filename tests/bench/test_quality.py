@@ -72,7 +72,7 @@ def asked(run: QualityRun, samples: list[Sample], path: Path) -> dict[tuple[str,
 
 
 def test_arms_of_the_embedded_engine_answer_as_it_does(smollm2_engine: Any, tmp_path: Path) -> None:
-    form = PromptFormat(neutral=())  # behind neutral passages all answers would be the full prefill's
+    form = PromptFormat(neutral=())  # after neutral passages all answers would be the full prefill's
     builder = PromptBuilder(smollm2_engine.tokenizer, smollm2_engine.info, format=form)
     samples = make_samples(Cell(3, 64), 2, builder.encode, tasks=["fact", "needle"], seed=7)
     run = run_of(smollm2_engine, EmbeddedAnswers(smollm2_engine), max_tokens=16, format=form)

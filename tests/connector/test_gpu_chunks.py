@@ -351,7 +351,7 @@ def test_a_chunk_is_not_found_after_part_of_a_block() -> None:
     assert (first.start, first.old_start) == (20, 16)
 
 
-def test_a_chunk_behind_neutral_passages_is_found() -> None:
+def test_a_chunk_after_neutral_passages_is_found() -> None:
     """Its keys are moved from where it stood at ingestion, and its name is that of prefix and chunk alone."""
     pool, prefix, neutral, chunk = scheduler_kit.Pool(), list(range(16)), list(range(500, 524)), list(range(100, 148))
     ingested = prefix + neutral + chunk

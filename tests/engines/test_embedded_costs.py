@@ -84,7 +84,7 @@ def test_a_chunk_after_the_prefix_is_exact_in_both(tokenizer: Any, tmp_path: Pat
     assert done.stats.prefix_tokens == first.end
 
 
-def test_behind_neutral_passages_no_chunk_is_exact(world: World) -> None:
+def test_after_neutral_passages_no_chunk_is_exact(world: World) -> None:
     prompt = world.prompt()
     assert prompt.chunks[0].start == prompt.prefix_tokens
     done = world.ask(BlendOptions("none", 0.0))
@@ -95,7 +95,7 @@ def test_behind_neutral_passages_no_chunk_is_exact(world: World) -> None:
     assert (done.stats.decision, done.stats.prefix_tokens) == ("computed: not faster", prompt.prefix_tokens)
 
 
-def test_keys_move_from_behind_neutral_passages(world: World) -> None:
+def test_keys_move_from_after_neutral_passages(world: World) -> None:
     """KV that is reused as it is, against that of a forward pass over prefix, neutral passages and chunk."""
     engine, builder, text = world.engine, world.builder, world.texts[0]
     prompt = builder.query([text], "What?")

@@ -205,7 +205,7 @@ def halves(parts, documents):
 
 @pytest.mark.parametrize("form", [PromptFormat(), PromptFormat(neutral=())])
 def test_only_the_prefix_and_chunks_in_place_are_exact(form, tiny, corpus):
-    """Behind neutral passages no chunk's KV is computed where a query has it."""
+    """After neutral passages no chunk's KV is computed where a query has it."""
     builder = PromptBuilder(tiny.tokenizer, tiny.info, format=form)
     list(tiny.precompute(map(builder.ingest, corpus[1:])))
     blend = BlendOptions("none")

@@ -116,7 +116,7 @@ class Vocabulary:
         template: The chat template.
         model_type: Of the model.
         config: Of the tokenizer.
-        control: Tokens that only the template may produce, with their ids; added behind the vocabulary if None.
+        control: Tokens that only the template may produce, with their ids; added after the vocabulary if None.
     """
 
     package: str
