@@ -58,7 +58,7 @@ def main() -> None:
     console.print(table)
     total = len(questions)
     console.print("; ".join(f"{name}: {number} of {total} right" for name, number in right.items()))
-    console.print("Questions that a very small model can answer. `lmcache-rag bench quality` measures what blending costs.")
+    console.print("Questions for a very small model. `lmcache-rag bench quality` measures what blending costs.")
 
 
 if __name__ == "__main__":
