@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
 import re
@@ -12,8 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tarfile
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -22,7 +18,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import platformdirs
+import npm_kit
 import pytest
 
 if TYPE_CHECKING:
@@ -80,21 +76,10 @@ def visit(browser: Browser, url: str, **options: Any) -> Iterator[Page]:
 
 
 def axe_source() -> str:
-    """axe-core's script, from npm's registry; kept in the user's cache folder."""
-    kept = platformdirs.user_cache_path("lmcache-rag-ci", appauthor=False) / f"axe-core-{AXE_VERSION}.tgz"
-    if not (kept.is_file() and hashlib.sha256(kept.read_bytes()).hexdigest() == AXE_SHA256):
-        if shutil.which("npm") is None:
-            pytest.skip("there is no npm, which gets axe-core")
-        with tempfile.TemporaryDirectory() as folder:
-            command = ["npm", "pack", "--silent", f"axe-core@{AXE_VERSION}"]
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=LIMIT_S)
-            assert done.returncode == 0, done.stderr
-            (packed,) = Path(folder).glob("*.tgz")
-            content = packed.read_bytes()
-        assert hashlib.sha256(content).hexdigest() == AXE_SHA256, "not the axe-core that was pinned"
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_bytes(content)
-    with tarfile.open(fileobj=io.BytesIO(kept.read_bytes())) as archive:
+    """axe-core's script, from npm's registry."""
+    if shutil.which("npm") is None:
+        pytest.skip("there is no npm, which gets axe-core")
+    with npm_kit.packed("axe-core", AXE_VERSION, AXE_SHA256) as archive:
         script = archive.extractfile("package/axe.min.js")
         assert script is not None
         return script.read().decode()
