@@ -3,12 +3,14 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+DOCS_VENV ?= build/docs-venv
+SITE ?= build/site
 STAMP := $(VENV)/.installed
 # How many processes run the tests. Each holds the models, about 3 GB.
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-full mutants lint format bench clean
+.PHONY: help install quickstart test test-full mutants lint format docs bench clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +39,12 @@ lint: $(STAMP)  ## check style, types, and how modules import each other
 format: $(STAMP)  ## format the code and mend what can be mended
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs:  ## make the documentation as a site, build/site/index.html, in an environment of its own
+	$(PYTHON) -m venv --clear $(DOCS_VENV)
+	$(DOCS_VENV)/bin/python -m pip install --disable-pip-version-check --quiet uv
+	$(DOCS_VENV)/bin/python -m uv pip install --quiet --link-mode copy --python $(DOCS_VENV)/bin/python --group docs
+	$(DOCS_VENV)/bin/mkdocs build --strict --site-dir "$(abspath $(SITE))"
 
 bench: $(STAMP)  ## measure the time to the first token
 	$(BIN)/python benchmarks/ttft.py

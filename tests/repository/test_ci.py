@@ -93,7 +93,8 @@ def test_run_has_three_scenarios_of_the_page_full_all(ci: ModuleType, monkeypatc
         assert part.command[0] == "build/ci-venv/bin/python"
         assert "--must-run" in part.command
         files = [f"tests/demo/test_browser{each}.py" for each in ("", "_access", "_faults")]
-        assert part.command[-len(selection) - 3 :] == [*selection, *files]
+        files.append("tests/repository/test_site_browser.py")
+        assert part.command[-len(selection) - 4 :] == [*selection, *files]
         assert part.before is ci.chromium
     (part,) = [part for part in ci.full_parts() if part.name == "long tests"]
     assert part.command[-1] == "full and not browser"
