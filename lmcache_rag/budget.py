@@ -163,8 +163,8 @@ class AutoRule:
         per_prompt: Fewest tokens of a prompt.
         most_per_chunk: Most tokens for each chunk.
         most_per_prompt: A prompt of few chunks may have so many nevertheless.
-        long: In a prompt of so many cached tokens all of them are recomputed, in one of half the length half of them:
-            at least their square, divided by this. None: a long prompt needs no more than its chunks.
+        long: In a prompt of so many cached tokens all of them are recomputed, in one of half the length a quarter of
+            them: at least a share that grows with the square of the length. None: no more than its chunks need.
         nearly_all: From this share of the cached tokens on, all of them are recomputed, which is exact.
     """
 
@@ -178,7 +178,7 @@ class AutoRule:
     most_per_prompt: int = 384
     # 30 chunks of 1,024 tokens lose 0.13 of the hits with 5,100 tokens, 0.07 with 8,000 and 0.03 with 15,700; 30 of 512
     # lose 0.02 with 2,400: docs/results/neutral-h200.md.
-    long: int | None = 120_000
+    long: int | None = 43_000
     nearly_all: float = 0.9  # not from the run: a tenth of the tokens saves hardly any time, and all of them are exact
 
     def __post_init__(self) -> None:
@@ -189,7 +189,8 @@ class AutoRule:
         """(floor, ceiling) of a prompt with so many chunks and cached tokens, before anything is free."""
         if self.per_chunk is None:
             return 0, cached
-        floor = max(self.per_prompt, self.per_chunk * chunks, cached * cached // self.long if self.long else 0)
+        long = cached**3 // self.long**2 if self.long else 0
+        floor = max(self.per_prompt, self.per_chunk * chunks, long)
         ceiling = floor if self.tail is None else max(floor, self.most_per_prompt, self.most_per_chunk * chunks)
         return min(floor, cached), min(ceiling, cached)
 

@@ -96,6 +96,8 @@ class BlendWorker:
         import torch
 
         self._idle = allowance.idle
+        if not (plans or self._background or self._queued):
+            return
         with torch.inference_mode():
             # Several ranks wait for a load when its job begins (BlendJob.is_loaded): what is requested in this step
             # begins in the next one, so that its KV has a step's time to arrive. One rank skips what is not there yet.

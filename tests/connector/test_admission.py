@@ -14,7 +14,7 @@ from scheduler_kit import Once, Request
 
 from lmcache_rag.budget import Budget
 from lmcache_rag.connector import admission
-from lmcache_rag.connector.admission import Admission, BlendBudget, BlendGate
+from lmcache_rag.connector.admission import EVERY, SHORT, Admission, BlendBudget, BlendGate
 from lmcache_rag.connector.metadata import (
     BlendHandshakeMetadata,
     BlendResult,
@@ -58,6 +58,17 @@ def test_others_are_held_up_by_so_many_tokens_at_most() -> None:
     assert budget.on_step({"runs"}).tokens == 100
     assert budget.on_step(()).tokens == 100, "who comes meanwhile waits no longer than others would have"
     assert budget.on_step(()).idle
+
+
+def test_few_of_the_short_steps_are_measured() -> None:
+    budget = BlendBudget(100, 1000)
+    shapes = {"short": StepShape(SHORT - 1, 0), "long": StepShape(SHORT, 0), "blend": StepShape(1, 0, blended=True)}
+    measured = {
+        name: [budget.on_step({"a"}, shape).timed is shape for _ in range(2 * EVERY)] for name, shape in shapes.items()
+    }
+    assert all(measured["long"])
+    assert all(measured["blend"]), "each tells what blending takes"
+    assert measured["short"] == [step % EVERY == 0 for step in range(2 * EVERY)]
 
 
 def test_no_more_than_some_are_under_way() -> None:
@@ -437,8 +448,8 @@ def test_a_prefills_pieces_are_timed_with_their_start() -> None:
     world = once(None)
     request = world.request(cached=(0, ()))
     world.side.on_allocated(request, list(range(13)), world.side.match(request, 8) or 0, None)
-    shapes = [world.side.build_plans({"a": tokens})[1].timed for tokens in (40, 52, 1)]
-    assert shapes == [StepShape(40, 8), StepShape(52, 48), None], "the last is no prefill"
+    shapes = [world.side.build_plans({"a": tokens})[1].timed for tokens in (2000, 1500, 1)]
+    assert shapes == [StepShape(2000, 8), StepShape(1500, 2008), None], "the last is no prefill"
 
 
 def test_measured_steps_reach_the_costs() -> None:
