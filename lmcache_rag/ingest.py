@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from lmcache_rag._utils import well_formed
-from lmcache_rag.documents import Document, find_files, load_document
+from lmcache_rag.documents import Document, ReadLimits, find_files
 from lmcache_rag.documents.finding import named_by
+from lmcache_rag.documents.loading import load_changed
+from lmcache_rag.documents.versions import is_outdated
 from lmcache_rag.errors import ConfigError, DocumentError
 from lmcache_rag.kv_manager import KVManager, KVTotals, gone_documents
 
@@ -67,6 +69,13 @@ class Failure:
 
 
 @dataclass(frozen=True, slots=True)
+class Unchanged:
+    """A file that the store holds already; it was not parsed."""
+
+    doc_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class IngestReport:
     """Result of an ingestion.
 
@@ -109,6 +118,7 @@ class IngestPlan:
         gone: Documents that would be removed with `prune`.
         kv_chunks: Chunks whose KV would be computed: the new ones, and those of unchanged documents that lack it.
         kv_tokens: Their tokens.
+        changed: Documents of the store that would change.
     """
 
     documents: int
@@ -120,6 +130,7 @@ class IngestPlan:
     gone: tuple[str, ...] = ()
     kv_chunks: int = 0
     kv_tokens: int = 0
+    changed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -131,12 +142,14 @@ class Preview:
         names: The files, folders and globs among the sources.
         items: What they mean. Documents beyond a size in all are not kept: their paths stand there.
         chunks: The chunks of the documents that are kept, by document id and content hash.
+        reparse: Whether documents that another version of their parser read are among the items.
     """
 
     plan: IngestPlan
     names: tuple[str | Path, ...]
     items: tuple[Document | Failure | Path, ...]
     chunks: Mapping[tuple[str, str], list[Chunk]]
+    reparse: bool = False
 
     @property
     def found(self) -> bool:
@@ -156,6 +169,7 @@ class Ingestor:
         kv: False only indexes; KV is then computed on first use, or by `warm`.
         on_progress: Called after each step, in the calling thread.
         lock_timeout: Seconds to wait for another writer.
+        limits: Most time and memory for reading one file; None: by environment, else 120 s and 2 GiB.
     """
 
     def __init__(
@@ -169,24 +183,34 @@ class Ingestor:
         kv: bool = True,
         on_progress: Callable[[Progress], None] | None = None,
         lock_timeout: float = 30.0,
+        limits: ReadLimits | None = None,
     ) -> None:
         self.store, self.engine, self.embedder = store, engine, embedder
         self.prompts, self.splitter = prompts, splitter
         self.kv = kv
         self.on_progress = on_progress or (lambda progress: None)
         self.lock_timeout = lock_timeout
+        self.limits = limits
         self._kv = KVManager(store, engine, prompts)
 
     def ingest(
-        self, sources: Iterable[str | Path | Document] | Preview, *, kv: bool | None = None, prune: bool = False
+        self,
+        sources: Iterable[str | Path | Document] | Preview,
+        *,
+        kv: bool | None = None,
+        prune: bool = False,
+        reparse: bool = False,
     ) -> IngestReport:
         """Ingest files, folders, globs and documents. A source that cannot be read never stops the others.
+
+        A file with the content that was read before is not read again, even if its parser has changed since.
 
         Args:
             sources: What to ingest, or the preview of it.
             kv: False only indexes; None: as the constructor was told.
             prune: Remove documents whose files are gone, if the sources name them or if a file with the same content
                 is in the store under another path.
+            reparse: Read files again that another version of their parser, or of the splitter, read.
 
         Raises:
             StoreLockedError: Another process is writing to the store.
@@ -200,11 +224,13 @@ class Ingestor:
         chunks: Mapping[tuple[str, str], list[Chunk]] = {}
         if isinstance(sources, Preview):
             names, chunks, items = list(sources.names), sources.chunks, iter(sources.items)
+            reparse = reparse or sources.reparse
         else:
             items = _noted(sources, names)
         with self.store.writing(timeout=self.lock_timeout):
-            run = _Run(self, with_kv, chunks)
-            for item in expand(items, on_found=run.expect):
+            run = _Run(self, with_kv, chunks, reparse=reparse)
+            known = _known(self.store.registry, self.splitter, reparse=reparse)
+            for item in expand(items, on_found=run.expect, is_known=known, limits=self.limits):
                 run.take(item)
             run.flush()
             run.keep_rate()
@@ -212,25 +238,42 @@ class Ingestor:
         return replace(run.report(), seconds=time.perf_counter() - begin)
 
     async def aingest(
-        self, sources: Iterable[str | Path | Document] | Preview, *, kv: bool | None = None, prune: bool = False
+        self,
+        sources: Iterable[str | Path | Document] | Preview,
+        *,
+        kv: bool | None = None,
+        prune: bool = False,
+        reparse: bool = False,
     ) -> IngestReport:
         """Async version of ingest, in a thread."""
-        return await asyncio.to_thread(self.ingest, sources, kv=kv, prune=prune)
+        return await asyncio.to_thread(self.ingest, sources, kv=kv, prune=prune, reparse=reparse)
 
-    def plan(self, sources: Iterable[str | Path | Document]) -> IngestPlan:
+    def plan(self, sources: Iterable[str | Path | Document], *, reparse: bool = False) -> IngestPlan:
         """Return what ingest would do. Writes nothing."""
-        return preview(sources, self.splitter, self.prompts, self.store.registry, most_characters=0).plan
+        return preview(
+            sources,
+            self.splitter,
+            self.prompts,
+            self.store.registry,
+            most_characters=0,
+            reparse=reparse,
+            limits=self.limits,
+        ).plan
 
-    def is_unchanged(self, document: Document) -> bool:
-        """Whether the store holds exactly this document, split like this."""
-        return _is_unchanged(self.store.registry, self.splitter, document)
+    def is_unchanged(self, document: Document, *, reparse: bool = False) -> bool:
+        """Whether the store holds exactly this document, split into chunks of this size."""
+        return _is_unchanged(self.store.registry, self.splitter, document, reparse=reparse)
 
 
 class _Run:
     """One ingestion: gathers documents and commits them batch by batch."""
 
-    def __init__(self, ingestor: Ingestor, with_kv: bool, chunks: Mapping[tuple[str, str], list[Chunk]]) -> None:
+    def __init__(
+        self, ingestor: Ingestor, with_kv: bool, chunks: Mapping[tuple[str, str], list[Chunk]], *, reparse: bool
+    ) -> None:
         self._by = ingestor
+        self._reparse = reparse
+        self._same: set[str] = set()  # documents of the batch that were read again and gave the same chunks
         self._split = chunks  # of documents that were read before
         self._with_kv = with_kv
         self._pending: dict[str, tuple[Document, list[Chunk]]] = {}
@@ -248,20 +291,23 @@ class _Run:
         """Count documents that are still to come."""
         self._documents_known += documents
 
-    def take(self, item: Document | Failure) -> None:
+    def take(self, item: Document | Failure | Unchanged) -> None:
         """Take one source; commits when a batch is full."""
         self._documents += 1
         if isinstance(item, Failure):
             self._add(failed=(*self._report.failed, item))
             log.warning("%s: %s", item.source, item.reason)
-        elif self._by.is_unchanged(item):
+        elif isinstance(item, Unchanged) or self._by.is_unchanged(item, reparse=self._reparse):
             self._add(unchanged=self._report.unchanged + 1)
             self._without_kv.append(item.doc_id)
         else:
             if item.doc_id in self._pending:  # ingested twice: the later one is stored
                 self.flush()
             chunks = self._split.get((item.doc_id, item.content_hash))
-            self._pending[item.doc_id] = (item, self._by.splitter.split(item.text) if chunks is None else chunks)
+            chunks = self._by.splitter.split_document(item) if chunks is None else chunks
+            self._pending[item.doc_id] = (item, chunks)
+            if self._reparse and _gives_same(self._by.store.registry, item, chunks):
+                self._same.add(item.doc_id)
         self._by.on_progress(Progress("document", self._documents, self._documents_known))
         waiting = sum(len(chunks) for _, chunks in self._pending.values())
         if waiting >= _BATCH_CHUNKS or len(self._pending) + len(self._without_kv) >= _BATCH_DOCUMENTS:
@@ -273,13 +319,16 @@ class _Run:
             registry = self._by.store.registry
             results = registry.put_documents(self._new_documents(), embedder=self._by.embedder.fingerprint)
             self._without_kv += [result.doc_id for result in results]
+            updated = [r.doc_id for r in results if r.status == "updated" and r.doc_id not in self._same]
             self._add(
                 added=(*self._report.added, *(r.doc_id for r in results if r.status == "added")),
-                updated=(*self._report.updated, *(r.doc_id for r in results if r.status == "updated")),
+                updated=(*self._report.updated, *updated),
+                unchanged=self._report.unchanged + len(self._same),
                 chunks_added=self._report.chunks_added + sum(r.added_chunks for r in results),
                 chunks_removed=self._report.chunks_removed + sum(r.removed_chunks for r in results),
             )
             self._pending.clear()
+            self._same.clear()
             self._by._kv.empty_trash()
         if self._with_kv and self._without_kv:
             self._compute_kv(self._without_kv)
@@ -328,7 +377,7 @@ class _Run:
         vectors = dict(zip(new, self._by.embedder.embed_documents(new), strict=True))
 
         def stored(chunk: Chunk) -> NewChunk:
-            return NewChunk(chunk.text, chunk.tokens, chunk.start, vectors.get(chunk.text))
+            return NewChunk(chunk.text, chunk.tokens, chunk.start, vectors.get(chunk.text), chunk.metadata)
 
         return [
             NewDocument(
@@ -338,6 +387,7 @@ class _Run:
                 source=document.source,
                 chunks=[stored(chunk) for chunk in chunks],
                 metadata=dict(document.metadata),
+                parser=document.parser,
             )
             for document, chunks in self._pending.values()
         ]
@@ -353,6 +403,8 @@ def preview(
     registry: Registry | None,
     *,
     most_characters: int = MOST_CHARACTERS,
+    reparse: bool = False,
+    limits: ReadLimits | None = None,
 ) -> Preview:
     """Read sources and find out what their ingestion would do. Writes nothing.
 
@@ -362,28 +414,40 @@ def preview(
         prompts: Makes the prompts.
         registry: Of the store; None if there is no store yet.
         most_characters: Most characters of documents that are kept, so that they need not be read again.
+        reparse: As Ingestor.ingest.
+        limits: Most time and memory for reading one file.
     """
-    documents, failed, unchanged = 0, list[Failure](), list[str]()
+    documents, failed, unchanged, changed = 0, list[Failure](), list[str](), list[str]()
     new: dict[str, int] = {}
     kept: dict[tuple[str, str], list[Chunk]] = {}
     items, names = list[Document | Failure | Path](), list[str | Path]()
     room = most_characters
-    for item in expand(_noted(sources, names)):
+    known_file = None if registry is None else _known(registry, splitter, reparse=reparse)
+    for item in expand(_noted(sources, names), is_known=known_file, limits=limits):
         if isinstance(item, Failure):
             failed.append(item)
             items.append(item)
+            continue
+        if isinstance(item, Unchanged):
+            unchanged.append(item.doc_id)
+            items.append(Path(item.doc_id))
             continue
         room -= len(item.text)
         # A document that a program gave cannot be read again, so it is kept in any case.
         from_file = item.doc_id == item.source and Path(item.doc_id).is_absolute()
         items.append(item if room >= 0 or not from_file else Path(item.doc_id))
-        if registry is not None and _is_unchanged(registry, splitter, item):
+        if registry is not None and _is_unchanged(registry, splitter, item, reparse=reparse):
+            unchanged.append(item.doc_id)
+            continue
+        chunks = splitter.split_document(item)
+        if room >= 0:
+            kept[item.doc_id, item.content_hash] = chunks
+        if registry is not None and reparse and _gives_same(registry, item, chunks):
             unchanged.append(item.doc_id)
             continue
         documents += 1
-        chunks = splitter.split(item.text)
-        if room >= 0:
-            kept[item.doc_id, item.content_hash] = chunks
+        if registry is not None and registry.document(item.doc_id) is not None:
+            changed.append(item.doc_id)
         known = registry.known_texts([c.text for c in chunks]).values() if registry is not None else ()
         texts = {chunk.text for chunk in known}
         new |= {c.text: c.tokens for c in chunks if c.text not in texts}
@@ -404,18 +468,41 @@ def preview(
         gone=tuple(gone),
         kv_chunks=len(new) + len(lacking),
         kv_tokens=kv_tokens,
+        changed=tuple(changed),
     )
-    return Preview(plan, tuple(names), tuple(items), kept)
+    return Preview(plan, tuple(names), tuple(items), kept, reparse)
 
 
-def _is_unchanged(registry: Registry, splitter: Splitter, document: Document) -> bool:
+def _known(registry: Registry, splitter: Splitter, *, reparse: bool) -> Callable[[str, str], bool]:
+    """Whether a file, by id and content hash, is in the store and need not be parsed."""
+
+    def known(doc_id: str, content_hash: str) -> bool:
+        record = registry.document(doc_id)
+        return record is not None and _still_holds(record, splitter, content_hash, reparse=reparse)
+
+    return known
+
+
+def _still_holds(record: DocumentRecord, splitter: Splitter, content_hash: str, *, reparse: bool) -> bool:
+    same = record.content_hash == content_hash and record.splitter.endswith(f", {splitter.sizes}")
+    return same and not (reparse and is_outdated(record))
+
+
+def _is_unchanged(registry: Registry, splitter: Splitter, document: Document, *, reparse: bool) -> bool:
     record = registry.document(document.doc_id)
     return (
         record is not None
-        and record.content_hash == document.content_hash
-        and record.splitter == splitter.fingerprint
         and record.metadata == dict(document.metadata)
+        and _still_holds(record, splitter, document.content_hash, reparse=reparse)
     )
+
+
+def _gives_same(registry: Registry, document: Document, chunks: Sequence[Chunk]) -> bool:
+    """Whether the store holds the document with the same chunks."""
+    record = registry.document(document.doc_id)
+    if record is None or record.content_hash != document.content_hash:
+        return False
+    return [chunk.text for chunk in registry.document_chunks(document.doc_id)] == [chunk.text for chunk in chunks]
 
 
 def _prunable(registry: Registry, gone: Sequence[DocumentRecord], names: Iterable[str | Path]) -> list[str]:
@@ -439,14 +526,21 @@ def _noted(sources: Iterable[str | Path | Document], names: list[str | Path]) ->
 
 
 def expand(
-    sources: Iterable[str | Path | Document | Failure], *, on_found: Callable[[int], None] | None = None
-) -> Iterator[Document | Failure]:
+    sources: Iterable[str | Path | Document | Failure],
+    *,
+    on_found: Callable[[int], None] | None = None,
+    is_known: Callable[[str, str], bool] | None = None,
+    limits: ReadLimits | None = None,
+) -> Iterator[Document | Failure | Unchanged]:
     """Read files, folders, globs and documents as documents; yields a Failure for each that cannot be read.
 
     Args:
         sources: What to ingest.
         on_found: Called with the number of items that are going to come, once it is known.
+        is_known: Whether a file, by id and content hash, need not be parsed.
+        limits: Most time and memory for reading one file; None: by environment, else the default.
     """
+    limits = limits or ReadLimits.of()
     if isinstance(sources, str | Path):
         raise ConfigError("Sources must be a list.", remedy=f"Write [{str(sources)!r}].")
     report = on_found or (lambda number: None)
@@ -466,7 +560,8 @@ def expand(
                 yield item
                 continue
             try:
-                yield load_document(item)
+                found_document = load_changed(item, is_known or (lambda doc_id, content_hash: False), limits=limits)
+                yield Unchanged(found_document) if isinstance(found_document, str) else found_document
             except DocumentError as problem:
                 yield Failure(str(item), str(problem))
 

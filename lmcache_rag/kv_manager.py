@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from lmcache_rag import lazy_fill
 from lmcache_rag.documents.access import is_gone
+from lmcache_rag.documents.versions import is_outdated, was_file
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine, EngineInfo, IngestPrompt, KVUsage, PrecomputeResult, VerifyResult
@@ -272,6 +272,7 @@ class Status:
         can_blend: Whether it can be blended.
         why_not: The reason when it cannot.
         gone: Ids of documents whose files are gone.
+        outdated: Ids of documents that another version of their parser, or of the splitter, read.
     """
 
     store: StoreStats
@@ -281,23 +282,17 @@ class Status:
     can_blend: bool
     why_not: str
     gone: tuple[str, ...] = ()
+    outdated: tuple[str, ...] = ()
 
 
 def gone_documents(registry: Registry) -> list[DocumentRecord]:
     """The documents that were read from files which are not there any more. Others never count: they had no file."""
-    return [record for record in registry.documents() if _was_file(record) and is_gone(record.doc_id)]
+    return [record for record in registry.documents() if was_file(record) and is_gone(record.doc_id)]
 
 
-def _was_file(record: DocumentRecord) -> bool:
-    """Whether load_document made it."""
-    path = Path(record.doc_id)
-    facts = record.metadata
-    return (
-        record.doc_id == record.source
-        and path.is_absolute()
-        and facts.get("name") == path.name
-        and "media_type" in facts
-    )
+def outdated_documents(registry: Registry) -> list[DocumentRecord]:
+    """The documents that were read by another version of their parser, or of the splitter, than today's."""
+    return [record for record in registry.documents() if is_outdated(record)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,9 +327,10 @@ class StoredKV:
         from lmcache_rag.engines.base import KVUsage
 
         gone = tuple(record.doc_id for record in gone_documents(self._store.registry))
+        outdated = tuple(record.doc_id for record in outdated_documents(self._store.registry))
         stats = self._store.registry.stats(known.fingerprint)
         usage = KVUsage(*self._kv.files.usage())
-        return Status(stats, usage, known.fingerprint, known.model, known.can_blend, known.why_not, gone)
+        return Status(stats, usage, known.fingerprint, known.model, known.can_blend, known.why_not, gone, outdated)
 
     def is_complete(self, fingerprint: str) -> bool:
         """Whether every chunk has its KV, recorded and in a file, and no other KV waits to be dropped."""
@@ -377,6 +373,7 @@ class Maintainer:
             info.can_blend,
             info.why_not,
             tuple(record.doc_id for record in gone_documents(self.store.registry)),
+            tuple(record.doc_id for record in outdated_documents(self.store.registry)),
         )
 
     def warm(self, *, on_chunk: Callable[[int, int, PrecomputeResult], None] | None = None) -> KVTotals:

@@ -14,7 +14,7 @@ from lmcache_rag.engines.base import BlendOptions, Sampling
 from lmcache_rag.settings import Settings
 
 if TYPE_CHECKING:
-    from lmcache_rag.documents import Document, Splitter
+    from lmcache_rag.documents import Document, ReadLimits, Splitter
     from lmcache_rag.embedding import Embedder
     from lmcache_rag.engines.base import Engine
     from lmcache_rag.ingest import Ingestor, Preview
@@ -202,14 +202,21 @@ class Workspace:
             self.prompts,
             self.splitter,
             lock_timeout=self.settings.lock_timeout_s,
+            limits=self._limits,
         )
 
-    def preview(self, sources: Iterable[str | Path | Document]) -> Preview:
+    @property
+    def _limits(self) -> ReadLimits:
+        from lmcache_rag.documents import ReadLimits
+
+        return ReadLimits(self.settings.document_seconds, self.settings.document_mb)
+
+    def preview(self, sources: Iterable[str | Path | Document], *, reparse: bool = False) -> Preview:
         """Read sources and find out what their ingestion would do; for Ingestor.ingest. Makes no store."""
         from lmcache_rag.ingest import preview
 
         registry = self.store.registry if self.has_store else None
-        return preview(sources, self.splitter, self.prompts, registry)
+        return preview(sources, self.splitter, self.prompts, registry, reparse=reparse, limits=self._limits)
 
     def ingest_rate(self) -> float:
         """Tokens a second at which KV is computed, by the store's last ingestion or measured now; 0: unknown."""

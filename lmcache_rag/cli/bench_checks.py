@@ -172,12 +172,12 @@ def read_chunks(documents: list[str], builder: PromptBuilder, size: int) -> list
     Raises:
         ConfigError: There are too few to measure with.
     """
-    from lmcache_rag.documents import Splitter
-    from lmcache_rag.ingest import Failure, expand
+    from lmcache_rag.documents import Document, Splitter
+    from lmcache_rag.ingest import expand
 
     splitter = Splitter(builder.encode, chunk_tokens=size)
-    read = [item for item in expand(documents) if not isinstance(item, Failure)]
-    texts = dict.fromkeys(chunk.text for document in read for chunk in splitter.split(document.text))
+    read = [item for item in expand(documents) if isinstance(item, Document)]
+    texts = dict.fromkeys(chunk.text for document in read for chunk in splitter.split_document(document))
     # LMCache keeps whole blocks: a chunk shorter than one is never found.
     long = [text for text in texts if len(builder.chunk_ids(text)) >= builder.info.kv_block]
     if len(long) < 10:

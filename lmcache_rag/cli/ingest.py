@@ -14,7 +14,7 @@ from rich.text import Text
 from lmcache_rag._utils import clean
 from lmcache_rag.cli.console import PARTLY
 from lmcache_rag.cli.render import count, duration, facts, place, plain, show, show_gone, size
-from lmcache_rag.cli.run import EMBED, PLACE, SPLIT, CommandContext, IngestBars, command
+from lmcache_rag.cli.run import EMBED, PLACE, READ, SPLIT, CommandContext, IngestBars, command
 from lmcache_rag.documents.finding import find_files
 from lmcache_rag.errors import ConfigError
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 GB = 1_000_000_000
 ASK_BYTES, ASK_SECONDS = 5 * GB, 600.0  # above, a person is asked first
 Paths = Annotated[
-    list[str],
+    list[str] | None,
     typer.Argument(
         metavar="PATH...",
-        help="Files, folders and globs; - reads such a list from stdin, one a line.",
+        help="Files, folders and globs; - reads such a list from stdin, one a line. With --reparse none is needed.",
         show_default=False,
     ),
 ]
@@ -39,6 +39,12 @@ Prune = Annotated[
         "--prune", help="Remove documents whose files are gone: those below PATH, and those that moved elsewhere."
     ),
 ]
+Reparse = Annotated[
+    bool,
+    typer.Option(
+        "--reparse", help="Read files again that an earlier version read: those below PATH, or all of the store."
+    ),
+]
 MaxGB = Annotated[
     float | None,
     typer.Option("--max-gb", metavar="GB", min=0, help="Refuse to compute more KV than this.", show_default=False),
@@ -47,13 +53,14 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask, however much
 NoKV = Annotated[bool, typer.Option("--no-kv", help="Only index now; KV is computed with the first use, or by warm.")]
 
 
-@command(*PLACE, *EMBED, *SPLIT)
+@command(*PLACE, *EMBED, *SPLIT, *READ)
 def ingest(
     context: CommandContext,
-    paths: Paths,
+    paths: Paths = None,
     dry_run: DryRun = False,
     no_kv: NoKV = False,
     prune: Prune = False,
+    reparse: Reparse = False,
     max_gb: MaxGB = None,
     yes: Yes = False,
 ) -> int:
@@ -68,20 +75,25 @@ def ingest(
     [bold]Examples[/bold]
       lmcache-rag ingest docs/ notes.md 'papers/**/*.pdf'
       lmcache-rag ingest docs/ --dry-run
+      lmcache-rag ingest --reparse --dry-run
       git ls-files '*.md' | lmcache-rag ingest -
     """
-    sources = list(_listed(paths))
     settings = context.settings()
+    if not paths and not reparse:
+        raise ConfigError("No PATH is named.", remedy="Name files or folders, or use --reparse.")
+    sources = list(_listed(paths)) if paths else _outdated(context)
+    if not sources and not paths:
+        return _nothing_outdated(context)
     found = [item for item in find_files(sources) if isinstance(item, Path)]
     if not found and not (settings.store / "store.db").exists():
         return _nothing(context, sources)
     with context.workspace(create=True, settings=settings) as workspace:
         context.find(workspace, embedder=False)
         with context.waiting("Reading"):
-            preview = workspace.preview(sources)
+            preview = workspace.preview(sources, reparse=reparse)
         plan = preview.plan
         if dry_run:
-            context.emit(plain(plan)) if context.json else _show_plan(context, plan, prune=prune)
+            context.emit(plain(plan)) if context.json else _show_plan(context, plan, prune=prune, reparse=reparse)
             return PARTLY if plan.failed else 0
         if not preview.found and not workspace.has_store:
             return _nothing(context, sources)
@@ -94,6 +106,24 @@ def ingest(
             report = ingestor.ingest(preview, kv=not no_kv, prune=prune)
     context.emit(plain(report)) if context.json else _show_report(context, report, with_kv=not no_kv)
     return PARTLY if report.failed else 0
+
+
+def _outdated(context: CommandContext) -> list[str]:
+    """The files that an earlier version read."""
+    from lmcache_rag.kv_manager import outdated_documents
+
+    with context.workspace(models=False) as workspace:
+        return [record.doc_id for record in outdated_documents(workspace.store.registry)]
+
+
+def _nothing_outdated(context: CommandContext) -> int:
+    from lmcache_rag.ingest import IngestReport
+
+    if context.json:
+        context.emit(plain(IngestReport()))
+    else:
+        context.message("Every file was read by today's parsers.")
+    return 0
 
 
 def _nothing(context: CommandContext, sources: list[str]) -> int:
@@ -167,7 +197,7 @@ def _listed(paths: list[str]) -> Iterator[str]:
             yield path
 
 
-def _show_plan(context: CommandContext, plan: IngestPlan, *, prune: bool) -> None:
+def _show_plan(context: CommandContext, plan: IngestPlan, *, prune: bool, reparse: bool) -> None:
     show(
         context.out,
         facts(
@@ -182,6 +212,8 @@ def _show_plan(context: CommandContext, plan: IngestPlan, *, prune: bool) -> Non
         ),
     )
     _show_failures(context, plan.failed)
+    for doc_id in plan.changed if reparse else ():
+        context.out.print(f"  {place(doc_id)} would change", soft_wrap=True)
 
 
 def _show_report(context: CommandContext, report: IngestReport, *, with_kv: bool) -> None:

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lmcache_rag._utils import clean
+from lmcache_rag.documents.types import place_words
 from lmcache_rag.protocol import budget_words, decision_sentence
 
 if TYPE_CHECKING:
@@ -240,7 +241,7 @@ def hit_place(hit: Hit) -> str:
         return f"chunk {hit.chunk_id}"
     first, others = hit.documents[0], len({d.doc_id for d in hit.documents}) - 1
     more = f", and {others} more" if others else ""
-    return f"{place(first.source)}, part {first.ordinal + 1}{more}"
+    return f"{place(first.source)}{one_line(place_words(first.metadata), 60)}, part {first.ordinal + 1}{more}"
 
 
 def hit_title(hit: Hit, limit: int) -> str:
@@ -345,6 +346,23 @@ def show_status(out: Console, path: Path, status: Status, *, read_only: bool) ->
             f"{count(store.chunks_without_embedding, 'chunk')} without embedding: no search finds them.", style="red"
         )
     show_gone(out, status.gone)
+    _show_outdated(out, status.outdated)
+
+
+def _show_outdated(out: Console, outdated: Sequence[str]) -> None:
+    """Name documents that an earlier version read, with the command that reads them again."""
+    if not outdated:
+        return
+    were = "1 document was" if len(outdated) == 1 else f"{len(outdated):,} documents were"
+    out.print(
+        f"{were} read by an earlier version; questions find them as before. To see which would change: "
+        "lmcache-rag ingest --reparse --dry-run",
+        style="yellow",
+    )
+    for doc_id in outdated[:_NAMED]:
+        out.print(f"  {place(doc_id)}", soft_wrap=True)
+    if len(outdated) > _NAMED:
+        out.print(f"  and {len(outdated) - _NAMED:,} more: lmcache-rag status --json")
 
 
 def show_documents(out: Console, records: Sequence[DocumentRecord], gone: Collection[str]) -> None:

@@ -42,6 +42,7 @@ PREFIX = str(Settings.model_config["env_prefix"])
 PLACE = ("store", "engine", "model", "device", "dtype", "kv_budget_gb")
 EMBED = ("embedder",)
 SPLIT = ("chunk_tokens", "chunk_overlap")
+READ = ("document_seconds", "document_mb")
 ANSWER = ("policy", "ratio", "blend", "cite", "top_k", "max_tokens", "temperature")
 _EVERY_S = 10.0  # between two lines without a terminal
 
@@ -296,6 +297,8 @@ _LOOKS = {
     "temperature": _Look(metavar="T"),
     "chunk_tokens": _Look(metavar="N"),
     "chunk_overlap": _Look(metavar="N"),
+    "document_seconds": _Look(metavar="S"),
+    "document_mb": _Look(metavar="MB"),
 }
 
 

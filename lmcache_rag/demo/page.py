@@ -34,6 +34,7 @@ from lmcache_rag.demo.hub import MOST_UPLOAD_BYTES
 from lmcache_rag.demo.page_answers import CheckView, Panes, RepeatView
 from lmcache_rag.demo.page_parts import CSS, PRIMARY, button, error, heading, icon_button, label, put
 from lmcache_rag.demo.record import Problem, source_name
+from lmcache_rag.documents.types import place_words
 from lmcache_rag.errors import LMCacheRAGError
 from lmcache_rag.policies import POLICIES
 
@@ -451,7 +452,8 @@ class Passages:
 
 
 def _title(hit: Hit) -> str:
-    part = f", part {hit.documents[0].ordinal + 1}" if hit.documents else ""
+    first = hit.documents[0] if hit.documents else None
+    part = f"{place_words(first.metadata)}, part {first.ordinal + 1}" if first is not None else ""
     return f"{source_name(hit)}{part}"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import re
 
+from lmcache_rag._utils import needs
 from lmcache_rag.errors import DocumentError
 
 # UTF-32 comes before UTF-16: its little-endian mark begins with that of UTF-16.
@@ -42,7 +43,8 @@ def decode(data: bytes, name: str, *, declared: str | None = None) -> str:
     Args:
         data: The raw bytes.
         name: The document, for messages.
-        declared: Encoding that the document names inside itself (HTML), used when the bytes are not UTF-8.
+        declared: Encoding that the document names inside itself (HTML, XML, mail), used when the bytes are not UTF-8.
+            The name means what browsers take it for: ISO-8859-1 is WINDOWS-1252, GB2312 is GB18030.
 
     Raises:
         DocumentError: The bytes are not text, or broken; the message has the byte's position.
@@ -52,6 +54,9 @@ def decode(data: bytes, name: str, *, declared: str | None = None) -> str:
             return _checked(data, name, marked)
     if b"\0" in data:
         raise _binary(data, name)
+    declared = codec_of(declared) if declared else None
+    if declared == "iso2022_jp" and b"\x1b$" in data:  # all of it is ASCII, and so UTF-8
+        return _checked(data, name, declared)
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -62,10 +67,67 @@ def decode(data: bytes, name: str, *, declared: str | None = None) -> str:
         raise _broken(data, name, error) from error
 
 
+# Python's codecs for the encodings of the WHATWG standard, where webencodings names narrower ones.
+_BROWSERS = {
+    "gbk": "gb18030",
+    "shift_jis": "cp932",
+    "euc-kr": "cp949",
+    "big5": "big5hkscs",
+    "windows-874": "cp874",
+    "iso-8859-8-i": "iso8859_8",
+    "iso-2022-jp": "iso2022_jp",
+    "x-mac-cyrillic": "mac_cyrillic",
+    "macintosh": "mac_roman",
+}
+_XML_DECLARATION = re.compile(rb"""<\?xml\s[^>]{0,200}?encoding\s*=\s*["']([A-Za-z0-9._:-]{1,40})["']""")
+
+
+def codec_of(label: str) -> str | None:
+    """Python's codec for an encoding's name in HTML, XML or mail, as browsers understand it; None: not known."""
+    with needs("documents"):
+        import webencodings
+
+    found = webencodings.lookup(label.strip())
+    if found is None or found.name.startswith(("x-user-defined", "replacement", "utf-16")):
+        return None
+    codec = str(found.name)
+    return _BROWSERS.get(codec, codec)
+
+
+def xml_encoding(data: bytes) -> str | None:
+    """The encoding that an XML declaration names."""
+    found = _XML_DECLARATION.match(data[:400].lstrip())
+    return found[1].decode() if found else None
+
+
 def tidy(text: str) -> str:
     r"""One kind of line end (``\n``), and no code points that cannot be stored."""
     text = text.replace("\r\n", "\n").replace("\r", "\n").replace("\0", "�")
     return _LONE_SURROGATE.sub("�", text)
+
+
+_VISIBLE = re.compile(
+    "[^\\s\\x00-\\x1f\\x7f-\\x9f\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u2028-\u202e"
+    "\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0\ufff0-\ufffb\U0001bca0-\U0001bca3\U0001d173-\U0001d17a"
+    "\U000e0000-\U000e0fff]"
+)
+
+
+def is_visible(text: str) -> bool:
+    """Whether a reader sees any character: not only white space, control characters, fillers and the like."""
+    return _VISIBLE.search(text) is not None
+
+
+# Copies of ASCII that no font shows: text can be hidden in them. Flags of regions are written with them after U+1F3F4.
+_TAGS = re.compile("(\U0001f3f4[\U000e0020-\U000e007f]{1,8})|[\U000e0000-\U000e007f]+")
+
+
+def without_tags(text: str) -> tuple[str, int]:
+    """The text without invisible tag characters, and how many there were."""
+    found = [match for match in _TAGS.finditer(text) if not match[1]]
+    if not found:
+        return text, 0
+    return _TAGS.sub(lambda match: match[1] or "", text), sum(len(match[0]) for match in found)
 
 
 def _checked(data: bytes, name: str, encoding: str) -> str:
@@ -73,10 +135,6 @@ def _checked(data: bytes, name: str, encoding: str) -> str:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         raise _broken(data, name, error) from error
-    except (LookupError, ValueError) as error:
-        raise DocumentError(
-            f"{name} declares the encoding {encoding!r}, which is not known.", remedy="Save it as UTF-8."
-        ) from error
     if "\0" in text:
         raise _binary(data, name)
     return text

@@ -1,243 +1,201 @@
-"""The text of an HTML page that a reader sees, and the text layer of a PDF file."""
+"""Which parser reads which file, and in which version."""
 
 from __future__ import annotations
 
 import io
-import logging
 import re
-import threading
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import PurePath
 
-from lmcache_rag._utils import needs
-from lmcache_rag.documents.decoding import decode
 from lmcache_rag.errors import DocumentError
 
-if TYPE_CHECKING:
-    from bs4 import Tag
 
-logger = logging.getLogger("lmcache_rag.documents")
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One kind of file.
 
-# Parsing takes some 100 times the page's size in memory, so HTML pages have a lower limit.
-MAX_HTML_BYTES = 16 * 2**20
+    Attributes:
+        name: Short name.
+        media_type: For the document's metadata.
+        suffixes: Of file names.
+        version: Raise it when the same bytes give another text, so that stores know which documents would change.
+        packages: Libraries whose version matters too.
+        reader: The parser, as module:function; it runs in a child process. Empty: the bytes are decoded, nothing else.
+    """
 
-# ruff: noqa: SIM905  (a list of quoted names would fill the screen)
-_DROPPED = frozenset("head script style template noscript svg iframe object canvas audio video datalist".split())
-_BLOCKS = frozenset(
-    """address article aside blockquote body caption center dd details dialog div dl dt fieldset figcaption figure
-    footer form h1 h2 h3 h4 h5 h6 header hgroup hr html legend li main menu nav ol option p pre search section select
-    summary table tbody textarea tfoot thead tr ul""".split()
+    name: str
+    media_type: str
+    suffixes: tuple[str, ...]
+    version: int
+    packages: tuple[str, ...] = ()
+    reader: str = ""
+
+    @property
+    def parser(self) -> str:
+        """Names the parser with its version and its libraries'."""
+        libraries = ", ".join(f"{package} {package_version(package)}" for package in self.packages)
+        return f"{self.name} {self.version}" + (f" ({libraries})" if libraries else "")
+
+
+@cache
+def package_version(package: str) -> str:
+    """The version of an installed package."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "?"
+
+
+_OFFICE = "application/vnd.openxmlformats-officedocument."
+_HERE = "lmcache_rag.documents."
+TEXT = Format("text", "text/plain", (), 1)
+HTML = Format(
+    "html", "text/html", (".html", ".htm", ".xhtml", ".shtml"), 2, ("beautifulsoup4",), f"{_HERE}html:read_html"
 )
-_TIGHT = frozenset("dd dt li option tr".split())  # follow each other without a blank line
-_HIDDEN_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
-_DECLARABLE = re.compile(r"(?:iso-?8859|windows-|cp125|latin|koi8|shift|euc|gb|big5|mac|us-ascii)", re.IGNORECASE)
-_SPACE = re.compile(r"\s+")
+PDF = Format("pdf", "application/pdf", (".pdf",), 2, ("pypdfium2", "pypdf"), f"{_HERE}pdf:read_pdf")
+MAIL = Format("mail", "message/rfc822", (".eml", ".mht", ".mhtml"), 1, (), f"{_HERE}containers:read_mail")
+EPUB = Format("epub", "application/epub+zip", (".epub",), 1, ("beautifulsoup4",), f"{_HERE}containers:read_epub")
+DOCX = Format(
+    "docx", f"{_OFFICE}wordprocessingml.document", (".docx",), 1, ("python-docx",), f"{_HERE}office:read_docx"
+)
+PPTX = Format(
+    "pptx", f"{_OFFICE}presentationml.presentation", (".pptx",), 1, ("python-pptx",), f"{_HERE}office:read_pptx"
+)
+XLSX = Format("xlsx", f"{_OFFICE}spreadsheetml.sheet", (".xlsx", ".xlsm"), 1, ("openpyxl",), f"{_HERE}office:read_xlsx")
+NOTEBOOK = Format("notebook", "application/x-ipynb+json", (".ipynb",), 1, (), f"{_HERE}containers:read_notebook")
 
-MAX_PDF_CHARACTERS = 50_000_000
-_TAIL = 2048  # the specification requires the end marker in the last 1024 bytes; real writers are less exact
-# pypdf only logs these, and continues without the page's text.
-_LOSS = re.compile(r"Error -\d+ while decompressing|Pdf(?:Read|Stream)Error\(")
-_one_at_a_time = threading.Lock()
+# Our own table of names: the one of the mimetypes module depends on the machine, and metadata must not.
+FORMATS: tuple[Format, ...] = (
+    Format("text", "text/markdown", (".md", ".markdown"), 1),
+    Format("text", "text/x-rst", (".rst",), 1),
+    Format("text", "text/csv", (".csv",), 1),
+    Format("text", "text/tab-separated-values", (".tsv",), 1),
+    Format("text", "application/json", (".json",), 1),
+    Format("text", "application/jsonl", (".jsonl",), 1),
+    Format("text", "application/xml", (".xml",), 1),
+    Format("text", "application/yaml", (".yaml", ".yml"), 1),
+    HTML,
+    PDF,
+    DOCX,
+    PPTX,
+    XLSX,
+    EPUB,
+    MAIL,
+    NOTEBOOK,
+)
+_BY_SUFFIX: Mapping[str, Format] = {suffix: each for each in FORMATS for suffix in each.suffixes}
+_PLAIN = frozenset(
+    (".txt", ".text", ".log", ".tex", ".py", ".js", ".ts", ".css", ".java", ".c", ".h", ".go", ".rs", ".sh")
+)
 
-
-def html_text(data: bytes, name: str) -> tuple[str, str]:
-    """Return (visible text, title); the title is empty where the page has none.
-
-    Scripts, styles, templates, comments and content hidden by attribute or inline style are dropped: no reader of
-    the page saw them, and a prompt must not contain them. Blocks are separated by blank lines, list items and rows
-    by line ends.
-
-    Raises:
-        DocumentError: The bytes are not text.
-    """
-    with needs("documents"):
-        from bs4 import BeautifulSoup
-        from bs4.dammit import EncodingDetector
-        from bs4.exceptions import ParserRejectedMarkup
-
-    declared = EncodingDetector.find_declared_encoding(data[:4096], is_html=True)
-    if declared is not None and not _DECLARABLE.match(declared):
-        declared = None
-    markup = _defused(decode(data, name, declared=declared))
-    with warnings.catch_warnings():
-        # bs4 warns of text that looks like XML, a file name or an address; here it is HTML by the file's name.
-        warnings.simplefilter("ignore")
-        try:
-            soup = BeautifulSoup(markup, "html.parser")
-        except ParserRejectedMarkup:  # an unknown <![section]: use the markup as text
-            soup = BeautifulSoup(markup.replace("<![", "&lt;!["), "html.parser")
-    title = soup.title or soup.h1
-    return _visible(soup), _SPACE.sub(" ", title.get_text(" ")).strip() if title else ""
-
-
-def _defused(markup: str) -> str:
-    """Turn the beginning of a tag or comment that never ends into text.
-
-    Python's parser searches for the missing end from each of them again, so that a page of 100 KB could keep it busy
-    for minutes.
-    """
-    for begin, end in (("<!--", "-->"), ("<![", "]>"), ("<", ">")):
-        last = markup.rfind(end) + 1
-        if begin in markup[last:]:
-            markup = markup[:last] + markup[last:].replace(begin, "&lt;" + begin[1:])
-    return markup
-
-
-def _visible(root: Tag) -> str:
-    """Walk the tree with an explicit stack: a hostile page nests deeper than Python may recurse."""
-    from bs4.element import CData, NavigableString, PageElement, Tag
-
-    lines: list[str] = []  # finished lines; an empty one is a paragraph's border
-    words: list[str] = []  # the line that is growing
-
-    def end_line(*, blank: bool) -> None:
-        line = _SPACE.sub(" ", "".join(words)).strip()
-        words.clear()
-        if line:
-            lines.append(line)
-        if blank and lines and lines[-1]:
-            lines.append("")
-
-    stack: list[PageElement | tuple[str, bool]] = [root]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, tuple):  # what to do where a tag ends
-            if node[0]:
-                words.append(node[0])
-            else:
-                end_line(blank=node[1])
-        elif isinstance(node, Tag):
-            if node.name in _DROPPED or _is_hidden(node):
-                continue
-            if node.name in _BLOCKS:
-                blank = node.name not in _TIGHT
-                end_line(blank=blank)
-                if node.name == "pre":
-                    lines.extend(node.get_text().strip("\n").splitlines())
-                    end_line(blank=True)
-                    continue
-                if node.name == "li":
-                    words.append("- ")
-                stack.append(("", blank))
-            elif node.name == "br":
-                end_line(blank=False)
-            elif node.name in ("td", "th"):
-                stack.append((" ", False))
-            elif node.name == "img":
-                words.append(f" {node.get('alt') or ''} ")
-            stack.extend(reversed(node.contents))
-        elif type(node) in (NavigableString, CData):  # comments and the like are subclasses
-            words.append(str(node))
-    end_line(blank=False)
-    return "\n".join(lines).strip()
+_PAGE = re.compile(
+    rb"\s*(?:<\?xml[^>]{0,200}\?>\s*)?(?:<!--.{0,2000}?-->\s*)*<(?:!doctype\s+html|html[\s>])", re.I | re.S
+)
+_OLD_OFFICE = b"\xd0\xcf\x11\xe0"
+_NOT_READ = {
+    ".docm": ("a Word document with macros", ".docx"),
+    ".pptm": ("a presentation with macros", ".pptx"),
+    ".odt": ("an OpenDocument text", ".docx"),
+    ".ods": ("an OpenDocument spreadsheet", ".xlsx"),
+    ".odp": ("an OpenDocument presentation", ".pptx"),
+    ".xlsb": ("a binary spreadsheet", ".xlsx"),
+    ".pages": ("a Pages document", ".docx"),
+    ".numbers": ("a Numbers document", ".xlsx"),
+    ".key": ("a Keynote document", ".pptx"),
+    ".rtf": ("an RTF document", ".docx"),
+    ".ps": ("a PostScript file", ".pdf"),
+    ".eps": ("a PostScript file", ".pdf"),
+    ".msg": ("an Outlook mail", ".eml"),
+}
 
 
-def _is_hidden(tag: Tag) -> bool:
-    if not tag.attrs:
-        return False
-    return tag.has_attr("hidden") or _HIDDEN_STYLE.search(str(tag.get("style") or "")) is not None
+def format_of(name: str, data: bytes, shown: str) -> Format:
+    """The format of a file, by its content where that is plain, else by its name.
 
-
-def pdf_text(data: bytes, name: str) -> tuple[str, dict[str, int | str]]:
-    """Return (text, facts), where facts holds ``pages`` and, where there is one, ``title``.
-
-    A file that is encrypted with an empty user password opens. Unpacking is bounded by pypdf's own limits.
+    Args:
+        name: The file's name.
+        data: Its content.
+        shown: The file, for messages.
 
     Raises:
-        DocumentError: Not a PDF file, encrypted, truncated, damaged, without pages, or without any text.
+        DocumentError: It is of a kind that is not read; the message names the kind to convert it to.
     """
-    if b"%PDF-" not in data[:1024]:
-        raise DocumentError(f"{name} is not a PDF file.", remedy="Rename it after what it is, or make it again.")
-    if b"%%EOF" not in data[-_TAIL:]:
-        raise DocumentError(
-            f"{name} is a truncated PDF: its end is missing.", remedy="Copy or download the whole file again."
+    suffix = PurePath(name).suffix.lower()
+    if data.startswith(b"%PDF-"):
+        return PDF
+    if data.startswith(b"PK\x03\x04"):
+        return _archive(data, suffix, shown)
+    if data.startswith(_OLD_OFFICE):
+        raise _refused(
+            shown, "an old office document, or an encrypted one", ".docx, .xlsx, .pptx or PDF, without a password"
         )
-    with needs("documents"):
-        import cryptography  # noqa: F401 - pypdf reads encrypted files with it
-        from pypdf.errors import LimitReachedError, PdfReadError
-
-    with _pypdf_messages(name) as losses:
-        try:
-            try:
-                return _read_pdf(data, name)
-            finally:
-                if losses:
-                    raise PdfReadError(losses[0])
-        except DocumentError:
-            raise
-        except LimitReachedError as error:
-            raise DocumentError(
-                f"{name} unpacks to far more data than a document has, and was rejected ({error}).",
-                remedy="Print it to a new PDF file, or leave it out.",
-            ) from error
-        except Exception as error:  # pypdf raises many kinds of errors on damaged files
-            raise DocumentError(
-                f"{name} is a damaged PDF ({type(error).__name__}: {error}).",
-                remedy="Repair it, for example with: qpdf OLD NEW",
-            ) from error
-
-
-def _read_pdf(data: bytes, name: str) -> tuple[str, dict[str, int | str]]:
-    from pypdf import PasswordType, PdfReader
-
-    reader = PdfReader(io.BytesIO(data))
-    if reader.is_encrypted and reader.decrypt("") == PasswordType.NOT_DECRYPTED:
+    if data.startswith((b"{\\rtf", b"%!PS")):
+        suffix = ".rtf" if data.startswith(b"{") else ".ps"
+    if suffix in _NOT_READ:
+        raise _refused(shown, *_NOT_READ[suffix])
+    known = _BY_SUFFIX.get(suffix)
+    if known in (DOCX, PPTX, XLSX, EPUB):
         raise DocumentError(
-            f"{name} is encrypted and needs a password.",
-            remedy="Save a copy without one, for example with: qpdf --decrypt --password=SECRET OLD NEW",
+            f"{shown} is not a .{known.name} file.", remedy="Rename it after what it is, or make it again."
         )
-    count = len(reader.pages)
-    if count == 0:
-        raise DocumentError(f"{name} is an empty PDF: it has no pages.", remedy="Make it again, or leave it out.")
-    pages: list[str] = []
-    size = 0
-    for page in reader.pages:
-        text = page.extract_text().strip()
-        size += len(text)
-        if size > MAX_PDF_CHARACTERS:
-            raise DocumentError(
-                f"{name} holds more than {MAX_PDF_CHARACTERS} characters.", remedy="Divide it into several files."
-            )
-        pages.append(text)
-    blank = pages.count("")
-    if blank == count:
-        raise DocumentError(
-            f"{name} is a PDF without text ({count} page{'s' if count > 1 else ''}; perhaps scanned pictures).",
-            remedy="Give it a text layer, for example with: ocrmypdf OLD NEW",
-        )
-    facts: dict[str, int | str] = {"pages": count}
-    if blank:
-        facts["pages_without_text"] = blank
-        logger.warning("%s: %d of %d pages hold no text and are not in the store", name, blank, count)
-    title = reader.metadata.title if reader.metadata else None
-    if title and str(title).strip().lower() not in ("", "untitled"):
-        facts["title"] = str(title).strip()
-    return "\n\n".join(text for text in pages if text), facts
+    if known is None and suffix not in _PLAIN and is_page(data):
+        return HTML  # a page without its suffix, or as a server made it: .php, .aspx
+    return known or TEXT
 
 
-@contextmanager
-def _pypdf_messages(name: str) -> Iterator[list[str]]:
-    """Collect pypdf's log records, and log them at debug level instead. Yields those that report lost text."""
-    losses: list[str] = []
+def is_page(data: bytes) -> bool:
+    """Whether a file begins as an HTML page does."""
+    return _PAGE.match(data[:4096].removeprefix(b"\xef\xbb\xbf")) is not None
 
-    class Hand(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            message = record.getMessage()
-            logger.debug("%s: pypdf: %s", name, message)
-            if _LOSS.search(message):
-                losses.append(message)
 
-    theirs, hand = logging.getLogger("pypdf"), Hand()
-    with _one_at_a_time:  # the logger is shared by all threads
-        before = theirs.propagate, theirs.level
-        theirs.addHandler(hand)
-        theirs.propagate = False
-        theirs.setLevel(logging.WARNING)  # so that lost text is reported even in a program that silenced pypdf
-        try:
-            yield losses
-        finally:
-            theirs.propagate = before[0]
-            theirs.setLevel(before[1])
-            theirs.removeHandler(hand)
+def format_by_record(media_type: str, name: str) -> Format:
+    """The format with which a file of this name would be read today, given the media type that was recorded."""
+    known = next((each for each in FORMATS if each.media_type == media_type), None)
+    if known is None or not known.reader:  # what was once read as text may have a parser of its own now
+        by_name = _BY_SUFFIX.get(PurePath(name).suffix.lower())
+        known = by_name if by_name is not None and by_name.reader else known
+    return known or TEXT
+
+
+def parser_of_record(parser: str, media_type: str) -> str:
+    """The parser of a stored document; before stores remembered it, it was the first of its kind."""
+    if parser:
+        return parser
+    return {HTML.media_type: "html 1", PDF.media_type: "pdf 1"}.get(media_type, TEXT.parser)
+
+
+def _archive(data: bytes, suffix: str, shown: str) -> Format:
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            names = set(archive.namelist())
+            kind = archive.read("mimetype")[:100].decode("latin-1") if "mimetype" in names else ""
+    except (zipfile.BadZipFile, ValueError, OSError, EOFError, RuntimeError, NotImplementedError) as error:
+        known = _BY_SUFFIX.get(suffix)
+        if known is not None and known.reader:  # its parser has the better message
+            return known
+        raise _zip(shown) from error
+    if suffix in _NOT_READ:
+        raise _refused(shown, *_NOT_READ[suffix])
+    for place, found in (("word/", DOCX), ("ppt/", PPTX), ("xl/", XLSX)):
+        if any(name.startswith(place) for name in names):
+            return found
+    if kind.startswith("application/epub") or "META-INF/container.xml" in names:
+        return EPUB
+    if "opendocument" in kind:
+        raise _refused(shown, "an OpenDocument file", ".docx, .xlsx, .pptx or PDF")
+    raise _zip(shown)
+
+
+def _zip(shown: str) -> DocumentError:
+    return DocumentError(
+        f"{shown} is binary (a ZIP archive or an office document), not text.",
+        remedy="Unpack it and ingest its files, or leave it out.",
+    )
+
+
+def _refused(shown: str, kind: str, better: str) -> DocumentError:
+    return DocumentError(f"{shown} is {kind}, which is not read.", remedy=f"Save it as {better}, or leave it out.")

@@ -317,8 +317,44 @@ _VERSION_1 = (
         BEGIN DELETE FROM trash WHERE fingerprint = NEW.fingerprint AND key = NEW.key; END""",
 )
 
+_VERSION_2 = (
+    # The parser that read the document, with its version; '' where that is not known, or a program gave the text.
+    "ALTER TABLE documents ADD COLUMN parser TEXT NOT NULL DEFAULT ''",
+    # Facts about the chunk's place, such as a page, as JSON; NULL without any.
+    "ALTER TABLE doc_chunks ADD COLUMN metadata TEXT",
+)
+
 # The statements at place i lead from version i to version i + 1; published versions never change.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1,)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2)
+
+# Temporary views that show a store of version i, which cannot be written, as one of version i + 1.
+_READ_AS: dict[int, tuple[str, ...]] = {
+    1: (
+        "CREATE TEMP VIEW documents AS SELECT *, '' AS parser FROM main.documents",
+        "CREATE TEMP VIEW doc_chunks AS SELECT *, NULL AS metadata FROM main.doc_chunks",
+    )
+}
+
+
+def read_older(connection: sqlite3.Connection, path: Path) -> None:
+    """Make a store of an older version, which cannot be written, readable through this connection.
+
+    Raises:
+        StoreError: It is empty, too old, newer than this library, or another program's.
+    """
+    if not needs_migration(connection, path):
+        return
+    version: int = connection.execute("PRAGMA user_version").fetchone()[0]
+    steps = [_READ_AS.get(step) for step in range(version, current_version())]
+    if None in steps:
+        raise cannot_migrate(connection, path)
+    if connection.execute("SELECT NOT EXISTS (SELECT 1 FROM temp.sqlite_master)").fetchone()[0]:
+        connection.execute("PRAGMA query_only = OFF")  # which forbids temporary views too
+        connection.execute("PRAGMA temp_store = MEMORY")
+        for statements in steps:
+            for statement in statements or ():
+                connection.execute(statement)
+        connection.execute("PRAGMA query_only = ON")
 
 
 def current_version() -> int:

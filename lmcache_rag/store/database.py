@@ -19,13 +19,13 @@ from lmcache_rag.errors import StoreError, StoreLockedError
 from lmcache_rag.store.connections import (
     ConnectionSource,
     LiveSource,
-    cannot_migrate,
     cannot_write,
     corrupt,
     from_os,
     migrate,
     needs_migration,
     open_for_reading,
+    read_older,
     translated,
 )
 
@@ -155,14 +155,17 @@ class Database:
             self._source: ConnectionSource = open_for_reading(path) if read_only else self._open_for_writing()
             connection = self._source.connect()
             try:
-                if needs_migration(connection, path):
-                    raise cannot_migrate(connection, path)
+                self._prepare(connection)
                 self._check_pages(connection)
             except BaseException:
                 connection.close()
                 self._source.close()
                 raise
             self._idle.append(connection)
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        if self.read_only:
+            read_older(connection, self.path)
 
     def _open_for_writing(self) -> ConnectionSource:
         if not self.path.exists() or self._is_old():
@@ -274,7 +277,13 @@ class Database:
             if self._idle:
                 return self._source, self._idle.pop()
             source = self._source
-        return source, source.connect()
+        connection = source.connect()
+        try:
+            self._prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return source, connection
 
     def _give_back(self, source: ConnectionSource, connection: sqlite3.Connection) -> None:
         try:

@@ -206,9 +206,10 @@ Scalar: TypeAlias = str | int | float | bool
 Filter: TypeAlias = Mapping[str, Scalar | Collection[Scalar]]
 
 _DOCUMENT = """SELECT doc_id, content_hash, splitter, source, metadata,
-    (SELECT count(*) FROM doc_chunks WHERE doc_chunks.doc_id = documents.doc_id), updated_at FROM documents"""
+    (SELECT count(*) FROM doc_chunks WHERE doc_chunks.doc_id = documents.doc_id), updated_at, parser FROM documents"""
 _CHUNK = "SELECT chunk_id, text, tokens, text_hash FROM chunks"
-_PLACES = """SELECT doc_chunks.chunk_id, documents.doc_id, source, ordinal, metadata, start
+_PLACES = """SELECT
+    doc_chunks.chunk_id, documents.doc_id, source, ordinal, documents.metadata, start, doc_chunks.metadata
     FROM doc_chunks JOIN documents USING (doc_id)"""
 
 
@@ -264,8 +265,8 @@ def next_documents(connection: sqlite3.Connection, after: str | None, limit: int
     return [_document(row) for row in connection.execute(sql, (after, limit))]
 
 
-def _document(row: tuple[str, str, str, str, str, int, float]) -> DocumentRecord:
-    return DocumentRecord(row[0], row[1], row[2], row[3], json.loads(row[4]), row[5], row[6])
+def _document(row: tuple[str, str, str, str, str, int, float, str]) -> DocumentRecord:
+    return DocumentRecord(row[0], row[1], row[2], row[3], json.loads(row[4]), row[5], row[6], row[7])
 
 
 def stored_chunks(
@@ -298,10 +299,11 @@ def hits(
     among = "chunk_id IN (SELECT value FROM json_each(?))"
     places: defaultdict[int, list[DocumentRef]] = defaultdict(list)
     sql, parameters = (condition.sql, condition.parameters) if condition is not None else ("TRUE", [])
-    for chunk_id, doc_id, source, ordinal, metadata, start in connection.execute(
+    for chunk_id, doc_id, source, ordinal, metadata, start, own in connection.execute(
         f"{_PLACES} WHERE doc_chunks.{among} AND {sql} ORDER BY documents.doc_id, ordinal", (ids, *parameters)
     ):
-        places[chunk_id].append(DocumentRef(doc_id, source, ordinal, json.loads(metadata), start))
+        facts = json.loads(metadata) | (json.loads(own) if own else {})
+        places[chunk_id].append(DocumentRef(doc_id, source, ordinal, facts, start))
     found = [
         Hit(chunk.chunk_id, chunk.text, scores[chunk.chunk_id], chunk.tokens, tuple(places[chunk.chunk_id]))
         for chunk in stored_chunks(connection, path, among, (ids,))
@@ -382,26 +384,32 @@ def _put_one(batch: _Batch, document: NewDocument) -> _Counts:
         "SELECT content_hash, splitter, source, metadata FROM documents WHERE doc_id = ?", (document.doc_id,)
     ).fetchone()
     old_places = connection.execute(
-        "SELECT chunk_id, start FROM doc_chunks WHERE doc_id = ? ORDER BY ordinal", (document.doc_id,)
+        "SELECT chunk_id, start, metadata FROM doc_chunks WHERE doc_id = ? ORDER BY ordinal", (document.doc_id,)
     ).fetchall()
-    places = [(chunk_id, chunk.start) for chunk_id, chunk in _chunk_ids(batch, document, counts)]
+    places = [
+        (chunk_id, chunk.start, _as_json(document.doc_id, chunk.metadata) if chunk.metadata else None)
+        for chunk_id, chunk in _chunk_ids(batch, document, counts)
+    ]
     if old_row == row and old_places == places and not counts.touched:
+        connection.execute(
+            "UPDATE documents SET parser = ?1 WHERE doc_id = ?2 AND parser <> ?1", (document.parser, document.doc_id)
+        )
         return counts
     counts.status = "added" if old_row is None else "updated"
     connection.execute(
-        """INSERT INTO documents (doc_id, content_hash, splitter, source, metadata, updated_at)
-        VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (doc_id) DO UPDATE SET content_hash = excluded.content_hash,
+        """INSERT INTO documents (doc_id, content_hash, splitter, source, metadata, updated_at, parser)
+        VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (doc_id) DO UPDATE SET content_hash = excluded.content_hash,
         splitter = excluded.splitter, source = excluded.source, metadata = excluded.metadata,
-        updated_at = excluded.updated_at""",
-        (document.doc_id, *row, time.time()),
+        updated_at = excluded.updated_at, parser = excluded.parser""",
+        (document.doc_id, *row, time.time(), document.parser),
     )
     if old_places != places:
         connection.execute("DELETE FROM doc_chunks WHERE doc_id = ?", (document.doc_id,))
         connection.executemany(
-            "INSERT INTO doc_chunks (doc_id, ordinal, chunk_id, start) VALUES (?, ?, ?, ?)",
+            "INSERT INTO doc_chunks (doc_id, ordinal, chunk_id, start, metadata) VALUES (?, ?, ?, ?, ?)",
             ((document.doc_id, ordinal, *place) for ordinal, place in enumerate(places)),
         )
-        gone = {chunk_id for chunk_id, _ in old_places} - {chunk_id for chunk_id, _ in places}
+        gone = {place[0] for place in old_places} - {place[0] for place in places}
         batch.suspects.update((chunk_id, counts) for chunk_id in gone)
     return counts
 

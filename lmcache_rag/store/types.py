@@ -35,17 +35,19 @@ class NewChunk:
         tokens: Its length in tokens.
         start: Where it begins in the document's text, in characters.
         embedding: Vector of shape [dimension], or None when the store already holds the embedding of this text.
+        metadata: Facts about its place, such as the page of a PDF file.
     """
 
     text: str
     tokens: int
     start: int
     embedding: Vector | Sequence[float] | None = field(default=None, compare=False, repr=False)
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class NewDocument:
-    """A document that is to be stored, whole; see Registry.put_document."""
+    """A document that is to be stored, whole. parser names what made its text from a file, with its version."""
 
     doc_id: str
     content_hash: str
@@ -53,6 +55,7 @@ class NewDocument:
     source: str
     chunks: Sequence[NewChunk]
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    parser: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,10 @@ class StoredChunk:
 
 @dataclass(frozen=True, slots=True)
 class DocumentRecord:
-    """The store's record of one document. chunks is a count, updated_at a Unix time in seconds."""
+    """The store's record of one document. chunks is a count, updated_at a Unix time in seconds.
+
+    parser names what made its text from a file, with its version; empty where that is not known.
+    """
 
     doc_id: str
     content_hash: str
@@ -76,11 +82,15 @@ class DocumentRecord:
     metadata: dict[str, Any]
     chunks: int
     updated_at: float
+    parser: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentRef:
-    """Position of a chunk: the ordinal-th chunk of a document, beginning at character start."""
+    """Position of a chunk: the ordinal-th chunk of a document, beginning at character start.
+
+    metadata are the facts about the document and about this place in it, such as the page of a PDF file.
+    """
 
     doc_id: str
     source: str

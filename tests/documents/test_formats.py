@@ -27,8 +27,8 @@ def test_html_gives_visible_blocks_and_title(tmp_path: Path) -> None:
     document = load_document(write(tmp_path / "a.html", PAGE))
     assert document.metadata["title"] == "Rivers & lakes"
     assert document.text == (
-        "Home\n\nRivers\n\nThe Nile flows north.\nIt is long.\n\n- one\n- two\n\nname km\nNile 7088\n\n"
-        "  kept   as\n    it is\n\na <tag> A map"
+        "Home\n\n# Rivers\n\nThe Nile flows north.\nIt is long.\n\n- one\n- two\n\n| name | km |\n| --- | --- |\n"
+        "| Nile | 7088 |\n\n```\n  kept   as\n    it is\n```\n\na <tag> A map"
     )
 
 

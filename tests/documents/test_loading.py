@@ -24,6 +24,7 @@ def test_a_document_carries_path_text_hash_and_kind(tmp_path: Path) -> None:
         content_hash=hashlib.sha256(b"Hello.\n").hexdigest(),
         source=str(path),
         metadata={"name": "a.txt", "media_type": "text/plain"},
+        parser="text 1",
     )
 
 

@@ -18,6 +18,7 @@ import pytest
 from document_kit import PDF, write_pdf
 
 from lmcache_rag.documents import Splitter, find_files, load_document
+from lmcache_rag.documents.pdf import read_pdf
 from lmcache_rag.errors import DocumentError
 
 
@@ -369,11 +370,10 @@ def test_strange_pages_are_read(tmp_path: Path, page: str, text: str) -> None:
     assert load_document(path).text == text
 
 
-def test_a_page_above_the_limit_of_html_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmcache_rag.documents.loading.MAX_HTML_BYTES", 2**20)
+def test_a_page_above_the_limit_of_html_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.html"
-    path.write_text("<p>x" * 2**19)
-    assert "HTML page of more than 1 MiB" in refused(path)
+    path.write_bytes(b"<p>x" * (2**22 + 1))
+    assert "HTML page of more than 16 MiB" in refused(path)
 
 
 @pytest.mark.parametrize("declared", ["unicode_escape", "rot13", "utf-7", "nonsense", "windows-9999"])
@@ -447,9 +447,10 @@ def test_a_pdf_that_unpacks_to_very_much_is_refused(tmp_path: Path, filters: byt
     assert time.perf_counter() - begin < 10
 
 
-def test_a_pdf_with_too_much_text_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmcache_rag.documents.formats.MAX_PDF_CHARACTERS", 100)
-    assert "holds more than 100 characters" in refused(PDF)
+def test_a_pdf_with_too_much_text_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmcache_rag.documents.pdf.MAX_PDF_CHARACTERS", 100)
+    with pytest.raises(DocumentError, match="holds more than 100 characters"):
+        read_pdf(PDF.read_bytes(), "a.pdf")
 
 
 def test_a_damaged_page_is_refused_with_pypdf_silenced(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -461,6 +462,8 @@ def test_a_damaged_page_is_refused_with_pypdf_silenced(tmp_path: Path, capfd: py
     theirs.setLevel(logging.CRITICAL)
     try:
         assert "is a damaged PDF" in refused(path)
+        with pytest.raises(DocumentError, match="is a damaged PDF"):
+            read_pdf(path.read_bytes(), "a.pdf")
         assert theirs.level == logging.CRITICAL
     finally:
         theirs.setLevel(logging.NOTSET)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,7 +30,7 @@ from store_kit import (
 )
 
 from lmcache_rag.errors import StoreError, StoreReadOnlyError, StoreVersionError
-from lmcache_rag.store import Store, connections
+from lmcache_rag.store import Store, connections, text_hash
 
 
 def test_a_newer_versions_store_is_refused_unchanged(tmp_path: Path) -> None:
@@ -50,8 +52,56 @@ def test_an_older_store_is_migrated_with_its_content(tmp_path: Path, monkeypatch
     use_everything(tmp_path)
     raw = sqlite3.connect(tmp_path / "store.db")
     assert raw.execute("SELECT language FROM documents").fetchall() == [("en",)]
-    assert raw.execute("PRAGMA user_version").fetchone() == (2,)
+    assert raw.execute("PRAGMA user_version").fetchone() == (len(connections.MIGRATIONS),)
     raw.close()
+
+
+@pytest.fixture
+def first_version(tmp_path: Path) -> Path:
+    """A store of the first version, with two documents."""
+    with monkeypatched_migrations(connections.MIGRATIONS[:1]):
+        raw = sqlite3.connect(tmp_path / "store.db", isolation_level=None)
+        connections.migrate(raw, tmp_path / "store.db")
+    raw.execute(
+        "INSERT INTO chunks (chunk_id, text_hash, tokens, text) VALUES (1, ?, 2, 'one text')", (text_hash("one text"),)
+    )
+    for name, kind in (("a.pdf", "application/pdf"), ("b.txt", "text/plain")):
+        facts = json.dumps({"name": name, "media_type": kind})
+        raw.execute(
+            "INSERT INTO documents VALUES (?, 'hash', 'splitter', ?, ?, 7)", (f"/docs/{name}", f"/docs/{name}", facts)
+        )
+        raw.execute("INSERT INTO doc_chunks VALUES (?, 0, 1, 0)", (f"/docs/{name}",))
+    assert raw.execute("PRAGMA user_version").fetchone() == (1,)
+    raw.close()
+    return tmp_path
+
+
+@contextmanager
+def monkeypatched_migrations(migrations: tuple[tuple[str, ...], ...]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(connections, "MIGRATIONS", migrations)
+        yield
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_store_of_the_first_version_opens(first_version: Path, read_only: bool) -> None:
+    with Store.open(first_version, read_only=read_only) as store:
+        records = list(store.registry.documents())
+        assert [(Path(record.doc_id).name, record.parser, record.chunks) for record in records] == [
+            ("a.pdf", "", 1),
+            ("b.txt", "", 1),
+        ]
+        assert [chunk.text for chunk in store.registry.document_chunks("/docs/a.pdf")] == ["one text"]
+        assert store.registry.stats().documents == 2
+    raw = sqlite3.connect(first_version / "store.db")
+    assert raw.execute("PRAGMA user_version").fetchone() == (1 if read_only else len(connections.MIGRATIONS),)
+    raw.close()
+
+
+def test_many_threads_read_a_first_versions_store(first_version: Path) -> None:
+    with Store.open(first_version, read_only=True) as store, ThreadPoolExecutor(8) as pool:
+        counts = list(pool.map(lambda _: store.registry.stats().documents, range(40)))
+    assert counts == [2] * 40
 
 
 def test_a_failed_migration_leaves_the_store_unchanged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
