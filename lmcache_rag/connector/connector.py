@@ -203,7 +203,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             log.exception("LMCache's metadata of a step could not be made: KV of its requests is not stored")
             meta = self._client.empty_step(scheduled, loads)
         meta.blend_plans, meta.blend_allowance = self._scheduler.build_plans(scheduled)
-        self._client.send_releases()
+        self._client.on_step()
         self.early_lookups.abort_lost()
         return meta
 

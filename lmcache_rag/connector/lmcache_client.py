@@ -49,8 +49,8 @@ PENDING_FUTURES = Patch(
 )
 BLOCK_REPORTS = Patch(
     f"{_SCHEDULER}.report_block_allocations",
-    "Block reports are sent after a step's loads, which would otherwise wait for them.",
-    "LMCache sends block reports after the loads",
+    "Block reports are sent some steps later: a request's loads and its first token would otherwise wait for them.",
+    "LMCache sends block reports after a request's first token",
 )
 _LOCKS_WHY = "Read locks are released once the server is healthy again; LMCache drops these calls while it is not."
 _LOCKS_UNTIL = "LMCache releases the locks of aborted look-ups"
@@ -180,29 +180,38 @@ class _Recent(dict[Any, Any]):
 
 
 class DeferredBlockReports:
-    """Sends LMCache's block reports, for metrics, after the step's loads instead of before.
+    """Sends LMCache's block reports, for metrics, some steps later than LMCache's connector would.
 
     LMCache's connector sends them before the workers get the step: all tokens of a new prompt would be on the wire, and
-    be read and counted by the server, before the prompt's KV is requested.
+    be read and counted by the server, before the prompt's KV is requested. The thread that serialises them also keeps
+    the engine from working. vLLM schedules a request's second step before it has delivered the token of the first.
 
     Args:
         adapter: LMCache's scheduler adapter.
     """
 
+    STEPS = 4
+
     def __init__(self, adapter: Any) -> None:
-        self._deferred: list[Any] = []
+        self._deferred: deque[list[Any]] = deque([[]])  # of each step, the last one is under way
         self._report: Callable[[list[Any]], None] = adapter.report_block_allocations
         patch_object(BLOCK_REPORTS, adapter, self._defer)
 
     def _defer(self, records: list[Any]) -> None:
-        self.send()  # the reports of earlier steps
-        self._deferred = records
+        self._deferred[-1].extend(records)
+
+    def on_step(self) -> None:
+        """A step is scheduled: send the reports of a step that was STEPS before."""
+        self._deferred.append([])
+        if len(self._deferred) > self.STEPS + 1 and (records := self._deferred.popleft()):
+            self._report(records)
 
     def send(self) -> None:
         """Send the deferred reports; before a request's session ends, or its blocks would count as used for ever."""
-        deferred, self._deferred = self._deferred, []
-        if deferred:
-            self._report(deferred)
+        records = [record for step in self._deferred for record in step]
+        self._deferred = deque([[]])
+        if records:
+            self._report(records)
 
 
 class DeferredReleases:

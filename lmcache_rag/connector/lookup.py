@@ -187,7 +187,7 @@ class LookupClient(Protocol):
 class SchedulerClient:
     """The scheduler's half of LMCache's connector: its adapter, and what it records of each request (its trackers).
 
-    Patches the adapter: block reports are sent after a step's loads, and read locks that cannot be released now are
+    Patches the adapter: block reports are sent some steps later, and read locks that cannot be released now are
     released later, see lmcache_client.DeferredBlockReports and DeferredReleases.
 
     Args:
@@ -316,9 +316,10 @@ class SchedulerClient:
             self.stop_storing(request_id)  # its blocks may not have been recorded
         return lmcache_client.empty_metadata(loads)
 
-    def send_releases(self) -> None:
-        """Release the read locks that could not be released before; called in every step."""
+    def on_step(self) -> None:
+        """A step is scheduled: release read locks that could not be released before, send reports that are due."""
         self._releases.send()
+        self._reports.on_step()
 
     @property
     def has_releases(self) -> bool:

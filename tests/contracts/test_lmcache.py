@@ -194,7 +194,7 @@ def test_a_pending_lookups_session_outlives_requests() -> None:
     assert "self.connector.has_pending_push_work()" in inspect.getsource(Scheduler.has_requests)
 
 
-def test_blocks_reach_lmcache_between_load_and_end() -> None:
+def test_lmcache_gets_block_reports_after_a_token() -> None:
     stock = lmcache_mp_connector.LMCacheMPConnector
     takes(adapters.LMCacheMPSchedulerAdapter.report_block_allocations, "records")
     assert "self.scheduler_adapter.report_block_allocations(" in inspect.getsource(stock)
@@ -218,12 +218,17 @@ def test_blocks_reach_lmcache_between_load_and_end() -> None:
     one._can_store = True
     one._role = base.KVConnectorRole.SCHEDULER
     one._client = client(one.scheduler_adapter, one.request_trackers)
-    one.scheduler_adapter.report_block_allocations(["first step"])
-    assert told == []
-    one.scheduler_adapter.report_block_allocations(["second step"])
-    assert told == [["first step"]]
+    one._client._releases.send = list
+    for step in range(1, 4):
+        one.scheduler_adapter.report_block_allocations([f"step {step}"])
+        one._client.on_step()
+    assert told == [], "vLLM schedules a second step before it has delivered the token of the first"
+    one._client.on_step()
+    one._client.on_step()
+    assert told == [["step 1"]]
     one.request_finished(request("r", [1], None), [])
-    assert told == [["first step"], ["second step"], "r"]
+    assert told == [["step 1"], ["step 2", "step 3"], "r"]
+    one._client.on_step()
     one._client._reports.send()
     assert len(told) == 3
 
