@@ -18,6 +18,7 @@ from typing import Any
 
 from lmcache_rag._utils import needs, well_formed
 from lmcache_rag.errors import EngineError, LMCacheRAGError, PromptError
+from lmcache_rag.vocabularies import read_vocabulary
 
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _END_OF_TEXT = "<|endoftext|>"
@@ -35,16 +36,15 @@ _AS_IT_IS = frozenset({"mistral", "mixtral", "mistral3", "ministral", "ministral
 
 
 def open_tokenizer(path: Path) -> Any:
-    """The tokenizer of a folder: a ModelTokenizer, or transformers' own if there is no tokenizer.json.
+    """The tokenizer of a folder: a ModelTokenizer, or transformers' own of a kind that only transformers reads.
 
     Raises:
         EngineError: It cannot be read.
-        OptionalDependencyError: There is no tokenizer.json, and transformers is not installed.
+        OptionalDependencyError: Only transformers reads it, which is not installed.
     """
     try:
-        if (path / "tokenizer.json").is_file():
-            return ModelTokenizer.open(path)
-        return auto_tokenizer(path)
+        found = ModelTokenizer.open(path)
+        return auto_tokenizer(path) if found is None else found
     except LMCacheRAGError:
         raise
     except Exception as problem:  # the library tokenizers raises plain ones
@@ -54,7 +54,7 @@ def open_tokenizer(path: Path) -> Any:
 
 
 def auto_tokenizer(path: Path | str) -> Any:
-    """Transformers' tokenizer of a folder, with a fast backend.
+    """Transformers' tokenizer of a folder, with a fast backend; ours of a tekken.json that stands alone.
 
     Raises:
         OptionalDependencyError: transformers is not installed.
@@ -63,6 +63,10 @@ def auto_tokenizer(path: Path | str) -> Any:
     with needs("embedded"):
         from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    # Transformers needs mistral-common for it, whose tokenizer has no fast backend.
+    if not (Path(path) / "tokenizer.json").is_file() and (Path(path) / "tekken.json").is_file():
+        return ModelTokenizer.open(Path(path))
+
     found = AutoTokenizer.from_pretrained(path, local_files_only=True)
     if getattr(found, "backend_tokenizer", None) is None:  # Mistral's own, where mistral-common is installed
         found = PreTrainedTokenizerFast.from_pretrained(path, local_files_only=True, fix_mistral_regex=True)
@@ -70,7 +74,7 @@ def auto_tokenizer(path: Path | str) -> Any:
 
 
 class ModelTokenizer:
-    """What clients use of a transformers tokenizer, made of a tokenizer.json.
+    """What clients use of a transformers tokenizer, made of a tokenizer.json or of an older form of vocabulary.
 
     Args:
         backend: The tokenizer of the library `tokenizers`.
@@ -84,14 +88,22 @@ class ModelTokenizer:
         self.chat_template = chat_template
 
     @classmethod
-    def open(cls, path: Path) -> ModelTokenizer:
-        """The tokenizer of a folder with a tokenizer.json."""
+    def open(cls, path: Path) -> ModelTokenizer | None:
+        """The tokenizer of a folder; None if it has no vocabulary that is read here."""
         from tokenizers import Tokenizer
 
         config, model = _read(path / "tokenizer_config.json"), _read(path / "config.json")
         name = str(config.get("tokenizer_class") or model.get("tokenizer_class") or "").removesuffix("Fast")
-        text = (path / "tokenizer.json").read_text(encoding="utf-8")
-        if name == "LlamaTokenizer" and (model.get("model_type") in _AS_IT_IS or '"ByteLevel"' in text):
+        if name == "LlamaTokenizer" and model.get("model_type") in _AS_IT_IS:
+            name = ""
+        file, older = path / "tokenizer.json", None
+        if file.is_file():
+            text = file.read_text(encoding="utf-8")
+        elif (older := read_vocabulary(path, config, llama=name == "LlamaTokenizer")) is not None:
+            text = json.dumps(older.facts)
+        else:
+            return None
+        if name == "LlamaTokenizer" and '"ByteLevel"' in text:
             name = ""
         backend = Tokenizer.from_str(_as_class(name, text, config))
         backend.no_truncation()
@@ -99,11 +111,14 @@ class ModelTokenizer:
         if "added_tokens_decoder" not in config:
             config = {**config, **_read(path / "special_tokens_map.json")}
         named = {
+            **(older.named if older else {}),
             **_DEFAULTS.get(name, {}),
             **{key: content for key in _NAMED if (content := _content(config.get(key)))},
         }
         _add_tokens(backend, config, named)
-        return cls(backend, named=named, chat_template=_chat_template(path, config))
+        return cls(
+            backend, named=named, chat_template=_chat_template(path, config) or (older.chat_template if older else None)
+        )
 
     def __len__(self) -> int:
         return int(self.backend_tokenizer.get_vocab_size(with_added_tokens=True))
