@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 import time
@@ -111,6 +112,13 @@ class Adoption:
         if self._error is not None:
             raise self._error
         return self._progress.kv
+
+    async def aresult(self) -> KVTotals:
+        """Async version of result. Cancelling it stops the work after the text in flight."""
+        try:
+            return await asyncio.to_thread(self.result)
+        finally:
+            self.stop(0)
 
     def stop(self, timeout: float = _STOP_S) -> bool:
         """Stop after the text in flight; adopt() continues it. Returns whether it has ended in `timeout` seconds."""

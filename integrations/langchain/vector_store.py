@@ -304,11 +304,7 @@ class LMCacheVectorStore(VectorStore):
         on_progress: Callable[[AdoptProgress], None] | None = None,
     ) -> KVTotals:
         """Async version of adopt. Cancelling it stops the work after the document in flight."""
-        adoption = self.adopt(documents, background=True, on_progress=on_progress)
-        try:
-            return await asyncio.to_thread(adoption.result)
-        finally:
-            adoption.stop(0)
+        return await self.adopt(documents, background=True, on_progress=on_progress).aresult()
 
     @property
     def adoption(self) -> Adoption | None:

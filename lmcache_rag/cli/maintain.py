@@ -316,20 +316,17 @@ def find_documents(registry: Registry, names: Sequence[str]) -> Found:
             below = named_by(name)
             found = [doc_id for doc_id in every if below(doc_id)]
         if not found and every:
-            found = [doc_id for doc_id in every if _ends_with(name, doc_id)]
-            if len(found) > 1 and not is_glob(name):
+            found = [doc_id for doc_id in every if f"/{doc_id}".endswith(f"/{name}")]
+            if len(found) > 1:
                 unknown[name] = f"{name!r} is the name of {len(found)} documents: {_some(found)}. Give the path of one."
                 continue
+            if not found and is_glob(name):
+                found = [doc_id for doc_id in every if re.fullmatch(f"(?s:(?:.*/)?){glob_regex(name)}", doc_id)]
         if found:
             ids.update(dict.fromkeys(found))
         else:
             unknown[name] = f"There is no document {name!r} in the store.{_did_you_mean(name, every or [])}"
     return Found(list(ids), {name: clean(reason) for name, reason in unknown.items()})
-
-
-def _ends_with(name: str, doc_id: str) -> bool:
-    """Whether an id ends with these parts of a path, or with what a glob matches."""
-    return re.fullmatch(f"(?s:(?:.*/)?){glob_regex(name) if is_glob(name) else re.escape(name)}", doc_id) is not None
 
 
 def _did_you_mean(name: str, doc_ids: Sequence[str]) -> str:

@@ -194,6 +194,13 @@ def test_remove_by_glob(call: Call, names: Names, copy: Path) -> None:
     assert {Path(name).name for name in names(copy)} == {"rope.md", "berlin.html"}
 
 
+def test_a_name_that_looks_like_a_glob_is_found(call: Call, names: Names, folder: Path, tmp_path: Path) -> None:
+    (folder / "[draft]*.txt").write_text("The sluice is painted in May.")
+    stock(call, folder, tmp_path / "s")
+    assert document(call("remove", "[draft]*.txt", "--store", tmp_path / "s", "--json"))["documents"] == 1
+    assert names(tmp_path / "s") == {"a/weir.txt", "a/lock.txt"}
+
+
 def test_a_name_of_several_documents_removes_none(call: Call, names: Names, folder: Path, tmp_path: Path) -> None:
     store = tmp_path / "s"
     shutil.copytree(folder, tmp_path / "b")

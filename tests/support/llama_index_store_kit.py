@@ -7,7 +7,6 @@ import uuid
 
 import chromadb
 import pytest
-from framework_kit import light_tokenizer
 from llama_index.core.vector_stores import (
     FilterOperator,
     MetadataFilter,
@@ -16,7 +15,7 @@ from llama_index.core.vector_stores import (
     VectorStoreQuery,
 )
 from llama_index.vector_stores.chroma import ChromaVectorStore
-from llama_index_kit import EMBED, kv_keys, tiny_engine, tiny_workspace, wanted_keys
+from llama_index_kit import EMBED, kv_keys, wanted_keys
 from lmcache_rag.integrations.llama_index import (
     LMCacheVectorStore,
 )
@@ -30,24 +29,6 @@ def chroma():
 
 
 INNER = {"ours": lambda: None, "another": SimpleVectorStore, "chroma": chroma}
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    yield light_tokenizer()
-
-
-@pytest.fixture
-def engine(tokenizer, tmp_path):
-    made = tiny_engine(tmp_path / "kv", tokenizer)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def workspace(tmp_path, engine):
-    with tiny_workspace(tmp_path, engine) as made:
-        yield made
 
 
 @pytest.fixture(params=INNER)

@@ -13,7 +13,6 @@ from queue import Queue
 from typing import Any
 
 import pytest
-from framework_kit import light_tokenizer
 from langchain_core.documents import Document
 from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
 from langchain_kit import FAKE, kv_files, kv_texts, registered, workspace
@@ -25,17 +24,6 @@ from lmcache_rag import Workspace
 from lmcache_rag.errors import ConfigError, PrecomputeError
 
 TEXTS = [f"Orchard {i} lies {i} miles off." for i in range(2 * PAGE + 3)]
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return light_tokenizer()
-
-
-@pytest.fixture
-def made(tokenizer: Any, tmp_path: Path) -> Iterator[Workspace]:
-    with workspace(tokenizer, tmp_path) as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +134,8 @@ def test_warm_follows_a_store_changed_directly(inner: Any, made: Workspace) -> N
 
 def test_the_constructor_waits_for_no_kv(made: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     slow, wrapped = Slow(made.engine, monkeypatch), Queue[LMCacheVectorStore]()
-    threading.Thread(target=lambda: wrapped.put(LMCacheVectorStore(filled(), made)), daemon=True).start()
+    wrapping = threading.Thread(target=lambda: wrapped.put(LMCacheVectorStore(filled(), made)), daemon=True)
+    wrapping.start()
     try:
         vectors = wrapped.get(timeout=60)  # no KV is computed before it is let
         assert slow.computed == 0
@@ -154,6 +143,7 @@ def test_the_constructor_waits_for_no_kv(made: Workspace, monkeypatch: pytest.Mo
         assert len(vectors.similarity_search("orchard", k=2)) == 2
     finally:
         slow.release(1000)
+        wrapping.join(60)  # a process that ends while it computes is aborted
     assert vectors.adoption.wait(60)
     check(vectors, made, set(TEXTS))
 

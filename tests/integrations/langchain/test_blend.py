@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fake_vllm import FakeVLLM
-from framework_kit import fresh, light_tokenizer, passages
+from framework_kit import fresh
 from langchain_core.documents import Document
 from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
@@ -34,23 +34,6 @@ from lmcache_rag.prompt import PromptBuilder, PromptFormat, Turn
 QUESTION = "How is a key moved?"
 KINDS = {"completions": OpenAI, "chat": ChatOpenAI}
 CALL = {"name": "search", "args": {"query": "who"}, "id": "1"}
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    return light_tokenizer()
-
-
-@pytest.fixture
-def running(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVLLM]:
-    fresh(monkeypatch, tmp_path)
-    with server(tokenizer, tmp_path / "server") as made:
-        yield made
-
-
-@pytest.fixture
-def texts(sentences: list[str]) -> list[str]:
-    return passages(sentences)
 
 
 class Case:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from framework_kit import light_tokenizer, passages
+from framework_kit import passages
 from langchain_classic.retrievers import ParentDocumentRetriever
 from langchain_classic.storage import LocalFileStore, create_kv_docstore
 from langchain_core.documents import Document
 from langchain_core.runnables import RunnablePassthrough
 from langchain_core.stores import InMemoryStore
 from langchain_core.vectorstores import InMemoryVectorStore
-from langchain_kit import FAKE, Seen, kv_texts, registered, workspace
+from langchain_kit import FAKE, Seen, kv_texts, registered
 from langchain_text_splitters import CharacterTextSplitter
 from lmcache_rag.integrations.langchain import LMCacheDocStore, LMCacheRetriever, LMCacheVectorStore, blend
 
@@ -23,12 +22,6 @@ from lmcache_rag import Workspace
 from lmcache_rag.errors import ConfigError
 
 QUESTION = "How is a key moved?"
-
-
-@pytest.fixture
-def made(tmp_path: Path) -> Iterator[Workspace]:
-    with workspace(light_tokenizer(), tmp_path) as opened:
-        yield opened
 
 
 def kind_of_store(kind: str, folder: Path) -> Any:

@@ -12,15 +12,10 @@ from typing import Any
 
 import pytest
 from fake_vllm import MODEL
-from framework_kit import fresh, light_tokenizer
+from framework_kit import fresh
 from langchain_kit import TEMPLATE, server, tiny_engine
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    return light_tokenizer()
 
 
 @pytest.fixture(autouse=True)

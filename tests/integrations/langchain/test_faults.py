@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import uuid
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import openai
 import pytest
 from embedded_server_kit import serving
 from fake_vllm import FakeVLLM
-from framework_kit import fresh, light_tokenizer, passages
+from framework_kit import fresh
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableLambda, RunnablePassthrough
@@ -30,29 +29,6 @@ from lmcache_rag.errors import ConfigError, DocumentError, EngineError, EngineUn
 from lmcache_rag.lazy_fill import fill_of
 
 QUESTION = "What is it?"
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    return light_tokenizer()
-
-
-@pytest.fixture
-def made(tokenizer: Any, tmp_path: Path) -> Iterator[Workspace]:
-    with workspace(tokenizer, tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture
-def running(tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVLLM]:
-    fresh(monkeypatch, tmp_path)
-    with server(tokenizer, tmp_path / "server") as opened:
-        yield opened
-
-
-@pytest.fixture
-def texts(sentences: list[str]) -> list[str]:
-    return passages(sentences)
 
 
 def filled(source: Any, texts: list[str]) -> LMCacheVectorStore:

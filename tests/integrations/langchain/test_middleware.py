@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import pytest
 from fake_vllm import FakeVLLM
-from framework_kit import fresh, light_tokenizer, passages
+from framework_kit import fresh, light_tokenizer
 from langchain.agents import create_agent
 from langchain.agents.middleware import AgentMiddleware, ModelRequest, dynamic_prompt, wrap_model_call
 from langchain.agents.structured_output import ProviderStrategy
@@ -45,11 +45,6 @@ def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVLL
     monkeypatch.setattr(tokenizer, "chat_template", TEMPLATE)
     with server(tokenizer, tmp_path / "server") as made:
         yield made
-
-
-@pytest.fixture
-def texts(sentences: list[str]) -> list[str]:
-    return passages(sentences)
 
 
 def filled(llm: Any, texts: list[str], prompts: Any = ()) -> LMCacheVectorStore:

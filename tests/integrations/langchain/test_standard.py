@@ -8,28 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from framework_kit import light_tokenizer
 from langchain_chroma import Chroma
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.vectorstores import VectorStore
-from langchain_kit import FAKE, registered, workspace
+from langchain_kit import FAKE, registered
 from langchain_tests.integration_tests import RetrieversIntegrationTests, VectorStoreIntegrationTests
 from lmcache_rag.integrations.langchain import FaissStore, LMCacheRetriever, LMCacheVectorStore
 
 from lmcache_rag import Workspace
 
 TEXTS = ["The cat sleeps.", "A dog barks at night.", "Rain falls on the sea.", "Keys turn with their place."]
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    return light_tokenizer()
-
-
-@pytest.fixture
-def made(tokenizer: Any, tmp_path: Path) -> Iterator[Workspace]:
-    with workspace(tokenizer, tmp_path) as opened:
-        yield opened
 
 
 class _Checked(VectorStoreIntegrationTests):

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from fake_vllm import FakeVLLM
-from framework_kit import fresh, light_tokenizer, passages
 from langchain_classic.chains import create_retrieval_chain
 from langchain_core.documents import Document
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder, PromptTemplate
 from langchain_core.vectorstores import InMemoryVectorStore
-from langchain_kit import FAKE, Seen, client, kv_texts, server, workspace
+from langchain_kit import FAKE, Seen, client, kv_texts
 from langchain_openai import ChatOpenAI, OpenAI
 from lmcache_rag.integrations.langchain import AgentPrompt, LMCacheVectorStore, blend
 from lmcache_rag.integrations.langchain.templates import TemplatePrompt, ingest_prompts
@@ -32,24 +29,6 @@ CHAT = ChatPromptTemplate.from_messages(
 ).partial(who="a librarian")
 PLAIN = PromptTemplate.from_template("Grade this.\n<context>\n{context}\n</context>\nFor {question}, yes or no?")
 FIRST = PromptTemplate.from_template("Answer in a sentence.\nQuestion: {question}\n<context>\n{context}\n</context>")
-
-
-@pytest.fixture
-def made(tmp_path: Path) -> Iterator[Workspace]:
-    with workspace(light_tokenizer(), tmp_path) as opened:
-        yield opened
-
-
-@pytest.fixture
-def running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeVLLM]:
-    fresh(monkeypatch, tmp_path)
-    with server(light_tokenizer(), tmp_path / "server") as opened:
-        yield opened
-
-
-@pytest.fixture
-def texts(sentences: list[str]) -> list[str]:
-    return passages(sentences)
 
 
 def value(prompt: Any, texts: list[str]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,6 @@ from lmcache_rag import Workspace
 from lmcache_rag.errors import PrecomputeError
 
 TEXTS = ["Keys turn.", "Values stay where they are.", "A cache is small.", "Rain falls on the sea.", "It is late."]
-
-
-@pytest.fixture(scope="session")
-def tokenizer() -> Any:
-    return light_tokenizer()
-
-
-@pytest.fixture
-def made(tokenizer: Any, tmp_path: Path) -> Iterator[Workspace]:
-    with workspace(tokenizer, tmp_path) as opened:
-        yield opened
 
 
 def docs(*texts: str, source: str = "a", **metadata: Any) -> list[Document]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from framework_kit import light_tokenizer
 from langchain_core.documents import Document
 from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
-from langchain_kit import FAKE, kv_texts, workspace
+from langchain_kit import FAKE, kv_texts
 from lmcache_rag.integrations.langchain import FaissStore, LMCacheVectorStore
 
 from lmcache_rag import Workspace
@@ -20,12 +18,6 @@ from lmcache_rag.errors import ConfigError
 
 TEXTS = {"quince": "The quince orchard.", "fig": "The fig orchard.", "olive": "The olive orchard."}
 SIDES = {"quince": "north", "fig": "south", "olive": "south"}
-
-
-@pytest.fixture
-def made(tmp_path: Path) -> Iterator[Workspace]:
-    with workspace(light_tokenizer(), tmp_path) as opened:
-        yield opened
 
 
 class Unlistable(VectorStore):

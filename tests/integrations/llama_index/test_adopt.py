@@ -6,12 +6,11 @@ import asyncio
 import uuid
 
 import pytest
-from framework_kit import light_tokenizer
 from llama_index.core import StorageContext, VectorStoreIndex
 from llama_index.core.schema import TextNode
 from llama_index.core.vector_stores import SimpleVectorStore
 from llama_index.core.vector_stores.types import BasePydanticVectorStore
-from llama_index_kit import EMBED, kv_keys, node, tiny_engine, tiny_workspace, wanted_keys
+from llama_index_kit import EMBED, kv_keys, node, wanted_keys
 from lmcache_rag.integrations.adoption import PAGE
 from lmcache_rag.integrations.llama_index import FaissVectorStore, LMCacheVectorStore, as_blend_query_engine
 from stores_kit import LLAMA_INDEX, llama_index_store, postgres
@@ -20,19 +19,6 @@ from lmcache_rag.errors import ConfigError
 
 SIZE = len(EMBED.get_text_embedding("x"))
 COUNT = PAGE + 3
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    yield light_tokenizer()
-
-
-@pytest.fixture
-def workspace(tmp_path, tokenizer):
-    engine = tiny_engine(tmp_path / "kv", tokenizer)
-    with tiny_workspace(tmp_path, engine) as made:
-        yield made
-    engine.close()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import json
 
 import pytest
 from embedded_server_kit import serving
-from framework_kit import fresh, light_tokenizer
+from framework_kit import fresh
 from llama_index.core import Settings
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler, TokenCountingHandler
 from llama_index.core.callbacks.schema import EventPayload
@@ -14,7 +14,7 @@ from llama_index.core.callbacks.simple_llm_handler import SimpleLLMHandler
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.span_handlers import SimpleSpanHandler
 from llama_index.core.llms import ChatMessage
-from llama_index_kit import client, events, index_over, tiny_engine, tiny_workspace
+from llama_index_kit import client, events, index_over
 from lmcache_rag.integrations.llama_index import (
     EngineLLM,
     LMCacheVectorStore,
@@ -24,26 +24,8 @@ from lmcache_rag.integrations.llama_index import (
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    yield light_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def engine(tokenizer, tmp_path_factory):
-    made = tiny_engine(tmp_path_factory.mktemp("kv"), tokenizer)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def workspace(tmp_path, engine):
-    with tiny_workspace(tmp_path, engine) as made:
-        yield made
-
-
-@pytest.fixture
-def index(workspace, corpus):
-    return index_over(LMCacheVectorStore(None, workspace), corpus)
+def engine(module_engine):
+    return module_engine
 
 
 async def ask_in_every_way(index, source):

@@ -4,29 +4,16 @@ from __future__ import annotations
 
 import pytest
 from embedded_server_kit import serving
-from framework_kit import fresh, light_tokenizer
+from framework_kit import fresh
 from llama_index.core import Document, StorageContext, VectorStoreIndex
 from llama_index.core.node_parser import HierarchicalNodeParser, SentenceWindowNodeParser, get_leaf_nodes
 from llama_index.core.postprocessor import MetadataReplacementPostProcessor, SentenceEmbeddingOptimizer
 from llama_index.core.retrievers import AutoMergingRetriever
-from llama_index_kit import EMBED, client, kv_keys, tiny_engine, tiny_workspace, wanted_keys
+from llama_index_kit import EMBED, client, kv_keys, tiny_engine, wanted_keys
 from lmcache_rag.integrations.llama_index import LMCacheVectorStore, as_blend_chat_engine, as_blend_query_engine
 
 TEXT = " ".join(f"Row {i} of the north orchard holds {i * 7} quince trees." for i in range(24))
 QUESTION = "How many quince trees?"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    yield light_tokenizer()
-
-
-@pytest.fixture
-def workspace(tmp_path, tokenizer):
-    engine = tiny_engine(tmp_path / "kv", tokenizer)
-    with tiny_workspace(tmp_path, engine) as made:
-        yield made
-    engine.close()
 
 
 def merging(store, *, sizes=(256, 64), top_k=12):

@@ -6,7 +6,6 @@ import asyncio
 import logging
 
 import pytest
-from framework_kit import light_tokenizer
 from llama_index.core import Settings
 from llama_index.core.callbacks import CallbackManager, CBEventType, LlamaDebugHandler
 from llama_index.core.llms import ChatMessage, MockLLM
@@ -21,7 +20,7 @@ from llama_index.core.prompts import ChatPromptTemplate, PromptTemplate
 from llama_index.core.query_engine import RetrieverQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import NodeWithScore
-from llama_index_kit import EMBED, events, index_over, node, tiny_engine, tiny_workspace
+from llama_index_kit import EMBED, events, index_over, node
 from lmcache_rag.integrations.llama_index import (
     BlendSynthesizer,
     EngineLLM,
@@ -39,26 +38,8 @@ from lmcache_rag.prompt import Turn
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    yield light_tokenizer()
-
-
-@pytest.fixture(scope="module")
-def engine(tokenizer, tmp_path_factory):
-    made = tiny_engine(tmp_path_factory.mktemp("kv"), tokenizer)
-    yield made
-    made.close()
-
-
-@pytest.fixture
-def workspace(tmp_path, engine):
-    with tiny_workspace(tmp_path, engine) as made:
-        yield made
-
-
-@pytest.fixture
-def index(workspace, corpus):
-    return index_over(LMCacheVectorStore(None, workspace), corpus)
+def engine(module_engine):
+    return module_engine
 
 
 def stats(response):

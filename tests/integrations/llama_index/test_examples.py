@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from embedded_server_kit import serving
 from fake_vllm import MODEL
-from framework_kit import fresh, light_tokenizer
+from framework_kit import fresh
 from llama_index.core import Document, Settings, VectorStoreIndex, load_index_from_storage
 from llama_index.llms.openai_like import OpenAILike
 from llama_index_kit import EMBED, WordEmbedding, events, tiny_engine, tiny_workspace
@@ -27,11 +27,6 @@ from lmcache_rag.integrations.llama_index import (
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 NAMES = ("llama_index_query", "llama_index_chat", "llama_index_folder")
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    yield light_tokenizer()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import sys
 import openai
 import pytest
 from embedded_server_kit import serving
-from framework_kit import fresh, light_tokenizer, passages
+from framework_kit import fresh, passages
 from llama_index_kit import client, events, index_over, node, tiny_engine
 from lmcache_rag.integrations.kv_registry import as_workspace
 from lmcache_rag.integrations.llama_index import (
@@ -22,11 +22,6 @@ from lmcache_rag.integrations.llama_index import (
 
 from lmcache_rag.engines.base import BlendOptions
 from lmcache_rag.errors import ConfigError, EngineError, EngineUnavailableError, PrecomputeError
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    yield light_tokenizer()
 
 
 @pytest.fixture

@@ -29,8 +29,7 @@ from lmcache_rag.integrations.llama_index import (
 
 from lmcache_rag.errors import ConfigError, PrecomputeError
 
-engine, ours, store = kit.engine, kit.ours, kit.store
-tokenizer, workspace = kit.tokenizer, kit.workspace
+ours, store = kit.ours, kit.store
 
 
 def test_kv_follows_additions_and_removals(store, workspace, tmp_path, corpus):

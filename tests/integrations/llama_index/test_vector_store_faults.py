@@ -22,8 +22,7 @@ from lmcache_rag.integrations.llama_index import (
 
 from lmcache_rag.errors import ConfigError, DocumentError, PrecomputeError, StoreError, StoreLockedError
 
-engine, ours, store = kit.engine, kit.ours, kit.store
-tokenizer, workspace = kit.tokenizer, kit.workspace
+ours, store = kit.ours, kit.store
 
 
 @pytest.mark.parametrize("twin", ["add", "async_add"])
