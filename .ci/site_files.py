@@ -64,8 +64,10 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Have the links of a page lead to pages of the site."""
+    """Have the links of a page lead to pages of the site, and the search find documents before measurements."""
     here = page.file.src_uri
+    if here.startswith((SOURCE, "results/")):
+        page.meta.setdefault("search", {"boost": 0.1})  # the documents themselves come first
     folder = posixpath.dirname(in_repository(here))
 
     def moved(link: re.Match[str]) -> str:

@@ -12,6 +12,7 @@ export type Statistics = {
   computed_tokens: number; // never cached
   blended: boolean;
   failure: string;
+  can_blend?: boolean; // false on a server that cannot blend any prompt; failure says why
 };
 
 const [url, folder, question, ...passages] = process.argv.slice(2);
@@ -55,8 +56,9 @@ async function send(prompt: Prompt, tokens: number, params: object, headers = {}
 for (const passage of passages) {
   const key = ingestKey ? { "X-LMCache-RAG-Ingest-Key": ingestKey } : {};
   const ingest = { "lmcache_rag.ingest": true, "lmcache_rag.blend": "off" };
-  const [, { failure }] = await send(prompts.ingest(passage), 1, ingest, key);
-  if (failure) throw new Error(`a passage's KV was not kept: ${failure}`);
+  const [, { failure, can_blend }] = await send(prompts.ingest(passage), 1, ingest, key);
+  if (can_blend === false) console.error(`this server computes every prompt in full: ${failure}`);
+  else if (failure) throw new Error(`a passage's KV was not kept: ${failure}`);
 }
 const [text, statistics] = await send(prompts.query(passages.toReversed(), question), 64, { "lmcache_rag.blend": "on" });
 console.log(JSON.stringify({ text, statistics }, null, 2));

@@ -206,6 +206,13 @@ def _connector_sources() -> str:
     return "\n".join(path.read_text(encoding="utf-8") for folder in folders for path in folder.rglob("*.py"))
 
 
+def test_each_page_is_in_the_sites_navigation() -> None:
+    """Where one is missing `make docs` fails, in the full tier only."""
+    settings = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:: |^  /)([a-z-]+\.md)$", settings, re.MULTILINE))
+    assert {file.name for file in (ROOT / "docs").glob("*.md")} == named, "mkdocs.yml: `nav`, or `not_in_nav`"
+
+
 def test_files_of_the_architecture_exist() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text()
     named = set(re.findall(r"[\w./]*\w\.py\b|\b(?:\w+/)+(?=`)", text))
@@ -213,6 +220,24 @@ def test_files_of_the_architecture_exist() -> None:
     assert [
         name for name in sorted(named) if not any((top / name).exists() for top in (ROOT, ROOT / "lmcache_rag"))
     ] == []
+
+
+def test_figures_of_the_readme_are_those_of_results() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Measured")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line[:1] == "|"]
+    results = ROOT / "docs" / "results"
+    timed = (results / "never-slower-h200.md").read_text(encoding="utf-8")
+    asked = (results / "neutral-h200.md").read_text(encoding="utf-8")
+    speeds = [row for row in rows if len(row) == 6 and row[0][:1].isdigit()]
+    assert len(speeds) == 3
+    for tokens, stock, cpu, cpu_faster, hot, hot_faster in speeds:
+        lines = re.findall(rf"^\| {tokens} \| (stock|from CPU memory|hot) \| (\S+) \| (\S+) \|", timed, re.MULTILINE)
+        found = {(arm, f"{float(ms.replace(',', '')):,.0f} ms", ratio) for arm, ms, ratio in lines}
+        assert {("stock", stock, "1.00"), ("from CPU memory", cpu, cpu_faster), ("hot", hot, hot_faster)} <= found
+    answers = [row for row in rows if len(row) == 5 and row[0][:1].isdigit()]
+    assert len(answers) == 6
+    for _, _, recomputed, _, difference in answers:
+        assert any(recomputed in line and difference in line for line in asked.splitlines()), (recomputed, difference)
 
 
 def test_what_is_left_for_the_owner_is_marked() -> None:

@@ -63,6 +63,14 @@ def test_the_search_finds_a_page(browser: Any, url: str) -> None:
         page.wait_for_url("**/wire-format.html*")
 
 
+def test_the_search_shows_documents_first(browser: Any, url: str) -> None:
+    with visit(browser, f"{url}/index.html") as page:
+        page.get_by_role("textbox", name="Search").fill("ingest key")
+        first = page.locator(".md-search-result__link").first
+        first.wait_for()
+        assert "results/" not in (first.get_attribute("href") or "")
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 def test_a_page_fits_its_window(browser: Any, url: str, scheme: str, width: int) -> None:

@@ -112,6 +112,14 @@ def test_a_passage_whose_kv_was_not_kept_is_an_error(client: Any, server: FakeVL
     assert "a passage's KV was not kept: " in done.stderr
 
 
+def test_a_server_that_cannot_blend_answers_in_full(client: Any, server: FakeVLLM) -> None:
+    server.why_not = "blending needs CUDA"
+    done = client()
+    assert done.returncode == 0, done.stderr
+    assert "computes every prompt in full: blending needs CUDA" in done.stderr
+    assert not json.loads(done.stdout)["statistics"]["blended"]
+
+
 def test_a_server_without_the_connector_is_an_error(client: Any, server: FakeVLLM) -> None:
     server.connector = False
     done = client()
