@@ -71,6 +71,7 @@ def test_there_are_commands_to_check() -> None:
         ("python benchmarks/ttft.py --nonsense", "has no --nonsense"),
         (".venv/bin/pytest tests/nowhere.py", "there is no tests/nowhere.py"),
         ("python -m lmcache_ragg", "there is no module"),
+        ("npm run biuld", "there is no npm run biuld"),
         ("frobnicate --all", "is no command that the tests know"),
     ],
 )

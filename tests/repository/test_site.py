@@ -15,7 +15,7 @@ from site_kit import Site
 pytestmark = pytest.mark.full
 PAGES = (
     *("index", "how-blending-works", "langchain", "llama-index", "serving", "demo", "command-line", "quality"),
-    *("wire-format", "migrating", "limits", "security", "versions", "architecture"),
+    *("documents", "wire-format", "migrating", "limits", "security", "versions", "architecture"),
 )
 
 

@@ -8,6 +8,7 @@ import importlib
 import importlib.util
 import io
 import itertools
+import json
 import re
 import shlex
 import subprocess
@@ -143,6 +144,9 @@ def _wrong(words: list[str]) -> str:
         return "".join(f"there is no make {word}" for word in rest if "=" not in word and word not in targets)
     if program.startswith("python") or program in ("sh", "pytest"):
         return _wrong_script(program, rest)
+    if program == "npm" and rest[:1] == ["run"]:
+        scripts = json.loads((ROOT / "examples" / "typescript" / "package.json").read_text())["scripts"]
+        return "" if rest[1] in scripts else f"there is no npm run {rest[1]}"
     if words[0].startswith((".ci/", "./")):
         return _wrong_script("sh", words)
     return "" if program in FOREIGN else f"{program} is no command that the tests know"
