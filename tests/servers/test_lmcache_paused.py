@@ -10,6 +10,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +23,7 @@ from lmcache_rag.serving.commands import HEARTBEAT_S, WAIT_S
 
 pytestmark = [pytest.mark.slow, pytest.mark.full, needs_vllm_cpu]
 
-CLIENTS, PROMPTS, WHOLE = 4, 8, 4
+CLIENTS, PROMPTS, WHOLE, STORES = 4, 8, 4, 3
 BLOCKS = 38  # four prompts, and one block more for their answers
 COMPARED, LENGTH = 8, 30  # tokens of an answer
 DEADLINES_S = 10.0  # of a look-up and a load, together
@@ -121,10 +122,14 @@ def test_a_pause_under_load_delays_and_harms_nothing(
     for prompt in prompts:
         servers.tokens(prompt, cache_salt=KNOWN)
     engine, preempted = servers.vllm.engine_core(), servers.vllm_counter("vllm:num_preemptions_total")
-    with Load(servers, prompts, name=str(seconds)) as load:
+    with Load(servers, prompts, name=str(seconds)) as load, ThreadPoolExecutor(STORES) as beside:
         load.more(4 * CLIENTS)
         usual = max(answer.seconds for answer in load.answers)
         assert servers.vllm_counter(LOADED) > 0
+        stores = [  # some of them come while LMCache does not answer, and is not known to be away yet
+            beside.submit(servers.tokens, prompt, cache_salt=f"pause {seconds}", max_tokens=COMPARED)
+            for prompt in prompts[:STORES]
+        ]
         with paused(servers.lmcache.pid):
             stopped = time.monotonic()
             time.sleep(seconds)
@@ -147,6 +152,7 @@ def test_a_pause_under_load_delays_and_harms_nothing(
     assert servers.vllm.engine_core() == engine
     assert preemptions > 0
     assert [a for a in load.answers if a.tokens[:COMPARED] != wanted[a.number]] == []
+    assert [store.result() for store in stores] == wanted[:STORES]
     assert slowest < DEADLINES_S + 3 * usual + 5
     assert silent < SILENT_S
     assert during or seconds < DEADLINES_S
