@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vocabulary_kit import VOCABULARIES, model_folder, thousand_texts
+from vocabulary_kit import VOCABULARIES, check_same_tokens, model_folder
 
 from lmcache_rag.engines.base import EngineInfo
 from lmcache_rag.errors import EngineError, OptionalDependencyError
@@ -54,14 +54,7 @@ def builder(both: tuple[ModelTokenizer, Any], name: str) -> PromptBuilder:
 
 
 def test_ids_are_those_of_transformers(both: Any) -> None:
-    ours, theirs = both
-    assert len(ours) == len(theirs)
-    texts = thousand_texts()
-    for special in (True, False):
-        for text, ids in zip(texts, theirs(texts, add_special_tokens=special)["input_ids"], strict=True):
-            assert ours.encode(text, add_special_tokens=special) == ids, text
-    for ids in theirs(texts[:200])["input_ids"]:
-        assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
+    check_same_tokens(*both)
 
 
 def test_chats_are_rendered_as_transformers_does(both: Any) -> None:

@@ -325,3 +325,14 @@ def thousand_texts() -> list[str]:
             words.append(rng.choice([random_word, rng.choice(_WORDS), rng.choice(_WORDS)]) + rng.choice(_SPACES))
         texts.append(rng.choice(_SPACES) + "".join(words))
     return texts
+
+
+def check_same_tokens(ours: Any, theirs: Any) -> None:
+    """Both give the same ids of a thousand texts, and the same texts of ids."""
+    assert len(ours) == len(theirs)
+    texts = thousand_texts()
+    for special in (True, False):
+        for text, ids in zip(texts, theirs(texts, add_special_tokens=special)["input_ids"], strict=True):
+            assert ours.encode(text, add_special_tokens=special) == ids, text
+    for ids in theirs(texts[:200])["input_ids"]:
+        assert ours.decode(ids) == theirs.decode(ids, clean_up_tokenization_spaces=False)
