@@ -54,11 +54,11 @@ _OFFICE = "application/vnd.openxmlformats-officedocument."
 _HERE = "lmcache_rag.documents."
 TEXT = Format("text", "text/plain", (), 1)
 HTML = Format(
-    "html", "text/html", (".html", ".htm", ".xhtml", ".shtml"), 2, ("beautifulsoup4",), f"{_HERE}html:read_html"
+    "html", "text/html", (".html", ".htm", ".xhtml", ".shtml"), 2, ("beautifulsoup4", "lxml"), f"{_HERE}html:read_html"
 )
 PDF = Format("pdf", "application/pdf", (".pdf",), 2, ("pypdfium2", "pypdf"), f"{_HERE}pdf:read_pdf")
 MAIL = Format("mail", "message/rfc822", (".eml", ".mht", ".mhtml"), 1, (), f"{_HERE}containers:read_mail")
-EPUB = Format("epub", "application/epub+zip", (".epub",), 1, ("beautifulsoup4",), f"{_HERE}containers:read_epub")
+EPUB = Format("epub", "application/epub+zip", (".epub",), 1, ("beautifulsoup4", "lxml"), f"{_HERE}containers:read_epub")
 DOCX = Format(
     "docx", f"{_OFFICE}wordprocessingml.document", (".docx",), 1, ("python-docx",), f"{_HERE}office:read_docx"
 )
@@ -174,6 +174,8 @@ def _archive(data: bytes, suffix: str, shown: str) -> Format:
             names = set(archive.namelist())
             kind = archive.read("mimetype")[:100].decode("latin-1") if "mimetype" in names else ""
     except (zipfile.BadZipFile, ValueError, OSError, EOFError, RuntimeError, NotImplementedError) as error:
+        if suffix in _NOT_READ:
+            raise _refused(shown, *_NOT_READ[suffix]) from error
         known = _BY_SUFFIX.get(suffix)
         if known is not None and known.reader:  # its parser has the better message
             return known

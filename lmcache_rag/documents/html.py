@@ -73,28 +73,21 @@ def html_text(markup: str) -> tuple[str, str]:
     lines, list items and rows by line ends. Headings, code and tables are written as in Markdown.
     """
     with needs("documents"):
+        import lxml  # noqa: F401 - ends tags where browsers do: many pages leave </td> and </li> out
         from bs4 import BeautifulSoup
-        from bs4.exceptions import ParserRejectedMarkup
 
     markup = _defused(markup)
     with warnings.catch_warnings():
         # bs4 warns of text that looks like XML, a file name or an address; here it is HTML by the file's name.
         warnings.simplefilter("ignore")
-        try:
-            soup = BeautifulSoup(markup, "html.parser")
-        except ParserRejectedMarkup:  # an unknown <![section]: use the markup as text
-            soup = BeautifulSoup(markup.replace("<![", "&lt;!["), "html.parser")
+        soup = BeautifulSoup(markup, "lxml")
     title = soup.title or soup.h1
     visible = _Visible(_hidden_by_sheets(soup))
     return visible.text(soup), _SPACE.sub(" ", title.get_text(" ")).strip() if title else ""
 
 
 def _defused(markup: str) -> str:
-    """Turn the beginning of a tag or comment that never ends into text.
-
-    Python's parser searches for the missing end from each of them again, so that a page of 100 KB could keep it busy
-    for minutes.
-    """
+    """Turn the beginning of a tag or comment that never ends into text, so that what follows is not lost."""
     for begin, end in (("<!--", "-->"), ("<![", "]>"), ("<", ">")):
         last = markup.rfind(end) + 1
         if begin in markup[last:]:
@@ -124,9 +117,9 @@ def _hidden_by_sheets(soup: BeautifulSoup) -> frozenset[int]:
             except (SelectorSyntaxError, NotImplementedError, ValueError):
                 continue  # ::before, :hover and the like
             if shows:
-                hidden[shows[1] or shows[2]].difference_update(elements)
+                hidden[(shows[1] or shows[2]).lower()].difference_update(elements)
             if hides:
-                hidden[hides[1] or hides[2]].update(elements)
+                hidden[(hides[1] or hides[2]).lower()].update(elements)
     return frozenset(hidden["display"] | hidden["visibility"])
 
 
@@ -139,8 +132,9 @@ def _top_rules(css: str) -> Iterator[tuple[str, str]]:
         elif piece == "}":
             depth = max(0, depth - 1)
             if depth == 0:
-                if len(kept) == 2 and not kept[0].lstrip().startswith("@"):
-                    yield kept[0].rpartition(";")[2].strip(), kept[1]
+                selector = kept[0].rpartition(";")[2].strip() if kept else ""
+                if len(kept) == 2 and not selector.startswith("@"):
+                    yield selector, kept[1]
                 kept = []
             continue
         elif depth <= 1:

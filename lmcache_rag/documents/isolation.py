@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,11 @@ class _Child:
         path = [str(Path(part).absolute()) for part in sys.path if part]
         command = [sys.executable, "-P", "-c", _START, json.dumps([*path, here]), str(memory_mb)]
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=-1
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env={**os.environ, "MALLOC_ARENA_MAX": "2"},  # each would reserve some of the memory
         )
 
     @property
@@ -149,6 +154,9 @@ class _Child:
                 answer = None
             if isinstance(answer, dict):
                 return answer
+        if not timed_out.is_set():
+            with suppress(subprocess.TimeoutExpired):  # its pipe ends a moment before it does
+                self._process.wait(5)
         self.close()
         return {"timed_out": True} if timed_out.is_set() else {"ended": self._how()}
 
@@ -198,10 +206,10 @@ class _Pool:
                 child = None
                 continue
             break
-        if "timed_out" not in answer and "ended" not in answer and "memory" not in answer:
-            self._put(child)
-        else:
+        if {"timed_out", "ended", "memory", "last"} & answer.keys():
             child.close()
+        else:
+            self._put(child)
         return answer
 
     def close(self) -> None:

@@ -69,7 +69,7 @@ def read_pdf(data: bytes, name: str) -> Reading:
             ) from error
         except (Exception, PdfiumError) as error:  # pypdf raises many kinds of errors on damaged files
             raise DocumentError(
-                f"{name} is a damaged PDF ({type(error).__name__}: {error}).",
+                f"{name} is a damaged PDF ({type(error).__name__}: {' '.join(str(error).split())[:200]}).",
                 remedy="Repair it, for example with: qpdf OLD NEW",
             ) from error
 

@@ -12,7 +12,8 @@ import json
 import os
 import signal
 import sys
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from lmcache_rag.documents.types import Reading
@@ -75,22 +76,33 @@ def main(memory_mb: int) -> None:
     requests, answers = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no answer
     guard = _Guard()
-    for _ in range(_FILES):
-        idle = threading.Timer(IDLE_SECONDS, os._exit, (0,))
-        idle.daemon = True
-        idle.start()
-        line = requests.readline()
-        idle.cancel()
+    for number in range(_FILES):
+        with _idle():
+            line = requests.readline()
         if not line:
             return
         request = json.loads(line)
-        answer = _answer(request, requests, guard)
+        answer = _answer(request, requests, guard) | ({"last": True} if number + 1 == _FILES else {})
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
         if answer.get("memory"):
             return
         del answer
         gc.collect()
+
+
+@contextmanager
+def _idle() -> Iterator[None]:
+    """End this process if nothing comes for a while. Without a thread: each would reserve some of the memory."""
+    if not hasattr(signal, "SIGALRM"):  # Windows
+        yield
+        return
+    signal.signal(signal.SIGALRM, lambda number, frame: os._exit(0))
+    signal.alarm(IDLE_SECONDS)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 def _limit_memory(megabytes: int) -> None:
