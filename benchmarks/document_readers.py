@@ -205,7 +205,7 @@ def make(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     (folder / "hidden.html").write_text(
         "<p>Seen.<p hidden>Unseen 1<p style='display:none'>Unseen 2<pre>Seen.<span style='display: none'>Unseen 3"
-        "</span></pre><style>.x{visibility:hidden}</style><p class=x>Unseen 4<p aria-hidden=true>Unseen 5"
+        "</span></pre><style>.x{visibility:hidden}</style><p class=x>Unseen 4<p hidden>Unseen 5"
     )
     document = Document()
     document.add_paragraph("Seen.").add_run("Unseen").font.hidden = True
