@@ -188,20 +188,6 @@ class Unsupported:
         return self.detail
 
 
-# -- models that are blended: names of vLLM's classes, and those in a model's config.json -----------------------------
-
-MODEL_CLASSES: Final = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-# Names in config.json for which vLLM loads one of these classes, from the registry of vLLM 0.32;
-# tests/contracts/test_model.py compares them.
-ARCHITECTURES: Final = (
-    *MODEL_CLASSES,
-    "InternLM3ForCausalLM",
-    "IQuestCoderForCausalLM",
-    "LLaMAForCausalLM",
-    "Ministral3ForCausalLM",
-    "TeleChat3ForCausalLM",
-)
-
 # -- statistics in an answer: kv_transfer_params["lmcache_rag"] -------------------------------------------------------
 
 ANSWER: Final = "lmcache_rag"

@@ -1,4 +1,4 @@
-"""The model in a vLLM worker: whether it is supported, its forward passes, their memory, copies inside its KV cache."""
+"""The model in a vLLM worker: its forward passes, their memory, copies inside its KV cache."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from lmcache_rag.connector import vllm_internals, vllm_patches
 from lmcache_rag.connector.attention import NoAttention, PagedSequence, keys_and_values, to_device_async
 from lmcache_rag.connector.cuda_graph import ROWS, CapturedQueryPass, CudaGraph
 from lmcache_rag.connector.metadata import Match
+from lmcache_rag.connector.model_support import rotary_of
 from lmcache_rag.policies import QueryPolicy
-from lmcache_rag.protocol import MODEL_CLASSES, CannotBlend, Unsupported
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,122 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lmcache_rag")
 
-BACKENDS = ("FlashAttentionImpl", "FlashInferImpl", "TritonAttentionImpl")
-# Rotary embeddings whose angles depend on the position alone and are in a table: a key is moved by rotating it.
-ROTARIES = (
-    "RotaryEmbedding",
-    "LinearScalingRotaryEmbedding",
-    "DynamicNTKScalingRotaryEmbedding",
-    "DynamicNTKAlphaRotaryEmbedding",
-    "NTKScalingRotaryEmbedding",
-    "Llama3RotaryEmbedding",
-    "YaRNScalingRotaryEmbedding",
-)
-
-
-# -- support checks ---------------------------------------------------------------------------------------------------
-
-
-def unsupported_reason(vllm_config: Any, model: Any) -> Unsupported | None:
-    """Why this model cannot be blended in vLLM; None if it can. Its KV caches must exist."""
-    name = type(model).__name__
-    if reason := _unsupported_machine(vllm_config) or _unsupported_parallelism(vllm_config.parallel_config):
-        return reason
-    if name not in MODEL_CLASSES:
-        return Unsupported(CannotBlend.MODEL, f"{name} is not supported (supported: {', '.join(MODEL_CLASSES)})")
-    if getattr(vllm_config, "speculative_config", None) is not None:
-        return Unsupported(CannotBlend.SPECULATIVE, "speculative decoding is not supported")
-    if getattr(vllm_config, "lora_config", None) is not None:
-        return Unsupported(CannotBlend.LORA, "LoRA adapters change the KV of the same text")
-    if getattr(vllm_config.compilation_config.pass_config, "fuse_attn_quant", False):
-        detail = "attention that is fused with a quantisation of its output is not supported"
-        return Unsupported(CannotBlend.ATTENTION, detail)
-    layers = vllm_internals.attention_layers(vllm_config)
-    for key, layer in layers.items():
-        if detail := _unsupported_attention(key, layer):
-            return Unsupported(CannotBlend.ATTENTION, detail)
-        if detail := _unsupported_cache(layer, vllm_config.cache_config.block_size):
-            return Unsupported(CannotBlend.KV_CACHE, detail)
-    if len(layers) != vllm_config.model_config.hf_text_config.num_hidden_layers:
-        return Unsupported(CannotBlend.MODEL, "the model has other layers with KV than its decoder's")
-    first = next(iter(layers.values())).kv_cache
-    if any((x.kv_cache.shape, x.kv_cache.stride()) != (first.shape, first.stride()) for x in layers.values()):
-        return Unsupported(CannotBlend.KV_CACHE, "layers whose KV caches differ are not supported")
-    rotaries = [layer.self_attn.rotary_emb for layer in model.model.layers]
-    details = (_unsupported_rotary(rotary, rotaries[0], first) for rotary in rotaries)
-    return next((Unsupported(CannotBlend.ROTARY, detail) for detail in details if detail), None)
-
-
-def _unsupported_machine(vllm_config: Any) -> Unsupported | None:
-    import torch
-
-    if torch.version.hip is not None:
-        return Unsupported(CannotBlend.ROCM, "AMD GPUs (ROCm) are not supported")
-    if getattr(vllm_config.model_config, "enable_sleep_mode", False):
-        detail = "sleep mode releases GPU memory that a blend needs and LMCache has mapped"
-        return Unsupported(CannotBlend.SLEEP_MODE, detail)
-    if vllm_internals.in_multi_connector():
-        detail = "with other connectors (MultiConnector) approximate KV would be stored as exact"
-        return Unsupported(CannotBlend.MULTI_CONNECTOR, detail)
-    return None
-
-
-def _unsupported_parallelism(parallel: Any) -> Unsupported | None:
-    detail = ""
-    if parallel.pipeline_parallel_size > 1:
-        detail = "pipeline parallelism is not supported"
-    elif parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
-        detail = "context parallelism is not supported: each rank would hold a part of the tokens"
-    elif getattr(parallel, "enable_expert_parallel", False):
-        detail = "expert parallelism is not supported: each pass needs the other ranks"
-    elif getattr(parallel, "data_parallel_size", 1) > 1 and getattr(parallel, "is_moe_model", None) is not False:
-        detail = "data parallelism of a model with experts is not supported: each pass needs the other ranks"
-    return Unsupported(CannotBlend.PARALLELISM, detail) if detail else None
-
-
-def _unsupported_attention(name: str, layer: Any) -> str:
-    impl = getattr(layer, "impl", None)
-    if impl is None:
-        return f"{name} is not an attention layer"
-    if type(layer).__name__ != "Attention" or layer.attn_type != "decoder":
-        return f"{name} is not causal attention ({type(layer).__name__}, {layer.attn_type})"
-    if layer.sliding_window is not None:
-        return "sliding window attention is not supported"
-    if getattr(impl, "logits_soft_cap", None) not in (None, 0, 0.0):
-        return "soft caps on attention scores are not supported"
-    if getattr(impl, "alibi_slopes", None) is not None or getattr(impl, "sinks", None) is not None:
-        return "ALiBi and attention sinks are not supported"
-    if layer.kv_sharing_target_layer_name is not None:
-        return "layers that share their KV are not supported"
-    if type(impl).__name__ not in BACKENDS:
-        return f"attention backend {type(impl).__name__} is not supported"
-    return ""
-
-
-def _unsupported_cache(layer: Any, block_size: int) -> str:
-    if layer.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
-        return f"a KV cache of type {layer.kv_cache_dtype} is not supported"
-    try:
-        keys, values = keys_and_values(layer.kv_cache)
-    except ValueError as problem:
-        return str(problem)
-    if keys.shape[1] != block_size:  # plans have vLLM's block ids, but the cache is read by the backend's blocks
-        return f"blocks of {block_size} tokens that the attention backend divides into blocks of {keys.shape[1]}"
-    if {keys.shape[3], values.shape[3]} != {layer.head_size}:
-        return f"a KV cache of heads of {keys.shape[3]} where the model's are of {layer.head_size} is not supported"
-    return ""
-
-
-def _unsupported_rotary(rotary: Any, first: Any, cache: Any) -> str:
-    import torch
-
-    name, size = type(rotary).__name__, keys_and_values(cache)[0].shape[3]
-    if name not in ROTARIES:
-        return f"{name} is not supported"
-    if (rotary.rotary_dim, rotary.head_size) != (size, size):
-        return "a rotary embedding that rotates only part of each head is not supported"
-    same = rotary.is_neox_style == first.is_neox_style and torch.equal(rotary.cos_sin_cache, first.cos_sin_cache)
-    return "" if rotary is first or same else "layers with different rotary embeddings are not supported"
+# -- vLLM's configuration --------------------------------------------------------------------------------------------
 
 
 def recomputes_reported_blocks(vllm_config: Any) -> bool:
@@ -164,11 +49,6 @@ def capture_unsupported_reason(vllm_config: Any) -> str:
     if vllm_config.scheduler_config.max_num_batched_tokens < ROWS:
         return "max_num_batched_tokens is too small"
     return ""
-
-
-def rotary_of(model: Any) -> Any:
-    """The rotary embedding that all layers share."""
-    return model.model.layers[0].self_attn.rotary_emb
 
 
 # -- the model --------------------------------------------------------------------------------------------------------

@@ -86,8 +86,13 @@ def hide_from_prefix_cache(request: Any, first_token: int, hash_block: int) -> N
 
 
 def attention_layers(vllm_config: Any) -> dict[str, Any]:
-    """Attention modules by name, in the order of the model's layers."""
-    return dict(vllm_config.compilation_config.static_forward_context)
+    """Attention modules by name, in the order of the model's layers.
+
+    vLLM keeps a model's experts in the same dictionary, which have no KV. Whatever else is in it is returned too.
+    """
+    compilation = vllm_config.compilation_config
+    experts = set(getattr(compilation, "static_all_moe_layers", ()))
+    return {name: layer for name, layer in compilation.static_forward_context.items() if name not in experts}
 
 
 class OwnMetadata:

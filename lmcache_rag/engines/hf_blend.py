@@ -91,7 +91,8 @@ def blended_prefill(
     first = 0
     for span, kv in cached:
         last = first + kv.tokens
-        shift_ms += _place(cache, kv, span.start, cos[first:last], sin[first:last])
+        angles = (cos[first:last], sin[first:last])
+        shift_ms += _place(cache, kv, span.start, angles, interleaved=model.interleaved)
         first = last
     cache.clear(gaps, end, len(ids))
     load_ms = _ms_since(begin) - shift_ms
@@ -112,17 +113,19 @@ def blended_prefill(
     return BlendedPrefill(end, exact, kept, redone, load_ms, shift_ms, select_ms, recompute_ms, selected, str(reason))
 
 
-def _place(cache: KVBuffer, kv: ChunkKV, start: int, cos: Tensor | None = None, sin: Tensor | None = None) -> float:
+def _place(
+    cache: KVBuffer, kv: ChunkKV, start: int, angles: tuple[Tensor, Tensor] | None = None, *, interleaved: bool = False
+) -> float:
     """Write one chunk's KV to the cache at `start`, its keys rotated by these angles; returns the ms of rotating."""
     end = start + kv.tokens
     rotating = 0.0
     for index, layer in enumerate(cache.layers):
         keys = layer.all_keys[0, :, start:end]
-        if cos is None or sin is None:
+        if angles is None:
             keys.copy_(kv.keys[index])
         else:
             begin = time.perf_counter()
-            shift_keys(kv.keys[index].to(keys.device), cos, sin, out=keys)
+            shift_keys(kv.keys[index].to(keys.device), *angles, out=keys, interleaved=interleaved)
             rotating += _ms_since(begin)
         layer.all_values[0, :, start:end].copy_(kv.values[index])
     return rotating
@@ -285,7 +288,7 @@ class ModelPasses:
 
 
 def shift_tables(rotary: Any, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the angle between two positions, from the model's own rotary embedding.
+    """Cosine and sine of the angle between two positions, from the model's own rotary embedding, once for each pair.
 
     The model's tables are read at both positions and subtracted as angles, rather than read at new - old: in float32
     the angle at 8,000 is rounded, and a moved key must carry the same rounding as one computed there.
@@ -296,36 +299,51 @@ def shift_tables(rotary: Any, old: Tensor, new: Tensor) -> tuple[Tensor, Tensor]
         new: Positions where they go, int64 [n].
 
     Returns:
-        cos and sin, float32 [n, size].
+        cos and sin, float32 [n, size / 2].
     """
     import torch
 
     probe = torch.empty(0, dtype=torch.float32, device=old.device)
-    cos_a, sin_a = (t[0].double() for t in rotary(probe, old[None]))
-    cos_b, sin_b = (t[0].double() for t in rotary(probe, new[None]))
+    cos_a, sin_a = (_of_pairs(t[0].double()) for t in rotary(probe, old[None]))
+    cos_b, sin_b = (_of_pairs(t[0].double()) for t in rotary(probe, new[None]))
     # Some scalings (yarn) multiply cos and sin by a factor; the key has it already.
     square = cos_a.square() + sin_a.square()
     return ((cos_a * cos_b + sin_a * sin_b) / square).float(), ((sin_b * cos_a - cos_b * sin_a) / square).float()
 
 
-def shift_keys(keys: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None) -> Tensor:
-    """Rotate keys by the angles of `shift_tables`, half-split layout (Llama, Mistral, Qwen).
+def _of_pairs(table: Tensor) -> Tensor:
+    """A model's table [n, size] once for each pair, [n, size / 2]: it has all twice, as halves or as neighbours."""
+    import torch
+
+    first, second = table.chunk(2, -1)
+    return first if torch.equal(first, second) else table[:, ::2]
+
+
+def shift_keys(
+    keys: Tensor, cos: Tensor, sin: Tensor, out: Tensor | None = None, *, interleaved: bool = False
+) -> Tensor:
+    """Rotate keys by the angles of `shift_tables`.
 
     Args:
         keys: [..., n, size].
-        cos: float32 [n, size], as from shift_tables (both halves are equal).
-        sin: float32 [n, size].
+        cos: float32 [n, size / 2].
+        sin: float32 [n, size / 2].
         out: Where to write; may not overlap keys.
+        interleaved: Whether pairs are neighbours (Cohere, Ernie), rather than the halves of a head (Llama and most).
     """
     import torch
 
-    half = keys.shape[-1] // 2
     if out is None:
         out = torch.empty_like(keys)
     if keys.dtype != torch.float32:  # round once, at the end
-        return out.copy_(shift_keys(keys.float(), cos, sin))
-    cos, sin = cos[:, :half], sin[:, :half]
-    first, second = keys[..., :half], keys[..., half:]
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin)
+        return out.copy_(shift_keys(keys.float(), cos, sin, interleaved=interleaved))
+    (first, second), (to_first, to_second) = (_pairs(tensor, interleaved) for tensor in (keys, out))
+    torch.mul(first, cos, out=to_first).addcmul_(second, sin, value=-1)
+    torch.mul(second, cos, out=to_second).addcmul_(first, sin)
     return out
+
+
+def _pairs(keys: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """The two members of RoPE's pairs: views, each [..., size / 2]."""
+    half = keys.shape[-1] // 2
+    return (keys[..., ::2], keys[..., 1::2]) if interleaved else (keys[..., :half], keys[..., half:])

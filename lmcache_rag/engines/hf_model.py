@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from lmcache_rag.errors import ConfigError, EngineError
+from lmcache_rag.families import FAMILIES
 
 if TYPE_CHECKING:
     import torch
@@ -20,15 +21,22 @@ if TYPE_CHECKING:
     from lmcache_rag.engines.kv_files import ChunkKV
 
 
-FAMILIES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2 and Qwen2.5", "qwen3": "Qwen3"}
+BLENDED = {family.model_type: family for family in FAMILIES if family.model_type}
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 def unsupported_reason(config: Any) -> str:
     """Why a model of this configuration cannot be blended; "" when it can."""
-    if config.model_type not in FAMILIES:
-        return f"models of type {config.model_type!r} are not supported (supported: {', '.join(FAMILIES.values())})"
+    if config.model_type not in BLENDED:
+        titles = ", ".join(family.title for family in BLENDED.values())
+        return f"models of type {config.model_type!r} are not supported (supported: {titles})"
+    if getattr(config, "is_causal", True) is False or getattr(config, "use_bidirectional_attention", False):
+        return "its attention is not causal"
     rope = getattr(config, "rope_parameters", None) or {}
+    if any(isinstance(value, dict) for value in rope.values()):
+        return "layers with different rotary embeddings are not supported"
+    if "mrope_section" in rope:
+        return "multimodal RoPE is not supported"
     kind = rope.get("rope_type", "default")
     if kind not in ROPE_TYPES:
         return f"RoPE scaling {kind!r} changes with the prompt's length (supported: {', '.join(ROPE_TYPES)})"
@@ -36,6 +44,8 @@ def unsupported_reason(config: Any) -> str:
         return "only a part of each head is rotated by RoPE"
     window = getattr(config, "sliding_window", None)
     types = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
+    if window and not hasattr(type(config), "layer_types"):
+        types.add("sliding_attention")  # a field that this family does not have changes nothing of it
     if types != {"full_attention"}:
         return f"it uses {', '.join(sorted(types - {'full_attention'}))}, and only full attention is supported"
     return ""
@@ -126,6 +136,11 @@ class HFModel:
     def rotary(self) -> Any:
         """The model's own rotary embedding."""
         return self.model.model.rotary_emb
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether RoPE's pairs are neighbours in a head, rather than its two halves."""
+        return self.config.model_type in BLENDED and BLENDED[self.config.model_type].interleaved
 
     @property
     def context_length(self) -> int:

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from lmcache_rag.errors import LMCacheRAGError
-from lmcache_rag.protocol import ARCHITECTURES
+from lmcache_rag.families import FAMILIES, REFUSED, Family, family_of
 
 if TYPE_CHECKING:
     from lmcache_rag.settings import Settings
@@ -184,17 +184,39 @@ def model(name: str) -> Check:
         )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        families = [str(family) for family in config.get("architectures") or ["unknown"]]
+        names = [str(name) for name in config.get("architectures") or ["unknown"]]
     except (OSError, ValueError, AttributeError) as problem:
         return Check("Model", "failed", f"{file} cannot be read: {problem}", "Download the model again.")
-    if not set(families) & set(ARCHITECTURES):
-        remedy = f"It is served as by stock vLLM, without blending. Supported: {', '.join(ARCHITECTURES)}."
-        return Check("Model", "failed", f"{name}: {families[0]} is not supported", remedy)
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    if window:
-        remedy = "It is served as by stock vLLM, without blending."
-        return Check("Model", "failed", f"{name}: sliding window attention is not supported", remedy)
-    return Check("Model", "ok", f"{name}: {families[0]}")
+    family, reason = family_of(names), _refused(names, config)
+    if family is None or reason:
+        remedy = f"It is served as by stock vLLM, without blending. Supported: {_supported()}."
+        return Check("Model", "failed", f"{name}: {reason or f'{names[0]} is not supported'}", remedy)
+    return Check("Model", "ok", f"{name}: {names[0]}, {_quality(family)}")
+
+
+def _refused(names: list[str], config: dict[str, Any]) -> str:
+    """Why a model is not blended although its family may be, by its config.json; "" if nothing there is against it."""
+    if refused := next((name for name in names if name in REFUSED), ""):
+        return f"{refused} is not supported: {REFUSED[refused]}"
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    rope = rope if isinstance(rope, dict) else {}
+    if config.get("sliding_window") and config.get("use_sliding_window", True):
+        return "sliding window attention is not supported"
+    if config.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0)) not in (None, 1.0):
+        return "a rotary embedding that rotates only part of each head is not supported"
+    if rope.get("rope_type", rope.get("type")) == "longrope":
+        return "LongRoPE is not supported"
+    return ""
+
+
+def _quality(family: Family) -> str:
+    """A family, and what is known of its blended answers."""
+    measured = "" if family.measured else "; right by construction, quality of its blended answers not measured"
+    return f"family {family.title}{measured}"
+
+
+def _supported() -> str:
+    return ", ".join(family.title for family in FAMILIES)
 
 
 def _config_file(name: str) -> Path | None:
@@ -299,10 +321,11 @@ def weights(label: str, name: str | None, kind: Literal["model", "embedder"]) ->
         families = json.loads((source.path / "config.json").read_text(encoding="utf-8")).get("architectures") or []
     except (OSError, ValueError, AttributeError) as problem:
         return Check(label, "failed", f"{source.path / 'config.json'} cannot be read: {problem}", "Get it again.")
-    if not set(families) & set(ARCHITECTURES):
-        remedy = f"Its answers come from full prefills. Supported: {', '.join(ARCHITECTURES)}."
+    family = family_of(families)
+    if family is None or not family.model_type:
+        remedy = f"Its answers come from full prefills. Supported: {_supported()}."
         return Check(label, "warning", f"{source.name}: {', '.join(families) or 'its family'} is not blended", remedy)
-    return Check(label, "ok", f"{source.name}, {source.message}")
+    return Check(label, "ok", f"{source.name}, {source.message}, {_quality(family)}")
 
 
 # What is installed

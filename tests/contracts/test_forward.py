@@ -17,7 +17,7 @@ import pytest
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch
-    from models import tiny_model
+    from models import OTHERS, tiny_model
     from vllm import distributed
     from vllm.config import (
         CacheConfig,
@@ -37,7 +37,7 @@ with warnings.catch_warnings():
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.worker.utils import AttentionGroup
 
-    from lmcache_rag.connector import model_runner, vllm_internals
+    from lmcache_rag.connector import model_runner, model_support, vllm_internals
     from lmcache_rag.connector.attention import PagedAttention, PagedSequence, RecomputeAttention, keys_and_values
 
 pytestmark = [pytest.mark.own_version, pytest.mark.filterwarnings("ignore")]
@@ -140,7 +140,10 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    "pair", [("llama", "llama3"), ("mistral", "yarn"), ("qwen2", "linear"), ("qwen3", "default")], indirect=True
+    "pair",
+    [("llama", "llama3"), ("mistral", "yarn"), ("qwen2", "linear"), ("qwen3", "default"), *OTHERS.items()],
+    indirect=True,
+    ids="-".join,
 )
 def test_our_pass_gives_the_logits_of_vllms_own(pair: Pair) -> None:
     own = pair.prefill()
@@ -171,5 +174,5 @@ def test_a_pass_over_chosen_positions_mends_their_kv(pair: Pair) -> None:
 def test_vllms_cpu_kernels_keep_keys_in_another_order(pair: Pair) -> None:
     """Why nothing is blended on a CPU: they transpose the keys of each block, and our attention reads a plain cache."""
     pair.prefill()
-    assert "CPUAttentionBackendImpl is not supported" in str(model_runner.unsupported_reason(pair.config, pair.model))
+    assert "CPUAttentionBackendImpl is not supported" in str(model_support.unsupported_reason(pair.config, pair.model))
     assert not torch.allclose(pair.stored(0), pair.kv[0], **NEAR), "then blends could run on a CPU"

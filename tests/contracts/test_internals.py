@@ -33,7 +33,7 @@ with warnings.catch_warnings():
 
     from lmcache_rag.connector import connector, plugin, vllm_internals, vllm_patches
     from lmcache_rag.connector.metadata import BlendHandshakeMetadata, BlendWorkerMetadata, Match
-    from lmcache_rag.protocol import ARCHITECTURES
+    from lmcache_rag.families import ARCHITECTURES
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 VLLM = vllm_folder()

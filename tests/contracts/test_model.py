@@ -17,7 +17,7 @@ from contract_kit import vllm_folder
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch
-    from models import tiny_config
+    from models import CASES, tiny_config
     from vllm import distributed
     from vllm.config import (
         CacheConfig,
@@ -41,10 +41,11 @@ with warnings.catch_warnings():
     from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
     from vllm.v1.worker.utils import AttentionGroup
 
-    from lmcache_rag.connector import model_runner, vllm_internals
+    from lmcache_rag.connector import model_runner, model_support, vllm_internals
     from lmcache_rag.connector.attention import PagedSequence, keys_and_values
     from lmcache_rag.connector.self_check import compare_with_prefill
-    from lmcache_rag.protocol import ARCHITECTURES, MODEL_CLASSES, CannotBlend
+    from lmcache_rag.families import ARCHITECTURES, MODEL_CLASSES, REFUSED
+    from lmcache_rag.protocol import CannotBlend
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 BLOCK = 16
@@ -90,16 +91,15 @@ class World:
 
     @property
     def why_not(self) -> str:
-        return str(model_runner.unsupported_reason(self.config, self.model) or "")
+        return str(model_support.unsupported_reason(self.config, self.model) or "")
 
     @property
     def code(self) -> str:
-        found = model_runner.unsupported_reason(self.config, self.model)
+        found = model_support.unsupported_reason(self.config, self.model)
         return "" if found is None else str(found.code)
 
 
-@pytest.mark.parametrize("scaling", ["default", "linear", "llama3", "yarn"])
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(("family", "scaling"), CASES)
 def test_what_we_know_is_blended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, scaling: str) -> None:
     assert World(tmp_path, monkeypatch, family, scaling=scaling).why_not == ""
 
@@ -115,6 +115,17 @@ def test_what_we_know_is_blended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             "rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 128,
             "short_factor": [1.0] * 8, "long_factor": [2.0] * 8,
         }}, "Phi3LongRoPEScaledRotaryEmbedding is not supported"),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 64}, "sliding window"),
+        ("mixtral", {"sliding_window": 64}, "sliding window"),
+        ("phi3", {"sliding_window": 64}, "sliding window"),
+        ("phi3", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+         "only part of each head"),
+        ("granite", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"], "sliding_window": 64,
+                     "attention_sinks": False}, "sliding window"),
+        ("granite", {"layer_rope_theta": [1e4, 1e4, 1e4, 0]}, "NoPE"),
+        ("granite", {"layer_rope_theta": [1e4, 1e4, 1e4, 1e6]}, "different rotary embeddings"),
+        ("cohere2", {"layer_types": ["full_attention"] * 4, "sliding_window": None}, "NoPE"),
+        ("cohere2", {"layer_types": ["full_attention"] * 3 + ["sliding_attention"]}, "sliding window"),
     ],
 )  # fmt: skip
 def test_models_that_are_not(
@@ -210,7 +221,7 @@ def test_inside_multi_connector_nothing_is_blended(tmp_path: Path, monkeypatch: 
 def test_the_table_of_architectures_is_vllms_registry() -> None:
     classes = {name: kind for name, (_, kind) in registry._TEXT_GENERATION_MODELS.items()}
     blended = {name for name, kind in classes.items() if kind in MODEL_CLASSES}
-    assert blended <= set(ARCHITECTURES)
+    assert blended == set(ARCHITECTURES) | set(REFUSED)
     assert all(classes.get(name, MODEL_CLASSES[0]) in MODEL_CLASSES for name in ARCHITECTURES)
     assert set(MODEL_CLASSES) <= blended
 
@@ -323,10 +334,10 @@ def test_what_is_looked_at_is_there() -> None:
     )
     config = VllmConfig()
     assert hasattr(config.compilation_config.pass_config, "fuse_attn_quant")
-    for name in model_runner.ROTARIES:
+    for name in model_support.ROTARIES:
         assert name == "RotaryEmbedding" or hasattr(rotary_embedding, name), f"{name} is named"
     backends = "".join(path.read_text() for path in (vllm_folder() / "v1/attention/backends").glob("*.py"))
-    for name in model_runner.BACKENDS:
+    for name in model_support.BACKENDS:
         assert f"class {name}(" in backends
 
 

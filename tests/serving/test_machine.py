@@ -133,12 +133,26 @@ def test_a_plugin_that_vllm_may_not_load(gpu_machine: Path, monkeypatch: pytest.
         ({"architectures": ["Ministral3ForCausalLM"]}, "ok"),
         ({"architectures": ["MistralForCausalLM"], "sliding_window": 4096}, "failed"),
         ({"architectures": ["GptOssForCausalLM"]}, "failed"),
+        ({"architectures": ["Qwen3MoeForCausalLM"]}, "ok"),
+        ({"architectures": ["Phi3ForCausalLM"], "sliding_window": None, "partial_rotary_factor": 1.0}, "ok"),
+        ({"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.75}, "failed"),
+        ({"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope"}}, "failed"),
+        ({"architectures": ["Cohere2ForCausalLM"]}, "failed"),
         ({}, "failed"),
     ],
 )
 def test_which_models_are_blended(tmp_path: Path, config: dict[str, Any], state: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert machine.model(str(tmp_path)).state == state
+
+
+def test_the_family_and_what_is_known_of_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["MixtralForCausalLM"]}))
+    assert "family Mixtral; right by construction, quality" in machine.model(str(tmp_path)).result
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Qwen2ForCausalLM"]}))
+    assert machine.model(str(tmp_path)).result.endswith("family Qwen2 and Qwen2.5")
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Cohere2ForCausalLM"]}))
+    assert "layers without RoPE" in machine.model(str(tmp_path)).result
 
 
 def test_a_model_that_is_not_here_is_skipped() -> None:

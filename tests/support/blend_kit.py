@@ -74,5 +74,5 @@ class Case:
             cos, sin = shift_tables(model.rotary, was, places)
             for layer in range(model.layers):
                 keys = torch.empty_like(kv.keys[layer])
-                shift_keys(kv.keys[layer], cos, sin, out=keys)
+                shift_keys(kv.keys[layer], cos, sin, out=keys, interleaved=model.interleaved)
                 paged.write(sequence, layer, start, keys, kv.values[layer])

@@ -19,8 +19,40 @@ SCALINGS: dict[str, dict[str, Any]] = {
     },
     "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024},
 }
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-CASES = [(family, scaling) for family in FAMILIES for scaling in SCALINGS]
+# Besides what all have. The experts are few and small; a random model's router chooses them evenly.
+OF_FAMILY: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "mlp_only_layers": [1]},
+    "qwen2_moe": {
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 64,
+        "decoder_sparse_step": 2,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "phi3": {"sliding_window": None},
+    "granite": {
+        "embedding_multiplier": 6.0,
+        "logits_scaling": 8.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+    },
+    "cohere": {"use_qk_norm": True, "logit_scale": 0.25},
+    "ernie4_5": {"use_bias": True},
+}
+BASIC = ("llama", "mistral", "qwen2", "qwen3")
+OTHERS = {  # with the scaling that each is tested with; transformers gives Phi-3 no other than LongRoPE
+    "qwen3_moe": "yarn",
+    "qwen2_moe": "default",
+    "mixtral": "linear",
+    "phi3": "default",
+    "granite": "llama3",
+    "cohere": "linear",
+    "ernie4_5": "yarn",
+}
+FAMILIES = (*BASIC, *OTHERS)
+CASES = [*((family, scaling) for family in BASIC for scaling in SCALINGS), *OTHERS.items()]
 
 
 def tiny_config(family: str, scaling: str = "default", **changes: Any) -> Any:
@@ -39,9 +71,7 @@ def tiny_config(family: str, scaling: str = "default", **changes: Any) -> Any:
         "eos_token_id": 2,
         "pad_token_id": 2,
     }
-    if family == "mistral":
-        facts["sliding_window"] = None
-    return transformers.AutoConfig.for_model(family, **(facts | changes))
+    return transformers.AutoConfig.for_model(family, **(facts | OF_FAMILY.get(family, {}) | changes))
 
 
 def tiny_model(family: str, scaling: str = "default", *, seed: int = 0, **changes: Any) -> Any:
@@ -50,7 +80,7 @@ def tiny_model(family: str, scaling: str = "default", *, seed: int = 0, **change
     model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, scaling, **changes), dtype=torch.float32)
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "qkv_proj.weight")):
                 weight.mul_(8)
             elif "embed_tokens" in name or "lm_head" in name:
                 weight.mul_(20)

@@ -1,0 +1,194 @@
+"""Which models are blended in vLLM: one check for each capability, on the loaded model and its KV caches.
+
+A model is blended if its class is in lmcache_rag.families and none of the checks finds a reason against it. What a
+check does not know is refused: a wrong blend shows in no log.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lmcache_rag.connector import vllm_internals
+from lmcache_rag.connector.attention import keys_and_values
+from lmcache_rag.families import MODEL_CLASSES
+from lmcache_rag.protocol import CannotBlend, Unsupported
+
+BACKENDS = ("FlashAttentionImpl", "FlashInferImpl", "TritonAttentionImpl")
+# Rotary embeddings whose angles depend on the position alone and are in a table: a key is moved by rotating it.
+ROTARIES = (
+    "RotaryEmbedding",
+    "LinearScalingRotaryEmbedding",
+    "DynamicNTKScalingRotaryEmbedding",
+    "DynamicNTKAlphaRotaryEmbedding",
+    "NTKScalingRotaryEmbedding",
+    "Llama3RotaryEmbedding",
+    "YaRNScalingRotaryEmbedding",
+)
+
+
+def unsupported_reason(vllm_config: Any, model: Any) -> Unsupported | None:
+    """Why this model cannot be blended in vLLM; None if it can. Its KV caches must exist."""
+    checks = (_machine, _parallelism, _model_class, _features, _attention_and_cache, _layers, _positions)
+    return next((reason for check in checks if (reason := check(vllm_config, model))), None)
+
+
+# -- machine and ranks ------------------------------------------------------------------------------------------------
+
+
+def _machine(vllm_config: Any, model: Any) -> Unsupported | None:
+    import torch
+
+    if torch.version.hip is not None:
+        return Unsupported(CannotBlend.ROCM, "AMD GPUs (ROCm) are not supported")
+    if getattr(vllm_config.model_config, "enable_sleep_mode", False):
+        detail = "sleep mode releases GPU memory that a blend needs and LMCache has mapped"
+        return Unsupported(CannotBlend.SLEEP_MODE, detail)
+    if vllm_internals.in_multi_connector():
+        detail = "with other connectors (MultiConnector) approximate KV would be stored as exact"
+        return Unsupported(CannotBlend.MULTI_CONNECTOR, detail)
+    return None
+
+
+def _parallelism(vllm_config: Any, model: Any) -> Unsupported | None:
+    parallel, detail = vllm_config.parallel_config, ""
+    if parallel.pipeline_parallel_size > 1:
+        detail = "pipeline parallelism is not supported"
+    elif parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        detail = "context parallelism is not supported: each rank would hold a part of the tokens"
+    elif getattr(parallel, "enable_expert_parallel", False) or getattr(parallel, "enable_eplb", False):
+        detail = "expert parallelism is not supported: each pass needs the other ranks"
+    elif getattr(parallel, "data_parallel_size", 1) > 1 and getattr(parallel, "is_moe_model", None) is not False:
+        detail = "data parallelism of a model with experts is not supported: each pass needs the other ranks"
+    return Unsupported(CannotBlend.PARALLELISM, detail) if detail else None
+
+
+# -- model class and what is switched on ------------------------------------------------------------------------------
+
+
+def _model_class(vllm_config: Any, model: Any) -> Unsupported | None:
+    name = type(model).__name__
+    if name not in MODEL_CLASSES:
+        return Unsupported(CannotBlend.MODEL, f"{name} is not supported (supported: {', '.join(MODEL_CLASSES)})")
+    return None
+
+
+def _features(vllm_config: Any, model: Any) -> Unsupported | None:
+    if getattr(vllm_config, "speculative_config", None) is not None:
+        return Unsupported(CannotBlend.SPECULATIVE, "speculative decoding is not supported")
+    if getattr(vllm_config, "lora_config", None) is not None:
+        return Unsupported(CannotBlend.LORA, "LoRA adapters change the KV of the same text")
+    if _returns_experts(vllm_config):
+        detail = "vLLM returns each token's experts (enable_return_routed_experts), and reused tokens meet none"
+        return Unsupported(CannotBlend.MODEL, detail)
+    if getattr(vllm_config.compilation_config.pass_config, "fuse_attn_quant", False):
+        detail = "attention that is fused with a quantisation of its output is not supported"
+        return Unsupported(CannotBlend.ATTENTION, detail)
+    return None
+
+
+def _returns_experts(vllm_config: Any) -> bool:
+    """Whether a pass records the experts of its tokens; a blend's passes would be recorded as the step's."""
+    places = (vllm_config.model_config, getattr(vllm_config, "aux_output_config", None))  # vLLM 0.25, and since 0.32
+    return any(getattr(place, "enable_return_routed_experts", False) for place in places)
+
+
+# -- attention --------------------------------------------------------------------------------------------------------
+
+
+def _attention_and_cache(vllm_config: Any, model: Any) -> Unsupported | None:
+    for key, layer in vllm_internals.attention_layers(vllm_config).items():
+        if detail := _attention(key, layer):
+            return Unsupported(CannotBlend.ATTENTION, detail)
+        if detail := _cache(layer, vllm_config.cache_config.block_size):
+            return Unsupported(CannotBlend.KV_CACHE, detail)
+    return None
+
+
+def _attention(name: str, layer: Any) -> str:
+    impl = getattr(layer, "impl", None)
+    if impl is None:
+        return f"{name} is not an attention layer"
+    if type(layer).__name__ != "Attention" or layer.attn_type != "decoder":
+        return f"{name} is not causal attention ({type(layer).__name__}, {layer.attn_type})"
+    if layer.sliding_window is not None:
+        return "sliding window attention is not supported"
+    if getattr(impl, "logits_soft_cap", None) not in (None, 0, 0.0):
+        return "soft caps on attention scores are not supported"
+    if getattr(impl, "alibi_slopes", None) is not None or getattr(impl, "sinks", None) is not None:
+        return "ALiBi and attention sinks are not supported"
+    if layer.kv_sharing_target_layer_name is not None:
+        return "layers that share their KV are not supported"
+    if type(impl).__name__ not in BACKENDS:
+        return f"attention backend {type(impl).__name__} is not supported"
+    return ""
+
+
+# -- KV cache ---------------------------------------------------------------------------------------------------------
+
+
+def _cache(layer: Any, block_size: int) -> str:
+    if layer.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
+        return f"a KV cache of type {layer.kv_cache_dtype} is not supported"
+    try:
+        keys, values = keys_and_values(layer.kv_cache)
+    except ValueError as problem:
+        return str(problem)
+    if keys.shape[1] != block_size:  # plans have vLLM's block ids, but the cache is read by the backend's blocks
+        return f"blocks of {block_size} tokens that the attention backend divides into blocks of {keys.shape[1]}"
+    if {keys.shape[3], values.shape[3]} != {layer.head_size}:
+        return f"a KV cache of heads of {keys.shape[3]} where the model's are of {layer.head_size} is not supported"
+    return ""
+
+
+# -- layers -----------------------------------------------------------------------------------------------------------
+
+
+def decoder_of(model: Any) -> Any:
+    """The module with the decoder's layers."""
+    return model.model
+
+
+def _layers(vllm_config: Any, model: Any) -> Unsupported | None:
+    layers = list(vllm_internals.attention_layers(vllm_config).values())
+    if len(layers) != vllm_config.model_config.hf_text_config.num_hidden_layers:
+        return Unsupported(CannotBlend.MODEL, "the model has other layers with KV than its decoder's")
+    first = layers[0].kv_cache
+    if any((x.kv_cache.shape, x.kv_cache.stride()) != (first.shape, first.stride()) for x in layers):
+        return Unsupported(CannotBlend.KV_CACHE, "layers whose KV caches differ are not supported")
+    return None
+
+
+# -- positions --------------------------------------------------------------------------------------------------------
+
+
+def rotary_of(model: Any) -> Any:
+    """The rotary embedding that all layers share."""
+    return decoder_of(model).layers[0].self_attn.rotary_emb
+
+
+def _positions(vllm_config: Any, model: Any) -> Unsupported | None:
+    size = next(iter(vllm_internals.attention_layers(vllm_config).values())).head_size
+    attentions = [layer.self_attn for layer in decoder_of(model).layers]
+    if any(map(_without_rotary, attentions)):
+        return Unsupported(CannotBlend.ROTARY, "layers without a rotary embedding (NoPE) are not supported")
+    rotaries = [attention.rotary_emb for attention in attentions]
+    details = (_rotary(rotary, rotaries[0], size) for rotary in rotaries)
+    return next((Unsupported(CannotBlend.ROTARY, detail) for detail in details if detail), None)
+
+
+def _without_rotary(attention: Any) -> bool:
+    """Whether a layer leaves its keys as they are. Cohere2 (`v1` is false) has a rotary embedding all the same."""
+    unused = getattr(attention, "v1", True) is False or getattr(attention, "use_rope", True) is False
+    return unused or getattr(attention, "rotary_emb", None) is None
+
+
+def _rotary(rotary: Any, first: Any, size: int) -> str:
+    import torch
+
+    name = type(rotary).__name__
+    if name not in ROTARIES:
+        return f"{name} is not supported"
+    if (rotary.rotary_dim, rotary.head_size) != (size, size):
+        return "a rotary embedding that rotates only part of each head is not supported"
+    same = rotary.is_neox_style == first.is_neox_style and torch.equal(rotary.cos_sin_cache, first.cos_sin_cache)
+    return "" if rotary is first or same else "layers with different rotary embeddings are not supported"

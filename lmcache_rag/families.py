@@ -1,0 +1,105 @@
+"""The families of models that are blended: one entry for each class of vLLM.
+
+The connector's check, the embedded engine, `doctor` and the table in docs/models.md take the names from here. An entry
+is not enough for a model to be blended: the checks in lmcache_rag.connector.model_support, and the embedded engine's in
+lmcache_rag.engines.hf_model, look at its attention, its KV cache and its positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+
+@dataclass(frozen=True)
+class Family:
+    """Models with one class in vLLM.
+
+    Attributes:
+        title: Its name for people.
+        vllm_class: vLLM's class.
+        architectures: Other names in a model's config.json for which vLLM loads this class.
+        model_type: Its name in transformers if the embedded engine blends it; else "".
+        measured: Whether the quality of its blended answers was measured with real weights.
+        interleaved: Whether RoPE's pairs are neighbours in a head, rather than its two halves.
+        note: What is refused of it, or what else a user must know.
+    """
+
+    title: str
+    vllm_class: str
+    architectures: tuple[str, ...] = ()
+    model_type: str = ""
+    measured: bool = False
+    interleaved: bool = False
+    note: str = ""
+
+
+EXPERTS: Final = "without expert parallelism and data parallelism"
+
+FAMILIES: Final = (
+    Family(
+        "Llama",
+        "LlamaForCausalLM",
+        ("InternLM3ForCausalLM", "IQuestCoderForCausalLM", "LLaMAForCausalLM", "TeleChat3ForCausalLM"),
+        model_type="llama",
+        measured=True,
+        note="InternLM3, IQuest-Coder and TeleChat3 are loaded as this class",
+    ),
+    Family(
+        "Mistral",
+        "MistralForCausalLM",
+        ("Ministral3ForCausalLM",),
+        model_type="mistral",
+        note="without a sliding window",
+    ),
+    Family(
+        "Qwen2 and Qwen2.5",
+        "Qwen2ForCausalLM",
+        model_type="qwen2",
+        measured=True,
+        note="without a sliding window and dual chunk attention",
+    ),
+    Family("Qwen3", "Qwen3ForCausalLM", model_type="qwen3", note="without a sliding window"),
+    Family("Qwen3-MoE", "Qwen3MoeForCausalLM", model_type="qwen3_moe", note=EXPERTS),
+    Family("Qwen2-MoE", "Qwen2MoeForCausalLM", model_type="qwen2_moe", note=EXPERTS),
+    Family("Mixtral", "MixtralForCausalLM", model_type="mixtral", note=EXPERTS),
+    Family(
+        "Phi-3 and Phi-4",
+        "Phi3ForCausalLM",
+        model_type="phi3",
+        note="Phi-4 14B; not Phi-4-mini (partial rotary), not Phi-3 with LongRoPE or a sliding window",
+    ),
+    Family(
+        "Granite 3",
+        "GraniteForCausalLM",
+        model_type="granite",
+        note="dense; without sliding windows, attention sinks and layers without RoPE",
+    ),
+    Family(
+        "Command-R",
+        "CohereForCausalLM",
+        model_type="cohere",
+        interleaved=True,
+        note="not Command-A and Command-R7B (Cohere2: windows, layers without RoPE)",
+    ),
+    Family("Ernie 4.5", "Ernie4_5ForCausalLM", model_type="ernie4_5", interleaved=True, note="dense"),
+    Family("MiMo 7B", "MiMoForCausalLM", note="not MiMo-V2 (windows); without speculative decoding"),
+    Family("TeleChat2", "TeleChat2ForCausalLM"),
+)
+
+MODEL_CLASSES: Final = tuple(family.vllm_class for family in FAMILIES)
+# Names in config.json for which vLLM loads one of these classes, from the registry of vLLM 0.32;
+# tests/contracts/test_model.py compares them.
+ARCHITECTURES: Final = (*MODEL_CLASSES, *(name for family in FAMILIES for name in family.architectures))
+# Names for which vLLM loads one of these classes, but of which no model is blended.
+REFUSED: Final[Mapping[str, str]] = {
+    "Cohere2ForCausalLM": "it has sliding windows and layers without RoPE",
+    "GraniteSWAForCausalLM": "it has sliding windows and attention sinks",
+}
+
+
+def family_of(architectures: Iterable[str]) -> Family | None:
+    """The family of a model with these names in its config.json; None if it is not blended."""
+    names = set(architectures)
+    return next((family for family in FAMILIES if names & {family.vllm_class, *family.architectures}), None)
