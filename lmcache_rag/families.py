@@ -86,6 +86,11 @@ FAMILIES: Final = (
     Family("Ernie 4.5", "Ernie4_5ForCausalLM", model_type="ernie4_5", interleaved=True, note="dense"),
     Family("MiMo 7B", "MiMoForCausalLM", note="not MiMo-V2 (windows); without speculative decoding"),
     Family("TeleChat2", "TeleChat2ForCausalLM"),
+    Family(
+        "Mistral Small 3, Ministral 3",
+        "Mistral3ForConditionalGeneration",
+        note="the language model, on a server that was started with `--language-model-only`",
+    ),
 )
 
 MODEL_CLASSES: Final = tuple(family.vllm_class for family in FAMILIES)

@@ -69,6 +69,14 @@ def _model_class(vllm_config: Any, model: Any) -> Unsupported | None:
     name = type(model).__name__
     if name not in MODEL_CLASSES:
         return Unsupported(CannotBlend.MODEL, f"{name} is not supported (supported: {', '.join(MODEL_CLASSES)})")
+    inside = getattr(model, "language_model", None)
+    if inside is None:
+        return None
+    if type(inside).__name__ not in MODEL_CLASSES:
+        return Unsupported(CannotBlend.MODEL, f"{name} with {type(inside).__name__} inside is not supported")
+    if vllm_internals.takes_pictures(vllm_config):
+        detail = "a model that takes pictures is blended only without them: start vLLM with --language-model-only"
+        return Unsupported(CannotBlend.MODEL, detail)
     return None
 
 
@@ -144,8 +152,8 @@ def _cache(layer: Any, block_size: int) -> str:
 
 
 def decoder_of(model: Any) -> Any:
-    """The module with the decoder's layers."""
-    return model.model
+    """The module with the decoder's layers; the language model's if there is a vision tower beside it."""
+    return getattr(model, "language_model", model).model
 
 
 def _layers(vllm_config: Any, model: Any) -> Unsupported | None:

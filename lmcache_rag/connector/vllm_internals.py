@@ -95,6 +95,17 @@ def attention_layers(vllm_config: Any) -> dict[str, Any]:
     return {name: layer for name, layer in compilation.static_forward_context.items() if name not in experts}
 
 
+def takes_pictures(vllm_config: Any) -> bool:
+    """Whether prompts may have pictures or the like. vLLM then gives the model embeddings in the place of token ids."""
+    config = vllm_config.model_config
+    found = getattr(config, "supports_multimodal_inputs", None)
+    if found is None:  # vLLM 0.25
+        from vllm.multimodal import MULTIMODAL_REGISTRY
+
+        found = MULTIMODAL_REGISTRY.supports_multimodal_inputs(config)
+    return bool(found)
+
+
 class OwnMetadata:
     """Attention metadata of a blend's pass: vLLM's attention calls `attention` instead of its kernel.
 

@@ -198,6 +198,8 @@ def _refused(names: list[str], config: dict[str, Any]) -> str:
     """Why a model is not blended although its family may be, by its config.json; "" if nothing there is against it."""
     if refused := next((name for name in names if name in REFUSED), ""):
         return f"{refused} is not supported: {REFUSED[refused]}"
+    inner = config.get("text_config")
+    config = config | inner if isinstance(inner, dict) else config
     rope = config.get("rope_parameters") or config.get("rope_scaling")
     rope = rope if isinstance(rope, dict) else {}
     if config.get("sliding_window") and config.get("use_sliding_window", True):

@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lmcache_rag.connector import vllm_internals
+from lmcache_rag.connector import model_support, vllm_internals
 from lmcache_rag.connector.model_support import BACKENDS, ROTARIES, rotary_of, unsupported_reason
 from lmcache_rag.families import MODEL_CLASSES
 from lmcache_rag.protocol import CannotBlend
@@ -55,12 +55,15 @@ class Loaded:
         ]
         self.attentions = [SimpleNamespace(rotary_emb=shared, attn=layer) for layer in self.layers]
         decoder = SimpleNamespace(layers=[SimpleNamespace(self_attn=attention) for attention in self.attentions])
-        self.model = named(kind, model=decoder)
+        inside = named("MistralForCausalLM", model=decoder)
+        self.model = named(kind, language_model=inside) if kind.startswith("Mistral3") else named(kind, model=decoder)
         experts = [f"model.layers.{index}.mlp.experts" for index in range(3)] if "Moe" in kind or "Mix" in kind else []
         context = dict(zip(names, self.layers, strict=True)) | {name: named("MoERunner") for name in experts}
         self.config = SimpleNamespace(
             model_config=SimpleNamespace(
-                enable_sleep_mode=False, hf_text_config=SimpleNamespace(num_hidden_layers=3), hf_config=None
+                enable_sleep_mode=False,
+                hf_text_config=SimpleNamespace(num_hidden_layers=3),
+                supports_multimodal_inputs=False,
             ),
             parallel_config=SimpleNamespace(
                 pipeline_parallel_size=1,
@@ -124,7 +127,9 @@ ODD: dict[str, Callable[[Loaded, int], Any]] = {
     "a layer that is no attention": lambda it, index: it.config.compilation_config.static_forward_context.update(
         {f"model.layers.{index}.mamba": named("MambaMixer2")}
     ),
-    "another model": lambda it, index: setattr(it, "model", named("OddForCausalLM", model=it.model.model)),
+    "another model": lambda it, index: setattr(
+        it, "model", named("OddForCausalLM", model=model_support.decoder_of(it.model))
+    ),
     "enable_expert_parallel": of_ranks("enable_expert_parallel", True),
     "enable_eplb": of_ranks("enable_eplb", True),
     "pipeline_parallel_size": of_ranks("pipeline_parallel_size", 2),
@@ -174,6 +179,15 @@ def test_data_parallelism_stops_only_experts(kind: str) -> None:
     assert (found is not None) == bool(it.config.compilation_config.static_all_moe_layers)
     it.config.parallel_config.is_moe_model = None  # vLLM does not know yet
     assert "experts" in str(unsupported_reason(it.config, it.model))
+
+
+def test_a_model_with_pictures_is_blended_without_them() -> None:
+    it = Loaded("Mistral3ForConditionalGeneration")
+    assert unsupported_reason(it.config, it.model) is None
+    it.config.model_config.supports_multimodal_inputs = True
+    assert "--language-model-only" in str(unsupported_reason(it.config, it.model))
+    it.model.language_model = named("Gemma3ForCausalLM", model=it.model.language_model.model)
+    assert "Gemma3ForCausalLM inside" in str(unsupported_reason(it.config, it.model))
 
 
 def test_experts_are_no_attention_layers() -> None:

@@ -49,6 +49,7 @@ with warnings.catch_warnings():
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 BLOCK = 16
+TELECHAT = {"n_layer": 4, "n_head": 4, "ffn_hidden_size": 96, "layer_norm_epsilon": 1e-5}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -219,7 +220,8 @@ def test_inside_multi_connector_nothing_is_blended(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.own_version
 def test_the_table_of_architectures_is_vllms_registry() -> None:
-    classes = {name: kind for name, (_, kind) in registry._TEXT_GENERATION_MODELS.items()}
+    known = registry._TEXT_GENERATION_MODELS | registry._MULTIMODAL_MODELS
+    classes = {name: found[1] for name, found in known.items()}
     blended = {name for name, kind in classes.items() if kind in MODEL_CLASSES}
     assert blended == set(ARCHITECTURES) | set(REFUSED)
     assert all(classes.get(name, MODEL_CLASSES[0]) in MODEL_CLASSES for name in ARCHITECTURES)
@@ -294,12 +296,27 @@ class Loaded(World):
 
 @pytest.mark.own_version
 @pytest.mark.parametrize(
-    ("family", "scaling"), [("llama", "llama3"), ("mistral", "yarn"), ("qwen2", "linear"), ("qwen3", "default")]
+    ("family", "scaling", "changes"),
+    [
+        ("llama", "llama3", {}),
+        ("mistral", "yarn", {}),
+        ("qwen2", "linear", {}),
+        ("qwen3", "default", {}),
+        ("cohere", "linear", {}),
+        ("ernie4_5", "yarn", {}),
+        ("granite", "llama3", {}),
+        # Classes that transformers does not have.
+        ("qwen2", "default", {"architectures": ["MiMoForCausalLM"]}),
+        ("llama", "default", {"architectures": ["TeleChat2ForCausalLM"], **TELECHAT}),
+    ],
 )
 def test_vllms_own_model_passes_the_self_check(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, scaling: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, scaling: str, changes: dict[str, Any]
 ) -> None:
-    findings = Loaded(tmp_path, monkeypatch, family, scaling=scaling).check()
+    world = Loaded(tmp_path, monkeypatch, family, scaling=scaling, **changes)
+    if changes:
+        assert type(world.model).__name__ == changes["architectures"][0]
+    findings = world.check()
     assert {finding.name for finding in findings} >= {
         "KV moved by LMCache's rotary table",
         "KV moved by the exact rotary table",
@@ -336,6 +353,12 @@ def test_what_is_looked_at_is_there() -> None:
     assert hasattr(config.compilation_config.pass_config, "fuse_attn_quant")
     for name in model_support.ROTARIES:
         assert name == "RotaryEmbedding" or hasattr(rotary_embedding, name), f"{name} is named"
+    inside = (vllm_folder() / "model_executor/models/mistral3.py").read_text()
+    assert "self.language_model.model(" in inside
+    assert "self.language_model.compute_logits(" in inside
+    files = ("config/model.py", "multimodal/registry.py")
+    assert any("def supports_multimodal_inputs(" in (vllm_folder() / file).read_text() for file in files)
+    assert "language_model_only" in (vllm_folder() / "config/model.py").read_text()
     backends = "".join(path.read_text() for path in (vllm_folder() / "v1/attention/backends").glob("*.py"))
     for name in model_support.BACKENDS:
         assert f"class {name}(" in backends
