@@ -111,7 +111,8 @@ class OptionalDependencyError(LMCacheRAGError, ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         name = _DISTRIBUTIONS.get(package, package)
-        super().__init__(f"{name} is not installed.", remedy=f'Install it with: pip install "lmcache-rag[{extra}]"')
+        clone = "in a clone of lmcache-rag, which is not on PyPI yet"
+        super().__init__(f"{name} is not installed.", remedy=f'Install it with: pip install ".[{extra}]" ({clone})')
 
 
 # Packages whose modules have another name.

@@ -32,7 +32,8 @@ QUIET_S = 0.1  # an ingestion waits for a pause between questions of this length
 PATIENCE_S = 2.0  # but no longer than this
 COOL_DOWN_S = 5.0  # after a failure nothing is queued for so long; it doubles with each failure in a row,
 LONGEST_COOL_DOWN_S = 600.0  # up to this
-CLOSE_S = 2.0  # how long a close waits for the ingestion in flight
+CLOSE_S = 2.0  # how long a close waits for the ingestion in flight,
+EXIT_S = 1.0  # and the end of the process; an engine that computes in it says how long in `exit_wait_s`
 _MOST_DOUBLINGS = 6
 
 
@@ -327,9 +328,9 @@ def cancel(engine: Engine, owner: object = None, *, timeout: float = CLOSE_S) ->
 
 def _at_exit() -> None:
     with _guard:
-        fills = list(_fills.values())
-    for fill in fills:
-        fill.cancel(timeout=1.0)
+        fills = [(fill, float(getattr(engine, "exit_wait_s", EXIT_S))) for engine, fill in _fills.items()]
+    for fill, seconds in fills:
+        fill.cancel(timeout=seconds)
 
 
 def _after_fork() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -25,7 +27,7 @@ from lmcache_rag.engines.base import BlendOptions, Completion, PrecomputeResult,
 from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.engines.hf_model import HFModel
 from lmcache_rag.errors import ConfigError, EngineUnavailableError, StoreLockedError
-from lmcache_rag.lazy_fill import FillCounts, LazyFill, fill_of
+from lmcache_rag.lazy_fill import EXIT_S, FillCounts, LazyFill, fill_of
 
 LONG = 60.0  # seconds that nothing here takes
 KEY = "0" * 63
@@ -224,6 +226,35 @@ def test_a_forked_process_begins_anew(ingestion: Ingestion) -> None:
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     ingestion.gate.set()
     assert fill.drain(LONG)
+
+
+AT_EXIT = """
+import threading, time
+from lmcache_rag.lazy_fill import fill_of
+
+class Engine:
+    exit_wait_s = {seconds}
+
+begun = threading.Event()
+
+def ingest(stop):
+    begun.set()
+    time.sleep(1.5)
+    print("ingested", flush=True)
+
+engine = Engine()
+fill_of(engine).offer("00", ingest, uses=1, owner=None)
+begun.wait(60)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "waits"), [(60.0, True), (0.0, False)])
+def test_a_process_ends_after_what_it_computes(seconds: float, waits: bool) -> None:
+    """PyTorch would abort it; nobody waits for another process."""
+    program = AT_EXIT.format(seconds=seconds)
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, "ingested" in ended.stdout) == (0, waits), ended.stderr
+    assert EmbeddedEngine.exit_wait_s > EXIT_S
 
 
 def test_an_engine_is_not_kept_alive() -> None:

@@ -340,7 +340,11 @@ def show_status(out: Console, path: Path, status: Status, *, read_only: bool) ->
             f"{count(store.chunks_without_kv, 'chunk')} without KV. To compute it: lmcache-rag warm", style="yellow"
         )
     if stale:
-        out.print(f"{size(store.stale_bytes)} of KV are stale. To drop them: lmcache-rag prune", style="yellow")
+        out.print(
+            f"{size(store.stale_bytes)} of KV are stale, or of other prompts than the command line's, as LangChain and "
+            "LlamaIndex programs have them. To drop them: lmcache-rag prune",
+            style="yellow",
+        )
     if store.chunks_without_embedding:
         out.print(
             f"{count(store.chunks_without_embedding, 'chunk')} without embedding: no search finds them.", style="red"

@@ -71,6 +71,8 @@ class EmbeddedEngine(AsyncFromStream):
         EngineError: It could not be loaded.
     """
 
+    exit_wait_s = 120.0  # PyTorch aborts a process that ends while one of its threads still computes a chunk
+
     def __init__(
         self,
         model: str | Path | Source | None = None,

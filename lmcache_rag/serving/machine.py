@@ -33,7 +33,7 @@ LEAST_FREE_GB = 1.0
 LEAST_CAPABILITY = (8, 0)  # bfloat16, and the kernels of the blend
 LEAST_DRIVER = 580  # of builds for CUDA 13, as vLLM, PyTorch and LMCache come from PyPI
 _FIELDS = "name,driver_version,memory.total,memory.free"
-INSTALL = 'pip install "lmcache-rag[gpu]"'
+INSTALL = 'In a clone of lmcache-rag: pip install ".[gpu]"'
 FITTING = "vllm==0.32.0"  # pins torch 2.13, which LMCache 0.5.6's wheel is compiled for
 IMPORT_S = 180
 # In a separate process: an incompatible extension may crash instead of raising an error.
@@ -254,13 +254,13 @@ def engine() -> Check:
     missing = [name for name, number in found.items() if not number]
     if missing:
         result = f"not installed: {', '.join(missing)}; a server needs none of these"
-        return Check("Embedded engine", "skipped", result, 'pip install "lmcache-rag[embedded]"')
+        return Check("Embedded engine", "skipped", result, 'In a clone of lmcache-rag: pip install ".[embedded]"')
     try:
         import torch
 
         device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "the CPU"
     except Exception as problem:  # a broken build raises errors of any kind
-        remedy = 'pip install --force-reinstall "lmcache-rag[embedded]"'
+        remedy = 'In a clone of lmcache-rag: pip install --force-reinstall ".[embedded]"'
         return Check("Embedded engine", "failed", f"PyTorch cannot be used: {problem}", remedy)
     return Check("Embedded engine", "ok", f"PyTorch {found['torch']} on {device}, transformers {found['transformers']}")
 

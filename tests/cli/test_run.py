@@ -70,7 +70,7 @@ def test_a_missing_package_ends_with_status_2(call: Call, stocked: Stocked, monk
     monkeypatch.setitem(sys.modules, "faiss", None)
     done = call("ask", QUESTION, "--store", stocked.store)
     assert done.exit_code == 2
-    assert 'faiss-cpu is not installed.\nInstall it with: pip install "lmcache-rag[store]"' in done.stderr
+    assert 'faiss-cpu is not installed.\nInstall it with: pip install ".[store]"' in done.stderr
 
 
 def test_an_error_with_json_is_one_json_document(call: Call, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_without_vllm_it_says_what_to_install() -> None:
     result = dry_run("some/model")
     assert result.exit_code == 2
     assert "Not installed: vLLM, LMCache." in result.stderr
-    assert 'pip install "lmcache-rag[gpu]"' in result.stderr
+    assert 'pip install ".[gpu]"' in result.stderr
 
 
 def test_the_document_has_every_option_and_right_sizes() -> None:

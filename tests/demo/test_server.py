@@ -97,4 +97,4 @@ def test_missing_extra_is_named(tmp_path: Path) -> None:
     code = "import sys; sys.modules['nicegui'] = None; from lmcache_rag.cli import main; main()"
     done = subprocess.run([sys.executable, "-c", code, "demo"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2
-    assert 'pip install "lmcache-rag[demo]"' in done.stderr
+    assert 'pip install ".[demo]"' in done.stderr

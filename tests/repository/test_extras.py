@@ -149,7 +149,7 @@ def test_a_missing_extra_is_named_with_its_command(
         make = "from lmcache_rag.store import Store; Store.open('lmcache-rag-store').close()"
         base.run(base.python, "-c", make)
     words = command.format(url=server.url).split()
-    assert f'pip install "lmcache-rag[{extra}]"' in base.cli(*words, status=2)
+    assert f'pip install ".[{extra}]"' in base.cli(*words, status=2)
 
 
 @full
@@ -171,7 +171,7 @@ def test_a_base_command_line_looks_after_a_store(base: Environment, server: Fake
 @pytest.mark.parametrize(("module", "extra"), [("langchain", "langchain"), ("llama_index", "llama-index")])
 def test_a_missing_framework_is_named_with_its_command(base: Environment, module: str, extra: str) -> None:
     code = f"import lmcache_rag.integrations.{module}"
-    assert f'pip install "lmcache-rag[{extra}]"' in base.run(base.python, "-c", code, status=1)
+    assert f'pip install ".[{extra}]"' in base.run(base.python, "-c", code, status=1)
 
 
 CHAIN = """

@@ -163,6 +163,7 @@ def test_requests_that_the_page_shows_are_accepted() -> None:
 def test_the_smallest_client_reuses_kv(tokenizer: Any) -> None:
     (block,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
     with vllm_serving(tokenizer) as server:
+        server.chunk = protocol.LMCACHE_CHUNK
         client = block.replace("http://localhost:8000", server.url)
         done = subprocess.run([sys.executable, "-c", client], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

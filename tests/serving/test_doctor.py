@@ -422,7 +422,7 @@ def test_without_the_extra_it_is_named(cpu_machine: None, tmp_path: Path, monkey
     monkeypatch.setattr(machine, "version", lambda name: "" if name == "torch" else real(name))
     _, found = local("--store", str(tmp_path / "none"))
     assert found["Embedded engine"]["state"] == "skipped"
-    assert "lmcache-rag[embedded]" in found["Embedded engine"]["remedy"]
+    assert ".[embedded]" in found["Embedded engine"]["remedy"]
 
 
 def test_a_nearly_full_disk_is_a_warning(cpu_machine: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

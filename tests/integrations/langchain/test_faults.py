@@ -309,7 +309,7 @@ def test_a_missing_framework_is_named_with_its_extra() -> None:
         "except ImportError as problem:\n    print(problem)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 'pip install "lmcache-rag[langchain]"' in done.stdout
+    assert 'pip install ".[langchain]"' in done.stdout
 
 
 # -- many at once -----------------------------------------------------------------------------------------------------

@@ -267,4 +267,4 @@ def test_without_the_framework_the_extra_is_named():
         "except ImportError as problem: print(problem)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert 'pip install "lmcache-rag[llama-index]"' in done.stdout
+    assert 'pip install ".[llama-index]"' in done.stdout
