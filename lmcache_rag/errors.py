@@ -107,13 +107,18 @@ class OptionalDependencyError(LMCacheRAGError, ImportError):
     Args:
         package: Its name, or that of the module that could not be imported.
         extra: The extra of this package that installs it.
+
+    Attributes:
+        package: As given.
+        extra: As given.
     """
 
     def __init__(self, package: str, extra: str) -> None:
+        self.package, self.extra = package, extra
         name = _DISTRIBUTIONS.get(package, package)
         clone = "in a clone of lmcache-rag, which is not on PyPI yet"
         super().__init__(f"{name} is not installed.", remedy=f'Install it with: pip install ".[{extra}]" ({clone})')
 
 
 # Packages whose modules have another name.
-_DISTRIBUTIONS = {"bs4": "beautifulsoup4", "faiss": "faiss-cpu"}
+_DISTRIBUTIONS = {"bs4": "beautifulsoup4", "docx": "python-docx", "faiss": "faiss-cpu", "pptx": "python-pptx"}

@@ -43,7 +43,7 @@ class Admission(Enum):
 
 
 SHORT = 1024  # a step that computes fewer tokens takes the CPU longer than the GPU
-EVERY = 8  # such a step is measured once in so many times: CUDA events and their result delay it by up to 0.6 ms
+EVERY = 8  # such a step is measured once in so many times: CUDA events and their result delay it by about 0.5 ms
 
 
 @dataclass(frozen=True)

@@ -286,7 +286,7 @@ class _Visible:
 
 
 def _spread(cells: list[list[Tag]], texts: list[list[str]]) -> list[list[str]]:
-    """The rows of a table with one text for each column: what spans rows or columns stands in each of them."""
+    """The rows of a table with one text for each column: a cell that spans rows or columns is repeated in each."""
     room = _MOST_REPEATED
     below: dict[int, tuple[int, str]] = {}  # column: rows still to come, text
     rows: list[list[str]] = []

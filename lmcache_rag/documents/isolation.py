@@ -18,7 +18,7 @@ from typing import Any
 import lmcache_rag
 from lmcache_rag.documents.formats import Format
 from lmcache_rag.documents.types import Reading
-from lmcache_rag.errors import ConfigError, DocumentError, LMCacheRAGError, OptionalDependencyError
+from lmcache_rag.errors import ConfigError, DocumentError, OptionalDependencyError
 
 _MOST_IDLE = 2
 _START = """import json, sys
@@ -82,9 +82,7 @@ def read_in_child(kind: Format, data: bytes, name: str, limits: ReadLimits) -> R
     if "refused" in answer:
         raise DocumentError(str(answer["refused"]), remedy=str(answer.get("remedy", "")))
     if "missing" in answer:
-        missing = OptionalDependencyError.__new__(OptionalDependencyError)
-        LMCacheRAGError.__init__(missing, str(answer["missing"]), remedy=str(answer.get("remedy", "")))
-        raise missing
+        raise OptionalDependencyError(str(answer["missing"]), str(answer.get("extra", "")))
     if "timed_out" in answer:
         raise DocumentError(
             f"{name} takes more than {limits.seconds:g} s to read.",

@@ -7,6 +7,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag._utils import needs
@@ -59,6 +60,21 @@ def damaged(name: str, error: BaseException) -> DocumentError:
     )
 
 
+@contextmanager
+def _parsing(name: str) -> Iterator[None]:
+    """A `with` block in which python-docx, python-pptx or openpyxl may raise any error on a damaged file.
+
+    Raises:
+        DocumentError: It did.
+    """
+    try:
+        yield
+    except (MemoryError, DocumentError):
+        raise
+    except Exception as error:
+        raise damaged(name, error) from error
+
+
 def _checked(data: bytes, name: str) -> None:
     """Refuse what is no sound office document: too large, or with a document type, which can hold an entity bomb."""
     with unzip(data, name) as archive:
@@ -91,15 +107,11 @@ def read_docx(data: bytes, name: str) -> Reading:
     with needs("documents"):
         from docx import Document
 
-    try:
+    with _parsing(name):
         document = Document(io.BytesIO(data))
         blocks = list(_blocks(document, document.element.body, _hidden_styles(document)))
         notes = list(_notes(document))
         title = (document.core_properties.title or "").strip()
-    except MemoryError:
-        raise
-    except Exception as error:  # python-docx raises many kinds of errors on damaged files
-        raise damaged(name, error) from error
     text = re.sub(r"\n(- .*)\n\n(?=- )", r"\n\1\n", "\n\n".join([*blocks, *notes]))
     return Reading(text, {"title": title} if title else {})
 
@@ -209,7 +221,7 @@ def read_pptx(data: bytes, name: str) -> Reading:
     with needs("documents"):
         from pptx import Presentation
 
-    try:
+    with _parsing(name):
         presentation = Presentation(io.BytesIO(data))
         parts: list[tuple[str, dict[str, Any]]] = []
         hidden = 0
@@ -222,10 +234,6 @@ def read_pptx(data: bytes, name: str) -> Reading:
                 texts.append(frame.text.strip())
             parts.append(("\n\n".join(filter(None, texts)), {"slide": number}))
         title = (presentation.core_properties.title or "").strip()
-    except MemoryError:
-        raise
-    except Exception as error:  # python-pptx raises many kinds of errors on damaged files
-        raise damaged(name, error) from error
     text, places = joined(parts)
     text = text.replace("\v", "\n")
     warned = (f"{hidden} hidden slide{'s are' if hidden > 1 else ' is'} left out",) if hidden else ()
@@ -267,27 +275,19 @@ def read_xlsx(data: bytes, name: str) -> Reading:
 
     parts: list[tuple[str, dict[str, Any]]] = []
     hidden = 0
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what it does not read, such as data validation
-            book = load_workbook(io.BytesIO(data), read_only=True, data_only=True, keep_links=False)
-            try:
-                for sheet in book.worksheets:
-                    if sheet.sheet_state != "visible":
-                        hidden += 1
-                        continue
-                    sheet.reset_dimensions()  # what the file says may be wrong
-                    rows = _without_blank_columns([[_value(cell) for cell in row] for row in _rows(sheet, name)])
-                    if rows:
-                        lines = markdown_table(rows)
-                        parts.append((f"## {sheet.title}\n\n" + "\n".join(lines), {"sheet": sheet.title}))
-                title = (book.properties.title or "").strip()
-            finally:
-                book.close()
-    except (MemoryError, DocumentError):
-        raise
-    except Exception as error:  # openpyxl raises many kinds of errors on damaged files
-        raise damaged(name, error) from error
+    with _parsing(name), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what it does not read, such as data validation
+        with closing(load_workbook(io.BytesIO(data), read_only=True, data_only=True, keep_links=False)) as book:
+            for sheet in book.worksheets:
+                if sheet.sheet_state != "visible":
+                    hidden += 1
+                    continue
+                sheet.reset_dimensions()  # what the file says may be wrong
+                rows = _without_blank_columns([[_value(cell) for cell in row] for row in _rows(sheet, name)])
+                if rows:
+                    lines = markdown_table(rows)
+                    parts.append((f"## {sheet.title}\n\n" + "\n".join(lines), {"sheet": sheet.title}))
+            title = (book.properties.title or "").strip()
     text, places = joined(parts)
     warned = (f"{hidden} hidden sheet{'s are' if hidden > 1 else ' is'} left out",) if hidden else ()
     return Reading(text, {"title": title} if title else {}, places, warned)

@@ -138,7 +138,7 @@ def _answer(request: dict[str, Any], requests: BinaryIO, guard: _Guard) -> dict[
             "warnings": list(reading.warnings),
         }
     except OptionalDependencyError as error:
-        return {"missing": error.message, "remedy": error.remedy}
+        return {"missing": error.package, "extra": error.extra}
     except DocumentError as error:
         return {"refused": error.message, "remedy": error.remedy}
     except MemoryError:

@@ -16,7 +16,7 @@ from document_kit import write
 from document_samples import SAMPLES
 
 from lmcache_rag.documents import ReadLimits, containers, isolation, load_document, office
-from lmcache_rag.errors import ConfigError, DocumentError
+from lmcache_rag.errors import ConfigError, DocumentError, OptionalDependencyError
 
 
 def refused(path: Path, limits: ReadLimits | None = None) -> DocumentError:
@@ -58,6 +58,19 @@ def test_an_archive_above_the_limits_is_refused(read: Any, monkeypatch: pytest.M
             with pytest.raises(DocumentError, match="unpacks to far more data than a document has"):
                 read(content, "a")
     assert read(content, "a").text
+
+
+def test_a_parser_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "docx.py").write_text("raise ModuleNotFoundError('not here', name='docx')")
+    monkeypatch.syspath_prepend(tmp_path)
+    isolation._pool.close()  # a new process takes this path
+    try:
+        with pytest.raises(OptionalDependencyError) as caught:
+            load_document(write(tmp_path / "a.docx", SAMPLES["docx"]()))
+    finally:
+        isolation._pool.close()
+    assert caught.value.message == "python-docx is not installed."
+    assert 'pip install ".[documents]"' in caught.value.remedy
 
 
 @pytest.mark.full
