@@ -241,7 +241,7 @@ def serve(
         _print(context, made)
         return 0
     if context.services.serve_commands is serve_commands:  # replaced commands may need nothing of this environment
-        _check_environment(context)
+        _check_environment(context, made)
     _ensure_secret(context, options, made)
     return _serve(context, options, made, lmcache_run, vllm_run, log_dir, start_timeout)
 
@@ -280,7 +280,7 @@ def _lmcache_key(context: CommandContext) -> dict[str, str]:
     return {LMCACHE_KEY_FILES[1]: str(lmcache_key_file())}
 
 
-def _check_environment(context: CommandContext) -> None:
+def _check_environment(context: CommandContext, made: Commands) -> None:
     """Fail now if vLLM or LMCache is missing; warn if the servers could not blend.
 
     Raises:
@@ -290,6 +290,12 @@ def _check_environment(context: CommandContext) -> None:
 
     if missing := machine.missing_packages():
         raise ConfigError(f"Not installed: {', '.join(missing)}.", remedy=machine.INSTALL)
+    if made.build.cpu:
+        return
+    gpu = next(machine.gpu())
+    if gpu.state == "failed":
+        context.message(f"{gpu.name}: {gpu.result}. Nothing is blended, and vLLM may not start.", style="yellow")
+        context.message(machine.WITHOUT_GPU)
     with context.waiting("Checking LMCache's CUDA code"):
         code = machine.cuda_code()
     if code.state == "failed":
@@ -302,7 +308,7 @@ def _print(context: CommandContext, made: Commands) -> None:
         context.emit(
             {
                 "lmcache": made.lmcache_words(),
-                "vllm": ["vllm", *made.vllm],
+                "vllm": made.vllm_words(),
                 "environment": dict(made.environment),
                 "url": made.url,
             }
@@ -393,6 +399,8 @@ def _ready(context: CommandContext, options: ServeOptions, made: Commands, folde
             blending = protocol.chosen(outcome.reused)
         elif made.blends:
             blending = "off, see lmcache-rag doctor"
+        elif made.build.cpu:
+            blending = "off, as vLLM runs on a CPU"
     except LMCacheRAGError as problem:
         context.message(f"The look-up is not warm: {problem}", style="yellow")
         blending = "unknown"

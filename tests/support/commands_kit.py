@@ -8,11 +8,12 @@ from typer.testing import CliRunner
 
 from lmcache_rag.cli.app import app
 from lmcache_rag.serving.commands import ServeOptions, commands
+from lmcache_rag.serving.machine import VLLMBuild
 
 
-def make(*vllm: str, environment: dict[str, str] | None = None, **options: Any) -> Any:
-    """The commands for these options."""
-    return commands(ServeOptions("some/model", vllm, **options), environment or {})
+def make(*vllm: str, environment: dict[str, str] | None = None, build: VLLMBuild | None = None, **options: Any) -> Any:
+    """The commands for these options, and by default for the usual build of vLLM."""
+    return commands(ServeOptions("some/model", vllm, **options), environment or {}, build or VLLMBuild())
 
 
 def value(command: tuple[str, ...], name: str) -> str:
