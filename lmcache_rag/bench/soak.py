@@ -23,7 +23,7 @@ from lmcache_rag.bench.hostile import Hostile, HostileError, send
 from lmcache_rag.credentials import DIRECT, lmcache_headers
 from lmcache_rag.engines.base import BlendOptions, QueryPrompt, Sampling
 from lmcache_rag.errors import LMCacheRAGError
-from lmcache_rag.protocol import NEAR_TIE, answer_statistics
+from lmcache_rag.protocol import DEFAULT_RATIO, NEAR_TIE, answer_statistics
 from lmcache_rag.serving.process import descendants
 
 Kind: TypeAlias = Literal["blended", "ratio 1", "unblended", "aborted"]
@@ -35,10 +35,10 @@ LEAST = 20  # requests, however long they take
 MOST_NOISE = 1.0  # nats: a server that differs from itself by more is wrong
 SHARES: dict[Kind, float] = {"blended": 0.45, "ratio 1": 0.15, "unblended": 0.2, "aborted": 0.2}
 OPTIONS: dict[Kind, BlendOptions] = {
-    "blended": BlendOptions("query", 0.15, always=True),
+    "blended": BlendOptions("query", DEFAULT_RATIO, always=True),
     "ratio 1": BlendOptions("query", 1.0, always=True),
     "unblended": BlendOptions(enabled=False),
-    "aborted": BlendOptions("query", 0.15, always=True),
+    "aborted": BlendOptions("query", DEFAULT_RATIO, always=True),
 }
 # Gauges of vLLM on /metrics: requests, and used blocks that no prefix cache explains.
 VLLM_GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")

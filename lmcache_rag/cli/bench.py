@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from lmcache_rag.budget import AUTO
 from lmcache_rag.cli.run import Bars, CommandContext, command
 from lmcache_rag.errors import ConfigError
 
@@ -69,7 +70,7 @@ def speed(
     baseline: Baseline = "",
     tokens: Tokens = (8400, 16600),  # type: ignore[assignment]
     policy: Policies = ("query",),  # type: ignore[assignment]
-    at: Ratios = ("0.15",),  # type: ignore[assignment]
+    at: Ratios = (AUTO,),  # type: ignore[assignment]
     repeats: Repeats = 10,
     chunks: Chunks = 40,
     throughput: Throughput = False,

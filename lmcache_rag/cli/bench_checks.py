@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from lmcache_rag.budget import AUTO
 from lmcache_rag.cli.bench import Engine
 from lmcache_rag.cli.console import PARTLY
 from lmcache_rag.cli.render import count, plain
@@ -82,7 +83,7 @@ def exact(
     orders: Orders = 20,
     tokens: Tokens = 64,
     chunk_tokens: Chunk = 256,
-    at: Ratio = "0.15",
+    at: Ratio = AUTO,
     embedded: Embedded = False,
     cold: Cold = False,
 ) -> None:
@@ -136,9 +137,8 @@ def exact(
         measure("server", source, arms)
         if orders:
             turned = bench.permutations(chunks[: 10 if most == 8 else most], orders)
-            found["orders"] = bench.compare(
-                source, turned, {f"query {at:g}": arms[f"query {at:g}"]}, tokens=1, on_step=step
-            )
+            only = {f"query {budget}": arms[f"query {budget}"]}
+            found["orders"] = bench.compare(source, turned, only, tokens=1, on_step=step)
         if embedded:
             from lmcache_rag.engines.embedded import EmbeddedEngine
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
+from openai_kit import vllm_serving
 from typer.testing import CliRunner
 
 from lmcache_rag.bench.exact import (
@@ -99,6 +102,22 @@ def test_the_interval_holds_the_mean() -> None:
     values = [0.0] * 50 + [1.0] * 50
     low, high = bootstrap(values)
     assert 0.35 < low < 0.5 < high < 0.65
+
+
+def test_the_default_budget_is_the_servers_own(tokenizer: Any, tmp_path: Path, sentences: list[str]) -> None:
+    for i in range(10):
+        (tmp_path / f"{i}.txt").write_text(" ".join(sentences[3 * i :][:3]))
+    with vllm_serving(tokenizer) as server:
+        words = ["bench", "exact", str(tmp_path), "--engine", server.url, "--prompts", "1", "--tokens", "2"]
+        result = CliRunner().invoke(app, [*words, "--orders", "2", "--json"])
+        asked = [body.get("kv_transfer_params") or {} for body in server.seen]
+        shown = CliRunner().invoke(app, [*words, "--orders", "2"], env={"COLUMNS": "200"})
+    assert result.exit_code == shown.exit_code == 0, result.output
+    assert "orders" in shown.stdout
+    found = json.loads(result.stdout)
+    assert [row["arm"] for row in found["server"]] == ["query 1", "query auto", "hkvd auto", "none", "again, exact"]
+    assert [row["arm"] for row in found["orders"]] == ["query auto"]
+    assert {each.get("lmcache_rag.ratio") for each in asked} == {None, 0.0, 1.0, "auto"}
 
 
 def test_no_server_is_said_with_its_remedy(tmp_path: Path) -> None:

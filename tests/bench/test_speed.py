@@ -37,10 +37,10 @@ def test_every_arm_is_measured_and_drawn(tokenizer: Any, tmp_path: Path) -> None
         result = CliRunner().invoke(app, [*arguments, "--json", "--plot", str(plot)])
     assert result.exit_code == 0, result.output
     rows = {row["arm"]: row for row in json.loads(result.stdout)}
-    assert list(rows) == ["full prefill", "query 0.15", "hot query 0.15"]
+    assert list(rows) == ["full prefill", "query auto", "hot query auto"]
     assert all(len(row["ttft_ms"]) == 2 and row["median_ms"] > 0 for row in rows.values())
     assert rows["full prefill"]["steps"]["reused_tokens"] == 0
-    assert rows["query 0.15"]["steps"]["reused_tokens"] > 500
+    assert rows["query auto"]["steps"]["reused_tokens"] > 500
     assert plot.read_bytes().startswith(b"\x89PNG")
     named = [body for body in server.seen if "lmcache_rag.chunks" in (body.get("kv_transfer_params") or {})]
     assert len(named) == 4
@@ -169,7 +169,7 @@ def test_everything_is_measured_beside_a_baseline(tokenizer: Any, monkeypatch: p
     for row in rows:
         found.setdefault(row["measure"], []).append(row)
     assert list(found) == ["ttft", "throughput", "rate", "ingestion", "nothing cached", "floor"]
-    arms = ["full prefill", "query 0.15", "hot query 0.15"]
+    arms = ["full prefill", "query auto", "hot query auto"]
     assert [row["arm"] for row in found["throughput"]] == [row["arm"] for row in found["rate"]] == arms
     assert [row["at_once"] for row in found["throughput"]] == [4, 4, 4]
     rate = 0.8 * found["throughput"][0]["requests_per_second"]
