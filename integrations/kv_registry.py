@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from lmcache_rag.engines.base import Engine
-from lmcache_rag.errors import ConfigError, DocumentError, EngineError, EngineUnavailableError
+from lmcache_rag.errors import ConfigError, DocumentError, EngineError, EngineUnavailableError, LMCacheRAGError
 from lmcache_rag.kv_manager import ForgetReport, IngestPrompts, KVManager, KVTotals
 from lmcache_rag.settings import Settings
 from lmcache_rag.workspace import Workspace
@@ -63,6 +63,7 @@ class KVRegistry:
         self._more = [(one, KVManager(store, engine, one)) for one in more if one.fingerprint != prompts.fingerprint]
         self._head = f"{space}\x1f"  # before each id; no framework's ids begin with this
         self._changes = _changes_of(store, space)
+        self._leftovers_known = False
 
     @classmethod
     def of(
@@ -195,6 +196,33 @@ class KVRegistry:
             )
             for record in self.store.registry.documents(self._keys(ids))
         }
+
+    def warn_of_leftovers(self, held: Iterable[str], *, name: str, remedy: str) -> None:
+        """Warn once of registered ids that the other store does not hold, although it was filled: of earlier runs.
+
+        For a store in memory, at its first search: it begins empty at each start of a program.
+
+        Args:
+            held: The ids that it holds.
+            name: Its name, for the log line.
+            remedy: The call that drops them.
+        """
+        if self._leftovers_known:
+            return
+        self._leftovers_known = True
+        try:
+            left = len(self.ids() - {self._canonical(key) for key in held})
+        except LMCacheRAGError:  # a search does not fail with the registry
+            return
+        if left:
+            log.warning(
+                "%d texts are registered for %s that it does not hold: of an earlier run, or of another program with "
+                "the same registry. Their KV is kept; %s drops it. If another program needs it, give each program's "
+                "vector store a name, space=...",
+                left,
+                name,
+                remedy,
+            )
 
     # -- adoption -------------------------------------------------------------------------------------------------
 

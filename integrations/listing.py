@@ -231,12 +231,19 @@ def _pgvector_of_llama_index(store: Any) -> Listing | None:
     return Listing(count, pages)
 
 
+def in_memory(store: Any) -> Mapping[str, Any] | None:
+    """Return what LangChain's in-memory store, or its FAISS over an in-memory docstore, holds by id; None: another."""
+    found = (getattr(store, "store", None), getattr(getattr(store, "docstore", None), "_dict", None))
+    return next((rows for rows in found if isinstance(rows, Mapping)), None)
+
+
 def _memory(store: Any) -> Listing | None:
-    """Return the listing of LangChain's in-memory store, or of its FAISS over an in-memory docstore."""
-    rows = getattr(store, "store", None)
-    if isinstance(rows, Mapping):
-        return Listing.of_texts(lambda: {str(key): row["text"] for key, row in list(rows.items())})
-    found = getattr(getattr(store, "docstore", None), "_dict", None)
-    if isinstance(found, Mapping):
-        return Listing.of_texts(lambda: {str(key): document.page_content for key, document in list(found.items())})
-    return None
+    """Return the listing of a store that in_memory() knows."""
+    rows = in_memory(store)
+    if rows is None:
+        return None
+
+    def text_of(row: Any) -> str:
+        return str(row["text"] if isinstance(row, Mapping) else row.page_content)
+
+    return Listing.of_texts(lambda: {str(key): text_of(row) for key, row in list(rows.items())})

@@ -6,9 +6,11 @@ import asyncio
 import hashlib
 import logging
 import threading
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Literal, NoReturn, overload
 
@@ -24,7 +26,7 @@ from lmcache_rag.workspace import Workspace
 
 from ..adoption import PAGE, Adoption, AdoptProgress
 from ..kv_registry import KVRegistry, as_workspace
-from ..listing import Listing, listing_of
+from ..listing import Listing, in_memory, listing_of
 from .faiss_store import EmbedderEmbeddings, FaissStore
 from .retrieved import RETRIEVED
 from .spaces import refuse_pickling, space_of
@@ -32,6 +34,7 @@ from .templates import ingest_prompts
 
 log = logging.getLogger("lmcache_rag")
 
+_IDS = uuid.UUID("6c6d6361-6368-652d-7261-672d69647300")  # the namespace of ids that are made of texts
 _PAGE = 256  # rows that a vector store lists at once
 
 
@@ -39,6 +42,7 @@ def _forwarded(name: str) -> Any:
     """Return a method that calls the method of the same name on `inner`, and notes the documents that it returns."""
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        self._warn_of_leftovers()
         return RETRIEVED.note(getattr(self.inner, name)(*args, **kwargs))
 
     method.__name__, method.__doc__ = name, f"{name} of the vector store."
@@ -49,6 +53,7 @@ def _aforwarded(name: str) -> Any:
     """As _forwarded, for an async method."""
 
     async def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        await asyncio.to_thread(self._warn_of_leftovers)
         return RETRIEVED.note(await getattr(self.inner, name)(*args, **kwargs))
 
     method.__name__, method.__doc__ = name, f"{name} of the vector store."
@@ -59,9 +64,11 @@ class LMCacheVectorStore(VectorStore):
     """Forwards everything to a vector store, and registers what is added, so that its KV is computed once.
 
     A document is one chunk: its KV serves every question that retrieves it. Equal texts share one KV; changed metadata
-    computes nothing. Searches never use the engine, so that retrieval works while it is down. Additions and deletions
-    go to the vector store first: if KV then cannot be computed, the call raises; repeat it or call `warm()`. Methods of
-    the vector store that are not LangChain's (`get`, …) work too. Call `warm()` after changing `inner` directly.
+    computes nothing. Documents without ids that are added to a store in memory (InMemoryVectorStore, FAISS) get ids by
+    their text, so that a program that fills it at each start registers each text once. Searches never use the engine,
+    so that retrieval works while it is down. Additions and deletions go to the vector store first: if KV then cannot be
+    computed, the call raises; repeat it or call `warm()`. Methods of the vector store that are not LangChain's (`get`,
+    …) work too. Call `warm()` after changing `inner` directly.
 
     Args:
         inner: The vector store. None: FaissStore, ours.
@@ -96,6 +103,7 @@ class LMCacheVectorStore(VectorStore):
             )
         self._source, self._folder, self._prompts = source, store, tuple(prompts)
         self._lock = threading.RLock()
+        self._ids_in_flight: set[str] = set()
         self.inner: VectorStore = inner if inner is not None else self._own(embedding, space or "")
         self.space = space_of(self, self.inner, source, store) if space is None else space
         self._adoption: Adoption | None = None
@@ -143,13 +151,15 @@ class LMCacheVectorStore(VectorStore):
         Raises:
             PrecomputeError: KV could not be computed. The documents were added; repeat the call.
         """
-        ids = self.inner.add_documents(documents, **kwargs)
+        with self._with_ids(documents, kwargs) as kwargs:
+            ids = self.inner.add_documents(documents, **kwargs)
         self._registered(documents, ids, self.register.add)
         return ids
 
     async def aadd_documents(self, documents: list[Document], **kwargs: Any) -> list[str]:
         """Async version of add_documents."""
-        ids = await self.inner.aadd_documents(documents, **kwargs)
+        with self._with_ids(documents, kwargs) as kwargs:
+            ids = await self.inner.aadd_documents(documents, **kwargs)
         await asyncio.to_thread(lambda: self._registered(documents, ids, self.register.add))
         return ids
 
@@ -341,6 +351,40 @@ class LMCacheVectorStore(VectorStore):
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
+    @contextmanager
+    def _with_ids(self, documents: Sequence[Document], kwargs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Return the options with ids for documents without one, if the vector store is in memory.
+
+        It would draw random ones at each start of the program, and what an earlier run registered would never be found
+        again. An id is made of the text, and a number where it is taken.
+        """
+        held = in_memory(self.inner)
+        ids = list(kwargs.get("ids") or [document.id for document in documents])
+        if held is None or len(ids) != len(documents) or all(ids):
+            yield kwargs
+            return
+        made: set[str] = set()
+        with self._lock:
+            taken = {*ids, *held, *self._ids_in_flight}
+            for at, document in enumerate(documents):
+                if not ids[at]:
+                    ids[at] = next(key for key in _ids_of(document.page_content) if key not in taken)
+                    taken.add(ids[at])
+                    made.add(ids[at])
+            self._ids_in_flight |= made
+        try:
+            yield {**kwargs, "ids": ids}
+        finally:
+            with self._lock:
+                self._ids_in_flight -= made
+
+    def _warn_of_leftovers(self) -> None:
+        """Warn once, at the first search, of texts that are registered, and that the store in memory does not hold."""
+        held = in_memory(self.inner)
+        ready = "_register" in self.__dict__ and not (self._adoption and self._adoption.running)
+        if held is not None and ready:
+            self.register.warn_of_leftovers(map(str, list(held)), name=self.space, remedy="warm() of this vector store")
+
     def _registered(
         self, documents: Sequence[Document], ids: Sequence[str], register: Callable[[dict[str, str]], KVTotals]
     ) -> None:
@@ -453,6 +497,11 @@ def _pages_of(documents: Iterable[Document]) -> Iterator[dict[str, tuple[str, st
     rest = iter(documents)
     while page := list(islice(rest, PAGE)):
         yield {str(document.id or _digest(document.page_content)): (document.page_content, "") for document in page}
+
+
+def _ids_of(text: str) -> Iterator[str]:
+    """Yield the ids of documents with this text, in the order in which they are taken."""
+    return (str(uuid.uuid5(_IDS, f"{_digest(text)} {number}")) for number in count())
 
 
 def _digest(text: str) -> str:

@@ -300,10 +300,12 @@ class LMCacheVectorStore(BasePydanticVectorStore):
 
     def query(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
         """Call the wrapped store."""
+        self._warn_of_leftovers()
         return self._inner.query(query, **kwargs)
 
     async def aquery(self, query: VectorStoreQuery, **kwargs: Any) -> VectorStoreQueryResult:
         """Call the wrapped store."""
+        await in_thread(self._warn_of_leftovers)
         return await self._inner.aquery(query, **kwargs)
 
     def get_nodes(self, node_ids: list[str] | None = None, filters: MetadataFilters | None = None) -> list[BaseNode]:
@@ -515,6 +517,13 @@ class LMCacheVectorStore(BasePydanticVectorStore):
                 self.space,
             )
         _spaces[folder, self.space] = self
+
+    def _warn_of_leftovers(self) -> None:
+        """Warn once, at the first search, of nodes that are registered, and that a store in memory does not hold."""
+        if isinstance(self._inner, SimpleVectorStore) and not (self._adoption and self._adoption.running):
+            held = list(self._inner.data.embedding_dict)
+            name, remedy = self._inner.class_name(), "prune() of this vector store"
+            self._register.warn_of_leftovers(held, name=name, remedy=remedy)
 
     def _is_registered(self, *, always_warn: bool = False) -> bool:
         """Return whether all nodes of the wrapped store are registered; warn if not.

@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
+import pytest
 from framework_kit import light_tokenizer
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from llama_index.core import Document, VectorStoreIndex
 from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.storage.docstore import SimpleDocumentStore
+from llama_index.core.vector_stores import SimpleVectorStore, VectorStoreQuery
 from llama_index_kit import EMBED, kv_keys, node, tiny_engine, tiny_workspace, wanted_keys
 from lmcache_rag.integrations.llama_index import LMCacheVectorStore, as_blend_query_engine, node_text
 
@@ -203,3 +205,18 @@ def test_the_life_of_a_corpus():
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+def test_nodes_of_an_earlier_run_are_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine = tiny_engine(tmp_path / "kv", light_tokenizer())
+    with tiny_workspace(tmp_path, engine) as workspace:
+        for _ in range(2):
+            store = LMCacheVectorStore(SimpleVectorStore(), workspace)
+            store.add([node(text) for text in TEXTS])  # with random ids, as most programs' nodes
+            for _ in range(2):
+                store.query(VectorStoreQuery(query_embedding=EMBED.get_text_embedding("keys")))
+        assert caplog.text.count("3 texts are registered for SimpleVectorStore that it does not hold") == 1
+        assert "prune() of this vector store drops it" in caplog.text
+        assert store.prune() == 3
+        assert len(store.kv.ids()) == 3
+    engine.close()
