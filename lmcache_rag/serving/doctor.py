@@ -66,7 +66,8 @@ def examine(
     Raises:
         ConfigError: An address is not valid.
     """
-    here = not url or _host(url) in LOOPBACK
+    local, named = not url or _host(url) in LOOPBACK, bool(lmcache_url)
+    here = local and machine.serves()  # else a client's machine: the address may be that of a container or a tunnel
     if not (url or lmcache_url or machine.serves()):
         yield Check("vLLM", "skipped", "not installed here, and no URL was given", machine.INSTALL)
         return
@@ -75,14 +76,20 @@ def examine(
         yield from machine.versions()
         yield machine.compiled()
         yield from machine.connector()
+    elif local:
+        result = "vLLM is not installed here: the server runs in a container, another environment, or behind a tunnel"
+        yield Check("This machine", "skipped", result, "Run lmcache-rag doctor where the server runs.")
     else:
         yield Check("This machine", "skipped", "the server is elsewhere", "Run lmcache-rag doctor there.")
-    if lmcache_url:
+    status: dict[str, Any] = {}
+    if here or lmcache_url:
+        lmcache_url = (lmcache_url or "http://127.0.0.1:8089").rstrip("/")
         _host(lmcache_url)
-    known, status = lmcache_checks(
-        (lmcache_url or "http://127.0.0.1:8089").rstrip("/"), needed=bool(lmcache_url) or bool(url and here)
-    )
-    yield from known
+        on_gpu = not (here and machine.VLLMBuild.installed().cpu)
+        known, status = lmcache_checks(lmcache_url, needed=named or bool(url), on_gpu=on_gpu)
+        yield from known
+    else:
+        yield Check("LMCache", "skipped", "it is where the server is", "If it can be reached from here: --lmcache-url.")
     if not url:
         if model:
             yield machine.model(model)
@@ -114,12 +121,13 @@ def _host(url: str) -> str:
 # Running servers
 
 
-def lmcache_checks(url: str, *, needed: bool) -> tuple[list[Check], dict[str, Any]]:
+def lmcache_checks(url: str, *, needed: bool, on_gpu: bool = True) -> tuple[list[Check], dict[str, Any]]:
     """Check LMCache's server: returns (checks, its status; empty if it does not answer).
 
     Args:
         url: Its HTTP address.
         needed: Whether it is a failure if it does not answer.
+        on_gpu: False where vLLM is known to compute on a CPU: no worker registers there.
     """
     if not answers(url, "/healthcheck"):
         remedy = "lmcache-rag serve MODEL starts it. On another machine or port: --lmcache-url."
@@ -149,7 +157,9 @@ def lmcache_checks(url: str, *, needed: bool) -> tuple[list[Check], dict[str, An
         return checks, status
     checks.append(Check("Blend engine", "ok", "on"))
     workers = len(status.get("registered_gpu_ids") or ())
-    if tables:
+    if not on_gpu:
+        checks.append(Check("RoPE", "skipped", "vLLM computes on a CPU, and blends nothing"))
+    elif tables:
         some = len(tables) < workers
         remedy = 'The others do not blend; their vLLM\'s log has the reason after "KV is not blended".' if some else ""
         result = f"registered by {len(tables)} of {workers} workers"

@@ -37,6 +37,7 @@ LEAST_CAPABILITY = (8, 0)  # bfloat16, and the kernels of the blend
 LEAST_DRIVER = 580  # of builds for CUDA 13, as vLLM, PyTorch and LMCache come from PyPI
 _FIELDS = "name,driver_version,memory.total,memory.free"
 INSTALL = 'In a clone of lmcache-rag: pip install ".[gpu]"'
+WITHOUT_BLENDING = "To blend, a server needs an NVIDIA GPU; the embedded engine needs none."
 WITHOUT_GPU = 'Without a GPU: a build of vLLM for CPUs, or the embedded engine; see "Without a GPU" in docs/serving.md.'
 FITTING = "vllm==0.32.0"  # pins torch 2.13, which LMCache 0.5.6's wheel is compiled for
 IMPORT_S = 180
@@ -75,6 +76,9 @@ class Check:
 
 def gpu() -> Iterator[Check]:
     """GPU, driver and free memory."""
+    if VLLMBuild.installed().cpu:
+        yield Check("GPU", "skipped", "vLLM is built for CPUs here: it serves, and blends nothing", WITHOUT_BLENDING)
+        return
     program = shutil.which("nvidia-smi")
     if program is None:
         yield Check(

@@ -29,6 +29,12 @@ def model(tmp_path: Path) -> str:
     return str(tmp_path / "model")
 
 
+@pytest.fixture
+def cpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without vLLM and LMCache."""
+    monkeypatch.setattr(machine, "serves", lambda: False)
+
+
 def run(*arguments: str, **keys: str) -> Result:
     return CliRunner().invoke(app, ["doctor", *arguments], env={"VLLM_API_KEY": "", "LMCACHE_RAG_API_KEY": "", **keys})
 
@@ -287,6 +293,29 @@ def test_ranks_are_told_where_there_are_several(model: str) -> None:
     assert "Ranks" not in examine(model)[1]
 
 
+def test_a_clients_machine_is_not_judged(model: str, cpu_machine: None) -> None:
+    with FakeServer("vllm", mode="long", model=model) as engine:
+        result = run(engine.url, "--json")
+    found = {check["name"]: check for check in json.loads(result.stdout)["checks"]}
+    assert result.exit_code == 0
+    assert {name for name, check in found.items() if check["state"] == "skipped"} == {"This machine", "LMCache"}
+    assert "container" in found["This machine"]["result"]
+    assert not {"GPU", "Versions", "LMCache's CUDA code", "Connector", "Plugin"} & found.keys()
+    assert found["Round trip"]["state"] == found["vLLM"]["state"] == "ok"
+    gone = run("http://gone.invalid:8000", "--json")  # another machine, which does not answer
+    checks = {check["name"]: check["state"] for check in json.loads(gone.stdout)["checks"]}
+    assert checks == {"This machine": "skipped", "LMCache": "skipped", "vLLM": "failed"}
+
+
+def test_a_server_on_a_cpu_is_not_asked_for_a_gpu(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.VLLMBuild, "installed", lambda: machine.VLLMBuild(cpu=True))
+    monkeypatch.setattr(machine, "serves", lambda: True)
+    _, found = examine(model, "unable", "unregistered")
+    assert found["GPU"]["state"] == found["RoPE"]["state"] == "skipped"
+    assert "blends nothing" in found["GPU"]["result"]
+    assert found["Round trip"]["state"] == "failed"
+
+
 def test_servers_that_are_not_there() -> None:
     with FakeServer("vllm") as gone:
         pass
@@ -364,12 +393,6 @@ def local(*arguments: str, **env: str) -> tuple[int, dict[str, dict[str, str]]]:
     """Exit status and checks by name, without a URL."""
     result = run(*arguments, "--json", **env)
     return result.exit_code, {check["name"]: check for check in json.loads(result.stdout)["checks"]}
-
-
-@pytest.fixture
-def cpu_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without vLLM and LMCache."""
-    monkeypatch.setattr(machine, "serves", lambda: False)
 
 
 def test_a_cpu_machine_is_fine(cpu_machine: None, smollm2_path: Path, embedder_path: Path, tmp_path: Path) -> None:
