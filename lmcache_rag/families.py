@@ -35,7 +35,7 @@ class Family:
     note: str = ""
 
 
-EXPERTS: Final = "without expert parallelism and data parallelism"
+EXPERTS: Final = "without expert parallelism, data parallelism and LoRA adapters"
 
 FAMILIES: Final = (
     Family(

@@ -80,6 +80,7 @@ class Fallback(StrEnum):
     DAMAGED_KV = "damaged KV"
     OUT_OF_MEMORY = "out of memory"
     REQUEST_ERROR = "request error"
+    ADAPTER_CHANGED = "LoRA adapter changed"
     OTHER = "other"
 
     @classmethod
@@ -104,6 +105,7 @@ _FALLBACKS: Final[Mapping[str, str]] = {
     Fallback.DAMAGED_KV: "the loaded KV holds numbers that are not finite",
     Fallback.OUT_OF_MEMORY: "the GPU has no memory for the blend",
     Fallback.REQUEST_ERROR: "the connector could not handle the request; vLLM's log has the error",
+    Fallback.ADAPTER_CHANGED: "the files of its LoRA adapter have changed since it was loaded",
     Fallback.OTHER: "an error in the connector; vLLM's log has it",
 }
 

@@ -71,16 +71,20 @@ class BlendBudget:
         idle_tokens: Most tokens of a blend within the step of an idle engine.
         overlap: Whether blends may run in the background at all.
         max_background: Most blends in the background.
+        slots: LoRA adapters that can run in one step.
     """
 
     step_tokens: int
     idle_tokens: int
     overlap: bool = True
     max_background: int = 8
+    slots: int = 0
     _running: set[str] = field(default_factory=set)  # requests that ran in the last step and have not ended since
     _background: set[str] = field(default_factory=set)  # until a worker is done with them
     _claims: dict[str, tuple[Admission, int]] = field(default_factory=dict)  # of this step
     _short: int = 0  # short steps that could have been measured
+    _adapters: dict[str, int] = field(default_factory=dict)  # of requests that were asked for, by its number
+    _asked: set[str] = field(default_factory=set)  # requests with an adapter that may run in this step
 
     def admit(self, tokens: int) -> Admission:
         """How a blend that computes so many tokens can run."""
@@ -101,6 +105,28 @@ class BlendBudget:
         """Whether no more blends can start in the background."""
         claimed = sum(how is Admission.ASYNC for how, _ in self._claims.values())
         return self.overlap and len(self._background) + claimed >= self.max_background
+
+    def has_slot(self, request: Any) -> bool:
+        """Whether a request can run without taking a slot from a LoRA adapter that blends in the background.
+
+        VLLM does not count the adapters of requests that wait for their KV. Each of their passes needs a slot beside
+        the adapters of its step: those of new requests wait as long.
+        """
+        adapter = getattr(request, "lora_request", None)
+        if adapter is None:
+            return True
+        name, own = request.request_id, int(adapter.lora_int_id)
+        background = self._in_use(self._background)
+        if background:
+            in_use = background | self._in_use(self._running) | self._in_use(self._asked)
+            if own not in in_use and len(in_use) >= self.slots:
+                return False
+        self._adapters[name] = own
+        self._asked.add(name)
+        return True
+
+    def _in_use(self, requests: Iterable[str]) -> set[int]:
+        return {self._adapters[name] for name in requests if name in self._adapters}
 
     def claim(self, request_id: str, how: Admission, tokens: int) -> None:
         """A blend is going to run, if vLLM has blocks for it."""
@@ -125,7 +151,7 @@ class BlendBudget:
         if self._background or (timed is not None and not self._measures(timed)):
             timed = None
         allowance = Allowance(max(0, self.step_tokens - self._sync_tokens), not scheduled, timed)
-        self._running, self._claims = set(scheduled), {}
+        self._running, self._claims, self._asked = set(scheduled), {}, set()
         return allowance
 
     def _measures(self, shape: StepShape) -> bool:
@@ -142,6 +168,7 @@ class BlendBudget:
     def on_finished(self, request_id: str) -> None:
         """A request ended. A blend of it that is under way in a worker continues."""
         self._running.discard(request_id)
+        self._adapters.pop(request_id, None)
 
     @property
     def background(self) -> int:

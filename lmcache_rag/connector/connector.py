@@ -90,9 +90,12 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             ingest_key=ingest_key,
             alignment=self._hit_alignment_tokens,
             costs=CostModel(vllm_config.scheduler_config.max_num_batched_tokens),
+            slots=getattr(vllm_config.lora_config, "max_loras", 0),
         )
         self.early_lookups = EarlyLookups(self._scheduler, self._client, chunk, prefix_cache, ingest_key)
         vllm_patches.patch_preprocess_add_request()
+        if vllm_config.lora_config is not None:
+            vllm_patches.patch_add_lora()
         lmcache_client.watch_server(adapter, self._scheduler.can_blend)
 
     def _init_worker(self, vllm_config: Any) -> None:
@@ -242,6 +245,10 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             params = {**(params or {}), ANSWER: statistics}
             log.debug("request %s: %s", name, statistics)
         return delayed, params
+
+    def on_adapter_loaded(self, lora_request: Any) -> None:
+        """Scheduler: vLLM has loaded a LoRA adapter; see vllm_patches.patch_add_lora."""
+        self._client.on_adapter_loaded(lora_request)
 
     def has_pending_push_work(self) -> bool:
         """Whether the engine must keep stepping without requests: for aborted look-ups and read locks."""

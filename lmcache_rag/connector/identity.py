@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from lmcache_rag.protocol import shown
+
 log = logging.getLogger("lmcache_rag")
 
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf")
@@ -154,31 +156,56 @@ class Adapters:
     """Identities of LoRA adapters, by name, path, number and weights. Used by one thread.
 
     An adapter's files are sampled when it is first seen. When they change while vLLM runs, it is not known which
-    version vLLM has in memory: from then on the adapter has a new identity, which no other process shares.
+    version vLLM has in memory, nor when that changes: KV of the adapter is then neither stored nor reused, until it is
+    loaded anew or vLLM is started again.
+
+    Args:
+        by_path: Whether vLLM's own blocks are found by an adapter's name and path; else by its name alone.
     """
 
-    def __init__(self) -> None:
-        # By name, path and number: the state of its files, and its identity.
+    def __init__(self, *, by_path: bool = True) -> None:
+        self._same = slice(2 if by_path else 1)  # the part of a key that vLLM's blocks share
+        # By name, path and number: the state of its files (None: they have changed), and its identity.
         self._known: OrderedDict[tuple[str, str, int], tuple[object, str]] = OrderedDict()
 
     def of(self, lora_request: Any) -> str:
-        """The identity of a request's adapter; "" without one. Never raises."""
-        if lora_request is None:
-            return ""
-        key = (str(lora_request.lora_name), str(lora_request.lora_path), int(lora_request.lora_int_id))
+        """The identity of a request's adapter; "" without one, a new one each time if it has changed. Never raises."""
+        return self._look(_adapter_key(lora_request))[1] if lora_request is not None else ""
+
+    def changed(self, lora_request: Any) -> bool:
+        """Whether the weights that vLLM has of an adapter may be others than those that were identified first."""
+        return lora_request is not None and self._look(_adapter_key(lora_request))[0] is None
+
+    def on_loaded(self, lora_request: Any) -> None:
+        """VLLM has loaded an adapter: it is identified now, and replaces one of another path with its number."""
+        name, path, number = _adapter_key(lora_request)
+        for key in self._known:
+            if key[2] == number and key[:2] != (name, path):
+                self._known[key] = None, uuid.uuid4().hex
+        self._look((name, path, number))
+
+    def _look(self, key: tuple[str, str, int]) -> tuple[object, str]:
         files = _adapter_files(key[1])
-        state = _state(files)
+        state: object = _state(files)
         known = self._known.get(key)
-        if known is None:
+        # vLLM's own blocks know no number: those of another adapter would be taken for this one's.
+        same = self._same
+        before = [others[0] for other, others in self._known.items() if other[same] == key[same]]
+        if any(earlier != state for earlier in before):
+            if None not in before:
+                log.warning(
+                    "The files of LoRA adapter %s have changed: its KV is neither stored nor reused. "
+                    "Load it under another name, from another path.",
+                    shown(key[0]),
+                )
+            known = None, uuid.uuid4().hex
+        elif known is None:
             known = state, _digest({"adapter": key, "weights": self._weights(files)})
-        elif known[0] != state:
-            log.warning("The files of LoRA adapter %s have changed: its earlier KV is not reused", key[0])
-            known = state, uuid.uuid4().hex
         self._known[key] = known
         self._known.move_to_end(key)
         if len(self._known) > _ADAPTERS:
             self._known.popitem(last=False)
-        return known[1]
+        return known
 
     @staticmethod
     def _weights(files: Sequence[Path]) -> str:
@@ -188,6 +215,10 @@ class Adapters:
         except OSError:
             pass
         return uuid.uuid4().hex  # they cannot be read here, and so cannot be recognised again
+
+
+def _adapter_key(lora_request: Any) -> tuple[str, str, int]:
+    return str(lora_request.lora_name), str(lora_request.lora_path), int(lora_request.lora_int_id)
 
 
 def _adapter_files(path: str) -> list[Path]:

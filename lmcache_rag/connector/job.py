@@ -303,13 +303,14 @@ class BlendJob:
         done = 0
         self.timer.begin()
         try:
-            while True:
-                left = tokens - done
-                self.blend.budget = max(left, 1) if not done or left >= MIN_PASS_TOKENS else 0
-                took = next(self._steps)
-                if not took:
-                    break
-                done += took
+            with self._resources.model.using(self.plan.adapter):
+                while True:
+                    left = tokens - done
+                    self.blend.budget = max(left, 1) if not done or left >= MIN_PASS_TOKENS else 0
+                    took = next(self._steps)
+                    if not took:
+                        break
+                    done += took
         except StopIteration:
             self.queued_all = True
         finally:

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from lmcache_rag.connector import lmcache_client
+from lmcache_rag.connector import lmcache_client, vllm_internals
 from lmcache_rag.connector.cache_salt import CacheSalts
 from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.connector.gpu_chunks import BlockPool, PrefixCache, ResidentChunks
@@ -175,6 +175,10 @@ class LookupClient(Protocol):
         """Start a look-up for a request; None when LMCache cannot be reached."""
         ...
 
+    def adapter_changed(self, lora_request: Any) -> bool:
+        """Whether the files of a LoRA adapter have changed, so that it is not known which weights vLLM has."""
+        ...
+
     def stop_storing(self, request_id: str) -> None:
         """Store no more KV of this request."""
         ...
@@ -199,7 +203,9 @@ class SchedulerClient:
 
     def __init__(self, adapter: Any, trackers: dict[str, Any], salts: CacheSalts, options: ConnectorOptions) -> None:
         self._adapter, self._trackers, self._options = adapter, trackers, options
-        self._salts, self._lora_adapters = salts, Adapters()
+        self._salts = salts
+        self._lora_adapters = Adapters(by_path=vllm_internals.blocks_know_adapter_path())
+        self._with_adapter: dict[str, Any] = {}  # LoRARequests of the requests that have one
         self._reports = lmcache_client.DeferredBlockReports(adapter)
         self._releases = lmcache_client.DeferredReleases(adapter)
         self._unused: set[str] = set()  # LMCache's own connector looked them up, and has not used the result yet
@@ -221,16 +227,30 @@ class SchedulerClient:
             store: Whether KV of this request may be stored.
         """
         params: Mapping[str, Any] = request.kv_transfer_params or {}
-        prompt = request.prompt_token_ids or ()
-        adapter = self._lora_adapters.of(getattr(request, "lora_request", None))
-        tracker.cache_salt = self._salts.of(prompt, request.cache_salt or "", params, adapter=adapter)
-        if has_embeddings(request):
+        prompt, adapter = request.prompt_token_ids or (), getattr(request, "lora_request", None)
+        identity = self._lora_adapters.of(adapter)
+        if adapter is not None:
+            self._with_adapter[request.request_id] = adapter
+        tracker.cache_salt = self._salts.of(prompt, request.cache_salt or "", params, adapter=identity)
+        if has_embeddings(request) or self.adapter_changed(adapter):
             lmcache_client.bypass_lmcache(tracker)
             return
         forgets = params.get(FORGET) is True
         tracker.request_configs = self._configs(params, chunk_start(params, len(prompt)))
         stored = ingests(params) or self._options.store == "all"
         tracker.max_offload_tokens = 0 if forgets or not stored or not store else params.get(MAX_OFFLOAD_TOKENS)
+
+    def adapter_changed(self, lora_request: Any) -> bool:
+        """See LookupClient."""
+        return self._lora_adapters.changed(lora_request)
+
+    def on_adapter_loaded(self, lora_request: Any) -> None:
+        """VLLM has loaded a LoRA adapter: requests of one that it replaces store nothing more."""
+        self._lora_adapters.on_loaded(lora_request)
+        for request_id, other in self._with_adapter.items():
+            replaced = lora_request.load_inplace or other.lora_path != lora_request.lora_path
+            if other.lora_int_id == lora_request.lora_int_id and replaced:
+                self.stop_storing(request_id)
 
     @staticmethod
     def _configs(params: Mapping[str, Any], start: int = 0) -> dict[str, Any] | None:
@@ -335,6 +355,7 @@ class SchedulerClient:
             keep_session: Whether its session stays open, since a look-up is still in flight.
         """
         self._reports.send()
+        self._with_adapter.pop(request_id, None)
         if request_id in self._unused:
             self._unused.discard(request_id)
             self._releases.release_unused(request_id, self._trackers[request_id])

@@ -73,6 +73,7 @@ class BlendPlan:
             vLLM need not read all weights once more for it.
         failure: Why everything is to be computed and nothing loaded (a Fallback); empty when it is to be blended.
         free: So many of the placed tokens can be recomputed without any more time; the same on all ranks.
+        adapter: The request's LoRA adapter, vLLM's LoRARequest; None: the model alone.
     """
 
     request_id: str
@@ -90,6 +91,7 @@ class BlendPlan:
     alone: bool = False
     failure: str = ""
     free: int = 0
+    adapter: Any = None
 
     @property
     def spans(self) -> list[tuple[int, int]]:

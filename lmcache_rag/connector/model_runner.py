@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import sub
 from typing import TYPE_CHECKING, Any
@@ -69,7 +70,10 @@ class VLLMModel:
         self._index = {name: index for index, name in enumerate(layers)}
         self._layers = list(layers.values())
         self._caches = [keys_and_values(layer.kv_cache) for layer in self._layers]
-        self.captured: CapturedQueryPass | None = None
+        self._captured: CapturedQueryPass | None = None
+        has_adapters = getattr(vllm_config, "lora_config", None) is not None
+        self._adapters = vllm_internals.PassAdapters(runner) if has_adapters else None
+        self._adapter: Any = None  # vLLM's LoRARequest
         self._memory: PassMemory | None = None
         for implementation in {type(layer.impl) for layer in self._layers}:
             vllm_patches.patch_attention(implementation)
@@ -104,9 +108,39 @@ class VLLMModel:
         """Device of the cache."""
         return self._caches[0][0].device
 
+    @property
+    def captured(self) -> CapturedQueryPass | None:
+        """The suffix's pass as one CUDA graph, if it was captured: it was without an adapter."""
+        return self._captured if self._adapter is None else None
+
     def cache(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of one layer, each [blocks, block, kv heads, size]."""
         return self._caches[layer]
+
+    # -- LoRA adapters ------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def using(self, adapter: Any) -> Iterator[None]:
+        """A `with` block whose passes run with a LoRA adapter, vLLM's LoRARequest; None: without."""
+        before, self._adapter = self._adapter, adapter
+        try:
+            yield
+        finally:
+            self._adapter = before
+
+    def has_slot(self, adapter: Any) -> bool:
+        """Whether a pass with that adapter leaves those of vLLM's step where they are. Equal on all ranks."""
+        return self._adapters is None or self._adapters.has_slot(adapter)
+
+    def step_adapters(self) -> contextlib.AbstractContextManager[None]:
+        """A `with` block after which the tokens of vLLM's step have their own adapters again."""
+        return contextlib.nullcontext() if self._adapters is None else self._adapters.restored()
+
+    def trial_adapter(self) -> contextlib.AbstractContextManager[Any]:
+        """A `with` block in which there is an adapter of random weights; gives it, None without LoRA. At start only."""
+        return contextlib.nullcontext() if self._adapters is None else self._adapters.trial()
+
+    # -- passes -------------------------------------------------------------------------------------------------------
 
     def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: Attention) -> Tensor:
         """Run the model's own layers over these tokens, with the given attention."""
@@ -127,8 +161,17 @@ class VLLMModel:
             attention.attend(index, query, keys, values, layer.impl.scale, out[:rows].view(query.shape))
 
         metadata = vllm_internals.OwnMetadata(in_layer)
+        if self._adapters is not None:
+            self._adapters.use(self._adapter, rows)
         states: Tensor = vllm_internals.run_pass(
-            self._config, self._runner, self._names, metadata, ids.to(torch.int32), positions, as_graphs=as_graphs
+            self._config,
+            self._runner,
+            self._names,
+            metadata,
+            ids.to(torch.int32),
+            positions,
+            as_graphs=as_graphs,
+            loras=0 if self._adapter is None else 1,
         )
         return states
 
@@ -136,6 +179,8 @@ class VLLMModel:
         """Run vLLM's own pass over consecutive positions of a prompt, which writes their KV; returns hidden states."""
         import torch
 
+        if self._adapters is not None:
+            self._adapters.use(self._adapter, len(ids))
         states: Tensor = vllm_internals.run_prefill(
             self._config, self._runner, ids.to(torch.int32), positions, sequence.blocks, sequence.slots(positions)
         )
@@ -143,6 +188,8 @@ class VLLMModel:
 
     def logits(self, hidden: Tensor) -> Tensor | None:
         """The logits of hidden states; None on a rank that does not get them."""
+        if self._adapters is not None:
+            self._adapters.use(self._adapter, len(hidden), len(hidden))
         found: Tensor | None = self._runner.get_model().compute_logits(hidden)
         return found
 
@@ -198,13 +245,16 @@ class VLLMModel:
 
     def capture(self) -> None:
         """Capture the default policy's pass, and measure passes' memory. All tensor-parallel ranks must call it."""
-        self.captured = self._capture(QueryPolicy())
+        self._captured = self._capture(QueryPolicy())
         if self.ranks > 1:
             from lmcache_rag.connector.kernels import MAX_SPLITS
 
             run = functools.partial(self._pass, attention=NoAttention(), as_graphs=False)
             largest = self.max_tokens
-            self._memory = measure_pass_memory(run, largest, heads=self.heads, cache=self._caches[0], splits=MAX_SPLITS)
+            with self.trial_adapter() as adapter, self.using(adapter):  # its share of a pass is counted
+                self._memory = measure_pass_memory(
+                    run, largest, heads=self.heads, cache=self._caches[0], splits=MAX_SPLITS
+                )
 
     def _capture(self, policy: QueryPolicy) -> CapturedQueryPass | None:
         """The policy's pass as a CUDA graph; None if it cannot be captured: then it is launched layer by layer."""

@@ -83,8 +83,8 @@ def _model_class(vllm_config: Any, model: Any) -> Unsupported | None:
 def _features(vllm_config: Any, model: Any) -> Unsupported | None:
     if getattr(vllm_config, "speculative_config", None) is not None:
         return Unsupported(CannotBlend.SPECULATIVE, "speculative decoding is not supported")
-    if getattr(vllm_config, "lora_config", None) is not None:
-        return Unsupported(CannotBlend.LORA, "LoRA adapters change the KV of the same text")
+    if getattr(vllm_config, "lora_config", None) is not None and (detail := _lora(vllm_config)):
+        return Unsupported(CannotBlend.LORA, detail)
     if _returns_experts(vllm_config):
         detail = "vLLM returns each token's experts (enable_return_routed_experts), and reused tokens meet none"
         return Unsupported(CannotBlend.MODEL, detail)
@@ -92,6 +92,15 @@ def _features(vllm_config: Any, model: Any) -> Unsupported | None:
         detail = "attention that is fused with a quantisation of its output is not supported"
         return Unsupported(CannotBlend.ATTENTION, detail)
     return None
+
+
+def _lora(vllm_config: Any) -> str:
+    compilation = vllm_config.compilation_config
+    if getattr(compilation, "static_all_moe_layers", ()):
+        return "LoRA adapters of a model with experts are not supported"
+    if any(name.endswith(".lora_linear_async") for name in compilation.static_forward_context):
+        return "LoRA layers on a second stream (VLLM_LORA_ENABLE_DUAL_STREAM) are not supported"
+    return ""
 
 
 def _returns_experts(vllm_config: Any) -> bool:

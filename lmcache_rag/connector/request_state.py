@@ -88,6 +88,7 @@ class RequestState:
     explores: bool = False  # looked up and blended to measure that again
     prompt: int = 0  # tokens of the prompt
     done: int = 0  # tokens whose KV is there before the next step
+    adapter: Any = None  # vLLM's LoRARequest
     result: BlendResult | None = None
     failure: str = ""
 
@@ -124,6 +125,7 @@ class RequestState:
             self.background,
             failure=self.failure,
             free=self.free,
+            adapter=self.adapter,
         )
 
     def statistics(self, prompt: int) -> dict[str, Any]:

@@ -65,6 +65,7 @@ class BlendScheduler:
         ingest_key: What ingesting and forgetting need; None: nothing.
         alignment: LMCache's connector counts vLLM's own hits in multiples of so many tokens.
         costs: What the engine's work takes.
+        slots: LoRA adapters that can run in one step.
     """
 
     def __init__(
@@ -77,10 +78,11 @@ class BlendScheduler:
         ingest_key: IngestKey | None = None,
         alignment: int = 1,
         costs: CostModel | None = None,
+        slots: int = 0,
     ) -> None:
         self.options, self.client = options, client
         self.gate = BlendGate(costs or CostModel(), options.min_gain, options.least_tokens)
-        self.budget = BlendBudget(options.step_tokens, options.idle_tokens, options.overlap)
+        self.budget = BlendBudget(options.step_tokens, options.idle_tokens, options.overlap, slots=slots)
         self.gpu_chunks: GpuChunks | None = None  # None without prefix caching
         self.uncomputed: UncomputedBlocks | None = None  # likewise
         self.fenced = FencedBlocks()
@@ -103,14 +105,12 @@ class BlendScheduler:
 
     def bind_gpu_block_pool(self, gpu_block_pool: Any) -> None:
         """Use vLLM's own blocks."""
-        self._prefix_cache.block_size = (
-            getattr(gpu_block_pool, "hash_block_size", None) or self._prefix_cache.block_size
-        )
+        block = getattr(gpu_block_pool, "hash_block_size", None) or self._prefix_cache.block_size
+        self._prefix_cache.block_size = block
         self.fenced.pool = gpu_block_pool
         if not getattr(gpu_block_pool, "enable_caching", False):
             return
-        pool, block = vllm_internals.CachedBlocks(gpu_block_pool), self._prefix_cache.block_size
-        self.forgetting.pool = pool
+        self.forgetting.pool = pool = vllm_internals.CachedBlocks(gpu_block_pool)
         self.uncomputed = UncomputedBlocks(pool, block)
         vllm_patches.patch_cache_full_blocks(gpu_block_pool, self.uncomputed.add, self.store_limit)
         if self.options.hot:
@@ -167,10 +167,8 @@ class BlendScheduler:
 
     def drop(self, request_id: str) -> None:
         """Do not blend a request, and release what it holds, except for what a worker's plan uses."""
-        state = self._states.get(request_id)
-        if state is None:
-            state = RequestState(self.options.policy, self.options.budget, blend=False)
-            self._states[request_id] = state
+        nothing = RequestState(self.options.policy, self.options.budget, blend=False)
+        state = self._states.setdefault(request_id, nothing)
         if any(plan.request_id == request_id for plan in self._plans):
             return
         if self.gpu_chunks:
@@ -237,6 +235,9 @@ class BlendScheduler:
         state = RequestState(params.policy, params.budget, params.blend, closed=not can_hit(request, self._chunk))
         state.spans, state.ingest, state.step = [] if params.spans else None, params.ingest, self.window.step
         state.always, state.prompt = params.always, len(request.prompt_token_ids or ())
+        state.adapter = getattr(request, "lora_request", None)
+        if state.adapter is not None and self.client.adapter_changed(state.adapter):
+            state.closed, state.failure = True, Fallback.ADAPTER_CHANGED
         self._states[request.request_id] = state
         return state
 
@@ -263,7 +264,7 @@ class BlendScheduler:
         if name in self._failed:
             return 0, False
         forgets = self.forgetting.has(name)
-        if forgets and not self.forgetting.poll(request):
+        if (forgets and not self.forgetting.poll(request)) or not self.budget.has_slot(request):
             return None, False
         tracker.num_vllm_hit_tokens = local // self._alignment * self._alignment
         if self.unsupported is not None and not forgets:

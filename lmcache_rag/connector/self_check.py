@@ -15,6 +15,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -70,6 +71,14 @@ class CheckedModel(Model, Protocol):
 
     def copies(self, longest: int) -> Mapping[str, KVCopy]:
         """Each way to move chunk KV over distances up to that, by name."""
+        ...
+
+    def trial_adapter(self) -> AbstractContextManager[Any]:
+        """A `with` block in which there is a LoRA adapter of random weights; gives it, None without LoRA."""
+        ...
+
+    def using(self, adapter: Any) -> AbstractContextManager[None]:
+        """A `with` block whose passes run with that adapter."""
         ...
 
 
@@ -189,7 +198,7 @@ def compare_with_prefill(model: CheckedModel, *, vocabulary: int, longest: int) 
         longest: Most tokens of a sequence.
 
     Raises:
-        ValueError: The KV cache is too small, or sequences are too short.
+        ValueError: The KV cache is too small, sequences are too short, or a LoRA adapter changes nothing.
     """
     import torch
 
@@ -204,7 +213,12 @@ def compare_with_prefill(model: CheckedModel, *, vocabulary: int, longest: int) 
     with torch.inference_mode():
         check = _Check(model, prompt, range(1, 1 + whole), range(1 + whole, 1 + whole + alone))
         try:
-            return check.run()
+            findings = check.run()
+            with model.trial_adapter() as adapter:
+                if adapter is not None:
+                    with model.using(adapter):
+                        findings += check.run(" with a LoRA adapter")
+            return findings
         finally:
             check.fill(0.0)
 
@@ -220,6 +234,7 @@ class _Check:
         self._alone = PagedSequence.of(alone, model.block_size, str(device))
         self._blocks = torch.cat([self._sequence.blocks, self._alone.blocks]).long()
         self._tail = range(len(prompt.ids) - _SUFFIX, len(prompt.ids))  # what is compared
+        self._before: Tensor | None = None  # hidden states of the last run
 
     def fill(self, value: float) -> None:
         """Fill the blocks that the check uses."""
@@ -227,21 +242,28 @@ class _Check:
             for cache in self._model.cache(layer):
                 cache[self._blocks] = value
 
-    def run(self) -> list[Finding]:
-        """All comparisons."""
+    def run(self, how: str = "") -> list[Finding]:
+        """All comparisons.
+
+        Raises:
+            ValueError: There was another run, with another adapter and the same hidden states.
+        """
         length = len(self._prompt.ids)
         want = self._full(length)
+        if self._before is not None and _difference(want, self._before) < _LEAST:
+            raise ValueError("a LoRA adapter of random weights changes no hidden state")
+        self._before = want.clone()
         computed = self._first_layer()
         others = [self._full(length // 2 + 7), self._full(length // 3 + 5)]
         findings = []
         for name, copy in self._model.copies(length).items():
             self._place(copy)
             difference = _difference(self._first_layer(), computed)
-            findings.append(Finding(f"KV moved {name}", difference, _allowed(computed, _MOVED, _MOVED_EPS)))
+            findings.append(Finding(f"KV moved {name}{how}", difference, _allowed(computed, _MOVED, _MOVED_EPS)))
         states = [want, *others, self._blended(findings)]
         logits = [of for state in states if (of := self._model.logits(state)) is not None]
-        findings += _compared("hidden states", states)
-        return findings + _compared("logits", logits) if logits else findings
+        findings += _compared("hidden states", states, how)
+        return findings + _compared("logits", logits, how) if logits else findings
 
     def _full(self, chunk_size: int) -> Tensor:
         """A full prefill in chunks of that size: hidden states of the last tokens."""
@@ -310,14 +332,14 @@ def take_steps(steps: StepIterator[T]) -> T:
             return result
 
 
-def _compared(name: str, rows: Sequence[Tensor]) -> list[Finding]:
+def _compared(name: str, rows: Sequence[Tensor], how: str) -> list[Finding]:
     """Compare the rows of a full prefill, of others in other chunks, and of a blend, which has one row more."""
     want, *others, got = rows
     noise = max(_difference(other, want) for other in others)
     allowed = MARGIN * max(noise, _allowed(want, _LEAST, _LEAST_EPS))
     return [
-        Finding(f"{name} of a blend", _difference(got[:-1], want), allowed),
-        Finding(f"{name} of its last token", _difference(got[-1:], want[-1:]), allowed),
+        Finding(f"{name} of a blend{how}", _difference(got[:-1], want), allowed),
+        Finding(f"{name} of its last token{how}", _difference(got[-1:], want[-1:]), allowed),
     ]
 
 
@@ -381,6 +403,7 @@ def _check_name(vllm_config: Any) -> str:
         "code": _code_digest(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "ranks": vllm_config.parallel_config.tensor_parallel_size,
+        "LoRA": getattr(vllm_config, "lora_config", None) is not None,
         "eager": bool(vllm_config.model_config.enforce_eager),
         "block": vllm_config.cache_config.block_size,
         "backends": sorted({type(getattr(layer, "impl", None)).__name__ for layer in layers}),

@@ -7,6 +7,7 @@ functions: this module is loaded in each of vLLM's processes.
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -82,6 +83,16 @@ def hide_from_prefix_cache(request: Any, first_token: int, hash_block: int) -> N
     request.block_hashes.extend([random[at : at + 32] for at in range(0, len(random), 32)])
 
 
+def blocks_know_adapter_path() -> bool:
+    """Whether the hashes of vLLM's blocks differ between LoRA adapters of one name, if their paths do (since 0.32)."""
+    from types import SimpleNamespace
+
+    from vllm.v1.core.kv_cache_utils import _gen_lora_extra_hash_keys
+
+    adapter = SimpleNamespace(lora_name="name", lora_path="path")
+    return "path" in str(_gen_lora_extra_hash_keys(SimpleNamespace(lora_request=adapter)))
+
+
 # -- forward passes and ranks ------------------------------------------------------------------------------------------
 
 
@@ -133,6 +144,7 @@ def run_pass(
     positions: Any,
     *,
     as_graphs: bool = True,
+    loras: int = 0,
 ) -> Any:
     """Run the model over some tokens in a forward context of our own; the previous context is restored.
 
@@ -148,12 +160,13 @@ def run_pass(
         ids: int32 [m]: vLLM compiles for that type and drops torch's guards.
         positions: int64 [m].
         as_graphs: Whether vLLM's graphs may be used; not while our own graph is captured.
+        loras: Number of LoRA adapters that the tokens run with, see PassAdapters: vLLM has other graphs for each.
 
     Returns:
         Hidden states [m, width]; the next pass may overwrite them.
     """
     from vllm.config import CUDAGraphMode
-    from vllm.forward_context import BatchDescriptor, set_forward_context
+    from vllm.forward_context import set_forward_context
 
     def context(tokens: int, mode: Any, descriptor: Any) -> Any:
         return set_forward_context(
@@ -173,17 +186,18 @@ def run_pass(
             "intermediate_tensors": None,
         }
 
-    padded = graph_size(runner, len(ids)) if as_graphs else 0
-    if not padded:
+    found = piecewise_graph(vllm_config, runner, len(ids), loras) if as_graphs else None
+    if found is None:
         with context(len(ids), CUDAGraphMode.NONE, None):
             return runner.get_model()(**inputs(ids, positions))
+    padded = int(found.num_tokens)
     buffers = (runner.input_buffers.input_ids[:padded], runner.input_buffers.positions[:padded])
     saved = [buffer.clone() for buffer in buffers]
     for buffer, own in zip(buffers, (ids, positions), strict=True):
         buffer[: len(own)] = own
         buffer[len(own) :] = 0
     try:
-        with context(padded, CUDAGraphMode.PIECEWISE, BatchDescriptor(num_tokens=padded)):
+        with context(padded, CUDAGraphMode.PIECEWISE, found):
             return runner.cudagraph_manager.run_pw_graph(runner.get_model(), inputs(*buffers))[: len(ids)]
     finally:
         for buffer, previous in zip(buffers, saved, strict=True):
@@ -235,15 +249,29 @@ def run_prefill(vllm_config: Any, runner: Any, ids: Any, positions: Any, blocks:
         return runner.get_model()(input_ids=ids, positions=positions, inputs_embeds=None, intermediate_tensors=None)
 
 
-def graph_size(runner: Any, tokens: int) -> int:
-    """Size of the piecewise CUDA graph for a number of tokens; 0 when there is none."""
+def piecewise_graph(vllm_config: Any, runner: Any, tokens: int, loras: int = 0) -> Any:
+    """The description (BatchDescriptor) of vLLM's piecewise CUDA graph for some tokens; None when there is none.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        runner: The model runner.
+        tokens: Number of tokens; the graph may be for more.
+        loras: Number of LoRA adapters that they run with.
+    """
     from vllm.config import CUDAGraphMode
+    from vllm.forward_context import BatchDescriptor
 
     manager = getattr(runner, "cudagraph_manager", None)
     if manager is None or not hasattr(runner, "input_buffers"):
-        return 0
-    found = manager.dispatch(1, tokens, None, 0)
-    return int(found.num_tokens) if found.cg_mode == CUDAGraphMode.PIECEWISE else 0
+        return None
+    found = manager.dispatch(1, tokens, None, loras)
+    if found.cg_mode != CUDAGraphMode.PIECEWISE:
+        return None
+    # As vLLM's runner describes a step; for any other description it would capture a new graph.
+    with_loras = (
+        {} if vllm_config.lora_config is None else {"has_lora": True, "num_active_loras": found.num_active_loras}
+    )
+    return BatchDescriptor(num_tokens=int(found.num_tokens), **with_loras)
 
 
 def exact_rotary_table(rotary: Any) -> Any:
@@ -304,3 +332,90 @@ def in_multi_connector() -> bool:
     from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
 
     return has_kv_transfer_group() and isinstance(get_kv_transfer_group(), MultiConnector)
+
+
+# -- LoRA adapters -----------------------------------------------------------------------------------------------------
+
+
+_TRIAL = 1 << 30  # its number; vLLM counts those of clients from 1
+
+
+class PassAdapters:
+    """Which LoRA adapter the tokens of a pass run with.
+
+    vLLM's linear layers find a token's adapter in a mapping, which the model runner sets before each of its forward
+    passes. A blend's pass sets it for tokens of its own. Where that is between the runner's mapping and its forward
+    pass, the runner's must be restored.
+
+    Args:
+        runner: vLLM's model runner, with LoRA enabled.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._worker_manager = runner.lora_manager
+        self._manager = runner.lora_manager._adapter_manager
+
+    def use(self, lora_request: Any, tokens: int, rows: int = 1) -> None:
+        """Run the next pass with an adapter; it is loaded if it is not.
+
+        Args:
+            lora_request: vLLM's LoRARequest; None: the model without an adapter.
+            tokens: Tokens of the pass.
+            rows: Hidden states whose logits are computed after it.
+        """
+        from vllm.lora.layers import LoRAMapping
+
+        requests = set()
+        if lora_request is not None:
+            if lora_request.load_inplace:  # it was loaded when the client asked for that; not in each pass again
+                lora_request = copy.copy(lora_request)
+                lora_request.load_inplace = False
+            requests.add(lora_request)
+        number = lora_request.lora_int_id if lora_request is not None else 0
+        # As the runner does: vLLM's kernels for GPUs ignore is_prefill.
+        mapping = LoRAMapping((number,) * tokens, (number,) * rows, is_prefill=True)
+        self._worker_manager.set_active_adapters(requests, mapping)
+
+    def has_slot(self, lora_request: Any) -> bool:
+        """Whether an adapter can run beside those of the mapping that is set, without taking a slot of theirs."""
+        adapters = {number for number in self._mapped() if number > 0}
+        return lora_request is None or len(adapters | {lora_request.lora_int_id}) <= self._manager.lora_slots
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """A `with` block after which the mapping is what it was before; not if its adapters have left their slots.
+
+        They do so only if vLLM does not use that mapping any more, as of a step without a forward pass.
+        """
+        before = self._manager._last_mapping
+        yield
+        mapped = {number for number in self._mapped(before) if number > 0}
+        if before is not None and mapped <= set(self._manager.lora_index_to_id):
+            self._manager.set_adapter_mapping(before)
+
+    @contextlib.contextmanager
+    def trial(self) -> Iterator[Any]:
+        """A `with` block in which there is an adapter of random weights; gives its LoRARequest. Before any other."""
+        import torch
+        from vllm.lora.request import LoRARequest
+
+        request = LoRARequest("lmcache_rag trial", _TRIAL, "/does/not/exist")
+        with self._worker_manager.dummy_lora_cache():
+            self._worker_manager.add_dummy_lora(request, rank=self._worker_manager.get_dummy_lora_warmup_rank(8))
+        self.use(request, 1)
+        slot, dice = self._manager.lora_index_to_id.index(_TRIAL), None
+        for module in self._manager.modules.values():
+            for stacked, size in ((module.lora_a_stacked, 1.0), (module.lora_b_stacked, 0.2)):
+                for weights in stacked if isinstance(stacked, tuple) else (stacked,):
+                    if dice is None:
+                        dice = torch.Generator(weights.device).manual_seed(_TRIAL)
+                    weights[slot].normal_(0.0, size * weights.shape[-1] ** -0.5, generator=dice)
+        try:
+            yield request
+        finally:
+            self._manager.remove_adapter(_TRIAL)  # the next adapter in its slot overwrites its weights
+            self.use(None, 1)
+
+    def _mapped(self, mapping: Any = None) -> set[int]:
+        mapping = self._manager._last_mapping if mapping is None else mapping
+        return set() if mapping is None else {*mapping.index_mapping, *mapping.prompt_mapping}

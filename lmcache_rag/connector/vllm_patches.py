@@ -61,6 +61,12 @@ PREPROCESS = Patch(
     "A prompt is looked up while vLLM hashes its blocks, which takes 1 ms for 8,000 tokens, and 7 for 31,000.",
     "a connector has a hook before a request's blocks are hashed",
 )
+ADD_LORA = Patch(
+    "vllm.v1.engine.core:EngineCore.add_lora",
+    "A LoRA adapter is identified by its files when it is loaded, not when it is first asked for: they may change "
+    "between the two. KV of one that is replaced in place is not stored any more.",
+    "a connector is notified of adapters",
+)
 _STREAM_WHY = "The last chunk of a streamed answer carries `kv_transfer_params`."
 COMPLETION_STREAM = Patch(
     "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion.completion_stream_generator",
@@ -275,6 +281,25 @@ def patch_preprocess_add_request() -> None:
         return preprocess_add_request
 
     patch_once(PREPROCESS, wrap)
+
+
+def patch_add_lora() -> None:
+    """Notify the connector of each LoRA adapter that vLLM loads on request of a client or at start.
+
+    A connector takes part by having `on_adapter_loaded(lora_request)`.
+    """
+
+    def wrap(add: Callable[..., Any]) -> Callable[..., Any]:
+        def add_lora(self: Any, lora_request: Any) -> Any:
+            added = add(self, lora_request)
+            loaded = getattr(self.scheduler.get_kv_connector(), "on_adapter_loaded", None)
+            if loaded is not None:
+                loaded(lora_request)
+            return added
+
+        return add_lora
+
+    patch_once(ADD_LORA, wrap)
 
 
 def patch_cache_full_blocks(

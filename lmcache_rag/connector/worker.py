@@ -82,7 +82,8 @@ class BlendWorker:
     def run_now(self, plans: Sequence[BlendPlan]) -> None:
         """Start the plans that are not in the background, before vLLM has prepared the step; `run` does the rest.
 
-        If damage may not be reported, `run` verifies the KV: it must be called too, before the forward pass.
+        If damage may not be reported, `run` verifies the KV: it must be called too, before the forward pass. vLLM sets
+        the LoRA adapters of its step after this.
         """
         import torch
 
@@ -99,7 +100,7 @@ class BlendWorker:
         self._idle = allowance.idle
         if not (plans or self._background or self._queued):
             return
-        with torch.inference_mode():
+        with torch.inference_mode(), self._model.step_adapters():
             # Several ranks wait for a load when its job begins (BlendJob.is_loaded): what is requested in this step
             # begins in the next one, so that its KV has a step's time to arrive. One rank skips what is not there yet.
             ready = [job for job in self._background if not job.queued_all]
@@ -130,6 +131,9 @@ class BlendWorker:
         for job in jobs:
             if left <= 0 or left < min(MIN_PASS_TOKENS, allowance.tokens):
                 return
+            # The scheduler keeps a slot for its adapter (BlendBudget.has_slot); a preempted request may have taken it.
+            if not (allowance.idle or self._model.has_slot(job.plan.adapter)):
+                continue
             if not job.is_started:
                 if not job.is_loaded(idle=idle):
                     continue

@@ -386,7 +386,7 @@ def _tokenizer_of(served: ServedModel, tokenizer: Any) -> tuple[Any, str, int]:
     if tokenizer is not None and not isinstance(tokenizer, str | Path):
         content = f"{tokenizer.backend_tokenizer.to_str()}{tokenizer.chat_template}"
         return tokenizer, hashlib.sha256(content.encode()).hexdigest()[:32], 0
-    names = [str(tokenizer)] if tokenizer is not None else [served.local, served.root, served.name]
+    names = [str(tokenizer)] if tokenizer is not None else [served.local, served.root, served.name, served.base]
     path = find_tokenizer(names)
     return open_tokenizer(path), tokenizer_digest(path), kv_bytes_per_token(path)
 

@@ -73,6 +73,7 @@ class ServedModel:
         chunk: Tokens of an LMCache chunk; 0 if the server does not report it.
         block: Tokens of a block of vLLM's own prefix cache; 0 if the server does not report it.
         local: Folder on this machine that the user named for it; "" if none.
+        base: As `root`, of the model that it is a LoRA adapter of; "" if it is none.
     """
 
     name: str
@@ -84,6 +85,7 @@ class ServedModel:
     chunk: int = 0
     block: int = 0
     local: str = ""
+    base: str = ""
 
 
 def server_urls(urls: str | Sequence[str]) -> tuple[str, ...]:
@@ -427,7 +429,10 @@ class VLLMClient:
                 f"{url} serves {', '.join(card.name for card in cards) or 'nothing'}, not {wanted or 'a model'}.",
                 remedy="Name the server's model by --model, or another server by --engine.",
             )
-        card = matching[0]
+        card, base = matching[0], None
+        if card.adapter:  # vLLM reports the length of its model's context only
+            base = next((each for each in cards if not each.adapter), None)
+            card = replace(card, context_length=card.context_length or (base.context_length if base else 0))
         if not card.context_length:
             raise EngineError(
                 f"{url} does not report the length of its context.",
@@ -446,6 +451,7 @@ class VLLMClient:
             chunk=chunk,
             block=vllm_block(metrics),
             local=str(local or ""),
+            base=base.root if base else "",
         )
 
     def check_tokenizer(self, model: str, tokenizer: Any) -> None:

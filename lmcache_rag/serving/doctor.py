@@ -47,6 +47,7 @@ IDS = range(300, 15000)  # ids of plain text in the usual vocabularies; none of 
 CHUNKS = 3
 BLOCKS = (4, 3, 2)  # LMCache chunks in each of ours
 ANSWER = 16
+ADAPTERS = 8  # names in a line
 TOP = 5  # log-probabilities requested with each token
 ATTEMPTS, PAUSE_S = 5, 1.0  # LMCache indexes stored KV with a short delay
 
@@ -102,6 +103,7 @@ def examine(
             yield machine.model(model or (served.root if served else ""))
         if served is None:
             return
+        yield from adapter_checks(server)
         yield chunk_and_block(server, status)
         yield from round_trip_checks(server, served, status)
 
@@ -273,6 +275,15 @@ def vllm_checks(server: VLLMClient, here: str = "") -> tuple[list[Check], ModelC
         result += f"; this environment has vLLM {here}, which was checked above"
         return [Check("vLLM", "warning", result, "Run the lmcache-rag doctor of the server's own environment.")], served
     return [Check("vLLM", "ok", result)], served
+
+
+def adapter_checks(server: VLLMClient) -> list[Check]:
+    """Name the LoRA adapters that the server has, if it has any."""
+    names = [card.name for card in server.models() if card.adapter]
+    if not names:
+        return []
+    shown = names if len(names) <= ADAPTERS else [*names[:ADAPTERS], "..."]
+    return [Check("LoRA adapters", "ok", f"{len(names)} ({', '.join(shown)}), each with KV of its own")]
 
 
 def chunk_size(server: VLLMClient, status: dict[str, Any]) -> int:

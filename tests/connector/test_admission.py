@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -58,6 +59,33 @@ def test_others_are_held_up_by_so_many_tokens_at_most() -> None:
     assert budget.on_step({"runs"}).tokens == 100
     assert budget.on_step(()).tokens == 100, "who comes meanwhile waits no longer than others would have"
     assert budget.on_step(()).idle
+
+
+def with_adapter(name: str, number: int) -> Any:
+    made = Once().request(name)
+    made.lora_request = SimpleNamespace(lora_int_id=number) if number else None
+    return made
+
+
+def test_a_background_blend_keeps_its_adapters_slot() -> None:
+    """vLLM does not count the adapters of requests that wait for their KV: it would give the slot to another."""
+    budget = BlendBudget(100, 1000, slots=2)
+    for name, number in (("runs", 1), ("blends", 2)):
+        assert budget.has_slot(with_adapter(name, number))
+    budget.claim("blends", Admission.ASYNC, 10)
+    budget.on_allocated("blends")
+    budget.on_step({"runs"})
+    assert not budget.has_slot(with_adapter("third", 3))
+    assert budget.has_slot(with_adapter("of the base model", 0))
+    assert budget.has_slot(with_adapter("of the same", 2))
+    budget.on_finished("runs")
+    budget.on_step({"of the same"})
+    assert budget.has_slot(with_adapter("third", 3))
+    assert not budget.has_slot(with_adapter("fourth", 4)), "the third may run in this step"
+    budget.on_step({"third"})
+    assert not budget.has_slot(with_adapter("fourth", 4))
+    budget.on_blended("blends")
+    assert budget.has_slot(with_adapter("fourth", 4)), "vLLM counts those that run"
 
 
 def test_few_of_the_short_steps_are_measured() -> None:

@@ -192,10 +192,57 @@ def test_a_changing_adapter_shares_with_none(tmp_path: Path, caplog: pytest.LogC
     known, one = Adapters(), adapter(tmp_path / "a", bytes(9000))
     before = known.of(one)
     adapter(tmp_path / "a", bytes(8999) + b"1")
+    assert not Adapters().changed(None)
     after = known.of(one)
     assert after not in (before, Adapters().of(one))
-    assert known.of(one) == after
-    assert "LoRA adapter a" in caplog.text
+    assert known.changed(one)
+    assert known.of(one) not in (before, after), "vLLM may load the new weights at any time"
+    assert known.changed(one)
+    assert caplog.text.count("LoRA adapter 'a'") == 1
+    assert not known.changed(adapter(tmp_path / "b", bytes(8999) + b"1"))
+
+
+def test_an_adapter_loaded_again_under_its_name(tmp_path: Path) -> None:
+    """Unloaded, trained further and loaded from the same path: vLLM gives it a new number, and keeps its old blocks."""
+    known, one = Adapters(), adapter(tmp_path / "a", bytes(9000))
+    known.of(one)
+    assert not known.changed(adapter(tmp_path / "b", bytes(9000), number=2))
+    again = SimpleNamespace(lora_name="a", lora_path=one.lora_path, lora_int_id=3)
+    assert not known.changed(again)
+    adapter(tmp_path / "a", bytes(8999) + b"1")
+    assert known.changed(SimpleNamespace(lora_name="a", lora_path=one.lora_path, lora_int_id=4))
+    assert known.changed(one)
+    assert known.changed(again)
+
+
+def test_where_vllms_blocks_know_the_name_alone(tmp_path: Path) -> None:
+    """vLLM 0.25 finds blocks of an adapter for another of its name, and would store them as the other's."""
+    one, two = adapter(tmp_path / "a", bytes(9000)), adapter(tmp_path / "b", bytes(8999) + b"1")
+    for by_path in (True, False):
+        known = Adapters(by_path=by_path)
+        known.of(one)
+        assert known.changed(two) is not by_path
+        assert not known.changed(adapter(tmp_path / "b", bytes(8999) + b"1", "another name"))
+
+
+def test_an_adapter_replaced_in_place(tmp_path: Path) -> None:
+    """vLLM runs requests that came with the earlier path on the new weights."""
+    known, one = Adapters(), adapter(tmp_path / "a", bytes(9000))
+    known.on_loaded(one)
+    before = known.of(one)
+    known.on_loaded(adapter(tmp_path / "other", bytes(9000), "other", number=2))
+    assert known.of(one) == before
+    known.on_loaded(two := adapter(tmp_path / "b", bytes(8999) + b"1"))
+    assert known.changed(one)
+    assert not known.changed(two)
+    assert known.of(two) not in (before, known.of(one))
+
+
+def test_files_that_change_after_the_load_are_seen(tmp_path: Path) -> None:
+    known, one = Adapters(), adapter(tmp_path / "a", bytes(9000))
+    known.on_loaded(one)
+    adapter(tmp_path / "a", bytes(8999) + b"1")
+    assert known.changed(one), "vLLM has the weights of before"
 
 
 def test_an_unreadable_adapter_shares_with_no_process() -> None:

@@ -116,6 +116,14 @@ ODD: dict[str, Callable[[Loaded, int], Any]] = {
     "mrope_section": of_rotary(lambda: rotary("MRotaryEmbedding")),
     "longrope": of_rotary(lambda: rotary("Phi3LongRoPEScaledRotaryEmbedding")),
     "mscale_all_dim (DeepSeek)": of_rotary(lambda: rotary("DeepseekScalingRotaryEmbedding")),
+    "LoRA with experts": lambda it, index: (
+        setattr(it.config, "lora_config", object()),
+        it.config.compilation_config.static_all_moe_layers.append("model.layers.0.mlp.experts"),
+    ),
+    "LoRA on a second stream": lambda it, index: (
+        setattr(it.config, "lora_config", object()),
+        it.config.compilation_config.static_forward_context.update({"qkv_proj.lora_linear_async": object()}),
+    ),
     "partial_rotary_factor": of_rotary(lambda: rotary(rotary_dim=SIZE // 2)),
     "rope_theta of a layer": of_rotary(lambda: rotary(cos_sin_cache=torch.zeros(4, SIZE))),
     "pairs of a layer": lambda it, index: setattr(

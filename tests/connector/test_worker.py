@@ -63,6 +63,37 @@ def test_a_blend_begun_before_the_step_ends_the_same(hf: HFModel) -> None:
         torch.testing.assert_close(got, want, atol=0, rtol=0, equal_nan=True)  # blocks of nobody are NaN
 
 
+@pytest.mark.parametrize("fault", ["", "dead"])
+@pytest.mark.parametrize("early", [False, True])
+def test_a_blends_passes_run_with_its_adapter(hf: HFModel, early: bool, fault: str) -> None:
+    world, adapter = World(hf, fault), object()
+    world.plan = dataclasses.replace(world.plan, adapter=adapter)
+    forward, seen = world.model.forward, []
+
+    def watched(*given: Any) -> Any:
+        seen.append(world.model.adapter)
+        return forward(*given)
+
+    world.model.forward = watched  # type: ignore[method-assign]
+    world.run(early=early)
+    assert seen
+    assert set(seen) == {adapter}
+    assert world.model.adapter is None
+
+
+def test_an_adapter_without_a_slot_waits(hf: HFModel) -> None:
+    """The step's own adapters fill all slots: a blend in the background goes on when the step needs fewer, or none."""
+    for idle in (False, True):
+        world = World(hf)
+        world.model.slots = False
+        world.plan = dataclasses.replace(world.plan, adapter=object(), background=True)
+        world.worker.run([world.plan], Allowance(4096, idle=False))
+        assert not world.model.passes
+        world.model.slots = not idle
+        world.worker.run([], Allowance(4096, idle=idle))
+        assert world.model.passes
+
+
 @pytest.mark.parametrize("fault", ["dead", "late"])
 @pytest.mark.parametrize("early", [False, True])
 def test_without_the_kv_everything_is_computed(

@@ -251,6 +251,28 @@ def test_a_graph_pass_leaves_the_runners_buffers(config: VllmConfig) -> None:
     assert buffers.positions.tolist() == list(range(100, 116))
 
 
+@pytest.mark.parametrize("loras", [0, 1])
+def test_a_graph_with_lora_is_described_as_vllm_does(config: VllmConfig, loras: int) -> None:
+    """By another description vLLM would capture a new graph, in the middle of a step."""
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+
+    def dispatch(requests: int, tokens: int, uniform: Any, wanted: int) -> Any:
+        assert wanted == loras
+        return BatchExecutionDescriptor(CUDAGraphMode.PIECEWISE, 8, None, num_active_loras=3 * wanted)
+
+    manager = SimpleNamespace(dispatch=dispatch)
+    runner = SimpleNamespace(cudagraph_manager=manager, input_buffers=None)
+    plain = vllm_internals.piecewise_graph(config, runner, 3, loras)
+    assert (plain.num_tokens, plain.has_lora, plain.num_active_loras) == (8, False, 0)
+    with_lora = SimpleNamespace(lora_config=object())
+    found = vllm_internals.piecewise_graph(with_lora, runner, 3, loras)
+    assert (found.num_tokens, found.has_lora, found.num_active_loras) == (8, True, 3 * loras)
+    text = (VLLM / "v1/worker/gpu/model_runner.py").read_text()
+    assert "has_lora=self.lora_config is not None," in text
+    assert "num_active_loras=batch_desc.num_active_loras," in text
+
+
 def test_a_captured_pass_stays_out_of_vllms_graphs(config: VllmConfig) -> None:
     from vllm.forward_context import get_forward_context
 
@@ -432,7 +454,7 @@ def test_vllm_finds_the_connector_and_our_overrides() -> None:
     for name, function in own.items():
         stock = getattr(lmcache_mp_connector.LMCacheMPConnector, name, None)
         known = stock is not None or name in vars(base.KVConnectorBase_V1)
-        assert known or name.startswith("_") or name in ("take_worker_meta", "begin_step"), (
+        assert known or name.startswith("_") or name in ("take_worker_meta", "begin_step", "on_adapter_loaded"), (
             f"{name} is called by nobody"
         )
         if stock is not None and f"super().{name}" in inspect.getsource(function):

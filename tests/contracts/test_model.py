@@ -17,6 +17,7 @@ from contract_kit import vllm_folder
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch
+    from forward_kit import Runner
     from models import CASES, tiny_config
     from vllm import distributed
     from vllm.config import (
@@ -30,6 +31,7 @@ with warnings.catch_warnings():
         VllmConfig,
         set_current_vllm_config,
     )
+    from vllm.config.lora import LoRAConfig
     from vllm.distributed import parallel_state
     from vllm.distributed.kv_transfer import kv_transfer_state
     from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
@@ -165,7 +167,16 @@ ONE_CHANGE: dict[str, Callable[[World], Any]] = {
     "context parallelism": lambda world: setattr(world.config.parallel_config, "decode_context_parallel_size", 2),
     "context parallelism ": lambda world: setattr(world.config.parallel_config, "prefill_context_parallel_size", 2),
     "speculative": lambda world: setattr(world.config, "speculative_config", object()),
-    "LoRA": lambda world: setattr(world.config, "lora_config", object()),
+    "LoRA adapters of a model with experts": lambda world: (
+        setattr(world.config, "lora_config", object()),
+        world.config.compilation_config.static_all_moe_layers.append("model.layers.0.mlp.experts"),
+    ),
+    "LoRA layers on a second stream": lambda world: (
+        setattr(world.config, "lora_config", object()),
+        world.config.compilation_config.static_forward_context.update(
+            {"model.layers.0.self_attn.qkv_proj.lora_linear_async": object()}
+        ),
+    ),
     "fused": lambda world: setattr(world.config.compilation_config.pass_config, "fuse_attn_quant", True),
     "not an attention layer": last(lambda layer: delattr(layer, "impl")),
     "not causal attention": last(lambda layer: setattr(layer, "attn_type", "encoder_only")),
@@ -263,7 +274,15 @@ class TorchAttention:
 class Loaded(World):
     """A model that runs: random weights, attention in torch, and a runner as far as a pass asks for one."""
 
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, family: str = "llama", **changes: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        family: str = "llama",
+        *,
+        lora: Any = None,
+        **changes: Any,
+    ) -> None:
         super().__init__(folder, monkeypatch, family, **changes)
         torch.manual_seed(1)
         for name, weight in self.model.named_parameters():
@@ -284,11 +303,12 @@ class Loaded(World):
 
         builder = SimpleNamespace(build=build, supports_update_block_table=False)
         group = AttentionGroup(FlashAttentionBackend, names, spec, 0, metadata_builders=[builder])
-        runner = SimpleNamespace(
-            get_model=lambda: self.model,
-            attn_groups=[[group]],
-            kv_cache_config=KVCacheConfig(64, [], [KVCacheGroupSpec(names, spec)]),
-        )
+        runner = Runner(self.model, [[group]], KVCacheConfig(64, [], [KVCacheGroupSpec(names, spec)]))
+        if lora is not None:
+            self.config.lora_config = lora
+            with set_current_vllm_config(self.config):
+                runner.load_lora_model(self.model, self.config, torch.device("cpu"))
+        self.runner = runner
         self.blendable = model_runner.VLLMModel(self.config, runner)
 
     def check(self) -> list[Any]:
@@ -326,6 +346,48 @@ def test_vllms_own_model_passes_the_self_check(
         "logits of a blend",
     }
     assert [str(finding) for finding in findings if not finding.holds] == []
+
+
+@pytest.fixture
+def with_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loaded:
+    lora = LoRAConfig(max_lora_rank=8, max_loras=1, max_cpu_loras=1, lora_dtype=torch.bfloat16)
+    return Loaded(tmp_path, monkeypatch, lora=lora)
+
+
+@pytest.mark.own_version
+def test_the_self_check_compares_with_an_adapter_too(with_lora: Loaded) -> None:
+    findings = with_lora.check()
+    assert [str(finding) for finding in findings if not finding.holds] == []
+    names = [finding.name for finding in findings]
+    assert sum("with a LoRA adapter" in name for name in names) * 2 == len(names) - 2
+    assert with_lora.runner.list_loras() == set(), "the server's own adapters find their slots empty"
+
+
+@pytest.mark.own_version
+@pytest.mark.parametrize("fault", ["ignored by all", "ignored by a blend"])
+def test_an_adapter_that_is_ignored_fails_self_check(
+    with_lora: Loaded, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    use = vllm_internals.PassAdapters.use
+    if fault == "ignored by all":
+
+        def ignored(self: Any, adapter: Any, tokens: int, rows: int = 1) -> None:
+            use(self, adapter if tokens == 1 else None, tokens, rows)
+
+        monkeypatch.setattr(vllm_internals.PassAdapters, "use", ignored)
+        with pytest.raises(ValueError, match="changes no hidden state"):
+            with_lora.check()
+        return
+    run = vllm_internals.run_pass
+
+    def alone(*given: Any, **more: Any) -> Any:
+        with_lora.blendable._adapters.use(None, len(given[4]))
+        return run(*given, **more)
+
+    monkeypatch.setattr(vllm_internals, "run_pass", alone)
+    wrong = {finding.name for finding in with_lora.check() if not finding.holds}
+    assert "hidden states of its last token with a LoRA adapter" in wrong
+    assert all(name.endswith("with a LoRA adapter") for name in wrong)
 
 
 @pytest.mark.own_version

@@ -16,6 +16,7 @@ from vllm_engine_kit import LONG, OFF, SHORT, add_up
 
 from lmcache_rag import VLLMEngine
 from lmcache_rag.engines.base import BlendOptions, Completion, Engine, Sampling, TextDelta
+from lmcache_rag.engines.vllm_client import VLLMClient
 from lmcache_rag.errors import EngineError, SourceError
 from lmcache_rag.prompt import PromptBuilder
 
@@ -56,6 +57,11 @@ def test_servers_with_other_chunks_do_not_go_together(server: FakeVLLM, smollm2_
 def test_an_adapter_is_the_model_only_if_named(server: FakeVLLM, connect: Any) -> None:
     assert connect(server.url).info.model == MODEL
     assert connect(server.url, "an-adapter").info.model == "/adapters/a"
+    with VLLMClient(server.url) as client:
+        alone, adapter = client.served_model(None), client.served_model("an-adapter")
+    assert (alone.name, alone.base) == (server.model, "")
+    assert (adapter.name, adapter.base) == ("an-adapter", server.root)
+    assert adapter.context_length == alone.context_length > 0, "vLLM reports it of its model only"
 
 
 def test_another_model_at_the_url_is_an_early_error(server: FakeVLLM, connect: Any) -> None:

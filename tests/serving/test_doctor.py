@@ -9,6 +9,7 @@ from typing import Any
 import doctor_kit
 import pytest
 from doctor_kit import CONFIG
+from openai_kit import vllm_serving
 from serve_kit import CHUNK, FakeServer, fake_packages
 from typer.testing import CliRunner, Result
 
@@ -18,6 +19,7 @@ from lmcache_rag.engines.vllm_client import VLLMClient
 from lmcache_rag.errors import EngineError
 from lmcache_rag.serving import doctor, machine
 from lmcache_rag.serving.doctor import IDS, Answer, Outcome, Prompts, ask, cost_checks, judge, round_trip
+from lmcache_rag.tokenizer import open_tokenizer
 
 gpu_machine = doctor_kit.gpu_machine
 
@@ -384,6 +386,17 @@ def test_a_server_of_another_environment_is_a_warning(model: str) -> None:
             ((check,), _) = doctor.vllm_checks(server, here)
             assert check.state == state
     assert "vLLM 0.25.1; this environment has vLLM 0.32.0" in check.result
+
+
+def test_adapters_of_a_server_are_named(smollm2_path: Path) -> None:
+    with vllm_serving(open_tokenizer(smollm2_path)) as server, VLLMClient(server.url, attempts=1) as client:
+        (check,) = doctor.adapter_checks(client)
+        assert check.result == "1 (an-adapter), each with KV of its own"
+        server.backend.adapters = tuple(f"a{number}" for number in range(9))
+        (check,) = doctor.adapter_checks(client)
+        assert check.result == "9 (a0, a1, a2, a3, a4, a5, a6, a7, ...), each with KV of its own"
+        server.backend.adapters = ()
+        assert doctor.adapter_checks(client) == []
 
 
 # -- this machine and its embedded engine -------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -44,6 +45,12 @@ class CheckedModel(PagedModel):
 
     def cache(self, layer: int) -> Any:
         return self.caches[layer]
+
+    def trial_adapter(self) -> Any:
+        return contextlib.nullcontext()
+
+    def using(self, adapter: Any) -> Any:
+        return contextlib.nullcontext()
 
     def prefill(self, ids: torch.Tensor, positions: torch.Tensor, sequence: PagedSequence) -> torch.Tensor:
         return PagedModel.forward(self, ids, positions, sequence.slots(positions), Exact(sequence, positions))

@@ -131,7 +131,8 @@ class Handler(ApiHandler):
                 "max_model_len": server.context,
             }
             adapters = [
-                card | {"id": name, "root": "/adapters/a", "parent": server.model} for name in server.backend.adapters
+                card | {"id": name, "root": "/adapters/a", "parent": server.model, "max_model_len": None}
+                for name in server.backend.adapters
             ]
             self.send_document(200, {"object": "list", "data": [*adapters, card]})
         elif self.path == "/version":

@@ -65,6 +65,7 @@ class Request:
     runs: bool = False
     hidden: list[int] = field(default_factory=list)
     block_hashes: list[Any] = field(default_factory=list)
+    lora_request: Any = None
 
     @property
     def num_computed_tokens(self) -> int:
@@ -180,6 +181,11 @@ class Once:
         self.lookups: list[Lookup] = []
         made = ConnectorOptions(**{"least_tokens": 16, "tail_tokens": 0} | options)
         self.side = BlendScheduler(made, CHUNK, self, PrefixCache())
+
+    changed = False  # whether adapters' files have
+
+    def adapter_changed(self, lora_request: Any) -> bool:
+        return lora_request is not None and self.changed
 
     def look_up(self, request: Request) -> Lookup:
         self.lookups.append(Lookup(self.server, request))

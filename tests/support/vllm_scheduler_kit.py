@@ -134,7 +134,7 @@ class Worker:
 class Engine:
     """vLLM's scheduler, stepped by hand."""
 
-    def __init__(self, port: int, folder: Path, **options: Any) -> None:
+    def __init__(self, port: int, folder: Path, *, lora: Any = None, **options: Any) -> None:
         tiny_config("llama").save_pretrained(folder)
         extra = {"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": port, "lmcache.mp.mq_timeout": 20}
         model = ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=2048)
@@ -148,6 +148,7 @@ class Engine:
                 is_encoder_decoder=False,
                 async_scheduling=False,
             ),
+            lora_config=lora,
             kv_transfer_config=KVTransferConfig(
                 kv_connector="CacheBlendConnector",
                 kv_connector_module_path="lmcache_rag.connector.connector",
@@ -172,6 +173,7 @@ class Engine:
         self.told: dict[str, Any] = {}
         self.beside: Counter[str] = Counter()
         self.preempted = 0
+        self.adapters: list[set[int]] = []  # of each step
 
     def use(self, look_up: Any) -> None:
         """Have look-ups started by this."""
@@ -182,8 +184,18 @@ class Engine:
         self.lookups[request.request_id] = Lookup(request, *self.found[request.request_id])
         return self.lookups[request.request_id]
 
-    def add(self, name: str, prompt: int, matches: int, *, polls: int = 0, outputs: int = 4, exact: int = 0) -> None:
-        """A request of which LMCache holds so many chunks behind `exact` tokens."""
+    def add(
+        self,
+        name: str,
+        prompt: int,
+        matches: int,
+        *,
+        polls: int = 0,
+        outputs: int = 4,
+        exact: int = 0,
+        adapter: Any = None,
+    ) -> None:
+        """A request, with an adapter (LoRARequest), of which LMCache holds so many chunks behind `exact` tokens."""
         tokens = [random.Random(name).randrange(5, 40000) for _ in range(prompt)]
         found, here = [], exact + 8
         for number in range(matches):
@@ -192,7 +204,8 @@ class Engine:
                 here += CHUNK + (8 if number % 3 == 0 else 0)
         self.found[name] = polls, (exact, tuple(found))
         sampling = SamplingParams(max_tokens=outputs, ignore_eos=True)
-        self.scheduler.add_request(Request(name, tokens, sampling, None, block_hasher=self._hasher))
+        made = Request(name, tokens, sampling, None, lora_request=adapter, block_hasher=self._hasher)
+        self.scheduler.add_request(made)
 
     def add_tokens(self, name: str, tokens: list[int], params: Any = None, *, outputs: int = 4, **more: Any) -> Request:
         """A request of those tokens, with these kv_transfer_params; LMCache holds nothing of it unless it was said."""
@@ -216,6 +229,7 @@ class Engine:
             self.beside[plan.request_id] += plan.background
         names = list(out.num_scheduled_tokens)
         tokens = []
+        self.adapters.append(self.in_use(names, meta.blend_plans))
         for name in names:
             request = self.scheduler.requests[name]
             tokens.append([7] if request.num_computed_tokens >= request.num_tokens else [])
@@ -229,6 +243,12 @@ class Engine:
             ),
         )
         return out
+
+    def in_use(self, names: list[str], plans: list[BlendPlan]) -> set[int]:
+        """Adapters that this step and the blends beside it need at once."""
+        blends = [*plans, *(plan for plan, _ in self.worker.background)]
+        requests = [self.scheduler.requests[name].lora_request for name in names]
+        return {adapter.lora_int_id for adapter in (*requests, *(plan.adapter for plan in blends)) if adapter}
 
     def check_blocks(self, out: Any) -> None:
         """No request that runs was given blocks that are still being written to for another."""

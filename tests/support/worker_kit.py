@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,8 +30,25 @@ class Model(PagedModel):
     def cache(self, layer: int) -> Any:
         return self.caches[layer]
 
+    adapter: Any = None  # of the pass
+    slots = True  # whether another adapter fits beside those of vLLM's step
+
     def all_ranks(self, fine: bool) -> bool:
         return fine
+
+    @contextlib.contextmanager
+    def using(self, adapter: Any) -> Iterator[None]:
+        before, self.adapter = self.adapter, adapter
+        try:
+            yield
+        finally:
+            self.adapter = before
+
+    def step_adapters(self) -> Any:
+        return contextlib.nullcontext()
+
+    def has_slot(self, adapter: Any) -> bool:
+        return adapter is None or self.slots
 
 
 class Link:
