@@ -49,9 +49,9 @@ class GradeDocuments(BaseModel):
 
 @wrap_model_call
 def search_first(request: Any, handler: Any) -> Any:
-    """Have the model call the tool once, by name."""
+    """Have the model call the tool once, by name, and then answer: a small one may go on searching."""
     searched = any(isinstance(message, ToolMessage) for message in request.messages)
-    return handler(request if searched else request.override(tool_choice=CALL))
+    return handler(request.override(tool_choice="none" if searched else CALL))
 
 
 def retrieval_tool(vector_store: Any) -> Any:

@@ -1,9 +1,9 @@
 """How many cached tokens of a prompt are recomputed: a share, a number of tokens, or chosen for each request (`auto`).
 
-What an answer needs is some tokens of each chunk, whatever the chunk's length, more where the question attends to
-many places, and a growing share of a very long prompt. `auto` therefore takes as many tokens as leave no more than a
-`tail` of the policy's mass outside the selection, between a floor and a ceiling that grow with the number of chunks,
-and at least what costs no time on this GPU. The constants are in `AutoRule` alone.
+What an answer needs is some tokens of each chunk, more where the question attends to many places, and a growing share
+of long chunks and of long prompts. `auto` therefore takes as many tokens as leave no more than a `tail` of the policy's
+mass outside the selection, between a floor and a ceiling that grow with the number of chunks, and at least what costs
+no time on this GPU. The constants are in `AutoRule` alone.
 """
 
 from __future__ import annotations
@@ -163,8 +163,10 @@ class AutoRule:
         per_prompt: Fewest tokens of a prompt.
         most_per_chunk: Most tokens for each chunk.
         most_per_prompt: A prompt of few chunks may have so many nevertheless.
-        long: In a prompt of so many cached tokens all of them are recomputed, in one of half the length a quarter of
-            them: at least a share that grows with the square of the length. None: no more than its chunks need.
+        long: In a prompt of so many cached tokens all of them are recomputed, in one of half the length half of them:
+            at least a share that grows with the length, and with the share of the text that a chunk was computed
+            without: half of it with two chunks, none with one. None: no more than its chunks need.
+        long_chunk: The same for the mean length of a prompt's chunks.
         nearly_all: From this share of the cached tokens on, all of them are recomputed, which is exact.
     """
 
@@ -176,9 +178,11 @@ class AutoRule:
     most_per_chunk: int = 80  # with 100 instead, no hit more
     # 8 chunks of 160 with a long instruction lose 2 hits of 14 with 256 tokens, none with 320.
     most_per_prompt: int = 384
-    # 30 chunks of 1,024 tokens lose 0.13 of the hits with 5,100 tokens, 0.07 with 8,000 and 0.03 with 15,700; 30 of 512
-    # lose 0.02 with 2,400: docs/results/neutral-h200.md.
-    long: int | None = 43_000
+    # 30 chunks of 1,024 tokens lose 0.13 of the hits with 5,100 tokens, 0.07 with 8,000 and 0.02 with 15,200; 30 of 512
+    # lose 0.04 with 2,400 and nothing with 5,900. 6 of 1,024 lose 0.04 with 570, 0.02 with 1,160, nothing with 1,900,
+    # where 12 of 512 lose 0.01 with 960: docs/results/neutral-h200.md.
+    long: int | None = 59_000
+    long_chunk: int | None = 3_500
     nearly_all: float = 0.9  # not from the run: a tenth of the tokens saves hardly any time, and all of them are exact
 
     def __post_init__(self) -> None:
@@ -189,8 +193,10 @@ class AutoRule:
         """(floor, ceiling) of a prompt with so many chunks and cached tokens, before anything is free."""
         if self.per_chunk is None:
             return 0, cached
-        long = cached**3 // self.long**2 if self.long else 0
-        floor = max(self.per_prompt, self.per_chunk * chunks, long)
+        apart = cached**2 * (chunks - 1)  # zero for a single chunk, which no other one precedes
+        long = apart // (chunks * self.long) if apart > 0 and self.long else 0
+        long_chunk = apart // (chunks**2 * self.long_chunk) if apart > 0 and self.long_chunk else 0
+        floor = max(self.per_prompt, self.per_chunk * chunks, long, long_chunk)
         ceiling = floor if self.tail is None else max(floor, self.most_per_prompt, self.most_per_chunk * chunks)
         return min(floor, cached), min(ceiling, cached)
 

@@ -176,14 +176,28 @@ def test_every_chunk_adds_to_the_bounds() -> None:
 
 
 def test_a_long_prompt_needs_a_growing_share() -> None:
-    rule = AutoRule()
+    rule = AutoRule(long_chunk=None)
     assert rule.long is not None
-    shares = [rule.bounds(5, cached)[0] / cached for cached in (rule.long // 4, rule.long // 2)]
-    assert shares == pytest.approx([1 / 16, 1 / 4], rel=1e-2)
-    assert rule.bounds(30, rule.long) == (rule.long, rule.long)
+    shares = [rule.bounds(30, cached)[0] / cached for cached in (rule.long // 4, rule.long // 2)]
+    assert shares == pytest.approx([29 / 30 / 4, 29 / 30 / 2], rel=1e-2)
     assert rule.bounds(30, 2 * rule.long) == (2 * rule.long, 2 * rule.long)
     assert replace(rule, long=None).bounds(30, 30_000) == (30 * rule.per_chunk, 30 * rule.most_per_chunk)
     assert set(AUTO_RULES) <= {"query", "hkvd", "head"}
+
+
+def test_long_chunks_need_a_growing_share() -> None:
+    rule = AutoRule(long=None)
+    assert rule.long_chunk is not None
+    shares = [rule.bounds(6, 6 * each)[0] / (6 * each) for each in (rule.long_chunk // 4, rule.long_chunk // 2)]
+    assert shares == pytest.approx([5 / 6 / 4, 5 / 6 / 2], rel=1e-2)
+    assert rule.bounds(12, 12 * 512)[1] == AutoRule(long=None, long_chunk=None).bounds(12, 12 * 512)[1]
+
+
+def test_a_single_long_chunk_needs_no_share() -> None:
+    """It misses no other chunk's text."""
+    rule = AutoRule()
+    assert rule.bounds(1, 20_000) == (rule.per_prompt, rule.most_per_prompt)
+    assert rule.bounds(0, 0) == (0, 0)
 
 
 # -- what policies make of it -----------------------------------------------------------------------------------------

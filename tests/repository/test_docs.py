@@ -230,14 +230,15 @@ def test_figures_of_the_readme_are_those_of_results() -> None:
     timed = (results / "never-slower-h200.md").read_text(encoding="utf-8")
     asked = (results / "neutral-h200.md").read_text(encoding="utf-8")
     speeds = [row for row in rows if len(row) == 6 and row[0][:1].isdigit()]
-    assert len(speeds) == 3
-    for tokens, *shown in speeds:
-        lines = re.findall(
-            rf"^\| {tokens} \| (\S+) \| (\S+), .+? \| (\S+), .+? \| (\S+), .+? \| (\S+), ", timed, re.MULTILINE
-        )
-        stock, cpu, cpu_faster, hot, hot_faster = lines[0]
-        stock, cpu, hot = (f"{float(ms.replace(',', '')):,.0f} ms" for ms in (stock, cpu, hot))
-        assert shown == [stock, cpu, cpu_faster, hot, hot_faster]
+    assert len(speeds) == 4
+    eight = timed.partition("\n8B shape:\n")[2].partition("\nQwen2.5")[0]
+    for tokens, stock, *shown in speeds:
+        line = rf"^\| {tokens} \| (\S+) \| \S+ \| (\S+) \(\S+\) \| (\S+) \(\S+\) \|"
+        (found,) = re.findall(line, eight, re.MULTILINE)
+        base, cpu, hot = (float(ms.replace(",", "")) for ms in found)
+        wanted = [base, base + cpu, base + hot]
+        assert [stock, *shown[::2]] == [f"{ms:,.0f} ms" for ms in wanted]
+        assert shown[1::2] == [f"{base / ms:.1f}" for ms in wanted[1:]]
     answers = [row for row in rows if len(row) == 5 and row[0][:1].isdigit()]
     assert len(answers) == 6
     for _, _, recomputed, _, difference in answers:
