@@ -87,6 +87,11 @@ class KVRegistry:
             canonical=canonical,
         )
 
+    @property
+    def fingerprints(self) -> set[str]:
+        """The fingerprints of the prompts for which KV is computed."""
+        return {prompts.fingerprint for prompts, _ in self._all_prompts()}
+
     # -- changes --------------------------------------------------------------------------------------------------
 
     def add(self, texts: Mapping[str, str], *, groups: Mapping[str, str] | None = None) -> KVTotals:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from llama_index.core.schema import BaseNode, MetadataMode
 
 from lmcache_rag.errors import StoreError
-from lmcache_rag.kv_manager import KVTotals
+from lmcache_rag.kv_manager import IngestPrompts, KVTotals
 from lmcache_rag.store import Store
 from lmcache_rag.workspace import Workspace
 
@@ -28,11 +28,12 @@ class DerivedTexts:
     Args:
         workspace: Has the registry.
         nodes: The registry of the vector store's nodes.
+        prompts: For which KV is computed; empty: the workspace's.
     """
 
-    def __init__(self, workspace: Workspace, nodes: KVRegistry) -> None:
+    def __init__(self, workspace: Workspace, nodes: KVRegistry, prompts: Sequence[IngestPrompts] = ()) -> None:
         self._nodes = nodes
-        self.register = KVRegistry.of(workspace, space=_space_of(nodes))
+        self.register = KVRegistry.of(workspace, space=_space_of(nodes), prompts=prompts)
         _registries.setdefault(workspace.store, weakref.WeakSet()).add(nodes)
 
     def add(self, nodes: Iterable[BaseNode]) -> KVTotals:
@@ -55,6 +56,11 @@ class DerivedTexts:
             groups = {group for _, group in self.register.entries(self.register.ids()).values()}
         orphans = [key for group in groups if not self._nodes.ids(group) for key in self.register.ids(group)]
         return self.register.remove(orphans)
+
+
+def has_kv_for(workspace: Workspace, fingerprint: str) -> bool:
+    """Return whether a vector store of this workspace computes KV for prompts with this fingerprint."""
+    return any(fingerprint in each.fingerprints for each in list(_registries.get(workspace.store, ())))
 
 
 def is_derived(node: BaseNode) -> bool:

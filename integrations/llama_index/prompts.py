@@ -8,7 +8,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from llama_index.core.base.llms.types import ChatMessage, MessageRole
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
@@ -22,6 +22,7 @@ from llama_index.core.prompts import (
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 
 from lmcache_rag.errors import ConfigError
+from lmcache_rag.kv_manager import IngestPrompts
 from lmcache_rag.prompt import PromptBuilder, PromptFormat
 
 if TYPE_CHECKING:
@@ -100,6 +101,26 @@ def with_format(workspace: Workspace, format: PromptFormat) -> Workspace:
         workspace.engine.tokenizer, workspace.engine.info, format=format, tenant=tenant
     )
     return other
+
+
+def ingest_prompts(prompt: Any, workspace: Workspace, llm: LLM) -> IngestPrompts:
+    """Return the prompts with which KV is computed for a template.
+
+    Args:
+        prompt: A template, as `text_qa_template`; a BlendSynthesizer; None: the workspace's own prompt.
+        workspace: Has the model and the words that the template does not change.
+        llm: For templates that depend on the LLM.
+
+    Raises:
+        ConfigError: The template cannot be blended.
+    """
+    if prompt is None:
+        return workspace.prompts
+    if (blender := getattr(prompt, "blender", None)) is not None:
+        return cast(IngestPrompts, blender.prompts)
+    if not isinstance(prompt, BasePromptTemplate):
+        raise ConfigError(f"{type(prompt).__name__} is no prompt template.", remedy=_REMEDY)
+    return with_format(workspace, format_of(prompt, workspace.prompts.format, llm)).prompts
 
 
 def _parts(template: BasePromptTemplate, system: str) -> tuple[str, str]:

@@ -29,7 +29,7 @@ from lmcache_rag.prompt import Turn
 from lmcache_rag.workspace import Workspace
 
 from ..blender import Blender, BlendPrompt, counts
-from .derived import is_derived, register_derived
+from .derived import has_kv_for, is_derived, register_derived
 from .llm import EngineLLM, conversation, workspace_of
 from .openai_like import BlendClient
 from .prompts import ChangedPassageWarner, format_of, template_of, with_format
@@ -263,11 +263,12 @@ class BlendSynthesizer(BaseSynthesizer):
             return
         format = format_of(template, self._base_format, self._client.llm)
         blender = Blender(with_format(self._workspace, format), **self._options)  # type: ignore[arg-type]
-        if blender.prompts.fingerprint != self._workspace.prompts.fingerprint:
+        made = blender.prompts.fingerprint
+        if made != self._workspace.prompts.fingerprint and not has_kv_for(self._workspace, made):
             log.warning(
                 "The prompt has another text before the passages than their KV was computed with: each passage is "
-                "computed again at its first use. Set system and instruction in the workspace's settings, so that "
-                "ingestion uses the same text."
+                "computed again at its first use. Give the vector store the template, "
+                "LMCacheVectorStore(..., prompts=[template]), so that ingestion uses the same text."
             )
         llm = self._client.llm
         if isinstance(llm, EngineLLM):

@@ -16,6 +16,7 @@ from typing import Any, Literal, overload
 
 from llama_index.core import StorageContext
 from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.llms.llm import LLM
 from llama_index.core.schema import BaseNode
 from llama_index.core.vector_stores import SimpleVectorStore
 from llama_index.core.vector_stores.types import (
@@ -33,8 +34,8 @@ from ..kv_registry import KVRegistry, as_workspace
 from .derived import DerivedTexts
 from .faiss_store import FaissVectorStore, group_of, in_thread
 from .listing import get_nodes, nodes_of
-from .llm import workspace_of
-from .prompts import node_text
+from .llm import EngineLLM, workspace_of
+from .prompts import ingest_prompts, node_text
 
 log = logging.getLogger("lmcache_rag")
 
@@ -156,9 +157,11 @@ class LMCacheVectorStore(BasePydanticVectorStore):
             MetadataReplacementPostProcessor with the same key puts it into prompts ("window").
         adopt: Adopt what the store holds already, in the background; see adopt(). If False, only warn of it.
         store: Folder of the registry, see lmcache_rag.integrations.kv_registry.as_workspace.
+        prompts: For which prompts KV is computed, each once: templates, as `text_qa_template`; a BlendSynthesizer; None
+            for the workspace's own. Empty: that only.
 
     Raises:
-        ConfigError: The source has no engine.
+        ConfigError: The source has no engine, or a template cannot be blended.
         EngineUnavailableError: The server cannot be reached.
         EngineError: It serves another model than that of the LLM object.
     """
@@ -181,14 +184,17 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         target_metadata_key: str | None = None,
         adopt: bool = False,
         store: str | os.PathLike[str] | None = None,
+        prompts: Sequence[Any] = (),
     ) -> None:
         workspace = workspace_of(source) if store is None else as_workspace(source, store=os.fspath(store))
-        register = KVRegistry.of(workspace, space=space)
+        llm = source if isinstance(source, LLM) or not prompts else EngineLLM.of(workspace)
+        made = [ingest_prompts(one, workspace, llm) for one in prompts]
+        register = KVRegistry.of(workspace, space=space, prompts=made)
         inner = FaissVectorStore.of(workspace, space=space) if inner is None else inner
         facts: dict[str, Any] = {"stores_text": inner.stores_text, "is_embedding_query": inner.is_embedding_query}
         super().__init__(**facts, space=space, target_metadata_key=target_metadata_key)  # type: ignore[call-arg]
         self._inner, self._register = inner, register
-        self._derived = DerivedTexts(workspace, register)
+        self._derived = DerivedTexts(workspace, register, made)
         self._warn_of_shared_space(os.fspath(workspace.store.path))
         if not self._is_registered() and adopt and nodes_of(inner) is not None:
             self.adopt(background=True)

@@ -10,6 +10,7 @@ import pytest
 from llama_index.core import Document, MockEmbedding, StorageContext, VectorStoreIndex, load_index_from_storage
 from llama_index.core.ingestion import DocstoreStrategy, IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
+from llama_index.core.prompts import PromptTemplate
 from llama_index.core.storage.docstore import SimpleDocumentStore
 from llama_index.core.vector_stores import (
     FilterCondition,
@@ -22,6 +23,7 @@ from llama_index.core.vector_stores.types import VectorStoreQueryMode
 from llama_index_kit import EMBED, index_over, kv_keys, node, tiny_engine, tiny_workspace
 from llama_index_store_kit import ask, failing, only, same
 from lmcache_rag.integrations.llama_index import (
+    BlendSynthesizer,
     FaissVectorStore,
     LMCacheVectorStore,
     as_blend_query_engine,
@@ -388,3 +390,26 @@ def test_kv_is_made_here_while_workers_split(ours, workspace, tmp_path, corpus, 
     runs.run(documents=documents(corpus[:4]), num_workers=2)
     same(ours, workspace, tmp_path)
     assert live(ours, corpus[:4])
+
+
+def test_kv_for_several_prompts_is_computed_when_added(workspace, tmp_path, corpus, caplog):
+    own = PromptTemplate("Read this:\n---\n{context_str}\n---\nNow: {query_str}")
+    other = BlendSynthesizer(workspace, text_qa_template=PromptTemplate("A pirate asks.\n{context_str}\n{query_str}"))
+    caplog.clear()
+    store = LMCacheVectorStore(None, workspace, prompts=[own, None, other])
+    index = index_over(store, corpus[:2])
+    engines = [as_blend_query_engine(index, workspace, text_qa_template=own), as_blend_query_engine(index, workspace)]
+    engines.append(index.as_query_engine(llm=other.llm, response_synthesizer=other))
+    for engine in engines:
+        found = engine.query("What?").metadata["lmcache_rag"]["stats"]
+        assert (found["chunks_hit"], found["chunks_missed"]) == (2, 0)
+    assert "another text before" not in caplog.text
+    assert len(store.kv.fingerprints) == 3
+    as_blend_query_engine(index, workspace, text_qa_template=PromptTemplate("Now:\n{context_str}\n{query_str}"))
+    assert "prompts=[template]" in caplog.text
+    assert len(kv_keys(tmp_path / "kv", workspace)) >= 2 * 3
+    store.delete_nodes(sorted(store.kv.ids()))
+    assert kv_keys(tmp_path / "kv", workspace) == set()
+    for wrong in ("a text", PromptTemplate("{query_str} {context_str}")):
+        with pytest.raises(ConfigError, match="template"):
+            LMCacheVectorStore(None, workspace, space="wrong", prompts=[wrong])
