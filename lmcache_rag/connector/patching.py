@@ -1,6 +1,6 @@
 """How functions of vLLM and LMCache are replaced while they run: each replacement is a Patch.
 
-A Patch records what is replaced, why, and when it can go. docs/serving.md lists all of them;
+A Patch records what is replaced, why, and when it can go. docs/inside-a-server.md lists all of them;
 tests/connector/test_patching.py compares the list with the code. Neither vLLM nor LMCache is imported before
 a patch is applied.
 """

@@ -1,4 +1,4 @@
-"""docs/serving.md lists every patch of vLLM and LMCache, and the code makes no other."""
+"""docs/inside-a-server.md lists every patch of vLLM and LMCache, and the code makes no other."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DATA = {
 
 
 def table() -> str:
-    """The table of docs/serving.md: one row for all patches of a project with the same reason."""
+    """The table of docs/inside-a-server.md: one row for all patches of a project with the same reason."""
     rows: dict[tuple[str, str, str], list[str]] = {}
     for patch in patches():
         project = "vLLM" if patch.target.startswith("vllm.") else "LMCache"
@@ -52,11 +52,10 @@ def table() -> str:
 
 
 def test_the_documentation_lists_every_patch() -> None:
-    section = (
-        (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").partition(f"{HEADING}\n")[2].partition("\n## ")[0]
-    )
+    page = (ROOT / "docs" / "inside-a-server.md").read_text(encoding="utf-8")
+    section = page.partition(f"{HEADING}\n")[2].partition("\n## ")[0]
     found = "\n".join(line for line in section.splitlines() if line.startswith("|"))
-    assert found == table(), f"docs/serving.md needs this table:\n{table()}"
+    assert found == table(), f"docs/inside-a-server.md needs this table:\n{table()}"
 
 
 def test_every_patch_says_what_why_and_until_when() -> None:
