@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -128,6 +129,7 @@ def test_unfit_cuda_code_is_reported_and_it_serves(tmp_path: Path, fits: bool) -
     said = "LMCache's CUDA code does not fit PyTorch 2.13.0+cu130, so nothing is blended: ImportError: cuda_ops.so"
     assert (said in stderr) == (not fits)
     assert ('pip install "vllm==0.32.0"' in stderr) == (not fits)
+    assert ("vLLM may not start" in stderr) == (shutil.which("nvidia-smi") is None)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")

@@ -82,6 +82,20 @@ def test_serve_on_a_cpu_reuses_exact_prefixes_only(served: Served) -> None:
     assert told["reused_tokens"] == told["recomputed_tokens"] == 0
     assert counter(served.metrics, FOUND) == found + 4 * CHUNK
 
+    words = [
+        sys.executable,
+        "-m",
+        "lmcache_rag",
+        "doctor",
+        served.url,
+        "--lmcache-url",
+        served.metrics[: -len("/metrics")],
+    ]
+    done = subprocess.run([*words, "--json"], capture_output=True, text=True, timeout=300)
+    checks = {check["name"]: check["state"] for check in json.loads(done.stdout)["checks"]}
+    assert [name for name, state in checks.items() if state == "failed"] == ["Round trip"], "it cannot blend"
+    assert (checks["GPU"], checks["Versions"], checks["Connector"]) == ("skipped", "ok", "ok")
+
     os.kill(served.process.pid, signal.SIGTERM)
     assert until(lambda: not served.process.runs, 60)
     assert not answers(f"{served.url}/health")
