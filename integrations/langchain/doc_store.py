@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from langchain_core.documents import Document
-from langchain_core.stores import BaseStore
+from langchain_core.stores import BaseStore, InMemoryBaseStore
 
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.kv_manager import KVTotals
@@ -72,12 +72,14 @@ class LMCacheDocStore(BaseStore[str, Document]):
 
     def mget(self, keys: Sequence[str]) -> list[Document | None]:
         """Return the documents with these keys; None for unknown ones."""
+        self._warn_of_leftovers()
         found = self.inner.mget(keys)
         RETRIEVED.note(found)
         return found
 
     async def amget(self, keys: Sequence[str]) -> list[Document | None]:
         """Async version of mget."""
+        await asyncio.to_thread(self._warn_of_leftovers)
         found = await self.inner.amget(keys)
         RETRIEVED.note(found)
         return found
@@ -135,6 +137,12 @@ class LMCacheDocStore(BaseStore[str, Document]):
     async def awarm(self) -> KVTotals:
         """Async version of warm, in a thread."""
         return await asyncio.to_thread(self.warm)
+
+    def _warn_of_leftovers(self) -> None:
+        """Warn once, at the first reading, of texts that are registered, and that the store in memory does not hold."""
+        if isinstance(self.inner, InMemoryBaseStore) and "_register" in self.__dict__:
+            held = list(self.inner.yield_keys())
+            self.register.warn_of_leftovers(held, name=self.space, remedy="warm() of this docstore")
 
     def _live(self) -> dict[str, str]:
         keys, live = sorted(self.inner.yield_keys()), {}

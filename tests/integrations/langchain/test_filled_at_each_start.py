@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from langchain_core.documents import Document
+from langchain_core.stores import InMemoryStore
 from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_kit import FAKE, kv_texts, registered
-from lmcache_rag.integrations.langchain import LMCacheVectorStore
+from lmcache_rag.integrations.langchain import LMCacheDocStore, LMCacheVectorStore
 
 from lmcache_rag import Workspace
 
@@ -71,3 +72,15 @@ def test_texts_of_an_earlier_run_are_reported_once(made: Workspace, caplog: pyte
     caplog.clear()
     start(made, ["Rain falls on the sea."])[0].similarity_search("rain")
     assert "does not hold" not in caplog.text
+
+
+async def test_parents_of_an_earlier_run_are_reported(made: Workspace, caplog: pytest.LogCaptureFixture) -> None:
+    for run in range(2):
+        store = LMCacheDocStore(InMemoryStore(), made, space="parents")
+        store.mset([(f"{run} {at}", Document(text)) for at, text in enumerate(TEXTS)])  # a retriever draws random keys
+        for _ in range(2):
+            await store.amget([f"{run} 0"])
+    assert caplog.text.count("3 texts are registered for parents that it does not hold") == 1
+    assert "warm() of this docstore drops it" in caplog.text
+    store.warm()
+    assert len(store.register.ids()) == 3
