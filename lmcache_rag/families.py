@@ -35,6 +35,7 @@ class Family:
     note: str = ""
 
 
+TRANSFORMERS_BACKEND: Final = "TransformersForCausalLM"
 EXPERTS: Final = "without expert parallelism, data parallelism and LoRA adapters"
 
 FAMILIES: Final = (
@@ -91,6 +92,12 @@ FAMILIES: Final = (
         "Mistral3ForConditionalGeneration",
         note="the language model, on a server that was started with `--language-model-only`",
     ),
+    Family(
+        "Arcee, Jais 2, OLMo, OLMo 2, Seed-OSS",
+        TRANSFORMERS_BACKEND,
+        ("ArceeForCausalLM", "Jais2ForCausalLM", "OlmoForCausalLM", "Olmo2ForCausalLM", "SeedOssForCausalLM"),
+        note="vLLM's Transformers backend; Llama, Mistral, Qwen2 and Qwen3 too with `--model-impl transformers`",
+    ),
 )
 
 MODEL_CLASSES: Final = tuple(family.vllm_class for family in FAMILIES)
@@ -99,9 +106,34 @@ MODEL_CLASSES: Final = tuple(family.vllm_class for family in FAMILIES)
 ARCHITECTURES: Final = (*MODEL_CLASSES, *(name for family in FAMILIES for name in family.architectures))
 # Names for which vLLM loads one of these classes, but of which no model is blended.
 REFUSED: Final[Mapping[str, str]] = {
+    "CwmForCausalLM": "it has sliding windows",
+    "GPTBigCodeForCausalLM": "it has no RoPE",
+    "GPTNeoXForCausalLM": "it rotates only part of each head",
+    "GlmForCausalLM": "it rotates only part of each head",
+    "HunYuanDenseV1ForCausalLM": "it normalises keys after they were rotated, so they cannot be moved",
+    "NanbeigeForCausalLM": "transformers does not have its code",
+    "Olmo3ForCausalLM": "it has sliding windows",
+    "PhiForCausalLM": "it rotates only part of each head",
+    "SmolLM3ForCausalLM": "each fourth layer has no RoPE",
+    "Starcoder2ForCausalLM": "it has sliding windows",
+    "VaultGemmaForCausalLM": "it has sliding windows and soft caps",
     "Cohere2ForCausalLM": "it has sliding windows and layers without RoPE",
     "GraniteSWAForCausalLM": "it has sliding windows and attention sinks",
 }
+# Decoders of transformers that vLLM's Transformers backend may run. In each the last that is done to a key is that all
+# of it is rotated, as two halves, by the decoder's `rotary_emb`. In SmolLM3's that is so where `use_rope` is not 0.
+TRANSFORMERS_DECODERS: Final = (
+    "ArceeModel",
+    "Jais2Model",
+    "LlamaModel",
+    "MistralModel",
+    "OlmoModel",
+    "Olmo2Model",
+    "Qwen2Model",
+    "Qwen3Model",
+    "SeedOssModel",
+    "SmolLM3Model",
+)
 
 
 def family_of(architectures: Iterable[str]) -> Family | None:

@@ -14,7 +14,7 @@ from lmcache_rag.connector import vllm_internals, vllm_patches
 from lmcache_rag.connector.attention import NoAttention, PagedSequence, keys_and_values, to_device_async
 from lmcache_rag.connector.cuda_graph import ROWS, CapturedQueryPass, CudaGraph
 from lmcache_rag.connector.metadata import Match
-from lmcache_rag.connector.model_support import rotary_of
+from lmcache_rag.connector.rotary import rotary_of
 from lmcache_rag.policies import QueryPolicy
 
 if TYPE_CHECKING:

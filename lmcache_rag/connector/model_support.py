@@ -10,7 +10,8 @@ from typing import Any
 
 from lmcache_rag.connector import vllm_internals
 from lmcache_rag.connector.attention import keys_and_values
-from lmcache_rag.families import MODEL_CLASSES
+from lmcache_rag.connector.rotary import TransformersRotary, decoder_of, rotaries_of
+from lmcache_rag.families import MODEL_CLASSES, TRANSFORMERS_BACKEND, TRANSFORMERS_DECODERS
 from lmcache_rag.protocol import CannotBlend, Unsupported
 
 BACKENDS = ("FlashAttentionImpl", "FlashInferImpl", "TritonAttentionImpl")
@@ -24,6 +25,8 @@ ROTARIES = (
     "Llama3RotaryEmbedding",
     "YaRNScalingRotaryEmbedding",
 )
+# The same by transformers' names. Its "dynamic" depends on the longest prompt so far.
+SCALINGS = ("default", "linear", "llama3", "yarn")
 
 
 def unsupported_reason(vllm_config: Any, model: Any) -> Unsupported | None:
@@ -69,6 +72,8 @@ def _model_class(vllm_config: Any, model: Any) -> Unsupported | None:
     name = type(model).__name__
     if name not in MODEL_CLASSES:
         return Unsupported(CannotBlend.MODEL, f"{name} is not supported (supported: {', '.join(MODEL_CLASSES)})")
+    if name == TRANSFORMERS_BACKEND:
+        return _transformers_model(decoder_of(model))
     inside = getattr(model, "language_model", None)
     if inside is None:
         return None
@@ -77,6 +82,17 @@ def _model_class(vllm_config: Any, model: Any) -> Unsupported | None:
     if vllm_internals.takes_pictures(vllm_config):
         detail = "a model that takes pictures is blended only without them: start vLLM with --language-model-only"
         return Unsupported(CannotBlend.MODEL, detail)
+    return None
+
+
+def _transformers_model(decoder: Any) -> Unsupported | None:
+    """The Transformers backend runs any model of transformers: those are blended whose code was read."""
+    name, module = type(decoder).__name__, type(decoder).__module__
+    if name not in TRANSFORMERS_DECODERS or not module.startswith("transformers.models."):
+        detail = f"{name} of {module} in vLLM's Transformers backend is not supported"
+        return Unsupported(CannotBlend.MODEL, f"{detail} (supported: {', '.join(TRANSFORMERS_DECODERS)})")
+    if any(hasattr(layer.self_attn, "rotary_emb") for layer in decoder.layers):
+        return Unsupported(CannotBlend.ROTARY, "layers with a rotary embedding of their own are not supported")
     return None
 
 
@@ -160,11 +176,6 @@ def _cache(layer: Any, block_size: int) -> str:
 # -- layers -----------------------------------------------------------------------------------------------------------
 
 
-def decoder_of(model: Any) -> Any:
-    """The module with the decoder's layers; the language model's if there is a vision tower beside it."""
-    return getattr(model, "language_model", model).model
-
-
 def _layers(vllm_config: Any, model: Any) -> Unsupported | None:
     layers = list(vllm_internals.attention_layers(vllm_config).values())
     if len(layers) != vllm_config.model_config.hf_text_config.num_hidden_layers:
@@ -178,34 +189,27 @@ def _layers(vllm_config: Any, model: Any) -> Unsupported | None:
 # -- positions --------------------------------------------------------------------------------------------------------
 
 
-def rotary_of(model: Any) -> Any:
-    """The rotary embedding that all layers share."""
-    return decoder_of(model).layers[0].self_attn.rotary_emb
-
-
 def _positions(vllm_config: Any, model: Any) -> Unsupported | None:
     size = next(iter(vllm_internals.attention_layers(vllm_config).values())).head_size
-    attentions = [layer.self_attn for layer in decoder_of(model).layers]
-    if any(map(_without_rotary, attentions)):
+    rotaries = rotaries_of(model)
+    if any(rotary is None for rotary in rotaries):
         return Unsupported(CannotBlend.ROTARY, "layers without a rotary embedding (NoPE) are not supported")
-    rotaries = [attention.rotary_emb for attention in attentions]
     details = (_rotary(rotary, rotaries[0], size) for rotary in rotaries)
     return next((Unsupported(CannotBlend.ROTARY, detail) for detail in details if detail), None)
-
-
-def _without_rotary(attention: Any) -> bool:
-    """Whether a layer leaves its keys as they are. Cohere2 (`v1` is false) has a rotary embedding all the same."""
-    unused = getattr(attention, "v1", True) is False or getattr(attention, "use_rope", True) is False
-    return unused or getattr(attention, "rotary_emb", None) is None
 
 
 def _rotary(rotary: Any, first: Any, size: int) -> str:
     import torch
 
     name = type(rotary).__name__
-    if name not in ROTARIES:
+    if isinstance(rotary, TransformersRotary):
+        if rotary.kind not in SCALINGS:
+            return f"RoPE of the type {rotary.kind} is not supported"
+    elif name not in ROTARIES:
         return f"{name} is not supported"
     if (rotary.rotary_dim, rotary.head_size) != (size, size):
         return "a rotary embedding that rotates only part of each head is not supported"
+    if rotary is first:
+        return ""
     same = rotary.is_neox_style == first.is_neox_style and torch.equal(rotary.cos_sin_cache, first.cos_sin_cache)
-    return "" if rotary is first or same else "layers with different rotary embeddings are not supported"
+    return "" if same else "layers with different rotary embeddings are not supported"

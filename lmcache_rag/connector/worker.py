@@ -15,7 +15,8 @@ from lmcache_rag.connector.admission import Allowance
 from lmcache_rag.connector.job import MIN_PASS_TOKENS, BlendJob, JobResources, StepTimer, Throttle
 from lmcache_rag.connector.metadata import BlendPlan, BlendResult, StepTime
 from lmcache_rag.connector.model_runner import VLLMModel, recomputes_reported_blocks
-from lmcache_rag.connector.model_support import rotary_of, unsupported_reason
+from lmcache_rag.connector.model_support import unsupported_reason
+from lmcache_rag.connector.rotary import rotary_of
 from lmcache_rag.connector.self_check import run_self_check
 from lmcache_rag.connector.start_costs import costs_file, measure_costs
 from lmcache_rag.connector.transfers import TimedOutLoads

@@ -233,7 +233,12 @@ def test_inside_multi_connector_nothing_is_blended(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.own_version
 def test_the_table_of_architectures_is_vllms_registry() -> None:
-    known = registry._TEXT_GENERATION_MODELS | registry._MULTIMODAL_MODELS
+    known = (
+        registry._TEXT_GENERATION_MODELS
+        | registry._MULTIMODAL_MODELS
+        | registry._TRANSFORMERS_SUPPORTED_MODELS
+        | registry._TRANSFORMERS_BACKEND_MODELS
+    )
     classes = {name: found[1] for name, found in known.items()}
     blended = {name for name, kind in classes.items() if kind in MODEL_CLASSES}
     assert blended == set(ARCHITECTURES) | set(REFUSED)

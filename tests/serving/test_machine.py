@@ -163,6 +163,8 @@ def test_a_plugin_that_vllm_may_not_load(gpu_machine: Path, monkeypatch: pytest.
         ({"architectures": ["Phi3ForCausalLM"], "partial_rotary_factor": 0.75}, "failed"),
         ({"architectures": ["Phi3ForCausalLM"], "rope_scaling": {"type": "longrope"}}, "failed"),
         ({"architectures": ["Cohere2ForCausalLM"]}, "failed"),
+        ({"architectures": ["Olmo2ForCausalLM"]}, "ok"),
+        ({"architectures": ["SmolLM3ForCausalLM"]}, "failed"),
         ({}, "failed"),
     ],
 )

@@ -58,11 +58,22 @@ class Runner(LoRAModelRunnerMixin):
 class Pair:
     """The same weights in transformers and in vLLM, float32, and what transformers makes of a prompt."""
 
-    def __init__(self, folder: Path, family: str, scaling: str, lora: Any = None) -> None:
-        self.reference = reference = tiny_model(family, scaling, hidden_size=4 * SIZE, head_dim=SIZE)
+    def __init__(
+        self, folder: Path, family: str, scaling: str, lora: Any = None, *, implementation: str = "vllm", **changes: Any
+    ) -> None:
+        self.reference = reference = tiny_model(family, scaling, hidden_size=4 * SIZE, head_dim=SIZE, **changes)
         reference.save_pretrained(folder)
+        torch.manual_seed(4)
+        self.ids = torch.randint(300, 15000, (LENGTH,))
+        self.logits, self.kv = self.expected(reference)  # vLLM's Transformers backend changes the reference's class
         self.config = VllmConfig(
-            model_config=ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=512),
+            model_config=ModelConfig(
+                model=str(folder),
+                skip_tokenizer_init=True,
+                dtype="float32",
+                max_model_len=512,
+                model_impl=implementation,
+            ),
             cache_config=CacheConfig(block_size=BLOCK),
             compilation_config=CompilationConfig(mode=CompilationMode.NONE),
             lora_config=lora,
@@ -80,10 +91,7 @@ class Pair:
         if lora is not None:
             with set_current_vllm_config(self.config):
                 self.runner.load_lora_model(self.model, self.config, torch.device("cpu"))
-        torch.manual_seed(4)
-        self.ids = torch.randint(300, 15000, (LENGTH,))
         self.sequence = PagedSequence.of([7, 3, 11, 5, 9], BLOCK, "cpu")
-        self.logits, self.kv = self.expected(reference)
 
     def expected(self, reference: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Logits [tokens, vocabulary] and each layer's KV [2, tokens, heads, size] by transformers."""
