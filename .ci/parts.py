@@ -41,7 +41,7 @@ COVERED = {"make test": 90, "contracts": 90}  # percent, each of its own files
 # Contracts with one of the two only: `run` repeats them with no other version of the other.
 OF_LMCACHE = ("guard", "lmcache", "lmcache_transfers", "planted", "server", "stores", "upstream")
 OF_VLLM = (
-    *("blocks", "damage", "forward", "lora", "metrics", "model", "requests", "serve", "streams", "texts"),
+    *("blocks", "damage", "forward", "fp8_kv", "lora", "metrics", "model", "requests", "serve", "streams", "texts"),
     *("upstream", "validation"),
 )
 

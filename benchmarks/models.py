@@ -8,11 +8,15 @@ vocabulary is that tokenizer's size at least. For each folder these are to be ru
     lmcache-rag serve OUT/NAME --load-format dummy ...                  # the self-check at start must pass
     lmcache-rag bench exact examples/data/documents --prompts 30        # ratio 1 equal but for near ties
     lmcache-rag bench speed --tokens 8192 ...                           # TTFT beside stock vLLM
+
+Llama 3 8B is there for two options of vLLM: `--kv-cache-dtype fp8`, and LoRA, for which random adapters are written.
+Their tests come first: pytest -m gpu tests/servers/test_fp8_on_gpu.py tests/servers/test_lora_on_gpu.py
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 DEFAULT_ROPE = {"rope_type": "default"}
 # Of each model's own config.json, as far as shapes and attention go.
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-3-8b": (
+        "llama",
+        {
+            "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "vocab_size": 128256, "rope_parameters": DEFAULT_ROPE | {"rope_theta": 5e5},
+        },
+    ),
     "qwen3-30b-a3b": (
         "qwen3_moe",
         {
@@ -68,6 +79,18 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
+LORA = ("llama-3-8b",)  # shapes that adapters are written for
+ADAPTERS, RANK = ("one", "two"), 16
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Options of vLLM that are measured beside the shape as it is; in both servers alike, but for the connector's.
+OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
+    "llama-3-8b": {
+        "FP8 KV": ("--kv-cache-dtype fp8", "--connector lmcache_rag.fp8_kv=true"),
+        "LoRA": ("--enable-lora --max-loras 2 --max-lora-rank 16 --lora-modules {adapters}", ""),
+    }
+}
+
+
 def config_of(name: str, layers: int, vocabulary: int = 0) -> Any:
     """The configuration of a shape with that many layers."""
     family, facts = SHAPES[name]
@@ -90,6 +113,41 @@ def layers_that_fit(name: str, memory: float) -> int:
     return max(1, min(int(SHAPES[name][1]["num_hidden_layers"]), 1 + int((memory - one) / (two - one))))
 
 
+def write_adapter(config: Any, out: Path, seed: int) -> None:
+    """Write a random LoRA adapter in PEFT's format; its change is about as large as vLLM's dummy weights."""
+    from safetensors.torch import save_file
+
+    dice, tensors = torch.Generator().manual_seed(seed), {}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in TARGETS:
+            wide, into = module.weight.shape
+            for half, shape, size in (("A", (RANK, into), into**-0.5), ("B", (wide, RANK), 1e-3)):
+                drawn = torch.randn(*shape, generator=dice) * size
+                tensors[f"base_model.model.{name}.lora_{half}.weight"] = drawn.to(torch.bfloat16)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / "adapter_model.safetensors")
+    facts = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": 2 * RANK, "bias": "none"}
+    facts |= {"target_modules": list(TARGETS), "base_model_name_or_path": config.model_type}
+    (out / "adapter_config.json").write_text(json.dumps(facts), encoding="utf-8")
+
+
+def commands(name: str, folder: Path, how: str = "") -> list[str]:
+    """The commands that measure a folder, with options of vLLM that OPTIONS names."""
+    common, ours = OPTIONS[name][how] if how else ("", "")
+    common = common.format(adapters=" ".join(f"{each}={folder / each}" for each in ADAPTERS))
+    model = ADAPTERS[0] if how == "LoRA" else folder
+    served = f"{folder} --load-format dummy --max-model-len 33000"
+    lines = [
+        f"lmcache-rag serve {served} --l1-gb 20 {common} {ours}",
+        f"lmcache-rag bench exact examples/data/documents --model {model} --prompts 30 --json",
+        "lmcache-rag bench speed --tokens 8192 --baseline http://localhost:8001 --json",
+        f"vllm serve {served} --port 8001 {common}  # the baseline",
+    ]
+    return [" ".join(line.split()) for line in lines]
+
+
 def write(name: str, out: Path, tokenizer: Path, memory: float) -> int:
     """Write one folder; returns its number of layers."""
     layers = layers_that_fit(name, memory)
@@ -101,6 +159,8 @@ def write(name: str, out: Path, tokenizer: Path, memory: float) -> int:
     for pattern in ("tokenizer*", "vocab*", "merges*", "special_tokens*", "chat_template*"):
         for file in tokenizer.glob(pattern):
             shutil.copy(file, out)
+    for seed, adapter in enumerate(ADAPTERS if name in LORA else ()):
+        write_adapter(config, out / adapter, seed)
     return layers
 
 
@@ -116,10 +176,8 @@ def main() -> None:
         folder = arguments.out / name
         layers = write(name, folder, arguments.tokenizer, arguments.memory)
         print(f"# {name}: {layers} of {SHAPES[name][1]['num_hidden_layers']} layers")
-        print(f"lmcache-rag serve {folder} --load-format dummy --max-model-len 33000 --l1-gb 20")
-        print(f"lmcache-rag bench exact examples/data/documents --model {folder} --prompts 30 --json")
-        print("lmcache-rag bench speed --tokens 8192 --baseline http://localhost:8001 --json")
-        print(f"vllm serve {folder} --port 8001 --load-format dummy --max-model-len 33000  # the baseline")
+        for how in ("", *OPTIONS.get(name, ())):
+            print(*([f"# {name}, {how}"] if how else []), *commands(name, folder, how), sep="\n")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
+from lmcache_rag.connector import kv_quant
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -44,9 +46,12 @@ class PagedSequence:
         return self.blocks[positions // self.block_size].long() * self.block_size + positions % self.block_size
 
     def gather(self, cache: Tensor, length: int) -> Tensor:
-        """The first `length` keys or values, contiguous: [blocks, block, heads, size] -> [length, heads, size]."""
+        """The first `length` keys or values, contiguous: [blocks, block, heads, size] -> [length, heads, size].
+
+        FP8 as float32, see kv_quant.take.
+        """
         count = -(-length // self.block_size)
-        return cache[self.blocks[:count].long()].flatten(0, 1)[:length]
+        return kv_quant.take(cache, self.blocks[:count].long()).flatten(0, 1)[:length]
 
 
 def keys_and_values(cache: Tensor) -> tuple[Tensor, Tensor]:
@@ -138,11 +143,20 @@ class ObserveAttention(NoAttention):
 
 
 class DeviationCheck(RecomputeAttention):
-    """Runs all tokens through the first layers; measures how far the check layer's fresh KV is from the cached KV."""
+    """Runs all tokens through the first layers; measures how far the check layer's fresh KV is from the cached KV.
 
-    def __init__(self, attention: PagedAttention, slots: Tensor, layer: int) -> None:
+    Args:
+        attention: Attention of the tokens.
+        slots: Their slots, int64 [m].
+        layer: The check layer.
+        scales: What its cached keys and values are to be multiplied by.
+    """
+
+    def __init__(
+        self, attention: PagedAttention, slots: Tensor, layer: int, scales: tuple[float, float] = (1.0, 1.0)
+    ) -> None:
         super().__init__(attention)
-        self._slots, self._layer = slots, layer
+        self._slots, self._layer, self._scales = slots, layer, scales
         self.deviation: Tensor | None = None
 
     def before_write(self, layer: int, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
@@ -152,8 +166,8 @@ class DeviationCheck(RecomputeAttention):
         block = keys.shape[1]
         at, within = self._slots // block, self._slots % block
         total = None
-        for fresh, cached in ((key, keys), (value, values)):
-            distance = (fresh.float() - cached[at, within].float()).square().sum((1, 2))
+        for fresh, cached, scale in zip((key, value), (keys, values), self._scales, strict=True):
+            distance = (fresh.float() - kv_quant.take(cached, at, within).float() * scale).square().sum((1, 2))
             total = distance if total is None else total + distance
         self.deviation = total
         raise StopForward

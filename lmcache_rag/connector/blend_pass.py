@@ -57,6 +57,10 @@ class Model(Protocol):
         """The suffix's pass as one CUDA graph, if it was captured."""
         ...
 
+    def kv_scales(self, layer: int) -> tuple[float, float]:
+        """What the cached keys and values of a layer are to be multiplied by; not 1.0 only if they are quantised."""
+        ...
+
     def forward(self, ids: Tensor, positions: Tensor, slots: Tensor, attention: Attention) -> Tensor:
         """Run all layers to write their KV: ids and positions int64 [m], slots int64 [m].
 
@@ -190,7 +194,7 @@ class ModelPasses:
             chunk = torch.arange(first, last, device=self._ids.device)
             slots = self._blend.sequence.slots(chunk)
             attention = PagedAttention(self._blend.sequence, chunk.to(torch.int32), last)
-            check = DeviationCheck(attention, slots, layer)
+            check = DeviationCheck(attention, slots, layer, model.kv_scales(layer))
             with contextlib.suppress(StopForward):
                 model.forward(self._ids[chunk], chunk, slots, check)
             assert check.deviation is not None  # noqa: S101 - the check layer always stops the pass

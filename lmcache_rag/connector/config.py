@@ -36,6 +36,7 @@ class ConnectorOptions:
             a new request waits for one piece only. 0: every blend.
         store: Whose KV LMCache stores: of "all" requests, or of those that "ingest" (lmcache_rag.protocol.INGEST) only.
         self_check: Whether a blend is compared with a full prefill at start, see lmcache_rag.connector.self_check.
+        fp8_kv: Whether an FP8 KV cache is blended, which was not measured on a GPU yet.
         chunk_size: Tokens of an LMCache chunk, published on /metrics; 0: not published. Does not configure LMCache.
         ingest_key_file: File of the key that ingesting and forgetting need; "": every client may do both.
         secret_file: File with the secret by which token ids are mapped, see lmcache_rag.connector.secret; "": the
@@ -60,6 +61,7 @@ class ConnectorOptions:
     idle_tokens: int = 8192
     store: str = "all"
     self_check: bool = True
+    fp8_kv: bool = False
     chunk_size: int = 0
     ingest_key_file: str = ""
     secret_file: str = ""

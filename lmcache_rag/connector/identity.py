@@ -57,6 +57,8 @@ def _model(vllm_config: Any) -> dict[str, Any]:
         "dtype": str(getattr(model, "dtype", "")),
         "quantization": str(getattr(model, "quantization", "")),
         "cache dtype": str(getattr(cache, "cache_dtype", "")),
+        # vLLM 0.25 may calculate the scales of FP8 KV when it starts.
+        "scales of this run": uuid.uuid4().hex if getattr(cache, "calculate_kv_scales", False) else "",
         "revision": str(getattr(config, "_commit_hash", None) or getattr(model, "revision", None) or ""),
         "weights": sample(Path(str(getattr(model, "model", "")))),
         "random weights": "dummy" in load_format.lower(),

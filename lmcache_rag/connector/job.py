@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lmcache_rag.connector import kv_quant
 from lmcache_rag.connector.attention import AsyncScalar, PagedSequence, to_device_async
 from lmcache_rag.connector.blend_pass import BlendOutcome, BlendPass, StepIterator
 from lmcache_rag.connector.metadata import BlendPlan, BlendResult, StepShape, StepTime
@@ -433,7 +434,7 @@ class BlendJob:
         blocks, within = slots // sequence.block_size, slots % sequence.block_size
         total = torch.zeros((), device=model.device) if observed_sum is None else observed_sum.clone()
         for cache in unchecked:  # a sum is not finite as soon as one of its terms is not
-            total += cache[blocks, within].sum(dtype=torch.float32)
+            total += kv_quant.take(cache, blocks, within).sum(dtype=torch.float32)
         self._finite_check = AsyncScalar(total)
 
     def verify(self) -> bool:

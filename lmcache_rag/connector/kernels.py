@@ -16,6 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
+ELEMENTS = {
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+    torch.float32: tl.float32,
+    torch.float8_e4m3fn: tl.float8e4nv,
+}
 MAX_SPLITS = 32
 
 # With DEVICE a kernel reads the sequence's length from device memory, for CUDA graphs: the number of programs is fixed,
@@ -58,7 +64,7 @@ def _add_keys(  # type: ignore[no-untyped-def]
         block = tl.load(BLOCKS + column // BLOCK).to(tl.int64)
         wanted = lane < SIZE
     whole: tl.constexpr = not MASKED and SIZE == PADDED
-    k = _load(K, (block * k_block + token * k_token + kv_head * k_head)[:, None] + lane, wanted, whole)
+    k = _load(K, (block * k_block + token * k_token + kv_head * k_head)[:, None] + lane, wanted, whole).to(q.dtype)
     score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
     if MASKED:
         score = tl.where((column[None, :] <= position[:, None]) & exists[None, :], score, -1e30)
@@ -68,7 +74,7 @@ def _add_keys(  # type: ignore[no-untyped-def]
     p = tl.math.exp2(score - top[:, None])
     shrink = tl.math.exp2(best - top)
     total = total * shrink + tl.sum(p, 1)
-    v = _load(V, (block * v_block + token * v_token + kv_head * v_head)[:, None] + lane, wanted, whole)
+    v = _load(V, (block * v_block + token * v_token + kv_head * v_head)[:, None] + lane, wanted, whole).to(q.dtype)
     out = tl.dot(p.to(v.dtype), v, out * shrink[:, None], input_precision="ieee")
     return top, total, out
 
@@ -164,7 +170,7 @@ def _mass(  # type: ignore[no-untyped-def]
                 mask=inside[:, None] & (lane < SIZE)[None, :],
                 other=0.0,
             )
-            score = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+            score = tl.dot(q, tl.trans(k.to(q.dtype)), input_precision="ieee") * scale
             seen = (column[None, :] <= position[:, None]) & exists[None, :]
             p = tl.where(seen, tl.math.exp2(score - lse[:, None]), 0.0)
             if MAXIMUM:
@@ -225,7 +231,7 @@ def attend(
     padded = max(16, triton.next_power_of_2(size))
     many = rows > 64
     tile = 128 if many else 64
-    small = padded * keys.element_size() <= 256  # larger tiles do not fit a multiprocessor's shared memory as often
+    small = padded * query.element_size() <= 256  # larger tiles do not fit a multiprocessor's shared memory as often
     columns = (128 if many else 64) if small else 32  # measured: docs/results/attention-h100.md
     group = heads // keys.shape[2]
     members = group if group <= tile else 1
@@ -289,13 +295,20 @@ def add_mass(
     )  # fmt: skip
 
 
-def warm_up(keys: Tensor, values: Tensor, heads: int) -> None:
-    """Compile the kernels for such caches before the first request; those of CUDA graphs compile at capture."""
+def warm_up(keys: Tensor, values: Tensor, heads: int, dtype: torch.dtype) -> None:
+    """Compile the kernels for such caches before the first request; those of CUDA graphs compile at capture.
+
+    Args:
+        keys: A layer's keys, [blocks, block, kv heads, size].
+        values: Likewise.
+        heads: Query heads.
+        dtype: Type of the queries; keys and values may be FP8.
+    """
     size, device = keys.shape[3], keys.device
     blocks = torch.zeros(4096 // keys.shape[1], dtype=torch.int32, device=device)
     visible = torch.ones(4096, dtype=torch.uint8, device=device)
     for rows, splits in ((16, 1), (16, 4), (96, 4), (256, 1)):
-        query = torch.zeros((rows, heads, size), dtype=keys.dtype, device=device)
+        query = torch.zeros((rows, heads, size), dtype=dtype, device=device)
         positions = torch.arange(4096 - rows, 4096, dtype=torch.int32, device=device)
         for hides in (visible, None):
             lse = attend(
@@ -336,8 +349,12 @@ def _move(  # type: ignore[no-untyped-def]
     write = (target // BLOCK) * k_block + (target % BLOCK) * k_token + head * k_head
     x = tl.load(keys + read[:, None] + first[None, :], mask=wanted, other=0.0).to(tl.float32)
     y = tl.load(keys + read[:, None] + second[None, :], mask=wanted, other=0.0).to(tl.float32)
-    tl.store(keys + write[:, None] + first[None, :], (x * cos - y * sin).to(ELEMENT), mask=wanted)
-    tl.store(keys + write[:, None] + second[None, :], (y * cos + x * sin).to(ELEMENT), mask=wanted)
+    x, y = x * cos - y * sin, y * cos + x * sin
+    if tl.float8e4nv == ELEMENT:  # saturates, and NaN stays NaN
+        x = tl.clamp(x, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        y = tl.clamp(y, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(keys + write[:, None] + first[None, :], x.to(ELEMENT), mask=wanted)
+    tl.store(keys + write[:, None] + second[None, :], y.to(ELEMENT), mask=wanted)
     values = tl.load(POINTERS + layers + layer).to(tl.pointer_type(ELEMENT))
     read = (source // BLOCK) * v_block + (source % BLOCK) * v_token + head * v_head
     write = (target // BLOCK) * v_block + (target % BLOCK) * v_token + head * v_head
@@ -363,7 +380,7 @@ def move(
         neox: Whether rotary pairs are halves of a head rather than neighbours.
     """
     size, layers = keys.shape[3], len(pointers) // 2
-    element = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[keys.dtype]
+    element = ELEMENTS[keys.dtype]
     _move[(triton.cdiv(len(source), 16), keys.shape[2], layers)](
         pointers, source, target, delta, table, len(source), layers,
         keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),

@@ -110,19 +110,20 @@ class LMCacheLoader:
         mark_unhealthy(self._adapter)
         return True
 
-    def register_rope(self, table: Any, head_size: int, is_neox: bool) -> str:
+    def register_rope(self, table: Any, head_size: int, is_neox: bool, quantised: str = "") -> str:
         """Send the model's rotary table to the server, and again whenever the server comes back.
 
         Args:
             table: The model's cos_sin_cache, [positions, rotary size].
             head_size: Size of a head.
             is_neox: Whether halves, rather than neighbours, are rotated together.
+            quantised: LMCache's name of the cache's type if that is FP8, which it cannot tell from bytes; else "".
 
         Returns:
             Why it did not take the table; empty when it did.
         """
         self._table = table.detach().contiguous().clone()  # the model may replace its own; the server maps this one
-        self._rope = (head_size, is_neox)
+        self._rope = (head_size, is_neox, quantised)
         try:
             if self._handshake_done:
                 self._send_rope()
@@ -158,9 +159,9 @@ class LMCacheLoader:
     def _send_rope(self) -> None:
         from lmcache.v1.platform.kv_wrap import wrap_one_kv_cache
 
-        head_size, is_neox = self._rope
+        head_size, is_neox, quantised = self._rope
         self._adapter.req_client.cb_register_rope(
-            self._adapter.instance_id, [wrap_one_kv_cache(self._table)], head_size, is_neox, [], [], [], ""
+            self._adapter.instance_id, [wrap_one_kv_cache(self._table)], head_size, is_neox, [], [], [], quantised
         ).result(self._deadline)
 
     @property

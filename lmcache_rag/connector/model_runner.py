@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from operator import sub
 from typing import TYPE_CHECKING, Any
 
-from lmcache_rag.connector import vllm_internals, vllm_patches
+from lmcache_rag.connector import kv_quant, vllm_internals, vllm_patches
 from lmcache_rag.connector.attention import NoAttention, PagedSequence, keys_and_values, to_device_async
 from lmcache_rag.connector.cuda_graph import ROWS, CapturedQueryPass, CudaGraph
 from lmcache_rag.connector.metadata import Match
@@ -69,7 +69,8 @@ class VLLMModel:
         self._names = list(layers)
         self._index = {name: index for index, name in enumerate(layers)}
         self._layers = list(layers.values())
-        self._caches = [keys_and_values(layer.kv_cache) for layer in self._layers]
+        self._caches = [keys_and_values(kv_quant.as_numbers(layer.kv_cache)) for layer in self._layers]
+        self._scales = [kv_quant.scales(layer) for layer in self._layers]
         self._captured: CapturedQueryPass | None = None
         has_adapters = getattr(vllm_config, "lora_config", None) is not None
         self._adapters = vllm_internals.PassAdapters(runner) if has_adapters else None
@@ -117,6 +118,10 @@ class VLLMModel:
         """Keys and values of one layer, each [blocks, block, kv heads, size]."""
         return self._caches[layer]
 
+    def kv_scales(self, layer: int) -> tuple[float, float]:
+        """What the cached keys and values of a layer are to be multiplied by; not 1.0 only if they are FP8."""
+        return self._scales[layer][1:]
+
     # -- LoRA adapters ------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
@@ -158,7 +163,16 @@ class VLLMModel:
             keys, values = self._caches[index]
             attention.before_write(index, key, value, keys, values)
             vllm_internals.write_kv(layer, key, value, slots)
-            attention.attend(index, query, keys, values, layer.impl.scale, out[:rows].view(query.shape))
+            own, scale, (q_scale, k_scale, v_scale) = (
+                out[:rows].view(query.shape),
+                layer.impl.scale,
+                self._scales[index],
+            )
+            if query.dtype != own.dtype:  # some backends get FP8 queries
+                query, scale = query.to(own.dtype), scale * q_scale
+            attention.attend(index, query, keys, values, scale * k_scale, own)
+            if v_scale != 1.0:
+                own.mul_(v_scale)
 
         metadata = vllm_internals.OwnMetadata(in_layer)
         if self._adapters is not None:
@@ -241,7 +255,7 @@ class VLLMModel:
         """Compile the kernels before the first request."""
         from lmcache_rag.connector import kernels
 
-        kernels.warm_up(*self._caches[0], self.heads)
+        kernels.warm_up(*self._caches[0], self.heads, self._config.model_config.dtype)
 
     def capture(self) -> None:
         """Capture the default policy's pass, and measure passes' memory. All tensor-parallel ranks must call it."""
@@ -296,6 +310,7 @@ class VLLMModel:
 MARGIN = 1.25  # a reservation is one allocation, the pass makes many
 _FEW, _MANY = 512, 2048  # sizes of the two passes that are measured: their difference is the memory per token
 _SCORES = 24  # bytes per token of the prompt: the selection's int64 and float32 vectors, some alive at the same time
+_FP8_COPY = 5  # bytes of an FP8 number while it is checked: itself and a float32
 _DISTANCES = 5  # float32 copies of fresh and cached keys and values that a check layer compares
 
 
@@ -349,13 +364,14 @@ def measure_pass_memory(
     """
     keys = cache[0]
     kv_heads, size = int(keys.shape[2]), int(keys.shape[3])
+    copied = _FP8_COPY if kv_quant.is_fp8(keys) else keys.element_size()
     few, many = min(_FEW, largest), min(_MANY, largest)
     small, large = _peak(run, few, keys.device), _peak(run, many, keys.device)
     token = (large - small) / (many - few) if many > few else small / few
     return PassMemory(
         fixed=max(small - few * token, 0.0) + splits * 128 * heads * (size + 1) * 4,
         per_token=token + _DISTANCES * kv_heads * size * 4,
-        per_context_token=2 * kv_heads * size * keys.element_size() + 4 * kv_heads + _SCORES * 8,
+        per_context_token=2 * kv_heads * size * copied + 4 * kv_heads + _SCORES * 8,
         device=keys.device,
     )
 
@@ -429,9 +445,10 @@ class GpuCopy:
         cos = rows[:, None, :half]
         sin = rows[:, None, half:] * delta.sign()[:, None, None]
         for keys, values in self._caches:
-            moved: Any = keys[source // block, source % block].float()
+            moved: Any = kv_quant.take(keys, source // block, source % block).float()
             x, y = (moved[..., :half], moved[..., half:]) if self._neox else (moved[..., ::2], moved[..., 1::2])
             turned = (x * cos - y * sin, y * cos + x * sin)
             moved = torch.cat(turned, -1) if self._neox else torch.stack(turned, -1).flatten(-2)
-            keys[target // block, target % block] = moved.to(keys.dtype)
-            values[target // block, target % block] = values[source // block, source % block]
+            kv_quant.put(keys, (target // block, target % block), moved)
+            unmoved = kv_quant.take(values, source // block, source % block)
+            kv_quant.put(values, (target // block, target % block), unmoved)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from lmcache_rag.connector import vllm_internals
+from lmcache_rag.connector import kv_quant, vllm_internals
 from lmcache_rag.connector.attention import keys_and_values
 from lmcache_rag.connector.rotary import TransformersRotary, decoder_of, rotaries_of
 from lmcache_rag.families import MODEL_CLASSES, TRANSFORMERS_BACKEND, TRANSFORMERS_DECODERS
 from lmcache_rag.protocol import CannotBlend, Unsupported
 
 BACKENDS = ("FlashAttentionImpl", "FlashInferImpl", "TritonAttentionImpl")
+FP8_CAPABILITY = (8, 9)  # Triton has no e4m3 below
 # Rotary embeddings whose angles depend on the position alone and are in a table: a key is moved by rotating it.
 ROTARIES = (
     "RotaryEmbedding",
@@ -30,7 +31,10 @@ SCALINGS = ("default", "linear", "llama3", "yarn")
 
 
 def unsupported_reason(vllm_config: Any, model: Any) -> Unsupported | None:
-    """Why this model cannot be blended in vLLM; None if it can. Its KV caches must exist."""
+    """Why this model cannot be blended in vLLM; None if it can. Its KV caches must exist.
+
+    An FP8 KV cache is blended only with the connector's setting lmcache_rag.fp8_kv.
+    """
     checks = (_machine, _parallelism, _model_class, _features, _attention_and_cache, _layers, _positions)
     return next((reason for check in checks if (reason := check(vllm_config, model))), None)
 
@@ -132,7 +136,7 @@ def _attention_and_cache(vllm_config: Any, model: Any) -> Unsupported | None:
     for key, layer in vllm_internals.attention_layers(vllm_config).items():
         if detail := _attention(key, layer):
             return Unsupported(CannotBlend.ATTENTION, detail)
-        if detail := _cache(layer, vllm_config.cache_config.block_size):
+        if detail := _numbers(vllm_config, layer) or _cache(layer, vllm_config.cache_config.block_size):
             return Unsupported(CannotBlend.KV_CACHE, detail)
     return None
 
@@ -159,9 +163,35 @@ def _attention(name: str, layer: Any) -> str:
 # -- KV cache ---------------------------------------------------------------------------------------------------------
 
 
+def _numbers(vllm_config: Any, layer: Any) -> str:
+    """What the cache's numbers are: floats of 16 or 32 bits, or FP8 (e4m3) with one scale for each layer."""
+    import torch
+
+    name, cache = layer.kv_cache_dtype, layer.kv_cache
+    if name in ("auto", "bfloat16", "float16"):
+        return (
+            "" if cache.is_floating_point() else f"a KV cache of type {name} that holds {cache.dtype} is not supported"
+        )
+    if name not in kv_quant.FP8_NAMES:
+        return f"a KV cache of type {name} is not supported"
+    transfer = getattr(vllm_config, "kv_transfer_config", None)
+    if transfer is None or transfer.get_from_extra_config("lmcache_rag.fp8_kv", False) is not True:
+        return "an FP8 KV cache was not measured on a GPU yet: --connector lmcache_rag.fp8_kv=true blends it"
+    if kv_quant.as_numbers(cache).dtype != torch.float8_e4m3fn:
+        return f"an FP8 KV cache that holds {cache.dtype} is not supported"
+    if getattr(vllm_config.cache_config, "calculate_kv_scales", False):  # vLLM 0.25
+        return "scales of an FP8 KV cache that are calculated while vLLM runs are not supported"
+    for scale in (layer._k_scale, layer._v_scale, layer._q_scale):
+        if scale.numel() != 1:
+            return "an FP8 KV cache with a scale for each head is not supported"
+    if any(not number > 0 or number == float("inf") for number in kv_quant.scales(layer)):
+        return f"an FP8 KV cache with scales {kv_quant.scales(layer)} is not supported"
+    if cache.is_cuda and torch.cuda.get_device_capability(cache.device) < FP8_CAPABILITY:
+        return "an FP8 KV cache needs a GPU of compute capability 8.9 or newer"
+    return ""
+
+
 def _cache(layer: Any, block_size: int) -> str:
-    if layer.kv_cache_dtype not in ("auto", "bfloat16", "float16"):
-        return f"a KV cache of type {layer.kv_cache_dtype} is not supported"
     try:
         keys, values = keys_and_values(layer.kv_cache)
     except ValueError as problem:
@@ -181,7 +211,8 @@ def _layers(vllm_config: Any, model: Any) -> Unsupported | None:
     if len(layers) != vllm_config.model_config.hf_text_config.num_hidden_layers:
         return Unsupported(CannotBlend.MODEL, "the model has other layers with KV than its decoder's")
     first = layers[0].kv_cache
-    if any((x.kv_cache.shape, x.kv_cache.stride()) != (first.shape, first.stride()) for x in layers):
+    same = (first.shape, first.stride(), first.dtype)
+    if any((x.kv_cache.shape, x.kv_cache.stride(), x.kv_cache.dtype) != same for x in layers):
         return Unsupported(CannotBlend.KV_CACHE, "layers whose KV caches differ are not supported")
     return None
 

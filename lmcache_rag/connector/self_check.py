@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from lmcache_rag.budget import Budget
-from lmcache_rag.connector import vllm_internals
+from lmcache_rag.connector import kv_quant, vllm_internals
 from lmcache_rag.connector.attention import PagedSequence
 from lmcache_rag.connector.blend_pass import BlendPass, Model, StepIterator, T
 from lmcache_rag.connector.identity import identity
@@ -41,6 +41,8 @@ MARGIN = 4.0  # times the difference between two chunkings of a full prefill
 _LEAST = 1e-4
 _LEAST_EPS = 1.0
 _MOVED, _MOVED_EPS = 1e-3, 4.0  # the same for a moved key, which is rounded once more than a computed one
+# FP8: a moved key is off by up to a step of the format, an eighth. Attention of FP8 kernels rounds probabilities too.
+_MOVED_FP8, _LEAST_FP8 = 0.125, 0.02
 _CHUNKS, _GAP, _SUFFIX, _UNIT = 3, 3, 33, 64
 _WORDS = (300, 15000)  # ids of plain text in the usual vocabularies; no special tokens
 _STALE = 7.0  # fills blocks before they are written, so that missing writes show
@@ -235,12 +237,13 @@ class _Check:
         self._blocks = torch.cat([self._sequence.blocks, self._alone.blocks]).long()
         self._tail = range(len(prompt.ids) - _SUFFIX, len(prompt.ids))  # what is compared
         self._before: Tensor | None = None  # hidden states of the last run
+        self._fp8 = kv_quant.is_fp8(model.cache(0)[0])
 
     def fill(self, value: float) -> None:
         """Fill the blocks that the check uses."""
         for layer in range(self._model.layers):
             for cache in self._model.cache(layer):
-                cache[self._blocks] = value
+                kv_quant.fill(cache, self._blocks, value)
 
     def run(self, how: str = "") -> list[Finding]:
         """All comparisons.
@@ -259,11 +262,13 @@ class _Check:
         for name, copy in self._model.copies(length).items():
             self._place(copy)
             difference = _difference(self._first_layer(), computed)
-            findings.append(Finding(f"KV moved {name}{how}", difference, _allowed(computed, _MOVED, _MOVED_EPS)))
+            allowed = _MOVED_FP8 if self._fp8 else _allowed(computed, _MOVED, _MOVED_EPS)
+            findings.append(Finding(f"KV moved {name}{how}", difference, allowed))
         states = [want, *others, self._blended(findings)]
         logits = [of for state in states if (of := self._model.logits(state)) is not None]
-        findings += _compared("hidden states", states, how)
-        return findings + _compared("logits", logits, how) if logits else findings
+        least = _LEAST_FP8 if self._fp8 else _LEAST
+        findings += _compared("hidden states", states, how, least)
+        return findings + _compared("logits", logits, how, least) if logits else findings
 
     def _full(self, chunk_size: int) -> Tensor:
         """A full prefill in chunks of that size: hidden states of the last tokens."""
@@ -332,11 +337,11 @@ def take_steps(steps: StepIterator[T]) -> T:
             return result
 
 
-def _compared(name: str, rows: Sequence[Tensor], how: str) -> list[Finding]:
+def _compared(name: str, rows: Sequence[Tensor], how: str = "", least: float = _LEAST) -> list[Finding]:
     """Compare the rows of a full prefill, of others in other chunks, and of a blend, which has one row more."""
     want, *others, got = rows
     noise = max(_difference(other, want) for other in others)
-    allowed = MARGIN * max(noise, _allowed(want, _LEAST, _LEAST_EPS))
+    allowed = MARGIN * max(noise, _allowed(want, least, _LEAST_EPS))
     return [
         Finding(f"{name} of a blend{how}", _difference(got[:-1], want), allowed),
         Finding(f"{name} of its last token{how}", _difference(got[-1:], want[-1:]), allowed),
@@ -406,6 +411,7 @@ def _check_name(vllm_config: Any) -> str:
         "LoRA": getattr(vllm_config, "lora_config", None) is not None,
         "eager": bool(vllm_config.model_config.enforce_eager),
         "block": vllm_config.cache_config.block_size,
+        "KV": sorted({str(getattr(layer, "kv_cache_dtype", "")) for layer in layers}),
         "backends": sorted({type(getattr(layer, "impl", None)).__name__ for layer in layers}),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:40]

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from lmcache_rag.connector import lmcache_client, lmcache_transfers, vllm_internals, vllm_patches
+from lmcache_rag.connector import kv_quant, lmcache_client, lmcache_transfers, vllm_internals, vllm_patches
 from lmcache_rag.connector.admission import Allowance
 from lmcache_rag.connector.job import MIN_PASS_TOKENS, BlendJob, JobResources, StepTimer, Throttle
 from lmcache_rag.connector.metadata import BlendPlan, BlendResult, StepTime
@@ -317,7 +317,8 @@ def _rank_parts(vllm_config: Any, runner: Any, adapter: Any, options: ConnectorO
     if reason := loader.unsupported_reason() or unsupported_reason(vllm_config, loaded):
         raise _NotSupported(reason)
     rotary = rotary_of(loaded)
-    if detail := loader.register_rope(rotary.cos_sin_cache, rotary.head_size, rotary.is_neox_style):
+    quantised = kv_quant.lmcache_name(next(iter(vllm_internals.attention_layers(vllm_config).values())))
+    if detail := loader.register_rope(rotary.cos_sin_cache, rotary.head_size, rotary.is_neox_style, quantised):
         raise _NotSupported(Unsupported(CannotBlend.LMCACHE_ROPE, detail))
     model = VLLMModel(vllm_config, runner)
     model.warm_up()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from lmcache_rag.connector import kv_quant
 from lmcache_rag.connector.attention import PagedAttention, PagedSequence, keys_and_values
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -264,3 +265,98 @@ def test_keys_are_moved_whatever_the_size_of_a_head(size: int, neox: bool, packe
         copy(plain)._plain(source, target, deltas, 16)
         torch.testing.assert_close(moved, plain, **NEAR)
         assert not torch.equal(plain, first)
+
+
+needs_fp8 = pytest.mark.skipif(
+    not INTERPRETED and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9),
+    reason="needs FP8, compute capability 8.9",
+)
+
+
+def fp8_case(rows: int, length: int, *, packed: bool, size: int = 128) -> tuple:  # type: ignore[type-arg]
+    """As `case`, with an FP8 cache as vLLM keeps it."""
+    torch.manual_seed(rows + length)
+    blocks = -(-length // 16) + 3
+    shape = (blocks, KV_HEADS, 16, 2 * size) if packed else (blocks, 2, 16, KV_HEADS, size)
+    stored = (3 * torch.randn(shape, device=DEVICE)).to(torch.float8_e4m3fn).view(torch.uint8)
+    keys, values = keys_and_values(kv_quant.as_numbers(stored))
+    sequence = PagedSequence.of(torch.randperm(blocks)[:-3].tolist(), 16, DEVICE)
+    positions = torch.randperm(length, device=DEVICE)[:rows].sort().values.to(torch.int32)
+    query = torch.randn(rows, HEADS, size, device=DEVICE, dtype=DTYPE)
+    return query, keys, values, sequence, positions
+
+
+@needs_fp8
+@pytest.mark.parametrize("rows", [5, 64, 70])
+@pytest.mark.parametrize("hides", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_attention_over_fp8_kv(rows: int, hides: bool, packed: bool) -> None:
+    query, keys, values, sequence, positions = fp8_case(rows, 90, packed=packed)
+    hidden = torch.arange(0, 90, 3, device=DEVICE) if hides else None
+    if hidden is not None:
+        hidden = hidden[~torch.isin(hidden, positions)]
+        gone = sequence.slots(hidden)
+        for cache in (keys, values):
+            kv_quant.put(cache, (gone // 16, gone % 16), torch.tensor(math.nan, device=DEVICE))
+    attention = Kernels(sequence, positions, 90, hidden)
+    out, want = torch.empty_like(query), torch.empty_like(query)
+    lse = attention.attend(query, keys, values, 0.05, out)
+    mass = torch.zeros(KV_HEADS, 90, device=DEVICE)
+    attention.add_mass(query, keys, 0.05, lse, mass)
+    numbers = [kv_quant.take(cache, slice(None)).nan_to_num() for cache in (keys, values)]
+    want_lse = attention._plain(query, *numbers, 0.05, want)
+    torch.testing.assert_close(out, want, **NEAR)
+    torch.testing.assert_close(lse, want_lse, **NEAR)
+    weights = attention._scores(query, sequence.gather(numbers[0], 90), 0.05).softmax(-1)
+    weights = weights.view(KV_HEADS, -1, rows, 90).sum((1, 2))
+    torch.testing.assert_close(mass, weights, atol=2e-2, rtol=5e-2)
+    plain = PagedAttention._plain(attention, query, *((keys, values) if hidden is None else numbers), 0.05, want)
+    torch.testing.assert_close(lse, plain, **NEAR)
+
+
+@needs_fp8
+@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter reads FP8's NaN as a number")
+def test_damage_in_fp8_kv_shows() -> None:
+    query, keys, values, sequence, positions = fp8_case(20, 300, packed=True)
+    slot = sequence.slots(torch.tensor([0], device=DEVICE))
+    kv_quant.put(keys, (slot // 16, slot % 16), torch.tensor(math.nan, device=DEVICE))
+    out = torch.empty_like(query)
+    assert Kernels(sequence, positions, 300).attend(query, keys, values, 0.1, out).isnan().all()
+
+
+@needs_fp8
+@pytest.mark.parametrize("neox", [True, False])
+@pytest.mark.parametrize("packed", [True, False])
+def test_fp8_keys_are_moved_as_lmcache_moves_them(neox: bool, packed: bool) -> None:
+    """Rotated in float32, rounded, saturated; damage stays. The interpreter rounds some wrongly, and has no NaN."""
+    from lmcache_rag.connector import kernels
+    from lmcache_rag.connector.model_runner import GpuCopy
+
+    torch.manual_seed(7)
+    size = 96
+    shape = (6, KV_HEADS, 16, 2 * size) if packed else (6, 2, 16, KV_HEADS, size)
+    first = (150 * torch.randn(shape, device=DEVICE)).clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    damage = 0 if INTERPRETED else 2  # of the pair that is rotated
+    if damage:
+        damaged = keys_and_values(kv_quant.as_numbers(first))[0]
+        kv_quant.put(damaged, (1, 3, 0, 5), torch.tensor(math.nan, device=DEVICE))
+    angles = torch.arange(200)[:, None] / 10.0 ** torch.linspace(0, 3, size // 2)
+    table = torch.cat([angles.cos(), angles.sin()], 1).to(DEVICE)
+
+    def copy(cache: torch.Tensor) -> GpuCopy:
+        return GpuCopy([keys_and_values(kv_quant.as_numbers(cache))], table, neox=neox)
+
+    source, target = torch.arange(16, 32, device=DEVICE), torch.arange(55, 71, device=DEVICE)
+    moved, plain = first.clone(), first.clone()
+    deltas = torch.full_like(source, 39)
+    one = copy(moved)
+    kernels.move(one._pointers, *one._caches[0], source, target, deltas, one._table, neox=neox)
+    copy(plain)._plain(source, target, deltas, 16)
+    got, want = (kv_quant.take(kv_quant.as_numbers(each), slice(None)) for each in (moved, plain))
+    if not INTERPRETED:
+        torch.testing.assert_close(got, want, rtol=0.125, atol=2**-9, equal_nan=True)  # one step of the format
+    assert float((got.nan_to_num() != want.nan_to_num()).float().mean()) < (0.01 if INTERPRETED else 0.001)
+    keys = keys_and_values(kv_quant.as_numbers(moved))[0]
+    there = kv_quant.take(keys, target // 16, target % 16)
+    assert there.isnan().sum() == damage
+    assert there.nan_to_num().abs().max() == 448

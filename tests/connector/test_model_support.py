@@ -114,6 +114,8 @@ ODD: dict[str, Callable[[Loaded, int], Any]] = {
     "is_causal: false": of_layer("attn_type", "encoder_only"),
     "num_kv_shared_layers": of_layer("kv_sharing_target_layer_name", "model.layers.0.self_attn.attn"),
     "kv_cache_dtype": of_layer("kv_cache_dtype", "fp8"),
+    "kv_cache_dtype with a scale for each token": of_layer("kv_cache_dtype", "fp8_per_token_head"),
+    "kv_cache_dtype_skip_layers": of_layer("kv_cache", torch.zeros(4, 2, BLOCK, 2, SIZE, dtype=torch.bfloat16)),
     "heads of two sizes": of_layer("kv_cache", torch.zeros(4, 2, BLOCK, 2, 2 * SIZE)),
     "dual_chunk_attention_config": of_rotary(lambda: rotary("DualChunkRotaryEmbedding")),
     "mrope_section": of_rotary(lambda: rotary("MRotaryEmbedding")),
@@ -197,6 +199,62 @@ def test_a_model_with_pictures_is_blended_without_them() -> None:
     assert "--language-model-only" in str(unsupported_reason(it.config, it.model))
     it.model.language_model = named("Gemma3ForCausalLM", model=it.model.language_model.model)
     assert "Gemma3ForCausalLM inside" in str(unsupported_reason(it.config, it.model))
+
+
+def with_fp8(*, allowed: bool = True) -> Loaded:
+    """A model with an FP8 KV cache."""
+    it = Loaded("LlamaForCausalLM")
+    it.config.kv_transfer_config = SimpleNamespace(get_from_extra_config=lambda key, default: allowed)
+    for layer in it.layers:
+        layer.kv_cache_dtype, layer.kv_cache = "fp8", torch.zeros(4, 2, BLOCK, 2, SIZE, dtype=torch.uint8)
+        for name in ("q", "k", "v"):
+            setattr(layer, f"_{name}_scale", torch.tensor(0.5))
+            setattr(layer, f"_{name}_scale_float", 0.5)
+    return it
+
+
+def test_an_fp8_cache_is_blended_only_if_asked_for() -> None:
+    assert unsupported_reason((it := with_fp8()).config, it.model) is None
+    found = unsupported_reason((it := with_fp8(allowed=False)).config, it.model)
+    assert found is not None
+    assert found.code is CannotBlend.KV_CACHE
+    assert "--connector lmcache_rag.fp8_kv=true" in found.detail
+    del it.config.kv_transfer_config
+    assert unsupported_reason(it.config, it.model) is not None
+
+
+FP8_ODD: dict[str, Callable[[Loaded], Any]] = {
+    "of type fp8_e5m2": lambda it: setattr(it.layers[1], "kv_cache_dtype", "fp8_e5m2"),
+    "of type fp8_per_token_head": lambda it: setattr(it.layers[1], "kv_cache_dtype", "fp8_per_token_head"),
+    "of type nvfp4": lambda it: setattr(it.layers[1], "kv_cache_dtype", "nvfp4"),
+    "that holds torch.float16": lambda it: setattr(it.layers[1], "kv_cache", it.layers[1].kv_cache.to(torch.float16)),
+    "caches differ": lambda it: (
+        setattr(it.layers[1], "kv_cache_dtype", "auto"),
+        setattr(it.layers[1], "kv_cache", it.layers[1].kv_cache.to(torch.bfloat16)),
+    ),
+    "that holds torch.uint8": lambda it: setattr(it.layers[1], "kv_cache_dtype", "auto"),
+    "scale for each head": lambda it: setattr(it.layers[1], "_k_scale", torch.ones(2)),
+    "with scales (0.5, 0.5, 0.0)": lambda it: setattr(it.layers[1], "_v_scale_float", 0.0),
+    "with scales (nan, 0.5, 0.5)": lambda it: setattr(it.layers[1], "_q_scale_float", float("nan")),
+    "calculated while vLLM runs": lambda it: setattr(it.config.cache_config, "calculate_kv_scales", True),
+}
+
+
+@pytest.mark.parametrize("odd", FP8_ODD)
+def test_other_fp8_caches_are_refused(odd: str) -> None:
+    FP8_ODD[odd](it := with_fp8())
+    found = unsupported_reason(it.config, it.model)
+    assert found is not None
+    assert found.code is CannotBlend.KV_CACHE
+    assert odd in found.detail
+
+
+def test_an_fp8_cache_needs_a_gpu_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    it = with_fp8()
+    for layer in it.layers:
+        layer.kv_cache = named("Cache", is_cuda=True, device="cuda:0", dtype=torch.float8_e4m3fn)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    assert "capability 8.9" in str(unsupported_reason(it.config, it.model))
 
 
 def test_experts_are_no_attention_layers() -> None:

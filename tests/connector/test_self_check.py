@@ -144,7 +144,7 @@ def test_the_bound_is_four_times_what_chunkings_differ() -> None:
     noise, four, five = (size + apart for apart in (0.01, 0.039, 0.041))
 
     def holds(got: torch.Tensor) -> bool:
-        return self_check._compared("x", [size, noise, size, torch.cat([got, got[-1:]])], "")[0].holds
+        return self_check._compared("x", [size, noise, size, torch.cat([got, got[-1:]])])[0].holds
 
     assert [holds(got) for got in (noise, four, five)] == [True, True, False]
 

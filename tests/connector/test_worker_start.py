@@ -33,6 +33,8 @@ class World:
         runner = SimpleNamespace(get_model=lambda: self.does("model"))
         worker = SimpleNamespace(model_runner=runner)
         monkeypatch.setattr(vllm_patches, "worker", lambda: worker)
+        layers = {"a layer": SimpleNamespace(kv_cache_dtype="auto")}
+        monkeypatch.setattr(vllm_internals, "attention_layers", lambda config: layers)
         monkeypatch.setattr(vllm_internals, "true_on_all_ranks", lambda fine: self.does("vote") or (fine and others))
         monkeypatch.setattr(vllm_patches, "patch_execute_model", lambda: self.does("wrap"))
         monkeypatch.setattr(vllm_patches, "patch_run_fullgraph", lambda: None)

@@ -190,7 +190,8 @@ ONE_CHANGE: dict[str, Callable[[World], Any]] = {
         lambda layer: setattr(layer, "kv_sharing_target_layer_name", "model.layers.0.self_attn.attn")
     ),
     "backend Odd": last(lambda layer: setattr(layer, "impl", type("Odd", (), {})())),
-    "a KV cache of type fp8": last(lambda layer: setattr(layer, "kv_cache_dtype", "fp8_e4m3")),
+    "an FP8 KV cache was not measured": last(lambda layer: setattr(layer, "kv_cache_dtype", "fp8_e4m3")),
+    "a KV cache of type fp8_e5m2": last(lambda layer: setattr(layer, "kv_cache_dtype", "fp8_e5m2")),
     "a KV cache of shape": last(lambda layer: setattr(layer, "kv_cache", torch.zeros(2, 4, BLOCK, 2, 16))),
     "heads of 32": last(lambda layer: setattr(layer, "kv_cache", torch.zeros(4, 2, BLOCK, 2, 32))),
     "differ": last(lambda layer: setattr(layer, "kv_cache", torch.zeros(4, 2, BLOCK, 1, 16))),

@@ -59,7 +59,15 @@ class Pair:
     """The same weights in transformers and in vLLM, float32, and what transformers makes of a prompt."""
 
     def __init__(
-        self, folder: Path, family: str, scaling: str, lora: Any = None, *, implementation: str = "vllm", **changes: Any
+        self,
+        folder: Path,
+        family: str,
+        scaling: str,
+        lora: Any = None,
+        *,
+        implementation: str = "vllm",
+        cache_dtype: str = "auto",
+        **changes: Any,
     ) -> None:
         self.reference = reference = tiny_model(family, scaling, hidden_size=4 * SIZE, head_dim=SIZE, **changes)
         reference.save_pretrained(folder)
@@ -74,7 +82,7 @@ class Pair:
                 max_model_len=512,
                 model_impl=implementation,
             ),
-            cache_config=CacheConfig(block_size=BLOCK),
+            cache_config=CacheConfig(block_size=BLOCK, cache_dtype=cache_dtype),
             compilation_config=CompilationConfig(mode=CompilationMode.NONE),
             lora_config=lora,
         )
@@ -82,10 +90,11 @@ class Pair:
             self.model = get_model(vllm_config=self.config)
             self.layers = vllm_internals.attention_layers(self.config)
             names, heads = list(self.layers), next(iter(self.layers.values())).num_kv_heads
-            spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=heads, head_size=SIZE, dtype=torch.float32)
+            dtype = torch.float32 if cache_dtype == "auto" else torch.uint8
+            spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=heads, head_size=SIZE, dtype=dtype)
             builder = CPUAttentionMetadataBuilder(spec, names, self.config, torch.device("cpu"))
         for layer in self.layers.values():
-            layer.kv_cache = torch.zeros(BLOCKS, heads, BLOCK, 2 * SIZE)
+            layer.kv_cache = torch.zeros(BLOCKS, heads, BLOCK, 2 * SIZE, dtype=dtype)
         group = AttentionGroup(CPUAttentionBackend, names, spec, 0, metadata_builders=[builder])
         self.runner = Runner(self.model, [[group]], KVCacheConfig(BLOCKS, [], [KVCacheGroupSpec(names, spec)]))
         if lora is not None:

@@ -97,6 +97,10 @@ class PagedModel:
         states: torch.Tensor = self._model.forward(ids[None], positions, scratch, Hook())[0]
         return states
 
+    def kv_scales(self, layer: int) -> tuple[float, float]:
+        """Nothing is scaled."""
+        return 1.0, 1.0
+
     def has_memory(self, tokens: int, length: int) -> bool:
         """There is enough."""
         return True
