@@ -163,14 +163,11 @@ class VLLMModel:
             keys, values = self._caches[index]
             attention.before_write(index, key, value, keys, values)
             vllm_internals.write_kv(layer, key, value, slots)
-            own, scale, (q_scale, k_scale, v_scale) = (
-                out[:rows].view(query.shape),
-                layer.impl.scale,
-                self._scales[index],
-            )
+            own, (q_scale, k_scale, v_scale) = out[:rows].view(query.shape), self._scales[index]
+            scale = layer.impl.scale * k_scale
             if query.dtype != own.dtype:  # some backends get FP8 queries
                 query, scale = query.to(own.dtype), scale * q_scale
-            attention.attend(index, query, keys, values, scale * k_scale, own)
+            attention.attend(index, query, keys, values, scale, own)
             if v_scale != 1.0:
                 own.mul_(v_scale)
 

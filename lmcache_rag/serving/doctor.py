@@ -431,6 +431,8 @@ _REMEDIES = {
     CannotBlend.MULTI_CONNECTOR: "Name CacheBlendConnector itself in --kv-transfer-config, as lmcache-rag serve does.",
     CannotBlend.LMCACHE_HANDSHAKE: _LMCACHE,
     CannotBlend.LMCACHE_ROPE: _LMCACHE,
+    CannotBlend.KV_CACHE: "docs/models.md says which KV caches are blended; without --kv-cache-dtype they are.",
+    CannotBlend.LORA: "Serve adapters of this model without blending, or the model without --enable-lora.",
     CannotBlend.OTHER_RANK: "vLLM's log names the rank that cannot, and its reason.",
     CannotBlend.SELF_CHECK: "Blended answers would be wrong here. Please report the model, the GPU, and this line.",
     CannotBlend.SELF_CHECK_ERROR: f"{_REPORT} --connector lmcache_rag.self_check=false blends without the check.",

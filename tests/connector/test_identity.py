@@ -69,6 +69,14 @@ def test_an_unidentified_model_shares_no_kv(caplog: pytest.LogCaptureFixture) ->
     assert "KV of earlier runs is not reused" in caplog.text
 
 
+def test_calculated_scales_are_those_of_one_run(tmp_path: Path) -> None:
+    """vLLM 0.25 calculates scales of FP8 KV from whatever it sees first."""
+    one = config(tmp_path, cache="fp8")
+    assert identity(one) == identity(one)
+    one.cache_config.calculate_kv_scales = True
+    assert identity(one) != identity(one)
+
+
 FORMS: dict[str, Callable[[Any], None]] = {
     "tensor parallelism": lambda one: setattr(one.parallel_config, "tensor_parallel_size", 2),
     "pipeline parallelism": lambda one: setattr(one.parallel_config, "pipeline_parallel_size", 2),

@@ -33,8 +33,9 @@ class World:
         runner = SimpleNamespace(get_model=lambda: self.does("model"))
         worker = SimpleNamespace(model_runner=runner)
         monkeypatch.setattr(vllm_patches, "worker", lambda: worker)
-        layers = {"a layer": SimpleNamespace(kv_cache_dtype="auto")}
-        monkeypatch.setattr(vllm_internals, "attention_layers", lambda config: layers)
+        self.layer = SimpleNamespace(kv_cache_dtype="auto")
+        self.told: tuple[Any, ...] = ()  # LMCache, of the rotary table
+        monkeypatch.setattr(vllm_internals, "attention_layers", lambda config: {"a layer": self.layer})
         monkeypatch.setattr(vllm_internals, "true_on_all_ranks", lambda fine: self.does("vote") or (fine and others))
         monkeypatch.setattr(vllm_patches, "patch_execute_model", lambda: self.does("wrap"))
         monkeypatch.setattr(vllm_patches, "patch_run_fullgraph", lambda: None)
@@ -59,6 +60,7 @@ class World:
         """The server can."""
 
     def register_rope(self, *given: Any) -> str:
+        self.told = given
         self.does("table")
         return "it was not taken" if self.fails == "refused" else ""
 
@@ -170,3 +172,14 @@ def test_damage_is_reported_only_if_vllm_recomputes(
     side, *_ = worker_module.start_worker(config, ADAPTER, ConnectorOptions())
     assert side is not None
     assert side._vllm_recomputes_bad_blocks == takes
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"), [("auto", ""), ("bfloat16", ""), ("fp8", "fp8_e4m3"), ("fp8_e4m3", "fp8_e4m3")]
+)
+def test_lmcache_is_told_of_fp8_kv(monkeypatch: pytest.MonkeyPatch, kind: str, told: str) -> None:
+    """It gets bytes, whose meaning it cannot know."""
+    world = World(monkeypatch)
+    world.layer.kv_cache_dtype = kind
+    assert world.prepared().worker is not None
+    assert world.told == (None, 16, True, told)
