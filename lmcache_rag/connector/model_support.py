@@ -103,7 +103,7 @@ def _transformers_model(decoder: Any) -> Unsupported | None:
 def _features(vllm_config: Any, model: Any) -> Unsupported | None:
     if getattr(vllm_config, "speculative_config", None) is not None:
         return Unsupported(CannotBlend.SPECULATIVE, "speculative decoding is not supported")
-    if getattr(vllm_config, "lora_config", None) is not None and (detail := _lora(vllm_config)):
+    if getattr(vllm_config, "lora_config", None) is not None and (detail := _lora(vllm_config, model)):
         return Unsupported(CannotBlend.LORA, detail)
     if _returns_experts(vllm_config):
         detail = "vLLM returns each token's experts (enable_return_routed_experts), and reused tokens meet none"
@@ -114,8 +114,10 @@ def _features(vllm_config: Any, model: Any) -> Unsupported | None:
     return None
 
 
-def _lora(vllm_config: Any) -> str:
+def _lora(vllm_config: Any, model: Any) -> str:
     compilation = vllm_config.compilation_config
+    if type(model).__name__ == TRANSFORMERS_BACKEND:
+        return "LoRA adapters of models in vLLM's Transformers backend are not supported"
     if getattr(compilation, "static_all_moe_layers", ()):
         return "LoRA adapters of a model with experts are not supported"
     if any(name.endswith(".lora_linear_async") for name in compilation.static_forward_context):

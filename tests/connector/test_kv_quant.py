@@ -210,3 +210,21 @@ def test_ratio_one_equals_a_prefill_with_fp8_kv(hf: HFModel, policy: str) -> Non
         for cache, want, by in zip(model.caches[layer], parts, Quantised.SCALES, strict=True):
             got = sequence.gather(cache, len(ids)).transpose(0, 1) * by
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_hkvd_finds_what_deviates_in_fp8_kv(hf: HFModel) -> None:
+    """Everything is right but for five tokens at the check layer: they are selected."""
+    case = Case(hf, [40, 30], [3, 5], 12, 1)
+    ids, policy = torch.tensor(case.ids), get_policy("hkvd")
+    model, sequence = Quantised(hf, 20), PagedSequence.of(range(2, 16), BLOCK, "cpu")
+    blend = BlendPass(model, sequence)
+    wrong = torch.arange(*case.spans[1])[::6][:5]
+    slots = sequence.slots(wrong)
+    with torch.inference_mode():
+        drained(blend.compute(ids, torch.arange(len(ids)), len(ids)))
+        assert policy.check_layer is not None
+        keys, _ = model.caches[policy.check_layer]
+        index = (slots // BLOCK, slots % BLOCK)
+        kv_quant.put(keys, index, -kv_quant.take(keys, *index))
+        found = drained(blend.select(ids, case.spans, PREFIX, policy=policy, budget=Budget(tokens=5)))
+    assert sorted(found.chosen.tolist()) == wrong.tolist()

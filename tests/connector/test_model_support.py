@@ -14,7 +14,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lmcache_rag.connector import vllm_internals
+from lmcache_rag.connector import model_support, vllm_internals
 from lmcache_rag.connector.model_support import BACKENDS, ROTARIES, unsupported_reason
 from lmcache_rag.connector.rotary import decoder_of, rotary_of
 from lmcache_rag.families import MODEL_CLASSES, TRANSFORMERS_BACKEND
@@ -199,6 +199,15 @@ def test_a_model_with_pictures_is_blended_without_them() -> None:
     assert "--language-model-only" in str(unsupported_reason(it.config, it.model))
     it.model.language_model = named("Gemma3ForCausalLM", model=it.model.language_model.model)
     assert "Gemma3ForCausalLM inside" in str(unsupported_reason(it.config, it.model))
+
+
+def test_adapters_in_the_transformers_backend_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_support, "_transformers_model", lambda decoder: None)
+    for kind, refused in (("TransformersForCausalLM", True), ("LlamaForCausalLM", False)):
+        it = Loaded(kind)
+        it.config.lora_config = object()
+        found = model_support._features(it.config, it.model)
+        assert (found is not None and found.code is CannotBlend.LORA) == refused
 
 
 def with_fp8(*, allowed: bool = True) -> Loaded:
