@@ -270,6 +270,8 @@ def config(**changes: Any) -> Any:
 
 
 class Layer:
+    kv_cache_dtype = "auto"
+
     class Implementation:
         num_heads = HEADS
 
