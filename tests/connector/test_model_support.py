@@ -201,7 +201,7 @@ def test_a_model_with_pictures_is_blended_without_them() -> None:
     assert "Gemma3ForCausalLM inside" in str(unsupported_reason(it.config, it.model))
 
 
-def test_adapters_in_the_transformers_backend_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_in_the_transformers_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model_support, "_transformers_model", lambda decoder: None)
     for kind, refused in (("TransformersForCausalLM", True), ("LlamaForCausalLM", False)):
         it = Loaded(kind)
