@@ -90,7 +90,7 @@ FAMILIES: Final = (
     Family(
         "Mistral Small 3, Ministral 3",
         "Mistral3ForConditionalGeneration",
-        note="the language model, on a server that was started with `--language-model-only`",
+        note="text; a prompt with a picture is computed in full; without LoRA adapters on a server that takes pictures",
     ),
     Family(
         "Arcee, Jais 2, OLMo, OLMo 2, Seed-OSS",

@@ -81,6 +81,7 @@ class Fallback(StrEnum):
     OUT_OF_MEMORY = "out of memory"
     REQUEST_ERROR = "request error"
     ADAPTER_CHANGED = "LoRA adapter changed"
+    NOT_TEXT = "not text"
     OTHER = "other"
 
     @classmethod
@@ -106,6 +107,7 @@ _FALLBACKS: Final[Mapping[str, str]] = {
     Fallback.OUT_OF_MEMORY: "the GPU has no memory for the blend",
     Fallback.REQUEST_ERROR: "the connector could not handle the request; vLLM's log has the error",
     Fallback.ADAPTER_CHANGED: "the files of its LoRA adapter have changed since it was loaded",
+    Fallback.NOT_TEXT: "its prompt has pictures, sound or embeddings, and only text is blended",
     Fallback.OTHER: "an error in the connector; vLLM's log has it",
 }
 

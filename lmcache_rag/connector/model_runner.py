@@ -75,6 +75,7 @@ class VLLMModel:
         has_adapters = getattr(vllm_config, "lora_config", None) is not None
         self._adapters = vllm_internals.PassAdapters(runner) if has_adapters else None
         self._adapter: Any = None  # vLLM's LoRARequest
+        self._embeds = vllm_internals.takes_embeddings(vllm_config)
         self._memory: PassMemory | None = None
         for implementation in {type(layer.impl) for layer in self._layers}:
             vllm_patches.patch_attention(implementation)
@@ -183,6 +184,7 @@ class VLLMModel:
             positions,
             as_graphs=as_graphs,
             loras=0 if self._adapter is None else 1,
+            embeds=self._embeds,
         )
         return states
 
@@ -193,7 +195,13 @@ class VLLMModel:
         if self._adapters is not None:
             self._adapters.use(self._adapter, len(ids))
         states: Tensor = vllm_internals.run_prefill(
-            self._config, self._runner, ids.to(torch.int32), positions, sequence.blocks, sequence.slots(positions)
+            self._config,
+            self._runner,
+            ids.to(torch.int32),
+            positions,
+            sequence.blocks,
+            sequence.slots(positions),
+            embeds=self._embeds,
         )
         return states
 

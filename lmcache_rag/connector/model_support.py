@@ -83,9 +83,6 @@ def _model_class(vllm_config: Any, model: Any) -> Unsupported | None:
         return None
     if type(inside).__name__ not in MODEL_CLASSES:
         return Unsupported(CannotBlend.MODEL, f"{name} with {type(inside).__name__} inside is not supported")
-    if vllm_internals.takes_pictures(vllm_config):
-        detail = "a model that takes pictures is blended only without them: start vLLM with --language-model-only"
-        return Unsupported(CannotBlend.MODEL, detail)
     return None
 
 
@@ -120,6 +117,8 @@ def _lora(vllm_config: Any, model: Any) -> str:
         return "LoRA adapters of models in vLLM's Transformers backend are not supported"
     if getattr(compilation, "static_all_moe_layers", ()):
         return "LoRA adapters of a model with experts are not supported"
+    if vllm_internals.takes_embeddings(vllm_config):
+        return "LoRA adapters of a model that takes pictures or embeddings are not supported"
     if any(name.endswith(".lora_linear_async") for name in compilation.static_forward_context):
         return "LoRA layers on a second stream (VLLM_LORA_ENABLE_DUAL_STREAM) are not supported"
     return ""

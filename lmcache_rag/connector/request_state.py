@@ -165,11 +165,16 @@ def has_embeddings(request: Any) -> bool:
     return getattr(request, "prompt_embeds", None) is not None or request.prompt_token_ids is None
 
 
+def is_text(request: Any) -> bool:
+    """Whether a prompt is token ids alone: no pictures, sound or embeddings, whose positions have ids of no meaning."""
+    return not getattr(request, "mm_features", None) and not has_embeddings(request)
+
+
 def can_hit(request: Any, chunk: int) -> bool:
     """Whether a look-up could find anything: text only, longer than one LMCache chunk (`chunk` tokens), not resumed."""
     prompt = len(request.prompt_token_ids or ())
     if prompt <= chunk or getattr(request, "skip_reading_prefix_cache", False):
         return False
-    if getattr(request, "mm_features", None) or has_embeddings(request):
-        return False  # images and embeddings are no text
+    if not is_text(request):
+        return False
     return bool(request.num_tokens == prompt)  # a resumed request is not blended

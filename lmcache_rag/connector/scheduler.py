@@ -30,7 +30,7 @@ from lmcache_rag.connector.metadata import (
     Match,
     claim,
 )
-from lmcache_rag.connector.request_state import Lookup, RequestState, can_hit, has_embeddings, take_step
+from lmcache_rag.connector.request_state import Lookup, RequestState, can_hit, has_embeddings, is_text, take_step
 from lmcache_rag.connector.transfers import FencedBlocks, FinishedOnce
 from lmcache_rag.costs import CostModel
 from lmcache_rag.protocol import (
@@ -167,8 +167,7 @@ class BlendScheduler:
 
     def drop(self, request_id: str) -> None:
         """Do not blend a request, and release what it holds, except for what a worker's plan uses."""
-        nothing = RequestState(self.options.policy, self.options.budget, blend=False)
-        state = self._states.setdefault(request_id, nothing)
+        state = self._states.setdefault(request_id, RequestState(self.options.policy, self.options.budget, blend=False))
         if any(plan.request_id == request_id for plan in self._plans):
             return
         if self.gpu_chunks:
@@ -193,14 +192,14 @@ class BlendScheduler:
         Returns:
             Whether it can be looked up at once.
         """
-        name = request.request_id
         params, request.kv_transfer_params = request.kv_transfer_params, None
-        with self.contain_errors(name):
+        with self.contain_errors(request.request_id):
             params, wrong = checked(params, request.prompt_token_ids, self._prefix_cache.block_size, self._ingest_key)
             if wrong:  # the API server rejects these: this request bypassed it
-                log.warning("request %s is neither blended nor stored: %s", shown(name), joined(wrong))
+                log.warning("request %s is neither blended nor stored: %s", shown(request.request_id), joined(wrong))
+            if wrong or (self.can_blend() and not is_text(request)):  # KV of text after a picture depends on it
                 request.kv_transfer_params = {MAX_OFFLOAD_TOKENS: 0}
-                self._exclude(request, Fallback.REQUEST_ERROR)
+                self._exclude(request, Fallback.REQUEST_ERROR if wrong else Fallback.NOT_TEXT)
                 return False
             request.kv_transfer_params = params
             if self.forgetting.on_new_request(request):

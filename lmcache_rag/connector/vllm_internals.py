@@ -106,9 +106,11 @@ def attention_layers(vllm_config: Any) -> dict[str, Any]:
     return {name: layer for name, layer in compilation.static_forward_context.items() if name not in experts}
 
 
-def takes_pictures(vllm_config: Any) -> bool:
-    """Whether prompts may have pictures or the like. vLLM then gives the model embeddings in the place of token ids."""
+def takes_embeddings(vllm_config: Any) -> bool:
+    """Whether vLLM gives the model embeddings in the place of token ids: prompts may have pictures, or embeddings."""
     config = vllm_config.model_config
+    if getattr(config, "enable_prompt_embeds", False):
+        return True
     found = getattr(config, "supports_multimodal_inputs", None)
     if found is None:  # vLLM 0.25
         from vllm.multimodal import MULTIMODAL_REGISTRY
@@ -145,6 +147,7 @@ def run_pass(
     *,
     as_graphs: bool = True,
     loras: int = 0,
+    embeds: bool = False,
 ) -> Any:
     """Run the model over some tokens in a forward context of our own; the previous context is restored.
 
@@ -161,6 +164,7 @@ def run_pass(
         positions: int64 [m].
         as_graphs: Whether vLLM's graphs may be used; not while our own graph is captured.
         loras: Number of LoRA adapters that the tokens run with, see PassAdapters: vLLM has other graphs for each.
+        embeds: Whether the model is given the tokens' embeddings, see takes_embeddings: vLLM compiles it for these.
 
     Returns:
         Hidden states [m, width]; the next pass may overwrite them.
@@ -178,33 +182,38 @@ def run_pass(
             slot_mapping={},
         )
 
-    def inputs(token_ids: Any, token_positions: Any) -> dict[str, Any]:
-        return {
-            "input_ids": token_ids,
-            "positions": token_positions,
-            "inputs_embeds": None,
-            "intermediate_tensors": None,
-        }
-
+    tokens = runner.get_model().embed_input_ids(ids) if embeds else ids
     found = piecewise_graph(vllm_config, runner, len(ids), loras) if as_graphs else None
     if found is None:
         with context(len(ids), CUDAGraphMode.NONE, None):
-            return runner.get_model()(**inputs(ids, positions))
+            return runner.get_model()(**_inputs(tokens, positions, embeds=embeds))
     padded = int(found.num_tokens)
-    buffers = (runner.input_buffers.input_ids[:padded], runner.input_buffers.positions[:padded])
+    buffers = (
+        runner.model_state.dummy_inputs_embeds(padded) if embeds else runner.input_buffers.input_ids[:padded],
+        runner.input_buffers.positions[:padded],
+    )
     saved = [buffer.clone() for buffer in buffers]
-    for buffer, own in zip(buffers, (ids, positions), strict=True):
+    for buffer, own in zip(buffers, (tokens, positions), strict=True):
         buffer[: len(own)] = own
         buffer[len(own) :] = 0
     try:
         with context(padded, CUDAGraphMode.PIECEWISE, found):
-            return runner.cudagraph_manager.run_pw_graph(runner.get_model(), inputs(*buffers))[: len(ids)]
+            arguments = _inputs(*buffers, embeds=embeds)
+            return runner.cudagraph_manager.run_pw_graph(runner.get_model(), arguments)[: len(ids)]
     finally:
         for buffer, previous in zip(buffers, saved, strict=True):
             buffer.copy_(previous)
 
 
-def run_prefill(vllm_config: Any, runner: Any, ids: Any, positions: Any, blocks: Any, slots: Any) -> Any:
+def _inputs(tokens: Any, positions: Any, *, embeds: bool) -> dict[str, Any]:
+    """A model's arguments, with token ids or with embeddings, as vLLM's runner gives them."""
+    ids, embeddings = (None, tokens) if embeds else (tokens, None)
+    return {"input_ids": ids, "positions": positions, "inputs_embeds": embeddings, "intermediate_tensors": None}
+
+
+def run_prefill(
+    vllm_config: Any, runner: Any, ids: Any, positions: Any, blocks: Any, slots: Any, *, embeds: bool = False
+) -> Any:
     """Run the model over a part of one sequence as vLLM's own step does: with its attention and its writes of KV.
 
     Args:
@@ -214,6 +223,7 @@ def run_prefill(vllm_config: Any, runner: Any, ids: Any, positions: Any, blocks:
         positions: int64 [m], consecutive; the KV of all tokens before them is in the cache.
         blocks: The sequence's blocks, int32 [blocks].
         slots: Slots that the KV is written to, int64 [m].
+        embeds: See run_pass.
 
     Returns:
         Hidden states [m, width]; the next pass may overwrite them.
@@ -246,7 +256,8 @@ def run_prefill(vllm_config: Any, runner: Any, ids: Any, positions: Any, blocks:
         cudagraph_runtime_mode=CUDAGraphMode.NONE,
         slot_mapping=build_slot_mappings_by_layer([slots] * groups, runner.kv_cache_config),
     ):
-        return runner.get_model()(input_ids=ids, positions=positions, inputs_embeds=None, intermediate_tensors=None)
+        inputs = runner.get_model().embed_input_ids(ids) if embeds else ids
+        return runner.get_model()(**_inputs(inputs, positions, embeds=embeds))
 
 
 def piecewise_graph(vllm_config: Any, runner: Any, tokens: int, loras: int = 0) -> Any:

@@ -260,7 +260,10 @@ def config(**changes: Any) -> Any:
     facts: dict[str, Any] = {"eager": False, "ranks": 1, "tokens": 8192, "sleep": False, "prefetch": 0, **changes}
     return SimpleNamespace(
         model_config=SimpleNamespace(
-            enforce_eager=facts["eager"], enable_sleep_mode=facts["sleep"], max_model_len=LONGEST
+            supports_multimodal_inputs=False,
+            enforce_eager=facts["eager"],
+            enable_sleep_mode=facts["sleep"],
+            max_model_len=LONGEST,
         ),
         parallel_config=SimpleNamespace(tensor_parallel_size=facts["ranks"]),
         scheduler_config=SimpleNamespace(max_num_batched_tokens=facts["tokens"]),

@@ -192,11 +192,12 @@ def test_data_parallelism_stops_only_experts(kind: str) -> None:
     assert "experts" in str(unsupported_reason(it.config, it.model))
 
 
-def test_a_model_with_pictures_is_blended_without_them() -> None:
+def test_what_is_inside_a_model_with_pictures_counts() -> None:
     it = Loaded("Mistral3ForConditionalGeneration")
-    assert unsupported_reason(it.config, it.model) is None
     it.config.model_config.supports_multimodal_inputs = True
-    assert "--language-model-only" in str(unsupported_reason(it.config, it.model))
+    assert unsupported_reason(it.config, it.model) is None
+    it.config.lora_config = object()
+    assert "takes pictures" in str(unsupported_reason(it.config, it.model))
     it.model.language_model = named("Gemma3ForCausalLM", model=it.model.language_model.model)
     assert "Gemma3ForCausalLM inside" in str(unsupported_reason(it.config, it.model))
 

@@ -12,6 +12,7 @@ from lmcache_rag.connector import scheduler
 from lmcache_rag.connector.gpu_chunks import GpuChunks, ResidentChunks
 from lmcache_rag.connector.lookup import LOCK_SECONDS
 from lmcache_rag.connector.metadata import BlendResult
+from lmcache_rag.protocol import MAX_OFFLOAD_TOKENS
 
 
 def known(once: Once, tokens: list[int], hashes: list[str], prefix: int) -> None:
@@ -286,7 +287,15 @@ def test_what_is_short_or_not_text_is_not_looked_up() -> None:
     picture.mm_features = ["a picture"]  # type: ignore[attr-defined]
     embedded = once.request("e")
     embedded.prompt_embeds = "numbers"  # type: ignore[attr-defined]
-    assert once.side.match(short, 0) == once.side.match(picture, 0) == once.side.match(embedded, 0) == 0
+    once.side.unsupported = None
+    for request, failure in ((short, ""), (picture, "not text"), (embedded, "not text")):
+        request.kv_transfer_params = None
+        once.side.on_new_request(request)
+        assert once.side.match(request, 0) == 0
+        stats = once.finish(request)
+        assert stats is not None
+        assert stats["failure"] == failure
+        assert (request.kv_transfer_params == {MAX_OFFLOAD_TOKENS: 0}) == bool(failure)
     assert once.lookups == []
 
 

@@ -251,6 +251,36 @@ def test_a_graph_pass_leaves_the_runners_buffers(config: VllmConfig) -> None:
     assert buffers.positions.tolist() == list(range(100, 116))
 
 
+def test_a_graph_pass_with_embeddings_leaves_buffers(config: VllmConfig) -> None:
+    """vLLM compiles a model that takes pictures for embeddings, also where the prompt is text."""
+    from vllm.config import CUDAGraphMode
+    from vllm.v1.worker.gpu.cudagraph_utils import BatchExecutionDescriptor
+
+    def run(given: Any, inputs: dict[str, Any]) -> Any:
+        assert inputs["input_ids"] is None
+        assert inputs["inputs_embeds"].data_ptr() == embeddings.data_ptr(), "the graph would read another tensor"
+        assert inputs["inputs_embeds"].tolist() == [[7.0] * 2, [8.0] * 2, [9.0] * 2, *[[0.0] * 2] * 5]
+        return torch.ones(8, 2)
+
+    embeddings = torch.arange(32.0).view(16, 2)
+    before = embeddings.clone()
+    buffers = SimpleNamespace(input_ids=torch.arange(16, dtype=torch.int32), positions=torch.arange(16) + 100)
+    graph = BatchExecutionDescriptor(cg_mode=CUDAGraphMode.PIECEWISE, num_tokens=8, num_reqs=None)
+    manager = SimpleNamespace(dispatch=lambda requests, tokens, uniform, loras: graph, run_pw_graph=run)
+    model = SimpleNamespace(embed_input_ids=lambda ids: ids[:, None].float().expand(-1, 2))
+    state = SimpleNamespace(dummy_inputs_embeds=lambda tokens: embeddings[:tokens])
+    runner = SimpleNamespace(
+        get_model=lambda: model, cudagraph_manager=manager, input_buffers=buffers, model_state=state
+    )
+    nothing = vllm_internals.OwnMetadata(lambda *args: None)
+    assert len(vllm_internals.run_pass(config, runner, ["a"], nothing, IDS, POSITIONS, embeds=True)) == 3
+    assert torch.equal(embeddings, before)
+    assert buffers.input_ids.tolist() == list(range(16))
+    source_of = (VLLM / "v1/worker/gpu/model_states/default.py").read_text()
+    assert "def dummy_inputs_embeds(self, num_tokens: int)" in source_of
+    assert "inputs_embeds[:num_tokens]" in source_of
+
+
 @pytest.mark.parametrize("loras", [0, 1])
 def test_a_graph_with_lora_is_described_as_vllm_does(config: VllmConfig, loras: int) -> None:
     """By another description vLLM would capture a new graph, in the middle of a step."""

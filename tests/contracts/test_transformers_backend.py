@@ -82,7 +82,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
 
         def made(family: str, scaling: str = "default", **changes: Any) -> Pair:
             stack.enter_context(unchanged(transformers.AutoModel._model_mapping[type(tiny_config(family))]))
-            return Pair(tmp_path, family, scaling, implementation="transformers", **changes)
+            return Pair(tmp_path, family, scaling, options={"model_impl": "transformers"}, **changes)
 
         yield made
 

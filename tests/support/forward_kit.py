@@ -6,7 +6,9 @@ Imported only where vLLM is installed.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 with warnings.catch_warnings():
@@ -65,7 +67,7 @@ class Pair:
         scaling: str,
         lora: Any = None,
         *,
-        implementation: str = "vllm",
+        options: Mapping[str, Any] = MappingProxyType({}),
         cache_dtype: str = "auto",
         **changes: Any,
     ) -> None:
@@ -80,12 +82,13 @@ class Pair:
                 skip_tokenizer_init=True,
                 dtype="float32",
                 max_model_len=512,
-                model_impl=implementation,
+                **options,
             ),
             cache_config=CacheConfig(block_size=BLOCK, cache_dtype=cache_dtype),
             compilation_config=CompilationConfig(mode=CompilationMode.NONE),
             lora_config=lora,
         )
+        self.embeds = vllm_internals.takes_embeddings(self.config)
         with set_current_vllm_config(self.config):
             self.model = get_model(vllm_config=self.config)
             self.layers = vllm_internals.attention_layers(self.config)
@@ -118,7 +121,7 @@ class Pair:
                 self._map(adapter, len(positions))
                 blocks, slots = self.sequence.blocks, self.sequence.slots(positions)
                 found = vllm_internals.run_prefill(
-                    self.config, self.runner, self.ids[positions].int(), positions, blocks, slots
+                    self.config, self.runner, self.ids[positions].int(), positions, blocks, slots, embeds=self.embeds
                 )
                 states.append(found.clone())
             self._map(adapter, rows, rows)

@@ -52,6 +52,7 @@ OTHERS = {  # with the scaling that each is tested with; transformers gives Phi-
     "ernie4_5": "yarn",
 }
 FAMILIES = (*BASIC, *OTHERS)
+VISION = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
 CASES = [*((family, scaling) for family in BASIC for scaling in SCALINGS), *OTHERS.items()]
 
 
@@ -74,10 +75,23 @@ def tiny_config(family: str, scaling: str = "default", **changes: Any) -> Any:
     return transformers.AutoConfig.for_model(family, **(facts | OF_FAMILY.get(family, {}) | changes))
 
 
+def tiny_mistral3(scaling: str = "default", **changes: Any) -> Any:
+    """A configuration with a tiny tower for pictures beside a tiny Mistral."""
+    vision = transformers.AutoConfig.for_model("pixtral", **VISION, image_size=56, patch_size=14)
+    return transformers.Mistral3Config(
+        text_config=tiny_config("mistral", scaling, **changes), vision_config=vision, image_token_index=10
+    )
+
+
 def tiny_model(family: str, scaling: str = "default", *, seed: int = 0, **changes: Any) -> Any:
     """A random model whose attention is far from uniform, so that mistakes show."""
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(tiny_config(family, scaling, **changes), dtype=torch.float32)
+    if family == "mistral3":
+        config = tiny_mistral3(scaling, **changes)
+        model = transformers.AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    else:
+        config = tiny_config(family, scaling, **changes)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "qkv_proj.weight")):
