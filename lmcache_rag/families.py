@@ -135,6 +135,31 @@ TRANSFORMERS_DECODERS: Final = (
     "SmolLM3Model",
 )
 
+# Models with recurrent layers (Mamba, linear attention) by their names in config.json; vLLM's classes have a flag.
+RECURRENT: Final = (
+    "BailingMoeV2_5ForCausalLM",
+    "FalconH1ForCausalLM",
+    "FalconMambaForCausalLM",
+    "GraniteMoeHybridForCausalLM",
+    "JambaForCausalLM",
+    "KimiLinearForCausalLM",
+    "Lfm2ForCausalLM",
+    "Lfm2MoeForCausalLM",
+    "Mamba2ForCausalLM",
+    "MambaForCausalLM",
+    "NemotronHForCausalLM",
+    "OlmoHybridForCausalLM",
+    "Qwen3NextForCausalLM",
+    "Qwen3_5ForCausalLM",
+    "Qwen3_5ForConditionalGeneration",
+    "Qwen3_5MoeForCausalLM",
+    "Qwen3_5MoeForConditionalGeneration",
+    "Zamba2ForCausalLM",
+)
+CANNOT_RECUR: Final = (
+    "has recurrent layers, whose state depends on every token before: only prompts that begin alike share work"
+)
+
 
 def family_of(architectures: Iterable[str]) -> Family | None:
     """The family of a model with these names in its config.json; None if it is not blended."""

@@ -164,6 +164,7 @@ class CannotBlend(StrEnum):
     LMCACHE_HANDSHAKE = "LMCache handshake"
     LMCACHE_ROPE = "LMCache rotary table"
     MODEL = "model"
+    RECURRENT = "recurrent layers"
     PARALLELISM = "parallelism"
     SPECULATIVE = "speculative decoding"
     LORA = "LoRA"

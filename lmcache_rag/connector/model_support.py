@@ -11,7 +11,7 @@ from typing import Any
 from lmcache_rag.connector import kv_quant, vllm_internals
 from lmcache_rag.connector.attention import keys_and_values
 from lmcache_rag.connector.rotary import TransformersRotary, decoder_of, rotaries_of
-from lmcache_rag.families import MODEL_CLASSES, TRANSFORMERS_BACKEND, TRANSFORMERS_DECODERS
+from lmcache_rag.families import CANNOT_RECUR, MODEL_CLASSES, TRANSFORMERS_BACKEND, TRANSFORMERS_DECODERS
 from lmcache_rag.protocol import CannotBlend, Unsupported
 
 BACKENDS = ("FlashAttentionImpl", "FlashInferImpl", "TritonAttentionImpl")
@@ -74,6 +74,8 @@ def _parallelism(vllm_config: Any, model: Any) -> Unsupported | None:
 
 def _model_class(vllm_config: Any, model: Any) -> Unsupported | None:
     name = type(model).__name__
+    if getattr(model, "is_hybrid", False) or getattr(model, "has_inner_state", False):
+        return Unsupported(CannotBlend.RECURRENT, f"{name} {CANNOT_RECUR}")
     if name not in MODEL_CLASSES:
         return Unsupported(CannotBlend.MODEL, f"{name} is not supported (supported: {', '.join(MODEL_CLASSES)})")
     if name == TRANSFORMERS_BACKEND:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lmcache_rag.errors import LMCacheRAGError
-from lmcache_rag.families import FAMILIES, REFUSED, Family, family_of
+from lmcache_rag.families import CANNOT_RECUR, FAMILIES, RECURRENT, REFUSED, Family, family_of
 
 if TYPE_CHECKING:
     from lmcache_rag.settings import Settings
@@ -206,6 +206,8 @@ def _refused(names: list[str], config: dict[str, Any]) -> str:
     """Why a model is not blended although its family may be, by its config.json; "" if nothing there is against it."""
     if refused := next((name for name in names if name in REFUSED), ""):
         return f"{refused} is not supported: {REFUSED[refused]}"
+    if recurrent := next((name for name in names if name in RECURRENT), ""):
+        return f"{recurrent} {CANNOT_RECUR}"
     inner = config.get("text_config")
     config = config | inner if isinstance(inner, dict) else config
     rope = config.get("rope_parameters") or config.get("rope_scaling")

@@ -271,3 +271,14 @@ def test_experts_are_no_attention_layers() -> None:
     it = Loaded("MixtralForCausalLM")
     assert list(vllm_internals.attention_layers(it.config).values()) == it.layers
     assert rotary_of(it.model) is it.attentions[0].rotary_emb
+
+
+@pytest.mark.parametrize("flag", ["is_hybrid", "has_inner_state"])
+def test_recurrent_layers_are_refused_by_their_name(flag: str) -> None:
+    """vLLM's classes have these flags; see test_model.py of the contracts."""
+    it = Loaded("LlamaForCausalLM")
+    it.model = named("Qwen3NextForCausalLM", **{flag: True})
+    found = unsupported_reason(it.config, it.model)
+    assert found is not None
+    assert found.code is CannotBlend.RECURRENT
+    assert "Qwen3NextForCausalLM has recurrent layers" in found.detail

@@ -46,7 +46,7 @@ with warnings.catch_warnings():
     from lmcache_rag.connector import model_runner, model_support, vllm_internals
     from lmcache_rag.connector.attention import PagedSequence, keys_and_values
     from lmcache_rag.connector.self_check import compare_with_prefill
-    from lmcache_rag.families import ARCHITECTURES, MODEL_CLASSES, REFUSED
+    from lmcache_rag.families import ARCHITECTURES, MODEL_CLASSES, RECURRENT, REFUSED
     from lmcache_rag.protocol import CannotBlend
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -245,6 +245,22 @@ def test_the_table_of_architectures_is_vllms_registry() -> None:
     assert blended == set(ARCHITECTURES) | set(REFUSED)
     assert all(classes.get(name, MODEL_CLASSES[0]) in MODEL_CLASSES for name in ARCHITECTURES)
     assert set(MODEL_CLASSES) <= blended
+
+
+def test_recurrent_models_say_so_in_vllms_classes() -> None:
+    from vllm.model_executor.models import interfaces
+
+    assert interfaces.IsHybrid.is_hybrid is interfaces.HasInnerState.has_inner_state is True
+
+
+@pytest.mark.own_version
+def test_recurrent_models_are_named_as_vllm_does() -> None:
+    known = registry._TEXT_GENERATION_MODELS | registry._MULTIMODAL_MODELS
+    assert set(RECURRENT) <= set(known)
+    for name in ("Qwen3NextForCausalLM", "GraniteMoeHybridForCausalLM", "NemotronHForCausalLM"):
+        module, kind = known[name]
+        text = (vllm_folder() / f"model_executor/models/{module}.py").read_text()
+        assert "IsHybrid" in text[text.index(f"class {kind}(") :].split("):")[0]
 
 
 # -- the self-check, on vLLM's own model, forward context and attention metadata -----------------------------------

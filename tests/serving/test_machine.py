@@ -165,6 +165,7 @@ def test_a_plugin_that_vllm_may_not_load(gpu_machine: Path, monkeypatch: pytest.
         ({"architectures": ["Cohere2ForCausalLM"]}, "failed"),
         ({"architectures": ["Olmo2ForCausalLM"]}, "ok"),
         ({"architectures": ["SmolLM3ForCausalLM"]}, "failed"),
+        ({"architectures": ["Qwen3NextForCausalLM"]}, "failed"),
         ({}, "failed"),
     ],
 )
@@ -180,6 +181,8 @@ def test_the_family_and_what_is_known_of_it_is_named(tmp_path: Path) -> None:
     assert machine.model(str(tmp_path)).result.endswith("family Qwen2 and Qwen2.5")
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["Cohere2ForCausalLM"]}))
     assert "layers without RoPE" in machine.model(str(tmp_path)).result
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["NemotronHForCausalLM"]}))
+    assert "NemotronHForCausalLM has recurrent layers" in machine.model(str(tmp_path)).result
 
 
 def test_a_model_that_is_not_here_is_skipped() -> None:
