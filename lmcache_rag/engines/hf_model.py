@@ -42,6 +42,8 @@ def unsupported_reason(config: Any) -> str:
         return f"RoPE scaling {kind!r} changes with the prompt's length (supported: {', '.join(ROPE_TYPES)})"
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         return "only a part of each head is rotated by RoPE"
+    if getattr(config, "attention_chunk_size", None):
+        return "attention in chunks is not supported"
     window = getattr(config, "sliding_window", None)
     types = set(getattr(config, "layer_types", None) or ["sliding_attention" if window else "full_attention"])
     if window and not hasattr(type(config), "layer_types"):
@@ -63,11 +65,19 @@ class HFModel:
 
     Attributes:
         before_chunks: Token ids that stood before the chunks of the latest ingestion, and their KV; for ChunkCache.
+
+    Raises:
+        EngineError: The model takes more than text.
     """
 
     def __init__(
         self, config: Any, tokenizer: Any, *, dtype: torch.dtype, device: torch.device, load: Callable[[], Any]
     ) -> None:
+        if getattr(config, "text_config", None) is not None:
+            raise EngineError(
+                f"The embedded engine runs models of text alone; {config.model_type!r} takes pictures or sound.",
+                remedy="Serve it with vLLM, `lmcache-rag serve`, and name its URL: `--engine http://localhost:8000`.",
+            )
         self.config = config
         self.tokenizer = tokenizer
         self.dtype = dtype

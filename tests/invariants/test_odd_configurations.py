@@ -9,11 +9,12 @@ import torch
 from blend_kit import Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, tiny_config, tiny_model
+from models import FAMILIES, tiny_config, tiny_mistral3, tiny_model
 
 from lmcache_rag.budget import Budget
 from lmcache_rag.engines.hf_blend import blended_prefill, shift_keys, shift_tables
 from lmcache_rag.engines.hf_model import HFModel, unsupported_reason
+from lmcache_rag.errors import EngineError
 from lmcache_rag.policies import get_policy
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -124,6 +125,7 @@ def test_an_odd_model_is_right_or_refused(family: str, rope: str, fields: dict[s
         ("cohere", "default", {"is_causal": False}, "not causal"),
         ("llama", "default", {"use_bidirectional_attention": True}, "not causal"),
         ("llama", "default", {"layer_types": ["chunked_attention"] * 4}, "chunked_attention"),
+        ("llama", "default", {"attention_chunk_size": 16}, "in chunks"),
     ],
 )
 def test_what_is_refused(family: str, rope: str, fields: dict[str, Any], reason: str) -> None:
@@ -146,3 +148,10 @@ def test_ropes_of_several_kinds_of_layers_are_refused() -> None:
     config = tiny_config("llama")
     config.rope_parameters = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "default"}}
     assert "different rotary embeddings" in unsupported_reason(config)
+
+
+def test_a_model_that_takes_pictures_is_refused() -> None:
+    """Its configuration has the language model's inside."""
+    with pytest.raises(EngineError, match="'mistral3' takes pictures") as problem:
+        HFModel(tiny_mistral3(), None, dtype=torch.float32, device=torch.device("cpu"), load=lambda: None)
+    assert "vLLM" in str(problem.value.remedy)
