@@ -89,7 +89,7 @@ def ask(
     [bold]Examples[/bold]
       lmcache-rag ask 'What is a KV cache?'
       lmcache-rag ask 'What is a KV cache?' --compare
-      lmcache-rag ask --questions questions.txt > jsonl
+      lmcache-rag ask --questions questions.txt > answers.jsonl
     """
     if (question is None) == (questions is None):
         raise ConfigError("Give one question, or --questions with a file.", remedy="See lmcache-rag ask --help.")

@@ -280,6 +280,11 @@ def show_comparison(out: Console, comparison: Comparison) -> None:
     """Show both times to the first token, and where the answers differ."""
     blended, full = comparison.blended, comparison.full
     out.print()
+    if (
+        not blended.stats.blended and not blended.stats.recomputed_tokens
+    ):  # the second answer's prompt was in the prefix cache: its TTFT says nothing
+        out.print("Nothing was reused, so there is nothing to compare: the prompt was computed in full.")
+        return
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     for name in ("", "blended", "full prefill"):
         table.add_column(name, justify="right" if name else "left")
@@ -287,11 +292,10 @@ def show_comparison(out: Console, comparison: Comparison) -> None:
     for name in ("prefix", "reused", "recomputed", "computed"):
         table.add_row(f"{name} tokens", *(f"{getattr(a.stats, f'{name}_tokens'):,}" for a in (blended, full)))
     show(out, table)
-    out.print(
-        f"The first token came {comparison.speedup:.1f} times as fast."
-        if blended.stats.blended
-        else "Nothing was reused: both are full prefills."
-    )
+    if blended.stats.blended:
+        out.print(f"The first token came {comparison.speedup:.1f} times as fast.")
+    else:
+        out.print("All tokens were recomputed: both are full prefills.")
     if comparison.first_difference is None:
         out.print(f"The answers are equal ({count(len(full.completion.token_ids), 'token')}).")
         return

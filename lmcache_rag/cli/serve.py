@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import socket
 import tempfile
 from collections.abc import Sequence
 from enum import StrEnum
@@ -213,10 +212,17 @@ def serve(
     from lmcache_rag.connector.lmcache_server.settings import ServerSettings
     from lmcache_rag.serving.commands import ServeOptions
 
-    settings = context.settings()
+    settings, extra = context.settings(), tuple(vllm or ())
+    if context.services.serve_commands is serve_commands and not dry_run:
+        from lmcache_rag.weights.find import find_served
+
+        if (source := find_served(served_model)) is not None:
+            named = any(option.partition("=")[0] == "--served-model-name" for option in extra)
+            extra = extra if named else (*extra, "--served-model-name", served_model)
+            served_model = str(source.path)
     options = ServeOptions(
         model=served_model,
-        vllm=tuple(vllm or ()),
+        vllm=extra,
         host=host,
         port=port,
         policy=settings.policy,
@@ -289,7 +295,9 @@ def _check_environment(context: CommandContext, made: Commands) -> None:
     from lmcache_rag.serving import machine
 
     if missing := machine.missing_packages():
-        raise ConfigError(f"Not installed: {', '.join(missing)}.", remedy=machine.INSTALL)
+        found = next(machine.gpu()).state != "failed"
+        remedy = machine.INSTALL if found else f"{machine.INSTALL}, with an NVIDIA GPU. {machine.WITHOUT_GPU}"
+        raise ConfigError(f"Not installed: {', '.join(missing)}.", remedy=remedy)
     if made.build.cpu:
         return
     gpu = next(machine.gpu())
@@ -329,11 +337,15 @@ def _serve(
     from lmcache_rag.serving.commands import lmcache_environment
     from lmcache_rag.serving.doctor import answers
     from lmcache_rag.serving.process import Server
-    from lmcache_rag.serving.supervise import Supervisor
+    from lmcache_rag.serving.supervise import Supervisor, check_ports
 
-    for port, flag in ((options.lmcache_port, "--lmcache-port"), (options.lmcache_http_port, "--lmcache-http-port")):
-        _free(port, flag)
-    _free(int(made.url.rpartition(":")[2]), "--port")
+    check_ports(
+        {
+            "--port": int(made.url.rpartition(":")[2]),
+            "--lmcache-port": options.lmcache_port,
+            "--lmcache-http-port": options.lmcache_http_port,
+        }
+    )
     folder = log_dir or Path(tempfile.mkdtemp(prefix="lmcache-rag-serve-"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -371,14 +383,6 @@ def _serve(
         ignore_signals()
         context.message("Both servers have ended.")
         return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
-
-
-def _free(port: int, flag: str) -> None:
-    """Fail now, rather than after minutes of loading, if a port is in use."""
-    with socket.socket() as probe:
-        probe.settimeout(1)
-        if probe.connect_ex(("127.0.0.1", port)) == 0:
-            raise EngineError(f"Port {port} is in use.", remedy=f"Name another with {flag}.")
 
 
 def _ready(context: CommandContext, options: ServeOptions, made: Commands, folder: Path) -> None:

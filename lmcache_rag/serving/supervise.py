@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -193,3 +194,26 @@ class Supervisor:
 
 def _is_signal(status: int) -> bool:
     return status - 128 in {number.value for number in signal.Signals}
+
+
+def check_ports(ports: dict[str, int]) -> None:
+    """Fail now, rather than after minutes of loading, if ports, by their options, are in use.
+
+    Raises:
+        EngineError: Some are; it names them all.
+    """
+    used = {}
+    for flag, port in ports.items():
+        with socket.socket() as probe:
+            probe.settimeout(1)
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                used[flag] = port
+    if not used:
+        return
+    numbers = " and ".join(map(str, used.values()))
+    remedy = f"Name {'others' if len(used) > 1 else 'another'} with {', '.join(used)}."
+    if len(used) == len(ports):
+        remedy += " Another lmcache-rag serve may be running: lmcache-rag doctor shows its state."
+    raise EngineError(
+        f"Port{'s' * (len(used) > 1)} {numbers} {'are' if len(used) > 1 else 'is'} in use.", remedy=remedy
+    )

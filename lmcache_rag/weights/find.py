@@ -83,6 +83,26 @@ def find_model(name: str | Path | None = None, *, revision: str | None = None) -
     return _find(str(name or DEFAULT_MODEL), "model", revision)
 
 
+def find_served(name: str) -> Source | None:
+    """The folder from which vLLM is to load a model that it would not find by itself: one that a package carries.
+
+    Args:
+        name: Folder or Hugging Face name.
+
+    Returns:
+        None where vLLM finds the model by that name: in a folder, in the Hugging Face cache or on the hub.
+
+    Raises:
+        SourceError: The folder does not exist, or a model that a package carries can be had nowhere.
+    """
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+        raise SourceError(f"{name} does not exist.", remedy="Name a folder with a model, or a Hugging Face name.")
+    if _is_path(name) or packages.package_for(name, "model") is None:
+        return None
+    found = find_model(name)
+    return found if found.origin == "package" else None
+
+
 def choose_model() -> Source:
     """Choose the model for a new store: a small instruct model from the Hugging Face cache or hub, else the default.
 

@@ -75,6 +75,14 @@ def test_compare_shows_both_times_and_equal_answers(call: Call, stocked: Stocked
     assert "rope.md" in result.stdout
 
 
+def test_compare_shows_no_times_if_nothing_was_reused(call: Call, stocked: Stocked) -> None:
+    """The second answer's prompt may be in a prefix cache that the first one filled."""
+    result = call("ask", QUESTION, "--store", stocked.store, "--compare", "--no-blend", "--max-tokens", 2)
+    assert "Nothing was reused, so there is nothing to compare" in result.stdout
+    assert "TTFT" not in result.stdout.partition("Nothing was reused")[2]
+    assert "times as fast" not in result.stdout
+
+
 def test_compare_finds_the_first_difference(call: Call, stocked: Stocked) -> None:
     arguments = ["ask", "Tell me about Berlin and caches.", "--store", stocked.store, "--compare"]
     arguments += ["--policy", "none", "--max-tokens", 40]

@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 from serve_kit import alive, free_ports
 
+from lmcache_rag.errors import EngineError
 from lmcache_rag.serving.process import descendants
+from lmcache_rag.serving.supervise import check_ports
 
 TESTS = Path(__file__).parents[1]
 PATIENCE_S = 60.0
@@ -261,6 +263,19 @@ def test_a_server_that_never_gets_healthy_is_given_up(start: Callable[..., Servi
     assert status == 3
     assert "vLLM was not healthy after 1 s." in stderr
     assert serving.tree() == []
+
+
+def test_all_ports_in_use_are_named_at_once() -> None:
+    with socket.socket() as one, socket.socket() as other:
+        for taken in (one, other):
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+        ports = {"--port": one.getsockname()[1], "--lmcache-port": other.getsockname()[1]}
+        with pytest.raises(EngineError) as problem:
+            check_ports(ports)
+        assert all(str(port) in problem.value.message for port in ports.values())
+        assert all(flag in problem.value.remedy for flag in (*ports, "doctor"))
+    check_ports(ports)
 
 
 def test_a_port_in_use_is_told_before_anything_starts(start: Callable[..., Serving]) -> None:

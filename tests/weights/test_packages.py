@@ -20,6 +20,7 @@ from package_kit import FILES, NAME, tiny_package
 
 from lmcache_rag.errors import SourceError
 from lmcache_rag.weights import DEFAULT_EMBEDDER, DEFAULT_MODEL, find_model, packages
+from lmcache_rag.weights.find import find_served
 from lmcache_rag.weights.packages import MANIFEST, cache_folder, is_whole, make_once
 
 
@@ -60,6 +61,18 @@ def test_a_cache_that_cannot_be_written_has_a_remedy(wheel: Path, monkeypatch: p
     assert "cannot be kept in /proc/.cache" in caught.value.message
     assert "set LMCACHE_RAG_CACHE to a folder that can be written" in caught.value.remedy
     assert "pip install" not in caught.value.remedy  # it was found
+
+
+def test_vllm_gets_the_folder_of_a_packages_model(wheel: Path, tmp_path: Path) -> None:
+    """It looks on the hub alone."""
+    source = find_served(NAME)
+    assert source is not None
+    assert source.path.parent == tmp_path / "own" / "models"
+    assert find_served("acme/other") is None
+    assert find_served(str(tmp_path)) is None
+    for missing in ("./no/such", str(tmp_path / "nowhere"), "~/no/such"):
+        with pytest.raises(SourceError, match="does not exist"):
+            find_served(missing)
 
 
 def test_a_package_serves_without_cache_and_hub(wheel: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
