@@ -280,9 +280,8 @@ def show_comparison(out: Console, comparison: Comparison) -> None:
     """Show both times to the first token, and where the answers differ."""
     blended, full = comparison.blended, comparison.full
     out.print()
-    if (
-        not blended.stats.blended and not blended.stats.recomputed_tokens
-    ):  # the second answer's prompt was in the prefix cache: its TTFT says nothing
+    # Else the second answer's prompt is in the prefix cache, and its TTFT says nothing.
+    if not blended.stats.blended and not blended.stats.recomputed_tokens:
         out.print("Nothing was reused, so there is nothing to compare: the prompt was computed in full.")
         return
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
