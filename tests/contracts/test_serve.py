@@ -13,6 +13,7 @@ with warnings.catch_warnings():
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from lmcache_rag.serving.commands import ServeOptions, commands
+from lmcache_rag.serving.machine import VLLMBuild
 
 OPTIONS = (
     "--host",
@@ -37,7 +38,7 @@ def parser() -> FlexibleArgumentParser:
 def test_vllm_takes_a_file_of_options_as_we_read_it(parser: FlexibleArgumentParser, tmp_path: Path) -> None:
     file = tmp_path / "options.yaml"
     file.write_text("gpu_memory_utilization: 0.5\nport: 9000\n")
-    made = commands(ServeOptions("some/model", ("--config", str(file))), {})
+    made = commands(ServeOptions("some/model", ("--config", str(file))), {}, VLLMBuild())
     got = parser.parse_args(list(made.vllm))
     assert (got.gpu_memory_utilization, got.port, got.max_num_batched_tokens) == ("0.5", "9000", "8192")
     assert json.loads(got.kv_transfer_config)["kv_connector"] == "CacheBlendConnector"

@@ -23,6 +23,7 @@ with warnings.catch_warnings():
         VllmConfig,
         set_current_vllm_config,
     )
+    from vllm.model_executor.layers import rotary_embedding
     from vllm.model_executor.model_loader import get_model
     from vllm.v1.attention.backends.cpu_attn import (
         CPUAttentionBackend,
@@ -89,6 +90,7 @@ class Pair:
             lora_config=lora,
         )
         self.embeds = vllm_internals.takes_embeddings(self.config)
+        rotary_embedding._ROPE_DICT.clear()  # vLLM shares them between models of one process
         with set_current_vllm_config(self.config):
             self.model = get_model(vllm_config=self.config)
             self.layers = vllm_internals.attention_layers(self.config)
