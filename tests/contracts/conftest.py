@@ -33,6 +33,21 @@ def lmcache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
         yield port
 
 
+@pytest.fixture(scope="module")
+def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """One rank, as a worker has it."""
+    from vllm import distributed
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import parallel_state
+
+    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
+    with set_current_vllm_config(VllmConfig()):
+        distributed.init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
+        distributed.initialize_model_parallel(1)
+    yield
+    parallel_state.cleanup_dist_env_and_memory()
+
+
 @pytest.fixture
 def make(lmcache: int, tmp_path: Path) -> Iterator[Any]:
     from vllm_scheduler_kit import Engine

@@ -7,7 +7,6 @@ a blend cannot stand on the KV cache that they write, which a test shows, so the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,24 +16,10 @@ with warnings.catch_warnings():
     import torch
     from forward_kit import BLOCK, LENGTH, NEAR, Pair
     from models import OTHERS
-    from vllm import distributed
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import parallel_state
 
     from lmcache_rag.connector import model_support
 
-pytestmark = [pytest.mark.own_version, pytest.mark.filterwarnings("ignore")]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One rank, as a worker has it."""
-    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
-    with set_current_vllm_config(VllmConfig()):
-        distributed.init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
-        distributed.initialize_model_parallel(1)
-    yield
-    parallel_state.cleanup_dist_env_and_memory()
+pytestmark = [pytest.mark.own_version, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("group")]
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ tests/servers/test_fp8_on_gpu.py compares it on a GPU. See also test_forward.py.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +19,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch
     from forward_kit import BLOCK, LENGTH, SIZE, Pair
-    from vllm import _custom_ops, distributed
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import parallel_state
+    from vllm import _custom_ops
+    from vllm.config import set_current_vllm_config
     from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackendImpl
 
     from lmcache_rag.budget import Budget
@@ -35,6 +33,7 @@ with warnings.catch_warnings():
 LACKING = not torch.cpu._is_avx512_supported()
 pytestmark = [
     pytest.mark.own_version,
+    pytest.mark.usefixtures("group"),
     pytest.mark.filterwarnings("ignore"),
     pytest.mark.skipif(LACKING, reason="vLLM for CPUs has FP8 KV with AVX-512 only"),
 ]
@@ -73,17 +72,6 @@ class Eighths(Pair):
             layer.impl.__class__ = CutCache
             layer.kv_cache = torch.full_like(layer.kv_cache, 0x7F)
         return model_runner.VLLMModel(self.config, self.runner)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One rank, as a worker has it."""
-    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
-    with set_current_vllm_config(VllmConfig()):
-        distributed.init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
-        distributed.initialize_model_parallel(1)
-    yield
-    parallel_state.cleanup_dist_env_and_memory()
 
 
 @pytest.mark.parametrize("scales", SCALES.values(), ids=list(SCALES))

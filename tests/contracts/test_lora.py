@@ -19,10 +19,8 @@ with warnings.catch_warnings():
     import torch
     from adapter_kit import merged, write_adapter
     from forward_kit import BLOCK, LENGTH, NEAR, SIZE, Pair
-    from vllm import distributed
-    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.config import set_current_vllm_config
     from vllm.config.lora import LoRAConfig
-    from vllm.distributed import parallel_state
     from vllm.lora.request import LoRARequest
 
     from lmcache_rag.budget import Budget
@@ -31,19 +29,8 @@ with warnings.catch_warnings():
     from lmcache_rag.connector.self_check import take_steps
     from lmcache_rag.policies import QueryPolicy
 
-pytestmark = [pytest.mark.own_version, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.own_version, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("group")]
 MERGED = {"atol": 1e-3, "rtol": 1e-3}  # a merged weight is rounded once, an adapter's share apart
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One rank, as a worker has it."""
-    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
-    with set_current_vllm_config(VllmConfig()):
-        distributed.init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
-        distributed.initialize_model_parallel(1)
-    yield
-    parallel_state.cleanup_dist_env_and_memory()
 
 
 class Adapted(Pair):

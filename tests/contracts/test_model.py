@@ -6,7 +6,7 @@ See test_internals.py. The weights are random; the attention implementation is F
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,6 @@ with warnings.catch_warnings():
     import torch
     from forward_kit import Runner
     from models import CASES, tiny_config
-    from vllm import distributed
     from vllm.config import (
         CacheConfig,
         CompilationConfig,
@@ -32,7 +31,6 @@ with warnings.catch_warnings():
         set_current_vllm_config,
     )
     from vllm.config.lora import LoRAConfig
-    from vllm.distributed import parallel_state
     from vllm.distributed.kv_transfer import kv_transfer_state
     from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
     from vllm.model_executor.layers import rotary_embedding
@@ -49,20 +47,9 @@ with warnings.catch_warnings():
     from lmcache_rag.families import ARCHITECTURES, MODEL_CLASSES, RECURRENT, REFUSED
     from lmcache_rag.protocol import CannotBlend
 
-pytestmark = [pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("group")]
 BLOCK = 16
 TELECHAT = {"n_layer": 4, "n_head": 4, "ffn_hidden_size": 96, "layer_norm_epsilon": 1e-5}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One rank, as a worker has it."""
-    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
-    with set_current_vllm_config(VllmConfig()):
-        distributed.init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
-        distributed.initialize_model_parallel(1)
-    yield
-    parallel_state.cleanup_dist_env_and_memory()
 
 
 class World:

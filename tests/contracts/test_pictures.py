@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,9 +18,6 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import torch
     from forward_kit import LENGTH, NEAR, Pair
-    from vllm import distributed
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import parallel_state
     from vllm.model_executor.models import registry
     from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
     from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
@@ -30,17 +26,6 @@ with warnings.catch_warnings():
 
 pytestmark = [pytest.mark.own_version, pytest.mark.filterwarnings("ignore")]
 READS_PICTURES = "transformers.models.pixtral.image_processing_pixtral"  # needs torchvision
-
-
-@pytest.fixture
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One rank, as a worker has it."""
-    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
-    with set_current_vllm_config(VllmConfig()):
-        distributed.init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
-        distributed.initialize_model_parallel(1)
-    yield
-    parallel_state.cleanup_dist_env_and_memory()
 
 
 @pytest.mark.usefixtures("group")

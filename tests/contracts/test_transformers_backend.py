@@ -19,9 +19,7 @@ with warnings.catch_warnings():
     import transformers
     from forward_kit import BLOCK, LENGTH, NEAR, SIZE, Pair
     from models import tiny_config
-    from vllm import distributed
-    from vllm.config import VllmConfig, set_current_vllm_config
-    from vllm.distributed import parallel_state
+    from vllm.config import set_current_vllm_config
 
     from lmcache_rag.budget import Budget
     from lmcache_rag.connector import model_support, vllm_internals
@@ -32,7 +30,7 @@ with warnings.catch_warnings():
     from lmcache_rag.families import TRANSFORMERS_BACKEND, TRANSFORMERS_DECODERS
     from lmcache_rag.policies import get_policy
 
-pytestmark = [pytest.mark.own_version, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.own_version, pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("group")]
 # With the scaling of each, and what else is in its configuration.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "arcee": ("yarn", {}),
@@ -47,17 +45,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "smollm3": ("default", {"no_rope_layers": [1, 1, 1, 1]}),
 }
 Load = Callable[..., Pair]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """One rank, as a worker has it."""
-    meeting = tmp_path_factory.mktemp("ranks") / "meeting"
-    with set_current_vllm_config(VllmConfig()):
-        distributed.init_distributed_environment(1, 0, f"file://{meeting}", 0, "gloo")
-        distributed.initialize_model_parallel(1)
-    yield
-    parallel_state.cleanup_dist_env_and_memory()
 
 
 @contextlib.contextmanager
