@@ -315,6 +315,7 @@ def test_attention_over_fp8_kv(rows: int, hides: bool, packed: bool) -> None:
 
 
 @needs_fp8
+@pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter reads FP8's NaN as a number")
 def test_damage_in_fp8_kv_shows() -> None:
     query, keys, values, sequence, positions = fp8_case(20, 300, packed=True)
