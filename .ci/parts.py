@@ -124,6 +124,12 @@ def check(lmcache: str, *arguments: str) -> list[str]:
     return [python(lmcache), "-m", "pytest", "--quiet", "--must-run", "--durations=5", *arguments]
 
 
+def shared_out(command: Sequence[str]) -> list[str]:
+    """The same pytest with a process for each of two cores; a file's tests stay in one."""
+    at = command.index("pytest") + 1
+    return [*command[:at], "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *command[at:]]
+
+
 def covered(lmcache: str, *arguments: str) -> list[str]:
     """As `check`, with the coverage of files that `make test` cannot cover; too little of it is a failure."""
     config = "--cov-config=.ci/contracts.coveragerc"
@@ -214,7 +220,7 @@ def other_vllm(version: str, *, without: Sequence[str] = ()) -> list[Part]:
         sources,
         Part(
             f"contracts, vLLM {version}",
-            check(LMCACHE, "-m", "not own_version", *files),
+            shared_out(check(LMCACHE, "-m", "not own_version", *files)),
             {"PYTHONPATH": str(folder)},
             always=False,
         ),
@@ -228,7 +234,7 @@ def run_parts(touched: set[str]) -> list[Part]:
         *ordinary(),
         made(LMCACHE),
         Part("servers", check(LMCACHE, "-m", "not full", *files)),  # one pair for all of them
-        Part("contracts", covered(LMCACHE, "-m", "not full", *contracts())),
+        Part("contracts", shared_out(covered(LMCACHE, "-m", "not full", *contracts()))),
         kernels("-m", "not full"),
         browser("-m", "not full"),
         *other_vllm(OLDEST_VLLM, without=OF_LMCACHE),
@@ -236,7 +242,7 @@ def run_parts(touched: set[str]) -> list[Part]:
         made(LMCACHE_NEXT, always=False),
         Part(
             f"contracts, LMCache {LMCACHE_NEXT}",
-            check(LMCACHE_NEXT, "-m", "not full", *contracts(without=OF_VLLM)),
+            shared_out(check(LMCACHE_NEXT, "-m", "not full", *contracts(without=OF_VLLM))),
             always=False,
         ),
     ]
@@ -262,7 +268,10 @@ def full_parts() -> list[Part]:
     for lmcache in (LMCACHE, LMCACHE_NEXT):
         parts += [
             made(lmcache),
-            Part(f"contracts, LMCache {lmcache}", (covered if lmcache == LMCACHE else check)(lmcache, *contracts())),
+            Part(
+                f"contracts, LMCache {lmcache}",
+                shared_out((covered if lmcache == LMCACHE else check)(lmcache, *contracts())),
+            ),
             Part(f"servers, LMCache {lmcache}", check(lmcache, "-m", "not full", *with_servers())),
             # Those that pause, end or replicate servers, or start them in another order: each its own.
             Part(f"own servers, LMCache {lmcache}", check(lmcache, "-m", "full", *with_servers())),

@@ -314,15 +314,15 @@ def test_attention_over_fp8_kv(rows: int, hides: bool, packed: bool) -> None:
     torch.testing.assert_close(lse, plain, **NEAR)
 
 
-@needs_fp8
-@pytest.mark.gpu
-@pytest.mark.skipif(INTERPRETED, reason="Triton's interpreter reads FP8's NaN as a number")
-def test_damage_in_fp8_kv_shows() -> None:
-    query, keys, values, sequence, positions = fp8_case(20, 300, packed=True)
-    slot = sequence.slots(torch.tensor([0], device=DEVICE))
-    kv_quant.put(keys, (slot // 16, slot % 16), torch.tensor(math.nan, device=DEVICE))
-    out = torch.empty_like(query)
-    assert Kernels(sequence, positions, 300).attend(query, keys, values, 0.1, out).isnan().all()
+if not INTERPRETED:  # the interpreter reads FP8's NaN as a number
+
+    @needs_fp8
+    def test_damage_in_fp8_kv_shows() -> None:
+        query, keys, values, sequence, positions = fp8_case(20, 300, packed=True)
+        slot = sequence.slots(torch.tensor([0], device=DEVICE))
+        kv_quant.put(keys, (slot // 16, slot % 16), torch.tensor(math.nan, device=DEVICE))
+        out = torch.empty_like(query)
+        assert Kernels(sequence, positions, 300).attend(query, keys, values, 0.1, out).isnan().all()
 
 
 @needs_fp8
