@@ -38,7 +38,7 @@ from typing import Any, Self
 from lmcache_rag._utils import well_formed
 from lmcache_rag.errors import ConfigError
 
-FORM = 'A line has the form {"question": "...", "chunks": ["...", "..."]}; see lmcache_rag/trace.py.'
+FORM = 'A line has the form {"question": "...", "chunks": ["...", "..."]}; see docs/economics.md.'
 _QUESTION = ("question", "query", "user_input")
 
 

@@ -14,6 +14,7 @@ from lmcache_rag.cli.bench_checks import exact, soak
 from lmcache_rag.cli.bench_quality import quality
 from lmcache_rag.cli.console import EXIT_STATUS
 from lmcache_rag.cli.ingest import ingest
+from lmcache_rag.cli.plan import plan
 from lmcache_rag.cli.serve import ServeCommand, doctor, serve
 
 app = typer.Typer(
@@ -70,6 +71,7 @@ app.command(
     context_settings={"allow_interspersed_args": False},  # what follows MODEL is vLLM's
 )(serve)
 app.command(rich_help_panel="Serve")(doctor)
+app.command(rich_help_panel="Serve")(plan)
 bench = typer.Typer(no_args_is_help=True, help="Measure a server.")
 bench.command()(speed)
 bench.command()(quality)

@@ -291,3 +291,20 @@ def test_words_are_wrapped_as_they_come(size: int) -> None:
         *("The quick", "brown fox", "jumps over", "it.", "", "  - a list"),
         *("Abcdefghijk", "lmnopqrstuv", "wxyz", "日本語の長い", "文"),
     ]
+
+
+def test_plan_retrieves_the_chunks_of_questions(call: Call, stocked: Stocked, tmp_path: Path) -> None:
+    from lmcache_rag.trace import read_trace
+
+    numbers = ("--layers", 32, "--kv-heads", 8, "--head-size", 128)
+    log, saved = tmp_path / "questions.txt", tmp_path / "trace.jsonl"
+    log.write_text(f"{QUESTION}\n{QUESTION}\nHow many people live in Berlin?\n")
+    words = (*numbers, "--trace", log, "--store", stocked.store, "--top-k", 2, "--save-trace", saved, "--json")
+    found = document(call("plan", *words))
+    trace = list(read_trace(saved))
+    assert [len(each.chunks) for each in trace] == [2, 2, 2]
+    assert trace[0].chunks == trace[1].chunks != trace[2].chunks
+    assert all(tokens > 0 for each in trace for tokens in each.tokens)
+    assert found["corpus"]["chunks"] == 3
+    again = document(call("plan", *numbers, "--trace", saved, "--store", stocked.store, "--json"))
+    assert again["hit_rate"] == found["hit_rate"]

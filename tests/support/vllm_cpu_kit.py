@@ -101,15 +101,18 @@ class Servers:
         late: bool = False,
         connector: dict[str, Any] | None = None,
         guarded: bool = False,
+        gigabytes: float = 1,
+        lmcache: Sequence[str] = (),
     ) -> None:
         self.model, self._options, self._connector, self._guarded = model, options, connector or {}, guarded
+        self._more = lmcache
         self.port, self.http = free_port(), free_port()
         self.url = f"http://127.0.0.1:{free_port()}"
         self._folder = folder
         self.client = httpx.Client(base_url=self.url, timeout=120)
         try:
             if not late:
-                self.start_lmcache()
+                self.start_lmcache(gigabytes)
             self.vllm = Process(
                 self._vllm(),
                 folder / "vllm.log",
@@ -148,7 +151,8 @@ class Servers:
         }
         if self._guarded:
             options["server-module"] = json.dumps({"module_path": MODULE, "config": {}})
-        return [str(BIN / "lmcache"), "server", *(str(w) for name, v in options.items() for w in (f"--{name}", v))]
+        words = (str(word) for name, value in options.items() for word in (f"--{name}", value))
+        return [str(BIN / "lmcache"), "server", *words, *self._more]
 
     def _vllm(self) -> list[str]:
         connector = {

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.bench.quality.arms import FULL
 from lmcache_rag.bench.quality.conversation import Turn, by_turn
 from lmcache_rag.bench.quality.scores import POOLED, Interval, Score, Verdict, hit
+from lmcache_rag.page import WIDTH, escape, scale, svg, write_page
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
     from lmcache_rag.bench.quality.results import Record
 
-_WIDTH, _LEFT, _RIGHT, _ROW = 800, 150, 190, 26  # of a picture, in pixels
+_LEFT, _RIGHT, _ROW = 150, 190, 26  # of a picture, in pixels
 _LETTER, _LINE = 8, 15  # of its texts, at most
 
 
@@ -39,34 +39,30 @@ def write_report(
         advice: The recommendation.
         judged: The gate.
     """
-    import jinja2
-
-    text = resources.files(__package__ or "lmcache_rag.bench.quality").joinpath("report.html").read_text("utf-8")
-    page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(text)
     pooled = [score for score in found if (score.cell, score.task) == (POOLED, POOLED)]
     others = [score for score in pooled if score.arm != FULL]
     changed = changes(records)
-    path.write_text(
-        page.render(
-            facts=facts,
-            advice=advice,
-            judged=judged,
-            pooled=pooled,
-            cost=interval_picture(others, lambda s: s.hit_difference, 100, judged.limit),
-            groups=_groups(found),
-            arms=[score.arm for score in others],
-            faster=bar_picture([(s.arm, s.faster, f"{s.faster:.2f} times") for s in others if s.faster is not None]),
-            both=scatter_picture(others),
-            recomputed=bar_picture(
-                [(s.arm, s.recomputed, f"{s.recomputed:.0f} tokens") for s in others if s.recomputed is not None]
-            ),
-            moved=interval_picture(others, lambda s: s.along_kl, 1),
-            gold=interval_picture(others, lambda s: s.gold_nll_difference, 1),
-            talks=_talks(records),
-            changed=changed,
-            total=len(records),
+    write_page(
+        path,
+        __package__ or "lmcache_rag.bench.quality",
+        "report.html",
+        facts=facts,
+        advice=advice,
+        judged=judged,
+        pooled=pooled,
+        cost=interval_picture(others, lambda s: s.hit_difference, 100, judged.limit),
+        groups=_groups(found),
+        arms=[score.arm for score in others],
+        faster=bar_picture([(s.arm, s.faster, f"{s.faster:.2f} times") for s in others if s.faster is not None]),
+        both=scatter_picture(others),
+        recomputed=bar_picture(
+            [(s.arm, s.recomputed, f"{s.recomputed:.0f} tokens") for s in others if s.recomputed is not None]
         ),
-        encoding="utf-8",
+        moved=interval_picture(others, lambda s: s.along_kl, 1),
+        gold=interval_picture(others, lambda s: s.gold_nll_difference, 1),
+        talks=_talks(records),
+        changed=changed,
+        total=len(records),
     )
 
 
@@ -200,7 +196,7 @@ def scatter_picture(found: Sequence[Score]) -> Markup | str:
         return 20 + (high - value) / ((high - low) or 1.0) * (height - 40)
 
     lines = [
-        f'<line class="zero" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(0):.1f}" y2="{y(0):.1f}"/>',
+        f'<line class="zero" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y(0):.1f}" y2="{y(0):.1f}"/>',
         f'<line class="limit" x1="{x(1):.1f}" x2="{x(1):.1f}" y1="10" y2="{height - 10}"/>',
         f'<text x="{_LEFT - 8}" y="{y(0) + 4:.1f}" text-anchor="end">as the full prefill</text>',
     ]
@@ -214,7 +210,7 @@ def scatter_picture(found: Sequence[Score]) -> Markup | str:
             f'<line class="mark" x1="{x(faster):.1f}" x2="{x(faster):.1f}" y1="{y(difference.low):.1f}" '
             f'y2="{y(difference.high):.1f}"/>',
             f'<circle class="mark" cx="{x(faster):.1f}" cy="{y(difference.mean):.1f}" r="5"/>',
-            f'<text x="{left:.1f}" y="{place:.1f}">{_escape(arm)}</text>',
+            f'<text x="{left:.1f}" y="{place:.1f}">{escape(arm)}</text>',
         ]
     return _svg(lines, 0, max(height, *(round(place) + _LINE for _, place, _ in labels)))
 
@@ -240,7 +236,7 @@ def turns_picture(turns: Sequence[Turn]) -> Markup | str:
     def y(ms: float) -> float:
         return height - 30 - ms / most * (height - 50)
 
-    lines = [f'<line class="zero" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y(0):.1f}" y2="{y(0):.1f}"/>']
+    lines = [f'<line class="zero" x1="{_LEFT}" x2="{WIDTH - _RIGHT}" y1="{y(0):.1f}" y2="{y(0):.1f}"/>']
     lines += [f'<text x="{_LEFT - 8}" y="{y(ms) + 4:.1f}" text-anchor="end">{ms:.0f} ms</text>' for ms in (0, most)]
     lines += [
         f'<text x="{x(number):.1f}" y="{height - 8}" text-anchor="middle">turn {number}</text>'
@@ -252,13 +248,12 @@ def turns_picture(turns: Sequence[Turn]) -> Markup | str:
         place = min(y(ms) + 4, place - _LINE)
         points = " ".join(f"{x(number):.1f},{y(each):.1f}" for number, each in lines_of[arm])
         lines.append(f'<polyline class="line" points="{points}"/>')
-        lines.append(f'<text x="{x(lines_of[arm][-1][0]) + 8:.1f}" y="{place:.1f}">{_escape(arm)} {ms:.0f}</text>')
+        lines.append(f'<text x="{x(lines_of[arm][-1][0]) + 8:.1f}" y="{place:.1f}">{escape(arm)} {ms:.0f}</text>')
     return _svg(lines, 0, height)
 
 
 def _scale(low: float, high: float) -> Callable[[float], float]:
-    span = (high - low) or 1.0
-    return lambda value: _LEFT + (value - low) / span * (_WIDTH - _LEFT - _RIGHT)
+    return scale(low, high, _LEFT, WIDTH - _RIGHT)
 
 
 def _rule(x: float, rows: int, kind: str) -> str:
@@ -266,21 +261,12 @@ def _rule(x: float, rows: int, kind: str) -> str:
 
 
 def _label(y: int, text: str) -> str:
-    return f'<text x="{_LEFT - 8}" y="{y + 4}" text-anchor="end">{_escape(text)}</text>'
+    return f'<text x="{_LEFT - 8}" y="{y + 4}" text-anchor="end">{escape(text)}</text>'
 
 
 def _value(y: int, text: str) -> str:
-    return f'<text x="{_WIDTH - _RIGHT + 8}" y="{y + 4}">{_escape(text)}</text>'
-
-
-def _escape(text: str) -> str:
-    from markupsafe import escape
-
-    return str(escape(text))
+    return f'<text x="{WIDTH - _RIGHT + 8}" y="{y + 4}">{escape(text)}</text>'
 
 
 def _svg(lines: Sequence[str], rows: int, height: int = 0) -> Markup:
-    from markupsafe import Markup
-
-    size = f'viewBox="0 0 {_WIDTH} {height or rows * _ROW}"'
-    return Markup(f'<svg {size} role="img">{"".join(lines)}</svg>')  # noqa: S704 - texts in it are escaped
+    return svg(lines, height or rows * _ROW)
