@@ -254,6 +254,8 @@ def commands(
         lmcache += ["--max-gpu-workers", str(gpus)]  # one for each GPU, or they wait for each other
     for tier in options.l2:
         lmcache += [OPTION, second_tier(tier)]
+    if options.l2:  # by default what left the memory once is read from the tier at each use, and never returns
+        lmcache += ["--l2-prefetch-policy", "retain"]
     extra: dict[str, Any] = {
         "lmcache.mp.host": "tcp://localhost",
         "lmcache.mp.port": options.lmcache_port,

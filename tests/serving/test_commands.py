@@ -36,6 +36,8 @@ def test_lmcache_blends_on_loopback_with_our_options() -> None:
     tiers = [json.loads(made.lmcache[i + 1]) for i, word in enumerate(made.lmcache) if word == "--l2-adapter"]
     assert tiers == [{"type": "fs", "base_path": "/data/kv"}, {"type": "resp", "host": "r", "port": 6379}]
     assert made.lmcache_url == "http://127.0.0.1:7002"
+    assert value(made.lmcache, "--l2-prefetch-policy") == "retain", "what is read from a tier stays in memory"
+    assert "--l2-prefetch-policy" not in make().lmcache
 
 
 def test_vllm_gets_our_connector_with_its_settings() -> None:
