@@ -33,7 +33,7 @@ import math
 import random
 from bisect import bisect_right
 from collections import Counter, OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Final
@@ -43,6 +43,7 @@ from lmcache_rag.errors import ConfigError
 WATERMARK: Final = 0.8  # EvictionConfig.trigger_watermark, of lmcache/v1/distributed/config.py
 EVICTED: Final = 0.2  # EvictionConfig.eviction_ratio
 USABLE: Final = WATERMARK * (1 - EVICTED / 2)  # of the memory, on average
+HEAD: Final = 100_000  # of Zipf's law, ranks that are drawn by their exact weights
 GPU, MEMORY = "gpu", "memory"  # tiers that are always there: vLLM's own KV cache, LMCache's memory
 
 
@@ -113,17 +114,38 @@ def zipf_workload(chunks: int, requests: int, *, top_k: int, exponent: float, si
             "A Zipf workload needs chunks, requests, top-k and size above 0, and an exponent of 0 or more."
         )
     dice = random.Random(seed)  # noqa: S311 - not a secret
-    weights = list(accumulate(rank**-exponent for rank in range(1, chunks + 1)))
-    wanted, found = min(top_k, chunks), Workload(sizes=[size] * chunks)
-    population = range(chunks)
+    draw = _zipf(dice, chunks, exponent)
+    wanted = min(top_k, chunks)
+    numbers: dict[int, int] = {}  # only of chunks that are drawn: a corpus may have a billion
+    requests_made: list[tuple[int, ...]] = []
     for _ in range(requests):
-        own = dict.fromkeys(dice.choices(population, cum_weights=weights, k=wanted))
+        own: dict[int, None] = {}
         for _ in range(64):  # a popular chunk is drawn again and again: some requests of a steep law have fewer
+            own |= dict.fromkeys(draw() for _ in range(wanted - len(own)))
             if len(own) >= wanted:
                 break
-            own |= dict.fromkeys(dice.choices(population, cum_weights=weights, k=wanted - len(own)))
-        found.requests.append(tuple(own))
-    return found
+        requests_made.append(tuple(numbers.setdefault(rank, len(numbers)) for rank in own))
+    return Workload(requests_made, [size] * len(numbers))
+
+
+def _zipf(dice: random.Random, chunks: int, exponent: float) -> Callable[[], int]:
+    """Draws ranks from 1 on: the first HEAD by their own weights, the others by the integral of the weight."""
+    head = list(accumulate(rank**-exponent for rank in range(1, min(chunks, HEAD) + 1)))
+    first, last, power = HEAD + 0.5, chunks + 0.5, 1 - exponent
+    logarithmic = abs(power) < 1e-9
+    rest = 0.0
+    if chunks > HEAD:
+        rest = math.log(last / first) if logarithmic else (last**power - first**power) / power
+
+    def draw() -> int:
+        place = dice.random() * (head[-1] + rest)
+        if place < head[-1]:
+            return bisect_right(head, place) + 1
+        place -= head[-1]
+        at: float = first * math.exp(place) if logarithmic else (first**power + place * power) ** (1 / power)
+        return min(max(round(at), HEAD + 1), chunks)
+
+    return draw
 
 
 # -- all sizes in one pass --------------------------------------------------------------------------------------------

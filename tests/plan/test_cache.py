@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
+from itertools import accumulate
 
 import pytest
 from hypothesis import given
@@ -11,10 +14,12 @@ from hypothesis import strategies as st
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.plan.cache import (
     EVICTED,
+    HEAD,
     MEMORY,
     WATERMARK,
     Place,
     Workload,
+    _zipf,
     hit_curve,
     simulate,
     stack_distances,
@@ -171,12 +176,27 @@ def test_in_exact_prefixes_the_chunks_before_count() -> None:
 
 def test_zipf_is_seeded_and_steeper_with_its_exponent() -> None:
     def draw(exponent: float, seed: int = 0) -> Workload:
-        return zipf_workload(100, 400, top_k=4, exponent=exponent, seed=seed)
+        return zipf_workload(2000, 400, top_k=4, exponent=exponent, seed=seed)
 
-    assert draw(0.9).requests == draw(0.9).requests != draw(0.9, 1).requests
+    assert draw(0.9) == draw(0.9) != draw(0.9, 1)
     assert all(len(set(request)) == len(request) == 4 for request in draw(0.9).requests)
-    top = [sum(0 in request for request in draw(exponent).requests) for exponent in (0.0, 0.9, 1.5)]
-    assert top == sorted(top)
-    assert zipf_workload(2, 3, top_k=5, exponent=1).requests[0] in {(0, 1), (1, 0)}
+    kinds = [len(draw(exponent).sizes) for exponent in (0.0, 1.0, 2.5)]
+    assert kinds == sorted(kinds, reverse=True)
+    assert len(set(kinds)) == 3
+    assert [sorted(each) for each in zipf_workload(2, 3, top_k=5, exponent=1).requests] == [[0, 1]] * 3
     with pytest.raises(ConfigError, match="above 0"):
         zipf_workload(0, 1, top_k=1, exponent=1)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.7, 1.0, 1.2])
+def test_a_corpus_of_a_billion_is_drawn_alike(exponent: float) -> None:
+    """Beyond HEAD by an integral: as often above the middle of the law as below it."""
+    chunks, dice = 10 * HEAD, random.Random(1)
+    draw = _zipf(dice, chunks, exponent)
+    ranks = sorted(draw() for _ in range(4000))
+    weights = list(accumulate(rank**-exponent for rank in range(1, chunks + 1)))
+    for share in (0.25, 0.5, 0.9, 0.99):
+        rank = bisect_left(weights, share * weights[-1]) + 1  # so many draws are at or below it
+        assert bisect_right(ranks, rank) / len(ranks) == pytest.approx(share, abs=0.03)
+    assert 1 <= ranks[0] <= ranks[-1] <= chunks
+    assert len(zipf_workload(10**9, 100, top_k=5, exponent=exponent, seed=2).sizes) <= 500
