@@ -39,7 +39,7 @@ BROWSER = (
 COVERED = {"make test": 90, "contracts": 90}  # percent, each of its own files
 
 # Contracts with one of the two only: `run` repeats them with no other version of the other.
-OF_LMCACHE = ("guard", "lmcache", "lmcache_transfers", "planted", "server", "stores", "upstream")
+OF_LMCACHE = ("guard", "lmcache", "lmcache_transfers", "metric_names", "planted", "server", "stores", "upstream")
 OF_VLLM = (
     *("blocks", "damage", "forward", "fp8_kv", "lora", "metrics", "model", "requests", "serve", "streams", "texts"),
     *("upstream", "validation"),
@@ -168,6 +168,23 @@ def browser(*selection: str) -> Part:
     return Part("browser", [*pytest, *selection, *BROWSER], before=chromium)
 
 
+def promtool() -> None:
+    """Have Prometheus' promtool in the cache, from Debian's package: no package index has it."""
+    if (cache() / "promtool").exists():
+        return
+    done = subprocess.run(
+        [".ci/promtool", str(cache() / "promtool")], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise PartError(f"there is no promtool, and .ci/promtool failed: {done.stderr.strip()[-500:]}")
+
+
+def alerts() -> Part:
+    """Prometheus' rules, by promtool."""
+    pytest = [f"{os.environ['VENV']}/bin/python", "-m", "pytest", "--quiet", "--must-run", "--no-cov"]
+    return Part("alerts", [*pytest, "-k", "promtool", "tests/repository/test_monitoring.py"], before=promtool)
+
+
 _held: list[object] = []
 
 
@@ -237,6 +254,7 @@ def run_parts(touched: set[str]) -> list[Part]:
         Part("contracts", shared_out(covered(LMCACHE, "-m", "not full", *contracts()))),
         kernels("-m", "not full"),
         browser("-m", "not full"),
+        alerts(),
         *other_vllm(OLDEST_VLLM, without=OF_LMCACHE),
         *other_vllm(NEWEST_VLLM, without=OF_LMCACHE),
         made(LMCACHE_NEXT, always=False),
@@ -280,6 +298,7 @@ def full_parts() -> list[Part]:
         *parts,
         kernels(),
         browser(),
+        alerts(),
         *other_vllm(OLDEST_VLLM),
         *other_vllm(NEWEST_VLLM),
         Part("mutants", [*mutants, "none"]),

@@ -43,7 +43,7 @@ def names(ci: ModuleType, monkeypatch: pytest.MonkeyPatch) -> object:
 
 def test_a_change_asks_for_the_parts_it_touches(ci: ModuleType, names) -> None:
     always = ["install", "lint and types", "quickstart", "test", "environment, LMCache 0.5.6", "servers", "contracts"]
-    always += ["kernels, interpreted", "browser"]
+    always += ["kernels, interpreted", "browser", "alerts"]
     assert names("README.md", "lmcache_rag/rag.py") == always
     others = {name for name in names("lmcache_rag/connector/vllm_patches.py") if name not in always}
     assert others == {
@@ -96,6 +96,9 @@ def test_run_has_three_scenarios_of_the_page_full_all(ci: ModuleType, monkeypatc
         files.append("tests/repository/test_site_browser.py")
         assert part.command[-len(selection) - 4 :] == [*selection, *files]
         assert part.before is ci.chromium
+        (part,) = [part for part in parts if part.name == "alerts"]
+        assert "--must-run" in part.command
+        assert part.before is ci.promtool
     (part,) = [part for part in ci.full_parts() if part.name == "long tests"]
     assert part.command[-1] == "full and not browser"
     (part,) = [part for part in ci.full_parts() if part.name == "clean environments"]

@@ -41,10 +41,13 @@ FOREIGN = (
     "curl",
     "docker",
     "git",
+    "helm",
+    "kubectl",
     "lmcache",
     "node",
     "npm",
     "openssl",
+    "promtool",
     "umask",
     "vllm",
 )

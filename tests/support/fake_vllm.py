@@ -135,6 +135,8 @@ class Handler(ApiHandler):
                 for name in server.backend.adapters
             ]
             self.send_document(200, {"object": "list", "data": [*adapters, card]})
+        elif self.path == "/health":
+            self.send_text(200, "", "text/plain")
         elif self.path == "/version":
             self.send_document(200, {"version": server.version})
         elif self.path == "/metrics" and (text := server.metrics()):
