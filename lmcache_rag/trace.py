@@ -28,6 +28,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ class Retrieval:
         if names is None:
             chunks = tuple(chunk_name(text) for text in passages)
         elif isinstance(names, list) and all(_is_name(name) for name in names):
-            chunks = tuple(str(name) for name in names)
+            chunks = tuple(sys.intern(str(name)) for name in names)  # a long trace repeats them
         else:
             raise ValueError("its chunks are no list of names")
         if names is None and not passages and not question.strip():

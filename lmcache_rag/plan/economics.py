@@ -21,6 +21,7 @@ GB: Final = 1e9
 GIB: Final = 1 << 30  # LMCache's --l1-size-gb counts these (lmcache/v1/distributed/config.py)
 WORTH: Final = 0.1  # a mean TTFT that is shorter by less is not worth the work
 TIER_WORTH: Final = 0.05  # the same for a second tier
+SECOND_WORTH: Final = 0.01  # so many hits more are worth another admission
 FEW, MANY = 1024, 8192  # tokens of the figures
 _NEEDED: Final = (f"prefill_{FEW}", f"prefill_{MANY}")
 _BLENDS: Final = ("blend_query", "recompute_100_query")
@@ -450,6 +451,7 @@ def advise(plan: Plan, model: str, *, folder: str = "/var/lib/kv") -> Advice:
         f"{need:,.2g} GB/s."
         for tier in tiers
     ]
+    facts += _second_use(plan)
     if max(memory, whole) < WORTH:
         low = (
             f"The mean TTFT would be shorter by {max(memory, whole):.0%} only: {plan.found.rate:.0%} of the chunks "
@@ -472,6 +474,18 @@ def advise(plan: Plan, model: str, *, folder: str = "/var/lib/kv") -> Advice:
         *facts,
     )
     return Advice(2, "The hot part fits into memory", reasons, (f"{serve} --store ingest", lazily))
+
+
+def _second_use(plan: Plan) -> list[str]:
+    """A sentence where storing chunks at their second use finds more."""
+    size = plan.objects(plan.memory_gb)
+    first, second = (plan.curves[name].lmcache_rate(size) for name in ("lru", "second use"))
+    if second - first < SECOND_WORTH:
+        return []
+    return [
+        f"Chunks that are stored at their second use only (lazy_fill second) would be found in {second:.0%} instead of "
+        f"{first:.0%} of their uses."
+    ]
 
 
 def tier_json(tier: Tier, folder: str) -> str:

@@ -176,7 +176,7 @@ def test_the_hot_part_is_kept_where_all_tiers_are_slow() -> None:
     plan = make(gigabytes=40, tiers=(Tier("disk", 0, 1),))
     advice = advise(plan, "M")
     assert advice.number == 2
-    assert "disk reads 1 GB/s, below the break-even" in advice.reasons[-1]
+    assert "disk reads 1 GB/s, below the break-even" in advice.reasons[2]
     assert "--l2" not in advice.commands[0]
 
 
@@ -198,6 +198,7 @@ def test_nor_where_hardly_anything_is_found() -> None:
     advice = advise(make(chunks=200_000, gigabytes=0.5), "M")
     assert advice.number == 4
     assert "are found" in advice.reasons[0]
+    assert "at their second use only" in advice.reasons[1]
 
 
 def test_a_tier_is_read_from_its_text() -> None:
