@@ -74,7 +74,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel: Path) -> None:
         f"{home}/{file.relative_to(ROOT / name).as_posix()}"
         for name, home in HOMES.items()
         for file in (ROOT / name).rglob("*")
-        if file.suffix in (".py", ".html") or file.name == "py.typed"
+        if file.suffix in (".py", ".html", ".css") or file.name == "py.typed"
     }
     expected |= {
         f"lmcache_rag/demo/sample_data/{file.relative_to(SAMPLES).as_posix()}"

@@ -43,7 +43,7 @@ def test_the_hit_rate_is_as_predicted(small: Servers, exponent: float, top_k: in
     assert abs(found.measured - found.predicted) <= WITHIN
 
 
-LOADS = "lmcache_mp_l2_load_completed_total"
+LOADS = "lmcache_mp_l2_prefetch_load_completed_chunks_total"
 
 
 @pytest.mark.parametrize("policy", ["default", "retain"])
