@@ -39,7 +39,7 @@ class Site:
         """A new copy of all that the site is built from."""
         copy = self.folder / "copy"
         shutil.rmtree(copy, ignore_errors=True)
-        ignored = shutil.ignore_patterns("node_modules", "build", "__pycache__", "*.json", "*.jsonl")
+        ignored = shutil.ignore_patterns("node_modules", "build", "__pycache__", "*.jsonl")
         for name in ("docs", "examples", "benchmarks", ".ci"):
             shutil.copytree(ROOT / name, copy / name, ignore=None if name == "docs" else ignored)
         for file in [*ROOT.glob("*.md"), *ROOT.glob("*.yml")]:
