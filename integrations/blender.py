@@ -25,13 +25,15 @@ from lmcache_rag.engines.base import (
 )
 from lmcache_rag.errors import EngineError, LMCacheRAGError, PromptError, StoreLockedError
 from lmcache_rag.lazy_fill import FillCounts, cancel, fill_of, mode_of
+from lmcache_rag.passage_order import passage_order
 from lmcache_rag.prompt import Turn
-from lmcache_rag.rag import AnswerStreamer, fit_context, fit_sizes
+from lmcache_rag.rag import AnswerStreamer, arranged, fit_context, fit_sizes
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine
     from lmcache_rag.engines.vllm import VLLMEngine
     from lmcache_rag.message_prompt import Message, MessageComposer, MessagePrompt
+    from lmcache_rag.passage_order import OrderMode
     from lmcache_rag.prompt import PromptBuilder
     from lmcache_rag.store import Hit
     from lmcache_rag.workspace import Workspace
@@ -100,7 +102,7 @@ class Blender:
         self.workspace = workspace
         self.engine: Engine = workspace.engine
         self.prompts: PromptBuilder = prompts or workspace.prompts
-        self.blend = blend or BlendOptions(settings.policy, settings.ratio, settings.blend)
+        self.blend = blend or workspace.blend_options
         self.sampling = sampling or Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature)
         self.lazy_fill = mode_of(lazy_fill or settings.lazy_fill)
         self._answering = AnswerStreamer(workspace.store, self.engine, self.prompts, lazy_fill=self.lazy_fill)
@@ -118,8 +120,9 @@ class Blender:
         history: Sequence[Turn] = (),
         scores: Sequence[float | None] | None = None,
         max_tokens: int | None = None,
+        order: OrderMode | None = None,
     ) -> BlendPrompt:
-        """Build the prompt for these chunks in this order; drop what does not fit the context, lowest score first.
+        """Build the prompt for these chunks; drop what does not fit the context, lowest score first.
 
         Args:
             texts: The chunks. A chunk without tokens is left out.
@@ -127,6 +130,7 @@ class Blender:
             history: Earlier turns. They follow the chunks, so that the chunks stay reusable.
             scores: One for each text, larger is better. Without scores, later texts rank lower.
             max_tokens: Limit of the answer.
+            order: The order of the chunks, see BlendOptions; None: the Blender's.
 
         Raises:
             PromptError: The question is empty, or the roles in the history do not alternate.
@@ -145,12 +149,16 @@ class Blender:
             history=history,
             max_tokens=self.sampling.max_tokens if max_tokens is None else max_tokens,
         )
-        kept = tuple(hit.text for hit in fitted.kept)
+        places, chosen = arranged(
+            self.engine, self.prompts, [hit.text for hit in fitted.kept], order or self.blend.order
+        )
+        hits = [fitted.kept[place] for place in places]
+        kept = tuple(hit.text for hit in hits)
         return BlendPrompt(
-            self.prompts.query(kept, question, history),
+            replace(self.prompts.query(kept, question, history), order=chosen),
             question,
             kept,
-            tuple(hit.chunk_id for hit in fitted.kept),
+            tuple(hit.chunk_id for hit in hits),
             tuple(hit.chunk_id for hit in fitted.dropped),
             tuple(self._registered(kept)),
         )
@@ -178,6 +186,7 @@ class Blender:
         tools: Sequence[Mapping[str, Any]] | None = None,
         options: Mapping[str, Any] | None = None,
         max_tokens: int | None = None,
+        order: OrderMode | None = None,
     ) -> tuple[Blender, BlendPrompt, Sequence[Message]]:
         """As build_prompt, of messages; returns also the Blender for its prefix, and the messages.
 
@@ -189,6 +198,7 @@ class Blender:
             tools: As for MessageComposer.compose.
             options: The same.
             max_tokens: Limit of the answer.
+            order: As for build_prompt. It stays where something that changes stands before the passages.
 
         Raises:
             PromptError: The chat template cannot render the messages.
@@ -206,7 +216,16 @@ class Blender:
         )
         shown = messages([hit.text for hit in fitted.kept])
         made = self.composer.compose(shown, tools=tools, options=options)
-        kept, dropped = ([hit.chunk_id for hit in some] for some in (fitted.kept, fitted.dropped))
+        hits = list(fitted.kept)
+        if made.prompt.chunks and made.prompt.chunks[0].start == made.prompt.prefix_tokens:
+            keys = [made.prompts.chunk(hit.text)[0] for hit in hits]
+            places, chosen = passage_order(self.engine).arrange(keys, order or self.blend.order)
+            if chosen == "stable":
+                hits = [hits[place] for place in places]
+                shown = messages([hit.text for hit in hits])
+                made = self.composer.compose(shown, tools=tools, options=options)
+                made = replace(made, prompt=replace(made.prompt, order=chosen))
+        kept, dropped = ([hit.chunk_id for hit in some] for some in (hits, fitted.dropped))
         return *self.of_message_prompt(made, question, kept=kept, dropped=dropped), shown
 
     def of_message_prompt(

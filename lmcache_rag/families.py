@@ -157,8 +157,14 @@ RECURRENT: Final = (
     "Zamba2ForCausalLM",
 )
 CANNOT_RECUR: Final = (
-    "has recurrent layers, whose state depends on every token before: only prompts that begin alike share work"
+    "has recurrent layers, whose state depends on every token before: only prompts that begin alike share work, so "
+    "order=auto puts passages into a stable order"
 )
+
+
+def recurrent_of(architectures: Iterable[str]) -> str:
+    """The first of these names in a config.json that is a model's with recurrent layers; "" if none is."""
+    return next((name for name in architectures if name in RECURRENT), "")
 
 
 def family_of(architectures: Iterable[str]) -> Family | None:

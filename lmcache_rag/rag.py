@@ -23,6 +23,7 @@ from lmcache_rag.engines.base import (
 from lmcache_rag.errors import ConfigError, ContextLengthError, LMCacheRAGError, PromptError, StoreLockedError
 from lmcache_rag.kv_manager import IngestPrompts, KVManager
 from lmcache_rag.lazy_fill import LazyFillMode, fill_of
+from lmcache_rag.passage_order import Order, OrderMode, passage_order
 
 if TYPE_CHECKING:
     from lmcache_rag.embedding import Embedder
@@ -208,15 +209,17 @@ class RAG:
             max_tokens=sampling.max_tokens,
             cite=self.cite,
         )
-        texts = [hit.text for hit in fitted.kept]
-        labels = tuple(str(hit.chunk_id) for hit in fitted.kept) if self.cite else ()
-        prompt = self.prompts.query(texts, question, history, labels=labels)
+        places, order = arranged(self.engine, self.prompts, [hit.text for hit in fitted.kept], blend.order)
+        sources = tuple(fitted.kept[place] for place in places)
+        texts = [hit.text for hit in sources]
+        labels = tuple(str(hit.chunk_id) for hit in sources) if self.cite else ()
+        prompt = replace(self.prompts.query(texts, question, history, labels=labels), order=order)
         notes = []
         if fitted.dropped:
             notes.append(f"{len(fitted.dropped)} of {len(found)} chunks did not fit the context and were dropped.")
         for event in self._answering.stream(texts, prompt, sampling, blend, notes):
             if isinstance(event, Completion):
-                yield Answer(question, event.text, fitted.kept, fitted.dropped, event, labels)
+                yield Answer(question, event.text, sources, fitted.dropped, event, labels)
             else:
                 yield event
 
@@ -281,7 +284,8 @@ class RAG:
         """Answer once from blended KV and once by a full prefill, with the same chunks in the same order."""
         hits = list(hits) if hits is not None else self.retrieve(question, top_k=top_k)
         blended = self.ask(question, hits=hits)
-        full = self.ask(question, hits=hits, blend=replace(self.blend, enabled=False))
+        hits, same = blended.sources, replace(self.blend, enabled=False, order="retrieved")
+        full = self.ask(question, hits=hits, blend=same)
         return Comparison(blended, full, first_difference(blended.completion.token_ids, full.completion.token_ids))
 
 
@@ -382,6 +386,8 @@ class AnswerStreamer:
         A registered chunk is meant to have KV, so it is ingested at its first use. An embedded engine keeps KV
         of registered chunks only: nothing would ever delete the files of others.
         """
+        if prompt.order != done.stats.order:
+            done = replace(done, stats=replace(done.stats, order=prompt.order))
         if self.lazy_fill in (None, "never") or not (blend.enabled and done.missed):
             return done
         fill, queued = fill_of(self._engine), 0
@@ -408,6 +414,25 @@ class AnswerStreamer:
             log.debug("another process writes to the store; the missing KV is stored at a later question")
         except LMCacheRAGError as problem:
             log.warning("Could not store the missing KV: %s", problem)
+
+
+# -- the order of the chunks -------------------------------------------------------------------------------------------
+
+
+def arranged(engine: Engine, prompts: PromptBuilder, texts: Sequence[str], mode: OrderMode) -> tuple[list[int], Order]:
+    """Indices of these chunks in the order of the prompt, and which order that is.
+
+    Args:
+        engine: What answers.
+        prompts: Makes the prompt.
+        texts: The chunks, as retrieved.
+        mode: See BlendOptions.
+    """
+    form = prompts.format
+    if "{question}" in form.lead:  # nothing after it repeats
+        return list(range(len(texts))), "retrieved"
+    keys = [prompts.chunk_key(text) for text in texts]
+    return passage_order(engine).arrange(keys, mode, numbered="{rank}" in form.separator)
 
 
 # -- chunks that fit the context --------------------------------------------------------------------------------------

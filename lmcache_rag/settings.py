@@ -11,6 +11,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from lmcache_rag.budget import AUTO, parse_budget, parse_budget_text
 from lmcache_rag.errors import ConfigError
+from lmcache_rag.passage_order import OrderMode
 
 FILE = "settings.toml"
 
@@ -37,6 +38,11 @@ class Settings(BaseSettings):
     )
     lazy_fill: Literal["first", "second", "never"] = Field(
         "second", description="At which use a passage without KV is ingested, after the answer: first, second or never."
+    )
+    order: OrderMode = Field(
+        "auto",
+        description="Order of the passages: retrieved, stable, so that prompts begin alike, or auto: stable where the "
+        "server cannot blend.",
     )
     cite: bool = Field(False, description="Number the passages and ask for citations; the KV stays the same.")
     top_k: int = Field(4, ge=1, description="Chunks retrieved for a question.")

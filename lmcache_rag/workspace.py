@@ -227,6 +227,12 @@ class Workspace:
         measure = getattr(self.engine, "prefill_rate", None)
         return float(measure()) if callable(measure) else 0.0
 
+    @property
+    def blend_options(self) -> BlendOptions:
+        """How the settings say that KV is reused."""
+        chosen = self.settings
+        return BlendOptions(chosen.policy, chosen.ratio, chosen.blend, order=chosen.order)
+
     @cached_property
     def rag(self) -> RAG:
         """Answers from the store."""
@@ -239,7 +245,7 @@ class Workspace:
             self.prompts,
             top_k=self.settings.top_k,
             sampling=Sampling(max_tokens=self.settings.max_tokens, temperature=self.settings.temperature),
-            blend=BlendOptions(self.settings.policy, self.settings.ratio, self.settings.blend),
+            blend=self.blend_options,
             keep_missing=self.settings.lazy_fill != "never",
             cite=self.settings.cite,
         )

@@ -264,7 +264,12 @@ class Blend(Runnable[dict[str, Any], Any]):
         if template is None:
             blender = self.blender
             prompt = blender.build_prompt(
-                parsed.texts, parsed.question, history=parsed.history, scores=parsed.scores, max_tokens=limit
+                parsed.texts,
+                parsed.question,
+                history=parsed.history,
+                scores=parsed.scores,
+                max_tokens=limit,
+                order=options.order,
             )
             messages = blender.prompts.messages(prompt.texts, prompt.question, parsed.history)
         else:
@@ -276,6 +281,7 @@ class Blend(Runnable[dict[str, Any], Any]):
                 tools=shown_tools(kwargs.get("tools")),
                 options=template_options(self._source, kwargs),
                 max_tokens=limit,
+                order=options.order,
             )
             messages = [{"role": message.role, "content": message.text} for message in conversation]
         self._warn_unregistered(prompt)

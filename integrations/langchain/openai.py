@@ -101,10 +101,16 @@ class BlendCall:
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """Statistics and warnings for response_metadata and generation_info; empty if there are none."""
+        """Statistics and warnings for response_metadata and generation_info; empty if there are none.
+
+        In a stable order also `passages`: indices of the given documents, in the order of the prompt.
+        """
         if self.done is None:
             return {}
-        return {KEY: {**counts(self.done.stats), "warnings": list(self.done.warnings)}}
+        facts = {**counts(self.done.stats), "warnings": list(self.done.warnings)}
+        if self.prompt.prompt.order == "stable":
+            facts["passages"] = list(self.prompt.kept)
+        return {KEY: facts}
 
     @property
     def run_metadata(self) -> dict[str, Any]:

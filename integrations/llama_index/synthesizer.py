@@ -78,7 +78,25 @@ def emit_blend_event(prompt: BlendPrompt, done: Completion, changed: int) -> dic
 
 
 class ReuseMetadata(dict[str, Any]):
-    """The fields of the BlendEvent; empty until a stream has ended."""
+    """The fields of the BlendEvent; empty until a stream has ended.
+
+    Attributes:
+        places: Indices of the source nodes in the order of the prompt, where that is not the order of the retriever.
+    """
+
+    places: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, prompt: BlendPrompt, fields: dict[str, Any] | None = None) -> ReuseMetadata:
+        """Make one."""
+        made = cls(fields or {})
+        made.places = prompt.kept if prompt.prompt.order == "stable" else ()
+        return made
+
+    def arrange(self, nodes: list[NodeWithScore]) -> list[NodeWithScore]:
+        """The nodes in the order of the prompt, so that an answer's "second passage" is the second; others last."""
+        first = [nodes[place] for place in self.places]
+        return [*first, *(node for place, node in enumerate(nodes) if place not in self.places)]
 
 
 # What answers reuse, inside collect_reuse(): LlamaIndex's chat engines do not pass a response's metadata on.
@@ -312,9 +330,9 @@ class BlendSynthesizer(BaseSynthesizer):
         """Return the answer to a question from texts, or a generator of its pieces."""
         request = self._parse(query_str, text_chunks, response_kwargs)
         if self._streaming:
-            return AnswerStream(self._stream(request, reuse := ReuseMetadata()), reuse)
+            return AnswerStream(self._stream(request, reuse := ReuseMetadata.of(request.prompt)), reuse)
         done = self._client.answer(request.prompt, **request.options)
-        reuse = ReuseMetadata(emit_blend_event(request.prompt, done, request.changed))
+        reuse = ReuseMetadata.of(request.prompt, emit_blend_event(request.prompt, done, request.changed))
         self._keep(request)
         return AnswerText.of(done.text or self._empty_response, reuse)
 
@@ -324,9 +342,9 @@ class BlendSynthesizer(BaseSynthesizer):
         """Async version of get_response."""
         request = await asyncio.to_thread(self._parse, query_str, text_chunks, response_kwargs)
         if self._streaming:
-            return AsyncAnswerStream(self._astream(request, reuse := ReuseMetadata()), reuse)
+            return AsyncAnswerStream(self._astream(request, reuse := ReuseMetadata.of(request.prompt)), reuse)
         done = await self._client.aanswer(request.prompt, **request.options)
-        reuse = ReuseMetadata(emit_blend_event(request.prompt, done, request.changed))
+        reuse = ReuseMetadata.of(request.prompt, emit_blend_event(request.prompt, done, request.changed))
         await asyncio.to_thread(self._keep, request)
         return AnswerText.of(done.text or self._empty_response, reuse)
 
@@ -353,7 +371,10 @@ class BlendSynthesizer(BaseSynthesizer):
         scores, nodes = options.pop("scores", None), options.pop("passage_nodes", None)
         history, question = conversation(options.pop("history", self._history), question)
         limit = options.get("max_tokens") or self._client.max_tokens
-        prompt = self.blender.build_prompt(texts, question, history=history, scores=scores, max_tokens=limit)
+        order = (options.get("blend") or self.blender.blend).order
+        prompt = self.blender.build_prompt(
+            texts, question, history=history, scores=scores, max_tokens=limit, order=order
+        )
         derived = self._register_derived(prompt, nodes)
         parts = list(zip(prompt.texts, prompt.registered, strict=True))
         changed = [text for text, known in parts if not known and text not in derived]
@@ -396,6 +417,8 @@ class BlendSynthesizer(BaseSynthesizer):
     ) -> RESPONSE_TYPE:
         reuse = getattr(response_str, "reuse", None)
         text = str(response_str) if isinstance(response_str, AnswerText) else response_str
+        if reuse is not None:
+            source_nodes = reuse.arrange(source_nodes)
         response = super()._prepare_response_output(text, source_nodes)
         if reuse is not None:
             response.metadata = {**(response.metadata or {}), "lmcache_rag": reuse}

@@ -271,6 +271,7 @@ def stats_table(stats: ReuseStats) -> Table:
                 reused if stats.blended else "found, and all recomputed" if stats.recomputed_tokens else "not reused",
             ),
             *([("Decision", decision_sentence(stats.as_dict()))] if stats.decision else []),
+            *([("Order", "stable, so that prompts begin alike and share KV")] if stats.order == "stable" else []),
             ("TTFT", milliseconds(stats.ttft_ms) + (f" ({inside})" if inside else "")),
         ]
     )

@@ -43,7 +43,7 @@ PLACE = ("store", "engine", "model", "device", "dtype", "kv_budget_gb")
 EMBED = ("embedder",)
 SPLIT = ("chunk_tokens", "chunk_overlap")
 READ = ("document_seconds", "document_mb")
-ANSWER = ("policy", "ratio", "blend", "cite", "top_k", "max_tokens", "temperature")
+ANSWER = ("policy", "ratio", "blend", "order", "cite", "top_k", "max_tokens", "temperature")
 _EVERY_S = 10.0  # between two lines without a terminal
 
 Function = Callable[..., int | None]
@@ -291,6 +291,7 @@ _LOOKS = {
     "ratio": _Look(metavar="RATIO"),
     "min_gain": _Look(metavar="0..1|off", text=True),
     "blend": _Look("--blend/--no-blend", default="blend"),
+    "order": _Look(metavar="auto|retrieved|stable"),
     "cite": _Look("--cite/--no-cite"),
     "top_k": _Look(metavar="N"),
     "max_tokens": _Look(metavar="N"),

@@ -298,7 +298,7 @@ def _check_environment(context: CommandContext, made: Commands) -> None:
         found = next(machine.gpu()).state != "failed"
         remedy = machine.INSTALL if found else f"{machine.INSTALL}, with an NVIDIA GPU. {machine.WITHOUT_GPU}"
         raise ConfigError(f"Not installed: {', '.join(missing)}.", remedy=remedy)
-    if made.build.cpu:
+    if made.build.cpu or not made.lmcache:
         return
     gpu = next(machine.gpu())
     if gpu.state == "failed":
@@ -339,13 +339,8 @@ def _serve(
     from lmcache_rag.serving.process import Server
     from lmcache_rag.serving.supervise import Supervisor, check_ports
 
-    check_ports(
-        {
-            "--port": int(made.url.rpartition(":")[2]),
-            "--lmcache-port": options.lmcache_port,
-            "--lmcache-http-port": options.lmcache_http_port,
-        }
-    )
+    of_lmcache = {"--lmcache-port": options.lmcache_port, "--lmcache-http-port": options.lmcache_http_port}
+    check_ports({"--port": int(made.url.rpartition(":")[2]), **(of_lmcache if made.lmcache else {})})
     folder = log_dir or Path(tempfile.mkdtemp(prefix="lmcache-rag-serve-"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -353,7 +348,7 @@ def _serve(
         raise EngineError(f"{folder} cannot be made: {problem}.", remedy="Name another with --log-dir.") from problem
     limits = context.services.serve_timeouts(start_timeout)
     logs = folder / "lmcache.log", folder / "vllm.log"
-    key = _lmcache_key(context)
+    key = _lmcache_key(context) if made.lmcache else {}
     inherited = lmcache_environment(os.environ, made.tiers)
     supervisor = Supervisor(
         Server(
@@ -364,7 +359,9 @@ def _serve(
             limits.grace,
             key,
             inherited,
-        ),
+        )
+        if made.lmcache
+        else None,
         Server(
             "vLLM",
             vllm_run,
@@ -391,13 +388,17 @@ def _ready(context: CommandContext, options: ServeOptions, made: Commands, folde
     from lmcache_rag.engines.vllm_client import VLLMClient
     from lmcache_rag.serving.doctor import round_trip
 
-    context.message("Warming the look-up.")
+    if made.lmcache:
+        context.message("Warming the look-up.")
     name, blending = options.model, "off"
     try:
         key = read_ingest_key(options.ingest_key_file) if options.ingest_key_file else ""
         with VLLMClient(made.url, attempts=1, api_key=made.api_key, ingest_key=key, verify=False) as server:
             served = server.first_model()
             name = served.name
+            if not made.lmcache:
+                _report_exact(context, made, name, folder)
+                return
             outcome = round_trip(server, served, options.chunk_size, compare=False, more=MORE)
         if outcome.hit and outcome.reused:
             blending = protocol.chosen(outcome.reused)
@@ -415,6 +416,15 @@ def _ready(context: CommandContext, options: ServeOptions, made: Commands, folde
     second = f" and {len(options.l2)} second tier{'s' if len(options.l2) > 1 else ''}" if options.l2 else ""
     where = f"{made.url}/v1 serves {clean(name)}"
     context.write(f"{where}; blending: {blending}; {made.l1_gb:g} GB for KV{second}; logs in {folder}\n")
+
+
+def _report_exact(context: CommandContext, made: Commands, name: str, folder: Path) -> None:
+    """Print the address of a server that vLLM runs alone."""
+    if context.json:
+        context.emit({"url": f"{made.url}/v1", "model": name, "blending": "off", "logs": str(folder)}, indent=None)
+        return
+    where = f"{made.url}/v1 serves {clean(name)}"
+    context.write(f"{where}; blending: off, as it has recurrent layers; prefix caching: on; logs in {folder}\n")
 
 
 @command("store", "embedder", "kv_budget_gb")

@@ -14,6 +14,7 @@ from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from lmcache_rag.budget import AUTO, Budget, Ratio, parse_budget
 from lmcache_rag.errors import ConfigError
+from lmcache_rag.passage_order import Order, OrderMode, order_of
 
 KV_FORMAT = 1  # raise when the meaning or layout of stored KV changes: old KV is then never read
 
@@ -36,6 +37,7 @@ class EngineInfo:
         falls_back: What an engine that cannot blend does with a request to blend: if True, it answers by full prefills,
             and the caller logs that once; if False, it raises UnsupportedModelError.
         said_why: Whether the engine has logged that it does not blend, so that its caller need not.
+        caches_prefixes: Whether it keeps KV of whole prompts, so that one that begins as an earlier one reuses it.
     """
 
     engine: str
@@ -50,6 +52,7 @@ class EngineInfo:
     why_not: str = ""
     falls_back: bool = True
     said_why: bool = False
+    caches_prefixes: bool = False
 
     def fingerprint(self, prefix_ids: Sequence[int], tenant: str = "", neutral_ids: Sequence[int] = ()) -> str:
         """A hash of everything that a chunk's KV depends on besides the chunk, as 64 hex digits.
@@ -130,6 +133,7 @@ class QueryPrompt:
         fingerprint: Of all that a chunk's KV depends on besides the chunk.
         neutral_tokens: Tokens of the neutral passages after which the chunks' KV was computed; they are not in here.
         tenant: Whose KV it is; "": that of all who use the engine.
+        order: In which order the chunks are, see lmcache_rag.passage_order.
     """
 
     token_ids: tuple[int, ...]
@@ -139,6 +143,7 @@ class QueryPrompt:
     fingerprint: str
     neutral_tokens: int = 0
     tenant: str = ""
+    order: Order = "retrieved"
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -184,15 +189,19 @@ class BlendOptions:
             of them, {"tokens": N} are N tokens.
         enabled: False computes the whole prompt (a full prefill).
         always: Blend even where the engine predicts that computing the prompt starts the answer as early.
+        order: The order of the passages in the prompt: "retrieved", "stable", or "auto", which is stable where the
+            engine cannot blend and keeps KV of prompts that begin alike; see lmcache_rag.passage_order.
     """
 
     policy: str = "query"
     ratio: Ratio = AUTO
     enabled: bool = True
     always: bool = False
+    order: OrderMode = "auto"
 
     def __post_init__(self) -> None:
         parse_budget(self.ratio)
+        order_of(self.order)
 
     @property
     def budget(self) -> Budget:
@@ -222,6 +231,7 @@ class ReuseStats:
         decision: Why the prompt was blended or computed, see lmcache_rag.protocol.Decision; "": nothing was decided.
         predicted_blend_ms: Time to the first token that was predicted for the blend; 0: unknown.
         predicted_compute_ms: The same for computing the prompt.
+        order: The order of the passages: "retrieved", or "stable", so that prompts begin alike.
     """
 
     prompt_tokens: int
@@ -240,6 +250,7 @@ class ReuseStats:
     decision: str = ""
     predicted_blend_ms: float = 0.0
     predicted_compute_ms: float = 0.0
+    order: Order = "retrieved"
 
     def __post_init__(self) -> None:
         parts = (self.prefix_tokens, self.reused_tokens, self.recomputed_tokens, self.computed_tokens)

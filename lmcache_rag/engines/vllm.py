@@ -33,6 +33,7 @@ from lmcache_rag.engines.base import (
 )
 from lmcache_rag.engines.vllm_client import KVNotStoredError, RefusedError, ServedModel, VLLMClient
 from lmcache_rag.errors import ContextLengthError, EngineError, EngineUnavailableError, LMCacheRAGError, PrecomputeError
+from lmcache_rag.families import CANNOT_RECUR, recurrent_of
 
 log = logging.getLogger("lmcache_rag")
 
@@ -102,7 +103,7 @@ class VLLMEngine:
         )
         try:
             served = self._client.served_model(model)
-            self._tokenizer, digest, kv_bytes = _tokenizer_of(served, tokenizer)
+            self._tokenizer, digest, kv_bytes, architectures = _tokenizer_of(served, tokenizer)
             self._client.check_tokenizer(served.name, self._tokenizer)
         except BaseException:
             self.close()
@@ -120,9 +121,12 @@ class VLLMEngine:
             kv_block=kv_block or served.chunk or protocol.LMCACHE_CHUNK,
             context_length=served.context_length,
             kv_bytes_per_token=kv_bytes,
+            caches_prefixes=served.caches_prefixes,
         )
         self._requests = RequestBuilder(self._model, self._info)
         self._support = BlendSupport(self._model)
+        if name := recurrent_of(architectures):
+            self._support.cannot(f"{name} {CANNOT_RECUR}")
         self._chunks = ChunkPrecomputer(
             self._client,
             self._requests,
@@ -369,8 +373,10 @@ class VLLMEngine:
         self._client.close()
 
 
-def _tokenizer_of(served: ServedModel, tokenizer: Any) -> tuple[Any, str, int]:
-    """(tokenizer, its digest, bytes of one token's KV) of a model that a server runs; 0 bytes where they are unknown.
+def _tokenizer_of(served: ServedModel, tokenizer: Any) -> tuple[Any, str, int, tuple[str, ...]]:
+    """(tokenizer, its digest, bytes of one token's KV, architectures) of a model that a server runs.
+
+    Without its configuration it has 0 bytes and no architecture.
 
     Args:
         served: The model.
@@ -382,13 +388,14 @@ def _tokenizer_of(served: ServedModel, tokenizer: Any) -> tuple[Any, str, int]:
     """
     from lmcache_rag.tokenizer import open_tokenizer
     from lmcache_rag.weights import find_tokenizer, kv_bytes_per_token, tokenizer_digest
+    from lmcache_rag.weights.find import architectures_of
 
     if tokenizer is not None and not isinstance(tokenizer, str | Path):
         content = f"{tokenizer.backend_tokenizer.to_str()}{tokenizer.chat_template}"
-        return tokenizer, hashlib.sha256(content.encode()).hexdigest()[:32], 0
+        return tokenizer, hashlib.sha256(content.encode()).hexdigest()[:32], 0, ()
     names = [str(tokenizer)] if tokenizer is not None else [served.local, served.root, served.name, served.base]
     path = find_tokenizer(names)
-    return open_tokenizer(path), tokenizer_digest(path), kv_bytes_per_token(path)
+    return open_tokenizer(path), tokenizer_digest(path), kv_bytes_per_token(path), architectures_of(path)
 
 
 # -- requests, and what their answers reveal of the servers -----------------------------------------------------------
@@ -448,9 +455,18 @@ class BlendSupport:
         with self._lock:
             if gathered.stats is not None and not gathered.unsupported_reason:
                 self.can_blend = True
-            elif (conclusive or gathered.unsupported_reason) and self.can_blend is not False:
-                self.can_blend, self.reason = False, gathered.unsupported_reason or NO_CONNECTOR
-                log.warning("%s is not blended: %s. Prompts are computed in full.", self._model, self.reason)
+            elif conclusive or gathered.unsupported_reason:
+                self._cannot(gathered.unsupported_reason or NO_CONNECTOR)
+
+    def cannot(self, reason: str) -> None:
+        """The model cannot be blended on any server."""
+        with self._lock:
+            self._cannot(reason)
+
+    def _cannot(self, reason: str) -> None:
+        if self.can_blend is not False:
+            self.can_blend, self.reason = False, reason
+            log.warning("%s is not blended: %s. Prompts are computed in full.", self._model, reason)
 
 
 class KeySet:

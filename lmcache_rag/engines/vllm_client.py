@@ -72,6 +72,7 @@ class ServedModel:
         chat_takes_ids: Whether its chat completions take token ids.
         chunk: Tokens of an LMCache chunk; 0 if the server does not report it.
         block: Tokens of a block of vLLM's own prefix cache; 0 if the server does not report it.
+        caches_prefixes: Whether vLLM's own prefix cache is on, as it is by default; false if a server reports it off.
         local: Folder on this machine that the user named for it; "" if none.
         base: As `root`, of the model that it is a LoRA adapter of; "" if it is none.
     """
@@ -84,6 +85,7 @@ class ServedModel:
     chat_takes_ids: bool
     chunk: int = 0
     block: int = 0
+    caches_prefixes: bool = True
     local: str = ""
     base: str = ""
 
@@ -417,6 +419,7 @@ class VLLMClient:
             chunk=max(each.chunk for each in every),
             # If they differ, the smaller: a stored chunk may then count as missing, and is sent once more.
             block=min(each.block for each in every),
+            caches_prefixes=all(each.caches_prefixes for each in every),
         )
 
     def _served(self, url: str, wanted: str | None) -> ServedModel:
@@ -450,6 +453,7 @@ class VLLMClient:
             chat_takes_ids=version >= CHAT_TAKES_IDS,
             chunk=chunk,
             block=vllm_block(metrics),
+            caches_prefixes=prefix_caching(metrics) is not False,
             local=str(local or ""),
             base=base.root if base else "",
         )
@@ -546,6 +550,12 @@ def vllm_block(metrics: str) -> int:
     """Tokens of a block of vLLM's prefix cache, by the text of its /metrics; 0 if it is not there."""
     found = re.search(r'^vllm:cache_config_info\{(?:[^}]*,)?block_size="(\d+)"', metrics, re.MULTILINE)
     return int(found[1]) if found else 0
+
+
+def prefix_caching(metrics: str) -> bool | None:
+    """Whether vLLM's prefix cache is on, by the text of its /metrics; None if it is not there."""
+    found = re.search(r'^vllm:cache_config_info\{(?:[^}]*,)?enable_prefix_caching="(\w+)"', metrics, re.MULTILINE)
+    return None if found is None else found[1] == "True"
 
 
 def _matches(wanted: str, local: Path | None, names: Sequence[str]) -> bool:

@@ -20,7 +20,7 @@ from lmcache_rag.connector.secret import FILE_VARIABLE, VARIABLE
 from lmcache_rag.credentials import api_key, read_ingest_key, state_file
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.protocol import DEFAULT_MIN_GAIN, DEFAULT_POLICY, DEFAULT_RATIO, LMCACHE_CHUNK, VLLM_BLOCK
-from lmcache_rag.serving.machine import VLLMBuild
+from lmcache_rag.serving.machine import VLLMBuild, recurrent
 from lmcache_rag.serving.tiers import OPTION, placeholders, second_tier, variables
 
 PLUGIN = "lmcache_rag"
@@ -52,6 +52,8 @@ _GRAPHS = (
 _COMMAND, _API_SERVER = "vllm.entrypoints.cli.main", "vllm.entrypoints.openai.api_server"
 _EXAMPLE = "For example --connector lmcache_rag.overlap=false."
 _TRANSFER = "--kv-transfer-config"
+_PREFIX_CACHE = "--enable-prefix-caching"  # vLLM 0.25 has it off for recurrent layers; 0.32 on
+_CACHED_TOKENS = "--enable-prompt-tokens-details"  # answers say how many tokens came from it
 _SIZES = (("--tensor-parallel-size", "-tp"), ("--pipeline-parallel-size", "-pp"), ("--data-parallel-size", "-dp"))
 _LMCACHE_NAMES = {
     "DO_NOT_TRACK",
@@ -151,7 +153,7 @@ class Commands:
     """Two commands, and the addresses of their servers.
 
     Attributes:
-        lmcache: Arguments of ``lmcache``.
+        lmcache: Arguments of ``lmcache``; none: the model can only be served exactly, from vLLM's own prefix cache.
         vllm: Arguments of ``vllm``, or of its API server where this vLLM has no such command.
         environment: Variables for vLLM on top of the present ones.
         url: vLLM's address as seen from this machine.
@@ -190,7 +192,9 @@ class Commands:
         return [sys.executable, "-m", self._program, *self.lmcache]
 
     def lmcache_words(self) -> list[str]:
-        """The command to show."""
+        """The command to show; nothing where it is not used."""
+        if not self.lmcache:
+            return []
         return [*(["python", "-m", FILLS_IN] if self._program == FILLS_IN else ["lmcache"]), *self.lmcache]
 
     def vllm_run(self) -> list[str]:
@@ -204,7 +208,8 @@ class Commands:
     def shell(self) -> list[str]:
         """Both as lines for a shell."""
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return [shlex.join(self.lmcache_words()), " ".join([*variables, shlex.join(self.vllm_words())])]
+        first = [shlex.join(self.lmcache_words())] if self.lmcache else []
+        return [*first, " ".join([*variables, shlex.join(self.vllm_words())])]
 
 
 def commands(
@@ -233,6 +238,8 @@ def commands(
     host, port = _place(options, vllm_args)
     if not port.isdigit():
         raise ConfigError(f"--port {port!r} is not a number.", remedy=f"For example --port {PORT}.")
+    if (recurs := recurrent(options.model)) and not vllm_args.has(_TRANSFER):
+        return _exact(options, vllm_args, build, environment, recurs)
     l1_gb = _default_l1_gb(CPU_L1_SHARE if build.cpu else L1_SHARE) if options.l1_gb is None else options.l1_gb
     if l1_gb <= 0:
         remedy = "Gigabytes of CPU memory, for example --l1-gb 20."
@@ -307,6 +314,37 @@ def commands(
         l1_gb,
         secret_file,
         build,
+    )
+
+
+def _exact(
+    options: ServeOptions, vllm_args: VLLMArgs, build: VLLMBuild, environment: Mapping[str, str], reason: str
+) -> Commands:
+    """VLLM alone, with its prefix cache, for a model with recurrent layers.
+
+    LMCache takes chunks of whole vLLM blocks, which are hundreds of tokens long there, and its connector takes no
+    caches of several kinds from vLLM's build for CPUs.
+    """
+    host, port = _place(options, vllm_args)
+    ours = {"--host": host, "--port": port, **_sizes(build)}
+    vllm = ["serve" if build.has_command else "--model", options.model]
+    for name, value in ours.items():
+        ours_wins = {"--host": options.host, "--port": options.port}.get(name) is not None
+        if not (vllm_args.on_line(name) if ours_wins else vllm_args.has(name)):
+            vllm += [name, value]
+    for switch in (_PREFIX_CACHE, _CACHED_TOKENS):
+        if not vllm_args.has(switch) and not vllm_args.has(f"--no-{switch[2:]}"):
+            vllm.append(switch)
+    return Commands(
+        (),
+        (*vllm, *options.vllm),
+        _address(host, port, vllm_args),
+        "",
+        {},
+        vllm_args.value("--api-key") or api_key("VLLM_API_KEY", environment),
+        blends=False,
+        note=f"{reason}. vLLM is started with its own prefix cache, and without LMCache.",
+        build=build,
     )
 
 

@@ -18,7 +18,7 @@ import httpx
 from lmcache_rag import protocol
 from lmcache_rag.costs import SHOWN
 from lmcache_rag.credentials import LMCACHE_KEY_REMEDY, LOOPBACK, lmcache_headers
-from lmcache_rag.engines.vllm_client import ModelCard, VLLMClient, vllm_block
+from lmcache_rag.engines.vllm_client import ModelCard, VLLMClient, prefix_caching, vllm_block
 from lmcache_rag.errors import ConfigError, EngineError, LMCacheRAGError
 from lmcache_rag.protocol import (
     ALWAYS_BLEND,
@@ -83,11 +83,15 @@ def examine(
     else:
         yield Check("This machine", "skipped", "the server is elsewhere", "Run lmcache-rag doctor there.")
     status: dict[str, Any] = {}
+    exact = ""  # why the server can only answer exactly, which needs no LMCache
+    if url:
+        with VLLMClient(url, attempts=1, api_key=api_key, ingest_key=ingest_key) as server:
+            exact = only_exact(server)
     if here or lmcache_url:
         lmcache_url = (lmcache_url or "http://127.0.0.1:8089").rstrip("/")
         _host(lmcache_url)
         on_gpu = not (here and machine.VLLMBuild.installed().cpu)
-        known, status = lmcache_checks(lmcache_url, needed=named or bool(url), on_gpu=on_gpu)
+        known, status = lmcache_checks(lmcache_url, needed=named or bool(url and not exact), on_gpu=on_gpu)
         yield from known
     else:
         yield Check("LMCache", "skipped", "it is where the server is", "If it can be reached from here: --lmcache-url.")
@@ -104,6 +108,9 @@ def examine(
         if served is None:
             return
         yield from adapter_checks(server)
+        if exact:
+            yield prefix_cache(server)
+            return
         yield chunk_and_block(server, status)
         yield from round_trip_checks(server, served, status)
 
@@ -275,6 +282,26 @@ def vllm_checks(server: VLLMClient, here: str = "") -> tuple[list[Check], ModelC
         result += f"; this environment has vLLM {here}, which was checked above"
         return [Check("vLLM", "warning", result, "Run the lmcache-rag doctor of the server's own environment.")], served
     return [Check("vLLM", "ok", result)], served
+
+
+def only_exact(server: VLLMClient) -> str:
+    """Why a server can only answer exactly, by the model's configuration on this machine; "" if it is not known to."""
+    try:
+        return machine.recurrent(server.first_model().root)
+    except LMCacheRAGError:
+        return ""  # a later check reports it
+
+
+def prefix_cache(server: VLLMClient) -> Check:
+    """Whether vLLM keeps prompts, for a model that can only be served exactly."""
+    metrics = server.metrics()
+    if (switch := prefix_caching(metrics)) is None:
+        return Check("Prefix cache", "skipped", "the server does not report it")
+    if switch:
+        blocks = f"whole blocks of {vllm_block(metrics)} tokens"
+        return Check("Prefix cache", "ok", f"on: prompts that begin alike share work, in {blocks}")
+    remedy = "Start it with lmcache-rag serve MODEL, or with --enable-prefix-caching."
+    return Check("Prefix cache", "failed", "off: every prompt is computed from its beginning", remedy)
 
 
 def adapter_checks(server: VLLMClient) -> list[Check]:

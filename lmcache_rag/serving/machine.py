@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lmcache_rag.errors import LMCacheRAGError
-from lmcache_rag.families import CANNOT_RECUR, FAMILIES, RECURRENT, REFUSED, Family, family_of
+from lmcache_rag.families import CANNOT_RECUR, FAMILIES, REFUSED, Family, family_of, recurrent_of
+from lmcache_rag.weights.find import architectures_of
 
 if TYPE_CHECKING:
     from lmcache_rag.settings import Settings
@@ -195,6 +196,9 @@ def model(name: str) -> Check:
         names = [str(name) for name in config.get("architectures") or ["unknown"]]
     except (OSError, ValueError, AttributeError) as problem:
         return Check("Model", "failed", f"{file} cannot be read: {problem}", "Download the model again.")
+    if recurs := recurrent_of(names):
+        remedy = "lmcache-rag serve starts vLLM with its prefix cache; all answers are exact."
+        return Check("Model", "warning", f"{name}: {recurs} {CANNOT_RECUR}", remedy)
     family, reason = family_of(names), _refused(names, config)
     if family is None or reason:
         remedy = f"It is served as by stock vLLM, without blending. Supported: {_supported()}."
@@ -202,12 +206,17 @@ def model(name: str) -> Check:
     return Check("Model", "ok", f"{name}: {names[0]}, {_quality(family)}")
 
 
+def recurrent(name: str) -> str:
+    """Why a model, by folder or Hugging Face name, can only be served exactly; "" if it is another, or not here."""
+    file = _config_file(name)
+    found = recurrent_of(architectures_of(file.parent)) if file is not None else ""
+    return f"{found} {CANNOT_RECUR}" if found else ""
+
+
 def _refused(names: list[str], config: dict[str, Any]) -> str:
     """Why a model is not blended although its family may be, by its config.json; "" if nothing there is against it."""
     if refused := next((name for name in names if name in REFUSED), ""):
         return f"{refused} is not supported: {REFUSED[refused]}"
-    if recurrent := next((name for name in names if name in RECURRENT), ""):
-        return f"{recurrent} {CANNOT_RECUR}"
     inner = config.get("text_config")
     config = config | inner if isinstance(inner, dict) else config
     rope = config.get("rope_parameters") or config.get("rope_scaling")

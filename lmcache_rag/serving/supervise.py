@@ -60,7 +60,7 @@ class Supervisor:
         signal_of: Which signal a KeyboardInterrupt stands for; it is passed on to both servers.
     """
 
-    lmcache: Server
+    lmcache: Server | None
     vllm: Server
     report: Report
     timeouts: Timeouts = field(default_factory=Timeouts)
@@ -81,7 +81,8 @@ class Supervisor:
         """
         number: int = signal.SIGTERM
         try:
-            self._start_lmcache()
+            if self.lmcache is not None:
+                self._start_lmcache(self.lmcache)
             self._start_vllm()
             ready()
             while True:
@@ -96,20 +97,20 @@ class Supervisor:
         finally:
             self._stop(number)
 
-    def _start_lmcache(self) -> None:
-        self.report(f"Starting LMCache; its log: {self.lmcache.log}")
-        self.lmcache.start()
+    def _start_lmcache(self, lmcache: Server) -> None:
+        self.report(f"Starting LMCache; its log: {lmcache.log}")
+        lmcache.start()
         begin = time.monotonic()
-        while not self.lmcache.healthy():
-            status = self.lmcache.ended()
+        while not lmcache.healthy():
+            status = lmcache.ended()
             if status is not None:
-                self._show_end(self.lmcache, status)
-                raise EngineError("LMCache did not start.", remedy=f"See its log: {self.lmcache.log}")
+                self._show_end(lmcache, status)
+                raise EngineError("LMCache did not start.", remedy=f"See its log: {lmcache.log}")
             if time.monotonic() - begin > self.timeouts.lmcache_start:
-                self._show_tail(self.lmcache)
+                self._show_tail(lmcache)
                 raise EngineError(
                     f"LMCache was not healthy after {self.timeouts.lmcache_start:g} s.",
-                    remedy=f"See its log: {self.lmcache.log}",
+                    remedy=f"See its log: {lmcache.log}",
                 )
             time.sleep(self.timeouts.poll)
         self._healthy_at = self._up_since = time.monotonic()
@@ -134,26 +135,28 @@ class Supervisor:
         """Check both processes once."""
         if (status := self.vllm.ended()) is not None:
             raise VLLMEndError(status)
+        if (lmcache := self.lmcache) is None:
+            return
         now = time.monotonic()
         if self._again_at is not None:
             if now >= self._again_at:
                 self._again_at, self._healthy_at = None, now
-                self.lmcache.start()
+                lmcache.start()
             return
-        if (status := self.lmcache.ended()) is not None:
+        if (status := lmcache.ended()) is not None:
             self._down = True
             self._pause = min(self._pause * 2 or self.timeouts.first_pause, self.timeouts.longest_pause)
             self._again_at = now + self._pause
-            self._show_end(self.lmcache, status, 5)
+            self._show_end(lmcache, status, 5)
             self.report(
                 f"LMCache is started again in {self._pause:g} s. vLLM keeps running, and computes every prompt."
             )
         elif now - self._checked_at >= self.timeouts.health or self._down:
-            self._check_lmcache(now)
+            self._check_lmcache(lmcache, now)
 
-    def _check_lmcache(self, now: float) -> None:
+    def _check_lmcache(self, lmcache: Server, now: float) -> None:
         self._checked_at = now
-        if self.lmcache.healthy():
+        if lmcache.healthy():
             if self._down:
                 self.report(
                     "LMCache is healthy again, its memory empty: KV is stored again with use, or loaded from --l2."
@@ -164,20 +167,21 @@ class Supervisor:
             self._down, self._healthy_at = False, now
         elif now - self._healthy_at > (self.timeouts.lmcache_start if self._down else self.timeouts.hang):
             self.report(f"LMCache has not answered for {now - self._healthy_at:.0f} s: it is killed.")
-            self.lmcache.kill()
-            self.lmcache.wait()
+            lmcache.kill()
+            lmcache.wait()
 
     def _stop(self, number: int) -> None:
         """End both: vLLM first, since it would report LMCache's end as an error. A signal meanwhile kills them."""
-        for server in (self.vllm, self.lmcache):
+        servers = [server for server in (self.vllm, self.lmcache) if server is not None]
+        for server in servers:
             with contextlib.suppress(KeyboardInterrupt):
                 server.send(number)
                 server.wait()
                 continue
             self.report(f"{server.name} is killed.")
-            self.vllm.kill()
-            self.lmcache.kill()
-        for server in (self.vllm, self.lmcache):
+            for one in servers:
+                one.kill()
+        for server in servers:
             server.wait()
 
     def _show_end(self, server: Server, status: int, lines: int = 20) -> None:

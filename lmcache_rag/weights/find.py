@@ -433,6 +433,15 @@ def kv_bytes_per_token(path: Path) -> int:
         return 0
 
 
+def architectures_of(path: Path) -> tuple[str, ...]:
+    """The model's architectures by its configuration; none where there is no configuration."""
+    try:
+        facts = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        return tuple(map(str, facts.get("architectures") or ()))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return ()
+
+
 # Digests
 
 

@@ -165,7 +165,7 @@ def test_a_plugin_that_vllm_may_not_load(gpu_machine: Path, monkeypatch: pytest.
         ({"architectures": ["Cohere2ForCausalLM"]}, "failed"),
         ({"architectures": ["Olmo2ForCausalLM"]}, "ok"),
         ({"architectures": ["SmolLM3ForCausalLM"]}, "failed"),
-        ({"architectures": ["Qwen3NextForCausalLM"]}, "failed"),
+        ({"architectures": ["Qwen3NextForCausalLM"]}, "warning"),
         ({}, "failed"),
     ],
 )

@@ -64,6 +64,7 @@ class FakeVLLM(ThreadingHTTPServer):
         # What it reports.
         self.chunk = 0  # on /metrics
         self.block = 0  # of vLLM's own prefix cache: on /metrics, and an exact hit is a number of whole blocks
+        self.prefix_caching: bool | None = None  # on /metrics; None: it does not report it
         self.gauges: dict[str, float] = {}  # on /metrics too
         self.status: dict[str, Any] | None = None  # what an LMCache reports on /status, at the same address
         self.cached_details = False  # --enable-prompt-tokens-details
@@ -102,8 +103,9 @@ class FakeVLLM(ThreadingHTTPServer):
         """The text of /metrics; empty: there is none."""
         values = self.gauges | ({"vllm:lmcache_rag_chunk_tokens": float(self.chunk)} if self.chunk else {})
         lines = [f'{name}{{engine="0",model_name="{self.model}"}} {value}\n' for name, value in values.items()]
-        if self.block:
-            lines.append(f'vllm:cache_config_info{{block_size="{self.block}",engine="0"}} 1.0\n')
+        if self.block or self.prefix_caching is not None:
+            caching = f'enable_prefix_caching="{self.prefix_caching}",' if self.prefix_caching is not None else ""
+            lines.append(f'vllm:cache_config_info{{{caching}block_size="{self.block}",engine="0"}} 1.0\n')
         return "".join(lines)
 
 

@@ -17,6 +17,7 @@ from langchain_core.documents import Document
 from langchain_core.load import dumps
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
 from langchain_core.tracers.base import BaseTracer
 from langchain_core.vectorstores import InMemoryVectorStore
@@ -495,3 +496,31 @@ async def test_keywords_of_a_call_reach_the_engine(tokenizer: Any, texts: list[s
         assert 1 < len([piece for piece in pieces if piece]) <= 3
         with pytest.raises(ConfigError, match="not support 'logprobs'"):
             step.invoke(given, logprobs=True)
+
+
+def test_a_stable_order_is_reported_with_the_answer(running: FakeVLLM, texts: list[str]) -> None:
+    chain = blend(client(ChatOpenAI, running), options=BlendOptions(order="stable"))
+    prompts = []
+    for given in (texts[:4], texts[3::-1], [texts[i] for i in (2, 0, 3, 1)]):
+        facts = chain.invoke({"documents": given, "question": QUESTION}).response_metadata["lmcache_rag"]
+        prompts.append(running.backend.ids[-1])
+        assert facts["order"] == "stable"
+        shown = chain.blender.prompts.query([given[place] for place in facts["passages"]], QUESTION)
+        assert list(shown.token_ids) == prompts[-1], "what the program shows by `passages` is what the prompt has"
+    assert prompts[0] == prompts[1] == prompts[2]
+    one = {"configurable": {"lmcache_rag": {"order": "retrieved"}}}
+    facts = chain.invoke({"documents": texts[3::-1], "question": QUESTION}, one).response_metadata["lmcache_rag"]
+    assert (facts["order"], "passages" in facts) == ("retrieved", False)
+    assert running.backend.ids[-1] == list(chain.blender.prompts.query(texts[3::-1], QUESTION).token_ids)
+
+
+def test_a_prompt_of_ones_own_is_put_into_order(running: FakeVLLM, texts: list[str]) -> None:
+    after = ChatPromptTemplate.from_messages([("system", "Read:\n\n{context}"), ("human", "{question}")])
+    before = ChatPromptTemplate.from_messages([("human", "{question}\n\n{context}")])
+    for template, wanted in ((after, ("stable", 1)), (before, ("retrieved", 2))):
+        chain = blend(client(ChatOpenAI, running), prompt=template, options=BlendOptions(order="stable"))
+        asked = []
+        for given in (texts[:3], texts[2::-1]):
+            answer = chain.invoke({"context": given, "question": QUESTION})
+            asked.append(tuple(running.backend.ids[-1]))
+        assert (answer.response_metadata["lmcache_rag"]["order"], len(set(asked))) == wanted

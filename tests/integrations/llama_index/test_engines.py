@@ -90,6 +90,25 @@ async def test_sync_stream_and_async_give_the_same_answer(workspace, index):
     assert [n.node_id for n in streamed.source_nodes] == [n.node_id for n in wanted.source_nodes]
 
 
+async def test_source_nodes_stand_in_the_stable_order(workspace, corpus):
+    ask = BlendSynthesizer(workspace, blend=BlendOptions(order="stable"))
+    nodes = [
+        NodeWithScore(node=node(text, name=str(place)), score=1.0 - place / 10) for place, text in enumerate(corpus[:4])
+    ]
+    prompts, build = [], ask.blender.build_prompt
+    ask.blender.build_prompt = lambda *args, **options: prompts.append(build(*args, **options)) or prompts[-1]
+    found = []
+    for given in (nodes, nodes[::-1]):
+        found.append(ask.synthesize("What?", given))
+        assert [one.node.text for one in found[-1].source_nodes] == list(prompts[-1].texts)
+        assert stats(found[-1])["order"] == "stable"
+    found.append(await ask.asynthesize("What?", nodes[1::-1] + nodes[2:]))
+    assert len({tuple(one.node_id for one in response.source_nodes) for response in found}) == 1
+    assert len({prompt.prompt.token_ids for prompt in prompts}) == 1
+    usual = ask.synthesize("What?", nodes[::-1], blend=BlendOptions(order="retrieved"))
+    assert [one.node_id for one in usual.source_nodes] == ["3", "2", "1", "0"]
+
+
 def stats_of_stream(response):
     return dict(response.metadata["lmcache_rag"])
 
