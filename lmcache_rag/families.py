@@ -90,6 +90,7 @@ FAMILIES: Final = (
     Family(
         "Mistral Small 3, Ministral 3",
         "Mistral3ForConditionalGeneration",
+        model_type="mistral3",
         note="text; a prompt with a picture is computed in full; without LoRA adapters on a server that takes pictures",
     ),
     Family(

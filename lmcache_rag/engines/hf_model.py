@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 
 BLENDED = {family.model_type: family for family in FAMILIES if family.model_type}
+WITH_TOWERS = ("mistral3",)  # their text is computed by a language model inside, as if there were no towers
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -57,7 +58,7 @@ class HFModel:
     """A transformers model and the facts that the blend needs. The weights are loaded when they are first used.
 
     Args:
-        config: The model's transformers configuration.
+        config: The model's transformers configuration; of one that takes pictures too, that of its text part is kept.
         tokenizer: Its tokenizer.
         dtype: Element type of weights and KV.
         device: Where the weights go.
@@ -67,17 +68,19 @@ class HFModel:
         before_chunks: Token ids that stood before the chunks of the latest ingestion, and their KV; for ChunkCache.
 
     Raises:
-        EngineError: The model takes more than text.
+        EngineError: The model takes more than text, and is none of those whose text part is known.
     """
 
     def __init__(
         self, config: Any, tokenizer: Any, *, dtype: torch.dtype, device: torch.device, load: Callable[[], Any]
     ) -> None:
-        if getattr(config, "text_config", None) is not None:
-            raise EngineError(
-                f"The embedded engine runs models of text alone; {config.model_type!r} takes pictures or sound.",
-                remedy="Serve it with vLLM, `lmcache-rag serve`, and name its URL: `--engine http://localhost:8000`.",
-            )
+        if (inside := getattr(config, "text_config", None)) is not None:
+            if config.model_type not in WITH_TOWERS:
+                raise EngineError(
+                    f"The embedded engine runs models of text alone; {config.model_type!r} takes pictures or sound.",
+                    remedy="Serve it with vLLM, `lmcache-rag serve`, and name its URL: `--engine http://localhost:8000`.",
+                )
+            config = inside
         self.config = config
         self.tokenizer = tokenizer
         self.dtype = dtype
@@ -112,9 +115,10 @@ class HFModel:
 
         def load() -> Any:
             # Imports much, which a process that only retrieves does not need.
-            from transformers import AutoModelForCausalLM
+            from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-            return AutoModelForCausalLM.from_pretrained(path, dtype=kind, local_files_only=True, use_safetensors=True)
+            family = AutoModelForImageTextToText if config.model_type in WITH_TOWERS else AutoModelForCausalLM
+            return family.from_pretrained(path, dtype=kind, local_files_only=True, use_safetensors=True)
 
         try:
             config = AutoConfig.from_pretrained(path, local_files_only=True)
@@ -138,14 +142,19 @@ class HFModel:
                 except (OSError, ValueError) as problem:
                     raise _no_model(getattr(self.config, "_name_or_path", "there"), problem) from problem
                 if not self.why_not:
-                    model.set_attn_implementation(register())
+                    _decoder_of(model).set_attn_implementation(register())
                 self._loaded = model.to(self.device).eval()
             return self._loaded
 
     @property
     def rotary(self) -> Any:
         """The model's own rotary embedding."""
-        return self.model.model.rotary_emb
+        return self.decoder.rotary_emb
+
+    @property
+    def decoder(self) -> Any:
+        """The layers of the language model, without the head."""
+        return _decoder_of(self.model)
 
     @property
     def interleaved(self) -> bool:
@@ -196,7 +205,7 @@ class HFModel:
         cache.set_positions(positions if blend_pass is not None else None)
         try:
             with torch.inference_mode():
-                output = self.model.model(
+                output = self.decoder(
                     input_ids=ids,
                     position_ids=positions[None],
                     use_cache=True,
@@ -207,6 +216,11 @@ class HFModel:
                 return states
         finally:
             cache.set_positions(None)
+
+
+def _decoder_of(model: Any) -> Any:
+    """The language model's decoder; in a model that takes pictures it stands beside a tower."""
+    return getattr(model.model, "language_model", model.model)
 
 
 def _no_model(path: Path | str, problem: Exception) -> EngineError:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from models import CASES, SCALINGS, tiny_model
 
-from lmcache_rag.engines.base import BlendOptions
+from lmcache_rag.engines.base import BlendOptions, Sampling
 from lmcache_rag.engines.embedded import EmbeddedEngine
 from lmcache_rag.engines.hf_blend import shift_keys, shift_tables
 from lmcache_rag.engines.hf_model import HFModel
@@ -42,17 +42,17 @@ def test_all_equals_a_plain_prefill_on_smollm2(smollm2_engine, smollm2_plain, se
     assert check_prompts(smollm2_engine, smollm2_plain, sentences, 20) < 1e-3
 
 
-@pytest.mark.parametrize(("family", "scaling"), CASES)
+@pytest.mark.parametrize(("family", "scaling"), [*CASES, ("mistral3", "yarn")])
 def test_all_equals_a_plain_prefill_in_every_family(family, scaling, tokenizer, sentences, tmp_path):
     plain = tiny_model(family, scaling)
     engine = EmbeddedEngine.from_model(
         HFModel.wrap(tiny_model(family, scaling), tokenizer), name="tiny", revision="0", kv_dir=tmp_path
     )
-    assert plain.config._attn_implementation == "sdpa"
+    assert getattr(plain.config, "text_config", plain.config)._attn_implementation == "sdpa"
     assert check_prompts(engine, plain, sentences, 20) < 1e-3
 
 
-@pytest.mark.parametrize(("family", "scaling"), CASES)
+@pytest.mark.parametrize(("family", "scaling"), [*CASES, ("mistral3", "yarn")])
 def test_a_moved_key_equals_the_key_computed_there(family, scaling, tokenizer):
     model = HFModel.wrap(tiny_model(family, scaling), tokenizer)
     ids = torch.randint(300, 15000, (1, 48))
@@ -68,6 +68,26 @@ def test_a_moved_key_equals_the_key_computed_there(family, scaling, tokenizer):
         assert (moved - keys(new)).abs().max() < 1e-4
         if old != new:
             assert (keys(old) - keys(new)).abs().max() > 1e-2  # the move was not for nothing
+
+
+def test_a_model_beside_a_tower_is_opened_and_answers(tokenizer, sentences, tmp_path):
+    """Mistral Small 3 has its language model inside; a prompt of text is computed as if there were no tower."""
+    plain = tiny_model("mistral3", "llama3")
+    plain.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    engine = EmbeddedEngine(str(tmp_path / "model"), kv_dir=tmp_path / "kv", device="cpu")
+    assert engine.info.can_blend, engine.info.why_not
+    builder = PromptBuilder(engine.tokenizer, engine.info)
+    chunks = [" ".join(sentences[place : place + 3]) for place in (0, 3, 6)]
+    list(engine.precompute(builder.ingest(chunk) for chunk in chunks))
+    for order in ((0, 1, 2), (2, 0, 1), (1, 2)):
+        prompt = builder.query([chunks[place] for place in order], "What is this about?")
+        done = engine.generate(prompt, Sampling(max_tokens=4), BlendOptions("all", always=True))
+        assert (done.stats.chunks_hit, done.stats.chunks_missed) == (len(order), 0)
+        ids = torch.tensor(prompt.token_ids)[None]
+        wanted = plain.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+        assert list(done.token_ids) == wanted[0, ids.shape[1] :].tolist()
+    engine.close()
 
 
 def turned(keys: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

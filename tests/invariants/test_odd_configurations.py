@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from blend_kit import Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, tiny_config, tiny_mistral3, tiny_model
+from models import FAMILIES, tiny_config, tiny_model
 
 from lmcache_rag.budget import Budget
 from lmcache_rag.engines.hf_blend import blended_prefill, shift_keys, shift_tables
@@ -137,8 +138,6 @@ def test_what_is_refused(family: str, rope: str, fields: dict[str, Any], reason:
 
 @pytest.mark.parametrize("family", ["cohere2", "smollm3", "olmo2", "granite_swa", "glm", "qwen3_next"])
 def test_other_families_are_refused_by_name(family: str) -> None:
-    import transformers
-
     if family not in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES:
         pytest.skip(f"this version of transformers has no {family}")
     assert f"models of type {family!r} are not supported" in unsupported_reason(tiny_config(family))
@@ -152,6 +151,7 @@ def test_ropes_of_several_kinds_of_layers_are_refused() -> None:
 
 def test_a_model_that_takes_pictures_is_refused() -> None:
     """Its configuration has the language model's inside."""
-    with pytest.raises(EngineError, match="'mistral3' takes pictures") as problem:
-        HFModel(tiny_mistral3(), None, dtype=torch.float32, device=torch.device("cpu"), load=lambda: None)
+    config = transformers.Gemma3Config(text_config={"num_hidden_layers": 1}, vision_config={"num_hidden_layers": 1})
+    with pytest.raises(EngineError, match="'gemma3' takes pictures") as problem:
+        HFModel(config, None, dtype=torch.float32, device=torch.device("cpu"), load=lambda: None)
     assert "vLLM" in str(problem.value.remedy)

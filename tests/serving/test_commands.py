@@ -271,6 +271,23 @@ def test_a_shell_gets_the_same_words() -> None:
     assert tuple(shlex.split(vllm)) == (*before, "vllm", *made.vllm)
 
 
+def test_a_recurrent_model_gets_a_prefix_cache_alone(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["Qwen3NextForCausalLM"]}')
+
+    def made(*vllm: str) -> Any:
+        return commands(ServeOptions(str(tmp_path), vllm, l2=("/data",)), {}, VLLMBuild())
+
+    found = made()
+    assert (found.lmcache, found.lmcache_words(), found.blends, found.secret_file) == ((), [], False, None)
+    assert {"--enable-prefix-caching", "--enable-prompt-tokens-details"} < set(found.vllm)
+    assert "--kv-transfer-config" not in found.vllm, "LMCache's connector does not take such a cache"
+    assert found.note.startswith("Qwen3NextForCausalLM has recurrent layers")
+    assert "stable order" in found.note
+    assert [tuple(shlex.split(line)) for line in found.shell()] == [("vllm", *found.vllm)]
+    assert "--enable-prefix-caching" not in made("--no-enable-prefix-caching").vllm, "the user's option wins"
+    assert made("--kv-transfer-config", "{}").lmcache, "a connector of the user's is the user's choice"
+
+
 def test_the_document_shows_the_commands_that_are_run() -> None:
     text = (TESTS.parent / "docs" / "serving.md").read_text()
     made = commands(ServeOptions("Qwen/Qwen3-8B", l1_gb=20), {}, VLLMBuild())

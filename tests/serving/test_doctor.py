@@ -66,6 +66,16 @@ def test_lmcache_that_asks_for_a_key_gets_it(model: str, monkeypatch: pytest.Mon
     assert checks["Chunk index"]["state"] == "ok", "its /metrics ask for the key as well"
 
 
+def test_a_recurrent_model_needs_a_prefix_cache(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["NemotronHForCausalLM"]}')
+    for mode, state in (("cached", "ok"), ("uncached", "failed"), ("", "skipped")):
+        _, checks = examine(str(tmp_path), vllm=mode)
+        assert checks["Prefix cache"]["state"] == state
+        assert checks["Model"]["state"] == "warning"
+        assert "order=auto puts passages into a stable order" in checks["Model"]["result"]
+        assert "Round trip" not in checks, "no chunk can be blended"
+
+
 # -- the round trip ---------------------------------------------------------------------------------------------
 
 

@@ -149,6 +149,19 @@ def test_one_line_says_where_it_is_and_what_is_on(start: Callable[..., Serving])
     assert "vllm listens" in (serving.folder / "logs" / "vllm.log").read_text()
 
 
+def test_a_recurrent_model_is_served_without_lmcache(start: Callable[..., Serving], tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "config.json").write_text('{"architectures": ["GraniteMoeHybridForCausalLM"]}')
+    serving = start()
+    assert "serves tiny; blending: off, as it has recurrent layers; prefix caching: on" in serving.ready()
+    assert not serving.pids(serving.lmcache)
+    serving.process.send_signal(signal.SIGTERM)
+    status, stderr = serving.end()
+    assert status == 143
+    assert stderr.startswith("GraniteMoeHybridForCausalLM has recurrent layers")
+    assert not serving.tree()
+
+
 def test_it_reports_what_the_server_really_does(start: Callable[..., Serving]) -> None:
     serving = start("--policy", "hkvd", vllm_mode="all")
     assert "blending: all at 1;" in serving.ready()

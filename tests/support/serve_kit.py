@@ -54,7 +54,8 @@ class FakeServer:
     are about equally likely), "unblended" (an LMCache of the default engine), "unregistered" (no rotary table), "half"
     (of one worker only), "ill" (not healthy), "misfit" (blocks of 48 tokens), "long" (chunks of 256 tokens, which only
     vLLM says), "full" (an index that is nearly so), "no index" (that shows no metrics), "unchecked" (says nothing of a
-    self-check), "not checked" (skipped it), "strange" (JSON of another server), "key" (asks for one).
+    self-check), "not checked" (skipped it), "strange" (JSON of another server), "key" (asks for one), "cached" and
+    "uncached" (vLLM's prefix cache is on, or off).
     """
 
     def __init__(self, role: str, port: int = 0, mode: str = "", model: str = "tiny") -> None:
@@ -131,6 +132,9 @@ class FakeServer:
                 "/v1/models": {"data": [] if self.mode == "strange" else [card]},
                 "/metrics": f'vllm:cache_config_info{{block_size="{48 if self.mode == "misfit" else 16}",x="y"}} 1.0\n',
             }
+            if self.mode in ("cached", "uncached"):
+                caching = f'enable_prefix_caching="{self.mode == "cached"}"'
+                pages["/metrics"] = f'vllm:cache_config_info{{block_size="528",{caching},x="y"}} 1.0\n'
             if self.mode != "uncounted":
                 hits = self.hits if self.mode != "stuck" else 0
                 pages["/metrics"] += f'vllm:lmcache_rag_prompt_tokens_total{{engine="0",source="reused"}} {hits}.0\n'
