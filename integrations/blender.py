@@ -25,7 +25,7 @@ from lmcache_rag.engines.base import (
 )
 from lmcache_rag.errors import EngineError, LMCacheRAGError, PromptError, StoreLockedError
 from lmcache_rag.lazy_fill import FillCounts, cancel, fill_of, mode_of
-from lmcache_rag.passage_order import passage_order
+from lmcache_rag.passage_order import numbered, passage_order
 from lmcache_rag.prompt import Turn
 from lmcache_rag.rag import AnswerStreamer, arranged, fit_context, fit_sizes
 
@@ -150,7 +150,11 @@ class Blender:
             max_tokens=self.sampling.max_tokens if max_tokens is None else max_tokens,
         )
         places, chosen = arranged(
-            self.engine, self.prompts, [hit.text for hit in fitted.kept], order or self.blend.order
+            self.engine,
+            self.prompts,
+            [hit.text for hit in fitted.kept],
+            order or self.blend.order,
+            [hit.chunk_id + 1 for hit in fitted.kept],
         )
         hits = [fitted.kept[place] for place in places]
         kept = tuple(hit.text for hit in hits)
@@ -219,7 +223,8 @@ class Blender:
         hits = list(fitted.kept)
         if made.prompt.chunks and made.prompt.chunks[0].start == made.prompt.prefix_tokens:
             keys = [made.prompts.chunk(hit.text)[0] for hit in hits]
-            places, chosen = passage_order(self.engine).arrange(keys, order or self.blend.order)
+            counted = numbered([hit.text for hit in hits], [hit.chunk_id + 1 for hit in hits])
+            places, chosen = passage_order(self.engine).arrange(keys, order or self.blend.order, numbered=counted)
             if chosen == "stable":
                 hits = [hits[place] for place in places]
                 shown = messages([hit.text for hit in hits])

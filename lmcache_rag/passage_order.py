@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 import weakref
 from collections import OrderedDict
@@ -29,6 +30,7 @@ Order: TypeAlias = Literal["retrieved", "stable"]
 
 _PASSAGES = 50_000  # of the orders that were asked, the latest: about 20 MB
 _USES = 20_000  # passages whose uses are counted, the latest
+_NUMBER = re.compile(r"\W*(?:[^\W\d]+\W+)?(\d{1,4})\b")
 _VISITS = 4096  # passages that one search looks at
 
 
@@ -42,6 +44,12 @@ def order_of(name: str) -> OrderMode:
         if name == mode:
             return mode  # type: ignore[no-any-return]
     raise ConfigError(f"order is {name!r}.", remedy=f"It is one of {', '.join(get_args(OrderMode))}.")
+
+
+def numbered(texts: Sequence[str], ranks: Sequence[int]) -> bool:
+    """Whether each passage begins with its own rank, as "[2] ..." or "Source 2: ...": a program numbered them."""
+    numbers = [found and int(found[1]) for found in map(_NUMBER.match, texts)]
+    return bool(texts) and numbers == list(ranks)
 
 
 def rounded(uses: int) -> int:

@@ -23,7 +23,7 @@ from lmcache_rag.engines.base import (
 from lmcache_rag.errors import ConfigError, ContextLengthError, LMCacheRAGError, PromptError, StoreLockedError
 from lmcache_rag.kv_manager import IngestPrompts, KVManager
 from lmcache_rag.lazy_fill import LazyFillMode, fill_of
-from lmcache_rag.passage_order import Order, OrderMode, passage_order
+from lmcache_rag.passage_order import Order, OrderMode, numbered, passage_order
 
 if TYPE_CHECKING:
     from lmcache_rag.embedding import Embedder
@@ -419,7 +419,9 @@ class AnswerStreamer:
 # -- the order of the chunks -------------------------------------------------------------------------------------------
 
 
-def arranged(engine: Engine, prompts: PromptBuilder, texts: Sequence[str], mode: OrderMode) -> tuple[list[int], Order]:
+def arranged(
+    engine: Engine, prompts: PromptBuilder, texts: Sequence[str], mode: OrderMode, ranks: Sequence[int] = ()
+) -> tuple[list[int], Order]:
     """Indices of these chunks in the order of the prompt, and which order that is.
 
     Args:
@@ -427,12 +429,14 @@ def arranged(engine: Engine, prompts: PromptBuilder, texts: Sequence[str], mode:
         prompts: Makes the prompt.
         texts: The chunks, as retrieved.
         mode: See BlendOptions.
+        ranks: The ranks that a program may have written before them, from 1; chunks so numbered keep their order.
     """
     form = prompts.format
     if "{question}" in form.lead:  # nothing after it repeats
         return list(range(len(texts))), "retrieved"
     keys = [prompts.chunk_key(text) for text in texts]
-    return passage_order(engine).arrange(keys, mode, numbered="{rank}" in form.separator)
+    counted = "{rank}" in form.separator or numbered(texts, ranks)
+    return passage_order(engine).arrange(keys, mode, numbered=counted)
 
 
 # -- chunks that fit the context --------------------------------------------------------------------------------------

@@ -29,6 +29,15 @@ def test_registered_texts_are_blended_in_any_order(register, workspace, corpus):
     assert counts(off.stats)["blended"] is False
 
 
+def test_passages_that_a_program_numbered_stay(workspace, corpus):
+    blender = Blender(workspace, blend=BlendOptions(order="stable"))
+    for name in ("[{}] {}", "Source {}:\n{}", "{}. {}"):
+        texts = [name.format(rank, text) for rank, text in enumerate(corpus[:4], start=1)]
+        assert blender.build_prompt(texts, "What?").kept == (0, 1, 2, 3), "an answer cites them by these numbers"
+    orders = (corpus, corpus[::-1], corpus[1:] + corpus[:1])
+    assert len({blender.build_prompt(some, "What?").prompt.token_ids for some in orders}) == 1
+
+
 def test_lone_surrogates_are_replaced(register, workspace, corpus):
     replaced = f"{corpus[0]} \N{REPLACEMENT CHARACTER}"
     register.add({"a": replaced})
