@@ -294,10 +294,7 @@ def commands(
     if vllm_args.ranks() > 1 and not build.cpu and not any(vllm_args.has(name) for name in _GRAPHS):
         ours["--max-cudagraph-capture-size"] = str(MOST_GRAPH_TOKENS)
     vllm = ["serve" if build.has_command else "--model", options.model]
-    for name, value in ours.items():
-        ours_wins = {"--host": options.host, "--port": options.port}.get(name) is not None  # over vLLM's file
-        if not (vllm_args.on_line(name) if ours_wins else vllm_args.has(name)):
-            vllm += [name, value]
+    vllm += _without_theirs(ours, options, vllm_args)
     secret_file = _secret_file(options, environment)
     variables = _plugin_allowed(environment) | ({FILE_VARIABLE: str(secret_file)} if secret_file else {})
     vllm += middleware
@@ -328,10 +325,7 @@ def _exact(
     host, port = _place(options, vllm_args)
     ours = {"--host": host, "--port": port, **_sizes(build)}
     vllm = ["serve" if build.has_command else "--model", options.model]
-    for name, value in ours.items():
-        ours_wins = {"--host": options.host, "--port": options.port}.get(name) is not None
-        if not (vllm_args.on_line(name) if ours_wins else vllm_args.has(name)):
-            vllm += [name, value]
+    vllm += _without_theirs(ours, options, vllm_args)
     for switch in (_PREFIX_CACHE, _CACHED_TOKENS):
         if not vllm_args.has(switch) and not vllm_args.has(f"--no-{switch[2:]}"):
             vllm.append(switch)
@@ -346,6 +340,16 @@ def _exact(
         note=f"{reason}. vLLM is started with its own prefix cache, and without LMCache.",
         build=build,
     )
+
+
+def _without_theirs(ours: Mapping[str, str], options: ServeOptions, vllm_args: VLLMArgs) -> list[str]:
+    """Our options of vLLM that the user did not set."""
+    words: list[str] = []
+    for name, value in ours.items():
+        ours_wins = {"--host": options.host, "--port": options.port}.get(name) is not None  # over vLLM's file
+        if not (vllm_args.on_line(name) if ours_wins else vllm_args.has(name)):
+            words += [name, value]
+    return words
 
 
 def _sizes(build: VLLMBuild) -> dict[str, str]:
