@@ -277,6 +277,9 @@ INDEX_ENTRIES: Final = "lmcache_rag.index_entries"  # chunks that can be blended
 INDEX_ASKED: Final = "lmcache_rag.chunks_asked"  # whole chunks in prompts that were looked up
 INDEX_FOUND: Final = "lmcache_rag.chunks_found"  # chunks that the index found in them
 INDEX_SIZE: Final = "lmcache_rag.index_size"  # most chunks that the index takes
+TIER_DAMAGED: Final = "lmcache_rag.tier_damaged"  # objects of second tiers that are not what was stored
+COORDINATOR_ANSWERS: Final = "lmcache_rag.coordinator_answers"  # 1, or 0 while it is away
+FLEET_FOUND: Final = "lmcache_rag.chunks_found_elsewhere"  # that only the coordinator knew
 
 
 def chunk_tokens(metrics: str) -> int:

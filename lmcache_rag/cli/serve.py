@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
 import signal
@@ -182,6 +184,32 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    coordinator: Annotated[
+        str,
+        typer.Option(
+            metavar="URL|start",
+            help="LMCache's coordinator, by which servers blend what others ingested: its address, or start, to "
+            "run one too. [dim]\\[LMCACHE_COORDINATOR_URL, default: none][/dim]",
+            show_default=False,
+        ),
+    ] = "",
+    coordinator_listen: Annotated[
+        str,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Where a coordinator that is started listens. [dim]\\[default: 127.0.0.1:9300][/dim]",
+            show_default=False,
+        ),
+    ] = "",
+    instance_id: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="This server's name in the coordinator, no other's. [dim]\\[default: host name and --lmcache-port]"
+            "[/dim]",
+            show_default=False,
+        ),
+    ] = "",
     connector: Annotated[
         list[str] | None,
         typer.Option(
@@ -201,12 +229,13 @@ def serve(
 
     Waits for both, warms the look-up, and prints one line with the address.
     If LMCache dies it is started again while vLLM keeps running; when vLLM ends,
-    serve ends too, with its exit status. Both listen on this machine only, unless
-    --host names another address.
+    serve ends too, with its exit status. All listen on this machine only, unless
+    --host or --coordinator-listen names another address.
 
     [bold]Examples[/bold]
       lmcache-rag serve Qwen/Qwen3-8B
       lmcache-rag serve Qwen/Qwen3-8B --l2 /data/kv --tensor-parallel-size 2
+      lmcache-rag serve Qwen/Qwen3-8B --l2 redis://kv:6379 --coordinator http://kv:9300
       lmcache-rag serve Qwen/Qwen3-8B --dry-run
     """
     from lmcache_rag.connector.lmcache_server.settings import ServerSettings
@@ -239,6 +268,9 @@ def serve(
         prefix_tokens=prefix_tokens,
         secret_file=secret_file,
         ingest_key_file=ingest_key_file or settings.ingest_key_file,
+        coordinator=coordinator,
+        coordinator_listen=coordinator_listen,
+        instance_id=instance_id,
     )
     made, lmcache_run, vllm_run = context.services.serve_commands(options)
     if made.note:
@@ -265,9 +297,10 @@ def _ensure_secret(context: CommandContext, options: ServeOptions, made: Command
     except ConfigError as problem:
         remedy = "" if options.secret_file else " Or name another with --secret-file, or fill LMCACHE_RAG_SECRET."
         raise ConfigError(problem.message, remedy=problem.remedy + remedy) from None
-    if options.l2:
+    if options.l2 or made.coordinator:
+        shared = "--l2 or a coordinator" if made.coordinator else "--l2"
         context.message(
-            f"KV is stored under the secret in {made.secret_file}: servers that share --l2 need the same file."
+            f"KV is stored under the secret in {made.secret_file}: servers that share {shared} need the same file."
         )
 
 
@@ -298,6 +331,13 @@ def _check_environment(context: CommandContext, made: Commands) -> None:
         found = next(machine.gpu()).state != "failed"
         remedy = machine.INSTALL if found else f"{machine.INSTALL}, with an NVIDIA GPU. {machine.WITHOUT_GPU}"
         raise ConfigError(f"Not installed: {', '.join(missing)}.", remedy=remedy)
+    if (
+        any(json.loads(tier)["type"] == "valkey" for tier in made.tiers)
+        and importlib.util.find_spec("glide_sync") is None
+    ):
+        raise ConfigError(
+            "Not installed: valkey-glide-sync, the client for Valkey and Redis.", remedy="pip install valkey-glide-sync"
+        )
     if made.build.cpu or not made.lmcache:
         return
     gpu = next(machine.gpu())
@@ -313,8 +353,10 @@ def _check_environment(context: CommandContext, made: Commands) -> None:
 
 def _print(context: CommandContext, made: Commands) -> None:
     if context.json:
+        first = {"coordinator": made.coordinator_words()} if made.coordinator_words() else {}
         context.emit(
             {
+                **first,
                 "lmcache": made.lmcache_words(),
                 "vllm": made.vllm_words(),
                 "environment": dict(made.environment),
@@ -339,8 +381,12 @@ def _serve(
     from lmcache_rag.serving.process import Server
     from lmcache_rag.serving.supervise import Supervisor, check_ports
 
+    started = made.coordinator if made.coordinator_words() else None
     of_lmcache = {"--lmcache-port": options.lmcache_port, "--lmcache-http-port": options.lmcache_http_port}
-    check_ports({"--port": int(made.url.rpartition(":")[2]), **(of_lmcache if made.lmcache else {})})
+    of_coordinator = {"--coordinator-listen": started.port} if started else {}
+    check_ports({"--port": int(made.url.rpartition(":")[2]), **(of_lmcache if made.lmcache else {}), **of_coordinator})
+    if started:
+        started.prepare()
     folder = log_dir or Path(tempfile.mkdtemp(prefix="lmcache-rag-serve-"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -373,12 +419,22 @@ def _serve(
         lambda line: context.message(clean(line)),
         limits,
         lambda stop: signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT,
+        Server(
+            "The coordinator",
+            made.coordinator_run(),
+            lambda: answers(started.url, "/healthz"),
+            folder / "coordinator.log",
+            limits.grace,
+            inherited=inherited,
+        )
+        if started
+        else None,
     )
     try:
         return supervisor.run(lambda: _ready(context, options, made, folder))
     except KeyboardInterrupt as stop:
         ignore_signals()
-        context.message("Both servers have ended.")
+        context.message("All servers have ended." if started else "Both servers have ended.")
         return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
 
 

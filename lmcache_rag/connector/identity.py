@@ -23,6 +23,7 @@ _PIECES, _LEAST = 1024, 32  # samples of all files together, and of each file at
 _READERS = 16  # a network disk answers each read after milliseconds
 _MOST_HEADER = 64 << 20
 _ADAPTERS = 1024
+STORED = 2  # of the form of KV in second tiers: since 2 it ends with a digest
 _VARIABLES = ("VLLM_KV_CACHE_LAYOUT", "VLLM_ATTENTION_BACKEND")  # vLLM's, which change the layout of KV
 
 
@@ -34,7 +35,7 @@ def identity(vllm_config: Any, chunk: int = 0) -> str:
         chunk: Tokens of an LMCache chunk.
     """
     try:
-        return _digest({**_model(vllm_config), **_form(vllm_config), "chunk": chunk})
+        return _digest({**_model(vllm_config), **_form(vllm_config), "chunk": chunk, "stored": STORED})
     except Exception:
         log.warning("Cannot fingerprint the weights; KV of earlier runs is not reused", exc_info=True)
         return uuid.uuid4().hex

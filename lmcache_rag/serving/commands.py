@@ -20,11 +20,13 @@ from lmcache_rag.connector.secret import FILE_VARIABLE, VARIABLE
 from lmcache_rag.credentials import api_key, read_ingest_key, state_file
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.protocol import DEFAULT_MIN_GAIN, DEFAULT_POLICY, DEFAULT_RATIO, LMCACHE_CHUNK, VLLM_BLOCK
+from lmcache_rag.serving import coordinator as fleet
+from lmcache_rag.serving.coordinator import Coordinator
 from lmcache_rag.serving.machine import VLLMBuild, recurrent
-from lmcache_rag.serving.tiers import OPTION, placeholders, second_tier, variables
+from lmcache_rag.serving.tiers import OPTION, checked_tier, second_tier, variables
 
 PLUGIN = "lmcache_rag"
-FILLS_IN = "lmcache_rag.serving.lmcache_server"  # runs LMCache's own program, with placeholders filled in
+FILLS_IN = "lmcache_rag.serving.lmcache_server"  # LMCache's program, with placeholders filled in and tiers checked
 CONNECTOR = {
     "kv_connector": "CacheBlendConnector",
     "kv_connector_module_path": "lmcache_rag.connector.connector",
@@ -126,6 +128,10 @@ class ServeOptions:
         secret_file: File with the secret that KV is stored under; None: by the environment, or with second tiers one in
             the user's state folder, or a new secret for each start.
         ingest_key_file: File of the key that ingesting and forgetting need; None: they need none.
+        coordinator: "start" or a URL: LMCache's coordinator, which has the index of several servers; "": by LMCache's
+            own variable, or none.
+        coordinator_listen: HOST:PORT of one that is started; "": 127.0.0.1:9300.
+        instance_id: This server's name in the coordinator; "": the machine's name and LMCache's port.
     """
 
     model: str
@@ -146,11 +152,14 @@ class ServeOptions:
     prefix_tokens: int | None = None
     secret_file: Path | None = None
     ingest_key_file: Path | None = None
+    coordinator: str = ""
+    coordinator_listen: str = ""
+    instance_id: str = ""
 
 
 @dataclass(frozen=True)
 class Commands:
-    """Two commands, and the addresses of their servers.
+    """Two commands, or three with a coordinator, and the addresses of their servers.
 
     Attributes:
         lmcache: Arguments of ``lmcache``; none: the model can only be served exactly, from vLLM's own prefix cache.
@@ -164,6 +173,7 @@ class Commands:
         l1_gb: Gigabytes of CPU memory for KV.
         secret_file: File with the secret of both; None: vLLM finds it in its environment, or draws one.
         build: The vLLM that these commands are for.
+        coordinator: LMCache's coordinator; None: the server matches by itself.
     """
 
     lmcache: tuple[str, ...]
@@ -177,6 +187,7 @@ class Commands:
     l1_gb: float = L1_GB
     secret_file: Path | None = None
     build: VLLMBuild = field(default_factory=VLLMBuild)
+    coordinator: Coordinator | None = None
 
     @property
     def tiers(self) -> list[str]:
@@ -185,7 +196,7 @@ class Commands:
 
     @property
     def _program(self) -> str:
-        return FILLS_IN if any(map(placeholders, self.tiers)) else "lmcache.cli.main"
+        return FILLS_IN if self.tiers else "lmcache.cli.main"
 
     def lmcache_run(self) -> list[str]:
         """The command, independent of PATH."""
@@ -205,10 +216,21 @@ class Commands:
         """The command to show."""
         return [*(["vllm"] if self.build.has_command else ["python", "-m", _API_SERVER]), *self.vllm]
 
+    def coordinator_words(self) -> list[str]:
+        """The command of a coordinator that is started here, to show; empty without one."""
+        return ["lmcache", *self.coordinator.command] if self.coordinator and self.coordinator.command else []
+
+    def coordinator_run(self) -> list[str]:
+        """The same, independent of PATH."""
+        words = self.coordinator_words()
+        return [sys.executable, "-m", "lmcache.cli.main", *words[1:]] if words else []
+
     def shell(self) -> list[str]:
-        """Both as lines for a shell."""
+        """All as lines for a shell."""
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        first = [shlex.join(self.lmcache_words())] if self.lmcache else []
+        first = [
+            shlex.join(words) for words in (self.coordinator_words(), self.lmcache and self.lmcache_words()) if words
+        ]
         return [*first, " ".join([*variables, shlex.join(self.vllm_words())])]
 
 
@@ -259,10 +281,22 @@ def commands(
     ]
     if (gpus := vllm_args.gpus()) > 1:
         lmcache += ["--max-gpu-workers", str(gpus)]  # one for each GPU, or they wait for each other
-    for tier in options.l2:
-        lmcache += [OPTION, second_tier(tier)]
+    place = fleet.coordinator(
+        options.coordinator or environment.get(fleet.VARIABLE, ""),
+        listen=options.coordinator_listen,
+        instance_id=options.instance_id,
+        chunk_size=options.chunk_size,
+        lmcache_port=options.lmcache_port,
+    )
+    secret_file = _secret_file(options, environment, shared=bool(options.l2 or place))
+    for tier in map(second_tier, options.l2):
+        lmcache += [OPTION, checked_tier(fleet.shared_tier(tier) if place else tier, secret_file)]
     if options.l2:  # by default what left the memory once is read from the tier at each use, and never returns
         lmcache += ["--l2-prefetch-policy", "retain"]
+    if place:
+        lmcache += place.server_options()
+    elif options.instance_id:
+        lmcache += ["--instance-id", options.instance_id]
     extra: dict[str, Any] = {
         "lmcache.mp.host": "tcp://localhost",
         "lmcache.mp.port": options.lmcache_port,
@@ -295,7 +329,6 @@ def commands(
         ours["--max-cudagraph-capture-size"] = str(MOST_GRAPH_TOKENS)
     vllm = ["serve" if build.has_command else "--model", options.model]
     vllm += _without_theirs(ours, options, vllm_args)
-    secret_file = _secret_file(options, environment)
     variables = _plugin_allowed(environment) | ({FILE_VARIABLE: str(secret_file)} if secret_file else {})
     vllm += middleware
     connected = not vllm_args.has(_TRANSFER) or CONNECTOR["kv_connector"] in vllm_args.value(_TRANSFER)
@@ -307,10 +340,11 @@ def commands(
         variables,
         vllm_args.value("--api-key") or api_key("VLLM_API_KEY", environment),
         connected and not build.cpu,
-        _note(vllm_args, build, connected=connected),
+        _note(vllm_args, build, place, connected=connected, l2=options.l2),
         l1_gb,
         secret_file,
         build,
+        place,
     )
 
 
@@ -408,10 +442,20 @@ def _checked(settings: tuple[str, ...]) -> dict[str, Any]:
     return found
 
 
-def _note(vllm_args: VLLMArgs, build: VLLMBuild, *, connected: bool) -> str:
+def _note(
+    vllm_args: VLLMArgs, build: VLLMBuild, place: Coordinator | None, *, connected: bool, l2: Sequence[str]
+) -> str:
     if not connected:
         return "The --kv-transfer-config does not name our connector: nothing is blended."
     notes = [ON_A_CPU] if build.cpu else []
+    if any(json.loads(tier)["type"] == "resp" for tier in map(second_tier, l2)):
+        notes.append('LMCache\'s adapter "resp" never connects again to a Redis that was away: give redis://host:port.')
+    if place and not l2:
+        notes.append("--coordinator without --l2: what other servers stored is found, but their KV cannot be loaded.")
+    if place and place.open:
+        notes.append(
+            f"The coordinator at port {place.port} asks for no key: only machines that you trust should reach it."
+        )
     if vllm_args.has(_TRANSFER):
         notes.append(
             "With a --kv-transfer-config of your own, --policy, --ratio, --min-gain, --step-tokens and --connector are "
@@ -429,13 +473,13 @@ def _check_secrets(vllm_args: VLLMArgs) -> None:
             )
 
 
-def _secret_file(options: ServeOptions, environment: Mapping[str, str]) -> Path | None:
-    """The secret's file. With a second tier the secret must outlive vLLM, or KV there would not be found again."""
+def _secret_file(options: ServeOptions, environment: Mapping[str, str], *, shared: bool) -> Path | None:
+    """The secret's file. With a second tier or a coordinator it must outlive vLLM, or KV would not be found again."""
     if options.secret_file is not None:
         return options.secret_file.expanduser().absolute()
     if named := environment.get(FILE_VARIABLE):
         return Path(named).expanduser().absolute()
-    return state_file("secret") if options.l2 and not environment.get(VARIABLE) else None
+    return state_file("secret") if shared and not environment.get(VARIABLE) else None
 
 
 def _check_chunk(options: ServeOptions, vllm_args: VLLMArgs, build: VLLMBuild) -> None:

@@ -2,15 +2,18 @@
 
 ``python -m lmcache_rag.serving.lmcache_server server ... --l2-adapter '{"password": "${NAME}", ...}'`` is ``lmcache
 server ...`` with the placeholders of lmcache_rag.serving.tiers filled in after the process has started: what `ps` shows
-is unchanged. The variables are then removed from the process's environment.
+is unchanged. The variables are then removed from the process's environment. It also knows the serde that checks what
+second tiers return.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
 
+from lmcache_rag.connector.lmcache_server.settings import SERDE
 from lmcache_rag.errors import LMCacheRAGError
 from lmcache_rag.serving.tiers import OPTION, filled, placeholders, variables
 
@@ -37,6 +40,12 @@ def main() -> None:
     except LMCacheRAGError as problem:
         print(problem, file=sys.stderr)  # noqa: T201 - this is a command line
         raise SystemExit(2) from None
+    if any(
+        json.loads(made[n + 1]).get("serde", {}).get("type") == SERDE for n in range(len(made)) if made[n] == OPTION
+    ):
+        from lmcache_rag.connector.lmcache_server.tier_check import register
+
+        register()
     from lmcache.cli.main import main as lmcache
 
     sys.argv = ["lmcache", *made]

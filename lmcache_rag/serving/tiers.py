@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from lmcache_rag.connector.lmcache_server.settings import SERDE
 from lmcache_rag.errors import ConfigError
 
 OPTION = "--l2-adapter"
+CHECKED = ("fs", "resp", "valkey", "s3")  # adapters that take objects of any size
+TIMEOUT_S = 2.0  # of a request to Valkey or Redis: a look-up waits for two of them where it does not answer
 _PLACEHOLDER = re.compile(r"\$\{(file:)?([^{}]+)\}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET = re.compile(
@@ -54,6 +57,19 @@ def second_tier(text: str) -> str:
     return json.dumps(tier)
 
 
+def checked_tier(tier: str, secret_file: Path | None) -> str:
+    """LMCache's JSON of a second tier whose bytes are checked, unless it names a serde itself.
+
+    Args:
+        tier: As from `second_tier`.
+        secret_file: File of the key that they are checked by; None: a known key.
+    """
+    settings: dict[str, Any] = json.loads(tier)
+    if settings["type"] in CHECKED and "serde" not in settings and not settings.get("use_odirect"):
+        settings["serde"] = {"type": SERDE} | ({"secret_file": str(secret_file)} if secret_file else {})
+    return json.dumps(settings)
+
+
 def _short(text: str) -> dict[str, Any]:
     """The JSON of a folder, or of redis://[user][:${NAME}@]host:port."""
     scheme, found, rest = text.partition("://")
@@ -67,7 +83,13 @@ def _short(text: str) -> dict[str, Any]:
         raise ConfigError(f"--l2 {scheme}://... is not known.", remedy=_FORMS)
     user, _, password = account.partition(":")
     named = {"username": user, "password": password}
-    return {"type": "resp", "host": host.strip("[]"), "port": int(port)} | {k: v for k, v in named.items() if v}
+    # LMCache's adapter for Redis, "resp", never connects again; this one has Valkey's own client, for both.
+    adapter: dict[str, Any] = {
+        "type": "valkey",
+        "startup_nodes": f"{host.strip('[]')}:{port}",
+        "request_timeout": TIMEOUT_S,
+    }
+    return adapter | {name: text for name, text in named.items() if text}
 
 
 def _plain_secrets(value: Any, name: str = "") -> Iterator[str]:

@@ -49,7 +49,8 @@ def test_dry_run_prints_the_two_commands() -> None:
     result = dry_run("some/model", "--dry-run", "-cc.cudagraph_mode=FULL", "--ratio", "0.2", "--l2", "/data/kv")
     assert result.exit_code == 0, result.output
     lmcache, vllm = map(shlex.split, result.stdout.splitlines())
-    assert lmcache[:2] == ["lmcache", "server"]
+    assert lmcache[:4] == ["python", "-m", "lmcache_rag.serving.lmcache_server", "server"]
+    assert dry_run("some/model", "--dry-run").stdout.startswith("lmcache server ")
     assert vllm.pop(0).startswith("LMCACHE_RAG_SECRET_FILE=/")
     assert vllm[:3] == ["vllm", "serve", "some/model"]
     assert vllm[-1] == "-cc.cudagraph_mode=FULL"

@@ -96,7 +96,7 @@ def test_redis_gets_its_password_and_nothing_shows_it(tmp_path: Path, redis: tup
     port, sent = redis
     (tmp_path / "pw").write_text(f"{PASSWORD}\n")
     placeholder = "${TIER_PASSWORD}" if how == "variable" else f"${{file:{tmp_path / 'pw'}}}"
-    tier = second_tier(f"redis://:{placeholder}@127.0.0.1:{port}")
+    tier = second_tier(json.dumps({"type": "resp", "host": "127.0.0.1", "port": port, "password": placeholder}))
     url = f"http://127.0.0.1:{free_port()}"
     server = lmcache(tmp_path, url, [tier], TIER_PASSWORD=PASSWORD, OPENAI_API_KEY="foreign")
     try:

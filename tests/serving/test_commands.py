@@ -16,8 +16,9 @@ from typer.testing import CliRunner
 from lmcache_rag.cli.app import app
 from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.errors import ConfigError
-from lmcache_rag.serving.commands import CONNECTOR, CPU_L1_SHARE, ServeOptions, commands
+from lmcache_rag.serving.commands import CONNECTOR, CPU_L1_SHARE, FILLS_IN, ServeOptions, commands
 from lmcache_rag.serving.machine import VLLMBuild
+from lmcache_rag.serving.tiers import TIMEOUT_S
 
 TESTS = Path(__file__).parents[1]
 
@@ -34,7 +35,12 @@ def test_lmcache_blends_on_loopback_with_our_options() -> None:
     assert (value(made.lmcache, "--host"), value(made.lmcache, "--port")) == ("localhost", "7001")
     assert (value(made.lmcache, "--http-host"), value(made.lmcache, "--http-port")) == ("127.0.0.1", "7002")
     tiers = [json.loads(made.lmcache[i + 1]) for i, word in enumerate(made.lmcache) if word == "--l2-adapter"]
-    assert tiers == [{"type": "fs", "base_path": "/data/kv"}, {"type": "resp", "host": "r", "port": 6379}]
+    checked = {"type": "lmcache_rag", "secret_file": str(made.secret_file)}
+    assert [tier.pop("serde") for tier in tiers] == [checked, checked]
+    assert tiers == [
+        {"type": "fs", "base_path": "/data/kv"},
+        {"type": "valkey", "startup_nodes": "r:6379", "request_timeout": TIMEOUT_S},
+    ]
     assert made.lmcache_url == "http://127.0.0.1:7002"
     assert value(made.lmcache, "--l2-prefetch-policy") == "retain", "what is read from a tier stays in memory"
     assert "--l2-prefetch-policy" not in make().lmcache
@@ -266,7 +272,7 @@ def test_a_shell_gets_the_same_words() -> None:
     variables = {"VLLM_PLUGINS": "a", "LMCACHE_RAG_SECRET_FILE": "/its place"}
     made = make("--chat-template", "a file.jinja", environment=variables, l2=("/data/it's here",))
     lmcache, vllm = made.shell()
-    assert tuple(shlex.split(lmcache)) == ("lmcache", *made.lmcache)
+    assert tuple(shlex.split(lmcache)) == ("python", "-m", FILLS_IN, *made.lmcache)
     before = ("VLLM_PLUGINS=a,lmcache_rag", "LMCACHE_RAG_SECRET_FILE=/its place")
     assert tuple(shlex.split(vllm)) == (*before, "vllm", *made.vllm)
 

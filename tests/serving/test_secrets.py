@@ -199,7 +199,9 @@ def test_no_process_shows_a_secret(serve: Callable[..., subprocess.Popen[str]], 
         "HF_TOKEN": "hf-" + PASSWORD,
         "LMCACHE_RAG_SECRET": "s-" * 20 + PASSWORD,
     }
-    tiers = ["--l2", "redis://:${PW}@127.0.0.1:6379", "--l2", f"redis://:${{file:{tmp_path / 'pw'}}}@127.0.0.1:6379"]
+    tiers = []
+    for name in ("PW", f"file:{tmp_path / 'pw'}"):  # the stand-in for LMCache knows no serde of ours
+        tiers += ["--l2", json.dumps({"type": "resp", "password": f"${{{name}}}", "serde": {"type": "fp8"}})]
     process = serve(*tiers, **secrets)
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -217,7 +219,8 @@ def test_no_process_shows_a_secret(serve: Callable[..., subprocess.Popen[str]], 
 def test_with_a_second_tier_vllm_gets_a_lasting_secret(
     serve: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    process = serve("--l2", str(tmp_path / "kv"))
+    tier = {"type": "fs", "base_path": str(tmp_path / "kv"), "serde": {"type": "fp8"}}
+    process = serve("--l2", json.dumps(tier))
     assert process.stdout is not None
     assert process.stdout.readline()
     file = tmp_path / "state" / "secret"

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from lmcache_rag.cli.app import app
 from lmcache_rag.errors import ConfigError
-from lmcache_rag.serving.tiers import filled, second_tier
+from lmcache_rag.serving.tiers import checked_tier, filled, second_tier
 
 PASSWORD = "hunter2-and-more"
 
@@ -73,7 +73,8 @@ def test_placeholders_come_from_variables_or_files(tmp_path: Path) -> None:
     (tmp_path / "pw").write_text(f"{PASSWORD}\n")
     tier = second_tier(f"redis://me:${{file:{tmp_path / 'pw'}}}@[::1]:6379")
     assert PASSWORD not in tier
-    wanted = {"type": "resp", "host": "::1", "port": 6379, "username": "me", "password": PASSWORD}
+    wanted = {"type": "valkey", "startup_nodes": "::1:6379", "request_timeout": 2.0, "username": "me"}
+    wanted["password"] = PASSWORD
     assert json.loads(filled(tier, {})) == wanted
     tier = second_tier('{"type": "x", "deep": [{"password": "${PW}"}], "n": 5}')
     assert json.loads(filled(tier, {"PW": 'a"b'})) == {"type": "x", "deep": [{"password": 'a"b'}], "n": 5}
@@ -83,3 +84,16 @@ def test_placeholders_come_from_variables_or_files(tmp_path: Path) -> None:
         filled('{"type": "x", "password": "${file:/no/such}"}', {})
     with pytest.raises(ConfigError, match="names no variable"):
         second_tier('{"type": "x", "password": "${a b}"}')
+
+
+def test_bytes_of_a_tier_are_checked(tmp_path: Path) -> None:
+    sealed = {"type": "lmcache_rag", "secret_file": str(tmp_path / "secret")}
+    for text in ("/data/kv", "redis://r:6379", '{"type": "resp", "host": "r", "port": 1}', '{"type": "s3"}'):
+        assert json.loads(checked_tier(second_tier(text), tmp_path / "secret"))["serde"] == sealed
+    assert json.loads(checked_tier(second_tier("/data/kv"), None))["serde"] == {"type": "lmcache_rag"}
+    for text in (
+        '{"type": "raw_block"}',
+        '{"type": "fs", "base_path": "/d", "use_odirect": true}',
+        '{"type": "fs", "base_path": "/d", "serde": {"type": "fp8"}}',
+    ):
+        assert json.loads(checked_tier(second_tier(text), None)) == json.loads(text)

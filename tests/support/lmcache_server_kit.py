@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import time
 import warnings
@@ -18,15 +19,20 @@ with warnings.catch_warnings():
     import torch
     from lmcache.v1.distributed.api import MemoryLayoutDesc
     from lmcache.v1.distributed.config import add_storage_manager_args, parse_args_to_config
+    from lmcache.v1.mp_coordinator import cache_events
+    from lmcache.v1.mp_observability import event_bus
     from lmcache.v1.multiprocess import server
     from lmcache.v1.multiprocess.config import (
         DEFAULT_COORDINATOR_CONFIG,
+        CoordinatorConfig,
+        HTTPFrontendConfig,
         add_mp_server_args,
         parse_args_to_mp_server_config,
     )
     from lmcache.v1.multiprocess.custom_types import IPCCacheServerKey
 
     from lmcache_rag.connector.lmcache_server.modules import Guard
+    from lmcache_rag.connector.lmcache_server.tier_check import register
     from lmcache_rag.connector.server_guard import MODULE
 
 MODEL, TOKENS = "m", 1024  # bytes of a token
@@ -40,6 +46,11 @@ def key(
     return IPCCacheServerKey.from_token_ids(MODEL, 1, worker, list(tokens), 0, end, request, salt, 1, configs)
 
 
+def content(chunk_hash: bytes) -> bytes:
+    """The KV of a chunk, as the replaced copy makes it."""
+    return hashlib.sha256(chunk_hash).digest() * (CHUNK * TOKENS // 32)
+
+
 class LMCacheServer:
     """A server made of LMCache's own parts, and our module in it.
 
@@ -47,6 +58,7 @@ class LMCacheServer:
         config: Of --server-module.
         l1_gb: Memory.
         l2: A second tier: a folder, or LMCache's settings of it.
+        coordinator: URL of a coordinator, which it reports to; then `name` is its own name.
     """
 
     def __init__(
@@ -54,7 +66,10 @@ class LMCacheServer:
         config: dict[str, Any] | None = None,
         l1_gb: float = 0.05,
         l2: Path | dict[str, Any] | None = None,
+        coordinator: str = "",
+        name: str = "here",
     ) -> None:
+        register()
         parser = argparse.ArgumentParser()
         add_mp_server_args(parser)
         add_storage_manager_args(parser)
@@ -67,17 +82,27 @@ class LMCacheServer:
             words += ["--l2-adapter", json.dumps(tier)]
         arguments = parser.parse_args(words)
         mp_config = parse_args_to_mp_server_config(arguments)
+        joins = DEFAULT_COORDINATOR_CONFIG
+        if coordinator:
+            joins = CoordinatorConfig(coordinator, event_reporting=True, event_flush_interval=0.05, blend_timeout=0.5)
+            self.bus = event_bus.init_event_bus()
         self.context = server.MPCacheServerContext(
             storage_manager_config=parse_args_to_config(arguments), chunk_size=CHUNK, full_sw_kv=True
         )
         self.storage = self.context.storage_manager
-        self.modules = server._build_server_components(self.context, mp_config, DEFAULT_COORDINATOR_CONFIG).modules
+        self.modules = server._build_server_components(self.context, mp_config, joins).modules
         self.blend = next(module for module in self.modules if hasattr(module, "cb_unified_lookup"))
         self.layout = MemoryLayoutDesc(shapes=[torch.Size([1, 1, CHUNK, TOKENS // 4])], dtypes=[torch.float32])
         self.context.layout_desc_registry.register(MODEL, 1, self.layout)
         self.blend._transfer_module.store_with_chunk_mask = self._copy
         self.guard: Guard = self.blend._token_range_matcher._guard
         self._requests = 0
+        if coordinator:
+            mp_config.instance_id = name
+            reports = cache_events.maybe_create_cache_event_subscriber(mp_config, HTTPFrontendConfig(), joins)
+            self.bus.register_subscriber(reports)
+            self.bus.start()
+            self.storage.publish_capacity()  # as after LMCache's registration
 
     def _copy(self, key: Any, _: int, blocks: list[list[int]], __: bytes) -> tuple[bytes, bool, list[bool]]:
         """LMCache's store_with_chunk_mask, without a GPU."""
@@ -85,6 +110,8 @@ class LMCacheServer:
         if not all(blocks):
             return b"an event", False, []
         reserved = self.storage.reserve_write(keys, self.layout)
+        for each, memory in reserved.items():
+            self.data(memory)[:] = content(each.chunk_hash)
         self.copying()
         try:
             completion = self.storage.prepare_write_completion(reserved) if reserved else []
@@ -92,6 +119,20 @@ class LMCacheServer:
             return b"", False, [False] * len(keys)
         self.storage.finish_write_by_owner(completion)
         return b"", True, [each in reserved for each in keys]
+
+    @staticmethod
+    def data(memory: Any) -> memoryview:
+        """The bytes of an object in memory."""
+        return memoryview(memory.byte_array).cast("B")
+
+    def sound(self, tokens: Sequence[int]) -> bool:
+        """Whether all objects of a prompt that are in memory have the bytes that were stored."""
+        keys = [each for each in self.keys(tokens) if self.storage._l1_manager.get_object_state(each) is not None]
+        found = self.storage._l1_manager.reserve_read(keys)
+        try:
+            return all(self.data(memory) == content(each.chunk_hash) for each, (_, memory) in found.items())
+        finally:
+            self.storage._l1_manager.finish_read(keys)
 
     def copying(self) -> None:
         """What happens while KV is copied."""
@@ -165,6 +206,9 @@ class LMCacheServer:
 
     def close(self) -> None:
         """End it."""
+        if (fleet := self.guard.fleet) is not None:
+            fleet.close()
+            self.bus.stop()
         for module in reversed(self.modules):
             module.close()
         self.context.close()

@@ -8,7 +8,7 @@ import warnings
 from lmcache_rag.connector.patching import Patch
 
 MODULES = ("vllm_patches", "lmcache_client", "lmcache_transfers", *(
-    f"lmcache_server.{name}" for name in ("modules", "removal")
+    f"lmcache_server.{name}" for name in ("fleet", "modules", "removal", "reports", "tier_check")
 ))  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import secrets
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,13 +42,14 @@ class Match(NamedTuple):
 class _Entry:
     """One chunk of one namespace. Without a polynomial it cannot be found: not stored yet, or the first of a prompt."""
 
-    __slots__ = ("chunk_hash", "digest", "ingested", "polynomial", "salt", "stored")
+    __slots__ = ("chunk_hash", "digest", "ingested", "polynomial", "salt", "stored", "tokens")
 
     def __init__(self, salt: str, chunk_hash: bytes, ingested: bool) -> None:
         self.salt, self.chunk_hash, self.ingested = salt, chunk_hash, ingested
         self.polynomial: int | None = None
         self.digest = b""
         self.stored = 0
+        self.tokens: Any = None
 
 
 class ChunkIndex:
@@ -68,6 +69,8 @@ class ChunkIndex:
         self.looked_up = 0
         self.found = 0
         self._warned = False
+        self._on_registered: Callable[[str, list[bytes]], None] | None = None
+        self._keeps_tokens = False
         self.reset(chunk)
 
     def reset(self, chunk: int) -> None:
@@ -127,7 +130,7 @@ class ChunkIndex:
         Returns:
             Number of chunks that could not be found before.
         """
-        new = 0
+        new: list[bytes] = []
         if not hashes:
             return 0
         tokens = tokens[: len(hashes) * self.chunk]
@@ -140,13 +143,31 @@ class ChunkIndex:
                 entry.polynomial = polynomial
                 entry.digest = self._digest(tokens[at * self.chunk : (at + 1) * self.chunk])
                 entry.stored = start + at * self.chunk
+                if self._keeps_tokens:
+                    entry.tokens = tokens[at * self.chunk : (at + 1) * self.chunk].astype(np.uint32)
                 same = self._by_polynomial.setdefault(polynomial, [])
                 same.append(entry)
                 if len(same) == 1:
                     self._occupy(polynomial)
                 self._count += 1
-                new += 1
-        return new
+                new.append(chunk_hash)
+        if new and self._on_registered is not None:
+            self._on_registered(salt, new)
+        return len(new)
+
+    def listen(self, listener: Callable[[str, list[bytes]], None]) -> None:
+        """Have this called with namespace and hashes of chunks that can be found from now on; one listener."""
+        self._on_registered = listener
+
+    def keep_content(self) -> None:
+        """Keep the tokens of chunks that are registered from now on, for `content`: 256 bytes of a chunk of 64."""
+        self._keeps_tokens = True
+
+    def content(self, salt: str, chunk_hash: bytes) -> tuple[Any, int] | None:
+        """(tokens, where they began in their prompt) of a chunk that can be found, if that is kept; else None."""
+        with self._lock:
+            entry = self._entry(salt, chunk_hash)
+            return None if entry is None or entry.tokens is None else (entry.tokens, entry.stored)
 
     def is_ingested(self, salt: str, chunk_hash: bytes) -> bool:
         """Whether a client declared that chunk."""

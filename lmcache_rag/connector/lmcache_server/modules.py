@@ -18,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lmcache_rag import protocol
+from lmcache_rag.connector.lmcache_server import reports, tier_check
+from lmcache_rag.connector.lmcache_server.fleet import FleetLookups
 from lmcache_rag.connector.lmcache_server.index import ChunkIndex, as_tokens, from_ids
 from lmcache_rag.connector.lmcache_server.removal import Forgetting, evict_ingested_last
 from lmcache_rag.connector.lmcache_server.settings import ServerSettings
@@ -91,6 +93,7 @@ _REGISTER = "lmcache_rag_register"  # kind of a callback of LMCache's device str
 _LOADS = (RETRIEVE.name, BLEND_RETRIEVE.name)
 _STORES = (STORE.name, COMMIT_STORE.name)
 _WAIT_S = 0.2  # for a removal, before the client has to call again
+_MISSED_S, _MOST_MISSED = 600.0, 1 << 16  # how long, and how many chunks that were not found are remembered
 _FIRST = 8  # chunks; where all of them are in memory, LMCache looks for a longer prefix
 
 
@@ -133,6 +136,10 @@ class Guard:
         self.storage = context.storage_manager
         self.index = ChunkIndex(context.chunk_size, settings.index_size)
         self.forgetting = Forgetting(self.storage)
+        self.fleet: FleetLookups | None = None  # with a coordinator
+        self.tiers: list[Any] = []  # second tiers whose bytes are checked
+        self._missed: dict[bytes, float] = {}  # chunks whose KV was not found, and when first
+        self._tier_worked = float("-inf")  # when a second tier last stored or found something
         self._jobs: dict[int, Callable[[], None]] = {}  # registrations that wait for the device stream
         self._numbers = itertools.count()
         self._removals: dict[str, threading.Event] = {}  # by request
@@ -244,10 +251,19 @@ class Guard:
         def cb_unified_lookup(module: Any, key: Any, tp_size: int) -> Any:
             if _flag(key, protocol.FORGET):
                 return guard.forget(key)
-            return kind.cb_unified_lookup(module, key, tp_size)
+            found = kind.cb_unified_lookup(module, key, tp_size)
+            if found is not None and guard.fleet is not None:
+                guard.fleet.on_result(key.request_id, found.non_prefix_segments)
+            return found
 
         matcher = _Matcher(self)
-        return {
+        fleet: dict[str, Any] = {}
+        if getattr(blend, "_coordinator", None) is not None:
+            self.index.keep_content()
+            self.fleet = FleetLookups(blend, self.index, self.matches)
+            reports.install(self.index, self.fleet.coordinator)
+            fleet = self.fleet.methods(kind)
+        return fleet | {
             BLEND_STORE.name: store,
             PREFIX_LEG.name: submit_prefix_leg,
             MATCH.name: match,
@@ -264,8 +280,9 @@ class Guard:
         for memory in self._memories:
             memory.register_listener(listener)
         self.storage.register_l2_listener(listener)
+        self.tiers = tier_check.watch(tier for _, tier in self.storage.l2_adapters())
         evict_ingested_last(self.storage, lambda key: self.index.is_ingested(key.cache_salt, key.chunk_hash))
-        _report(self.index)
+        _report(self)
 
     # -- the index ----------------------------------------------------------------------------------------------------
 
@@ -372,6 +389,29 @@ class Guard:
                 if not self._in_memory(key):
                     self.index.remove(key.cache_salt, (key.chunk_hash,))
 
+    def not_found(self, hashes: Sequence[bytes]) -> None:
+        """LMCache did not find these chunks' KV, twice.
+
+        With second tiers they stay, as one may be away: they are removed when that happens again, and a tier was seen
+        to work in between. Another server, or the tier itself, may have deleted them.
+        """
+        if not self.storage.l2_adapters():
+            self.index.remove_everywhere(hashes)
+            return
+        now = time.monotonic()
+        gone = [each for each in hashes if now - _MISSED_S < self._missed.get(each, now) < self._tier_worked]
+        self.index.remove_everywhere(gone)
+        for each in hashes:
+            self._missed.setdefault(each, now)
+            if each in gone or self._missed[each] <= now - _MISSED_S:
+                self._missed[each] = now
+        while len(self._missed) > _MOST_MISSED:
+            del self._missed[next(iter(self._missed))]
+
+    def tier_works(self, *_: Any) -> None:
+        """A second tier has stored or found something."""
+        self._tier_worked = time.monotonic()
+
     @property
     def _memories(self) -> list[Any]:
         return list(self.storage._l1_managers_by_id.values())
@@ -438,7 +478,7 @@ class _Matcher:
         return 0  # BlendModule.store, which would call it, is replaced
 
     def remove_chunks(self, token_hashes: Sequence[bytes]) -> None:
-        self._guard.index.remove_everywhere(token_hashes)
+        self._guard.not_found(token_hashes)
 
 
 class _Listener:
@@ -447,6 +487,7 @@ class _Listener:
     def __init__(self, guard: Guard) -> None:
         self.on_l1_keys_deleted_by_manager = guard.left_memory
         self.on_l2_keys_deleted = guard.left_tier
+        self.on_l2_keys_stored = self.on_l2_keys_accessed = guard.tier_works
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("on_"):
@@ -478,13 +519,13 @@ def _runs(wanted: Sequence[bool]) -> list[tuple[int, int]]:
     return runs
 
 
-def _report(index: ChunkIndex) -> None:
-    """Publish the index's metrics on LMCache's /metrics, by OpenTelemetry as its own."""
+def _report(guard: Guard) -> None:
+    """Publish metrics of the index, coordinator and tiers on LMCache's /metrics, by OpenTelemetry as its own."""
     try:
         from opentelemetry import metrics
     except ImportError:
         return
-    meter = metrics.get_meter("lmcache_rag")
+    meter, index = metrics.get_meter("lmcache_rag"), guard.index
 
     def reading(value: Callable[[], int]) -> list[Callable[[Any], list[Any]]]:
         return [lambda _: [metrics.Observation(value())]]
@@ -503,6 +544,23 @@ def _report(index: ChunkIndex) -> None:
     meter.create_observable_counter(
         protocol.INDEX_FOUND, reading(lambda: index.found), description="Chunks that the index found in them"
     )
+    if guard.tiers:
+        meter.create_observable_counter(
+            protocol.TIER_DAMAGED,
+            reading(lambda: sum(tier.damaged for tier in guard.tiers)),
+            description="Objects that a second tier returned otherwise than they were stored",
+        )
+    if (fleet := guard.fleet) is not None:
+        meter.create_observable_gauge(
+            protocol.COORDINATOR_ANSWERS,
+            reading(lambda: int(fleet.coordinator.answers)),
+            description="Whether the coordinator answers",
+        )
+        meter.create_observable_counter(
+            protocol.FLEET_FOUND,
+            reading(lambda: fleet.found),
+            description="Chunks that only the coordinator knew, and whose KV was loaded",
+        )
 
 
 # -- the HTTP API ------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 MODULE = "lmcache_rag.connector.server_guard"  # what --server-module loads
+SERDE = "lmcache_rag"  # type of the serde that checks a second tier's bytes, see lmcache_server.tier_check
 INDEX_MODES = ("declared", "all")
 STORE_MODES = ("ingest", "all")
 INDEX_SIZE = 1 << 20

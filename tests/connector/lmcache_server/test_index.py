@@ -193,3 +193,20 @@ def test_another_size_of_chunks_begins_anew() -> None:
     assert len(index) == 0
     store(index, tokens, hashes[:1])
     assert index.match(from_ids(tokens), "") == [Match(hashes[0], 0, 0)]
+
+
+def test_tokens_are_kept_only_where_asked() -> None:
+    index = ChunkIndex(4, 100)
+    heard: list[tuple[str, list[bytes]]] = []
+    index.listen(lambda salt, hashes: heard.append((salt, hashes)))
+    index.declare("s", [b"a"], ingested=True)
+    index.register("s", from_ids([1, 2, 3, 4]), [b"a"], 4)
+    assert index.content("s", b"a") is None
+    index.keep_content()
+    index.declare("s", [b"a", b"b"], ingested=True)
+    index.register("s", from_ids([1, 2, 3, 4, 5, 6, 7, 8]), [b"a", b"b"], 4)
+    content = index.content("s", b"b")
+    assert content is not None
+    assert (content[0].tolist(), content[1]) == ([5, 6, 7, 8], 8)
+    assert index.content("other", b"b") is None
+    assert heard == [("s", [b"a"]), ("s", [b"b"])], "only those that are new"
