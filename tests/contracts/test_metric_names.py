@@ -34,8 +34,9 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[s
     sizes = ["--engine-type", "blend", "--chunk-size", "64", "--l1-size-gb", "0.1", "--eviction-policy", "LRU"]
     places = ["--host", "localhost", "--port", str(server), "--http-host", "127.0.0.1", "--http-port", str(http)]
     tier = ["--l2-adapter", json.dumps({"type": "fs", "base_path": str(folder / "kv")}), "--server-module", MODULE]
+    joins = ["--coordinator-url", f"http://127.0.0.1:{coordinator}", "--coordinator-event-reporting"]
     commands = {
-        "lmcache": (http, ["server", *sizes, *places, *tier]),
+        "lmcache": (http, ["server", *sizes, *places, *tier, *joins]),
         "coordinator": (coordinator, ["coordinator", "--host", "127.0.0.1", "--port", str(coordinator)]),
     }
     with ExitStack() as stack:
