@@ -48,15 +48,17 @@ so that no password is on a command line. */}}
 {{- define "lmcache-rag.tier" -}}
 {{- $tier := dict }}
 {{- if eq .Values.tier.kind "valkey" }}
-{{- $tier = dict "type" "resp" "host" .Values.tier.valkey.host "port" (int .Values.tier.valkey.port) }}
+{{- $tier = dict "type" "valkey" "startup_nodes" (printf "%s:%d" .Values.tier.valkey.host (int .Values.tier.valkey.port)) "request_timeout" 2.0 }}
 {{- if .Values.tier.valkey.password.name }}{{ $_ := set $tier "password" "${TIER_PASSWORD}" }}{{ end }}
 {{- else if eq .Values.tier.kind "s3" }}
 {{- $tier = dict "type" "s3" "s3_endpoint" .Values.tier.s3.endpoint "s3_region" .Values.tier.s3.region }}
 {{- else if eq .Values.tier.kind "folder" }}
 {{- $tier = dict "type" "fs" "base_path" "/kv" }}
 {{- else }}
-{{- $tier = .Values.tier.json }}
+{{- $tier = deepCopy .Values.tier.json }}
 {{- end }}
+{{- if and (has $tier.type (list "fs" "resp" "valkey" "s3")) (not (hasKey $tier "serde")) (not $tier.use_odirect) }}{{ $_ := set $tier "serde" (dict "type" "lmcache_rag") }}{{ end }}
+{{- if and .Values.coordinator.enabled (has $tier.type (list "resp" "valkey" "s3")) (not (hasKey $tier "shared")) }}{{ $_ := set $tier "shared" true }}{{ end }}
 {{- toJson $tier }}
 {{- end }}
 
