@@ -58,6 +58,14 @@ CASES = {
         {"l2": ('{"type": "s3", "s3_endpoint": "kv.s3.eu-west-1.amazonaws.com", "s3_region": "eu-west-1"}',)},
     ),
     "a folder": Case({**SECRET, "tier": {"kind": "folder", "folder": {"claim": "kv"}}}, {"l2": ("/kv",)}),
+    "a coordinator": Case(
+        {**SECRET, "tier": VALKEY, "coordinator": {"enabled": True}},
+        {
+            "l2": ("redis://:${TIER_PASSWORD}@kv.data:6380",),
+            "coordinator": "http://docs-lmcache-rag-coordinator:9300",
+            "instance_id": "$(POD_NAME)",
+        },
+    ),
     "settings": Case(
         {"vllm": {"connector": {"lmcache_rag.min_gain": 0.2}, "extraArgs": ["--max-model-len", "8192"]}},
         {"connector": ("lmcache_rag.min_gain=0.2",)},
@@ -72,6 +80,8 @@ def served(case: Case) -> Any:
 
     kept = {name: case.options[name] for name in ("index", "store", "index_size") if name in case.options}
     ours = {name: value for name, value in case.options.items() if name not in kept}
+    if "l2" in ours:
+        ours["secret_file"] = Path("/run/lmcache-rag/secret")
     return make(*case.vllm, host="0.0.0.0", keeps=ServerSettings(**kept), **{"l1_gb": 20} | ours)
 
 
@@ -103,14 +113,7 @@ def containers(workload: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def read(words: Sequence[str]) -> list[Any]:
     """The words of a command; JSON is read, as its spaces and the order of its keys mean nothing."""
-    return [_without_secret(json.loads(word)) if word.startswith("{") else word for word in words]
-
-
-def _without_secret(document: Any) -> Any:
-    """LMCache's container has no secret: a tier's digests there have a known key."""
-    if isinstance(document.get("serde"), dict):
-        document["serde"].pop("secret_file", None)
-    return document
+    return [json.loads(word) if word.startswith("{") else word for word in words]
 
 
 def options(words: Sequence[str]) -> dict[str, Any]:

@@ -57,7 +57,7 @@ so that no password is on a command line. */}}
 {{- else }}
 {{- $tier = deepCopy .Values.tier.json }}
 {{- end }}
-{{- if and (has $tier.type (list "fs" "resp" "valkey" "s3")) (not (hasKey $tier "serde")) (not $tier.use_odirect) }}{{ $_ := set $tier "serde" (dict "type" "lmcache_rag") }}{{ end }}
+{{- if and (has $tier.type (list "fs" "resp" "valkey" "s3")) (not (hasKey $tier "serde")) (not $tier.use_odirect) }}{{ $_ := set $tier "serde" (dict "type" "lmcache_rag" "secret_file" "/run/lmcache-rag/secret") }}{{ end }}
 {{- if and .Values.coordinator.enabled (has $tier.type (list "resp" "valkey" "s3")) (not (hasKey $tier "shared")) }}{{ $_ := set $tier "shared" true }}{{ end }}
 {{- toJson $tier }}
 {{- end }}
