@@ -1,9 +1,10 @@
 """The order of passages in a prompt: as they were retrieved, or one in which prompts begin alike more often.
 
 A server that cannot blend still keeps the KV of prompts that begin alike (vLLM's prefix cache), for models with
-recurrent layers too. Retrieved in another order, the same passages share nothing. The stable order begins with the
-passages of the longest beginning that was asked before, and then has the others by how often they are used. Answers are
-those of a full prefill of that order. `benchmarks/passage_order.py` compares it with others.
+recurrent layers too. Retrieved in another order, the same passages share nothing. `auto` changes the order only for
+models with recurrent layers, which can share nothing else. The stable order begins with the passages of the longest
+beginning that was asked before, and then has the others by how often they are used. Answers are those of a full
+prefill of that order. `benchmarks/passage_order.py` compares it with others.
 """
 
 from __future__ import annotations
@@ -160,13 +161,14 @@ class PassageOrder:
 
         Args:
             keys: The names of the passages' KV, as retrieved.
-            mode: "auto" is "stable" where the engine cannot blend, and keeps KV of prompts that begin alike.
+            mode: "auto" is "stable" for a model with recurrent layers, which no engine can blend, where the engine
+                keeps KV of prompts that begin alike.
             numbered: Whether the prompt numbers its passages. Their order then stays, or the numbers would be those of
                 other passages than the program shows.
         """
         engine = self._engine()
         stable = mode == "stable"
-        if mode == "auto" and engine is not None and not (info := engine.info).can_blend and info.caches_prefixes:
+        if mode == "auto" and engine is not None and (info := engine.info).recurrent and info.caches_prefixes:
             stable = True
             if not numbered:
                 self._warn(

@@ -17,6 +17,7 @@ from lmcache_rag.errors import ConfigError
 from lmcache_rag.families import CANNOT_RECUR
 from lmcache_rag.passage_order import PassageOrder, SeenOrders, passage_order, rounded
 from lmcache_rag.prompt import PromptBuilder, PromptFormat
+from lmcache_rag.protocol import CannotBlend
 from lmcache_rag.rag import arranged
 
 smollm2_tokenizer, server, connect = (
@@ -80,11 +81,11 @@ def test_what_is_remembered_is_bounded() -> None:
 # -- where it changes -------------------------------------------------------------------------------------------------
 
 
-def test_auto_is_stable_on_a_server_without_blending(server: Any, engine: Any, chunks: list[str], caplog: Any) -> None:
+def test_auto_is_stable_for_recurrent_layers(server: Any, engine: Any, chunks: list[str], caplog: Any) -> None:
     prompts = PromptBuilder(engine.tokenizer, engine.info)
     usual = list(range(len(chunks)))
     assert arranged(engine, prompts, chunks, "auto") == (usual, "retrieved"), "as far as is known it blends"
-    server.why_not = "blending needs CUDA"
+    server.why_not, server.why_code = "it has recurrent layers", CannotBlend.RECURRENT
     engine.generate(prompts.query(chunks[:1], "What?"), vllm_engine_kit.SHORT, BlendOptions())
     with caplog.at_level(logging.WARNING, "lmcache_rag"):
         found = [arranged(engine, prompts, [chunks[i] for i in order], "auto") for order in (usual, usual[::-1])]
@@ -98,10 +99,10 @@ def test_auto_is_stable_on_a_server_without_blending(server: Any, engine: Any, c
     assert arranged(engine, prompts, chunks, "retrieved") == (usual, "retrieved")
 
 
-def test_auto_needs_a_prefix_cache(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_needs_recurrent_layers_and_a_cache(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     order = passage_order(engine)
-    for blends, caches, wanted in ((False, True, "stable"), (False, False, "retrieved"), (True, True, "retrieved")):
-        known = replace(engine.info, can_blend=blends, caches_prefixes=caches)
+    for recurs, caches, wanted in ((True, True, "stable"), (True, False, "retrieved"), (False, True, "retrieved")):
+        known = replace(engine.info, can_blend=False, recurrent=recurs, caches_prefixes=caches)
         monkeypatch.setattr(type(engine), "info", known)
         assert order.arrange(KEYS, "auto")[1] == wanted
 
@@ -119,6 +120,7 @@ def test_a_recurrent_model_is_known_from_the_start(server: Any, connect: Any, sm
     (tmp_path / "config.json").write_text('{"architectures": ["Qwen3NextForCausalLM"]}')
     info = connect(server.url, tokenizer=str(tmp_path)).info
     assert (info.can_blend, info.why_not) == (False, f"Qwen3NextForCausalLM {CANNOT_RECUR}")
+    assert info.recurrent
 
 
 def test_numbered_passages_and_leads_keep_their_order(engine: Any, chunks: list[str]) -> None:

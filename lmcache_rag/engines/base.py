@@ -38,6 +38,7 @@ class EngineInfo:
             and the caller logs that once; if False, it raises UnsupportedModelError.
         said_why: Whether the engine has logged that it does not blend, so that its caller need not.
         caches_prefixes: Whether it keeps KV of whole prompts, so that one that begins as an earlier one reuses it.
+        recurrent: Whether the model has recurrent layers, so that no engine can blend it.
     """
 
     engine: str
@@ -53,6 +54,7 @@ class EngineInfo:
     falls_back: bool = True
     said_why: bool = False
     caches_prefixes: bool = False
+    recurrent: bool = False
 
     def fingerprint(self, prefix_ids: Sequence[int], tenant: str = "", neutral_ids: Sequence[int] = ()) -> str:
         """A hash of everything that a chunk's KV depends on besides the chunk, as 64 hex digits.
@@ -189,8 +191,8 @@ class BlendOptions:
             of them, {"tokens": N} are N tokens.
         enabled: False computes the whole prompt (a full prefill).
         always: Blend even where the engine predicts that computing the prompt starts the answer as early.
-        order: The order of the passages in the prompt: "retrieved", "stable", or "auto", which is stable where the
-            engine cannot blend and keeps KV of prompts that begin alike; see lmcache_rag.passage_order.
+        order: The order of the passages in the prompt: "retrieved", "stable", or "auto", which is stable for models
+            with recurrent layers on an engine that keeps KV of prompts that begin alike; see lmcache_rag.passage_order.
     """
 
     policy: str = "query"

@@ -126,7 +126,7 @@ class VLLMEngine:
         self._requests = RequestBuilder(self._model, self._info)
         self._support = BlendSupport(self._model)
         if name := recurrent_of(architectures):
-            self._support.cannot(f"{name} {CANNOT_RECUR}")
+            self._support.recurs(f"{name} {CANNOT_RECUR}")
         self._chunks = ChunkPrecomputer(
             self._client,
             self._requests,
@@ -140,7 +140,8 @@ class VLLMEngine:
     def info(self) -> EngineInfo:
         """What this engine serves, as far as the server's answers show it."""
         if self._support.can_blend is False:
-            return replace(self._info, can_blend=False, why_not=self._support.reason, said_why=True)
+            known = self._support
+            return replace(self._info, can_blend=False, why_not=known.reason, said_why=True, recurrent=known.recurrent)
         return self._info
 
     @property
@@ -437,13 +438,14 @@ class BlendSupport:
     Attributes:
         can_blend: None until an answer shows it.
         reason: Why not, if it is False.
+        recurrent: Whether that is because the model has recurrent layers.
     """
 
     def __init__(self, model: str) -> None:
         self._model = model
         self._lock = threading.Lock()
         self.can_blend: bool | None = None
-        self.reason = NO_CONNECTOR
+        self.reason, self.recurrent = NO_CONNECTOR, False
 
     def observe(self, gathered: vllm_answer.Gathered, *, conclusive: bool) -> None:
         """Learn from an answer.
@@ -456,16 +458,19 @@ class BlendSupport:
             if gathered.stats is not None and not gathered.unsupported_reason:
                 self.can_blend = True
             elif conclusive or gathered.unsupported_reason:
-                self._cannot(gathered.unsupported_reason or NO_CONNECTOR)
+                why = protocol.cannot_blend(gathered.stats)
+                self._cannot(
+                    str(why or NO_CONNECTOR), recurrent=bool(why and why.code is protocol.CannotBlend.RECURRENT)
+                )
 
-    def cannot(self, reason: str) -> None:
-        """The model cannot be blended on any server."""
+    def recurs(self, reason: str) -> None:
+        """The model has recurrent layers."""
         with self._lock:
-            self._cannot(reason)
+            self._cannot(reason, recurrent=True)
 
-    def _cannot(self, reason: str) -> None:
+    def _cannot(self, reason: str, *, recurrent: bool) -> None:
         if self.can_blend is not False:
-            self.can_blend, self.reason = False, reason
+            self.can_blend, self.reason, self.recurrent = False, reason, recurrent
             log.warning("%s is not blended: %s. Prompts are computed in full.", self._model, reason)
 
 

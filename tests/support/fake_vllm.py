@@ -58,7 +58,7 @@ class FakeVLLM(ThreadingHTTPServer):
         self.connector = True  # False: a stock vLLM
         self.plugin = False  # adds statistics to the streams of versions before 0.33
         self.failure = ""  # the connector cannot reach LMCache
-        self.why_not = ""  # the connector cannot blend at all
+        self.why_not, self.why_code = "", protocol.CannotBlend.NEEDS_CUDA  # the connector cannot blend at all
         self.forgets = True  # knows lmcache_rag.forget
         self.cannot_forget = 0  # so many times LMCache does not answer a forget
         # What it reports.

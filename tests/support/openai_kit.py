@@ -21,7 +21,7 @@ from lmcache_rag.connector.metadata import BlendPlan, BlendResult, Match
 from lmcache_rag.connector.metrics import reuse_statistics, unblended_statistics
 from lmcache_rag.connector.scheduler import BlendScheduler
 from lmcache_rag.policies import get_policy, how_many
-from lmcache_rag.protocol import CannotBlend, Unsupported
+from lmcache_rag.protocol import Unsupported
 
 TEXT = " A key that was computed at one place is moved to another by turning it further, as the passage says."
 BLOCK = 64
@@ -166,7 +166,7 @@ class TextBackend:
             with self.server.lock:
                 exact, _ = self.memory.find(salt, ids)
                 self.memory.keep(salt, ids, len(ids))
-            why_not = Unsupported(CannotBlend.NEEDS_CUDA, self.server.why_not)
+            why_not = Unsupported(self.server.why_code, self.server.why_not)
             return {"lmcache_rag": unblended_statistics(len(ids), exact, "query", Budget(), why_not)}
         with self.server.lock:
             request = SimpleNamespace(
