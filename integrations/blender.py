@@ -104,7 +104,7 @@ class Blender:
         self.prompts: PromptBuilder = prompts or workspace.prompts
         self.blend = blend or workspace.blend_options
         self.sampling = sampling or Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature)
-        self.lazy_fill = mode_of(lazy_fill or settings.lazy_fill)
+        self.lazy_fill = mode_of(lazy_fill or settings.fills)
         self._answering = AnswerStreamer(workspace.store, self.engine, self.prompts, lazy_fill=self.lazy_fill)
         self._lock = threading.Lock()
         self._composer: MessageComposer | None = None

@@ -9,14 +9,16 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from lmcache_rag.engines.base import Engine
 from lmcache_rag.errors import ConfigError, DocumentError, EngineError, EngineUnavailableError, LMCacheRAGError
-from lmcache_rag.kv_manager import ForgetReport, IngestPrompts, KVManager, KVTotals
+from lmcache_rag.kv_manager import KVManager, KVTotals
+from lmcache_rag.kv_policy import KVPolicy, kv_mode
+from lmcache_rag.kv_removal import ForgetReport, IngestPrompts
 from lmcache_rag.settings import Settings
 from lmcache_rag.workspace import Workspace
 
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("lmcache_rag")
 
 _BATCH = 256  # texts between two commits
+_USUAL = KVPolicy()
 
 
 class KVRegistry:
@@ -42,6 +45,7 @@ class KVRegistry:
         lock_timeout: Seconds to wait for another process that is writing.
         canonical: Converts an id to the form in which the other store returns it.
         more: Other prompts, for which KV is computed too.
+        policy: When KV is computed, how fast, and how long it is kept.
     """
 
     def __init__(
@@ -54,13 +58,19 @@ class KVRegistry:
         lock_timeout: float = 30.0,
         canonical: Callable[[str], str] = str,
         more: Sequence[IngestPrompts] = (),
+        policy: KVPolicy = _USUAL,
     ) -> None:
         self.store, self.engine, self.prompts = store, engine, prompts
         self.space = space
         self.lock_timeout = lock_timeout
         self._canonical = canonical
-        self._manager = KVManager(store, engine, prompts)
-        self._more = [(one, KVManager(store, engine, one)) for one in more if one.fingerprint != prompts.fingerprint]
+        self.policy = policy
+        self._manager = KVManager(store, engine, prompts, policy=policy)
+        self._more = [
+            (one, KVManager(store, engine, one, policy=policy))
+            for one in more
+            if one.fingerprint != prompts.fingerprint
+        ]
         self._head = f"{space}\x1f"  # before each id; no framework's ids begin with this
         self._changes = _changes_of(store, space)
         self._leftovers_known = False
@@ -73,8 +83,20 @@ class KVRegistry:
         space: str = "",
         canonical: Callable[[str], str] = str,
         prompts: Sequence[IngestPrompts] = (),
+        kv: str | None = None,
     ) -> KVRegistry:
-        """Make one over the parts of a workspace, for these prompts or the workspace's."""
+        """Make one over the parts of a workspace.
+
+        Args:
+            workspace: The workspace.
+            space: Name of the other store, where several share ours.
+            canonical: Converts an id to the form in which the other store returns it.
+            prompts: For which KV is computed; none: the workspace's.
+            kv: When it is computed: "now", "lazy" or "none", see KVPolicy; None: by the workspace's settings.
+
+        Raises:
+            ConfigError: `kv` is none of these.
+        """
         workspace.record_model()
         first, *more = prompts or [workspace.prompts]
         return cls(
@@ -85,6 +107,7 @@ class KVRegistry:
             space=space,
             lock_timeout=workspace.settings.lock_timeout_s,
             canonical=canonical,
+            policy=replace(workspace.kv_policy, mode=kv_mode(kv)) if kv else workspace.kv_policy,
         )
 
     @property
@@ -95,7 +118,7 @@ class KVRegistry:
     # -- changes --------------------------------------------------------------------------------------------------
 
     def add(self, texts: Mapping[str, str], *, groups: Mapping[str, str] | None = None) -> KVTotals:
-        """Register texts under their ids, replacing earlier ones, and compute the KV that is missing.
+        """Register texts under their ids, replacing earlier ones; with the mode "now" compute the KV that is missing.
 
         A text without tokens, or longer than the context, is registered without KV.
 
@@ -117,7 +140,7 @@ class KVRegistry:
                 self.store.registry.put_documents(
                     [self._document(key, text, groups.get(key, self.space)) for key, text in batch], embedder=None
                 )
-            for start in range(0, len(items), _BATCH):
+            for start in range(0, len(items) if self.policy.mode == "now" else 0, _BATCH):
                 ids = self._keys(key for key, _ in items[start : start + _BATCH])
                 for prompts, manager in self._all_prompts():
                     todo = self.store.registry.chunks_without_kv(prompts.fingerprint, doc_ids=ids)
@@ -266,6 +289,8 @@ class KVRegistry:
         Raises:
             PrecomputeError: KV could not be computed; call it again to continue.
         """
+        if self.policy.mode != "now":
+            return KVTotals()
         with self.store.writing(timeout=self.lock_timeout):
             totals, keys = KVTotals(), list(self._keys(ids))
             for prompts, manager in self._all_prompts():
@@ -439,7 +464,14 @@ def _for_server(url: str, key: Any, model: str | None, store: str) -> Workspace:
         if name in _by_server and not _is_current(_by_server[name]):
             _by_server.pop(name).engine.close()
         if name not in _by_server:
-            engine = VLLMEngine(name[0], model, api_key=name[1], ingest_key=ingest_key_for(Settings.load(store)))
+            settings = Settings.load(store)
+            engine = VLLMEngine(
+                name[0],
+                model,
+                api_key=name[1],
+                ingest_key=ingest_key_for(settings),
+                concurrency=settings.ingest_in_flight,
+            )
             _by_server[name] = Workspace.open(store, engine=engine)
         return _by_server[name]
 

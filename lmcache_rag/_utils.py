@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import gc
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from lmcache_rag.errors import OptionalDependencyError
 
@@ -30,6 +30,14 @@ def without_garbage_collection() -> Iterator[None]:
         if was_on:
             gc.freeze()
             gc.enable()
+
+
+def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """How many first elements two sequences have in common."""
+    both = min(len(one), len(other))
+    if one[:both] == other[:both]:
+        return both
+    return next(at for at in range(both) if one[at] != other[at])
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from lmcache_rag.documents.loading import load_changed
 from lmcache_rag.documents.versions import is_outdated
 from lmcache_rag.errors import ConfigError, DocumentError
 from lmcache_rag.kv_manager import KVManager, KVTotals, gone_documents
+from lmcache_rag.kv_policy import KVPolicy
 
 if TYPE_CHECKING:
     from lmcache_rag.documents import Chunk, Splitter
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("lmcache_rag.ingest")
 
+_USUAL = KVPolicy()
 _BATCH_CHUNKS = 64  # new chunks that are embedded and committed together
 MOST_CHARACTERS = 100_000_000  # of documents that a preview keeps
 _BATCH_DOCUMENTS = 256  # documents between two commits, even if they have few chunks
@@ -166,10 +168,10 @@ class Ingestor:
         embedder: Embeds chunks.
         prompts: Makes the prompts.
         splitter: Cuts documents into chunks.
-        kv: False only indexes; KV is then computed on first use, or by `warm`.
         on_progress: Called after each step, in the calling thread.
         lock_timeout: Seconds to wait for another writer.
         limits: Most time and memory for reading one file; None: by environment, else 120 s and 2 GiB.
+        policy: When KV is computed, how fast, and how long it is kept.
     """
 
     def __init__(
@@ -180,18 +182,18 @@ class Ingestor:
         prompts: PromptBuilder,
         splitter: Splitter,
         *,
-        kv: bool = True,
         on_progress: Callable[[Progress], None] | None = None,
         lock_timeout: float = 30.0,
         limits: ReadLimits | None = None,
+        policy: KVPolicy = _USUAL,
     ) -> None:
         self.store, self.engine, self.embedder = store, engine, embedder
         self.prompts, self.splitter = prompts, splitter
-        self.kv = kv
+        self.kv = policy.mode == "now"
         self.on_progress = on_progress or (lambda progress: None)
         self.lock_timeout = lock_timeout
         self.limits = limits
-        self._kv = KVManager(store, engine, prompts)
+        self._kv = KVManager(store, engine, prompts, policy=policy)
 
     def ingest(
         self,

@@ -7,24 +7,26 @@ import logging
 import random
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from lmcache_rag import lazy_fill
 from lmcache_rag.documents.access import is_gone
 from lmcache_rag.documents.versions import is_outdated, was_file
+from lmcache_rag.kv_policy import KVPolicy, RateLimit
+from lmcache_rag.kv_removal import ForgetReport, IngestPrompts, KVRemover
 
 if TYPE_CHECKING:
-    from lmcache_rag.engines.base import Engine, EngineInfo, IngestPrompt, KVUsage, PrecomputeResult, VerifyResult
+    from lmcache_rag.engines.base import Engine, IngestPrompt, KVUsage, PrecomputeResult, VerifyResult
     from lmcache_rag.engines.chunk_cache import KVStore
     from lmcache_rag.prompt import PromptBuilder
-    from lmcache_rag.store import DocumentRecord, KVRow, Registry, RemoveResult, Store, StoredChunk, StoreStats
+    from lmcache_rag.store import DocumentRecord, KVPurge, KVRow, Registry, RemoveResult, Store, StoredChunk, StoreStats
     from lmcache_rag.store_model import Identity
 
 log = logging.getLogger("lmcache_rag")
 
+_USUAL = KVPolicy()
 _PAGE = 256  # chunks whose texts are in memory at once
 _RECORD_EVERY = 8  # chunks between two commits; a killed run repeats no computation, see KVManager
 
@@ -47,40 +49,6 @@ class KVTotals:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class ForgetReport:
-    """Result of a forget.
-
-    Attributes:
-        removed: Documents and chunks that were removed from the store.
-        deleted: Chunks whose KV was deleted on the server; 0 for an engine that keeps its KV itself.
-        staying: Chunks whose KV stays on the server until it is evicted there.
-        why: Why it stays.
-    """
-
-    removed: RemoveResult
-    deleted: int
-    staying: int
-    why: str
-
-
-class IngestPrompts(Protocol):
-    """Makes the ingest prompts of one prefix: a PromptBuilder, or a ChunkPrompts of messages."""
-
-    info: EngineInfo
-    prefix_ids: tuple[int, ...]
-    neutral_ids: tuple[int, ...]
-    fingerprint: str
-
-    def chunk_ids(self, text: str) -> tuple[int, ...]:
-        """Token ids of a chunk."""
-        ...
-
-    def ingest(self, chunk: str) -> IngestPrompt:
-        """Prefix ⧺ neutral passages ⧺ chunk."""
-        ...
-
-
 class KVManager:
     """Computes KV through the engine and records it.
 
@@ -92,10 +60,13 @@ class KVManager:
         store: The store.
         engine: Computes and keeps KV.
         prompts: Makes the prompts, and with them the keys.
+        policy: How fast KV is computed, and how long it is kept.
     """
 
-    def __init__(self, store: Store, engine: Engine, prompts: IngestPrompts) -> None:
+    def __init__(self, store: Store, engine: Engine, prompts: IngestPrompts, *, policy: KVPolicy = _USUAL) -> None:
         self._store, self._engine, self._prompts = store, engine, prompts
+        self._remover = KVRemover(store, lambda pairs: engine.forget(pairs), engine, prompts, ttl=policy.ttl)
+        self._rate_limit = RateLimit(policy.rate)
 
     def compute(
         self,
@@ -117,8 +88,10 @@ class KVManager:
 
         def prompts() -> Iterator[IngestPrompt]:
             for chunk in chunks:
+                prompt = self._prompts.ingest(chunk.text)
+                self._rate_limit.wait(len(prompt.chunk_ids), stop)
                 waiting.append(chunk)
-                yield self._prompts.ingest(chunk.text)
+                yield prompt
 
         begin = self._engine.precompute if stop is None else partial(self._engine.precompute, stop=stop)
         try:
@@ -171,88 +144,33 @@ class KVManager:
         return done[0] if done else None
 
     def forget(self, doc_ids: Sequence[str], *, on_chunk: Callable[[int, int], None] | None = None) -> ForgetReport:
-        """Remove documents, and delete the KV of chunks that only they hold, on the server too, for every prompt.
+        """Remove documents, their KV first; see KVRemover.forget."""
+        return self._remover.forget(doc_ids, on_chunk=on_chunk)
 
-        The KV is deleted first: a run that is killed or fails leaves the documents, and the next one continues. Needs
-        the store's writing lock.
-
-        Args:
-            doc_ids: The documents.
-            on_chunk: Called with (done, how many in all) after each chunk.
-
-        Raises:
-            EngineUnavailableError: The engine, or its KV store, cannot be reached. The documents stay.
-            EngineError: The engine rejects it.
-        """
-        from lmcache_rag.engines.base import ForgetsChunks
-
-        lazy_fill.cancel(self._engine)  # or it could be ingested again meanwhile
-        deleted, staying, why = 0, 0, ""
-        if isinstance(self._engine, ForgetsChunks):
-            ids = self._store.registry.chunks_only_in(doc_ids)
-            stuck = [
-                result.why
-                for prompts, held in self._other_prompts(ids)
-                for result in self._engine.forget_chunks(self._keepable(held, prompts))
-                if not result.forgotten
-            ]
-            for result in self._engine.forget_chunks(self._keepable(ids, self._prompts)):
-                deleted, staying, why = deleted + result.forgotten, staying + (not result.forgotten), why or result.why
-                if on_chunk:
-                    on_chunk(deleted + staying, len(ids))
-            if len(stuck) > staying:
-                deleted, staying, why = max(0, len(ids) - len(stuck)), len(stuck), stuck[0]
-        removed = self._store.registry.remove_documents(doc_ids)
-        self.empty_trash()
-        return ForgetReport(removed, deleted, staying, why)
-
-    def _other_prompts(self, chunk_ids: Sequence[int]) -> Iterator[tuple[IngestPrompts, list[int]]]:
-        """Other prompts for which KV of these chunks is recorded, with those chunks; of this model and tenant."""
-        from lmcache_rag.chunk_prompts import ChunkPrompts
-        from lmcache_rag.tokenizer import SafeTokenizer
-
-        wanted, own = set(chunk_ids), self._prompts
-        for fingerprint, prefix in self._store.registry.prefixes().items() if wanted else ():
-            if fingerprint == own.fingerprint:
-                continue
-            parts = SafeTokenizer.of(self._engine.tokenizer)
-            held = {row.chunk_id for row in self._store.registry.kv_rows(fingerprint)} & wanted
-            tenant = getattr(own, "tenant", "")
-            for neutral in (None, own.neutral_ids, ()) if held else ():
-                made = ChunkPrompts(parts, own.info, prefix, tenant=tenant, neutral=neutral)
-                if made.fingerprint == fingerprint:
-                    yield made, sorted(held)
-                    break
-
-    def _keepable(self, chunk_ids: Sequence[int], prompts: IngestPrompts) -> Iterator[IngestPrompt]:
-        """Prompts of those of the chunks that can have KV."""
-        room = self._engine.info.context_length - len(prompts.prefix_ids) - len(prompts.neutral_ids)
-        for start in range(0, len(chunk_ids), _PAGE):
-            for chunk in self._store.registry.chunks(chunk_ids[start : start + _PAGE]):
-                if 0 < len(prompts.chunk_ids(chunk.text)) < room:
-                    yield prompts.ingest(chunk.text)
+    def purge(self, *, count: bool = False) -> KVPurge:
+        """Remove KV that no chunk needs any more; see KVRemover.purge."""
+        return self._remover.purge(count=count)
 
     def empty_trash(self) -> int:
-        """Let the engine drop KV that no chunk needs any more. Needs the store's writing lock."""
-        return empty_trash(self._store, self._engine.forget)
+        """As purge(); returns of how many chunks KV was removed. What waits for a server is in the log."""
+        done = self.purge()
+        if done.waiting:
+            log.warning("KV of %d removed chunk(s) is still on a server: %s", done.waiting, done.why)
+        return done.dropped
 
     def _record(self, rows: list[KVRow]) -> None:
         from lmcache_rag.store.registry import PREFIX
 
         if rows:
             info = self._prompts.info
-            facts = {"model": info.model, "dtype": info.dtype, PREFIX: list(self._prompts.prefix_ids)}
+            facts = {
+                "engine": info.engine,
+                "model": info.model,
+                "dtype": info.dtype,
+                PREFIX: list(self._prompts.prefix_ids),
+            }
             self._store.registry.record_kv(self._prompts.fingerprint, facts, rows)
             rows.clear()
-
-
-def empty_trash(store: Store, forget: Callable[[list[tuple[str, str]]], None]) -> int:
-    """Drop KV that no chunk needs any more, by this function; returns how much. Needs the store's writing lock."""
-    pairs = store.registry.trash()
-    if pairs:
-        forget(pairs)
-        store.registry.clear_trash(pairs)
-    return len(pairs)
 
 
 # -- maintenance ------------------------------------------------------------------------------------------------------
@@ -335,16 +253,15 @@ class StoredKV:
     def is_complete(self, fingerprint: str) -> bool:
         """Whether every chunk has its KV, recorded and in a file, and no other KV waits to be dropped."""
         registry = self._store.registry
-        if registry.stats(fingerprint).chunks_without_kv or registry.trash(1):
+        if registry.stats(fingerprint).chunks_without_kv or registry.trash(1, here=True):
             return False
         return all(self._kv.has(fingerprint, row.key) for row in registry.kv_rows(fingerprint))
 
-    def remove(self, doc_ids: Sequence[str]) -> RemoveResult:
-        """Remove documents; see Maintainer.remove."""
+    def remove(self, doc_ids: Sequence[str], *, count: bool = False) -> RemoveResult:
+        """Remove documents; see Maintainer.remove. KV on servers waits."""
         with self._store.writing(timeout=self._lock_timeout):
             result = self._store.registry.remove_documents(doc_ids)
-            empty_trash(self._store, self._kv.forget_chunks)
-        return result
+            return replace(result, kv=KVRemover(self._store, self._kv.forget_chunks).purge(count=count))
 
 
 class Maintainer:
@@ -355,12 +272,21 @@ class Maintainer:
         engine: Keeps the KV.
         prompts: Makes the prompts.
         lock_timeout: Seconds to wait for another writer.
+        policy: How fast KV is computed, and how long it is kept.
     """
 
-    def __init__(self, store: Store, engine: Engine, prompts: PromptBuilder, *, lock_timeout: float = 30.0) -> None:
+    def __init__(
+        self,
+        store: Store,
+        engine: Engine,
+        prompts: PromptBuilder,
+        *,
+        lock_timeout: float = 30.0,
+        policy: KVPolicy = _USUAL,
+    ) -> None:
         self.store, self.engine, self.prompts = store, engine, prompts
         self.lock_timeout = lock_timeout
-        self._kv = KVManager(store, engine, prompts)
+        self._kv = KVManager(store, engine, prompts, policy=policy)
 
     def status(self) -> Status:
         """Status of the store. Writes nothing and loads no weights."""
@@ -376,10 +302,16 @@ class Maintainer:
             tuple(record.doc_id for record in outdated_documents(self.store.registry)),
         )
 
-    def warm(self, *, on_chunk: Callable[[int, int, PrecomputeResult], None] | None = None) -> KVTotals:
+    def warm(
+        self,
+        chunk_ids: Sequence[int] | None = None,
+        *,
+        on_chunk: Callable[[int, int, PrecomputeResult], None] | None = None,
+    ) -> KVTotals:
         """Compute the KV of every chunk for which the engine has none, whether or not it was recorded once.
 
         Args:
+            chunk_ids: Only these chunks, in this order; None: all.
             on_chunk: Called with (done, how many in all, result) after each.
 
         Raises:
@@ -389,6 +321,9 @@ class Maintainer:
         with self.store.writing(timeout=self.lock_timeout):
             self._kv.empty_trash()
             todo = list(self._lacking())
+            if chunk_ids is not None:
+                lacking = set(todo)
+                todo = [chunk_id for chunk_id in dict.fromkeys(chunk_ids) if chunk_id in lacking]
             done = 0
 
             def tick(result: PrecomputeResult) -> None:
@@ -438,18 +373,23 @@ class Maintainer:
                 repaired = totals.computed + totals.existed
         return VerifyReport(done, tuple(results), repaired)
 
-    def remove(self, doc_ids: Sequence[str]) -> RemoveResult:
-        """Remove documents. A chunk and its KV are removed with the last document that holds them."""
+    def remove(self, doc_ids: Sequence[str], *, count: bool = False) -> RemoveResult:
+        """Remove documents. A chunk and its KV are removed with the last document that holds them, on servers too.
+
+        If a server cannot be reached, the documents leave all the same; the KV there waits for a call that reaches it.
+
+        Args:
+            doc_ids: The documents.
+            count: Count what each tier held of the removed chunks, before and after.
+        """
         with self.store.writing(timeout=self.lock_timeout):
             result = self.store.registry.remove_documents(doc_ids)
-            self._kv.empty_trash()
-        return result
+            return replace(result, kv=self._kv.purge(count=count))
 
     def forget(self, doc_ids: Sequence[str], *, on_chunk: Callable[[int, int], None] | None = None) -> ForgetReport:
-        """Remove documents, and delete the KV of chunks that only they hold, on the server too, at once.
+        """Remove documents as remove(), but only once the KV of chunks that only they hold is deleted on the server.
 
-        After remove(), a server keeps that KV until it evicts it. KV that another prefix, model or tenant has of the
-        same chunks is not touched.
+        KV that another model or tenant has of the same chunks is not touched.
 
         Args:
             doc_ids: The documents.
@@ -463,10 +403,12 @@ class Maintainer:
             return self._kv.forget(doc_ids, on_chunk=on_chunk)
 
     def prune(self) -> int:
-        """Drop KV of other fingerprints (another model, prefix or tenant); returns how many were dropped."""
+        """Drop KV of other fingerprints (another model, prefix or tenant), and KV that is too old; returns how many."""
         with self.store.writing(timeout=self.lock_timeout):
             self.store.registry.trash_other_kv(self.prompts.fingerprint)
-            return self._kv.empty_trash()
+            dropped = self._kv.empty_trash()
+            self.store.registry.trash_other_kv(self.prompts.fingerprint)  # facts that were needed to remove it
+            return dropped
 
     # -- inside: chunks by their ids, so that a large store's texts are never in memory at once ----------------------
 

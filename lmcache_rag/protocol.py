@@ -33,7 +33,9 @@ PREFIX: Final = "lmcache_rag.prefix"  # tokens before the first chunk, which the
 INGEST: Final = "lmcache_rag.ingest"
 FORGET: Final = "lmcache_rag.forget"  # true: such a prompt, whose chunk's KV is to be removed everywhere
 SPANS: Final = "lmcache_rag.spans"  # true: the answer's statistics hold `spans`
-REQUEST_KEYS: Final = (POLICY, RATIO, BLEND, CHUNKS, PREFIX, INGEST, FORGET, SPANS)
+KEEP: Final = "lmcache_rag.keep"  # with forget: first tokens of the chunk whose KV stays: another chunk begins so, too
+HELD: Final = "lmcache_rag.held"  # with forget, true: the answer counts what each tier held of the chunk
+REQUEST_KEYS: Final = (POLICY, RATIO, BLEND, CHUNKS, PREFIX, INGEST, FORGET, KEEP, HELD, SPANS)
 
 LMCACHE_NAMESPACE: Final = "lmcache."
 MAX_OFFLOAD_TOKENS: Final = "lmcache.max_offload_tokens"  # LMCache's: most tokens of this request to store
@@ -45,6 +47,9 @@ PD_PREFIX: Final = "remote_"
 NO_BLEND: Final[Mapping[str, Any]] = {BLEND: "off"}
 ALWAYS_BLEND: Final[Mapping[str, Any]] = {BLEND: "always"}
 
+# vLLM's priority of requests that ingest or forget (lower is earlier, a question has 0): they yield to questions where
+# the server schedules by priority.
+INGEST_PRIORITY: Final = 100
 INGEST_KEY_HEADER: Final = "X-LMCache-RAG-Ingest-Key"
 
 # -- keys between the connector and LMCache's server, in the request_configs of LMCache's keys ------------------------
@@ -203,6 +208,7 @@ FAILURE: Final = "failure"  # a Fallback, or a sentence if can_blend is false; "
 DECISION: Final = "decision"  # a Decision; absent where there was nothing to decide
 PREDICTED: Final = ("predicted_blend_ms", "predicted_compute_ms")  # what it compared, where known
 FORGOTTEN: Final = "forgotten"  # in answers to lmcache_rag.forget only: whether the chunk's KV was removed
+KV_HELD: Final = "held"  # with lmcache_rag.held: objects of the chunk by tier, before this request removed them
 CAN_BLEND: Final = "can_blend"  # false in answers of a server that cannot blend at all; else absent
 REASON: Final = "reason"  # a CannotBlend, present with can_blend
 SELF_CHECK: Final = "self_check"  # a SelfCheck, in answers of a server that blends
@@ -389,7 +395,7 @@ def read_params(
     else:
         wrong.append(f"{BLEND} {shown(switch)} is neither on nor off nor always")
     flags = {}
-    for key in (INGEST, FORGET, SPANS):
+    for key in (INGEST, FORGET, HELD, SPANS):
         flag = values.get(key, False)
         if not isinstance(flag, bool):
             wrong.append(f"{key} {shown(flag)} is neither true nor false")
@@ -414,14 +420,15 @@ def complaints(params: Any, tokens: int = MOST_TOKENS) -> list[str]:
     wrong = list(islice(filter(None, map(_refused, params)), _SHOWN_KEYS))
     wrong += read_params(params)[1]
     wrong += _wrong_spans(params.get(CHUNKS, []), tokens)
-    for key in (PREFIX, MAX_OFFLOAD_TOKENS):
+    for key in (PREFIX, KEEP, MAX_OFFLOAD_TOKENS):
         number = params.get(key, 0)
         if not isinstance(number, int) or isinstance(number, bool) or number < 0:
             wrong.append(f"{key} {shown(number)} is not a number of tokens")
-        elif number > (tokens if key == PREFIX else MOST_TOKENS):
+        elif number > (MOST_TOKENS if key == MAX_OFFLOAD_TOKENS else tokens):
             wrong.append(f"{key} {shown(number)} is more tokens than the prompt has")
     if params.get(INGEST) is True and params.get(FORGET) is True:
         wrong.append(f"{INGEST} and {FORGET} contradict each other")
+    wrong += [f"{key} needs {FORGET}" for key in (KEEP, HELD) if params.get(key) and params.get(FORGET) is not True]
     return wrong
 
 
@@ -521,6 +528,24 @@ def chunk_start(params: Any, prompt: int) -> int:
     """
     prefix, spans = named_prefix(params, prompt), named_spans(params, prompt)
     return spans[0][0] if prefix and len(spans) == 1 and spans[0][0] >= prefix else prefix
+
+
+def removal_start(params: Any, prompt: int) -> int:
+    """From which token on the KV of a prompt that is forgotten is removed; 0 if nothing may be.
+
+    After the prefix, the neutral passages, and the first tokens of the chunk that are to stay (KEEP).
+    """
+    start, keep = chunk_start(params, prompt), params.get(KEEP, 0)
+    if not start or not isinstance(keep, int) or isinstance(keep, bool) or keep < 0:
+        return 0
+    return start + keep if start + keep < prompt else 0
+
+
+def read_held(value: Any) -> dict[str, int]:
+    """Objects of a chunk by tier, as an answer has them; empty if it has none."""
+    if not isinstance(value, Mapping):
+        return {}
+    return {str(tier): count for tier, count in value.items() if isinstance(count, int)}
 
 
 def ingests(params: Any) -> bool:

@@ -21,7 +21,8 @@ from lmcache_rag.engines.base import (
     TextDelta,
 )
 from lmcache_rag.errors import ConfigError, ContextLengthError, LMCacheRAGError, PromptError, StoreLockedError
-from lmcache_rag.kv_manager import IngestPrompts, KVManager
+from lmcache_rag.kv_manager import KVManager
+from lmcache_rag.kv_removal import IngestPrompts
 from lmcache_rag.lazy_fill import LazyFillMode, fill_of
 from lmcache_rag.passage_order import Order, OrderMode, numbered, passage_order
 

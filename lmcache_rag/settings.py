@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,23 @@ from lmcache_rag.errors import ConfigError
 from lmcache_rag.passage_order import OrderMode
 
 FILE = "settings.toml"
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def seconds(age: str | float) -> float:
+    """An age in seconds: a number of them, or a text such as 30d, 12h, 90m or 45s.
+
+    Raises:
+        ConfigError: It is none, or not above 0.
+    """
+    if isinstance(age, str):
+        number, unit = (age[:-1], age[-1:]) if age[-1:] in _UNITS else (age, "s")
+        value = float(number) * _UNITS[unit] if re.fullmatch(r"\d+(\.\d+)?", number) else 0.0
+    else:
+        value = float(age) if isinstance(age, int | float) and not isinstance(age, bool) else 0.0
+    if not value > 0:
+        raise ConfigError(f"{age!r} is not an age.", remedy="Write for example 30d, 12h or 90m.")
+    return value
 
 
 class Settings(BaseSettings):
@@ -57,6 +75,17 @@ class Settings(BaseSettings):
     tenant: str = Field("", description="KV of different tenants is never shared. (KV)")
     kv_budget_gb: float = Field(50.0, gt=0, description="Most gigabytes of KV files.")
     memory_budget_gb: float = Field(4.0, ge=0, description="Most gigabytes of hot KV in memory.")
+    kv: Literal["now", "lazy", "none"] = Field(
+        "now",
+        description="When a new chunk's KV is computed: now, lazy (after questions that used it) or none (by warm).",
+    )
+    ingest_in_flight: int = Field(8, ge=1, description="Chunks that a vLLM server is asked to ingest at once.")
+    ingest_rate: float | None = Field(
+        None, gt=0, description="Most tokens of chunks ingested in a second; off: no limit."
+    )
+    kv_ttl: float | None = Field(
+        None, gt=0, description="Age at which a chunk's KV is removed, such as 30d, 12h or 90m; off: never."
+    )
     ingest_key_file: Path | None = Field(None, description="File with the key that a server requires for ingestion.")
     lock_timeout_s: float = Field(30.0, ge=0, description="How long to wait for another process that is writing.")
 
@@ -74,10 +103,25 @@ class Settings(BaseSettings):
         except ConfigError as problem:
             raise PydanticCustomError("engine", "{words}", {"words": str(problem)}) from None
 
-    @field_validator("min_gain", mode="before")
+    @property
+    def fills(self) -> Literal["first", "second", "never"]:
+        """At which use a passage without KV is ingested: by `lazy_fill`, and never with `kv = "none"`."""
+        return "never" if self.kv == "none" else self.lazy_fill
+
+    @field_validator("min_gain", "ingest_rate", mode="before")
     @classmethod
     def _off(cls, value: Any) -> Any:
         return None if value == "off" else value
+
+    @field_validator("kv_ttl", mode="before")
+    @classmethod
+    def _age(cls, value: Any) -> Any:
+        if value in (None, "off"):
+            return None
+        try:
+            return seconds(value)
+        except ConfigError as problem:
+            raise PydanticCustomError("kv_ttl", "{words}", {"words": str(problem)}) from None
 
     @field_validator("model", "embedder", mode="before")
     @classmethod

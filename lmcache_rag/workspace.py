@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from lmcache_rag import lazy_fill
 from lmcache_rag._utils import without_garbage_collection
 from lmcache_rag.engines.base import BlendOptions, Sampling
+from lmcache_rag.kv_policy import KVPolicy
 from lmcache_rag.settings import Settings
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ class Workspace:
                 self.settings.engine,
                 self.settings.model,
                 timeout=self.settings.engine_timeout_s,
+                concurrency=self.settings.ingest_in_flight,
                 ingest_key=ingest_key_for(self.settings),
             )
         if not self._create:
@@ -203,7 +206,13 @@ class Workspace:
             self.splitter,
             lock_timeout=self.settings.lock_timeout_s,
             limits=self._limits,
+            policy=self.kv_policy,
         )
+
+    @property
+    def kv_policy(self) -> KVPolicy:
+        """When KV is computed, how fast, and how long it is kept."""
+        return KVPolicy(self.settings.kv, self.settings.kv_ttl, self.settings.ingest_rate)
 
     @property
     def _limits(self) -> ReadLimits:
@@ -233,6 +242,33 @@ class Workspace:
         chosen = self.settings
         return BlendOptions(chosen.policy, chosen.ratio, chosen.blend, order=chosen.order)
 
+    def most_used(self, trace: str | Path, top: int | None = None) -> list[int]:
+        """Ids of the store's chunks that a retrieval trace or question log used, the most used first.
+
+        The chunks of lines without `chunks` are retrieved now, which needs the embedder. Names of other stores' chunks
+        are left out.
+
+        Args:
+            trace: The file, see lmcache_rag.trace.
+            top: Most ids; None: all.
+
+        Raises:
+            ConfigError: The file cannot be read, or has another form.
+        """
+        from lmcache_rag.rag import retrieve
+        from lmcache_rag.trace import read_trace
+
+        uses, known = Counter[int](), dict[str, int]()
+        for line in read_trace(trace):
+            if line.chunks:
+                if new := [name for name in line.chunks if name not in known]:
+                    known |= self.store.registry.chunk_ids(new)
+                uses.update(known[name] for name in set(line.chunks) if name in known)
+            elif line.question.strip():
+                hits = retrieve(self.store, self.embedder, line.question, self.settings.top_k)
+                uses.update(hit.chunk_id for hit in hits)
+        return [chunk_id for chunk_id, _ in uses.most_common(top)]
+
     @cached_property
     def rag(self) -> RAG:
         """Answers from the store."""
@@ -246,7 +282,7 @@ class Workspace:
             top_k=self.settings.top_k,
             sampling=Sampling(max_tokens=self.settings.max_tokens, temperature=self.settings.temperature),
             blend=self.blend_options,
-            keep_missing=self.settings.lazy_fill != "never",
+            keep_missing=self.settings.fills != "never",
             cite=self.settings.cite,
         )
 
@@ -255,7 +291,8 @@ class Workspace:
         """Maintains the store: status, warm, verify, remove."""
         from lmcache_rag.kv_manager import Maintainer
 
-        return Maintainer(self.store, self.engine, self.prompts, lock_timeout=self.settings.lock_timeout_s)
+        timeout = self.settings.lock_timeout_s
+        return Maintainer(self.store, self.engine, self.prompts, lock_timeout=timeout, policy=self.kv_policy)
 
     def close(self) -> None:
         """Close everything that was opened here; an engine that was passed in stays open. Safe to call twice."""

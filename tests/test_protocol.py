@@ -189,6 +189,20 @@ def test_too_many_spans_are_not_read() -> None:
     assert "has more than 8192 spans" in wrong({protocol.CHUNKS: Unread([[0, 1]] * 131_072)}, 131_072)
 
 
+def test_what_a_removal_may_ask_for() -> None:
+    removal = {protocol.FORGET: True, protocol.PREFIX: 64}
+    assert protocol.complaints(removal | {protocol.KEEP: 16, protocol.HELD: True}, 200) == []
+    for alone in ({protocol.KEEP: 16}, {protocol.HELD: True}):
+        assert "needs lmcache_rag.forget" in protocol.joined(protocol.complaints(alone, 200))
+    assert protocol.complaints(removal | {protocol.KEEP: 201}, 200)
+    assert protocol.complaints(removal | {protocol.HELD: "yes"}, 200)
+    for keep, start in ((0, 64), (16, 80), (136, 0), (-1, 0), (True, 0), ("x", 0)):
+        assert protocol.removal_start(removal | {protocol.KEEP: keep}, 200) == start
+    assert protocol.removal_start({protocol.FORGET: True, protocol.KEEP: 5}, 200) == 0, "without a prefix nothing goes"
+    assert protocol.read_held({"memory": 2, "x": "y"}) == {"memory": 2}
+    assert protocol.read_held(None) == {}
+
+
 def test_a_chunk_is_not_ingested_and_forgotten_at_once() -> None:
     assert "contradict" in wrong({protocol.INGEST: True, protocol.FORGET: True})
 

@@ -168,3 +168,12 @@ def test_every_setting_has_a_description() -> None:
 
 def test_a_folder_may_be_a_path(tmp_path: Path) -> None:
     assert Settings.load(model=tmp_path, embedder=tmp_path).model == str(tmp_path)
+
+
+def test_an_age_has_a_unit(tmp_path: Path) -> None:
+    assert Settings.load(tmp_path, kv_ttl="12h").kv_ttl == 12 * 3600
+    assert Settings.load(tmp_path, kv_ttl=90).kv_ttl == Settings.load(tmp_path, kv_ttl="1.5m").kv_ttl == 90
+    assert Settings.load(tmp_path, kv_ttl="off").kv_ttl is Settings.load(tmp_path).kv_ttl is None
+    for wrong in ("30 days", "d", "-1d", 0, "0h", True):
+        with pytest.raises(ConfigError, match=r"^kv_ttl: .*is not an age"):
+            Settings.load(tmp_path, kv_ttl=wrong)

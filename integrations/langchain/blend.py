@@ -34,7 +34,7 @@ from .templates import TemplatePrompt, default_template
 if TYPE_CHECKING:
     from langchain_core.callbacks import AsyncCallbackManagerForChainRun, CallbackManagerForChainRun
 
-    from lmcache_rag.kv_manager import IngestPrompts
+    from lmcache_rag.kv_removal import IngestPrompts
 
 log = logging.getLogger("lmcache_rag")
 

@@ -17,7 +17,7 @@ from langchain_core.prompts import (
 from langchain_core.utils.function_calling import convert_to_openai_tool
 
 from lmcache_rag.errors import ConfigError
-from lmcache_rag.kv_manager import IngestPrompts
+from lmcache_rag.kv_removal import IngestPrompts
 from lmcache_rag.message_prompt import Kind, Message, MessageComposer, Piece
 from lmcache_rag.prompt import PromptFormat
 

@@ -21,6 +21,7 @@ from langchain_core.vectorstores import InMemoryVectorStore, VectorStore
 from lmcache_rag.embedding import SentenceTransformerEmbedder
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.kv_manager import KVTotals
+from lmcache_rag.kv_policy import kv_mode
 from lmcache_rag.settings import Settings
 from lmcache_rag.workspace import Workspace
 
@@ -80,9 +81,11 @@ class LMCacheVectorStore(VectorStore):
         adopt: Adopt what the vector store already holds, in the background; see adopt(). Failures are logged.
         prompts: For which prompts KV is computed, each once: prompt templates, steps made by blend(), AgentPrompts,
             or None for this library's own words. Empty: these words only.
+        kv: When KV of added documents is computed: "now", "lazy" (after questions that use them) or "none" (by warm());
+            None: by the settings, LMCACHE_RAG_KV or the store's settings.toml, else now.
 
     Raises:
-        ConfigError: `source` is missing.
+        ConfigError: `source` is missing, or `kv` is none of these.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class LMCacheVectorStore(VectorStore):
         space: str | None = None,
         adopt: bool = True,
         prompts: Sequence[Any] = (),
+        kv: str | None = None,
     ) -> None:
         if source is None:
             raise ConfigError(
@@ -102,6 +106,7 @@ class LMCacheVectorStore(VectorStore):
                 remedy="Give the program's LLM object, a server's URL, an engine or a Workspace as second argument.",
             )
         self._source, self._folder, self._prompts = source, store, tuple(prompts)
+        self._kv = None if kv is None else kv_mode(kv)
         self._lock = threading.RLock()
         self._ids_in_flight: set[str] = set()
         self.inner: VectorStore = inner if inner is not None else self._own(embedding, space or "")
@@ -118,6 +123,7 @@ class LMCacheVectorStore(VectorStore):
             space=self.space,
             canonical=listing.canonical if listing else str,
             prompts=[ingest_prompts(one, workspace, self._source) for one in self._prompts],
+            kv=self._kv,
         )
 
     @property

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from llama_index.core.schema import BaseNode, MetadataMode
 
 from lmcache_rag.errors import StoreError
-from lmcache_rag.kv_manager import IngestPrompts, KVTotals
+from lmcache_rag.kv_manager import KVTotals
+from lmcache_rag.kv_removal import IngestPrompts
 from lmcache_rag.store import Store
 from lmcache_rag.workspace import Workspace
 
@@ -33,7 +34,7 @@ class DerivedTexts:
 
     def __init__(self, workspace: Workspace, nodes: KVRegistry, prompts: Sequence[IngestPrompts] = ()) -> None:
         self._nodes = nodes
-        self.register = KVRegistry.of(workspace, space=_space_of(nodes), prompts=prompts)
+        self.register = KVRegistry.of(workspace, space=_space_of(nodes), prompts=prompts, kv=nodes.policy.mode)
         _registries.setdefault(workspace.store, weakref.WeakSet()).add(nodes)
 
     def add(self, nodes: Iterable[BaseNode]) -> KVTotals:

@@ -22,7 +22,7 @@ from llama_index.core.prompts import (
 from llama_index.core.schema import BaseNode, MetadataMode, NodeWithScore, QueryBundle
 
 from lmcache_rag.errors import ConfigError
-from lmcache_rag.kv_manager import IngestPrompts
+from lmcache_rag.kv_removal import IngestPrompts
 from lmcache_rag.prompt import PromptBuilder, PromptFormat
 
 if TYPE_CHECKING:

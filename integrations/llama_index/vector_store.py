@@ -159,9 +159,11 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         store: Folder of the registry, see lmcache_rag.integrations.kv_registry.as_workspace.
         prompts: For which prompts KV is computed, each once: templates, as `text_qa_template`; a BlendSynthesizer; None
             for the workspace's own. Empty: that only.
+        kv: When KV of added nodes is computed: "now", "lazy" (after questions that use them) or "none" (by warm());
+            None: by the settings, LMCACHE_RAG_KV or the store's settings.toml, else now.
 
     Raises:
-        ConfigError: The source has no engine, or a template cannot be blended.
+        ConfigError: The source has no engine, a template cannot be blended, or `kv` is none of these.
         EngineUnavailableError: The server cannot be reached.
         EngineError: It serves another model than that of the LLM object.
     """
@@ -185,11 +187,12 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         adopt: bool = False,
         store: str | os.PathLike[str] | None = None,
         prompts: Sequence[Any] = (),
+        kv: str | None = None,
     ) -> None:
         workspace = workspace_of(source) if store is None else as_workspace(source, store=os.fspath(store))
         llm = source if isinstance(source, LLM) or not prompts else EngineLLM.of(workspace)
         made = [ingest_prompts(one, workspace, llm) for one in prompts]
-        register = KVRegistry.of(workspace, space=space, prompts=made)
+        register = KVRegistry.of(workspace, space=space, prompts=made, kv=kv)
         inner = FaissVectorStore.of(workspace, space=space) if inner is None else inner
         facts: dict[str, Any] = {"stores_text": inner.stores_text, "is_embedding_query": inner.is_embedding_query}
         super().__init__(**facts, space=space, target_metadata_key=target_metadata_key)  # type: ignore[call-arg]

@@ -14,7 +14,7 @@ from rich.text import Text
 from lmcache_rag._utils import clean
 from lmcache_rag.cli.console import PARTLY
 from lmcache_rag.cli.render import count, duration, facts, place, plain, show, show_gone, size
-from lmcache_rag.cli.run import EMBED, PLACE, READ, SPLIT, CommandContext, IngestBars, command
+from lmcache_rag.cli.run import AGE, EMBED, INGEST, PLACE, READ, SPLIT, CommandContext, IngestBars, command
 from lmcache_rag.documents.finding import find_files
 from lmcache_rag.errors import ConfigError
 
@@ -50,10 +50,10 @@ MaxGB = Annotated[
     typer.Option("--max-gb", metavar="GB", min=0, help="Refuse to compute more KV than this.", show_default=False),
 ]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask, however much is to be computed.")]
-NoKV = Annotated[bool, typer.Option("--no-kv", help="Only index now; KV is computed with the first use, or by warm.")]
+NoKV = Annotated[bool, typer.Option("--no-kv", help="The same as --kv lazy.")]
 
 
-@command(*PLACE, *EMBED, *SPLIT, *READ)
+@command(*PLACE, "kv", *AGE, *INGEST, *EMBED, *SPLIT, *READ)
 def ingest(
     context: CommandContext,
     paths: Paths = None,
@@ -70,7 +70,8 @@ def ingest(
     continues after an interruption. A document that cannot be read never stops
     the others; the exit status is then 1. Stores, Git's own folder and virtual
     environments are left out. Before KV is computed, its size and time are
-    shown; in a terminal you are asked if that is much.
+    shown; in a terminal you are asked if that is much. With --kv lazy it is
+    computed after questions that use a chunk, with --kv none only by warm.
 
     [bold]Examples[/bold]
       lmcache-rag ingest docs/ notes.md 'papers/**/*.pdf'
@@ -79,6 +80,7 @@ def ingest(
       git ls-files '*.md' | lmcache-rag ingest -
     """
     settings = context.settings()
+    no_kv = no_kv or settings.kv != "now"
     if not paths and not reparse:
         raise ConfigError("No PATH is named.", remedy="Name files or folders, or use --reparse.")
     sources = list(_listed(paths)) if paths else _outdated(context)
@@ -154,7 +156,7 @@ def _announce(
     if max_gb is not None and plan.kv_bytes > max_gb * GB:
         raise ConfigError(
             f"{work} would be computed, more than --max-gb {max_gb:g}. Nothing was changed.",
-            remedy="Raise --max-gb, ingest fewer documents, or index them without KV: --no-kv.",
+            remedy="Raise --max-gb, ingest fewer documents, or index them without KV: --kv lazy.",
         )
     with context.waiting("Measuring how fast KV is computed"):
         rate = workspace.ingest_rate()
@@ -169,7 +171,7 @@ def _announce(
 
 def _much(workspace: Workspace, plan: IngestPlan, seconds: float) -> Iterator[str]:
     """Why an ingestion may be more than the user expects, in sentences."""
-    advice = "--no-kv only indexes now and computes KV with the first use; --max-gb sets a limit."
+    advice = "--kv lazy only indexes now and computes KV of what questions use; --max-gb sets a limit."
     if plan.kv_bytes > ASK_BYTES or seconds > ASK_SECONDS:
         yield f"This is much. {advice}"
     if workspace.settings.engine != "embedded":
@@ -233,7 +235,7 @@ def _show_report(context: CommandContext, report: IngestReport, *, with_kv: bool
                     else []
                 ),
                 ("Chunks", f"{report.chunks_added:,} added, {report.chunks_removed:,} removed"),
-                ("KV", computed if with_kv else "left for later: lmcache-rag warm, or the first use"),
+                ("KV", computed if with_kv else "left for later: lmcache-rag warm, or with --kv lazy the second use"),
                 ("Time", duration(report.seconds)),
             ]
         ),

@@ -18,8 +18,10 @@ from lmcache_rag._utils import clean
 from lmcache_rag.cli.console import PARTLY
 from lmcache_rag.cli.render import count, facts, place, plain, show, show_documents, show_status, size
 from lmcache_rag.cli.run import (
+    AGE,
     ANSWER,
     EMBED,
+    INGEST,
     PLACE,
     SPLIT,
     Bars,
@@ -30,13 +32,15 @@ from lmcache_rag.cli.run import (
     variable,
 )
 from lmcache_rag.documents.finding import glob_regex, is_glob, named_by
-from lmcache_rag.errors import ConfigError
+from lmcache_rag.errors import ConfigError, LMCacheRAGError
 from lmcache_rag.kv_manager import KVTotals, gone_documents
 from lmcache_rag.settings import FILE, Settings
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import PrecomputeResult, VerifyResult
-    from lmcache_rag.store import Registry, RemoveResult, Store
+    from lmcache_rag.kv_manager import Maintainer, StoredKV
+    from lmcache_rag.store import KVPurge, Registry, RemoveResult, Store
+    from lmcache_rag.workspace import Workspace
 
 Sample = Annotated[int, typer.Option("--sample", metavar="N", min=1, help="Chunks to check, chosen at random.")]
 AllChunks = Annotated[bool, typer.Option("--all", help="Check every chunk.")]
@@ -49,6 +53,17 @@ Documents = Annotated[
     typer.Argument(metavar="DOC...", help="Documents by name, path, folder, glob or id.", show_default=False),
 ]
 AllDocuments = Annotated[bool, typer.Option("--all", help="Remove every document; asks first.")]
+Top = Annotated[
+    int | None,
+    typer.Option("--top", metavar="N", min=1, help="Only the N chunks that the log uses most.", show_default=False),
+]
+FromLog = Annotated[
+    Path | None,
+    typer.Option(
+        "--from-log", metavar="FILE", help="Retrieval trace or questions; only their chunks.", show_default=False
+    ),
+]
+Verify = Annotated[bool, typer.Option("--verify", help="List what each tier holds of the KV, before and after.")]
 Missing = Annotated[bool, typer.Option("--missing", help="Documents whose files are gone.")]
 
 
@@ -76,29 +91,35 @@ def status(context: CommandContext) -> None:
         show_status(context.out, path, found, read_only=read_only)
 
 
-@command(*PLACE)
-def warm(context: CommandContext) -> None:
-    """Compute missing KV.
+@command(*PLACE, *AGE, *INGEST)
+def warm(context: CommandContext, top: Top = None, from_log: FromLog = None) -> None:
+    """Compute missing KV, of all chunks or of those that questions use most.
 
-    KV is missing after ingest --no-kv, if the KV budget was too small, or with
-    another model. Can be interrupted; the same command continues.
+    KV is missing after ingest --kv lazy, if the KV budget was too small, or with
+    another model. --from-log names a retrieval trace or a question log (JSONL);
+    of questions without chunks these are retrieved now. Can be interrupted; the
+    same command continues.
 
     [bold]Examples[/bold]
       lmcache-rag warm
-      lmcache-rag warm --model Qwen/Qwen3-0.6B
+      lmcache-rag warm --top 500 --from-log questions.jsonl
+      lmcache-rag warm --engine http://localhost:8000 --rate 2000 --in-flight 2
     """
+    if top is not None and from_log is None:
+        raise ConfigError("--top needs to know which chunks are used.", remedy="Name a log with --from-log.")
     with context.workspace(models=False) as workspace:
         kv, known = workspace.stored_kv, workspace.identity
         if kv is not None and known is not None and kv.is_complete(known.fingerprint):
             totals = KVTotals()
         else:
             context.load(context.with_models(workspace), embedder=False)
+            wanted = None if from_log is None else workspace.most_used(from_log, top)
             with Bars(context, "KV") as bars:
 
                 def tick(done: int, total: int, result: PrecomputeResult) -> None:
                     bars.update("KV", done, total, tokens=result.tokens)
 
-                totals = workspace.maintainer.warm(on_chunk=tick)
+                totals = workspace.maintainer.warm(wanted, on_chunk=tick)
     if context.json:
         context.emit(plain(totals))
     elif totals.computed or totals.existed:
@@ -177,41 +198,85 @@ def list_documents(context: CommandContext, documents: Documents = None, missing
 
 @command(*PLACE)
 def remove(
-    context: CommandContext, documents: Documents = None, all_documents: AllDocuments = False, missing: Missing = False
+    context: CommandContext,
+    documents: Documents = None,
+    all_documents: AllDocuments = False,
+    missing: Missing = False,
+    verify_removal: Verify = False,
 ) -> int:
     """Remove documents; chunks that other documents hold stay.
 
-    A chunk and its KV are removed with the last document that holds them. A folder
+    A chunk and its KV are removed with the last document that holds them, on
+    servers too: from vLLM's cache, LMCache's memory and every tier. If a server
+    cannot be reached, its KV waits for the next command that reaches it. A folder
     means all documents below it, a name without folders the document with that
-    name. An unknown document does not stop the command; the exit
-    status is then 1.
+    name. An unknown document does not stop the command. The exit status is 1 if a
+    document is unknown, or KV is left.
 
     [bold]Examples[/bold]
       lmcache-rag remove notes.md old-docs/ 'papers/*-draft.pdf'
+      lmcache-rag remove contract.pdf --engine http://localhost:8000 --verify
       lmcache-rag remove --missing
-      lmcache-rag remove --all
     """
     if bool(documents or missing) == all_documents:
         raise ConfigError("Name documents, or give --missing or --all.", remedy="See lmcache-rag remove --help.")
     with context.workspace(models=False) as workspace:
         found = _named(workspace.store, documents, all_documents=all_documents, missing=missing)
+        remover, why = _remover(context, workspace)
         with context.waiting("Removing"):
-            result = (workspace.stored_kv or workspace.maintainer).remove(found.ids)
+            result = remover.remove(found.ids, count=verify_removal)
     if context.json:
         context.emit({**plain(result), "unknown": [*found.unknown, *result.unknown]})
     elif found.ids or not found.unknown:
         _show_removed(context, result)
+    if verify_removal and not context.json:
+        _show_tiers(context, result.kv)
+    if result.kv.waiting:
+        context.message(
+            f"KV of {count(result.kv.waiting, 'removed chunk')} is still on a server. The next command that reaches it "
+            f"removes it: {clean(why or result.kv.why)}",
+            style="bold red",
+        )
     _show_unknown(context, found.unknown.values())
-    return PARTLY if found.unknown or result.unknown else 0
+    return PARTLY if found.unknown or result.unknown or not result.kv.is_complete else 0
+
+
+def _remover(context: CommandContext, workspace: Workspace) -> tuple[StoredKV | Maintainer, str]:
+    """What removes documents, and why it does not reach the server, if it does not.
+
+    No model and no server is needed if the store has no KV on a server.
+    """
+    kv = workspace.stored_kv
+    if kv is not None and (
+        workspace.settings.engine == "embedded" or not workspace.store.registry.server_fingerprints()
+    ):
+        return kv, ""
+    try:
+        context.find(context.with_models(workspace), embedder=False)
+        return workspace.maintainer, ""
+    except LMCacheRAGError as problem:
+        if kv is None:
+            raise
+        return kv, problem.message
+
+
+def _show_tiers(context: CommandContext, kv: KVPurge) -> None:
+    """What each tier held of removed KV, and holds now."""
+    if not kv.before:
+        context.out.print("No tier held KV of what was removed." if kv.is_complete else "No tier could be listed.")
+    for tier, held in kv.before.items():
+        left = kv.left.get(tier, 0)
+        line = f"  {tier}: {held:,} before, {left:,} left" if held >= 0 and left >= 0 else f"  {tier}: cannot be listed"
+        context.out.print(line, style="bold red" if left else "")
 
 
 @command(*PLACE)
 def forget(context: CommandContext, documents: Documents = None, all_documents: AllDocuments = False) -> int:
-    """Remove documents, and delete their KV on the server at once.
+    """Remove documents, but only once their KV is deleted on the server.
 
-    Like remove; but remove leaves it to the server when KV is evicted there.
-    Chunks that other documents hold stay, with their KV. The exit status is 1
-    if a document is unknown or KV stays on the server.
+    Like remove; but the KV goes first: if the server cannot be reached, the
+    documents stay. Chunks that other documents hold stay, with their KV. The exit
+    status is 1 if a document is unknown or KV stays on the server.
 
     [bold]Examples[/bold]
       lmcache-rag forget contract.pdf --engine http://localhost:8000
@@ -244,15 +309,16 @@ def forget(context: CommandContext, documents: Documents = None, all_documents: 
     return PARTLY if unknown or report.staying else 0
 
 
-@command(*PLACE)
+@command(*PLACE, *AGE)
 def prune(context: CommandContext) -> None:
-    """Drop KV of another model, prefix or tenant.
+    """Drop KV of another model, prefix or tenant, and KV that is too old.
 
-    This frees what status calls stale. To use the other model on this store
-    again, run warm with it.
+    This frees what status calls stale, and with --kv-ttl what was computed longer
+    ago. To use the other model on this store again, run warm with it.
 
     [bold]Examples[/bold]
       lmcache-rag prune
+      lmcache-rag prune --kv-ttl 30d
     """
     with context.workspace() as workspace:
         context.find(workspace, embedder=False)
@@ -341,7 +407,7 @@ def _some(doc_ids: Sequence[str]) -> str:
     return ", ".join(repr(place(doc_id)) for doc_id in doc_ids[:5]) + more
 
 
-@command(*PLACE, *EMBED, *SPLIT, *ANSWER)
+@command(*PLACE, "kv", *AGE, *INGEST, *EMBED, *SPLIT, *ANSWER)
 def settings(context: CommandContext) -> None:
     """List every setting: its value, the source of the value, and a description.
 

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 PREFIX = str(Settings.model_config["env_prefix"])
 
 PLACE = ("store", "engine", "model", "device", "dtype", "kv_budget_gb")
+AGE = ("kv_ttl",)
+INGEST = ("ingest_in_flight", "ingest_rate")
 EMBED = ("embedder",)
 SPLIT = ("chunk_tokens", "chunk_overlap")
 READ = ("document_seconds", "document_mb")
@@ -289,6 +291,10 @@ _LOOKS = {
     "kv_budget_gb": _Look("--kv-budget", metavar="GB"),
     "policy": _Look(metavar="NAME"),
     "ratio": _Look(metavar="RATIO"),
+    "kv": _Look(metavar="now|lazy|none"),
+    "kv_ttl": _Look(metavar="AGE", default="off", text=True),
+    "ingest_in_flight": _Look("--in-flight", metavar="N"),
+    "ingest_rate": _Look("--rate", metavar="TOKENS|off", default="off", text=True),
     "min_gain": _Look(metavar="0..1|off", text=True),
     "blend": _Look("--blend/--no-blend", default="blend"),
     "order": _Look(metavar="auto|retrieved|stable"),

@@ -52,6 +52,7 @@ class StoreMode(StrEnum):
     """Whose KV LMCache stores."""
 
     INGEST = "ingest"
+    SECOND = "second"
     ALL = "all"
 
 
@@ -87,7 +88,7 @@ def hoist_own_options(args: Sequence[str], flags: dict[str, bool]) -> list[str]:
     return [*ours, *rest, *arguments[end + 1 :]]
 
 
-@command("policy", "ratio", "min_gain")
+@command("policy", "ratio", "min_gain", "kv_ttl")
 def serve(
     context: CommandContext,
     served_model: Annotated[
@@ -150,7 +151,8 @@ def serve(
         StoreMode,
         typer.Option(
             "--store",
-            help="Whose KV LMCache stores: only ingested chunks, or all prompts, with ingested chunks evicted last.",
+            help="Whose KV LMCache stores: of ingested chunks; also of what prompts begin with for the second time; or "
+            "of all prompts. Ingested chunks are evicted last.",
         ),
     ] = StoreMode.ALL,
     index_size: Annotated[
@@ -264,7 +266,7 @@ def serve(
         lmcache_http_port=lmcache_http_port,
         step_tokens=step_tokens,
         connector=tuple(connector or ()),
-        keeps=ServerSettings(index.value, store_mode.value, index_size),
+        keeps=ServerSettings(index.value, store_mode.value, index_size, settings.kv_ttl or 0.0),
         prefix_tokens=prefix_tokens,
         secret_file=secret_file,
         ingest_key_file=ingest_key_file or settings.ingest_key_file,

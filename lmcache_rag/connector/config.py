@@ -11,7 +11,7 @@ from lmcache_rag.errors import ConfigError
 from lmcache_rag.policies import get_policy
 from lmcache_rag.protocol import DEFAULT_MIN_GAIN, DEFAULT_POLICY, DEFAULT_RATIO, RATIO, shown
 
-STORES = ("ingest", "all")
+STORES = ("ingest", "second", "all")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class ConnectorOptions:
             wait. Without overlap, the first blend of a step is not bounded.
         idle_tokens: A blend that computes more runs in pieces of step_tokens even while no other request does, so that
             a new request waits for one piece only. 0: every blend.
-        store: Whose KV LMCache stores: of "all" requests, or of those that "ingest" (lmcache_rag.protocol.INGEST) only.
+        store: Whose KV LMCache stores: of "all" requests; of those that "ingest" (lmcache_rag.protocol.INGEST) only; or
+            of these and of what other prompts begin with for the "second" time, see second_use.
         self_check: Whether a blend is compared with a full prefill at start, see lmcache_rag.connector.self_check.
         fp8_kv: Whether an FP8 KV cache is blended, which was not measured on a GPU yet.
         chunk_size: Tokens of an LMCache chunk, published on /metrics; 0: not published. Does not configure LMCache.

@@ -27,6 +27,7 @@ from lmcache_rag.connector.lookup import SchedulerClient
 from lmcache_rag.connector.metadata import NOT_READY, BlendHandshakeMetadata, BlendWorkerMetadata
 from lmcache_rag.connector.metrics import BlendPromMetrics, BlendStats
 from lmcache_rag.connector.scheduler import BlendScheduler
+from lmcache_rag.connector.second_use import SecondUse
 from lmcache_rag.connector.secret import find_secret
 from lmcache_rag.connector.transfers import FinishedGate
 from lmcache_rag.connector.worker import start_worker
@@ -77,7 +78,9 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
                 chunk,
             )
         salts = CacheSalts(identity(vllm_config, chunk), chunk, prefix_tokens=options.prefix_tokens, key=secret)
-        self._client = SchedulerClient(adapter, self.request_trackers, salts, options)
+        block = vllm_config.cache_config.block_size
+        second_use = SecondUse(chunk, block) if options.store == "second" else None
+        self._client = SchedulerClient(adapter, self.request_trackers, salts, options, second_use=second_use)
         prefix_cache, ingest_key = (
             PrefixCache(vllm_config.cache_config.block_size),
             IngestKey.read(options.ingest_key_file),

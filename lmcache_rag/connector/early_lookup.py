@@ -18,9 +18,9 @@ from collections import deque
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lmcache_rag.connector.authorization import checked
+from lmcache_rag.connector.authorization import checked, needs_key
 from lmcache_rag.connector.request_state import RequestState
-from lmcache_rag.protocol import ingests, read_params
+from lmcache_rag.protocol import INGEST_PRIORITY, ingests, read_params
 
 if TYPE_CHECKING:
     from lmcache_rag.connector.authorization import IngestKey
@@ -62,6 +62,20 @@ class EarlyLookups:
         self._lost: deque[SentLookup] = deque()  # their requests will not come
 
     # -- the thread that receives requests ----------------------------------------------------------------------------
+
+    @staticmethod
+    def yield_to_questions(request: Any) -> None:
+        """Give a request that ingests or forgets a low priority, before vLLM queues it.
+
+        It is done here, for the requests of all clients: these do not know whether a server schedules by priority, and
+        one that does not rejects requests that name one.
+
+        Args:
+            request: vLLM's EngineCoreRequest.
+        """
+        extra = getattr(request.sampling_params, "extra_args", None) or {}
+        if needs_key(extra.get("kv_transfer_params")):
+            request.priority = max(request.priority, INGEST_PRIORITY)
 
     def send(self, request: Any) -> None:
         """Look a request up, if the scheduler is going to. Never raises.

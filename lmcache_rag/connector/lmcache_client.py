@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import logging
 import socket
 import time
@@ -26,6 +27,7 @@ import numpy as np
 from lmcache_rag.connector.cache_salt import as_numbers, renumbering
 from lmcache_rag.connector.metadata import Match
 from lmcache_rag.connector.patching import Patch, patch_object, patched
+from lmcache_rag.protocol import read_held
 
 log = logging.getLogger("lmcache_rag")
 
@@ -605,6 +607,14 @@ class BlendLookup:
     def end_session(self) -> None:
         """Release the read locks of KV that was found and not loaded."""
         self._adapter.end_session(self.request_id)
+
+
+def read_counts(result: tuple[int, tuple[Match, ...]] | None) -> dict[str, int]:
+    """Objects by tier, in the result of a look-up that removed KV; empty if it has none (an LMCache without guard)."""
+    for match in result[1] if result is not None else ():
+        with contextlib.suppress(ValueError, AttributeError):
+            return read_held(json.loads(match.native.hash))
+    return {}
 
 
 @contextlib.contextmanager

@@ -19,7 +19,20 @@ from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.connector.gpu_chunks import BlockPool, PrefixCache, ResidentChunks
 from lmcache_rag.connector.identity import Adapters
 from lmcache_rag.connector.request_state import Lookup, RequestState, has_embeddings
-from lmcache_rag.protocol import FORGET, INGEST, MAX_OFFLOAD_TOKENS, PREFIX, chunk_start, ingests, named_prefix
+from lmcache_rag.connector.second_use import SecondUse
+from lmcache_rag.protocol import (
+    FORGET,
+    FORGOTTEN,
+    HELD,
+    INGEST,
+    KV_HELD,
+    MAX_OFFLOAD_TOKENS,
+    PREFIX,
+    chunk_start,
+    ingests,
+    named_prefix,
+    removal_start,
+)
 
 log = logging.getLogger("lmcache_rag")
 
@@ -29,6 +42,7 @@ LOCK_SECONDS = 300.0
 
 IN_FLIGHT = 32  # look-ups at once: LMCache has them in one worker's queue, and locks what they find
 STEP_TOKENS = 16_384  # of the prompts whose look-ups start in one step: 16,000 tokens take 6 ms of its time
+IN_VLLM = "vLLM"  # name of vLLM's own cache among the tiers
 MAX_REMOVALS = 32  # look-ups that remove: LMCache's server does it in the worker that also looks up
 
 
@@ -199,9 +213,18 @@ class SchedulerClient:
         trackers: LMCache's tracker of each request, by its id.
         salts: Gives each request its cache_salt.
         options: The connector's settings.
+        second_use: Which tokens of a prompt are stored; None: all that the settings allow.
     """
 
-    def __init__(self, adapter: Any, trackers: dict[str, Any], salts: CacheSalts, options: ConnectorOptions) -> None:
+    def __init__(
+        self,
+        adapter: Any,
+        trackers: dict[str, Any],
+        salts: CacheSalts,
+        options: ConnectorOptions,
+        *,
+        second_use: SecondUse | None = None,
+    ) -> None:
         self._adapter, self._trackers, self._options = adapter, trackers, options
         self._salts = salts
         self._lora_adapters = Adapters(by_path=vllm_internals.blocks_know_adapter_path())
@@ -209,6 +232,7 @@ class SchedulerClient:
         self._reports = lmcache_client.DeferredBlockReports(adapter)
         self._releases = lmcache_client.DeferredReleases(adapter)
         self._unused: set[str] = set()  # LMCache's own connector looked them up, and has not used the result yet
+        self._second_use = second_use
         self._sent: SentLookup | None = None  # of the request that has just come, if it is what `look_up` would send
 
     # -- a request's tracker ------------------------------------------------------------------------------------------
@@ -236,9 +260,12 @@ class SchedulerClient:
             lmcache_client.bypass_lmcache(tracker)
             return
         forgets = params.get(FORGET) is True
-        tracker.request_configs = self._configs(params, chunk_start(params, len(prompt)))
-        stored = ingests(params) or self._options.store == "all"
+        tracker.request_configs = self._configs(params, removal_start(params, len(prompt)))
+        stored = ingests(params) or self._options.store != "ingest"
         tracker.max_offload_tokens = 0 if forgets or not stored or not store else params.get(MAX_OFFLOAD_TOKENS)
+        if self._second_use is not None and not ingests(params) and not forgets:
+            used, limit = self._second_use.admitted(request.block_hashes), tracker.max_offload_tokens
+            tracker.max_offload_tokens = used if limit is None else min(used, limit)
 
     def adapter_changed(self, lora_request: Any) -> bool:
         """See LookupClient."""
@@ -254,10 +281,12 @@ class SchedulerClient:
 
     @staticmethod
     def _configs(params: Mapping[str, Any], start: int = 0) -> dict[str, Any] | None:
-        """What LMCache gets with each key of a request; `start`: where a chunk that is forgotten begins."""
+        """What LMCache gets with each key of a request; `start`: from where on KV that is forgotten is removed."""
         configs = {MAX_OFFLOAD_TOKENS: params[MAX_OFFLOAD_TOKENS]} if MAX_OFFLOAD_TOKENS in params else {}
         if params.get(FORGET) is True:
             configs |= {FORGET: True, PREFIX: start}
+            if params.get(HELD) is True:
+                configs[HELD] = True
         elif ingests(params):
             configs[INGEST] = True
         return configs or None
@@ -370,7 +399,10 @@ class SchedulerClient:
 
 @dataclass
 class _RemovalRequest:
-    start: int  # where the chunk begins
+    start: int  # from where on KV is removed
+    counts: bool = False  # whether the answer has what each tier held
+    in_vllm: int = 0  # blocks of vLLM's prefix cache that were removed
+    held: dict[str, int] = field(default_factory=dict)  # objects by tier, of LMCache
     lookup: Lookup | None = None
     asked_at: float | None = None
     closed: bool = False
@@ -407,16 +439,19 @@ class Forgetting:
         if not params or params.get(FORGET) is not True or has_embeddings(request):
             return False
         prompt = request.prompt_token_ids
-        prefix, start = named_prefix(params, len(prompt)), chunk_start(params, len(prompt))
-        known = self._requests[request.request_id] = _RemovalRequest(start, closed=not 0 < start < len(prompt))
+        prefix, chunk = named_prefix(params, len(prompt)), chunk_start(params, len(prompt))
+        start = removal_start(params, len(prompt))
+        known = self._requests[request.request_id] = _RemovalRequest(
+            start, counts=params.get(HELD) is True, closed=not 0 < start < len(prompt)
+        )
         if known.closed:
             return True
         hashes = list(request.block_hashes)
         self.prefix_cache.hide(request, start)  # before anything else: the request must not find its own blocks
         if self.resident is not None:
-            self.resident.forget(array("q", prompt), hashes, prefix, start)
+            self.resident.forget(array("q", prompt), hashes, prefix, chunk)
         if self.pool is not None:
-            self.pool.remove(hashes[start // self.prefix_cache.block_size :])
+            known.in_vllm = self.pool.remove(hashes[start // self.prefix_cache.block_size :])
         return True
 
     def has(self, request_id: str) -> bool:
@@ -436,17 +471,21 @@ class Forgetting:
                 known.closed = known.lookup is None
         elif known.lookup.poll(0.0):
             known.closed = known.forgotten = True
+            if known.counts:
+                known.held = lmcache_client.read_counts(known.lookup.result)
             self._abort(known)
         if not known.closed and now - known.asked_at > self.deadline:
             known.closed = True
             self._abort(known)
         return known.closed
 
-    def on_finished(self, request_id: str) -> bool:
-        """The request ended. Returns whether the chunk's KV was removed."""
+    def on_finished(self, request_id: str) -> dict[str, Any]:
+        """The request ended. Returns its statistics: whether the chunk's KV was removed, and what there was of it."""
         known = self._requests.pop(request_id)
         self._abort(known)
-        return known.forgotten
+        return {FORGOTTEN: known.forgotten} | (
+            {KV_HELD: {IN_VLLM: known.in_vllm, **known.held}} if known.counts else {}
+        )
 
     def _abort(self, known: _RemovalRequest) -> None:
         lookup, known.lookup = known.lookup, None

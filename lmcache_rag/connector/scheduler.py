@@ -34,7 +34,6 @@ from lmcache_rag.connector.request_state import Lookup, RequestState, can_hit, h
 from lmcache_rag.connector.transfers import FencedBlocks, FinishedOnce
 from lmcache_rag.costs import CostModel
 from lmcache_rag.protocol import (
-    FORGOTTEN,
     LOADS,
     MAX_OFFLOAD_TOKENS,
     SELF_CHECK,
@@ -622,8 +621,8 @@ class BlendScheduler:
         elif statistics is not None and self.self_check is not None:
             statistics[SELF_CHECK] = str(self.self_check)
         if self.forgetting.has(request.request_id):
-            forgotten = self.forgetting.on_finished(request.request_id)
-            statistics = {**statistics, FORGOTTEN: forgotten} if statistics is not None else None
+            removal = self.forgetting.on_finished(request.request_id)
+            statistics = {**statistics, **removal} if statistics is not None else None
         return statistics
 
     def finish(self, request: Any) -> dict[str, Any] | None:

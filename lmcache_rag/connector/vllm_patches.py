@@ -269,6 +269,8 @@ def patch_preprocess_add_request() -> None:
     def wrap(preprocess: Callable[..., Any]) -> Callable[..., Any]:
         def preprocess_add_request(self: Any, request: Any) -> Any:
             early = getattr(self.scheduler.get_kv_connector(), "early_lookups", None)
+            if early is not None:
+                early.yield_to_questions(request)
             if early is None or request.request_id in self.scheduler.requests:
                 return preprocess(self, request)
             early.send(request)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -103,6 +103,8 @@ class IngestPrompt:
         fingerprint: Of all that the KV depends on besides the chunk.
         neutral_tokens: Tokens of the neutral passages, see lmcache_rag.neutral.
         tenant: Whose KV it is; "": that of all who use the engine.
+        shared_tokens: When its KV is removed: first tokens of the chunk with which other chunks begin, too. A server
+            stores KV in blocks by all tokens up to there, so theirs is the same.
     """
 
     token_ids: tuple[int, ...]
@@ -111,6 +113,7 @@ class IngestPrompt:
     fingerprint: str
     neutral_tokens: int = 0
     tenant: str = ""
+    shared_tokens: int = 0
 
     @property
     def chunk_start(self) -> int:
@@ -344,11 +347,21 @@ class PrecomputeResult:
 
 @dataclass(frozen=True, slots=True)
 class ForgetResult:
-    """Whether one chunk's KV was removed from a server; `why` is the reason if it was not."""
+    """Whether one chunk's KV was removed from a server.
+
+    Attributes:
+        key: Name of the KV.
+        forgotten: Whether the server says that it was removed.
+        why: Why it was not.
+        before: Objects of it by tier before the removal, if they were counted.
+        left: The same, counted after it.
+    """
 
     key: str
     forgotten: bool
     why: str = ""
+    before: Mapping[str, int] = field(default_factory=dict)
+    left: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,8 +447,12 @@ class Engine(Protocol):
 class ForgetsChunks(Protocol):
     """An engine whose KV is stored elsewhere, by the chunks' tokens and not by key. Others forget by Engine.forget."""
 
-    def forget_chunks(self, prompts: Iterable[IngestPrompt]) -> Iterator[ForgetResult]:
+    def forget_chunks(self, prompts: Iterable[IngestPrompt], *, count: bool = False) -> Iterator[ForgetResult]:
         """Delete each chunk's KV where it is stored; yields in the order of the prompts.
+
+        Args:
+            prompts: The chunks. Their `shared_tokens` stay.
+            count: Count what each tier holds, before and after.
 
         Raises:
             EngineUnavailableError: It cannot be reached, or cannot reach its KV store.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
@@ -177,18 +177,22 @@ class VLLMEngine:
         for _, key in prompts_or_keys:
             self._chunks.known.discard(key)
 
-    def forget_chunks(self, prompts: Iterable[IngestPrompt]) -> Iterator[ForgetResult]:
+    def forget_chunks(self, prompts: Iterable[IngestPrompt], *, count: bool = False) -> Iterator[ForgetResult]:
         """Delete the KV of these chunks on the servers, from memory and tiers; yields in the prompts' order.
 
         Call it only for chunks that no document holds any more: a server does not know which documents hold a chunk.
         A server that cannot do it, or has no connector of ours, keeps the KV until LMCache evicts it; the result
         has the reason.
 
+        Args:
+            prompts: The chunks. The KV of their `shared_tokens` stays.
+            count: Have each server list what its tiers hold of a chunk, before the removal and once more after it.
+
         Raises:
             EngineUnavailableError: A server, or its KV store, cannot be reached.
             EngineError: A server rejected the key.
         """
-        return self._chunks.forget(prompts)
+        return self._chunks.forget(prompts, count=count)
 
     def forget_chunk(self, prompt: IngestPrompt) -> ForgetResult:
         """As `forget_chunks`, for one chunk."""
@@ -538,12 +542,12 @@ class ChunkPrecomputer:
                 prompt.key, tokens, tokens * self.requests.info.kv_bytes_per_token, computed=not held
             )
 
-    def forget(self, prompts: Iterable[IngestPrompt]) -> Iterator[ForgetResult]:
+    def forget(self, prompts: Iterable[IngestPrompt], *, count: bool = False) -> Iterator[ForgetResult]:
         """See VLLMEngine.forget_chunks."""
-        for prompt, future in self._at_once(prompts, self._forget, threading.Event()):
-            why = future.result()
+        for prompt, future in self._at_once(prompts, partial(self._forget, count=count), threading.Event()):
+            result = future.result()
             self.known.discard(prompt.key)
-            yield ForgetResult(prompt.key, not why, why)
+            yield result
 
     def verify(self, prompt: IngestPrompt) -> VerifyResult:
         """See VLLMEngine.verify."""
@@ -567,19 +571,30 @@ class ChunkPrecomputer:
         finally:
             stop.set()  # requests in flight end by themselves; this does not wait for them
 
-    def _forget(self, prompt: IngestPrompt, stop: threading.Event) -> str:
-        """Delete a chunk's KV on every server, since each may hold a copy; returns why it was not deleted, or ""."""
-        request = self._request(prompt, {protocol.FORGET: True, protocol.MAX_OFFLOAD_TOKENS: 0})
+    def _forget(self, prompt: IngestPrompt, stop: threading.Event, *, count: bool) -> ForgetResult:
+        """Delete a chunk's KV on every server, since each may hold a copy."""
+        if prompt.shared_tokens >= len(prompt.chunk_ids):
+            return ForgetResult(prompt.key, True)  # all of it belongs to another chunk, too
+        keep = {protocol.KEEP: prompt.shared_tokens} if prompt.shared_tokens else {}
+        params = {protocol.FORGET: True, protocol.MAX_OFFLOAD_TOKENS: 0} | keep
+        request = self._request(prompt, params | ({protocol.HELD: True} if count else {}))
+        before, left = Counter[str](), Counter[str]()
         for home in range(len(self.client.urls)):
-            try:
-                response = self.client.complete(
-                    request, home=home, attempts=self.patience, stop=stop, check=_forgotten, ingest=True, only=True
-                )
-            except RefusedError as problem:
-                return problem.message
-            if protocol.FORGOTTEN not in (protocol.answer_statistics(response) or {}):
-                return f"{self.client.urls[home]} runs without a connector of lmcache-rag that can do it"
-        return ""
+            for counts in (before, left)[: 1 + count]:  # the second request finds what the first one left
+                try:
+                    response = self.client.complete(
+                        request, home=home, attempts=self.patience, stop=stop, check=_forgotten, ingest=True, only=True
+                    )
+                except RefusedError as problem:
+                    return ForgetResult(prompt.key, False, problem.message, before, left)
+                statistics = protocol.answer_statistics(response) or {}
+                if protocol.FORGOTTEN not in statistics:
+                    why = f"{self.client.urls[home]} runs without a connector of lmcache-rag that can do it"
+                    return ForgetResult(prompt.key, False, why, before, left)
+                counts.update(protocol.read_held(statistics.get(protocol.KV_HELD)))
+        stays = [tier for tier, number in left.items() if number]
+        why = f"there is KV of it left in {', '.join(stays)}" if stays else ""
+        return ForgetResult(prompt.key, not why, why, before, left)
 
     def _send(self, prompt: IngestPrompt, stop: threading.Event) -> bool:
         """Have a server compute a chunk's KV; returns whether it had the KV already."""

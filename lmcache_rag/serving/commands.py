@@ -323,6 +323,7 @@ def commands(
         "--host": host,
         "--port": port,
         **_sizes(build),
+        "--scheduling-policy": "priority",  # ingestion yields to questions, see early_lookup.yield_to_questions
         _TRANSFER: json.dumps({**CONNECTOR, "kv_connector_extra_config": extra}),
     }
     if vllm_args.ranks() > 1 and not build.cpu and not any(vllm_args.has(name) for name in _GRAPHS):

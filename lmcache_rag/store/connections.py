@@ -324,15 +324,27 @@ _VERSION_2 = (
     "ALTER TABLE doc_chunks ADD COLUMN metadata TEXT",
 )
 
+_VERSION_3 = (
+    # The text of a chunk whose KV is in the trash: a server removes KV by its tokens. NULL where it is not known.
+    "ALTER TABLE trash ADD COLUMN text TEXT",
+    """CREATE TRIGGER chunk_left BEFORE DELETE ON chunks
+        BEGIN INSERT OR REPLACE INTO trash (fingerprint, key, text)
+        SELECT fingerprint, key, OLD.text FROM kv_chunks AS own JOIN kv USING (kv_id) WHERE own.chunk_id = OLD.chunk_id
+        AND NOT EXISTS (SELECT 1 FROM kv_chunks WHERE kv_id = own.kv_id AND chunk_id <> own.chunk_id); END""",
+    # Chunks that may begin with the same tokens, see Registry.texts_like.
+    "CREATE INDEX chunks_by_head ON chunks (substr(text, 1, 16))",
+)
+
 # The statements at place i lead from version i to version i + 1; published versions never change.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2)
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2, _VERSION_3)
 
 # Temporary views that show a store of version i, which cannot be written, as one of version i + 1.
 _READ_AS: dict[int, tuple[str, ...]] = {
     1: (
         "CREATE TEMP VIEW documents AS SELECT *, '' AS parser FROM main.documents",
         "CREATE TEMP VIEW doc_chunks AS SELECT *, NULL AS metadata FROM main.doc_chunks",
-    )
+    ),
+    2: ("CREATE TEMP VIEW trash AS SELECT *, NULL AS text FROM main.trash",),
 }
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from heapq import nlargest
 from typing import Any, TypeVar
 
+from lmcache_rag._utils import common_start
 from lmcache_rag.store import sql
 from lmcache_rag.store.database import Database
 from lmcache_rag.store.types import (
@@ -24,6 +26,7 @@ from lmcache_rag.store.types import (
     RemoveResult,
     StoredChunk,
     StoreStats,
+    TrashRow,
     text_hash,
 )
 
@@ -42,6 +45,9 @@ _USE = """INSERT OR IGNORE INTO kv_chunks (chunk_id, kv_id)
     SELECT ?, kv_id FROM kv WHERE fingerprint = ? AND key = ?"""
 _DISCARD = """INSERT OR IGNORE INTO trash (fingerprint, key) SELECT ?1, ?2
     WHERE NOT EXISTS (SELECT 1 FROM kv WHERE fingerprint = ?1 AND key = ?2)"""
+
+_TRASH = """INSERT OR REPLACE INTO trash (fingerprint, key, text) SELECT fingerprint, key, min(text)
+    FROM kv JOIN kv_chunks USING (kv_id) JOIN chunks USING (chunk_id)"""
 
 _ONLY_IN = """WITH documents_left AS (SELECT value FROM json_each(?)),
     leaving AS (SELECT DISTINCT chunk_id FROM doc_chunks AS held WHERE doc_id IN documents_left AND NOT EXISTS
@@ -148,6 +154,20 @@ class Registry:
             )
         yield from found
 
+    def chunk_ids(self, names: Iterable[str]) -> dict[str, int]:
+        """Ids of chunks by their names in a retrieval trace: the text_hash, or the id itself; unknown ones left out."""
+        wanted = json.dumps(list(dict.fromkeys(names)))
+        with self._database.read() as connection:
+            by_hash = connection.execute(
+                "SELECT text_hash, chunk_id FROM chunks WHERE text_hash IN (SELECT value FROM json_each(?))", (wanted,)
+            ).fetchall()
+            by_id = connection.execute(
+                "SELECT CAST(chunk_id AS TEXT), chunk_id FROM chunks WHERE chunk_id IN "
+                "(SELECT CAST(value AS INTEGER) FROM json_each(?) WHERE value NOT GLOB '*[^0-9]*')",
+                (wanted,),
+            ).fetchall()
+        return dict(by_id) | dict(by_hash)
+
     def document_chunks(self, doc_id: str) -> list[StoredChunk]:
         """A document's chunks in its order; a text that occurs twice is returned twice."""
         with self._database.read() as connection:
@@ -234,15 +254,57 @@ class Registry:
     def trash_other_kv(self, fingerprint: str) -> int:
         """Move the KV of all other fingerprints to the trash. Returns how many keys."""
         with self._database.write() as connection:
+            connection.execute(f"{_TRASH} WHERE fingerprint <> ? GROUP BY kv_id", (fingerprint,))
             count = connection.execute("DELETE FROM kv WHERE fingerprint <> ?", (fingerprint,)).rowcount
-            connection.execute("DELETE FROM fingerprints WHERE fingerprint <> ?", (fingerprint,))
+            for other, facts in connection.execute("SELECT fingerprint, facts FROM fingerprints").fetchall():
+                # The facts are needed until the KV is gone from a server.
+                needed = "SELECT 1 FROM trash WHERE fingerprint = ? LIMIT 1"
+                if other != fingerprint and not (
+                    _is_served(json.loads(facts)) and connection.execute(needed, (other,)).fetchone()
+                ):
+                    connection.execute("DELETE FROM fingerprints WHERE fingerprint = ?", (other,))
             return count
 
-    def trash(self, limit: int | None = None) -> list[tuple[str, str]]:
-        """(fingerprint, key) of KV that no chunk needs: let the engine forget it, then call clear_trash()."""
+    def trash_older_kv(self, created_before: float) -> int:
+        """Move KV that was computed before this time (time.time()) to the trash. Returns how many keys."""
+        with self._database.write() as connection:
+            connection.execute(f"{_TRASH} WHERE kv.created_at < ? GROUP BY kv_id", (created_before,))
+            return connection.execute("DELETE FROM kv WHERE created_at < ?", (created_before,)).rowcount
+
+    def trash(self, limit: int | None = None, *, here: bool = False) -> list[tuple[str, str]]:
+        """(fingerprint, key) of KV that no chunk needs: let the engine forget it, then call clear_trash().
+
+        Args:
+            limit: Most pairs.
+            here: Leave out KV that servers hold.
+        """
+        served = self.server_fingerprints() if here else set()
+        return [(row.fingerprint, row.key) for row in self.trash_rows() if row.fingerprint not in served][:limit]
+
+    def trash_rows(self) -> list[TrashRow]:
+        """KV that no chunk needs, with the text that it is of, by fingerprint and key."""
         with self._database.read() as connection:
-            query = "SELECT fingerprint, key FROM trash ORDER BY fingerprint, key LIMIT ?"
-            return [(row[0], row[1]) for row in connection.execute(query, (-1 if limit is None else limit,))]
+            query = "SELECT fingerprint, key, text FROM trash ORDER BY fingerprint, key"
+            return [TrashRow(*row) for row in connection.execute(query)]
+
+    def server_fingerprints(self) -> set[str]:
+        """Fingerprints whose KV servers hold, and not an engine in this process."""
+        with self._database.read() as connection:
+            rows = connection.execute("SELECT fingerprint, facts FROM fingerprints").fetchall()
+        return {fingerprint for fingerprint, facts in rows if _is_served(json.loads(facts))}
+
+    def texts_like(self, text: str, *, without: Collection[int] = (), most: int = 4) -> list[str]:
+        """Other chunks that have the most characters at their beginning in common with a text, at least 16.
+
+        Args:
+            text: The text.
+            without: Ids of chunks that do not count.
+            most: Most texts.
+        """
+        query = "SELECT chunk_id, text FROM chunks WHERE substr(text, 1, 16) = substr(?1, 1, 16) AND text <> ?1"
+        with self._database.read() as connection:
+            found = (other for chunk_id, other in connection.execute(query, (text,)) if chunk_id not in without)
+            return nlargest(most, found, key=lambda other: common_start(text, other))
 
     def clear_trash(self, pairs: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
         """Record that the engine has dropped these (fingerprint, key) pairs.
@@ -317,6 +379,11 @@ class Registry:
             if len(rows) < _PAGE:
                 return
             after = place(rows[-1])
+
+
+def _is_served(facts: Mapping[str, Any]) -> bool:
+    """Whether KV with these facts is on a server. Older versions recorded no engine; a server's dtype is unknown."""
+    return facts.get("engine") == "vllm" if "engine" in facts else facts.get("dtype") == "unknown"
 
 
 def _record(connection: sqlite3.Connection, fingerprint: str, facts: Mapping[str, Any], rows: Iterable[KVRow]) -> int:

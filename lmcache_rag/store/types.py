@@ -130,13 +130,55 @@ class PutResult:
 
 
 @dataclass(frozen=True, slots=True)
+class KVPurge:
+    """Result of removing KV that no document needs.
+
+    Attributes:
+        dropped: Chunks whose KV was removed everywhere.
+        waiting: Chunks whose KV is still on a server; the next command that reaches it continues.
+        why: Why.
+        before: How many objects of these chunks each tier held before, if they were counted.
+        left: The same afterwards.
+    """
+
+    dropped: int = 0
+    waiting: int = 0
+    why: str = ""
+    before: Mapping[str, int] = field(default_factory=dict)
+    left: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left, as far as is known."""
+        return not self.waiting and not any(self.left.values())
+
+    def __add__(self, other: KVPurge) -> KVPurge:
+        return KVPurge(
+            self.dropped + other.dropped,
+            self.waiting + other.waiting,
+            self.why or other.why,
+            _sum(self.before, other.before),
+            _sum(self.left, other.left),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class RemoveResult:
-    """Result of removing documents. unknown are the ids that the store did not hold."""
+    """Result of removing documents.
+
+    Attributes:
+        documents: How many there were.
+        removed_chunks: Chunks that only they held.
+        kept_chunks: Chunks that stay in other documents.
+        unknown: Ids that the store did not hold.
+        kv: What became of the KV of the removed chunks, and of that which still waited.
+    """
 
     documents: int
     removed_chunks: int
     kept_chunks: int
     unknown: tuple[str, ...] = ()
+    kv: KVPurge = field(default_factory=KVPurge)
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +189,15 @@ class KVRow:
     key: str
     tokens: int
     nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrashRow:
+    """KV that no chunk needs any more; text: of its last chunk, None where it is not known."""
+
+    fingerprint: str
+    key: str
+    text: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,3 +250,9 @@ class StoreStats:
     def stale_bytes(self) -> int:
         """KV that nothing will read again, in bytes."""
         return sum(part.nbytes for part in self.kv if part.stale)
+
+
+def _sum(one: Mapping[str, int], other: Mapping[str, int]) -> dict[str, int]:
+    return {
+        tier: one.get(tier, 0) + other.get(tier, 0) for tier in (*one, *(name for name in other if name not in one))
+    }

@@ -137,7 +137,7 @@ def much(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_large_ingestion_warns_without_a_terminal(call: Call, stocked: Stocked, much: None, tmp_path: Path) -> None:
     result = call("ingest", stocked.docs, "--store", tmp_path / "s")
-    assert "This is much. --no-kv only indexes now" in result.stderr
+    assert "This is much. --kv lazy only indexes now" in result.stderr
     assert "KV         3 computed" in result.stdout
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -183,3 +184,24 @@ def test_settings_marks_what_makes_new_kv(call: Call) -> None:
 
 def test_settings_notices_a_misspelt_variable(call: Call) -> None:
     assert "did you mean LMCACHE_RAG_RATIO" in call("settings", LMCACHE_RAG_RATOI="1").stderr
+
+
+def test_prune_drops_kv_that_is_too_old(call: Call, copy: Path) -> None:
+    assert document(call("prune", "--store", copy, "--kv-ttl", "1h", "--json")) == {"dropped": 0}
+    before = len(kv_files(copy))
+    with sqlite3.connect(copy / "store.db") as raw:
+        raw.execute("UPDATE kv SET created_at = created_at - 7200 WHERE kv_id = (SELECT min(kv_id) FROM kv)")
+    assert document(call("prune", "--store", copy, "--json", LMCACHE_RAG_KV_TTL="3h")) == {"dropped": 0}
+    assert document(call("prune", "--store", copy, "--json", LMCACHE_RAG_KV_TTL="1h")) == {"dropped": 1}
+    assert len(kv_files(copy)) == before - 1
+    assert document(call("warm", "--store", copy, "--json"))["computed"] == 1
+    assert "is not an age" in call("prune", "--store", copy, "--kv-ttl", "soon").stderr
+
+
+def test_remove_verify_counts_the_kv_files(call: Call, copy: Path) -> None:
+    before = len(kv_files(copy))
+    done = call("remove", "--store", copy, "*", "--verify", "--json")
+    kv = document(done)["kv"]
+    assert (kv["waiting"], kv["left"]) == (0, {"disk": 0})
+    assert before - 1 <= kv["before"]["disk"] == kv["dropped"] <= before, "the prefix has a file, too"
+    assert kv_files(copy) == []

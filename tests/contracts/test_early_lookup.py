@@ -18,6 +18,7 @@ with warnings.catch_warnings():
     from vllm_scheduler_kit import Engine
 
     from lmcache_rag.connector.lookup import SchedulerClient
+    from lmcache_rag.protocol import INGEST_PRIORITY
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -151,3 +152,38 @@ def test_the_parts_of_vllm_that_are_used() -> None:
         fields
     )
     assert hasattr(SamplingParams(), "skip_reading_prefix_cache")
+
+
+INGESTION = {"lmcache_rag.ingest": True, "lmcache_rag.prefix": 64, "lmcache_rag.blend": "off"}
+
+
+@pytest.mark.parametrize(("policy", "order"), [("priority", ["q", "a", "b", "c"]), ("fcfs", ["a", "b", "c", "q"])])
+def test_a_question_overtakes_queued_ingestion(make: Any, policy: str, order: list[str]) -> None:
+    """On vLLM's own queue, where `serve` sets the policy; a server without it goes on as before."""
+    core = Core(make(policy=policy, seqs=1, min_gain="off"))
+    engine = core.engine
+    engine.use(engine.look_up)  # answered at once
+    for name, params in (("a", INGESTION), ("b", INGESTION), ("c", INGESTION), ("q", {"lmcache_rag.blend": "off"})):
+        engine.found[name] = 0, (0, ())
+        prompt = list(range(ord(name) * 1000, ord(name) * 1000 + 400))
+        engine.scheduler.add_request(core.receive(name, params, prompt_token_ids=prompt, arrival_time=ord(name)))
+    started: list[str] = []
+    for _ in range(200):
+        started += [name for name in engine.step().num_scheduled_tokens if name not in started]
+    assert started == order
+    engine.to_the_end()
+
+
+@pytest.mark.parametrize(
+    ("params", "given", "priority"),
+    [
+        (INGESTION, 0, INGEST_PRIORITY),
+        ({"lmcache_rag.forget": True}, 0, INGEST_PRIORITY),
+        (INGESTION, 500, 500),
+        ({"lmcache_rag.blend": "off"}, 0, 0),
+        (None, -3, -3),
+        ([1], 0, 0),
+    ],
+)
+def test_ingestion_has_a_low_priority(core: Core, params: Any, given: int, priority: int) -> None:
+    assert core.receive("a", params, priority=given).priority == priority

@@ -9,6 +9,7 @@ import random
 import warnings
 from array import array
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -439,6 +440,50 @@ def test_a_forgotten_chunk_is_not_found(engines: Any, blends: bool) -> None:
     engine.add_tokens("asks again", prefix + drawn("more words", 40) + chunk + [1, 2, 3], asks)
     run(engine)
     assert engine.told["asks again"]["reused_tokens"] == 0
+
+
+def test_prompts_are_stored_on_their_second_use(engines: Any) -> None:
+    """With `store = "second"`; ingested chunks at once."""
+    engine = engines(store="second")
+    prompt, other = drawn("prompt", 256), drawn("other", 128)
+
+    def stored(name: str, tokens: list[int], params: Any = None) -> int:
+        engine.add_tokens(name, tokens, params)
+        return max((meta.op.end for meta in run(engine)), default=0)
+
+    assert stored("first", prompt + other) == 0
+    assert stored("second", prompt + drawn("another", 128)) == 256, "what it has in common with the first"
+    assert stored("other tenant's", other + prompt) == 0
+    ingest = {protocol.INGEST: True, protocol.PREFIX: 64, protocol.BLEND: "off"}
+    assert stored("ingests", drawn("new", 256), ingest) >= 256
+
+
+def test_a_removal_spares_first_tokens_and_counts(engines: Any) -> None:
+    """The chunk's first 64 tokens are those of another chunk, too: they stay."""
+    engine = engines()
+    prefix, chunk = drawn("the prefix", 64), drawn("the chunk", 192)
+    engine.add_tokens("ingests", prefix + chunk, {protocol.INGEST: True, protocol.PREFIX: 64, protocol.BLEND: "off"})
+    run(engine)
+    configs: list[Any] = []
+
+    def look_up(request: Any) -> Any:
+        configs.append(engine.connector._get_or_create_request_tracker(request).request_configs)
+        return engine.look_up(request)
+
+    engine.use(look_up)
+    for name in ("first", "second"):
+        engine.found[name] = 1, (0, (Match(0, 0, 0, 0, SimpleNamespace(hash=b'{"memory": 2, "tier 2": 1}')),))
+        params = {protocol.FORGET: True, protocol.PREFIX: 64, protocol.KEEP: 64, protocol.HELD: True}
+        engine.add_tokens(name, prefix + chunk, params)
+        run(engine)
+    assert configs == [{protocol.FORGET: True, protocol.PREFIX: 128, protocol.HELD: True}] * 2
+    block = engine.connector._scheduler._prefix_cache.block_size
+    assert engine.told["first"][protocol.KV_HELD] == {"vLLM": 128 // block, "memory": 2, "tier 2": 1}
+    assert engine.told["second"][protocol.KV_HELD]["vLLM"] == 0
+    again = Request(
+        "exact", prefix + chunk, SamplingParams(max_tokens=1, ignore_eos=True), None, block_hasher=engine._hasher
+    )
+    assert engine.scheduler.kv_cache_manager.get_computed_blocks(again)[1] == 128
 
 
 @pytest.mark.parametrize("trouble", ["no server", "no answer", "no prefix"])

@@ -18,8 +18,10 @@ from contract_kit import CHUNK
 from lmcache_server_kit import TOKENS, LMCacheServer, key
 
 from lmcache_rag import protocol
+from lmcache_rag.connector.lmcache_client import read_counts
 from lmcache_rag.connector.lmcache_server import removal as removal_module
 from lmcache_rag.connector.lmcache_server.modules import HTTP_SERVER
+from lmcache_rag.connector.metadata import Match
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -275,6 +277,51 @@ def test_forgotten_chunks_go_and_the_prefix_stays(make: Make, draw: random.Rando
     assert server.chunks([5] * 7 + other) == 2
     server.store(prefix + chunk, ingest=True)
     assert server.chunks([5] * 7 + chunk) == 2, "it can be ingested again"
+
+
+def test_a_removal_counts_what_every_tier_held(make: Make, draw: random.Random, tmp_path: Path) -> None:
+    server = make(l2=tmp_path)
+    prefix, chunk = text(draw, 1), text(draw, 2)
+    server.store(prefix + chunk, ingest=True)
+    assert until(lambda: len(files(tmp_path)) == 3)
+    counts = []
+    for _ in range(2):
+        answer = server.look_up(prefix + chunk, forget=True, prefix=len(prefix), held=True)
+        counts.append(read_counts((0, tuple(Match(0, 0, 0, 0, each) for each in answer.non_prefix_segments))))
+    assert counts == [{"memory": 2, "tier 2": 2}, {"memory": 0, "tier 2": 0}]
+    assert (server.in_memory(prefix + chunk), len(files(tmp_path))) == (1, 1), "the prefix"
+    assert read_counts((0, ())) == read_counts((0, (Match(0, 0, 0, 0, None),))) == {}, "without our module"
+
+
+def test_kv_that_is_too_old_leaves_every_tier(
+    make: Make, draw: random.Random, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(removal_module, "PASSES_S", (0.0, 0.2))
+    server = make({"kv_ttl": 3600}, l2=tmp_path)
+    old, new = text(draw, 3), text(draw, 3)
+    server.store(old, ingest=True)
+    assert until(lambda: len(files(tmp_path)) == 3)
+    begin = time.monotonic()
+    server.store(new, ingest=True)
+    server.store(old, ingest=True)  # it does not grow younger
+    assert until(lambda: len(files(tmp_path)) == 6)
+    assert server.guard.expiry is not None
+    assert server.guard.expiry.step(begin) == 0
+    assert server.guard.expiry.step(begin + 3600) == 3
+    assert server.chunks([5] * 7 + old[CHUNK:]) == 0, "at once"
+    assert until(lambda: (server.in_memory(old), len(files(tmp_path))) == (0, 3))
+    assert server.chunks([5] * 7 + new[CHUNK:]) == 2
+    assert make().guard.expiry is None
+
+
+def test_an_evicted_object_has_no_age(make: Make, draw: random.Random) -> None:
+    server = make({"kv_ttl": 3600})
+    prompt = text(draw, 3)
+    server.store(prompt, ingest=True)
+    assert server.guard.expiry is not None
+    assert len(server.guard.expiry._since) == 3
+    assert until(lambda: server.evict() or server.in_memory(prompt) == 0)
+    assert server.guard.expiry._since == {}
 
 
 def test_without_a_prefix_nothing_is_forgotten(

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-from pathlib import Path
-from typing import Any
 
 import pytest
 import vllm_engine_kit as kit
-from fake_vllm import MODEL, FakeVLLM
+from fake_vllm import MODEL
 from openai_kit import TEXT
 from typer.testing import CliRunner
 
@@ -18,7 +15,7 @@ from lmcache_rag.cli.app import app
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.settings import Settings
 
-builder, chunks, connect = kit.builder, kit.chunks, kit.connect
+builder, call, chunks, connect = kit.builder, kit.call, kit.chunks, kit.connect
 engine, server, smollm2_tokenizer = kit.engine, kit.server, kit.smollm2_tokenizer
 
 
@@ -40,18 +37,6 @@ def test_a_workspace_takes_urls_or_an_engine(engine, server, tmp_path) -> None:
         assert workspace.engine is engine
     with Workspace.open(tmp_path / "b", engine=server.url) as workspace:
         assert isinstance(workspace.engine, VLLMEngine)
-
-
-@pytest.fixture
-def call(server: FakeVLLM, tmp_path: Path) -> Any:
-    """Runs a command line against the server, as a user would."""
-    runner = CliRunner(env={n: None for n in os.environ if n.startswith("LMCACHE_RAG_")} | {"COLUMNS": "120"})
-
-    def run(*arguments: object, **env: str) -> Any:
-        options = [] if env else ["--engine", server.url]
-        return runner.invoke(app, [str(a) for a in (*arguments, *options, "--store", tmp_path / "store")], env=env)
-
-    return run
 
 
 def test_every_verb_works_against_a_server(call, server, chunks, tmp_path) -> None:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from lmcache_rag.cli.app import app
 from lmcache_rag.connector.config import ConnectorOptions
+from lmcache_rag.connector.lmcache_server.settings import ServerSettings
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.serving.commands import CONNECTOR, CPU_L1_SHARE, FILLS_IN, ServeOptions, commands
 from lmcache_rag.serving.machine import VLLMBuild
@@ -311,3 +312,18 @@ def test_the_document_shows_the_commands_that_are_run() -> None:
     anywhere = commands(ServeOptions("Qwen/Qwen3-8B", l1_gb=20, host="0.0.0.0"), {}, VLLMBuild())
     wanted = [["lmcache", *anywhere.lmcache], ["vllm", *anywhere.vllm]]
     assert [container["command"] for container in two["spec"]["containers"]] == wanted
+
+
+def test_ingestion_yields_unless_told_otherwise(file: Callable[[str], str]) -> None:
+    assert value(make().vllm, "--scheduling-policy") == "priority"
+    own = make("--scheduling-policy", "fcfs").vllm
+    assert (own.count("--scheduling-policy"), value(own, "--scheduling-policy")) == (1, "fcfs")
+    assert "--scheduling-policy" not in make("--config", file("scheduling-policy: fcfs\n")).vllm
+
+
+def test_second_use_and_age_reach_both_servers() -> None:
+    made = make(keeps=ServerSettings(store="second", kv_ttl=3600.0))
+    assert json.loads(value(made.lmcache, "--server-module"))["config"] == {"store": "second", "kv_ttl": 3600.0}
+    extra = json.loads(value(made.vllm, "--kv-transfer-config"))["kv_connector_extra_config"]
+    assert extra["lmcache_rag.store"] == "second"
+    assert "lmcache_rag.store" not in value(make().vllm, "--kv-transfer-config")

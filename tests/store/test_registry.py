@@ -449,7 +449,7 @@ def test_chunks_can_be_read_by_id(store: Store) -> None:
     ("damage", "says"),
     [
         ("DELETE FROM doc_chunks", "1 chunks stand in no document"),
-        ("INSERT INTO trash SELECT fingerprint, key FROM kv", "1 keys are both in use and in the trash"),
+        ("INSERT INTO trash SELECT fingerprint, key, NULL FROM kv", "1 keys are both in use and in the trash"),
         ("UPDATE doc_chunks SET chunk_id = 99", "doc_chunks refers to a missing row of chunks"),
         ("UPDATE chunks SET text = 'other'", "text of chunk 1 has changed"),
         ("UPDATE chunks SET embedding = x'00000000'", "embedding has the wrong length"),

@@ -60,6 +60,7 @@ class FakeVLLM(ThreadingHTTPServer):
         self.failure = ""  # the connector cannot reach LMCache
         self.why_not, self.why_code = "", protocol.CannotBlend.NEEDS_CUDA  # the connector cannot blend at all
         self.forgets = True  # knows lmcache_rag.forget
+        self.keeps = False  # a tier of LMCache cannot delete
         self.cannot_forget = 0  # so many times LMCache does not answer a forget
         # What it reports.
         self.chunk = 0  # on /metrics

@@ -40,9 +40,13 @@ class BlockMemory:
             self.blocks[salt, tuple(ids[start : start + BLOCK])] = start
 
     def forget(self, salt: str, ids: list[int], begin: int) -> None:
-        for start in range(begin, len(ids) // BLOCK * BLOCK, BLOCK):
+        for start in range(begin // BLOCK * BLOCK, len(ids) // BLOCK * BLOCK, BLOCK):
             self.chains.discard((salt, tuple(ids[: start + BLOCK])))
             self.blocks.pop((salt, tuple(ids[start : start + BLOCK])), None)
+
+    def count(self, salt: str, ids: list[int], begin: int) -> int:
+        ends = range(begin // BLOCK * BLOCK + BLOCK, len(ids) + 1, BLOCK)
+        return sum((salt, tuple(ids[:end])) in self.chains for end in ends)
 
     def find(self, salt: str, ids: list[int]) -> tuple[int, tuple[Match, ...]]:
         exact = 0
@@ -161,7 +165,10 @@ class TextBackend:
         if not self.server.connector:
             return None
         if params.get(protocol.FORGET):
-            return {"lmcache_rag": self._forget(salt, ids, protocol.chunk_start(params, len(ids)))}
+            told = self._forget(salt, ids, protocol.removal_start(params, len(ids)))
+            return {
+                "lmcache_rag": told if params.get(protocol.HELD) else {k: v for k, v in told.items() if k != "held"}
+            }
         if self.server.why_not:
             with self.server.lock:
                 exact, _ = self.memory.find(salt, ids)
@@ -189,9 +196,10 @@ class TextBackend:
         with self.server.lock:
             done = not self.server.cannot_forget
             self.server.cannot_forget = max(0, self.server.cannot_forget - 1)
-            if done:
+            held = {"memory": self.memory.count(salt, ids, begin)}
+            if done and not self.server.keeps:
                 self.memory.forget(salt, ids, begin)
-        return reuse_statistics(len(ids), "query", Budget()) | {protocol.FORGOTTEN: done}
+        return reuse_statistics(len(ids), "query", Budget()) | {protocol.FORGOTTEN: done, protocol.KV_HELD: held}
 
 
 def _blended(plan: BlendPlan) -> BlendResult:

@@ -91,7 +91,17 @@ def answers(url: str) -> bool:
 
 
 class Servers:
-    """Both servers. `lmcache` may be killed, or come later; `guarded`: it loads our module, as with `serve`."""
+    """Both servers. `lmcache` may be killed, or come later.
+
+    Args:
+        model: Folder of the model.
+        folder: For the logs.
+        options: Of vLLM.
+        late: LMCache is started by the test.
+        connector: Settings of the connector.
+        guarded: LMCache loads our module, as with `serve`; or the module's settings.
+        tier: Folder of a second tier.
+    """
 
     def __init__(
         self,
@@ -100,12 +110,13 @@ class Servers:
         *options: str,
         late: bool = False,
         connector: dict[str, Any] | None = None,
-        guarded: bool = False,
+        guarded: bool | dict[str, Any] = False,
+        tier: Path | None = None,
         gigabytes: float = 1,
         lmcache: Sequence[str] = (),
     ) -> None:
         self.model, self._options, self._connector, self._guarded = model, options, connector or {}, guarded
-        self._more = lmcache
+        self._tier, self._more = tier, lmcache
         self.port, self.http = free_port(), free_port()
         self.url = f"http://127.0.0.1:{free_port()}"
         self._folder = folder
@@ -149,8 +160,11 @@ class Servers:
             "http-host": "127.0.0.1",
             "http-port": self.http,
         }
-        if self._guarded:
-            options["server-module"] = json.dumps({"module_path": MODULE, "config": {}})
+        if self._guarded is not False:
+            config = self._guarded if isinstance(self._guarded, dict) else {}
+            options["server-module"] = json.dumps({"module_path": MODULE, "config": config})
+        if self._tier is not None:
+            options["l2-adapter"] = json.dumps({"type": "fs", "base_path": str(self._tier)})
         words = (str(word) for name, value in options.items() for word in (f"--{name}", value))
         return [str(BIN / "lmcache"), "server", *words, *self._more]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 from fake_vllm import FakeVLLM
 from openai_kit import vllm_serving
+from typer.testing import CliRunner
 
 from lmcache_rag import VLLMEngine
+from lmcache_rag.cli.app import app
 from lmcache_rag.engines.base import BlendOptions, Completion, Sampling
 from lmcache_rag.prompt import PromptBuilder
 
@@ -71,3 +74,15 @@ def add_up(completion: Completion) -> bool:
     stats = completion.stats
     parts = (stats.prefix_tokens, stats.reused_tokens, stats.recomputed_tokens, stats.computed_tokens)
     return sum(parts) == stats.prompt_tokens
+
+
+@pytest.fixture
+def call(server: FakeVLLM, tmp_path: Path) -> Any:
+    """Runs a command line against the server, as a user would."""
+    runner = CliRunner(env={n: None for n in os.environ if n.startswith("LMCACHE_RAG_")} | {"COLUMNS": "120"})
+
+    def run(*arguments: object, **env: str) -> Any:
+        options = [] if env else ["--engine", server.url]
+        return runner.invoke(app, [str(a) for a in (*arguments, *options, "--store", tmp_path / "store")], env=env)
+
+    return run

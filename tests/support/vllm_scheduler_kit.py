@@ -134,7 +134,9 @@ class Worker:
 class Engine:
     """vLLM's scheduler, stepped by hand."""
 
-    def __init__(self, port: int, folder: Path, *, lora: Any = None, **options: Any) -> None:
+    def __init__(
+        self, port: int, folder: Path, *, lora: Any = None, policy: Any = "fcfs", seqs: int = 8, **options: Any
+    ) -> None:
         tiny_config("llama").save_pretrained(folder)
         extra = {"lmcache.mp.host": "tcp://localhost", "lmcache.mp.port": port, "lmcache.mp.mq_timeout": 20}
         model = ModelConfig(model=str(folder), skip_tokenizer_init=True, dtype="float32", max_model_len=2048)
@@ -143,7 +145,8 @@ class Engine:
             cache_config=CacheConfig(block_size=BLOCK, enable_prefix_caching=True),
             scheduler_config=SchedulerConfig(
                 max_num_batched_tokens=512,
-                max_num_seqs=8,
+                max_num_seqs=seqs,
+                policy=policy,
                 max_model_len=2048,
                 is_encoder_decoder=False,
                 async_scheduling=False,

@@ -21,7 +21,7 @@ from lmcache_rag import protocol
 from lmcache_rag.connector.lmcache_server import reports, tier_check
 from lmcache_rag.connector.lmcache_server.fleet import FleetLookups
 from lmcache_rag.connector.lmcache_server.index import ChunkIndex, as_tokens, from_ids
-from lmcache_rag.connector.lmcache_server.removal import Forgetting, evict_ingested_last
+from lmcache_rag.connector.lmcache_server.removal import Expiry, Forgetting, evict_ingested_last, held_by_tier
 from lmcache_rag.connector.lmcache_server.settings import ServerSettings
 from lmcache_rag.connector.patching import Patch, patch_methods, patch_object
 
@@ -140,9 +140,10 @@ class Guard:
         self.tiers: list[Any] = []  # second tiers whose bytes are checked
         self._missed: dict[bytes, float] = {}  # chunks whose KV was not found, and when first
         self._tier_worked = float("-inf")  # when a second tier last stored or found something
+        self.expiry = Expiry(self.forgetting, self.index, settings.kv_ttl) if settings.kv_ttl else None
         self._jobs: dict[int, Callable[[], None]] = {}  # registrations that wait for the device stream
         self._numbers = itertools.count()
-        self._removals: dict[str, threading.Event] = {}  # by request
+        self._removals: dict[str, tuple[threading.Event, dict[str, int] | None]] = {}  # by request
         self._thread = threading.local()
 
     # -- patches ------------------------------------------------------------------------------------------------------
@@ -283,6 +284,8 @@ class Guard:
         self.tiers = tier_check.watch(tier for _, tier in self.storage.l2_adapters())
         evict_ingested_last(self.storage, lambda key: self.index.is_ingested(key.cache_salt, key.chunk_hash))
         _report(self)
+        if self.expiry is not None:
+            self.expiry.start()
 
     # -- the index ----------------------------------------------------------------------------------------------------
 
@@ -381,6 +384,13 @@ class Guard:
         if len(self._memories) == 1 and not self.storage.l2_adapters():
             for key in keys:
                 self.index.remove(key.cache_salt, (key.chunk_hash,))
+            if self.expiry is not None:
+                self.expiry.discard(keys)
+
+    def in_memory_now(self, keys: Sequence[Any]) -> None:
+        """Objects were stored, or loaded from a second tier."""
+        if self.expiry is not None:
+            self.expiry.add(keys)
 
     def left_tier(self, keys: Sequence[Any]) -> None:
         """Remove objects from the index that were evicted from a second tier."""
@@ -422,27 +432,30 @@ class Guard:
     # -- forgetting ---------------------------------------------------------------------------------------------------
 
     def forget(self, key: Any) -> Any:
-        """Remove a prompt's KV after its prefix.
+        """Remove a prompt's KV after its prefix, and count what there was of it if the key asks for that.
 
         Returns:
-            The result of a look-up that found nothing; None: it is not removed yet, call again.
+            The result of a look-up that found nothing; with the counts, see `_nothing`. None: call again.
         """
-        from lmcache.v1.multiprocess.custom_types import CBUnifiedLookupResult
-
-        nothing = CBUnifiedLookupResult(prefix_coverage_tokens=0, non_prefix_segments=[], segmented_prefix_segments=[])
-        done = self._removals.pop(key.request_id, None)
+        done, held = self._removals.pop(key.request_id, (None, None))
         if done is None:
             keys = self._chunk_objects(key)
+            if _flag(key, protocol.HELD):
+                held = held_by_tier(self.storage, keys, self._layouts(key))
             if not keys:
-                return nothing
+                return _nothing(held)
             self.index.remove(key.cache_salt, {each.chunk_hash for each in keys})
             done = self.forgetting.forget(keys)
             log.info("request %s: removing %d objects", key.request_id, len(keys))
         if done.wait(_WAIT_S):
-            return nothing
-        self._removals = {request: each for request, each in self._removals.items() if not each.is_set()}
-        self._removals[key.request_id] = done
+            return _nothing(held)
+        self._removals = {request: each for request, each in self._removals.items() if not each[0].is_set()}
+        self._removals[key.request_id] = done, held
         return None
+
+    def _layouts(self, key: Any) -> Any:
+        """Layout of the objects of each group of a model."""
+        return self.context.layout_desc_registry.find_group_layout_descs(key.model_name, key.world_size) or {}
 
     def _chunk_objects(self, key: Any) -> list[Any]:
         """All objects of a prompt, but for those of its prefix."""
@@ -454,9 +467,8 @@ class Guard:
             log.warning("request %s has no valid %s: nothing is removed", key.request_id, protocol.PREFIX)
             return []
         hashes = self._hashes(key.token_bytes if hasattr(key, "token_bytes") else key.token_ids)
-        groups = self.context.layout_desc_registry.find_group_layout_descs(key.model_name, key.world_size)
         rows = ipc_key_to_object_keys(
-            key.no_worker_id_version(), hashes[prefix // self.index.chunk :], sorted(groups or {0: None})
+            key.no_worker_id_version(), hashes[prefix // self.index.chunk :], sorted(self._layouts(key) or {0: None})
         )
         return [each for row in rows for each in row]
 
@@ -488,11 +500,23 @@ class _Listener:
         self.on_l1_keys_deleted_by_manager = guard.left_memory
         self.on_l2_keys_deleted = guard.left_tier
         self.on_l2_keys_stored = self.on_l2_keys_accessed = guard.tier_works
+        self.on_l1_keys_write_finished = self.on_l1_keys_finish_write_and_reserve_read = guard.in_memory_now
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("on_"):
             return _ignore
         raise AttributeError(name)
+
+
+def _nothing(held: Mapping[str, int] | None) -> Any:
+    """The result of a look-up that found nothing. Counts of a removal are its one match's hash, as JSON.
+
+    LMCache's protocol has no other field that could carry them; `lmcache_client.read_counts` reads them.
+    """
+    from lmcache.v1.multiprocess.custom_types import CBMatchResult, CBUnifiedLookupResult
+
+    matches = [] if held is None else [CBMatchResult(0, 0, 0, 0, json.dumps(held).encode())]
+    return CBUnifiedLookupResult(prefix_coverage_tokens=0, non_prefix_segments=matches, segmented_prefix_segments=[])
 
 
 def _ignore(*_: Any) -> None:

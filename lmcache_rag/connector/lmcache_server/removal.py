@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from lmcache_rag.connector.lmcache_server.index import ChunkIndex
 from lmcache_rag.connector.patching import Patch, patch_object
 
 log = logging.getLogger("lmcache_rag")
@@ -27,6 +29,9 @@ TIER_POLICY = Patch(f"{_CONTROLLER}:L2AdapterEvictionState.eviction_policy", _EV
 MEMORY_LISTENER_POLICY = Patch(f"{_LISTENERS}:L1EvictionPolicy._policy", _EVICTION_WHY, _EVICTION_UNTIL)
 TIER_LISTENER_POLICY = Patch(f"{_LISTENERS}:L2EvictionPolicy._policy", _EVICTION_WHY, _EVICTION_UNTIL)
 
+MEMORY = "memory"  # name of LMCache's memory among the tiers
+COUNT_S = 1.0  # longest wait for what a second tier holds
+UNKNOWN = -1  # count of a tier that did not answer
 PASSES_S = (0.0, 1.0, 5.0, 30.0)  # after an object has left memory: a second tier may still have been writing it
 PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0  # between two attempts to remove an object that is being read
 
@@ -130,6 +135,94 @@ class Forgetting:
         for memory in self._storage._l1_managers_by_id.values():
             _without(memory, RESERVE_READ, self.holds, (L1Error.KEY_NOT_EXIST, None), ())
             _without(memory, RESERVE_WRITE, self.holds, (L1Error.KEY_NOT_WRITABLE, None), ("is_temporary",))
+
+
+def held_by_tier(storage: Any, keys: list[Any], layouts: Any) -> dict[str, int]:
+    """How many of these objects memory and each second tier hold; UNKNOWN where a tier does not answer.
+
+    A second tier is asked as for a load, so that this holds for every kind of adapter: few of them list their keys.
+
+    Args:
+        storage: LMCache's StorageManager.
+        keys: Names of objects.
+        layouts: Layout of the objects of each group.
+    """
+    memories = storage._l1_managers_by_id.values()
+    held = {MEMORY: sum(any(memory.get_object_state(key) is not None for memory in memories) for key in keys)}
+    for number, (_, tier) in enumerate(storage.l2_adapters(), start=2):
+        try:
+            held[f"tier {number}"] = _count(tier, keys, layouts)
+        except Exception:
+            log.warning("A second tier did not report which KV it holds", exc_info=True)
+            held[f"tier {number}"] = UNKNOWN
+    return held
+
+
+def _count(tier: Any, keys: list[Any], layouts: Any) -> int:
+    task, end = tier.submit_lookup_and_lock_task(keys, layouts), time.monotonic() + COUNT_S
+    while (found := tier.query_lookup_and_lock_result(task)) is None:
+        if time.monotonic() > end:
+            return UNKNOWN
+        time.sleep(0.005)
+    there = [key for at, key in enumerate(keys) if found.test(at)]
+    if there:
+        tier.submit_unlock(there)
+    return len(there)
+
+
+class Expiry:
+    """Removes objects a certain time after they were stored, or first loaded by this process from a second tier.
+
+    How old KV in a second tier is is not known after a restart of LMCache: its age counts from its first load.
+
+    Args:
+        forgetting: Removes them.
+        index: Their chunks leave it at once.
+        ttl: Seconds.
+    """
+
+    def __init__(self, forgetting: Forgetting, index: ChunkIndex, ttl: float) -> None:
+        self._forgetting, self._index, self.ttl = forgetting, index, ttl
+        self._lock = threading.Lock()
+        self._since: dict[Any, float] = {}  # by object key, the oldest first
+
+    def start(self) -> None:
+        """Remove what is due from now on, in a thread."""
+        threading.Thread(target=self._run, name="lmcache-rag-expiry", daemon=True).start()
+
+    def add(self, keys: Iterable[Any], now: float | None = None) -> None:
+        """Objects are in memory now; those that are known keep their age."""
+        now = time.monotonic() if now is None else now
+        with self._lock:
+            for key in keys:
+                self._since.setdefault(key, now)
+
+    def discard(self, keys: Iterable[Any]) -> None:
+        """Objects are nowhere any more."""
+        with self._lock:
+            for key in keys:
+                self._since.pop(key, None)
+
+    def step(self, now: float) -> int:
+        """Remove the objects that are due; returns how many."""
+        with self._lock:
+            due = list(itertools.takewhile(lambda key: self._since[key] <= now - self.ttl, self._since))
+            for key in due:
+                del self._since[key]
+        for key in due:
+            self._index.remove(key.cache_salt, (key.chunk_hash,))
+        if due:
+            self._forgetting.forget(due)
+        return len(due)
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(min(60.0, max(0.1, self.ttl / 10)))
+            try:
+                if count := self.step(time.monotonic()):
+                    log.info("%d objects were older than %.0f s and are removed", count, self.ttl)
+            except Exception:
+                log.exception("KV that is too old could not be removed; trying again")
 
 
 class _Removal:

@@ -9,7 +9,7 @@ from typing import Any
 MODULE = "lmcache_rag.connector.server_guard"  # what --server-module loads
 SERDE = "lmcache_rag"  # type of the serde that checks a second tier's bytes, see lmcache_server.tier_check
 INDEX_MODES = ("declared", "all")
-STORE_MODES = ("ingest", "all")
+STORE_MODES = ("ingest", "second", "all")
 INDEX_SIZE = 1 << 20
 
 
@@ -20,12 +20,15 @@ class ServerSettings:
     Attributes:
         index: "declared": only chunks that a client ingests may be blended; "all": spans of every prompt may.
         store: "ingest": KV of ingested chunks only is stored; "all": of every prompt, and ingested KV is evicted last.
+            "second": the same; vLLM's side then sends of prompts only what they begin with for the second time.
         index_size: Most chunks in the index.
+        kv_ttl: Age in seconds at which KV is removed from memory and second tiers; 0: never.
     """
 
     index: str = "declared"
     store: str = "all"
     index_size: int = INDEX_SIZE
+    kv_ttl: float = 0.0
 
     @classmethod
     def read(cls, config: Mapping[str, Any]) -> ServerSettings:
@@ -44,6 +47,8 @@ class ServerSettings:
             raise ValueError(f"store must be one of {', '.join(STORE_MODES)}; got {found.store!r}")
         if not isinstance(found.index_size, int) or isinstance(found.index_size, bool) or found.index_size < 1:
             raise ValueError(f"index_size must be a number of chunks; got {found.index_size!r}")
+        if not isinstance(found.kv_ttl, int | float) or isinstance(found.kv_ttl, bool) or found.kv_ttl < 0:
+            raise ValueError(f"kv_ttl must be a number of seconds; got {found.kv_ttl!r}")
         return found
 
     def config(self) -> dict[str, Any]:
