@@ -10,7 +10,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 
 from lmcache_rag import lazy_fill
@@ -99,10 +98,16 @@ class KVRemover:
         if not rows:
             return KVPurge()
         served = registry.server_fingerprints()
-        here = [row for row in rows if row.fingerprint not in served or not row.text]
+        there: dict[str, list[TrashRow]] = {}
+        here = []
+        for row in rows:
+            if row.fingerprint in served and row.text:
+                there.setdefault(row.fingerprint, []).append(row)
+            else:
+                here.append(row)
         done = self._purge_here(here, count=count) if here else KVPurge()
-        for fingerprint, group in groupby((row for row in rows if row not in here), key=lambda row: row.fingerprint):
-            done += self._purge_on_servers(fingerprint, list(group), count=count)
+        for fingerprint, group in there.items():
+            done += self._purge_on_servers(fingerprint, group, count=count)
         return done
 
     def _purge_here(self, rows: Sequence[TrashRow], *, count: bool) -> KVPurge:

@@ -493,7 +493,7 @@ def tier_json(tier: Tier, folder: str) -> str:
     limit = f', "max_capacity_gb": {tier.gigabytes * GB / GIB:.0f}, "eviction": {{"eviction_policy": "LRU"}}'
     limit = limit if tier.gigabytes else ""
     if tier.name.lower() in ("valkey", "redis"):
-        return f'{{"type": "resp", "host": "localhost", "port": 6379{limit}}}'
+        return f'{{"type": "valkey", "startup_nodes": "localhost:6379"{limit}}}'
     return f'{{"type": "fs_native", "base_path": "{folder}"{limit}}}'
 
 

@@ -183,7 +183,7 @@ def test_the_hot_part_is_kept_where_all_tiers_are_slow() -> None:
 def test_a_fast_tier_pays() -> None:
     advice = advise(make(gigabytes=20, tiers=(Tier("valkey", 500, 40),)), "M")
     assert advice.number == 3
-    assert '"type": "resp"' in advice.commands[0]
+    assert '"type": "valkey"' in advice.commands[0]
     assert '"max_capacity_gb": 466' in advice.commands[0]  # LMCache counts GiB
 
 
