@@ -60,7 +60,7 @@ def test_vllm_gets_what_serve_gives_it(name: str) -> None:
     assert connector(found) == connector(usual)
     host = found["--kv-transfer-config"]["kv_connector_extra_config"]["lmcache.mp.host"]
     assert host == ("tcp://localhost" if name == "llm-d" else NODE)
-    for option in ("--max-num-batched-tokens", "--gpu-memory-utilization"):
+    for option in ("--max-num-batched-tokens", "--gpu-memory-utilization", "--scheduling-policy"):
         assert found[option] == usual[option]
 
 
@@ -82,6 +82,7 @@ def test_rays_engine_gets_what_serve_gives_vllm() -> None:
     assert found["kv_transfer_config"] == usual["--kv-transfer-config"]
     assert str(found["max_num_batched_tokens"]) == usual["--max-num-batched-tokens"]
     assert str(found["gpu_memory_utilization"]) == usual["--gpu-memory-utilization"]
+    assert found["scheduling_policy"] == usual["--scheduling-policy"]
 
 
 def test_containers_of_a_pod_share_its_memory() -> None:
