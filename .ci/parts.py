@@ -39,7 +39,10 @@ BROWSER = (
 COVERED = {"make test": 90, "contracts": 90}  # percent, each of its own files
 
 # Contracts with one of the two only: `run` repeats them with no other version of the other.
-OF_LMCACHE = ("guard", "lmcache", "lmcache_transfers", "metric_names", "planted", "server", "stores", "upstream")
+OF_LMCACHE = (
+    *("fleet", "guard", "lmcache", "lmcache_transfers", "metric_names", "planted", "server", "stores", "tiers"),
+    "upstream",
+)
 OF_VLLM = (
     *("blocks", "damage", "forward", "fp8_kv", "lora", "metrics", "model", "requests", "serve", "streams", "texts"),
     *("upstream", "validation"),
@@ -226,7 +229,7 @@ def made(lmcache: str, always: bool = True) -> Part:
     )
 
 
-def other_vllm(version: str, *, without: Sequence[str] = ()) -> list[Part]:
+def other_vllm(version: str, *, without: Sequence[str] = (), selection: str = "not own_version") -> list[Part]:
     """The contracts with another vLLM's Python code in the place of the environment's."""
     folder = cache() / f"vllm-{version}"
     sources = Part(
@@ -237,7 +240,7 @@ def other_vllm(version: str, *, without: Sequence[str] = ()) -> list[Part]:
         sources,
         Part(
             f"contracts, vLLM {version}",
-            shared_out(check(LMCACHE, "-m", "not own_version", *files)),
+            shared_out(check(LMCACHE, "-m", selection, *files)),
             {"PYTHONPATH": str(folder)},
             always=False,
         ),
@@ -247,6 +250,7 @@ def other_vllm(version: str, *, without: Sequence[str] = ()) -> list[Part]:
 def run_parts(touched: set[str]) -> list[Part]:
     """Of `run`: at most 40 minutes on two cores."""
     files = [file for file in with_servers() if "frameworks" not in file or {"frameworks", "*"} & touched]
+    short = "not own_version and not full"
     parts = [
         *ordinary(),
         made(LMCACHE),
@@ -255,8 +259,8 @@ def run_parts(touched: set[str]) -> list[Part]:
         kernels("-m", "not full"),
         browser("-m", "not full"),
         alerts(),
-        *other_vllm(OLDEST_VLLM, without=OF_LMCACHE),
-        *other_vllm(NEWEST_VLLM, without=OF_LMCACHE),
+        *other_vllm(OLDEST_VLLM, without=OF_LMCACHE, selection=short),
+        *other_vllm(NEWEST_VLLM, without=OF_LMCACHE, selection=short),
         made(LMCACHE_NEXT, always=False),
         Part(
             f"contracts, LMCache {LMCACHE_NEXT}",

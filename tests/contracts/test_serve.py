@@ -20,6 +20,7 @@ OPTIONS = (
     "--port",
     "--max-num-batched-tokens",
     "--gpu-memory-utilization",
+    "--scheduling-policy",
     "--kv-transfer-config",
     "--config",
 )

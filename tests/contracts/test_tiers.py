@@ -118,7 +118,7 @@ def test_damaged_and_foreign_bytes_are_a_miss(
     if len(changed) < len(data):  # it cannot be read, as when the tier is away: not deleted at once
         assert until(lambda: server.evict() or server.in_memory(prompt) == 0)
         assert loaded(server, prompt) == [7, 7 + 2 * CHUNK]
-    assert sum(each.damaged for each in server.guard.tiers) == 1
+    assert sum(each.damaged for each in server.guard.tiers) in (1, 2)  # twice if it is not deleted yet
     assert until(lambda: name not in tier.names()), "it is deleted"
     assert until(lambda: server.evict() or server.in_memory(prompt) == 0)
     server.store(prompt, ingest=True)

@@ -209,6 +209,8 @@ class LMCacheServer:
         if (fleet := self.guard.fleet) is not None:
             fleet.close()
             self.bus.stop()
+        for _, tier in self.storage.l2_adapters():
+            tier.delete = lambda _: None  # threads that remove KV go on, and a closed adapter cannot
         for module in reversed(self.modules):
             module.close()
         self.context.close()

@@ -18,6 +18,7 @@ from vllm_cpu_kit import free_port, until
 from lmcache_rag.serving.tiers import second_tier
 
 KEYS = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s"}
+CREDENTIAL = "k/20260101/us-east-1/s3/aws4_request"  # moto reads the account in it, and checks no signature
 
 
 class Folder:
@@ -154,7 +155,10 @@ class S3:
     def _request(self, method: str, path: str, data: bytes = b"") -> bytes:
         import httpx
 
-        response = httpx.request(method, f"http://127.0.0.1:{self.port}{path}", content=data, timeout=30)
+        signed = {"Authorization": f"AWS4-HMAC-SHA256 Credential={CREDENTIAL}"}
+        response = httpx.request(
+            method, f"http://127.0.0.1:{self.port}{path}", content=data, headers=signed, timeout=30
+        )
         response.raise_for_status()
         return response.content
 
