@@ -131,6 +131,20 @@ def test_the_coordinator_knows_only_ingested_chunks(make: Make, draw: random.Ran
     assert until(lambda: coordinator.chunks == 4), "stored by a question, and ingested later"
 
 
+def test_tokens_of_a_question_are_not_delivered(make: Make, draw: random.Random) -> None:
+    """Whatever LMCache gives us with an object."""
+    from lmcache.v1.mp_coordinator.api import CacheEventEntry
+
+    server = make()
+    prompt = text(draw, 3)
+    server.store(prompt)
+    made: Any = object.__new__(reports.Reports)
+    made._index = server.guard.index
+    key = server.keys(prompt)[1].to_encoded_object_key()
+    entry = CacheEventEntry(key=key, size_bytes=1, token_ids=[1, 2], token_offset=0)
+    assert made._with_tokens(entry).token_ids == []
+
+
 def test_a_server_finds_what_another_one_stored(
     make: Make, draw: random.Random, coordinator: Coordinator, tmp_path: Any
 ) -> None:
