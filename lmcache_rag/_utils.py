@@ -7,9 +7,9 @@ import gc
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_args
 
-from lmcache_rag.errors import OptionalDependencyError
+from lmcache_rag.errors import ConfigError, OptionalDependencyError
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import BlendOptions, Completion, QueryPrompt, Sampling, StreamEvent
@@ -38,6 +38,17 @@ def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
     if one[:both] == other[:both]:
         return both
     return next(at for at in range(both) if one[at] != other[at])
+
+
+def one_of(kind: Any, setting: str, name: str) -> Any:
+    """A setting's value, which is one of the words of a Literal.
+
+    Raises:
+        ConfigError: It is none of them.
+    """
+    if name not in get_args(kind):
+        raise ConfigError(f"{setting} is {name!r}.", remedy=f"It is one of {', '.join(get_args(kind))}.")
+    return name
 
 
 @contextmanager

@@ -15,9 +15,10 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from lmcache_rag.errors import ConfigError, LMCacheRAGError, StoreLockedError
+from lmcache_rag._utils import one_of
+from lmcache_rag.errors import LMCacheRAGError, StoreLockedError
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine, PrecomputeResult
@@ -43,10 +44,8 @@ def mode_of(name: str) -> LazyFillMode:
     Raises:
         ConfigError: There is none.
     """
-    for mode in get_args(LazyFillMode):
-        if name == mode:
-            return mode  # type: ignore[no-any-return]
-    raise ConfigError(f"lazy_fill is {name!r}.", remedy=f"It is one of {', '.join(get_args(LazyFillMode))}.")
+    mode: LazyFillMode = one_of(LazyFillMode, "lazy_fill", name)
+    return mode
 
 
 @dataclass(frozen=True, slots=True)

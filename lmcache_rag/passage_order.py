@@ -17,9 +17,9 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
-from lmcache_rag.errors import ConfigError
+from lmcache_rag._utils import one_of
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine
@@ -41,10 +41,8 @@ def order_of(name: str) -> OrderMode:
     Raises:
         ConfigError: There is none.
     """
-    for mode in get_args(OrderMode):
-        if name == mode:
-            return mode  # type: ignore[no-any-return]
-    raise ConfigError(f"order is {name!r}.", remedy=f"It is one of {', '.join(get_args(OrderMode))}.")
+    mode: OrderMode = one_of(OrderMode, "order", name)
+    return mode
 
 
 def numbered(texts: Sequence[str], ranks: Sequence[int]) -> bool:

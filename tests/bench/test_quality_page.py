@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser_kit import chromium
+from browser_kit import chromium, lines_of_readable_page
 
 from lmcache_rag.bench.quality.report import write_report
 from lmcache_rag.bench.quality.results import Record
@@ -15,20 +15,6 @@ from lmcache_rag.bench.quality.scores import scores, verdict
 pytestmark = pytest.mark.slow
 
 ARMS = {"full": 40.0, "prefix": 39.0, "auto": 14.0, "query:0.15": 13.8, "query:0.3": 13.9, "hkvd:0.15": 13.7, "none": 5}
-
-OUTSIDE = """() => [...document.querySelectorAll("svg")].flatMap(svg => {
-  const box = svg.getBoundingClientRect();
-  return [...svg.querySelectorAll("text")].filter(text => {
-    const own = text.getBoundingClientRect();
-    return own.left < box.left || own.right > box.right + 1 || own.top < box.top - 1 || own.bottom > box.bottom + 1;
-  }).map(text => text.textContent);
-})"""
-OVERLAPPING = """() => [...document.querySelectorAll("svg")].flatMap(svg => {
-  const texts = [...svg.querySelectorAll("text")].map(text => [text.textContent, text.getBoundingClientRect()]);
-  return texts.flatMap(([one, a], i) => texts.slice(i + 1).filter(([other, b]) =>
-    a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 4 && b.top < a.bottom - 4
-  ).map(([other]) => [one, other]));
-})"""
 
 
 def page_of(path: Path) -> Path:
@@ -51,17 +37,7 @@ def page_of(path: Path) -> Path:
 
 def test_all_texts_of_the_pictures_can_be_read(tmp_path: Path) -> None:
     path = page_of(tmp_path / "page.html")
-    with chromium() as browser:
-        for width in (1200, 400):
-            page = browser.new_page(viewport={"width": width, "height": 900})
-            problems: list[str] = []
-            page.on("pageerror", lambda problem, problems=problems: problems.append(str(problem)))
-            page.goto(path.as_uri())
-            assert page.evaluate(OUTSIDE) == []
-            assert page.evaluate(OVERLAPPING) == []
-            assert page.evaluate("document.documentElement.scrollWidth") <= width  # only tables and pictures scroll
-            assert problems == []
-        assert page.locator("svg polyline").count() == len(ARMS)
+    assert lines_of_readable_page(path) == len(ARMS)
 
 
 def test_the_list_of_changes_is_filtered(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,11 @@ class Missing(pytest.Module):
 
 def pytest_pycollect_makemodule(module_path: Path, parent: Any) -> pytest.Module | None:
     return Missing.from_parent(parent, path=module_path) if missing() else None
+
+
+@pytest.fixture
+def draw() -> random.Random:
+    return random.Random(0)
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from contract_kit import CHUNK
-from lmcache_server_kit import LMCacheServer
+from lmcache_server_kit import LMCacheServer, made_servers, text
 from vllm_cpu_kit import free_port, until
 
 with warnings.catch_warnings():
@@ -91,24 +91,8 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     monkeypatch.setattr(cache_events, "create_cache_event_sink", cache_events.create_cache_event_sink)
     monkeypatch.setattr(event_bus, "_global_bus", event_bus._global_bus)
     monkeypatch.setattr(event_bus, "_observability_enabled", event_bus._observability_enabled)
-    servers: list[LMCacheServer] = []
-
-    def made(*args: Any, **kwargs: Any) -> LMCacheServer:
-        servers.append(LMCacheServer(*args, **kwargs))
-        return servers[-1]
-
-    yield made
-    for server in servers:
-        server.close()
-
-
-@pytest.fixture
-def draw() -> random.Random:
-    return random.Random(0)
-
-
-def text(draw: random.Random, chunks: int) -> list[int]:
-    return [draw.randrange(1 << 32) for _ in range(chunks * CHUNK)]
+    with made_servers() as made:
+        yield made
 
 
 def told(caplog: pytest.LogCaptureFixture, words: str) -> int:

@@ -172,6 +172,7 @@ def test_a_request_that_never_ran_may_ask_for_stats(engine: Engine) -> None:
     engine.add_tokens("refused", [1], params)
     engine.abort("refused")
     run(engine)
+    assert engine.connector._scheduler._states == {}
 
 
 def test_wrong_parameters_are_logged_once_and_cut(engine: Engine, caplog: pytest.LogCaptureFixture) -> None:
@@ -512,6 +513,7 @@ def test_a_request_to_forget_may_leave_at_any_time(engine: Engine) -> None:
             engine.step()
         engine.abort(name)
         run(engine)
+        assert engine.connector._scheduler._states == {}
 
 
 # -- what is kept of a request ----------------------------------------------------------------------------------------

@@ -11,11 +11,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from contract_kit import CHUNK
-from lmcache_server_kit import TOKENS, LMCacheServer, key
+from lmcache_server_kit import TOKENS, LMCacheServer, key, made_servers, text
 
 from lmcache_rag import protocol
 from lmcache_rag.connector.lmcache_client import read_counts
@@ -32,24 +31,8 @@ Make = Callable[..., LMCacheServer]
 def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     if http := sys.modules.get(HTTP_SERVER):  # a server cuts its routes, which other tests look at
         monkeypatch.setattr(http.app.router, "routes", list(http.app.router.routes))
-    servers: list[LMCacheServer] = []
-
-    def made(*args: Any, **kwargs: Any) -> LMCacheServer:
-        servers.append(LMCacheServer(*args, **kwargs))
-        return servers[-1]
-
-    yield made
-    for server in servers:
-        server.close()
-
-
-@pytest.fixture
-def draw() -> random.Random:
-    return random.Random(0)
-
-
-def text(draw: random.Random, chunks: int) -> list[int]:
-    return [draw.randrange(1 << 32) for _ in range(chunks * CHUNK)]
+    with made_servers() as made:
+        yield made
 
 
 def until(holds: Callable[[], bool]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from contract_kit import CHUNK
-from lmcache_server_kit import TOKENS, LMCacheServer
+from lmcache_server_kit import TOKENS, LMCacheServer, made_servers, text
 from tier_kit import KINDS
 from vllm_cpu_kit import until
 
@@ -38,25 +38,9 @@ def secret(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def make(secret: Path) -> Iterator[Make]:
-    servers: list[LMCacheServer] = []
-
-    def made(tier: Any, **kwargs: Any) -> LMCacheServer:
-        serde = {"type": SERDE, "secret_file": str(secret)}
-        servers.append(LMCacheServer(l2=tier.settings | {"serde": serde}, **kwargs))
-        return servers[-1]
-
-    yield made
-    for server in servers:
-        server.close()
-
-
-@pytest.fixture
-def draw() -> random.Random:
-    return random.Random(0)
-
-
-def text(draw: random.Random, chunks: int) -> list[int]:
-    return [draw.randrange(1 << 32) for _ in range(chunks * CHUNK)]
+    serde = {"type": SERDE, "secret_file": str(secret)}
+    with made_servers() as made:
+        yield lambda tier, **kwargs: made(l2=tier.settings | {"serde": serde}, **kwargs)
 
 
 def stored(server: LMCacheServer, tier: Any, draw: random.Random) -> list[int]:

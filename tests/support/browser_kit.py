@@ -205,3 +205,34 @@ def number(text: str) -> float:
     found = re.search(r"\d[\d,]*(\.\d+)?", text)
     assert found is not None, text
     return float(found[0].replace(",", ""))
+
+
+OUTSIDE = """() => [...document.querySelectorAll("svg")].flatMap(svg => {
+  const box = svg.getBoundingClientRect();
+  return [...svg.querySelectorAll("text")].filter(text => {
+    const own = text.getBoundingClientRect();
+    return own.left < box.left || own.right > box.right + 1 || own.top < box.top - 1 || own.bottom > box.bottom + 1;
+  }).map(text => text.textContent);
+})"""
+OVERLAPPING = """() => {
+  const all = [...document.querySelectorAll("svg text")];
+  const texts = all.map(text => [text.textContent, text.getBoundingClientRect()]);
+  return texts.flatMap(([one, a], i) => texts.slice(i + 1).filter(([other, b]) =>
+    a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 4 && b.top < a.bottom - 4
+  ).map(([other]) => [one, other]));
+}"""
+
+
+def lines_of_readable_page(path: Path) -> int:
+    """How many lines the pictures of a page have; fails where a text of them cannot be read, wide or narrow."""
+    with chromium() as browser:
+        for width in (1280, 400):
+            page = browser.new_page(viewport={"width": width, "height": 900})
+            problems: list[str] = []
+            page.on("pageerror", lambda problem, problems=problems: problems.append(str(problem)))
+            page.goto(path.as_uri())
+            assert page.evaluate(OUTSIDE) == []
+            assert page.evaluate(OVERLAPPING) == []
+            assert page.evaluate("document.documentElement.scrollWidth") <= width  # only tables and pictures scroll
+            assert problems == []
+        return int(page.locator("svg polyline").count())

@@ -6,9 +6,11 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import random
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +216,22 @@ class LMCacheServer:
         for module in reversed(self.modules):
             module.close()
         self.context.close()
+
+
+@contextmanager
+def made_servers() -> Iterator[Callable[..., LMCacheServer]]:
+    """Makes servers, and ends them at the end."""
+    servers: list[LMCacheServer] = []
+
+    def made(*args: Any, **kwargs: Any) -> LMCacheServer:
+        servers.append(LMCacheServer(*args, **kwargs))
+        return servers[-1]
+
+    yield made
+    for server in servers:
+        server.close()
+
+
+def text(draw: random.Random, chunks: int) -> list[int]:
+    """Token ids of so many LMCache chunks."""
+    return [draw.randrange(1 << 32) for _ in range(chunks * CHUNK)]
