@@ -84,6 +84,7 @@ class KVRegistry:
         canonical: Callable[[str], str] = str,
         prompts: Sequence[IngestPrompts] = (),
         kv: str | None = None,
+        pin: bool | None = None,
     ) -> KVRegistry:
         """Make one over the parts of a workspace.
 
@@ -93,6 +94,7 @@ class KVRegistry:
             canonical: Converts an id to the form in which the other store returns it.
             prompts: For which KV is computed; none: the workspace's.
             kv: When it is computed: "now", "lazy" or "none", see KVPolicy; None: by the workspace's settings.
+            pin: Whether it is pinned on its server; None: by the workspace's settings.
 
         Raises:
             ConfigError: `kv` is none of these.
@@ -107,7 +109,11 @@ class KVRegistry:
             space=space,
             lock_timeout=workspace.settings.lock_timeout_s,
             canonical=canonical,
-            policy=replace(workspace.kv_policy, mode=kv_mode(kv)) if kv else workspace.kv_policy,
+            policy=replace(
+                workspace.kv_policy,
+                mode=kv_mode(kv) if kv else workspace.kv_policy.mode,
+                pin=workspace.kv_policy.pin if pin is None else pin,
+            ),
         )
 
     @property

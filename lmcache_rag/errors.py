@@ -16,6 +16,7 @@
     │   └── StoreFullError         no space left on the device
     ├── EngineError                the inference engine
     │   ├── UnsupportedModelError  this model cannot be blended
+    │   ├── PinRefusedError        a chunk cannot be pinned: there is no room for more
     │   ├── PrecomputeError        a chunk's KV could not be computed or stored
     │   └── EngineUnavailableError the engine cannot be reached
     └── OptionalDependencyError    an extra is not installed (also an ImportError)
@@ -95,6 +96,10 @@ class UnsupportedModelError(EngineError):
 
 class PrecomputeError(EngineError):
     """A chunk's KV could not be computed or stored; nothing was recorded."""
+
+
+class PinRefusedError(EngineError):
+    """A chunk cannot be pinned: there is no room for more, or the server cannot do it."""
 
 
 class EngineUnavailableError(EngineError):

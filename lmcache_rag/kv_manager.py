@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lmcache_rag.documents.access import is_gone
 from lmcache_rag.documents.versions import is_outdated, was_file
+from lmcache_rag.errors import ConfigError
 from lmcache_rag.kv_policy import KVPolicy, RateLimit
 from lmcache_rag.kv_removal import ForgetReport, IngestPrompts, KVRemover
 
@@ -67,6 +68,7 @@ class KVManager:
         self._store, self._engine, self._prompts = store, engine, prompts
         self._remover = KVRemover(store, lambda pairs: engine.forget(pairs), engine, prompts, ttl=policy.ttl)
         self._rate_limit = RateLimit(policy.rate)
+        self._pins = policy.pin is True
 
     def compute(
         self,
@@ -74,10 +76,18 @@ class KVManager:
         *,
         on_chunk: Callable[[PrecomputeResult], None] | None = None,
         stop: threading.Event | None = None,
+        pin: bool | None = None,
     ) -> KVTotals:
         """Compute and record the KV of these chunks, skipping what the engine has. Needs the store's writing lock.
 
+        Args:
+            chunks: The chunks.
+            on_chunk: Called after each.
+            stop: Once it is set, failed chunks are not retried.
+            pin: Whether each is pinned before its KV is computed; None: by the policy.
+
         Raises:
+            PinRefusedError: A chunk cannot be pinned; its KV is not computed then.
             PrecomputeError: A chunk's KV could not be computed. KV that was computed before is recorded.
         """
         from lmcache_rag.store import KVRow
@@ -90,6 +100,8 @@ class KVManager:
             for chunk in chunks:
                 prompt = self._prompts.ingest(chunk.text)
                 self._rate_limit.wait(len(prompt.chunk_ids), stop)
+                if self._pins if pin is None else pin:
+                    self.pin(prompt)
                 waiting.append(chunk)
                 yield prompt
 
@@ -106,6 +118,22 @@ class KVManager:
         finally:
             self._record(rows)
         return totals
+
+    def pin(self, prompt: IngestPrompt, *, pin: bool = True) -> None:
+        """Pin a chunk's KV in the engine's memory, or end that.
+
+        Raises:
+            ConfigError: The engine evicts nothing that could be pinned.
+            PinRefusedError: It has no room for more pins.
+        """
+        from lmcache_rag.engines.base import PinsChunks
+
+        if not isinstance(self._engine, PinsChunks):
+            raise ConfigError(
+                f"Chunks are pinned on a server; the engine is {self._engine.info.engine}.",
+                remedy="Name the server with --engine URL, or leave out --pin.",
+            )
+        self._engine.pin_chunk(prompt, pin=pin)
 
     def keep(self, texts: Sequence[str]) -> KVTotals:
         """Compute and record the KV of texts that are in the store, unless another process writes to it."""
@@ -140,7 +168,7 @@ class KVManager:
         done: list[PrecomputeResult] = []
         with self._store.writing(timeout=0):
             known = self._store.registry.stored_texts([text]).values()
-            self.compute(known, on_chunk=done.append, stop=stop)
+            self.compute(known, on_chunk=done.append, stop=stop, pin=False)
         return done[0] if done else None
 
     def forget(self, doc_ids: Sequence[str], *, on_chunk: Callable[[int, int], None] | None = None) -> ForgetReport:
@@ -332,7 +360,34 @@ class Maintainer:
                 if on_chunk:
                     on_chunk(done, len(todo), result)
 
-            return self._kv.compute(self._chunks(todo), on_chunk=tick)
+            return self._kv.compute(self._chunks(todo), on_chunk=tick, pin=False)
+
+    def pin(
+        self,
+        chunk_ids: Sequence[int] | None = None,
+        *,
+        pin: bool = True,
+        on_chunk: Callable[[int, int], None] | None = None,
+    ) -> int:
+        """Pin the KV of chunks in a server's memory, or end that; returns of how many. What is missing is not computed.
+
+        Args:
+            chunk_ids: Only these chunks, in this order; None: all.
+            pin: False ends the pins.
+            on_chunk: Called with (done, how many in all) after each.
+
+        Raises:
+            ConfigError: The engine is no server.
+            PinRefusedError: There is no room for more pins. Those that were pinned stay so.
+        """
+        ids = [chunk.chunk_id for chunk in self.store.registry.chunks()] if chunk_ids is None else list(chunk_ids)
+        done = 0
+        for chunk in self._chunks(ids):
+            self._kv.pin(self.prompts.ingest(chunk.text), pin=pin)
+            done += 1
+            if on_chunk:
+                on_chunk(done, len(ids))
+        return done
 
     async def awarm(self) -> KVTotals:
         """Async version of warm, in a thread."""

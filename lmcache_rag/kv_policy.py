@@ -34,11 +34,13 @@ class KVPolicy:
             lmcache_rag.lazy_fill. "none": by `warm` only.
         ttl: Age in seconds at which KV is removed; None: never.
         rate: Most tokens of chunks that are ingested in a second; None: as fast as it goes.
+        pin: Whether chunks that are ingested or warmed are pinned in a server's memory; False: `warm` ends their pins.
     """
 
     mode: KVMode = "now"
     ttl: float | None = None
     rate: float | None = None
+    pin: bool | None = None
 
 
 class RateLimit:

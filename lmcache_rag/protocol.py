@@ -9,6 +9,7 @@ Programs compare codes; a sentence is made from a code where a person reads it: 
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -35,7 +36,10 @@ FORGET: Final = "lmcache_rag.forget"  # true: such a prompt, whose chunk's KV is
 SPANS: Final = "lmcache_rag.spans"  # true: the answer's statistics hold `spans`
 KEEP: Final = "lmcache_rag.keep"  # with forget: first tokens of the chunk whose KV stays: another chunk begins so, too
 HELD: Final = "lmcache_rag.held"  # with forget, true: the answer counts what each tier held of the chunk
-REQUEST_KEYS: Final = (POLICY, RATIO, BLEND, CHUNKS, PREFIX, INGEST, FORGET, KEEP, HELD, SPANS)
+# With the prompt of an ingestion, true: the chunk's KV is not evicted from LMCache's memory; false: it may be again.
+PIN: Final = "lmcache_rag.pin"
+TENANT: Final = "lmcache_rag.tenant"  # whose budget the KV counts to; default: the request's cache_salt
+REQUEST_KEYS: Final = (POLICY, RATIO, BLEND, CHUNKS, PREFIX, INGEST, FORGET, KEEP, HELD, SPANS, PIN, TENANT)
 
 LMCACHE_NAMESPACE: Final = "lmcache."
 MAX_OFFLOAD_TOKENS: Final = "lmcache.max_offload_tokens"  # LMCache's: most tokens of this request to store
@@ -208,6 +212,8 @@ FAILURE: Final = "failure"  # a Fallback, or a sentence if can_blend is false; "
 DECISION: Final = "decision"  # a Decision; absent where there was nothing to decide
 PREDICTED: Final = ("predicted_blend_ms", "predicted_compute_ms")  # what it compared, where known
 FORGOTTEN: Final = "forgotten"  # in answers to lmcache_rag.forget only: whether the chunk's KV was removed
+PINNED: Final = "pinned"  # in answers to lmcache_rag.pin only: whether the chunk is pinned now
+PINS: Final = "pins"  # with it: `used` and `limit`, bytes of pins, and `tenant`, 1 if they are its tenant's; or nothing
 KV_HELD: Final = "held"  # with lmcache_rag.held: objects of the chunk by tier, before this request removed them
 CAN_BLEND: Final = "can_blend"  # false in answers of a server that cannot blend at all; else absent
 REASON: Final = "reason"  # a CannotBlend, present with can_blend
@@ -285,6 +291,11 @@ INDEX_FOUND: Final = "lmcache_rag.chunks_found"  # chunks that the index found i
 INDEX_SIZE: Final = "lmcache_rag.index_size"  # most chunks that the index takes
 TIER_DAMAGED: Final = "lmcache_rag.tier_damaged"  # objects of second tiers that are not what was stored
 COORDINATOR_ANSWERS: Final = "lmcache_rag.coordinator_answers"  # 1, or 0 while it is away
+PINNED_BYTES: Final = "lmcache_rag.pinned_bytes"  # of memory
+PIN_LIMIT: Final = "lmcache_rag.pinned_limit_bytes"  # most of them
+TENANT_BYTES: Final = "lmcache_rag.tenant_bytes"  # of memory, label `tenant`: of tenants with a budget
+TENANT_BUDGET: Final = "lmcache_rag.tenant_budget_bytes"
+TENANT_EVICTED: Final = "lmcache_rag.tenant_evicted"  # objects that were evicted, as the tenant was beyond its budget
 FLEET_FOUND: Final = "lmcache_rag.chunks_found_elsewhere"  # that only the coordinator knew
 
 
@@ -302,6 +313,13 @@ def costs(metrics: str) -> dict[str, float]:
 def boundaries(metrics: str) -> dict[str, float]:
     """From how many tokens on a server blends, by where the KV is, by the text of its /metrics."""
     return _labelled(metrics, BOUNDARY_GAUGE, "tier")
+
+
+def tenant_bytes(metrics: str, name: str) -> dict[str, float]:
+    """A metric by tenant (TENANT_BYTES and the like) by the text of LMCache's /metrics; empty if it is not there."""
+    base = name.replace(".", "_")
+    found = re.findall(rf'^{base}(?:_total)?\{{[^}}]*tenant="((?:[^"\\]|\\.)*)"[^}}]*\}} (\S+)$', metrics, re.MULTILINE)
+    return {re.sub(r"\\(.)", r"\1", tenant): float(value) for tenant, value in found}
 
 
 def _labelled(metrics: str, name: str, label: str) -> dict[str, float]:
@@ -395,7 +413,7 @@ def read_params(
     else:
         wrong.append(f"{BLEND} {shown(switch)} is neither on nor off nor always")
     flags = {}
-    for key in (INGEST, FORGET, HELD, SPANS):
+    for key in (INGEST, FORGET, HELD, SPANS, PIN):
         flag = values.get(key, False)
         if not isinstance(flag, bool):
             wrong.append(f"{key} {shown(flag)} is neither true nor false")
@@ -428,6 +446,11 @@ def complaints(params: Any, tokens: int = MOST_TOKENS) -> list[str]:
             wrong.append(f"{key} {shown(number)} is more tokens than the prompt has")
     if params.get(INGEST) is True and params.get(FORGET) is True:
         wrong.append(f"{INGEST} and {FORGET} contradict each other")
+    if PIN in params and (params.get(INGEST) is True or params.get(FORGET) is True):
+        wrong.append(f"{PIN} needs a request of its own, without {INGEST} and {FORGET}")
+    tenant = params.get(TENANT, "")
+    if not isinstance(tenant, str) or len(tenant) > WORDS or not tenant.isprintable():
+        wrong.append(f"{TENANT} {shown(tenant)} is not a name of at most {WORDS} printable characters")
     wrong += [f"{key} needs {FORGET}" for key in (KEEP, HELD) if params.get(key) and params.get(FORGET) is not True]
     return wrong
 
@@ -542,10 +565,23 @@ def removal_start(params: Any, prompt: int) -> int:
 
 
 def read_held(value: Any) -> dict[str, int]:
-    """Objects of a chunk by tier, as an answer has them; empty if it has none."""
+    """Objects of a chunk by tier, or figures of pins, as an answer has them; empty if it has none."""
     if not isinstance(value, Mapping):
         return {}
     return {str(tier): count for tier, count in value.items() if isinstance(count, int)}
+
+
+def tenant_name(tenant: str) -> str:
+    """A tenant's name as a request may hold it in TENANT: others are named by their SHA-256."""
+    if len(tenant) <= WORDS and tenant.isprintable():
+        return tenant
+    return hashlib.sha256(tenant.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def pins(params: Any) -> bool | None:
+    """Whether a request pins its chunk; False if it ends that; None if it does neither."""
+    wanted = params.get(PIN) if isinstance(params, Mapping) else None
+    return wanted if isinstance(wanted, bool) else None
 
 
 def ingests(params: Any) -> bool:

@@ -83,6 +83,9 @@ class Settings(BaseSettings):
     ingest_rate: float | None = Field(
         None, gt=0, description="Most tokens of chunks ingested in a second; off: no limit."
     )
+    pin: bool | None = Field(
+        None, description="Keep the KV of ingested and warmed chunks from being evicted from a server's memory."
+    )
     kv_ttl: float | None = Field(
         None, gt=0, description="Age at which a chunk's KV is removed, such as 30d, 12h or 90m; off: never."
     )

@@ -212,7 +212,8 @@ class Workspace:
     @property
     def kv_policy(self) -> KVPolicy:
         """When KV is computed, how fast, and how long it is kept."""
-        return KVPolicy(self.settings.kv, self.settings.kv_ttl, self.settings.ingest_rate)
+        settings = self.settings
+        return KVPolicy(settings.kv, settings.kv_ttl, settings.ingest_rate, settings.pin)
 
     @property
     def _limits(self) -> ReadLimits:

@@ -83,6 +83,7 @@ class LMCacheVectorStore(VectorStore):
             or None for this library's own words. Empty: these words only.
         kv: When KV of added documents is computed: "now", "lazy" (after questions that use them) or "none" (by warm());
             None: by the settings, LMCACHE_RAG_KV or the store's settings.toml, else now.
+        pin: Whether a server keeps the KV of added texts from being evicted; None: by the settings, LMCACHE_RAG_PIN.
 
     Raises:
         ConfigError: `source` is missing, or `kv` is none of these.
@@ -99,6 +100,7 @@ class LMCacheVectorStore(VectorStore):
         adopt: bool = True,
         prompts: Sequence[Any] = (),
         kv: str | None = None,
+        pin: bool | None = None,
     ) -> None:
         if source is None:
             raise ConfigError(
@@ -106,7 +108,7 @@ class LMCacheVectorStore(VectorStore):
                 remedy="Give the program's LLM object, a server's URL, an engine or a Workspace as second argument.",
             )
         self._source, self._folder, self._prompts = source, store, tuple(prompts)
-        self._kv = None if kv is None else kv_mode(kv)
+        self._kv, self._pin = None if kv is None else kv_mode(kv), pin
         self._lock = threading.RLock()
         self._ids_in_flight: set[str] = set()
         self.inner: VectorStore = inner if inner is not None else self._own(embedding, space or "")
@@ -124,6 +126,7 @@ class LMCacheVectorStore(VectorStore):
             canonical=listing.canonical if listing else str,
             prompts=[ingest_prompts(one, workspace, self._source) for one in self._prompts],
             kv=self._kv,
+            pin=self._pin,
         )
 
     @property

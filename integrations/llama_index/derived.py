@@ -34,7 +34,9 @@ class DerivedTexts:
 
     def __init__(self, workspace: Workspace, nodes: KVRegistry, prompts: Sequence[IngestPrompts] = ()) -> None:
         self._nodes = nodes
-        self.register = KVRegistry.of(workspace, space=_space_of(nodes), prompts=prompts, kv=nodes.policy.mode)
+        self.register = KVRegistry.of(
+            workspace, space=_space_of(nodes), prompts=prompts, kv=nodes.policy.mode, pin=nodes.policy.pin
+        )
         _registries.setdefault(workspace.store, weakref.WeakSet()).add(nodes)
 
     def add(self, nodes: Iterable[BaseNode]) -> KVTotals:

@@ -161,6 +161,7 @@ class LMCacheVectorStore(BasePydanticVectorStore):
             for the workspace's own. Empty: that only.
         kv: When KV of added nodes is computed: "now", "lazy" (after questions that use them) or "none" (by warm());
             None: by the settings, LMCACHE_RAG_KV or the store's settings.toml, else now.
+        pin: Whether a server keeps the KV of added texts from being evicted; None: by the settings, LMCACHE_RAG_PIN.
 
     Raises:
         ConfigError: The source has no engine, a template cannot be blended, or `kv` is none of these.
@@ -188,11 +189,12 @@ class LMCacheVectorStore(BasePydanticVectorStore):
         store: str | os.PathLike[str] | None = None,
         prompts: Sequence[Any] = (),
         kv: str | None = None,
+        pin: bool | None = None,
     ) -> None:
         workspace = workspace_of(source) if store is None else as_workspace(source, store=os.fspath(store))
         llm = source if isinstance(source, LLM) or not prompts else EngineLLM.of(workspace)
         made = [ingest_prompts(one, workspace, llm) for one in prompts]
-        register = KVRegistry.of(workspace, space=space, prompts=made, kv=kv)
+        register = KVRegistry.of(workspace, space=space, prompts=made, kv=kv, pin=pin)
         inner = FaissVectorStore.of(workspace, space=space) if inner is None else inner
         facts: dict[str, Any] = {"stores_text": inner.stores_text, "is_embedding_query": inner.is_embedding_query}
         super().__init__(**facts, space=space, target_metadata_key=target_metadata_key)  # type: ignore[call-arg]

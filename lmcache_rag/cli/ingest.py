@@ -53,7 +53,7 @@ Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask, however much
 NoKV = Annotated[bool, typer.Option("--no-kv", help="The same as --kv lazy.")]
 
 
-@command(*PLACE, "kv", *AGE, *INGEST, *EMBED, *SPLIT, *READ)
+@command(*PLACE, "kv", "pin", *AGE, *INGEST, *EMBED, *SPLIT, *READ)
 def ingest(
     context: CommandContext,
     paths: Paths = None,
@@ -72,6 +72,7 @@ def ingest(
     environments are left out. Before KV is computed, its size and time are
     shown; in a terminal you are asked if that is much. With --kv lazy it is
     computed after questions that use a chunk, with --kv none only by warm.
+    --pin keeps a server from evicting it.
 
     [bold]Examples[/bold]
       lmcache-rag ingest docs/ notes.md 'papers/**/*.pdf'

@@ -91,25 +91,28 @@ def status(context: CommandContext) -> None:
         show_status(context.out, path, found, read_only=read_only)
 
 
-@command(*PLACE, *AGE, *INGEST)
+@command(*PLACE, "pin", *AGE, *INGEST)
 def warm(context: CommandContext, top: Top = None, from_log: FromLog = None) -> None:
     """Compute missing KV, of all chunks or of those that questions use most.
 
     KV is missing after ingest --kv lazy, if the KV budget was too small, or with
     another model. --from-log names a retrieval trace or a question log (JSONL);
     of questions without chunks these are retrieved now. Can be interrupted; the
-    same command continues.
+    same command continues. --pin also keeps a server from evicting these chunks
+    from its memory, until LMCache is started again; --no-pin ends that.
 
     [bold]Examples[/bold]
       lmcache-rag warm
       lmcache-rag warm --top 500 --from-log questions.jsonl
+      lmcache-rag warm --top 50 --from-log questions.jsonl --pin --engine http://localhost:8000
       lmcache-rag warm --engine http://localhost:8000 --rate 2000 --in-flight 2
     """
     if top is not None and from_log is None:
         raise ConfigError("--top needs to know which chunks are used.", remedy="Name a log with --from-log.")
     with context.workspace(models=False) as workspace:
         kv, known = workspace.stored_kv, workspace.identity
-        if kv is not None and known is not None and kv.is_complete(known.fingerprint):
+        pin, pinned = workspace.settings.pin, 0
+        if pin is None and kv is not None and known is not None and kv.is_complete(known.fingerprint):
             totals = KVTotals()
         else:
             context.load(context.with_models(workspace), embedder=False)
@@ -119,9 +122,15 @@ def warm(context: CommandContext, top: Top = None, from_log: FromLog = None) -> 
                 def tick(done: int, total: int, result: PrecomputeResult) -> None:
                     bars.update("KV", done, total, tokens=result.tokens)
 
+                if pin is not None:
+                    pinned = workspace.maintainer.pin(
+                        wanted, pin=pin, on_chunk=lambda done, total: bars.update("pins", done, total)
+                    )
                 totals = workspace.maintainer.warm(wanted, on_chunk=tick)
+    if pin is not None and not context.json:
+        context.out.print(f"{count(pinned, 'chunk')} {'pinned' if pin else 'no longer pinned'}.")
     if context.json:
-        context.emit(plain(totals))
+        context.emit(plain(totals) | ({"pinned" if pin else "unpinned": pinned} if pin is not None else {}))
     elif totals.computed or totals.existed:
         context.out.print(
             f"{totals.computed:,} computed, {totals.existed:,} found ({count(totals.tokens, 'token')}, "

@@ -292,6 +292,7 @@ _LOOKS = {
     "policy": _Look(metavar="NAME"),
     "ratio": _Look(metavar="RATIO"),
     "kv": _Look(metavar="now|lazy|none"),
+    "pin": _Look("--pin/--no-pin", default="no-pin"),
     "kv_ttl": _Look(metavar="AGE", default="off", text=True),
     "ingest_in_flight": _Look("--in-flight", metavar="N"),
     "ingest_rate": _Look("--rate", metavar="TOKENS|off", default="off", text=True),

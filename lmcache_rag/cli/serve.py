@@ -155,6 +155,16 @@ def serve(
             "of all prompts. Ingested chunks are evicted last.",
         ),
     ] = StoreMode.ALL,
+    tenant_budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="TENANT=GB",
+            help="Most of --l1-gb for one tenant's KV, more than once if wanted; '*=GB' is for each other tenant. A "
+            "tenant beyond its budget evicts its own KV. [dim]\\[LMCACHE_RAG_TENANT_BUDGET, with commas; default: none]"
+            "[/dim]",
+            show_default=False,
+        ),
+    ] = None,
     index_size: Annotated[
         int, typer.Option(metavar="N", help="Most chunks of LMCache's size that may be blended.", min=1)
     ] = 1 << 20,
@@ -238,9 +248,10 @@ def serve(
       lmcache-rag serve Qwen/Qwen3-8B
       lmcache-rag serve Qwen/Qwen3-8B --l2 /data/kv --tensor-parallel-size 2
       lmcache-rag serve Qwen/Qwen3-8B --l2 redis://kv:6379 --coordinator http://kv:9300
+      lmcache-rag serve Qwen/Qwen3-8B --l1-gb 200 --tenant-budget acme=80 --tenant-budget '*=10'
       lmcache-rag serve Qwen/Qwen3-8B --dry-run
     """
-    from lmcache_rag.connector.lmcache_server.settings import ServerSettings
+    from lmcache_rag.connector.lmcache_server.settings import ServerSettings, parse_budgets
     from lmcache_rag.serving.commands import ServeOptions
 
     settings, extra = context.settings(), tuple(vllm or ())
@@ -251,6 +262,7 @@ def serve(
             named = any(option.partition("=")[0] == "--served-model-name" for option in extra)
             extra = extra if named else (*extra, "--served-model-name", served_model)
             served_model = str(source.path)
+    budgets = parse_budgets(tenant_budget or os.environ.get("LMCACHE_RAG_TENANT_BUDGET", "").split(","))
     options = ServeOptions(
         model=served_model,
         vllm=extra,
@@ -266,7 +278,7 @@ def serve(
         lmcache_http_port=lmcache_http_port,
         step_tokens=step_tokens,
         connector=tuple(connector or ()),
-        keeps=ServerSettings(index.value, store_mode.value, index_size, settings.kv_ttl or 0.0),
+        keeps=ServerSettings(index.value, store_mode.value, index_size, settings.kv_ttl or 0.0, budgets),
         prefix_tokens=prefix_tokens,
         secret_file=secret_file,
         ingest_key_file=ingest_key_file or settings.ingest_key_file,

@@ -22,10 +22,12 @@ from lmcache_rag.protocol import (
     INGEST,
     INGEST_KEY_HEADER,
     MOST_TOKENS,
+    PIN,
     PREFIX,
     accepted,
     complaints,
     joined,
+    pins,
 )
 
 MIDDLEWARE: Final = "lmcache_rag.connector.authorization.IngestKeyMiddleware"  # for vLLM's --middleware
@@ -80,6 +82,8 @@ def needs_key(params: Any) -> str:
     """Which key of kv_transfer_params needs the ingest key; "" where none does."""
     if not isinstance(params, Mapping):
         return ""
+    if pins(params) is not None:
+        return PIN
     return next((key for key in (INGEST, FORGET) if params.get(key) is True), "")
 
 
@@ -120,7 +124,8 @@ class IngestKey:
         """Sign a request that is authorised, for the scheduler. The signature is not valid for another prompt."""
         named = params.get(PREFIX)
         prefix = named if isinstance(named, int) and 0 <= named <= MOST_TOKENS else -1
-        signed = array("q", (params.get(INGEST) is True, params.get(FORGET) is True, prefix, *(prompt or ())))
+        asked = (params.get(INGEST) is True, params.get(FORGET) is True, {None: 0, False: 1, True: 2}[pins(params)])
+        signed = array("q", (*asked, prefix, *(prompt or ())))
         return hmac.new(self._digest, signed.tobytes(), hashlib.sha256).hexdigest()
 
     def permitted(self, params: Any, prompt: Sequence[int] | None) -> Any:
@@ -134,7 +139,8 @@ class IngestKey:
         valid = isinstance(signature, str) and signature.isascii()
         if valid and hmac.compare_digest(str(signature), self.signature(params, prompt)):
             return kept
-        return {key: value for key, value in kept.items() if key not in (INGEST, FORGET)} if needs_key(params) else kept
+        unsigned = {key: value for key, value in kept.items() if key not in (INGEST, FORGET, PIN)}
+        return unsigned if needs_key(params) else kept
 
 
 def checked(

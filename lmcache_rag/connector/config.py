@@ -44,6 +44,7 @@ class ConnectorOptions:
             environment has it.
         prefix_tokens: Prompts of clients that name no prefix share KV by their first so many tokens, a multiple of
             LMCache's chunk; 0: by their first chunk.
+        tenants: Whether LMCache's server is told whose KV it is, for budgets of tenants.
         min_gain: A request is blended if that is predicted to give its first token earlier by at least this share of
             the time that computing it takes, in [0, 1). null or "off": always, whatever it takes.
     """
@@ -67,6 +68,7 @@ class ConnectorOptions:
     ingest_key_file: str = ""
     secret_file: str = ""
     prefix_tokens: int = 0
+    tenants: bool = False
     min_gain: float | None = DEFAULT_MIN_GAIN
 
     def __post_init__(self) -> None:

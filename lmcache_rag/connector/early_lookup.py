@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from lmcache_rag.connector.authorization import checked, needs_key
 from lmcache_rag.connector.request_state import RequestState
-from lmcache_rag.protocol import INGEST_PRIORITY, ingests, read_params
+from lmcache_rag.protocol import INGEST_PRIORITY, ingests, pins, read_params
 
 if TYPE_CHECKING:
     from lmcache_rag.connector.authorization import IngestKey
@@ -65,7 +65,7 @@ class EarlyLookups:
 
     @staticmethod
     def yield_to_questions(request: Any) -> None:
-        """Give a request that ingests or forgets a low priority, before vLLM queues it.
+        """Give a request that ingests, forgets or pins a low priority, before vLLM queues it.
 
         It is done here, for the requests of all clients: these do not know whether a server schedules by priority, and
         one that does not rejects requests that name one.
@@ -109,7 +109,7 @@ class EarlyLookups:
         )
         options = scheduler.options
         asked, _ = read_params(params, options.policy, options.ratio, options.blend)
-        if wrong or asked.forget or ingests(params) or not asked.blend:
+        if wrong or asked.forget or ingests(params) or pins(params) is not None or not asked.blend:
             return None
         state = RequestState(asked.policy, asked.budget, blend=True, always=asked.always, prompt=len(prompt))
         if not scheduler.window.has_place(len(prompt), time.perf_counter()):

@@ -1,6 +1,7 @@
 """Look-ups at LMCache: when they may start, how they are sent, what happens to those that are aborted.
 
-And look-ups that ask for a chunk's KV to be removed (lmcache_rag.protocol.FORGET), of prompts of prefix + chunk.
+And look-ups that ask for a chunk's KV to be removed (lmcache_rag.protocol.FORGET) or pinned (PIN), of prompts of
+prefix + chunk.
 """
 
 from __future__ import annotations
@@ -27,10 +28,16 @@ from lmcache_rag.protocol import (
     INGEST,
     KV_HELD,
     MAX_OFFLOAD_TOKENS,
+    PIN,
+    PINNED,
+    PINS,
     PREFIX,
+    TENANT,
+    WORDS,
     chunk_start,
     ingests,
     named_prefix,
+    pins,
     removal_start,
 )
 
@@ -259,8 +266,8 @@ class SchedulerClient:
         if has_embeddings(request) or self.adapter_changed(adapter):
             lmcache_client.bypass_lmcache(tracker)
             return
-        forgets = params.get(FORGET) is True
-        tracker.request_configs = self._configs(params, removal_start(params, len(prompt)))
+        forgets = params.get(FORGET) is True or pins(params) is not None
+        tracker.request_configs = self._configs(params, request.cache_salt, removal_start(params, len(prompt)))
         stored = ingests(params) or self._options.store != "ingest"
         tracker.max_offload_tokens = 0 if forgets or not stored or not store else params.get(MAX_OFFLOAD_TOKENS)
         if self._second_use is not None and not ingests(params) and not forgets:
@@ -279,16 +286,27 @@ class SchedulerClient:
             if other.lora_int_id == lora_request.lora_int_id and replaced:
                 self.stop_storing(request_id)
 
-    @staticmethod
-    def _configs(params: Mapping[str, Any], start: int = 0) -> dict[str, Any] | None:
-        """What LMCache gets with each key of a request; `start`: from where on KV that is forgotten is removed."""
-        configs = {MAX_OFFLOAD_TOKENS: params[MAX_OFFLOAD_TOKENS]} if MAX_OFFLOAD_TOKENS in params else {}
+    def _configs(self, params: Mapping[str, Any], salt: str | None, start: int = 0) -> dict[str, Any] | None:
+        """What LMCache gets with each key of a request.
+
+        Args:
+            params: The request's parameters.
+            salt: The cache_salt that its client sent.
+            start: From where on KV that is forgotten or pinned is a chunk's own.
+        """
+        configs: dict[str, Any] = (
+            {MAX_OFFLOAD_TOKENS: params[MAX_OFFLOAD_TOKENS]} if MAX_OFFLOAD_TOKENS in params else {}
+        )
         if params.get(FORGET) is True:
             configs |= {FORGET: True, PREFIX: start}
             if params.get(HELD) is True:
                 configs[HELD] = True
+        elif (pinned := pins(params)) is not None:
+            configs |= {PIN: pinned, PREFIX: start}
         elif ingests(params):
             configs[INGEST] = True
+        if self._options.tenants and (tenant := params.get(TENANT) or (salt or "")[:WORDS]):
+            configs[TENANT] = tenant
         return configs or None
 
     def stop_storing(self, request_id: str) -> None:
@@ -328,7 +346,7 @@ class SchedulerClient:
         """
         if not self._adapter.is_healthy:
             return None
-        prompt, configs = request.prompt_token_ids, self._configs(params)
+        prompt, configs = request.prompt_token_ids, self._configs(params, request.cache_salt)
         salt = self._salts.peek(prompt, request.cache_salt or "", params)
         lookup = lmcache_client.BlendLookup(self._adapter, request.request_id, prompt, salt, configs)
         return SentLookup(lookup, time.perf_counter())
@@ -401,20 +419,22 @@ class SchedulerClient:
 class _RemovalRequest:
     start: int  # from where on KV is removed
     counts: bool = False  # whether the answer has what each tier held
+    pins: bool | None = None  # the chunk is pinned, or no longer, and not removed
     in_vllm: int = 0  # blocks of vLLM's prefix cache that were removed
     held: dict[str, int] = field(default_factory=dict)  # objects by tier, of LMCache
     lookup: Lookup | None = None
     asked_at: float | None = None
     closed: bool = False
-    forgotten: bool = False
+    forgotten: bool = False  # LMCache has answered
 
 
 @dataclass
 class Forgetting:
-    """Requests that ask for a chunk's KV to be removed.
+    """Requests that ask for a chunk's KV to be removed, or pinned.
 
-    vLLM's own blocks of the chunk become unreachable at once. LMCache's server is asked by a look-up, whose key holds
-    the request, and the request waits for its answer. KV that the request itself computes is stored nowhere.
+    Where it is removed, vLLM's own blocks of the chunk become unreachable at once. LMCache's server is asked by a
+    look-up, whose key holds the request, and the request waits for its answer. KV that the request itself computes is
+    stored nowhere.
 
     Args:
         client: Starts look-ups.
@@ -436,15 +456,18 @@ class Forgetting:
     def on_new_request(self, request: Any) -> bool:
         """Take a new request, if it asks for this; returns whether it does."""
         params = request.kv_transfer_params
-        if not params or params.get(FORGET) is not True or has_embeddings(request):
+        if not params or has_embeddings(request):
+            return False
+        pinned = pins(params)
+        if params.get(FORGET) is not True and pinned is None:
             return False
         prompt = request.prompt_token_ids
         prefix, chunk = named_prefix(params, len(prompt)), chunk_start(params, len(prompt))
         start = removal_start(params, len(prompt))
         known = self._requests[request.request_id] = _RemovalRequest(
-            start, counts=params.get(HELD) is True, closed=not 0 < start < len(prompt)
+            start, counts=params.get(HELD) is True, pins=pinned, closed=not 0 < start < len(prompt)
         )
-        if known.closed:
+        if known.closed or pinned is not None:
             return True
         hashes = list(request.block_hashes)
         self.prefix_cache.hide(request, start)  # before anything else: the request must not find its own blocks
@@ -471,7 +494,7 @@ class Forgetting:
                 known.closed = known.lookup is None
         elif known.lookup.poll(0.0):
             known.closed = known.forgotten = True
-            if known.counts:
+            if known.counts or known.pins is not None:
                 known.held = lmcache_client.read_counts(known.lookup.result)
             self._abort(known)
         if not known.closed and now - known.asked_at > self.deadline:
@@ -480,9 +503,17 @@ class Forgetting:
         return known.closed
 
     def on_finished(self, request_id: str) -> dict[str, Any]:
-        """The request ended. Returns its statistics: whether the chunk's KV was removed, and what there was of it."""
+        """The request ended. Returns its statistics: whether the chunk's KV was removed, and what there was of it.
+
+        Of one that pins: whether the chunk is pinned now, and the figures of all pins.
+        """
         known = self._requests.pop(request_id)
         self._abort(known)
+        if known.pins is not None:
+            if not known.forgotten:  # LMCache did not answer
+                return {PINNED: False, PINS: {}}
+            pinned = known.held.pop(PINNED, None)
+            return {} if pinned is None else {PINNED: bool(pinned), PINS: known.held}
         return {FORGOTTEN: known.forgotten} | (
             {KV_HELD: {IN_VLLM: known.in_vllm, **known.held}} if known.counts else {}
         )

@@ -444,6 +444,21 @@ class Engine(Protocol):
 
 
 @runtime_checkable
+class PinsChunks(Protocol):
+    """An engine whose KV may be evicted elsewhere, unless it is pinned there."""
+
+    def pin_chunk(self, prompt: IngestPrompt, *, pin: bool = True) -> None:
+        """Keep a chunk's KV from being evicted from memory, or end that. It may be computed later.
+
+        Raises:
+            PinRefusedError: Pins have no room for it, or the server cannot pin.
+            EngineUnavailableError: It cannot be reached, or cannot reach its KV store.
+            EngineError: It rejects the request.
+        """
+        ...
+
+
+@runtime_checkable
 class ForgetsChunks(Protocol):
     """An engine whose KV is stored elsewhere, by the chunks' tokens and not by key. Others forget by Engine.forget."""
 

@@ -32,7 +32,13 @@ from lmcache_rag.engines.base import (
     VerifyResult,
 )
 from lmcache_rag.engines.vllm_client import KVNotStoredError, RefusedError, ServedModel, VLLMClient
-from lmcache_rag.errors import ContextLengthError, EngineError, EngineUnavailableError, LMCacheRAGError, PrecomputeError
+from lmcache_rag.errors import (
+    ContextLengthError,
+    EngineError,
+    EngineUnavailableError,
+    LMCacheRAGError,
+    PrecomputeError,
+)
 from lmcache_rag.families import CANNOT_RECUR, recurrent_of
 
 log = logging.getLogger("lmcache_rag")
@@ -198,6 +204,16 @@ class VLLMEngine:
         """As `forget_chunks`, for one chunk."""
         [result] = self.forget_chunks([prompt])
         return result
+
+    def pin_chunk(self, prompt: IngestPrompt, *, pin: bool = True) -> None:
+        """Keep a chunk's KV in its server's memory, until it is removed or LMCache is started again; or end that.
+
+        Raises:
+            PinRefusedError: Pins have no room for it, or the server cannot pin.
+            EngineUnavailableError: The server, or its KV store, cannot be reached.
+            EngineError: The server rejected the key.
+        """
+        self._chunks.pin(prompt, pin=pin)
 
     def verify(self, prompt: IngestPrompt) -> VerifyResult:
         """Ask the server for one chunk: "ok" if it had the exact KV of its whole blocks, "missing" if not.
@@ -427,7 +443,9 @@ class RequestBuilder:
             self.model,
             prompt.token_ids,
             sampling,
-            params | {protocol.PREFIX: prompt.prefix_tokens},
+            params
+            | {protocol.PREFIX: prompt.prefix_tokens}
+            | ({protocol.TENANT: protocol.tenant_name(prompt.tenant)} if prompt.tenant else {}),
             room=self.info.context_length - len(prompt.token_ids),
             salt=prompt.fingerprint if prompt.tenant else "",
         )
@@ -548,6 +566,19 @@ class ChunkPrecomputer:
             result = future.result()
             self.known.discard(prompt.key)
             yield result
+
+    def pin(self, prompt: IngestPrompt, *, pin: bool) -> None:
+        """See VLLMEngine.pin_chunk."""
+        response = self.client.complete(
+            self._request(prompt, {protocol.PIN: pin, protocol.MAX_OFFLOAD_TOKENS: 0}),
+            home=_home(prompt),
+            attempts=self.patience,
+            check=vllm_answer.check_pinned,
+            ingest=True,
+        )
+        statistics = protocol.answer_statistics(response) or {}
+        if refusal := vllm_answer.pin_refusal(statistics, len(prompt.chunk_ids), pin=pin):
+            raise refusal
 
     def verify(self, prompt: IngestPrompt) -> VerifyResult:
         """See VLLMEngine.verify."""

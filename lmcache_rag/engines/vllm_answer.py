@@ -22,6 +22,8 @@ from lmcache_rag.engines.base import (
     ReuseStats,
     Sampling,
 )
+from lmcache_rag.engines.vllm_client import KVNotStoredError
+from lmcache_rag.errors import PinRefusedError
 
 
 def blend_params(blend: BlendOptions, prompt: QueryPrompt | None = None) -> dict[str, Any]:
@@ -251,3 +253,40 @@ def chunks_found(prompt: QueryPrompt, reported: Mapping[str, Any], kv_block: int
     if covered == 0:
         return [False] * len(keep)
     return [tokens > 0 for tokens in keep] if covered >= sum(keep) else None
+
+
+# -- pins --------------------------------------------------------------------------------------------------------------
+
+
+def check_pinned(response: Any) -> None:
+    """Raise if the server reports that it could not reach its KV store: another attempt may help.
+
+    Raises:
+        KVNotStoredError: It reports that.
+    """
+    statistics = protocol.answer_statistics(response) or {}
+    if statistics.get(protocol.PINNED) is False and not statistics.get(protocol.PINS):
+        raise KVNotStoredError(
+            "the server could not pin a chunk: its KV store did not answer",
+            remedy="Check the LMCache server, and run the command again.",
+        )
+
+
+def pin_refusal(statistics: Mapping[str, Any], tokens: int, *, pin: bool) -> PinRefusedError | None:
+    """Why a chunk of so many tokens is not pinned, by an answer's statistics; None if it is as it was asked for."""
+    if protocol.PINNED not in statistics:
+        return PinRefusedError(
+            "The server cannot pin chunks.",
+            remedy="Start it with this version's `lmcache-rag serve`, and see `lmcache-rag doctor`.",
+        )
+    if not pin or statistics[protocol.PINNED]:
+        return None
+    figures = protocol.read_held(statistics.get(protocol.PINS))
+    used, limit = (figures.get(name, 0) / 1e9 for name in ("used", "limit"))
+    limited = "the tenant's budget" if figures.get("tenant") else "the server's memory"
+    return PinRefusedError(
+        f"A chunk of {tokens:,} tokens cannot be pinned: {used:,.2f} GB of the {limit:,.2f} GB of {limited} that pins "
+        "may take are pinned.",
+        remedy="Pin fewer chunks, end pins with `lmcache-rag warm --no-pin`, or start the server with a larger "
+        f"{'--tenant-budget' if figures.get('tenant') else '--l1-gb'}.",
+    )

@@ -312,6 +312,8 @@ def commands(
         extra["lmcache_rag.step_tokens"] = options.step_tokens
     if options.keeps.store != ServerSettings.store:
         extra["lmcache_rag.store"] = options.keeps.store
+    if options.keeps.budgets:
+        extra["lmcache_rag.tenants"] = True
     if options.prefix_tokens is not None:
         extra["lmcache_rag.prefix_tokens"] = options.prefix_tokens
     extra |= _checked(options.connector)

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from lmcache_rag import protocol
+from lmcache_rag._utils import clean
 from lmcache_rag.costs import SHOWN
 from lmcache_rag.credentials import LMCACHE_KEY_REMEDY, LOOPBACK, lmcache_headers
 from lmcache_rag.engines.vllm_client import ModelCard, VLLMClient, prefix_caching, vllm_block
@@ -48,6 +49,7 @@ CHUNKS = 3
 BLOCKS = (4, 3, 2)  # LMCache chunks in each of ours
 ANSWER = 16
 ADAPTERS = 8  # names in a line
+_TENANTS = 8
 TOP = 5  # log-probabilities requested with each token
 ATTEMPTS, PAUSE_S = 5, 1.0  # LMCache indexes stored KV with a short delay
 
@@ -180,7 +182,9 @@ def lmcache_checks(url: str, *, needed: bool, on_gpu: bool = True) -> tuple[list
         state: Any = "failed" if needed else "skipped"
         checks.append(Check("RoPE", state, "no vLLM worker is registered", "Is vLLM up, and with our connector?"))
     checks += rank_checks(status)
-    checks.append(index_check(get_text(url, "/metrics")))
+    metrics = get_text(url, "/metrics")
+    checks.append(index_check(metrics))
+    checks += retention_checks(metrics)
     return checks, status
 
 
@@ -199,6 +203,28 @@ def index_check(metrics: str) -> Check:
         remedy = "New chunks replace the least recently used ones: serve --index-size makes room for more."
         return Check("Chunk index", "warning", f"{result}: it is nearly full", remedy)
     return Check("Chunk index", "ok", result)
+
+
+def retention_checks(metrics: str) -> list[Check]:
+    """How much of memory is pinned, and which tenants are beyond their budgets; no check where neither is used."""
+    checks = []
+    pinned, most = (protocol.lmcache_number(metrics, name) for name in (protocol.PINNED_BYTES, protocol.PIN_LIMIT))
+    if pinned and most:
+        full = pinned >= NEARLY_FULL * most
+        remedy = "More is refused: end pins with `lmcache-rag warm --no-pin`, or raise serve's --l1-gb."
+        result = f"{pinned / 1e9:,.2f} GB of the {most / 1e9:,.2f} GB that may be pinned"
+        checks.append(Check("Pinned chunks", "warning" if full else "ok", result, remedy if full else ""))
+    if budgets := protocol.tenant_bytes(metrics, protocol.TENANT_BUDGET):
+        used = protocol.tenant_bytes(metrics, protocol.TENANT_BYTES)
+        evicted = protocol.tenant_bytes(metrics, protocol.TENANT_EVICTED)
+        words = [
+            f"{clean(tenant) or 'no tenant'} {used.get(tenant, 0) / 1e9:,.2f} of {budget / 1e9:,.2f} GB"
+            + (f" ({evicted[tenant]:,.0f} objects evicted)" if evicted.get(tenant) else "")
+            for tenant, budget in sorted(budgets.items())
+        ]
+        shown = ", ".join(words[:_TENANTS]) + (f" and {len(words) - _TENANTS} more" if len(words) > _TENANTS else "")
+        checks.append(Check("Tenant budgets", "ok", shown))
+    return checks
 
 
 def rank_checks(status: dict[str, Any]) -> list[Check]:

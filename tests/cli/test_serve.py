@@ -86,6 +86,19 @@ def test_index_and_store_modes_reach_both_servers() -> None:
         assert dry_run("some/model", "--dry-run", *wrong).exit_code == 2
 
 
+def test_budgets_of_tenants_reach_both_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LMCACHE_RAG_TENANT_BUDGET", "other=1,*=2")
+    for words, wanted in ((("--tenant-budget", "acme=40"), {"acme": 40.0}), ((), {"other": 1.0, "*": 2.0})):
+        lmcache, vllm = map(shlex.split, dry_run("some/model", "--dry-run", *words).stdout.splitlines())
+        module = json.loads(lmcache[lmcache.index("--server-module") + 1])
+        assert module["config"] == {"budgets": wanted}
+        extra = json.loads(vllm[vllm.index("--kv-transfer-config") + 1])["kv_connector_extra_config"]
+        assert ConnectorOptions.read(lambda key, default, extra=extra: extra.get(key, default)).tenants
+    assert "TENANT=GB" in dry_run("some/model", "--dry-run", "--tenant-budget", "acme").stderr
+    monkeypatch.delenv("LMCACHE_RAG_TENANT_BUDGET")
+    assert "lmcache_rag.tenants" not in dry_run("some/model", "--dry-run").stdout
+
+
 def test_dry_run_in_json() -> None:
     document = json.loads(dry_run("some/model", "--dry-run", "--json", "--port", "9000").stdout)
     assert document["url"] == "http://127.0.0.1:9000"

@@ -56,6 +56,13 @@ KEYS: dict[str, tuple[str, list[Any], list[Any], list[str]]] = {
     protocol.KEEP: ("integer", [0], [-1, TOKENS + 1, 1.5, True, 1], ["0 to the tokens of the prompt"]),
     protocol.HELD: ("boolean", [False], [1, "true", True], ["`true`, `false`"]),  # true: with forget only
     protocol.SPANS: ("boolean", [True, False], [1, "true"], ["`true`, `false`"]),
+    protocol.PIN: ("boolean", [True, False], [1, "true"], ["`true`, `false`"]),
+    protocol.TENANT: (
+        "string",
+        ["", "acme", "x" * 80],
+        [1, None, "x" * 81, "a\nb"],
+        ["at most 80 printable characters"],
+    ),
     protocol.MAX_OFFLOAD_TOKENS: (
         "integer",
         [0, protocol.MOST_TOKENS],
@@ -116,7 +123,9 @@ def test_the_page_lists_the_fields_of_an_answer() -> None:
     made |= metrics.decision_statistics(Decision.BLENDED, Forecast(1.0, 2.0))
     made |= metrics.unblended_statistics(100, 0, "query", budget, why_not)
     listed = [name for row in rows(section("An answer").partition("### Codes")[0]) for name in code(row[0])]
-    assert sorted(listed) == sorted([*made, protocol.SELF_CHECK, protocol.FORGOTTEN, protocol.KV_HELD])
+    assert sorted(listed) == sorted(
+        [*made, protocol.SELF_CHECK, protocol.FORGOTTEN, protocol.KV_HELD, protocol.PINNED, protocol.PINS]
+    )
     assert f"`kv_transfer_params.{protocol.ANSWER}`" in section("An answer")
     assert [f"`{each}`" in section("An answer") for each in SelfCheck] == [True] * len(SelfCheck)
 

@@ -15,7 +15,7 @@ import pytest
 from lmcache_rag.integrations.kv_registry import KVRegistry
 from vllm_cpu_kit import CHUNK, Servers, needs_vllm_cpu, until
 
-from lmcache_rag import VLLMEngine, Workspace
+from lmcache_rag import VLLMEngine, Workspace, protocol
 
 pytestmark = [pytest.mark.slow, pytest.mark.full, needs_vllm_cpu]
 
@@ -103,6 +103,28 @@ def test_another_tenants_kv_stays(pair: Servers, engine: VLLMEngine, sentences: 
     with Workspace.open(tmp_path / "two", engine=engine, tenant="two") as workspace:
         assert engine.verify(workspace.prompts.ingest(text)).status == "ok"
     assert listed(pair) < before
+
+
+def test_a_server_pins_chunks_and_shows_it(pair: Servers, engine: VLLMEngine, sentences: Any, tmp_path: Path) -> None:
+    def pinned() -> int | None:
+        metrics = httpx.get(f"http://127.0.0.1:{pair.http}/metrics", timeout=10).text
+        return protocol.lmcache_number(metrics, protocol.PINNED_BYTES)
+
+    with Workspace.open(tmp_path / "s", engine=engine, pin=True) as workspace:
+        KVRegistry.of(workspace).add({"a": words(sentences, 4), "b": words(sentences, 5)})
+        sizes = [len(workspace.prompts.ingest(words(sentences, at)).token_ids) // CHUNK for at in (4, 5)]
+        assert sizes[0] > 3
+        both = pinned()
+        assert both
+        workspace.maintainer.remove(KVRegistry.of(workspace)._keys(["a"]))
+        left = pinned()
+        assert left
+        assert 0 < left < both, "it was removed"
+        workspace.maintainer.pin(pin=False)
+        assert pinned() == 0
+        huge = workspace.prompts.ingest(words(sentences, 6))
+        assert engine.pin_chunk(huge) is None
+        engine.pin_chunk(huge, pin=False)
 
 
 def test_remove_verify_lists_what_is_left(pair: Servers, smollm2_path: Path, sentences: Any, tmp_path: Path) -> None:

@@ -183,6 +183,15 @@ def test_how_full_the_index_is_is_shown(model: str, lmcache: str, state: str, wo
     assert words in found["Chunk index"]["result"]
 
 
+@pytest.mark.parametrize(("lmcache", "state", "gigabytes"), [("pinned", "ok", "2.50"), ("full", "warning", "9.70")])
+def test_pins_and_budgets_are_shown(model: str, lmcache: str, state: str, gigabytes: str) -> None:
+    _, found = examine(model, "", lmcache)
+    assert found["Pinned chunks"]["state"] == state
+    assert found["Pinned chunks"]["result"] == f"{gigabytes} GB of the 10.00 GB that may be pinned"
+    assert found["Tenant budgets"]["result"] == 'ac"me 4.00 of 5.00 GB (7 objects evicted)'
+    assert not {"Pinned chunks", "Tenant budgets"} & set(examine(model, "", "")[1])
+
+
 def test_a_round_trip_retries_before_reporting_a_miss() -> None:
     outcome, requests = trip("empty")
     assert not outcome.hit

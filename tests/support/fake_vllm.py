@@ -61,6 +61,8 @@ class FakeVLLM(ThreadingHTTPServer):
         self.why_not, self.why_code = "", protocol.CannotBlend.NEEDS_CUDA  # the connector cannot blend at all
         self.forgets = True  # knows lmcache_rag.forget
         self.keeps = False  # a tier of LMCache cannot delete
+        self.pins: set[tuple[int, ...]] = set()  # prompts
+        self.most_pinned = 1 << 20  # tokens
         self.cannot_forget = 0  # so many times LMCache does not answer a forget
         # What it reports.
         self.chunk = 0  # on /metrics

@@ -183,17 +183,17 @@ class LMCacheServer:
         """How many chunks beyond the exact prefix are found in a prompt."""
         return len(self.look_up(tokens, salt).non_prefix_segments)
 
-    def keys(self, tokens: Sequence[int]) -> list[Any]:
+    def keys(self, tokens: Sequence[int], salt: str = "") -> list[Any]:
         """The names of a prompt's objects."""
-        asked = key(tokens, self.request())
+        asked = key(tokens, self.request(), salt)
         found: list[Any] = self.context.resolve_obj_keys(asked, [0])[0]
         self.context.session_manager.remove(asked.request_id)
         return found
 
-    def in_memory(self, tokens: Sequence[int]) -> int:
+    def in_memory(self, tokens: Sequence[int], salt: str = "") -> int:
         """How many of a prompt's objects are in memory."""
         memory = self.storage._l1_manager
-        return sum(memory.get_object_state(each) is not None for each in self.keys(tokens))
+        return sum(memory.get_object_state(each) is not None for each in self.keys(tokens, salt))
 
     def evict(self) -> None:
         """Have memory emptied."""

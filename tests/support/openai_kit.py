@@ -169,6 +169,8 @@ class TextBackend:
             return {
                 "lmcache_rag": told if params.get(protocol.HELD) else {k: v for k, v in told.items() if k != "held"}
             }
+        if (pin := protocol.pins(params)) is not None:
+            return {"lmcache_rag": self._pin(tuple(ids), pin=pin)}
         if self.server.why_not:
             with self.server.lock:
                 exact, _ = self.memory.find(salt, ids)
@@ -191,6 +193,16 @@ class TextBackend:
                 limits = [len(ids), limit, params.get("lmcache.max_offload_tokens")]
                 self.memory.keep(salt, ids, min(n for n in limits if n is not None))
             return {"lmcache_rag": self._side.finish(request)}
+
+    def _pin(self, ids: tuple[int, ...], *, pin: bool) -> dict[str, Any]:
+        pins = self.server.pins
+        with self.server.lock:
+            pins.discard(ids)
+            done = pin and sum(map(len, pins)) + len(ids) <= self.server.most_pinned
+            if done:
+                pins.add(ids)
+            figures = {"used": 1000 * sum(map(len, pins)), "limit": 1000 * self.server.most_pinned, "tenant": 0}
+        return reuse_statistics(len(ids), "query", Budget()) | {protocol.PINNED: done, protocol.PINS: figures}
 
     def _forget(self, salt: str, ids: list[int], begin: int) -> dict[str, Any]:
         with self.server.lock:

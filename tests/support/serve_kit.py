@@ -121,6 +121,12 @@ class FakeServer:
             numbers = {"index_entries": 4000 if self.mode == "full" else 40, "index_size": size}
             numbers |= {"chunks_asked_total": 2000, "chunks_found_total": 1500}
             lines = [f'lmcache_rag_{name}{{scope="lmcache_rag"}} {value}.0' for name, value in numbers.items()]
+            if self.mode in ("full", "pinned"):
+                gigabytes = 97 if self.mode == "full" else 25
+                lines.append(f'lmcache_rag_pinned_bytes{{scope="lmcache_rag"}} {gigabytes}e+08')
+                lines.append('lmcache_rag_pinned_limit_bytes{scope="lmcache_rag"} 1e+10')
+                for name, value in (("tenant_bytes", 4e9), ("tenant_budget_bytes", 5e9), ("tenant_evicted_total", 7)):
+                    lines.append(f'lmcache_rag_{name}{{scope="lmcache_rag",tenant="ac\\"me"}} {value}')
             pages: dict[str, Any] = {"/healthcheck": {"status": "healthy"}, "/status": status}
             if self.mode != "no index":
                 pages["/metrics"] = "\n".join(lines)

@@ -18,10 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lmcache_rag import protocol
-from lmcache_rag.connector.lmcache_server import reports, tier_check
+from lmcache_rag.connector.lmcache_server import reports, retention, tier_check
 from lmcache_rag.connector.lmcache_server.fleet import FleetLookups
 from lmcache_rag.connector.lmcache_server.index import ChunkIndex, as_tokens, from_ids
 from lmcache_rag.connector.lmcache_server.removal import Expiry, Forgetting, evict_ingested_last, held_by_tier
+from lmcache_rag.connector.lmcache_server.retention import Pins, TenantBudgets
 from lmcache_rag.connector.lmcache_server.settings import ServerSettings
 from lmcache_rag.connector.patching import Patch, patch_methods, patch_object
 
@@ -135,7 +136,11 @@ class Guard:
         self.context, self.settings = context, settings
         self.storage = context.storage_manager
         self.index = ChunkIndex(context.chunk_size, settings.index_size)
-        self.forgetting = Forgetting(self.storage)
+        self.pins = Pins(lambda: retention.most_pinned(self.storage))
+        self.budgets: TenantBudgets | None = None
+        if settings.budgets:
+            self.budgets = TenantBudgets(self.storage, settings.budgets, self.pins, self.is_ingested)
+        self.forgetting = Forgetting(self.storage, self.pins)
         self.fleet: FleetLookups | None = None  # with a coordinator
         self.tiers: list[Any] = []  # second tiers whose bytes are checked
         self._missed: dict[bytes, float] = {}  # chunks whose KV was not found, and when first
@@ -206,6 +211,7 @@ class Guard:
                 # Without blocks LMCache stores nothing, and answers with an event that the worker can wait for:
                 # `refused` would be taken for a worker that is not registered any more.
                 return False if commit else store(module, key, args[0], [[] for _ in args[1]], *args[2:], **kwargs)
+            self._note_tenant(key)
             if len(self.forgetting) or self._indexes(key):
                 keys = self.context.resolve_obj_keys(key, [0])[0]
                 self.forgetting.keep(keys)
@@ -252,6 +258,9 @@ class Guard:
         def cb_unified_lookup(module: Any, key: Any, tp_size: int) -> Any:
             if _flag(key, protocol.FORGET):
                 return guard.forget(key)
+            guard._note_tenant(key)
+            if (pin := (key.request_configs or {}).get(protocol.PIN)) is not None:
+                return guard.pin(key, pin=pin is True)
             found = kind.cb_unified_lookup(module, key, tp_size)
             if found is not None and guard.fleet is not None:
                 guard.fleet.on_result(key.request_id, found.non_prefix_segments)
@@ -282,10 +291,12 @@ class Guard:
             memory.register_listener(listener)
         self.storage.register_l2_listener(listener)
         self.tiers = tier_check.watch(tier for _, tier in self.storage.l2_adapters())
-        evict_ingested_last(self.storage, lambda key: self.index.is_ingested(key.cache_salt, key.chunk_hash))
+        evict_ingested_last(self.storage, self.is_ingested, self.pins, self.budgets)
         _report(self)
         if self.expiry is not None:
             self.expiry.start()
+        if self.budgets is not None:
+            self.budgets.start()
 
     # -- the index ----------------------------------------------------------------------------------------------------
 
@@ -381,6 +392,8 @@ class Guard:
 
     def left_memory(self, keys: Sequence[Any]) -> None:
         """Remove evicted objects from the index. If second tiers may hold them, LMCache's look-ups check that."""
+        if self.budgets is not None:
+            self.budgets.discard(keys)
         if len(self._memories) == 1 and not self.storage.l2_adapters():
             for key in keys:
                 self.index.remove(key.cache_salt, (key.chunk_hash,))
@@ -389,8 +402,15 @@ class Guard:
 
     def in_memory_now(self, keys: Sequence[Any]) -> None:
         """Objects were stored, or loaded from a second tier."""
+        if self.budgets is not None:
+            self.budgets.add(keys)
         if self.expiry is not None:
             self.expiry.add(keys)
+
+    def used(self, keys: Sequence[Any]) -> None:
+        """Objects in memory were used."""
+        if self.budgets is not None:
+            self.budgets.touch(keys)
 
     def left_tier(self, keys: Sequence[Any]) -> None:
         """Remove objects from the index that were evicted from a second tier."""
@@ -453,22 +473,45 @@ class Guard:
         self._removals[key.request_id] = done, held
         return None
 
+    # -- pins and budgets ---------------------------------------------------------------------------------------------
+
+    def is_ingested(self, key: Any) -> bool:
+        """Whether an object belongs to an ingested chunk."""
+        return self.index.is_ingested(key.cache_salt, key.chunk_hash)
+
+    def _note_tenant(self, key: Any) -> None:
+        if self.budgets is not None:
+            self.budgets.note(key.cache_salt, _tenant(key))
+
+    def pin(self, key: Any, *, pin: bool) -> Any:
+        """Pin a prompt's KV, or end that.
+
+        Returns:
+            The result of a look-up that found nothing, with the figures of pins; see `_nothing`.
+        """
+        objects, layouts = self._objects(key, 0), self._layouts(key)
+        return _nothing(self.pins.answer(objects, layouts, _tenant(key), self.budgets, pin=pin))
+
     def _layouts(self, key: Any) -> Any:
         """Layout of the objects of each group of a model."""
         return self.context.layout_desc_registry.find_group_layout_descs(key.model_name, key.world_size) or {}
 
     def _chunk_objects(self, key: Any) -> list[Any]:
         """All objects of a prompt, but for those of its prefix."""
-        from lmcache.v1.distributed.api import ipc_key_to_object_keys
-
         tokens = as_tokens(key)
         prefix = protocol.named_prefix(key.request_configs, len(tokens))
         if not prefix:
             log.warning("request %s has no valid %s: nothing is removed", key.request_id, protocol.PREFIX)
             return []
+        return self._objects(key, prefix // self.index.chunk)
+
+    def _objects(self, key: Any, first: int) -> list[Any]:
+        """All objects of a prompt from a chunk of LMCache's on."""
+        from lmcache.v1.distributed.api import ipc_key_to_object_keys
+
         hashes = self._hashes(key.token_bytes if hasattr(key, "token_bytes") else key.token_ids)
         rows = ipc_key_to_object_keys(
-            key.no_worker_id_version(), hashes[prefix // self.index.chunk :], sorted(self._layouts(key) or {0: None})
+            key.no_worker_id_version(), hashes[first:], sorted(self._layouts(key) or {0: None})
         )
         return [each for row in rows for each in row]
 
@@ -500,6 +543,7 @@ class _Listener:
         self.on_l1_keys_deleted_by_manager = guard.left_memory
         self.on_l2_keys_deleted = guard.left_tier
         self.on_l2_keys_stored = self.on_l2_keys_accessed = guard.tier_works
+        self.on_l1_keys_accessed = guard.used
         self.on_l1_keys_write_finished = self.on_l1_keys_finish_write_and_reserve_read = guard.in_memory_now
 
     def __getattr__(self, name: str) -> Any:
@@ -509,7 +553,7 @@ class _Listener:
 
 
 def _nothing(held: Mapping[str, int] | None) -> Any:
-    """The result of a look-up that found nothing. Counts of a removal are its one match's hash, as JSON.
+    """The result of a look-up that found nothing. Counts of a removal, or of pins, are its one match's hash, as JSON.
 
     LMCache's protocol has no other field that could carry them; `lmcache_client.read_counts` reads them.
     """
@@ -530,6 +574,10 @@ def _past_deadline(key: Any) -> bool:
 
 def _flag(key: Any, name: str) -> bool:
     return (key.request_configs or {}).get(name) is True
+
+
+def _tenant(key: Any) -> str:
+    return str((key.request_configs or {}).get(protocol.TENANT) or "")
 
 
 def _runs(wanted: Sequence[bool]) -> list[tuple[int, int]]:
@@ -568,6 +616,7 @@ def _report(guard: Guard) -> None:
     meter.create_observable_counter(
         protocol.INDEX_FOUND, reading(lambda: index.found), description="Chunks that the index found in them"
     )
+    retention.report(meter, metrics.Observation, guard.pins, guard.budgets)
     if guard.tiers:
         meter.create_observable_counter(
             protocol.TIER_DAMAGED,

@@ -6,10 +6,11 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 from lmcache_rag.connector.lmcache_server.index import ChunkIndex
+from lmcache_rag.connector.lmcache_server.retention import Pins, TenantBudgets
 from lmcache_rag.connector.patching import Patch, patch_object
 
 log = logging.getLogger("lmcache_rag")
@@ -44,10 +45,11 @@ class Forgetting:
 
     Args:
         storage: LMCache's StorageManager.
+        pins: End for what is removed.
     """
 
-    def __init__(self, storage: Any) -> None:
-        self._storage, self._passes = storage, PASSES_S
+    def __init__(self, storage: Any, pins: Pins | None = None) -> None:
+        self._storage, self._pins, self._passes = storage, pins, PASSES_S
         self._lock = threading.Lock()
         self._held: dict[Any, _Removal] = {}  # by object key
         self._wake = threading.Event()
@@ -61,6 +63,8 @@ class Forgetting:
         """
         keys = list(dict.fromkeys(keys))
         done = threading.Event()
+        if self._pins is not None:
+            self._pins.unpin(keys)
         with self._lock:
             removal = _Removal(done)
             for key in keys:
@@ -267,10 +271,20 @@ class IngestedLast:
         others: LMCache's policy, as it was made.
         ingested: Another one of the same class, for ingested keys.
         is_ingested: Whether a key belongs to an ingested chunk.
+        pins: Keys that are not evicted.
+        budgets: Keys of tenants beyond their budgets are evicted before all others; None: there are no budgets.
     """
 
-    def __init__(self, others: Any, ingested: Any, is_ingested: Callable[[Any], bool]) -> None:
+    def __init__(
+        self,
+        others: Any,
+        ingested: Any,
+        is_ingested: Callable[[Any], bool],
+        pins: Container[Any] = (),
+        budgets: TenantBudgets | None = None,
+    ) -> None:
         self._others, self._ingested, self._is_ingested = others, ingested, is_ingested
+        self._pins, self._budgets = pins, budgets
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._others, name)
@@ -304,16 +318,20 @@ class IngestedLast:
         key_eligible_filter: Callable[[Any], bool] | None = None,
         cache_salt: str | None = None,
     ) -> list[Any]:
-        """Select keys to evict: ingested ones only if there are no others."""
+        """Select keys to evict: those of tenants beyond their budgets, or else ingested ones only if no others."""
+
+        def free(key: Any) -> bool:
+            return key not in self._pins and (key_eligible_filter is None or key_eligible_filter(key))
 
         def other(key: Any) -> bool:  # a key that was ingested after it was stored is still among the others
-            return not self._is_ingested(key) and (key_eligible_filter is None or key_eligible_filter(key))
+            return not self._is_ingested(key) and free(key)
 
-        for policy, eligible in (
-            (self._others, other),
-            (self._ingested, key_eligible_filter),
-            (self._others, key_eligible_filter),
-        ):
+        if self._budgets is not None and (beyond := [key for key in self._budgets.excess() if free(key)]):
+            from lmcache.v1.distributed.internal_api import EvictionAction, EvictionDestination
+
+            self._budgets.count(beyond)
+            return [EvictionAction(EvictionDestination.DISCARD, beyond)]
+        for policy, eligible in ((self._others, other), (self._ingested, free), (self._others, free)):
             actions: list[Any] = policy.get_eviction_actions(expected_ratio, eligible, cache_salt)
             if any(action.keys for action in actions):
                 return actions
@@ -330,20 +348,24 @@ class IngestedLast:
         getattr(self._others, method)([key for key in keys if key not in found])
 
 
-def evict_ingested_last(storage: Any, is_ingested: Callable[[Any], bool]) -> None:
+def evict_ingested_last(
+    storage: Any, is_ingested: Callable[[Any], bool], pins: Container[Any] = (), budgets: TenantBudgets | None = None
+) -> None:
     """Replace the eviction policies of LMCache's memory and of the second tiers that there are now.
 
     Args:
         storage: LMCache's StorageManager.
         is_ingested: Whether a key belongs to an ingested chunk.
+        pins: Keys that stay in memory. A tier may evict them: memory has them.
+        budgets: Of memory.
     """
     from lmcache.v1.distributed.eviction_policy import CreateEvictionPolicy
 
-    def wrapped(policy: Any, config: Any) -> IngestedLast:
-        return IngestedLast(policy, CreateEvictionPolicy(config), is_ingested)
+    def wrapped(policy: Any, config: Any, *limits: Any) -> IngestedLast:
+        return IngestedLast(policy, CreateEvictionPolicy(config), is_ingested, *limits)
 
     for memory in storage._eviction_controllers:
-        policy = wrapped(memory._eviction_policy, memory._eviction_config)
+        policy = wrapped(memory._eviction_policy, memory._eviction_config, pins, budgets)
         patch_object(MEMORY_POLICY, memory, policy)
         patch_object(MEMORY_LISTENER_POLICY, memory._listener, policy)
     for tier in storage._l2_eviction_controller._adapter_states:
