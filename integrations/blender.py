@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
@@ -28,6 +29,7 @@ from lmcache_rag.lazy_fill import FillCounts, cancel, fill_of, mode_of
 from lmcache_rag.passage_order import numbered, passage_order
 from lmcache_rag.prompt import Turn
 from lmcache_rag.rag import AnswerStreamer, arranged, fit_context, fit_sizes
+from lmcache_rag.trace import opened
 
 if TYPE_CHECKING:
     from lmcache_rag.engines.base import Engine
@@ -84,9 +86,10 @@ class Blender:
         lazy_fill: At which use a passage without KV is ingested in the background: "first", "second" or "never"; None:
             from the settings.
         prompts: Prompts with other words than the workspace's; their KV is another.
+        trace: File to which is appended which passages each question used; None: by the settings.
 
     Raises:
-        ConfigError: lazy_fill is none of these.
+        ConfigError: lazy_fill is none of these, or the trace cannot be written.
     """
 
     def __init__(
@@ -97,6 +100,7 @@ class Blender:
         sampling: Sampling | None = None,
         lazy_fill: str | None = None,
         prompts: PromptBuilder | None = None,
+        trace: str | os.PathLike[str] | None = None,
     ) -> None:
         settings = workspace.settings
         self.workspace = workspace
@@ -105,7 +109,10 @@ class Blender:
         self.blend = blend or workspace.blend_options
         self.sampling = sampling or Sampling(max_tokens=settings.max_tokens, temperature=settings.temperature)
         self.lazy_fill = mode_of(lazy_fill or settings.fills)
-        self._answering = AnswerStreamer(workspace.store, self.engine, self.prompts, lazy_fill=self.lazy_fill)
+        self._trace = workspace.trace if trace is None else opened(trace)
+        self._answering = AnswerStreamer(
+            workspace.store, self.engine, self.prompts, lazy_fill=self.lazy_fill, trace=self._trace
+        )
         self._lock = threading.Lock()
         self._composer: MessageComposer | None = None
         self._others: dict[str, Blender] = {}
@@ -249,7 +256,7 @@ class Blender:
             if found is None:
                 found = copy(self)
                 found._answering = AnswerStreamer(
-                    self.workspace.store, self.engine, made.prompts, lazy_fill=self.lazy_fill
+                    self.workspace.store, self.engine, made.prompts, lazy_fill=self.lazy_fill, trace=self._trace
                 )
                 if len(self._others) >= _PREFIXES:
                     self._others.pop(next(iter(self._others)))
@@ -274,7 +281,9 @@ class Blender:
             LMCacheRAGError: See the engine's errors.
         """
         sampling, blend = sampling or self.sampling, blend or self.blend
-        return self._answering.stream(prompt.texts, prompt.prompt, sampling, blend, prompt.notes, prompt.registered)
+        return self._answering.stream(
+            prompt.texts, prompt.prompt, sampling, blend, prompt.notes, prompt.registered, question=prompt.question
+        )
 
     def answer(
         self, prompt: BlendPrompt, *, sampling: Sampling | None = None, blend: BlendOptions | None = None
@@ -369,6 +378,7 @@ class Blender:
         """
         blend = self._answering.allowed(blend or self.blend)
         done = self._vllm().finished(gathered, prompt.prompt, blend, streamed=streamed, stops=stops)
+        self._answering.record(prompt.question, prompt.texts, prompt.prompt)
         done = self._answering.filled(prompt.texts, prompt.registered, prompt.prompt, done, blend)
         return _with_notes(done, prompt.notes)
 

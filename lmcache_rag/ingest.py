@@ -281,13 +281,15 @@ class _Run:
         self._pending: dict[str, tuple[Document, list[Chunk]]] = {}
         self._without_kv: list[str] = []  # documents whose chunks may still lack KV
         self._report = IngestReport()
+        self._added: list[str] = []
+        self._updated: list[str] = []
         self._documents = self._documents_known = self._kv_done = self._kv_known = 0
         self._seconds = 0.0  # in which KV was computed
         ingestor.store.registry.claim_embedder(ingestor.embedder.fingerprint, ingestor.embedder.dimension)
         ingestor._kv.empty_trash()
 
     def report(self) -> IngestReport:
-        return self._report
+        return replace(self._report, added=tuple(self._added), updated=tuple(self._updated))
 
     def expect(self, documents: int) -> None:
         """Count documents that are still to come."""
@@ -322,9 +324,9 @@ class _Run:
             results = registry.put_documents(self._new_documents(), embedder=self._by.embedder.fingerprint)
             self._without_kv += [result.doc_id for result in results]
             updated = [r.doc_id for r in results if r.status == "updated" and r.doc_id not in self._same]
+            self._added += (result.doc_id for result in results if result.status == "added")
+            self._updated += updated
             self._add(
-                added=(*self._report.added, *(r.doc_id for r in results if r.status == "added")),
-                updated=(*self._report.updated, *updated),
                 unchanged=self._report.unchanged + len(self._same),
                 chunks_added=self._report.chunks_added + sum(r.added_chunks for r in results),
                 chunks_removed=self._report.chunks_removed + sum(r.removed_chunks for r in results),

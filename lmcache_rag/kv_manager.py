@@ -233,12 +233,12 @@ class Status:
 
 def gone_documents(registry: Registry) -> list[DocumentRecord]:
     """The documents that were read from files which are not there any more. Others never count: they had no file."""
-    return [record for record in registry.documents() if was_file(record) and is_gone(record.doc_id)]
+    return [record for record in registry.named_by_source() if was_file(record) and is_gone(record.doc_id)]
 
 
 def outdated_documents(registry: Registry) -> list[DocumentRecord]:
     """The documents that were read by another version of their parser, or of the splitter, than today's."""
-    return [record for record in registry.documents() if is_outdated(record)]
+    return [record for record in registry.named_by_source() if is_outdated(record)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -25,6 +26,7 @@ from lmcache_rag.kv_manager import KVManager
 from lmcache_rag.kv_removal import IngestPrompts
 from lmcache_rag.lazy_fill import LazyFillMode, fill_of
 from lmcache_rag.passage_order import Order, OrderMode, numbered, passage_order
+from lmcache_rag.trace import TraceWriter, opened
 
 if TYPE_CHECKING:
     from lmcache_rag.embedding import Embedder
@@ -113,6 +115,10 @@ class RAG:
         blend: How KV is reused, by default.
         keep_missing: Compute and store the KV of chunks that had none, once the question that needed it is answered.
         cite: Give each passage its chunk id as a label and ask for citations. The same KV is reused.
+        trace: Appends which chunks each question used, see lmcache_rag.trace; a file, or its writer.
+
+    Raises:
+        ConfigError: The trace cannot be written.
     """
 
     def __init__(
@@ -127,13 +133,14 @@ class RAG:
         blend: BlendOptions | None = None,
         keep_missing: bool = True,
         cite: bool = False,
+        trace: TraceWriter | str | os.PathLike[str] | None = None,
     ) -> None:
         self.store, self.engine, self.embedder, self.prompts = store, engine, embedder, prompts
         self.cite = cite
         self.top_k = top_k
         self.sampling = sampling or Sampling()
         self.blend = blend or BlendOptions()
-        self._answering = AnswerStreamer(store, engine, prompts, keep_missing=keep_missing)
+        self._answering = AnswerStreamer(store, engine, prompts, keep_missing=keep_missing, trace=trace)
 
     # -- retrieval ----------------------------------------------------------------------------------------------
 
@@ -198,6 +205,19 @@ class RAG:
 
         After the Answer, missing KV is computed and stored; a caller that stops at the Answer skips this.
         """
+        yield from self._stream(question, top_k, hits, history, sampling, blend)
+
+    def _stream(
+        self,
+        question: str,
+        top_k: int | None,
+        hits: Sequence[Hit] | None,
+        history: Sequence[Turn],
+        sampling: Sampling | None,
+        blend: BlendOptions | None,
+        *,
+        traced: bool = True,
+    ) -> Iterator[RAGEvent]:
         sampling, blend = sampling or self.sampling, blend or self.blend
         question = well_formed(question)
         found = list(hits) if hits is not None else self.retrieve(question, top_k=top_k)
@@ -218,7 +238,8 @@ class RAG:
         notes = []
         if fitted.dropped:
             notes.append(f"{len(fitted.dropped)} of {len(found)} chunks did not fit the context and were dropped.")
-        for event in self._answering.stream(texts, prompt, sampling, blend, notes):
+        traced_as = question if traced else None
+        for event in self._answering.stream(texts, prompt, sampling, blend, notes, question=traced_as):
             if isinstance(event, Completion):
                 yield Answer(question, event.text, sources, fitted.dropped, event, labels)
             else:
@@ -286,7 +307,8 @@ class RAG:
         hits = list(hits) if hits is not None else self.retrieve(question, top_k=top_k)
         blended = self.ask(question, hits=hits)
         hits, same = blended.sources, replace(self.blend, enabled=False, order="retrieved")
-        full = self.ask(question, hits=hits, blend=same)
+        *_, full = self._stream(question, None, hits, (), None, same, traced=False)
+        assert isinstance(full, Answer)  # noqa: S101 - what stream() promises
         return Comparison(blended, full, first_difference(blended.completion.token_ids, full.completion.token_ids))
 
 
@@ -311,6 +333,7 @@ class AnswerStreamer:
         keep_missing: Compute and keep the KV of registered chunks that had none, once the question is answered.
         lazy_fill: At which use chunks without KV are ingested in the background instead, registered or not.
             None: not in the background.
+        trace: Appends which chunks each question used; a file, or its writer.
     """
 
     def __init__(
@@ -321,8 +344,10 @@ class AnswerStreamer:
         *,
         keep_missing: bool = True,
         lazy_fill: LazyFillMode | None = None,
+        trace: TraceWriter | str | os.PathLike[str] | None = None,
     ) -> None:
         self._store, self._engine = store, engine
+        self.trace = opened(trace)
         self.keep_missing = keep_missing and lazy_fill is None
         self.lazy_fill = lazy_fill
         self._kv = KVManager(store, engine, prompts)
@@ -337,6 +362,8 @@ class AnswerStreamer:
         blend: BlendOptions,
         notes: Sequence[str] = (),
         registered: Sequence[bool] = (),
+        *,
+        question: str | None = "",
     ) -> Iterator[StreamEvent]:
         """Answer piece by piece; missing KV is computed and stored after the Completion, or in the background.
 
@@ -347,11 +374,14 @@ class AnswerStreamer:
             blend: How KV is reused.
             notes: Warnings for the Completion.
             registered: For each text, whether it is in the store; for lazy fill.
+            question: The question, for the trace; None: not for the trace.
         """
         blend = self.allowed(blend)
         self.begin()
         for event in self._engine.stream(prompt, sampling, blend):
             if isinstance(event, Completion):
+                if question is not None:
+                    self.record(question, texts, prompt)
                 event = self.filled(texts, registered, prompt, event, blend)
                 yield replace(event, warnings=(*event.warnings, *notes)) if notes else event
                 self.keep(texts, event, blend)
@@ -368,6 +398,12 @@ class AnswerStreamer:
                     log.warning("%s does not blend: %s. Answers come from full prefills.", info.model, info.why_not)
             return replace(blend, enabled=False)
         return blend
+
+    def record(self, question: str, texts: Sequence[str], prompt: QueryPrompt) -> None:
+        """Append an answered question to the trace, if there is one."""
+        if self.trace is not None and len(texts) == len(prompt.chunks):
+            tokens = [chunk.end - chunk.start for chunk in prompt.chunks]
+            self.trace.record(question, texts, tokens, tenant=prompt.tenant)
 
     def begin(self) -> None:
         """A question begins: ingestion in the background waits for it."""

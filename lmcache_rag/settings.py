@@ -68,6 +68,7 @@ class Settings(BaseSettings):
     chunk_overlap: int = Field(0, ge=0, description="Tokens that neighbouring chunks share.")
     document_seconds: float = Field(120.0, gt=0, description="Most seconds for reading one file.")
     document_mb: int = Field(2048, ge=256, description="Most MiB of memory for reading one file.")
+    trace: Path | None = Field(None, description="Append the chunks that each question used to this file.")
     max_tokens: int = Field(256, ge=1, description="Most tokens of an answer.")
     temperature: float = Field(0.0, ge=0.0, description="0 is greedy.")
     system: str | None = Field(None, description="System text. (KV)")

@@ -20,17 +20,20 @@ A line needs `chunks` or `passages`, or at least a `question`: a file of questio
 store retrieves their chunks (`lmcache-rag plan --store DIR --trace questions.jsonl`). A file that ends in .txt holds a
 question in each line. Unknown keys are ignored. Lines are in the order in which the questions were asked.
 
-A trace holds what users asked: it is made for its owner only (mode 0600).
+A trace holds what users asked: it is made for its owner only (mode 0600). The setting `trace` has every answer append
+to one (`TraceWriter.record`).
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +41,8 @@ from typing import Any, Self
 
 from lmcache_rag._utils import well_formed
 from lmcache_rag.errors import ConfigError
+
+log = logging.getLogger("lmcache_rag")
 
 FORM = 'A line has the form {"question": "...", "chunks": ["...", "..."]}; see docs/economics.md.'
 _QUESTION = ("question", "query", "user_input")
@@ -181,6 +186,15 @@ def write_trace(path: str | os.PathLike[str], retrievals: Iterable[Retrieval]) -
     return count
 
 
+def opened(trace: TraceWriter | str | os.PathLike[str] | None) -> TraceWriter | None:
+    """A writer, or one to this file; None for None.
+
+    Raises:
+        ConfigError: The file cannot be written.
+    """
+    return trace if trace is None or isinstance(trace, TraceWriter) else TraceWriter(trace)
+
+
 class TraceWriter:
     """Appends retrievals to a trace, each as one whole line. Safe to use from several threads and processes.
 
@@ -192,7 +206,7 @@ class TraceWriter:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._path, self._lock = Path(path), threading.Lock()
+        self._path, self._lock, self._failed = Path(path), threading.Lock(), False
         try:
             self._file = os.open(self._path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
             size = os.fstat(self._file).st_size
@@ -209,6 +223,24 @@ class TraceWriter:
             ConfigError: The file cannot be written.
         """
         self._write(_line(retrieval))
+
+    def record(self, question: str, texts: Sequence[str], tokens: Sequence[int] = (), *, tenant: str = "") -> None:
+        """Append what was retrieved for a question that was answered now. Never raises: the answer is not affected.
+
+        Args:
+            question: Its text.
+            texts: The chunks, in the prompt's order.
+            tokens: Their lengths in tokens, above 0.
+            tenant: The tenant.
+        """
+        if not texts:
+            return
+        names = tuple(chunk_name(text) for text in texts)
+        try:
+            self.write(Retrieval(question, names, tokens=tuple(tokens), time=round(time.time(), 3), tenant=tenant))
+        except ConfigError as problem:
+            log.log(logging.DEBUG if self._failed else logging.WARNING, "The trace misses questions: %s", problem)
+            self._failed = True
 
     def _write(self, text: str) -> None:
         with self._lock:  # one system call each: lines of two processes do not mix

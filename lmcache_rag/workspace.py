@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lmcache_rag.rag import RAG
     from lmcache_rag.store import Store
     from lmcache_rag.store_model import Identity
+    from lmcache_rag.trace import TraceWriter
     from lmcache_rag.weights import Source
 
 _GB = 1_000_000_000
@@ -285,7 +286,19 @@ class Workspace:
             blend=self.blend_options,
             keep_missing=self.settings.fills != "never",
             cite=self.settings.cite,
+            trace=self.trace,
         )
+
+    @cached_property
+    def trace(self) -> TraceWriter | None:
+        """Where it is recorded which chunks each question used, by the setting `trace`.
+
+        Raises:
+            ConfigError: The file cannot be written.
+        """
+        from lmcache_rag.trace import opened
+
+        return opened(self.settings.trace)
 
     @cached_property
     def maintainer(self) -> Maintainer:
@@ -299,6 +312,8 @@ class Workspace:
         """Close everything that was opened here; an engine that was passed in stays open. Safe to call twice."""
         if {"engine", "store"} <= self.__dict__.keys():
             lazy_fill.cancel(self.engine, self.store)
+        if (trace := self.__dict__.pop("trace", None)) is not None:
+            trace.close()
         for name in ("engine", "store"):
             part = self.__dict__.pop(name, None)
             if part is not None and part is not self._engine:

@@ -15,7 +15,8 @@ from lmcache_rag.documents import Document
 from lmcache_rag.engines.base import BlendOptions, Sampling, TextDelta
 from lmcache_rag.errors import ConfigError, ContextLengthError, LMCacheRAGError, PrecomputeError, PromptError
 from lmcache_rag.prompt import Turn
-from lmcache_rag.rag import Answer, first_difference, fit_context
+from lmcache_rag.rag import RAG, Answer, first_difference, fit_context
+from lmcache_rag.trace import chunk_name, read_trace
 
 
 def test_documents_in_answers_out(parts, documents):
@@ -266,3 +267,17 @@ def test_the_package_lists_what_it_exports():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "AttributeError" in done.stderr
+
+
+def test_answers_are_appended_to_a_trace(parts, documents, tmp_path):
+    parts.ingestor.ingest(documents)
+    rag = RAG(parts.store, parts.engine, parts.rag.embedder, parts.prompts, top_k=3, trace=tmp_path / "trace.jsonl")
+    answers = [rag.ask(documents[1].text[:60]), *rag.ask_batch([documents[2].text[:60]])]
+    compared = rag.compare(documents[0].text[:60])
+    found = list(read_trace(tmp_path / "trace.jsonl"))
+    assert [line.question for line in found] == [answer.question for answer in (*answers, compared.blended)], "once"
+    for line, answer in zip(found, (*answers, compared.blended), strict=True):
+        assert line.chunks == tuple(chunk_name(hit.text) for hit in answer.sources)
+        assert line.tokens == tuple(hit.tokens for hit in answer.sources)
+    parts.rag.ask(documents[1].text[:60])
+    assert len(list(read_trace(tmp_path / "trace.jsonl"))) == 3, "off by default"

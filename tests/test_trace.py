@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.store import text_hash
-from lmcache_rag.trace import Retrieval, TraceWriter, chunk_name, read_trace, write_trace
+from lmcache_rag.trace import Retrieval, TraceWriter, chunk_name, opened, read_trace, write_trace
 
 WORDS = st.text(min_size=1, max_size=8).filter(str.strip)
 
@@ -138,3 +138,23 @@ def test_a_failed_writer_leaves_the_old_trace(tmp_path: Path) -> None:
         write_trace(tmp_path / "none" / "trace.jsonl", [])
     with pytest.raises(ConfigError, match="cannot be written"):
         TraceWriter(tmp_path / "none" / "trace.jsonl")
+
+
+def test_a_recorded_question_affects_no_answer(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "trace.jsonl"
+    writer = TraceWriter(path)
+    writer.record("What?", ["one", "two"], [3, 4], tenant="acme")
+    writer.record("Nothing was found.", [])
+    (found,) = read_trace(path)
+    assert (found.question, found.tokens, found.tenant) == ("What?", (3, 4), "acme")
+    assert found.chunks == (chunk_name("one"), chunk_name("two"))
+    assert found.time is not None
+    assert path.stat().st_mode & 0o777 == 0o600
+    writer.close()
+    for _ in range(3):  # as on a disk that is full
+        writer.record("What?", ["one"])
+    assert [each.levelname for each in caplog.records if "trace misses" in each.getMessage()].count("WARNING") == 1
+    assert opened(None) is None
+    assert opened(writer) is writer
+    with pytest.raises(ConfigError, match="cannot be written"):
+        opened(tmp_path / "no" / "folder")

@@ -76,6 +76,7 @@ class Blend(Runnable[dict[str, Any], Any]):
         blend: BlendOptions | None,
         store: str | Path | None,
         lazy_fill: str | None = None,
+        trace: str | Path | None = None,
         words: Words | None = None,
         name: str | None = None,
     ) -> None:
@@ -88,7 +89,7 @@ class Blend(Runnable[dict[str, Any], Any]):
             self._config = {**source.config, **(self._config or {})}
             source = source.bound
         self._source, self._options, self._folder = source, blend, store
-        self._lazy_fill = lazy_fill and mode_of(lazy_fill)
+        self._lazy_fill, self._trace = lazy_fill and mode_of(lazy_fill), trace
         self._lock = threading.RLock()
         self._logged: set[str] = set()
         self._watch = ReuseWatch()
@@ -99,7 +100,7 @@ class Blend(Runnable[dict[str, Any], Any]):
         workspace, words = as_workspace(self._source, store=self._folder), self._words
         own = words.system is not None or words.instruction is not None
         prompts = workspace.prompts_with(system=words.system, instruction=words.instruction) if own else None
-        return Blender(workspace, blend=self._options, lazy_fill=self._lazy_fill, prompts=prompts)
+        return Blender(workspace, blend=self._options, lazy_fill=self._lazy_fill, prompts=prompts, trace=self._trace)
 
     @property
     def blender(self) -> Blender:
@@ -138,6 +139,7 @@ class Blend(Runnable[dict[str, Any], Any]):
             blend=self._options,
             store=self._folder,
             lazy_fill=self._lazy_fill,
+            trace=self._trace,
             words=self._words,
             name=self.name,
         )
@@ -400,6 +402,7 @@ def blend(
     options: BlendOptions | None = None,
     store: str | Path | None = None,
     lazy_fill: str | None = None,
+    trace: str | Path | None = None,
 ) -> Blend:
     """A Runnable that answers from the KV of documents, through the program's own model.
 
@@ -427,6 +430,8 @@ def blend(
         store: Folder of the registry; None: from the settings.
         lazy_fill: At which use a passage without KV is ingested, in the background after the answer: "first",
             "second" or "never"; None: from the settings (LMCACHE_RAG_LAZY_FILL, or "second").
+        trace: File to which is appended which passages each question used, for `lmcache-rag plan` and `warm`; None:
+            from the settings (LMCACHE_RAG_TRACE, or none).
 
     Raises:
         ConfigError: lazy_fill is none of these, or the prompt cannot be used; at the first question: the model cannot.
@@ -436,7 +441,7 @@ def blend(
             "blend() has a prompt and a system text or instruction.", remedy="Write them into the prompt."
         )
     words = Words(TemplatePrompt(prompt, separator=separator) if prompt is not None else None, system, instruction)
-    return Blend(llm, blend=options, store=store, lazy_fill=lazy_fill, words=words, name="LMCacheBlend")
+    return Blend(llm, blend=options, store=store, lazy_fill=lazy_fill, trace=trace, words=words, name="LMCacheBlend")
 
 
 def _sum(whole: Any, part: Any) -> Any:

@@ -44,6 +44,7 @@ class BlendMiddleware(AgentMiddleware[Any, Any, Any]):
         options: How KV is reused; None: from the settings.
         store: Folder of the registry; None: from the settings.
         lazy_fill: See blend().
+        trace: See blend().
 
     Raises:
         ConfigError: lazy_fill is none of its values; at the first call: the source cannot be used.
@@ -56,10 +57,11 @@ class BlendMiddleware(AgentMiddleware[Any, Any, Any]):
         options: BlendOptions | None = None,
         store: str | Path | None = None,
         lazy_fill: str | None = None,
+        trace: str | Path | None = None,
     ) -> None:
         super().__init__()
         self._source, self._options, self._folder = source, options, store
-        self._lazy_fill = lazy_fill and mode_of(lazy_fill)
+        self._lazy_fill, self._trace = lazy_fill and mode_of(lazy_fill), trace
         self._lock = threading.RLock()
         self._watch = ReuseWatch()
         RETRIEVED.expect_blends()
@@ -68,7 +70,7 @@ class BlendMiddleware(AgentMiddleware[Any, Any, Any]):
     @cached_property
     def _blender(self) -> Blender:
         workspace = as_workspace(self._model if self._source is None else self._source, store=self._folder)
-        return Blender(workspace, blend=self._options, lazy_fill=self._lazy_fill)
+        return Blender(workspace, blend=self._options, lazy_fill=self._lazy_fill, trace=self._trace)
 
     @property
     def blender(self) -> Blender:

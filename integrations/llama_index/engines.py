@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llama_index.core.base.llms.types import ChatMessage
@@ -153,6 +154,7 @@ def as_blend_query_engine(
     blend: BlendOptions | None = None,
     sampling: Sampling | None = None,
     lazy_fill: str | None = None,
+    trace: str | os.PathLike[str] | None = None,
     streaming: bool = False,
     node_postprocessors: list[BaseNodePostprocessor] | None = None,
     text_qa_template: BasePromptTemplate | None = None,
@@ -168,6 +170,7 @@ def as_blend_query_engine(
         blend: How KV is reused.
         sampling: How tokens are chosen, if `llm` is not an LLM object.
         lazy_fill: At which use a passage without KV is ingested in the background, see BlendSynthesizer.
+        trace: File to which is appended which passages each question used, see BlendSynthesizer.
         streaming: Return answers as streams.
         node_postprocessors: Applied in order. One that changes texts loses their KV, with a warning.
         text_qa_template: The text around passages and question.
@@ -189,6 +192,7 @@ def as_blend_query_engine(
         blend=blend,
         sampling=sampling,
         lazy_fill=lazy_fill,
+        trace=trace,
         streaming=streaming,
         text_qa_template=text_qa_template,
         callback_manager=callback_manager,
@@ -282,6 +286,7 @@ def as_blend_chat_engine(
     blend: BlendOptions | None = None,
     sampling: Sampling | None = None,
     lazy_fill: str | None = None,
+    trace: str | os.PathLike[str] | None = None,
     memory: BaseMemory | None = None,
     chat_history: list[ChatMessage] | None = None,
     system_prompt: str | None = None,
@@ -298,6 +303,7 @@ def as_blend_chat_engine(
         blend: How KV is reused.
         sampling: How tokens are chosen, if `llm` is not an LLM object.
         lazy_fill: At which use a passage without KV is ingested in the background, see BlendSynthesizer.
+        trace: File to which is appended which passages each question used, see BlendSynthesizer.
         memory: Keeps the conversation; None: a memory of half the model's context.
         chat_history: Earlier messages.
         system_prompt: Replaces the workspace's. It precedes the passages and is part of their KV, so
@@ -320,6 +326,7 @@ def as_blend_chat_engine(
         blend=blend,
         sampling=sampling,
         lazy_fill=lazy_fill,
+        trace=trace,
         callback_manager=callback_manager,
     )
     if system_prompt is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import logging
+import os
 from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -208,6 +209,8 @@ class BlendSynthesizer(BaseSynthesizer):
         noticer: Warns of changed passages; may be shared by several synthesizers.
         lazy_fill: At which use a passage without KV is ingested, in the background after the answer: "first",
             "second" or "never"; None: from the settings (LMCACHE_RAG_LAZY_FILL, or "second").
+        trace: File to which is appended which passages each question used, for `lmcache-rag plan` and `warm`; None:
+            from the settings (LMCACHE_RAG_TRACE, or none).
 
     Raises:
         ConfigError: The LLM or the template cannot be used, or lazy_fill is none of these.
@@ -228,10 +231,11 @@ class BlendSynthesizer(BaseSynthesizer):
         empty_response: str | None = None,
         noticer: ChangedPassageWarner | None = None,
         lazy_fill: str | None = None,
+        trace: str | os.PathLike[str] | None = None,
     ) -> None:
         source = Settings.llm if llm is None else llm
         self._workspace = workspace or workspace_of(source)
-        self._options = {"blend": blend, "sampling": sampling, "lazy_fill": lazy_fill}
+        self._options = {"blend": blend, "sampling": sampling, "lazy_fill": lazy_fill, "trace": trace}
         blender = Blender(self._workspace, **self._options)  # type: ignore[arg-type]
         self._base_format = blender.prompts.format
         engine_llm = not isinstance(source, LLM) or isinstance(source, EngineLLM)

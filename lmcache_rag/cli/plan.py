@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 QUESTIONS = 25_000  # simulated without a trace
 WARM_UP = 0.5  # of it, while the cache fills
 CHUNK_TOKENS = 1000
+PLACEHOLDER = "YOUR_MODEL"  # in the commands, where the model is given by its numbers
 
 Chunks = Annotated[
     int | None,
@@ -174,7 +175,7 @@ def plan(
     costs = _costs(context, model, prefill_tokens_per_s, replay)
     with context.waiting("Simulating"):
         made = _plan(context, model, costs, tiers, corpus, found, sizes, trace, l1_gb, zipf, questions, seed)
-        advice = economics.advise(made, _model_name(context, model))
+        advice = economics.advise(made, context.settings().model or (PLACEHOLDER if any(numbers) else model.name))
     replayed = None
     if replay:
         replayed = _replay(context, made, found, sizes, replay, replay_requests, replay_rate, zipf, seed)
@@ -231,10 +232,6 @@ def _model(
 
 def _named(context: CommandContext) -> str:
     return context.settings().model or "model"
-
-
-def _model_name(context: CommandContext, model: Geometry) -> str:
-    return context.settings().model or model.name
 
 
 def _costs(context: CommandContext, model: Geometry, rate: float, replay: str) -> Costs:
@@ -531,6 +528,8 @@ def _show(
     out.print(f"{advice.number}. {advice.title}.", style="bold")
     for reason in advice.reasons:
         out.print(f"   {reason}", soft_wrap=True)
+    if any(PLACEHOLDER in line.split() for line in advice.commands):
+        out.print(f"{PLACEHOLDER} stands for the folder or Hugging Face name of yours.")
     for line in advice.commands:
         out.print(f"   $ {line}", soft_wrap=True, style="green")
     if replayed is not None:

@@ -45,7 +45,7 @@ INGEST = ("ingest_in_flight", "ingest_rate")
 EMBED = ("embedder",)
 SPLIT = ("chunk_tokens", "chunk_overlap")
 READ = ("document_seconds", "document_mb")
-ANSWER = ("policy", "ratio", "blend", "order", "cite", "top_k", "max_tokens", "temperature")
+ANSWER = ("policy", "ratio", "blend", "order", "cite", "top_k", "max_tokens", "temperature", "trace")
 _EVERY_S = 10.0  # between two lines without a terminal
 
 Function = Callable[..., int | None]
@@ -302,6 +302,7 @@ _LOOKS = {
     "cite": _Look("--cite/--no-cite"),
     "top_k": _Look(metavar="N"),
     "max_tokens": _Look(metavar="N"),
+    "trace": _Look(metavar="FILE", default="off"),
     "temperature": _Look(metavar="T"),
     "chunk_tokens": _Look(metavar="N"),
     "chunk_overlap": _Look(metavar="N"),

@@ -18,7 +18,7 @@ from lmcache_rag.connector.lmcache_server.settings import SERDE
 from lmcache_rag.errors import ConfigError
 
 OPTION = "--l2-adapter"
-CHECKED = ("fs", "resp", "valkey", "s3")  # adapters that take objects of any size
+CHECKED = ("fs", "fs_native", "resp", "valkey", "s3")  # adapters that take objects of any size
 TIMEOUT_S = 2.0  # of a request to Valkey or Redis: a look-up waits for two of them where it does not answer
 _PLACEHOLDER = re.compile(r"\$\{(file:)?([^{}]+)\}")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

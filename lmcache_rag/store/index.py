@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 import xxhash
 
@@ -36,7 +36,10 @@ logger = logging.getLogger("lmcache_rag.store")
 
 Where: TypeAlias = sql.Filter | Callable[[Hit], bool]
 _ROWS = 4096  # vectors that are read at a time
+_SMALL_INDEX = 10_000  # vectors: its file is written at each change
+_FEW = 0.05  # share of the vectors of a larger one that may have changed before that
 _MAGIC = b"LMCRIDX1"
+_PIECE = 1 << 20  # bytes that are written at once
 _SMALL = 1 << 28  # multiplications, about 50 ms of one core
 _import_lock = threading.Lock()
 
@@ -61,6 +64,7 @@ class VectorIndex:
         self._index: Any = None
         self._generation = 0
         self._saved_generation = -1
+        self._unsaved = 0  # vectors that were added and removed since the file was written
         self._looked_at_file = False
 
     def __len__(self) -> int:
@@ -137,6 +141,9 @@ class VectorIndex:
     def save(self) -> None:
         """Write the index file if it is out of date. The caller holds the writer lock.
 
+        A large file is left as it is while few vectors have changed: the next start then takes these from the database,
+        and each small change of a large store does not write gigabytes.
+
         A file that cannot be written is not an error: the index is then rebuilt at the next start.
         """
         try:
@@ -144,14 +151,21 @@ class VectorIndex:
                 self.refresh()
                 if self._index is None or self._generation == self._saved_generation:
                     return
+                if self._saved_generation >= 0 and self._is_nearly_saved():
+                    return
                 facts = IndexFacts(uuid.uuid4().hex, self._generation, self._index.d, self._index.ntotal)
                 write_index(self._path, self._index, facts)
                 # Only a file whose stamp is in the database is used, so that a restored backup of either is detected.
                 with self._database.write() as connection:
                     sql.write_meta(connection, sql.INDEX_STAMP, facts.stamp)
-                self._saved_generation = self._generation
+                self._saved_generation, self._unsaved = self._generation, 0
         except (OSError, StoreError) as error:
             logger.warning("%s could not be saved and will be rebuilt when it is next needed: %s", self._path, error)
+
+    def _is_nearly_saved(self) -> bool:
+        """Whether the file has nearly all of the index, and the index is large."""
+        size = self._index.ntotal
+        return bool(size > _SMALL_INDEX and self._unsaved < size * _FEW)
 
     def _ranked(
         self, vectors: Sequence[Vector | Sequence[float]] | Vector, k: int, condition: sql.Condition | None
@@ -214,6 +228,7 @@ class VectorIndex:
     def _fresh(self, connection: sqlite3.Connection, dimension: int) -> Any:
         faiss = import_faiss()
         index = faiss.IndexIDMap2(faiss.IndexFlatIP(dimension))
+        self._saved_generation = -1
         for ids, rows in self._vectors_after(connection, 0, dimension):
             index.add_with_ids(rows, ids)
         return index
@@ -222,21 +237,26 @@ class VectorIndex:
         """Take in vectors that were added and removed since the index's generation."""
         import numpy as np
 
-        new = list(self._vectors_after(connection, self._generation, dimension))
-        present = self._ids()
-        gone = [np.intersect1d(ids, present) for ids, _ in new]  # embedded again
-        if sql.read_meta_int(connection, sql.REMOVALS) > self._generation:
-            live = connection.execute("SELECT chunk_id FROM chunks WHERE vector_generation IS NOT NULL")
-            gone.append(np.setdiff1d(present, np.fromiter((row[0] for row in live), dtype=np.int64)))
+        present = np.sort(self._ids())
         try:
-            remove = np.concatenate(gone) if gone else np.empty(0, dtype=np.int64)
-            if len(remove):
-                self._index.remove_ids(import_faiss().IDSelectorBatch(remove))
-            for ids, rows in new:
+            if sql.read_meta_int(connection, sql.REMOVALS) > self._generation:
+                live = connection.execute("SELECT chunk_id FROM chunks WHERE vector_generation IS NOT NULL")
+                self._remove(np.setdiff1d(present, np.fromiter((row[0] for row in live), dtype=np.int64)))
+            for ids, rows in self._vectors_after(connection, self._generation, dimension):
+                places = np.searchsorted(present, ids)
+                known = places < len(present)
+                known[known] = present[places[known]] == ids[known]
+                self._remove(ids[known])  # embedded again
                 self._index.add_with_ids(rows, ids)
+                self._unsaved += len(ids)
         except BaseException:
             self._index = None  # half done: rebuild it next time
             raise
+
+    def _remove(self, ids: NDArray[np.int64]) -> None:
+        if len(ids):
+            self._index.remove_ids(import_faiss().IDSelectorBatch(ids))
+            self._unsaved += len(ids)
 
     def _vectors_after(
         self, connection: sqlite3.Connection, generation: int, dimension: int
@@ -288,12 +308,19 @@ def write_index(path: Path, index: Any, facts: IndexFacts) -> None:
     Raises:
         OSError: It could not be written; the old file is unchanged.
     """
-    body = memoryview(import_faiss().serialize_index(index))
-    trailer = json.dumps({**asdict(facts), "checksum": xxhash.xxh3_128_hexdigest(body)}).encode()
-    temporary = path.with_name(path.name + ".tmp")
+    faiss = import_faiss()
+    checksum, temporary = xxhash.xxh3_128(), path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:
-            for piece in (body, trailer, len(trailer).to_bytes(8, "little"), _MAGIC):
+
+            def write(piece: bytes) -> None:
+                checksum.update(piece)
+                file.write(piece)
+
+            # In pieces: serialize_index() would copy the whole index in memory.
+            faiss.write_index(index, faiss.PyCallbackIOWriter(write, _PIECE))
+            trailer = json.dumps({**asdict(facts), "checksum": checksum.hexdigest()}).encode()
+            for piece in (trailer, len(trailer).to_bytes(8, "little"), _MAGIC):
                 file.write(piece)
         temporary.replace(path)
     except OSError:
@@ -309,35 +336,44 @@ def read_index(path: Path) -> tuple[Any, IndexFacts]:
         FileNotFoundError: There is no such file.
         DamagedIndexError: It is damaged or incomplete.
     """
-    import numpy as np
-
-    size = path.stat().st_size
-    end = len(_MAGIC) + 8
-    if size < end:
-        raise DamagedIndexError("it is too short")
-    data = np.memmap(path, dtype=np.uint8, mode="r")
-    if data[-len(_MAGIC) :].tobytes() != _MAGIC:
-        raise DamagedIndexError("its end is missing")
-    length = int.from_bytes(data[size - end : size - len(_MAGIC)].tobytes(), "little")
-    if length > size - end:
-        raise DamagedIndexError("its trailer is damaged")
-    body = data[: size - end - length]
-    try:
-        raw = json.loads(data[size - end - length : size - end].tobytes())
-        checksum = raw.pop("checksum")
-        facts = IndexFacts(**raw)
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise DamagedIndexError("its trailer is damaged") from None
-    if xxhash.xxh3_128_hexdigest(np.asarray(body).data) != checksum:
-        raise DamagedIndexError("its checksum is wrong")
-    faiss = import_faiss()
-    try:
-        index = faiss.deserialize_index(np.asarray(body))
-    except RuntimeError as error:  # written by another version of FAISS
-        raise DamagedIndexError(f"FAISS cannot read it: {error}") from None
+    with path.open("rb") as file:
+        size, end = path.stat().st_size, len(_MAGIC) + 8
+        if size < end:
+            raise DamagedIndexError("it is too short")
+        file.seek(size - end)
+        length, magic = int.from_bytes(file.read(8), "little"), file.read()
+        if magic != _MAGIC:
+            raise DamagedIndexError("its end is missing")
+        if length > size - end:
+            raise DamagedIndexError("its trailer is damaged")
+        file.seek(size - end - length)
+        try:
+            raw = json.loads(file.read(length))
+            checksum = raw.pop("checksum")
+            facts = IndexFacts(**raw)
+        except (ValueError, TypeError, KeyError, AttributeError):
+            raise DamagedIndexError("its trailer is damaged") from None
+        if _checksum(file, size - end - length) != checksum:
+            raise DamagedIndexError("its checksum is wrong")
+        faiss = import_faiss()
+        file.seek(0)
+        try:  # in pieces: deserialize_index() would copy the whole index in memory
+            index = faiss.read_index(faiss.PyCallbackIOReader(file.read, _PIECE))
+        except RuntimeError as error:  # written by another version of FAISS
+            raise DamagedIndexError(f"FAISS cannot read it: {error}") from None
     if not isinstance(index, faiss.IndexIDMap2) or (index.d, index.ntotal) != (facts.dimension, facts.count):
         raise DamagedIndexError("it is not an index of this store")
     return index, facts
+
+
+def _checksum(file: BinaryIO, size: int) -> str:
+    """Of the first `size` bytes."""
+    file.seek(0)
+    checksum = xxhash.xxh3_128()
+    while piece := file.read(min(_PIECE, size)):
+        checksum.update(piece)
+        size -= len(piece)
+    return checksum.hexdigest()
 
 
 def import_faiss() -> Any:

@@ -11,6 +11,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import partial
 from heapq import nlargest
 from typing import Any, TypeVar
 
@@ -85,6 +86,10 @@ class Registry:
             yield from found
             return
         yield from self._pages(sql.next_documents, lambda record: record.doc_id)
+
+    def named_by_source(self) -> Iterator[DocumentRecord]:
+        """The documents whose id is their source, as that of files, in the order of their ids."""
+        yield from self._pages(partial(sql.next_documents, named_by_source=True), lambda record: record.doc_id)
 
     def doc_ids(self, prefix: str = "", *, source: str | None = None) -> list[str]:
         """Ids of the documents whose ids begin so (and that have this source), in order; reads nothing else of them."""

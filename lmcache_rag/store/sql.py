@@ -259,9 +259,21 @@ def document_records(connection: sqlite3.Connection, doc_ids: Iterable[str]) -> 
     return [_document(row) for row in found if row is not None]
 
 
-def next_documents(connection: sqlite3.Connection, after: str | None, limit: int) -> list[DocumentRecord]:
-    """The next documents after an id, in the order of their ids."""
-    sql = f"{_DOCUMENT} WHERE ?1 IS NULL OR doc_id > ?1 ORDER BY doc_id LIMIT ?2"
+def next_documents(
+    connection: sqlite3.Connection, after: str | None, limit: int, *, named_by_source: bool = False
+) -> list[DocumentRecord]:
+    """The next documents after an id, in the order of their ids.
+
+    Args:
+        connection: Connection to read with.
+        after: The id; None: from the first on.
+        limit: Most documents.
+        named_by_source: Only those whose id is their source, as that of files.
+    """
+    # "?1 IS NULL OR doc_id > ?1" would read the index from its beginning for each page.
+    begin = "doc_id >= ''" if after is None else "doc_id > ?1"
+    condition = f"{begin} AND doc_id = source" if named_by_source else begin
+    sql = f"{_DOCUMENT} WHERE {condition} ORDER BY doc_id LIMIT ?2"
     return [_document(row) for row in connection.execute(sql, (after, limit))]
 
 

@@ -55,7 +55,11 @@ def test_the_same_for_people_with_a_tier() -> None:
     for words in ("131.1 KB", "Hit rate by gigabytes", "exact prefixes", "memory and tiers", "A tier pays from", "◂"):
         assert words in result.stdout
     assert "3. A second tier pays." in result.stdout
-    assert "$ lmcache-rag serve model --l1-gb 20 --store ingest --l2 " in result.stdout
+    assert "$ lmcache-rag serve YOUR_MODEL --l1-gb 20 --store ingest --l2 " in result.stdout
+    assert "YOUR_MODEL stands for the folder or Hugging Face name of yours." in result.stdout
+    named = plan(*LLAMA, "--chunks", 2000, "--model", "some/model", "--l1-gb", 20).stdout
+    assert "serve some/model " in named
+    assert "YOUR_MODEL" not in named
     assert "seed 0" in result.stdout
 
 

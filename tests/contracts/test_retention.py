@@ -162,7 +162,7 @@ def test_pins_of_a_tenant_fit_its_budget(make: Make, draw: random.Random) -> Non
     assert refused == {"pinned": 0, "used": 6 * OBJECT, "limit": BUDGET * OBJECT, "tenant": 1}
     assert pin(server, prefix + other, "theirs", tenant="other")["pinned"] == 1
     server.store(prefix + chunk, "ours", tenant="acme", ingest=True)
-    server.store(text(draw, 20), "ours", tenant="acme")
+    server.store(text(draw, 20), "ours", tenant="acme", ingest=True)
     assert server.guard.budgets is not None
     server.guard.budgets.step()
     assert server.in_memory(prefix + chunk, "ours") == 6

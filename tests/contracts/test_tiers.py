@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore")]
 Make = Callable[..., LMCacheServer]
 
 
-@pytest.fixture(params=["fs", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("valkey", "s3"))])
+@pytest.fixture(params=["fs", *(pytest.param(kind, marks=pytest.mark.full) for kind in ("fs_native", "valkey", "s3"))])
 def tier(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
     made: Any = KINDS[request.param](tmp_path)
     yield made

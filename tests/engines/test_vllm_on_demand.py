@@ -13,7 +13,7 @@ from lmcache_rag import Workspace
 from lmcache_rag.kv_policy import KVPolicy, RateLimit
 from lmcache_rag.protocol import INGEST
 from lmcache_rag.settings import Settings
-from lmcache_rag.trace import Retrieval, chunk_name, write_trace
+from lmcache_rag.trace import Retrieval, chunk_name, read_trace, write_trace
 
 builder, call, chunks, connect = kit.builder, kit.call, kit.chunks, kit.connect
 engine, server, smollm2_tokenizer = kit.engine, kit.server, kit.smollm2_tokenizer
@@ -94,3 +94,21 @@ def test_ingestion_is_bounded_in_rate_and_flight(server, connect, chunks, tmp_pa
     with Workspace.open(tmp_path / "t", engine=server.url) as workspace:
         assert workspace.engine._chunks.concurrency == 3
         assert workspace.kv_policy == KVPolicy()
+
+
+def test_ask_writes_a_trace_that_warm_and_plan_read(call, server, chunks, tmp_path) -> None:
+    for name, text in zip("abc", chunks, strict=False):
+        (tmp_path / f"{name}.txt").write_text(text)
+    call("ingest", *(tmp_path / f"{name}.txt" for name in "abc"), "--kv", "none")
+    trace = tmp_path / "trace.jsonl"
+    assert call("ask", "What is an atom?", "--top-k", 2, "--trace", trace).exit_code == 0
+    assert call("ask", "And now?", LMCACHE_RAG_ENGINE=server.url, LMCACHE_RAG_TRACE=str(trace)).exit_code == 0
+    first, second = read_trace(trace)
+    assert (first.question, len(first.chunks), second.question) == ("What is an atom?", 2, "And now?")
+    planned = call("plan", "--trace", trace, "--layers", 2, "--kv-heads", 2, "--head-size", 64, "--json")
+    assert "2 questions of" in json.loads(planned.stdout)["trace"]
+    before = ingestions(server)
+    assert call("warm", "--top", 1, "--from-log", trace).exit_code == 0
+    assert ingestions(server) == before + 1
+    refused = call("ask", "What?", "--trace", tmp_path / "no" / "trace")
+    assert (refused.exit_code, "cannot be written" in refused.stderr) == (2, True)

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from lmcache_rag.cli.app import app
 from lmcache_rag.errors import ConfigError
+from lmcache_rag.plan.economics import Tier, tier_json
 from lmcache_rag.serving.tiers import checked_tier, filled, second_tier
 
 PASSWORD = "hunter2-and-more"
@@ -91,6 +92,8 @@ def test_bytes_of_a_tier_are_checked(tmp_path: Path) -> None:
     for text in ("/data/kv", "redis://r:6379", '{"type": "resp", "host": "r", "port": 1}', '{"type": "s3"}'):
         assert json.loads(checked_tier(second_tier(text), tmp_path / "secret"))["serde"] == sealed
     assert json.loads(checked_tier(second_tier("/data/kv"), None))["serde"] == {"type": "lmcache_rag"}
+    recommended = tier_json(Tier("disk", 100, 6), "/data/kv")  # by plan
+    assert json.loads(checked_tier(second_tier(recommended), None))["serde"] == {"type": "lmcache_rag"}
     for text in (
         '{"type": "raw_block"}',
         '{"type": "fs", "base_path": "/d", "use_odirect": true}',

@@ -277,6 +277,24 @@ def test_a_saved_index_is_used_and_not_rebuilt(
     assert logged(caplog) == ""
 
 
+def test_a_large_file_waits_for_more_than_a_few_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or each small change of a large store would write gigabytes."""
+    file = made(tmp_path)
+    monkeypatch.setattr(index_module, "_SMALL_INDEX", 40)
+    before = file.read_bytes()
+    for name in ("new", "newer"):
+        with Store.open(tmp_path) as store, store.writing():
+            put(store, name, name)
+        assert file.read_bytes() == before
+        with Store.open(tmp_path) as store:
+            assert found(store, name) == [name]
+            assert in_step(store), "by the database"
+    with Store.open(tmp_path) as store, store.writing():
+        store.registry.remove_documents(["new"])
+        put(store, "more", "one", "two", "three")
+    assert index_module.read_index(file)[1].count == 54, "now it is more than a twentieth"
+
+
 def test_faiss_itself_reads_the_file(tmp_path: Path) -> None:
     file = made(tmp_path)
     faiss = index_module.import_faiss()
@@ -359,7 +377,8 @@ def test_an_index_unreadable_by_faiss_is_rebuilt(
     index, facts = index_module.read_index(file)
     faiss = index_module.import_faiss()
     with monkeypatch.context() as patch:
-        patch.setattr(faiss, "serialize_index", lambda _: np.frombuffer(b"from a later FAISS", dtype=np.uint8))
+        patch.setattr(faiss, "PyCallbackIOWriter", lambda write, _: write)
+        patch.setattr(faiss, "write_index", lambda _, write: write(b"from a later FAISS"))
         index_module.write_index(file, index, facts)
     with Store.open(tmp_path) as store:
         assert in_step(store)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from store_kit import (
 )
 
 from lmcache_rag.errors import StoreError
-from lmcache_rag.store import KVRow, NewChunk, Store, text_hash
+from lmcache_rag.store import KVRow, NewChunk, Store, sql, text_hash
 
 
 @pytest.fixture
@@ -491,4 +492,28 @@ def test_a_reader_sees_one_state_during_commits(store: Store) -> None:
         with ThreadPoolExecutor(1) as pool:
             pool.submit(put, store, "b", "two").result()
         assert connection.execute("SELECT count(*) FROM documents").fetchone() == (1,)
+    assert len(list(store.registry.documents())) == 2
+
+
+def test_a_page_of_documents_reads_no_earlier_ones(store: Store) -> None:
+    """Or a list of all documents takes time by the square of their number."""
+    store.registry.put_documents(
+        [document(f"d{number:04}", f"text {number}") for number in range(600)], embedder=EMBEDDER
+    )
+    for options in ({}, {"named_by_source": True}):
+        steps = []
+        for after in (None, "d0300", "d0580"):
+            with store._database.read() as connection:
+                count = itertools.count()
+                connection.set_progress_handler(lambda count=count: next(count) < 0, 10)
+                sql.next_documents(connection, after, 10, **options)
+                connection.set_progress_handler(None, 0)
+                steps.append(next(count))
+        assert steps[2] <= steps[1] <= steps[0] + 5
+
+
+def test_documents_of_files_are_listed_alone(store: Store) -> None:
+    of_file = replace(document("/docs/a.txt", "text"), source="/docs/a.txt")
+    store.registry.put_documents([of_file, document("program", "other")], embedder=EMBEDDER)
+    assert [record.doc_id for record in store.registry.named_by_source()] == ["/docs/a.txt"]
     assert len(list(store.registry.documents())) == 2

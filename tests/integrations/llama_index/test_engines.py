@@ -35,6 +35,7 @@ from lmcache_rag import Workspace
 from lmcache_rag.engines.base import BlendOptions, Sampling
 from lmcache_rag.errors import ConfigError, ContextLengthError, PromptError
 from lmcache_rag.prompt import Turn
+from lmcache_rag.trace import chunk_name, read_trace
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,16 @@ def test_a_query_is_answered_from_the_passages_kv(workspace, index):
     names = [event.class_name() for event in heard]
     for name in ("RetrievalEndEvent", "SynthesizeStartEvent", "LLMCompletionStartEvent", "LLMCompletionEndEvent"):
         assert name in names
+
+
+def test_queries_are_appended_to_a_trace(workspace, index, tmp_path):
+    ask = as_blend_query_engine(index, workspace, similarity_top_k=3, trace=tmp_path / "trace.jsonl")
+    found = [ask.query("What?"), asyncio.run(ask.aquery("And?"))]
+    as_blend_query_engine(index, workspace, similarity_top_k=3).query("Not this one.")
+    lines = list(read_trace(tmp_path / "trace.jsonl"))
+    assert [line.question for line in lines] == ["What?", "And?"]
+    for line, response in zip(lines, found, strict=True):
+        assert set(line.chunks) == {chunk_name(node_text(each)) for each in response.source_nodes}
 
 
 def test_a_budget_of_tokens_is_taken_and_reported(workspace, index):
