@@ -295,6 +295,7 @@ def vector_store(args: argparse.Namespace) -> dict[str, Any]:
                 start = time.perf_counter()
                 assert len(store.similarity_search(str(number * 37), k=TOP_K)) == TOP_K
                 times.append((time.perf_counter() - start) * 1e3)
+            assert store.register  # the engine's tokenizer is loaded
             start = time.perf_counter()
             ids = store.add_texts([next(texts)])
             added = time.perf_counter() - start

@@ -208,6 +208,7 @@ ANSWER: Final = "lmcache_rag"
 COUNTS: Final = ("prefix_tokens", "reused_tokens", "recomputed_tokens", "computed_tokens")  # they add up to the prompt
 TIMES: Final = ("lookup_ms", "load_ms", "blend_ms")
 SELECT_MS: Final = "select_ms"  # the part of blend_ms in which the tokens to recompute are chosen
+USED_BEFORE: Final = "used_before"  # with `serve --store second`: starts of named chunks that other prompts had, too
 FAILURE: Final = "failure"  # a Fallback, or a sentence if can_blend is false; "" if none
 DECISION: Final = "decision"  # a Decision; absent where there was nothing to decide
 PREDICTED: Final = ("predicted_blend_ms", "predicted_compute_ms")  # what it compared, where known

@@ -421,7 +421,8 @@ class AnswerStreamer:
         """Queue the ingestion of chunks whose KV an answer missed; the answer gets a warning. Never waits.
 
         A registered chunk is meant to have KV, so it is ingested at its first use. An embedded engine keeps KV
-        of registered chunks only: nothing would ever delete the files of others.
+        of registered chunks only: nothing would ever delete the files of others. A server's count of a chunk's uses,
+        by whomever, counts for a client that has seen it once.
         """
         if prompt.order != done.stats.order:
             done = replace(done, stats=replace(done.stats, order=prompt.order))
@@ -434,7 +435,7 @@ class AnswerStreamer:
                 queued += fill.offer(
                     prompt.chunks[index].key,
                     partial(self._kv.fill, texts[index]),
-                    uses=1 if known or self.lazy_fill == "first" else 2,
+                    uses=1 if known or self.lazy_fill == "first" or index in done.used_before else 2,
                     owner=self._store,
                 )
         if not queued:

@@ -233,6 +233,8 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
         """Add the reuse statistics to the response."""
         name = request.request_id
         statistics = self._scheduler.request_finished(request, self.request_trackers.get(name))
+        if statistics is not None:
+            statistics |= self._client.used_before(name)
         delayed, params = (
             True,
             None,

@@ -33,6 +33,7 @@ from lmcache_rag.protocol import (
     PINS,
     PREFIX,
     TENANT,
+    USED_BEFORE,
     WORDS,
     chunk_start,
     ingests,
@@ -240,6 +241,7 @@ class SchedulerClient:
         self._releases = lmcache_client.DeferredReleases(adapter)
         self._unused: set[str] = set()  # LMCache's own connector looked them up, and has not used the result yet
         self._second_use = second_use
+        self._used_before: dict[str, list[int]] = {}  # by request: where its chunks begin that others had, too
         self._sent: SentLookup | None = None  # of the request that has just come, if it is what `look_up` would send
 
     # -- a request's tracker ------------------------------------------------------------------------------------------
@@ -273,6 +275,12 @@ class SchedulerClient:
         if self._second_use is not None and not ingests(params) and not forgets:
             used, limit = self._second_use.admitted(request.block_hashes), tracker.max_offload_tokens
             tracker.max_offload_tokens = used if limit is None else min(used, limit)
+            self._used_before[request.request_id] = self._second_use.used_before(tracker.cache_salt, prompt, params)
+
+    def used_before(self, request_id: str) -> dict[str, Any]:
+        """For the answer: which chunks of a request were used before; nothing where that is not counted."""
+        known = self._used_before.get(request_id)
+        return {} if known is None else {USED_BEFORE: known}
 
     def adapter_changed(self, lora_request: Any) -> bool:
         """See LookupClient."""
@@ -403,6 +411,7 @@ class SchedulerClient:
         """
         self._reports.send()
         self._with_adapter.pop(request_id, None)
+        self._used_before.pop(request_id, None)
         if request_id in self._unused:
             self._unused.discard(request_id)
             self._releases.release_unused(request_id, self._trackers[request_id])

@@ -4,8 +4,12 @@ The connector counts, in vLLM's scheduler, and not the client: clients are many 
 serverless function, a replica with a read-only store), and a count that each keeps by itself never reaches two. The
 scheduler sees the prompts of all of them, has the hashes of their blocks at hand, and decides what is stored anyway. A
 server that is started again counts from zero, which costs one use. Chunks that a client ingests are stored at once:
-whoever ingests has decided. The client's own count, of passages that questions use and nobody ingested, is
-lmcache_rag.lazy_fill.
+whoever ingests has decided.
+
+A chunk in the middle of a prompt can only be blended once a client has ingested it, as KV after other text is not its
+own. Its uses are counted here, too, where the request names its chunks, and the answer tells which had been used
+before (lmcache_rag.protocol.USED_BEFORE): a client that keeps nothing ingests these. One that lives longer also counts
+itself, see lmcache_rag.lazy_fill.
 
 The counts are a count-min sketch that is halved after every so many uses (as in TinyLFU): its memory is fixed, and a
 text that was asked for twice in a long time is not admitted for ever. It may count too high, never too low.
@@ -13,10 +17,14 @@ text that was asked for twice in a long time is not admitted for ever. It may co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from array import array
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from lmcache_rag.protocol import named_spans
 
 WIDTH, ROWS = 1 << 18, 4  # one byte each: 1 MB
 _MOST = 255
@@ -75,6 +83,21 @@ class SecondUse:
             leading = leading and before > 0
             tokens += self._chunk if leading else 0
         return tokens
+
+    def used_before(self, salt: str, prompt: Sequence[int], params: Mapping[str, Any]) -> list[int]:
+        """Count the chunks that a request names; returns where those begin that were used before.
+
+        Args:
+            salt: The request's cache_salt.
+            prompt: Its token ids.
+            params: Its kv_transfer_params.
+        """
+        found = []
+        for start, end in named_spans(params, len(prompt)):
+            chunk = hashlib.sha256(f"chunk\0{salt}\0".encode() + array("q", prompt[start:end]).tobytes())
+            if self._counts.add(chunk.digest()):
+                found.append(start)
+        return found
 
 
 def _bytes(block_hash: Any) -> bytes:

@@ -311,6 +311,7 @@ class Completion:
         warnings: What the user should know.
         missed: The prompt's chunks that were looked up, could have been stored, and were not found.
         chunks: Reuse of each of the prompt's chunks; empty if the engine does not report it.
+        used_before: The prompt's chunks that a server has seen in earlier prompts, whoever sent these; where it counts.
     """
 
     text: str
@@ -320,6 +321,7 @@ class Completion:
     warnings: tuple[str, ...] = ()
     missed: tuple[int, ...] = ()
     chunks: tuple[ChunkReuse, ...] = ()
+    used_before: tuple[int, ...] = ()
 
 
 StreamEvent: TypeAlias = TextDelta | Completion

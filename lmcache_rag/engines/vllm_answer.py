@@ -189,7 +189,21 @@ def completion(
         warnings.append("The answer came in one piece: its time to the first token is that of the whole answer.")
     stats = ReuseStats(len(prompt), ttft_ms=gathered.ttft_ms, **counts)
     reuse = () if reported is None and blending else chunk_reuse(prompt, stats, (reported or {}).get("spans"))
-    return Completion(gathered.text, ids, gathered.finish_reason, stats, tuple(warnings), missing, reuse)
+    return Completion(
+        gathered.text,
+        ids,
+        gathered.finish_reason,
+        stats,
+        tuple(warnings),
+        missing,
+        reuse,
+        _used_before(prompt, (reported or {}).get(protocol.USED_BEFORE)),
+    )
+
+
+def _used_before(prompt: QueryPrompt, starts: Any) -> tuple[int, ...]:
+    known = set(starts) if isinstance(starts, list) and all(isinstance(start, int) for start in starts) else set()
+    return tuple(at for at, chunk in enumerate(prompt.chunks) if chunk.start in known)
 
 
 def _counts(reported: Mapping[str, Any], length: int) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ import hashlib
 import pytest
 
 from lmcache_rag.connector.second_use import SecondUse, UseCounts
+from lmcache_rag.protocol import CHUNKS
 
 
 def hashes(*texts: str) -> list[bytes]:
@@ -41,3 +42,22 @@ def test_few_texts_are_taken_for_used_ones() -> None:
     counts = UseCounts(1 << 14)
     wrong = sum(counts.add(hashlib.sha256(b"%d" % number).digest()) > 0 for number in range(8000))
     assert wrong < 80
+
+
+def test_named_chunks_are_counted_for_all_clients() -> None:
+    policy = SecondUse(64, 32)
+    first, second, third = list(range(100, 150)), list(range(200, 250)), list(range(300, 350))
+
+    def ask(salt: str, *chunks: list[int]) -> list[int]:
+        prompt, spans = list(range(32)), []
+        for chunk in chunks:
+            spans.append([len(prompt), len(prompt) + len(chunk)])
+            prompt += chunk
+        return policy.used_before(salt, [*prompt, 1, 2, 3], {CHUNKS: spans})
+
+    assert ask("one", first, second) == []
+    assert ask("one", third, first) == [82], "wherever it is"
+    assert ask("other", first) == [], "a tenant's uses count for itself"
+    assert ask("one", first, second, third) == [32, 82, 132]
+    assert policy.used_before("one", list(range(100)), {}) == []
+    assert policy.used_before("one", list(range(100)), {CHUNKS: [[90, 200]]}) == []

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import vllm_engine_kit as kit
+from lmcache_rag.integrations.blender import Blender
 from lmcache_rag.integrations.kv_registry import KVRegistry
 
 from lmcache_rag import Workspace
+from lmcache_rag.connector.second_use import SecondUse
 from lmcache_rag.kv_policy import KVPolicy, RateLimit
 from lmcache_rag.protocol import INGEST
 from lmcache_rag.settings import Settings
@@ -112,3 +114,23 @@ def test_ask_writes_a_trace_that_warm_and_plan_read(call, server, chunks, tmp_pa
     assert ingestions(server) == before + 1
     refused = call("ask", "What?", "--trace", tmp_path / "no" / "trace")
     assert (refused.exit_code, "cannot be written" in refused.stderr) == (2, True)
+
+
+def test_clients_without_memory_ingest_at_second_use(server, connect, chunks, tmp_path) -> None:
+    """Each is another process, which has seen a passage once."""
+    server.second_use = SecondUse(64, 64)
+
+    def ask(number: int, *passages: str) -> int:
+        before = ingestions(server)
+        for kept in (server.backend.memory.chains, server.backend.memory.blocks):
+            kept.clear()  # this server keeps prompts, too, and finds chunks in them
+        with Workspace.open(tmp_path / f"s{number}", engine=connect(server.url), max_tokens=2) as workspace:
+            blender = Blender(workspace)
+            blender.answer(blender.build_prompt(passages, f"What of {number}?"))
+            assert blender.drain(60)
+        return ingestions(server) - before
+
+    assert ask(1, chunks[0], chunks[1]) == 0
+    assert ask(2, chunks[2], chunks[1]) == 1, "the one that was used before"
+    server.second_use = None
+    assert ask(4, chunks[0]) == 0, "each counts alone"

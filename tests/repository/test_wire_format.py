@@ -124,7 +124,15 @@ def test_the_page_lists_the_fields_of_an_answer() -> None:
     made |= metrics.unblended_statistics(100, 0, "query", budget, why_not)
     listed = [name for row in rows(section("An answer").partition("### Codes")[0]) for name in code(row[0])]
     assert sorted(listed) == sorted(
-        [*made, protocol.SELF_CHECK, protocol.FORGOTTEN, protocol.KV_HELD, protocol.PINNED, protocol.PINS]
+        [
+            *made,
+            protocol.USED_BEFORE,
+            protocol.SELF_CHECK,
+            protocol.FORGOTTEN,
+            protocol.KV_HELD,
+            protocol.PINNED,
+            protocol.PINS,
+        ]
     )
     assert f"`kv_transfer_params.{protocol.ANSWER}`" in section("An answer")
     assert [f"`{each}`" in section("An answer") for each in SelfCheck] == [True] * len(SelfCheck)

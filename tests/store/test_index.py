@@ -277,7 +277,7 @@ def test_a_saved_index_is_used_and_not_rebuilt(
     assert logged(caplog) == ""
 
 
-def test_a_large_file_waits_for_more_than_a_few_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_file_waits_for_more_than_few_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or each small change of a large store would write gigabytes."""
     file = made(tmp_path)
     monkeypatch.setattr(index_module, "_SMALL_INDEX", 40)

@@ -63,6 +63,7 @@ class FakeVLLM(ThreadingHTTPServer):
         self.keeps = False  # a tier of LMCache cannot delete
         self.pins: set[tuple[int, ...]] = set()  # prompts
         self.most_pinned = 1 << 20  # tokens
+        self.second_use: Any = None  # the connector's SecondUse, with --store second
         self.cannot_forget = 0  # so many times LMCache does not answer a forget
         # What it reports.
         self.chunk = 0  # on /metrics

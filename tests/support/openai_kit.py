@@ -192,7 +192,10 @@ class TextBackend:
             if not self.server.failure:
                 limits = [len(ids), limit, params.get("lmcache.max_offload_tokens")]
                 self.memory.keep(salt, ids, min(n for n in limits if n is not None))
-            return {"lmcache_rag": self._side.finish(request)}
+            told = self._side.finish(request)
+            if told is not None and self.server.second_use is not None and not protocol.ingests(params):
+                told |= {protocol.USED_BEFORE: self.server.second_use.used_before(salt, ids, params)}
+            return {"lmcache_rag": told}
 
     def _pin(self, ids: tuple[int, ...], *, pin: bool) -> dict[str, Any]:
         pins = self.server.pins
