@@ -31,7 +31,8 @@ def in_step(store: Store) -> bool:
     stored = list(store.registry.chunks())
     rows = store.index.vectors([chunk.chunk_id for chunk in stored])
     wanted = np.array([vector(chunk.text) for chunk in stored]).reshape(-1, DIMENSION)
-    return store.index.ids() == {chunk.chunk_id for chunk in stored} and np.array_equal(rows, wanted)
+    once = len(store.index) == len(stored)
+    return once and store.index.ids() == {chunk.chunk_id for chunk in stored} and np.array_equal(rows, wanted)
 
 
 # Search
@@ -200,6 +201,7 @@ with Store.open(sys.argv[1]) as store:
     finish(child(code, store.path))
     assert found(store, "three") == ["three"]
     assert sorted(found(store, "two", k=9)) == ["one", "three"]
+    assert len(store.index) == 2, "each once"
     assert store.index.search(vector("one", "turned"), 1)[0].score == pytest.approx(1, abs=1e-5)
 
 
