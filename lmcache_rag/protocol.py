@@ -284,6 +284,11 @@ OUTCOMES: Final = ("blended", "prefix", "computed", "unblended")
 CHUNK_GAUGE: Final = METRICS + "chunk_tokens"
 COST_GAUGE: Final = METRICS + "cost_ms"  # label `cost`: names of lmcache_rag.costs.CostModel.figures
 BOUNDARY_GAUGE: Final = METRICS + "blended_from_tokens"  # label `tier`
+SERVER_GAUGE: Final = METRICS + "server_info"  # 1; its labels are what servers that share KV have in common
+SERVER_FACTS: Final = (
+    *("chunk", "weights", "config", "layout", "secret", "prefix_tokens"),
+    *("vllm", "lmcache", "lmcache_rag"),
+)
 
 # On LMCache's /metrics, where the dot is an underscore and counters end in _total.
 INDEX_ENTRIES: Final = "lmcache_rag.index_entries"  # chunks that can be blended
@@ -298,6 +303,8 @@ TENANT_BYTES: Final = "lmcache_rag.tenant_bytes"  # of memory, label `tenant`: o
 TENANT_BUDGET: Final = "lmcache_rag.tenant_budget_bytes"
 TENANT_EVICTED: Final = "lmcache_rag.tenant_evicted"  # objects that were evicted, as the tenant was beyond its budget
 FLEET_FOUND: Final = "lmcache_rag.chunks_found_elsewhere"  # that only the coordinator knew
+LMCACHE_INFO: Final = "lmcache_rag.lmcache_info"  # 1; its labels are LMCACHE_FACTS
+LMCACHE_FACTS: Final = ("chunk", "hash", "lmcache", "lmcache_rag")  # hash: digest of what its hash makes of a chunk
 
 
 def chunk_tokens(metrics: str) -> int:
@@ -321,6 +328,22 @@ def tenant_bytes(metrics: str, name: str) -> dict[str, float]:
     base = name.replace(".", "_")
     found = re.findall(rf'^{base}(?:_total)?\{{[^}}]*tenant="((?:[^"\\]|\\.)*)"[^}}]*\}} (\S+)$', metrics, re.MULTILINE)
     return {re.sub(r"\\(.)", r"\1", tenant): float(value) for tenant, value in found}
+
+
+def server_facts(metrics: str) -> dict[str, str]:
+    """The SERVER_FACTS of a vLLM server, by the text of its /metrics; empty if it does not say."""
+    return _facts(metrics, SERVER_GAUGE, SERVER_FACTS)
+
+
+def lmcache_facts(metrics: str) -> dict[str, str]:
+    """The LMCACHE_FACTS of an LMCache server, by the text of its /metrics; empty if it does not say."""
+    return _facts(metrics, LMCACHE_INFO.replace(".", "_"), LMCACHE_FACTS)
+
+
+def _facts(metrics: str, name: str, labels: Iterable[str]) -> dict[str, str]:
+    found = re.search(rf"^{name}\{{([^}}]*)\}} 1(?:\.0)?$", metrics, re.MULTILINE)
+    known = dict(re.findall(r'(\w+)="([^"]*)"', found[1])) if found else {}
+    return {label: known[label] for label in labels if label in known}
 
 
 def _labelled(metrics: str, name: str, label: str) -> dict[str, float]:

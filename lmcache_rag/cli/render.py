@@ -87,6 +87,7 @@ def show(console: Console, table: Table) -> None:
     with console.capture() as captured:
         console.print(table)
     console.file.write("".join(f"{line.rstrip()}\n" for line in captured.get().splitlines()))
+    console.file.flush()
 
 
 def plain(value: Any) -> Any:

@@ -8,13 +8,12 @@ import os
 import re
 import signal
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.table import Table
 from rich.text import Text
 from typer.core import TyperCommand
@@ -36,8 +35,10 @@ from lmcache_rag.errors import ConfigError, EngineError, LMCacheRAGError
 
 if TYPE_CHECKING:
     from lmcache_rag.serving.commands import Commands, ServeOptions
+    from lmcache_rag.serving.machine import Check
 
 MORE = 3  # queries that show the server at start what its look-ups, loads and blends take
+_NAME_WIDTH, _STATE_WIDTH = 19, 7  # of doctor's columns: "LMCache's CUDA code", "skipped"
 _MARKS = {"ok": ("ok", "green"), "warning": ("warning", "yellow"), "failed": ("failed", "bold red")}
 
 
@@ -256,6 +257,7 @@ def serve(
 
     settings, extra = context.settings(), tuple(vllm or ())
     if context.services.serve_commands is serve_commands and not dry_run:
+        _check_packages()  # before a model is looked for, which may be a download
         from lmcache_rag.weights.find import find_served
 
         if (source := find_served(served_model)) is not None:
@@ -333,11 +335,11 @@ def _lmcache_key(context: CommandContext) -> dict[str, str]:
     return {LMCACHE_KEY_FILES[1]: str(lmcache_key_file())}
 
 
-def _check_environment(context: CommandContext, made: Commands) -> None:
-    """Fail now if vLLM or LMCache is missing; warn if the servers could not blend.
+def _check_packages() -> None:
+    """Fail now if vLLM or LMCache is missing.
 
     Raises:
-        ConfigError: vLLM or LMCache is not installed.
+        ConfigError: One is not installed.
     """
     from lmcache_rag.serving import machine
 
@@ -345,6 +347,16 @@ def _check_environment(context: CommandContext, made: Commands) -> None:
         found = next(machine.gpu()).state != "failed"
         remedy = machine.INSTALL if found else f"{machine.INSTALL}, with an NVIDIA GPU. {machine.WITHOUT_GPU}"
         raise ConfigError(f"Not installed: {', '.join(missing)}.", remedy=remedy)
+
+
+def _check_environment(context: CommandContext, made: Commands) -> None:
+    """Fail now if a tier's client is missing; warn if the servers could not blend.
+
+    Raises:
+        ConfigError: It is not installed.
+    """
+    from lmcache_rag.serving import machine
+
     if (
         any(json.loads(tier)["type"] == "valkey" for tier in made.tiers)
         and importlib.util.find_spec("glide_sync") is None
@@ -391,7 +403,7 @@ def _serve(
     start_timeout: float,
 ) -> int:
     from lmcache_rag.serving.commands import lmcache_environment
-    from lmcache_rag.serving.doctor import answers
+    from lmcache_rag.serving.lmcache_checks import answers
     from lmcache_rag.serving.process import Server
     from lmcache_rag.serving.supervise import Supervisor, check_ports
 
@@ -500,16 +512,25 @@ def _report_exact(context: CommandContext, made: Commands, name: str, folder: Pa
 @command("store", "embedder", "kv_budget_gb")
 def doctor(
     context: CommandContext,
-    url: Annotated[
-        str, typer.Argument(metavar="[URL]", help="Address of a vLLM server; without it only this machine is checked.")
-    ] = "",
-    lmcache_url: Annotated[
-        str,
-        typer.Option(
-            metavar="URL",
-            help="HTTP address of the LMCache server. [dim]\\[default: http://127.0.0.1:8089][/dim]",
+    urls: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[URL]...",
+            help="Addresses of vLLM servers; without one only this machine is checked.",
             show_default=False,
         ),
+    ] = None,
+    lmcache_url: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="URL",
+            help="HTTP address of the LMCache server, once for each URL. [dim]\\[default: http://127.0.0.1:8089][/dim]",
+            show_default=False,
+        ),
+    ] = None,
+    coordinator: Annotated[
+        str,
+        typer.Option(metavar="URL", help="LMCache's coordinator: the LMCache servers that it knows are compared, too."),
     ] = "",
     check_model: Annotated[
         str,
@@ -518,47 +539,73 @@ def doctor(
         ),
     ] = "",
 ) -> int:
-    """Check what this machine needs to answer, or a server and a round trip.
+    """Check what this machine needs to answer, or servers and a round trip.
 
     Without a URL: the embedded engine, store, disk, model and embedder; GPU,
     vLLM and LMCache where they are installed. With one, the servers too; the
     round trip precomputes three random chunks, queries them in another
-    order, and compares ratio 1 with a run without reuse. The server's key, if
-    any, is taken from the variable VLLM_API_KEY or LMCACHE_RAG_API_KEY, and
+    order, and compares ratio 1 with a run without reuse. With several, what
+    they do not have in common, and whether each finds what the first one has
+    ingested. The servers' key, if any, is taken from the variable VLLM_API_KEY or LMCACHE_RAG_API_KEY, and
     its ingest key from LMCACHE_RAG_INGEST_KEY or LMCACHE_RAG_INGEST_KEY_FILE.
     Exit status 1 when something failed.
 
     [bold]Examples[/bold]
       lmcache-rag doctor
       lmcache-rag doctor http://127.0.0.1:8000
+      lmcache-rag doctor http://10.0.0.5:8000 http://10.0.0.6:8000
       lmcache-rag doctor http://127.0.0.1:8000 --json
     """
-    from lmcache_rag.serving.doctor import examine
-    from lmcache_rag.serving.machine import Check, embedded
-
+    keys = {"api_key": api_key("VLLM_API_KEY"), "ingest_key": ingest_key()}
+    checks = _checks(context, urls or [], lmcache_url or [], coordinator, check_model, keys)
     found: list[Check] = []
-    with context.waiting("Checking"):
-        keys = {"api_key": api_key("VLLM_API_KEY"), "ingest_key": ingest_key()}
-        settings = context.settings()
-        if not url and settings.engine == "embedded":
-            if check_model:
-                settings = settings.model_copy(update={"model": check_model})
-            found += embedded(settings)
-        for check in examine(url, lmcache_url=lmcache_url, model=check_model, **keys):
-            found.append(check)
+    server = ""
+    while True:
+        with context.waiting("Checking"):
+            check = next(checks, None)
+        if check is None:
+            break
+        found.append(check)
+        if not context.json:
+            if check.server != server:
+                context.write(f"\n{clean(check.server or 'All of them')}\n")
+                server = check.server
+            show(context.out, _line(check))
     failed = [check for check in found if check.state == "failed"]
     if context.json:
         context.emit({"healthy": not failed, "checks": plain(found)})
-        return PARTLY if failed else 0
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    table.add_column("Check", style="bold", no_wrap=True)
-    table.add_column("", no_wrap=True)
-    table.add_column("Result", overflow="fold")
-    table.add_column("Remedy", overflow="fold")
-    for check in found:
-        word, style = _MARKS.get(check.state, (check.state, "dim"))
-        table.add_row(Text(check.name), Text(word, style=style), Text(clean(check.result)), Text(clean(check.remedy)))
-    show(context.out, table)
-    if failed:
+    elif failed:
         context.message(f"{len(failed)} of {len(found)} checks failed.", style="bold red")
     return PARTLY if failed else 0
+
+
+def _checks(
+    context: CommandContext,
+    urls: list[str],
+    lmcache_urls: list[str],
+    coordinator: str,
+    check_model: str,
+    keys: dict[str, str],
+) -> Iterator[Check]:
+    from lmcache_rag.serving.fleet import examine_all
+    from lmcache_rag.serving.machine import embedded
+
+    settings = context.settings()
+    if not urls and settings.engine == "embedded":
+        if check_model:
+            settings = settings.model_copy(update={"model": check_model})
+        yield from embedded(settings)
+    yield from examine_all(urls, lmcache_urls=lmcache_urls, coordinator=coordinator, model=check_model, **keys)
+
+
+def _line(check: Check) -> Table:
+    """A check as a row by itself: it is shown when it is done, in columns of fixed widths."""
+    table = Table.grid(padding=(0, 2, 0, 0), expand=True)
+    for width in (_NAME_WIDTH, _STATE_WIDTH):
+        table.add_column(width=width)
+    table.add_column(ratio=3, overflow="fold")
+    table.add_column(ratio=2, overflow="fold")
+    word, style = _MARKS.get(check.state, (check.state, "dim"))
+    name = Text(check.name, style="bold")
+    table.add_row(name, Text(word, style=style), Text(clean(check.result)), Text(clean(check.remedy)))
+    return table

@@ -22,7 +22,7 @@ from lmcache_rag.connector.cache_salt import CacheSalts
 from lmcache_rag.connector.config import ConnectorOptions
 from lmcache_rag.connector.early_lookup import EarlyLookups
 from lmcache_rag.connector.gpu_chunks import PrefixCache
-from lmcache_rag.connector.identity import identity
+from lmcache_rag.connector.identity import facts, identity
 from lmcache_rag.connector.lookup import SchedulerClient
 from lmcache_rag.connector.metadata import NOT_READY, BlendHandshakeMetadata, BlendWorkerMetadata
 from lmcache_rag.connector.metrics import BlendPromMetrics, BlendStats
@@ -77,6 +77,7 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
                 options.chunk_size,
                 chunk,
             )
+        self._facts = [facts(vllm_config, chunk, secret, options.prefix_tokens)]
         salts = CacheSalts(identity(vllm_config, chunk), chunk, prefix_tokens=options.prefix_tokens, key=secret)
         block = vllm_config.cache_config.block_size
         second_use = SecondUse(chunk, block) if options.store == "second" else None
@@ -270,6 +271,8 @@ class CacheBlendConnector(LMCacheMPConnector):  # type: ignore[misc]
             options = self._scheduler.options
             figures = self._scheduler.gate.take_figures(options.policy, options.budget)
             self._connector_stats.costs.extend(figures)
+            self._connector_stats.facts.extend(self._facts)
+            self._facts = []
         return super().get_kv_connector_stats()
 
     @classmethod

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import hmac
+import importlib.metadata
 import json
 import logging
 import os
@@ -13,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from lmcache_rag import __version__
 from lmcache_rag.protocol import shown
 
 log = logging.getLogger("lmcache_rag")
@@ -23,6 +27,7 @@ _PIECES, _LEAST = 1024, 32  # samples of all files together, and of each file at
 _READERS = 16  # a network disk answers each read after milliseconds
 _MOST_HEADER = 64 << 20
 _ADAPTERS = 1024
+SHOWN = 16  # hex digits of a digest on /metrics
 STORED = 2  # of the form of KV in second tiers: since 2 it ends with a digest
 _VARIABLES = ("VLLM_KV_CACHE_LAYOUT", "VLLM_ATTENTION_BACKEND")  # vLLM's, which change the layout of KV
 
@@ -39,6 +44,29 @@ def identity(vllm_config: Any, chunk: int = 0) -> str:
     except Exception:
         log.warning("Cannot fingerprint the weights; KV of earlier runs is not reused", exc_info=True)
         return uuid.uuid4().hex
+
+
+def facts(vllm_config: Any, chunk: int, secret: bytes, prefix_tokens: int = 0) -> dict[str, str]:
+    """What servers have to have in common to share KV, as protocol.SERVER_FACTS: digests and versions. Never raises.
+
+    Args:
+        vllm_config: vLLM's configuration.
+        chunk: Tokens of an LMCache chunk.
+        secret: By which KV is stored. Its digest is keyed by it, and does not show it.
+        prefix_tokens: First tokens that stand for a prefix that no request names.
+    """
+    found = {"chunk": str(chunk), "prefix_tokens": str(prefix_tokens or chunk)}
+    found["secret"] = hmac.digest(secret, b"lmcache_rag: the same secret", "sha256").hex()[:SHOWN] if secret else "none"
+    try:
+        model = _model(vllm_config)
+        weights = {name: model.pop(name) for name in ("weights", "revision", "random weights")}
+        parts = {"weights": weights, "config": model, "layout": _form(vllm_config)}
+        found |= {name: _digest(part)[:SHOWN] for name, part in parts.items()}
+    except Exception:
+        log.debug("The model's digests are not published", exc_info=True)
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        found["lmcache"] = importlib.metadata.version("lmcache")
+    return found | {"vllm": _version(), "lmcache_rag": __version__}
 
 
 def _model(vllm_config: Any) -> dict[str, Any]:

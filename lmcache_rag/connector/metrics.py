@@ -31,6 +31,8 @@ from lmcache_rag.protocol import (
     PREDICTED,
     REASON,
     SELECT_MS,
+    SERVER_FACTS,
+    SERVER_GAUGE,
     SOURCES,
     Decision,
     Fallback,
@@ -44,6 +46,7 @@ else:
 
 RECORDS = "lmcache_rag_requests"  # our key in the data that vLLM carries
 COSTS = "lmcache_rag_costs"  # another one: [gauge, label's value, number] of each figure, where they have changed
+FACTS = "lmcache_rag_facts"  # and another one: SERVER_FACTS, once
 
 REASONS = tuple(str(each) for each in Fallback)  # a counter's label needs few values: others count as OTHER
 DECISIONS = tuple(map(str, Decision))
@@ -235,6 +238,30 @@ class CostGauges:
             self._gauges[name].labels(*self._engines[engine], value).set(number)
 
 
+class ServerInfo:
+    """What servers that share KV have in common, as labels of a gauge that is 1.
+
+    Args:
+        gauge: Makes a gauge, called as prometheus_client.Gauge is, by keywords.
+        labelnames: Labels that each metric of vLLM has.
+        engines: Their values for each engine.
+    """
+
+    def __init__(self, gauge: Callable[..., Any], labelnames: list[str], engines: Mapping[int, list[Any]]) -> None:
+        self._engines = engines
+        self._gauge = gauge(
+            name=SERVER_GAUGE,
+            documentation="What servers have to have in common to share KV: digests and versions.",
+            labelnames=[*labelnames, *SERVER_FACTS],
+            multiprocess_mode="mostrecent",
+        )
+
+    def observe(self, found: Iterable[Mapping[str, str]], engine: int = 0) -> None:
+        """Publish these facts."""
+        for facts in found:
+            self._gauge.labels(*self._engines[engine], *(facts.get(name, "") for name in SERVER_FACTS)).set(1)
+
+
 class Counters:
     """The counters and histograms of each engine.
 
@@ -311,6 +338,7 @@ class BlendStats(LMCacheMPConnectorStats):  # type: ignore[misc]
         super().__post_init__()
         self.data.setdefault(RECORDS, [])
         self.data.setdefault(COSTS, [])
+        self.data.setdefault(FACTS, [])
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -324,6 +352,12 @@ class BlendStats(LMCacheMPConnectorStats):  # type: ignore[misc]
         found: list[list[Any]] = self.data[COSTS]
         return found
 
+    @property
+    def facts(self) -> list[dict[str, str]]:
+        """See ServerInfo."""
+        found: list[dict[str, str]] = self.data[FACTS]
+        return found
+
     def clone_and_reset(self) -> BlendStats:
         """Return the observations of this interval, and begin a new one."""
         taken = BlendStats(data=self.data)
@@ -333,13 +367,14 @@ class BlendStats(LMCacheMPConnectorStats):  # type: ignore[misc]
     def reset(self) -> None:
         """Begin a new interval."""
         super().reset()
-        self.data[RECORDS], self.data[COSTS] = [], []
+        self.data[RECORDS], self.data[COSTS], self.data[FACTS] = [], [], []
 
     def aggregate(self, other: Any) -> BlendStats:
         """Merge the observations of another interval, or another rank."""
         super().aggregate(other)
         self.records.extend(other.data.get(RECORDS, ()))
         self.costs.extend(other.data.get(COSTS, ()))
+        self.facts.extend(other.data.get(FACTS, ()))
         return self
 
     def reduce(self) -> dict[str, int | float]:
@@ -348,7 +383,7 @@ class BlendStats(LMCacheMPConnectorStats):  # type: ignore[misc]
 
     def is_empty(self) -> bool:
         """Whether nothing was observed."""
-        return bool(super().is_empty()) and not self.records and not self.costs
+        return bool(super().is_empty()) and not self.records and not self.costs and not self.facts
 
 
 class BlendPromMetrics(LMCacheMPPromMetrics):  # type: ignore[misc]
@@ -360,6 +395,7 @@ class BlendPromMetrics(LMCacheMPPromMetrics):  # type: ignore[misc]
         super().__init__(vllm_config, metric_types, labelnames, per_engine_labelvalues)
         self._counters = Counters(self._counter_cls, self._histogram_cls, labelnames, per_engine_labelvalues)
         self._costs = CostGauges(self._gauge_cls, labelnames, per_engine_labelvalues)
+        self._info = ServerInfo(self._gauge_cls, labelnames, per_engine_labelvalues)
         options = ConnectorOptions.read(vllm_config.kv_transfer_config.get_from_extra_config)
         if options.chunk_size:
             publish_chunk_size(self._gauge_cls, labelnames, per_engine_labelvalues, options.chunk_size)
@@ -369,3 +405,4 @@ class BlendPromMetrics(LMCacheMPPromMetrics):  # type: ignore[misc]
         super().observe(transfer_stats_data, engine_idx)
         self._counters.observe(transfer_stats_data.get(RECORDS, ()), engine_idx)
         self._costs.observe(transfer_stats_data.get(COSTS, ()), engine_idx)
+        self._info.observe(transfer_stats_data.get(FACTS, ()), engine_idx)

@@ -7,18 +7,14 @@ from __future__ import annotations
 
 import random
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
-import httpx
-
 from lmcache_rag import protocol
-from lmcache_rag._utils import clean
 from lmcache_rag.costs import SHOWN
-from lmcache_rag.credentials import LMCACHE_KEY_REMEDY, LOOPBACK, lmcache_headers
+from lmcache_rag.credentials import LOOPBACK
 from lmcache_rag.engines.vllm_client import ModelCard, VLLMClient, prefix_caching, vllm_block
 from lmcache_rag.errors import ConfigError, EngineError, LMCacheRAGError
 from lmcache_rag.protocol import (
@@ -39,23 +35,27 @@ from lmcache_rag.protocol import (
     ingests,
 )
 from lmcache_rag.serving import machine
+from lmcache_rag.serving.lmcache_checks import lmcache_checks
 from lmcache_rag.serving.machine import Check, version
 
 COUNTED_S = 3.0
-PAGE_SECONDS = 3.0  # for a page of LMCache's HTTP API
-NEARLY_FULL = 0.9
 IDS = range(300, 15000)  # ids of plain text in the usual vocabularies; none of them special
 CHUNKS = 3
 BLOCKS = (4, 3, 2)  # LMCache chunks in each of ours
 ANSWER = 16
 ADAPTERS = 8  # names in a line
-_TENANTS = 8
 TOP = 5  # log-probabilities requested with each token
 ATTEMPTS, PAUSE_S = 5, 1.0  # LMCache indexes stored KV with a short delay
 
 
 def examine(
-    url: str = "", *, lmcache_url: str = "", model: str = "", api_key: str = "", ingest_key: str = ""
+    url: str = "",
+    *,
+    lmcache_url: str = "",
+    model: str = "",
+    api_key: str = "",
+    ingest_key: str = "",
+    alone: bool = True,
 ) -> Iterator[Check]:
     """Check this machine, and with a URL the servers too. Yields each check when it is done.
 
@@ -65,33 +65,26 @@ def examine(
         model: Folder or Hugging Face name; default: what the server serves.
         api_key: vLLM's key, or "".
         ingest_key: Its key for ingestion, or "".
+        alone: Whether this machine and the usual address of LMCache are checked; else they are another server's.
 
     Raises:
         ConfigError: An address is not valid.
     """
-    local, named = not url or _host(url) in LOOPBACK, bool(lmcache_url)
+    local, named = not url or http_host(url) in LOOPBACK, bool(lmcache_url)
     here = local and machine.serves()  # else a client's machine: the address may be that of a container or a tunnel
     if not (url or lmcache_url or machine.serves()):
         yield Check("vLLM", "skipped", "not installed here, and no URL was given", machine.INSTALL)
         return
-    if here:
-        yield from machine.gpu()
-        yield from machine.versions()
-        yield machine.compiled()
-        yield from machine.connector()
-    elif local:
-        result = "vLLM is not installed here: the server runs in a container, another environment, or behind a tunnel"
-        yield Check("This machine", "skipped", result, "Run lmcache-rag doctor where the server runs.")
-    else:
-        yield Check("This machine", "skipped", "the server is elsewhere", "Run lmcache-rag doctor there.")
+    if alone:
+        yield from _this_machine(here=here, local=local)
     status: dict[str, Any] = {}
     exact = ""  # why the server can only answer exactly, which needs no LMCache
     if url:
         with VLLMClient(url, attempts=1, api_key=api_key, ingest_key=ingest_key) as server:
             exact = only_exact(server)
-    if here or lmcache_url:
+    if lmcache_url or (here and alone):
         lmcache_url = (lmcache_url or "http://127.0.0.1:8089").rstrip("/")
-        _host(lmcache_url)
+        http_host(lmcache_url)
         on_gpu = not (here and machine.VLLMBuild.installed().cpu)
         known, status = lmcache_checks(lmcache_url, needed=named or bool(url and not exact), on_gpu=on_gpu)
         yield from known
@@ -117,7 +110,25 @@ def examine(
         yield from round_trip_checks(server, served, status)
 
 
-def _host(url: str) -> str:
+def _this_machine(*, here: bool, local: bool) -> Iterator[Check]:
+    if here:
+        yield from machine.gpu()
+        yield from machine.versions()
+        yield machine.compiled()
+        yield from machine.connector()
+    elif local:
+        result = "vLLM is not installed here: the server runs in a container, another environment, or behind a tunnel"
+        yield Check("This machine", "skipped", result, "Run lmcache-rag doctor where the server runs.")
+    else:
+        yield Check("This machine", "skipped", "the server is elsewhere", "Run lmcache-rag doctor there.")
+
+
+def http_host(url: str) -> str:
+    """The host in the address of a server.
+
+    Raises:
+        ConfigError: It is no such address.
+    """
     try:
         parts = urlsplit(url)
         host = parts.hostname
@@ -130,163 +141,6 @@ def _host(url: str) -> str:
 
 
 # Running servers
-
-
-def lmcache_checks(url: str, *, needed: bool, on_gpu: bool = True) -> tuple[list[Check], dict[str, Any]]:
-    """Check LMCache's server: returns (checks, its status; empty if it does not answer).
-
-    Args:
-        url: Its HTTP address.
-        needed: Whether it is a failure if it does not answer.
-        on_gpu: False where vLLM is known to compute on a CPU: no worker registers there.
-    """
-    if not answers(url, "/healthcheck"):
-        remedy = "lmcache-rag serve MODEL starts it. On another machine or port: --lmcache-url."
-        return [Check("LMCache", "failed" if needed else "skipped", f"{url} does not answer", remedy)], {}
-    try:
-        status = get_json(url, "/status")
-    except LMCacheRAGError as problem:
-        return [Check("LMCache", "failed", problem.message, problem.remedy)], {}
-    if status is None:
-        return [Check("LMCache", "failed", f"{url}/status does not answer", "See its log.")], {}
-    checks = []
-    healthy = bool(status.get("is_healthy"))
-    chunk = status.get("chunk_size")
-    checks.append(
-        Check(
-            "LMCache",
-            "ok" if healthy else "failed",
-            f"{url} is {'healthy' if healthy else 'not healthy'}; chunks of {chunk} tokens",
-            "" if healthy else f"See {url}/status.",
-        )
-    )
-    # Only the blend engine reports rotary tables.
-    tables = status.get("registered_cb_rope_instances")
-    if tables is None:
-        remedy = "Start it with --engine-type blend, as lmcache-rag serve does."
-        checks.append(Check("Blend engine", "failed", "this server does not blend", remedy))
-        return checks, status
-    checks.append(Check("Blend engine", "ok", "on"))
-    workers = len(status.get("registered_gpu_ids") or ())
-    if not on_gpu:
-        checks.append(Check("RoPE", "skipped", "vLLM computes on a CPU, and blends nothing"))
-    elif tables:
-        some = len(tables) < workers
-        remedy = 'The others do not blend; their vLLM\'s log has the reason after "KV is not blended".' if some else ""
-        result = f"registered by {len(tables)} of {workers} workers"
-        checks.append(Check("RoPE", "warning" if some else "ok", result, remedy))
-    elif workers:
-        remedy = 'vLLM\'s log has the reason after "KV is not blended"; is kv_connector CacheBlendConnector?'
-        checks.append(Check("RoPE", "failed", f"not registered, though {workers} workers are there", remedy))
-    else:
-        state: Any = "failed" if needed else "skipped"
-        checks.append(Check("RoPE", state, "no vLLM worker is registered", "Is vLLM up, and with our connector?"))
-    checks += rank_checks(status)
-    metrics = get_text(url, "/metrics")
-    checks.append(index_check(metrics))
-    checks += retention_checks(metrics)
-    return checks, status
-
-
-def index_check(metrics: str) -> Check:
-    """How full the index of chunks is, and how many of the chunks looked up were found."""
-    entries, asked, found, size = (
-        protocol.lmcache_number(metrics, name)
-        for name in (protocol.INDEX_ENTRIES, protocol.INDEX_ASKED, protocol.INDEX_FOUND, protocol.INDEX_SIZE)
-    )
-    if entries is None:
-        return Check("Chunk index", "skipped", "LMCache's /metrics does not report it")
-    result = f"{entries:,} chunks" + (f" of at most {size:,}" if size else "")
-    if asked:
-        result += f"; {found or 0:,} of {asked:,} chunks of prompts were found"
-    if size and entries >= NEARLY_FULL * size:
-        remedy = "New chunks replace the least recently used ones: serve --index-size makes room for more."
-        return Check("Chunk index", "warning", f"{result}: it is nearly full", remedy)
-    return Check("Chunk index", "ok", result)
-
-
-def retention_checks(metrics: str) -> list[Check]:
-    """How much of memory is pinned, and which tenants are beyond their budgets; no check where neither is used."""
-    checks = []
-    pinned, most = (protocol.lmcache_number(metrics, name) for name in (protocol.PINNED_BYTES, protocol.PIN_LIMIT))
-    if pinned and most:
-        full = pinned >= NEARLY_FULL * most
-        remedy = "More is refused: end pins with `lmcache-rag warm --no-pin`, or raise serve's --l1-gb."
-        result = f"{pinned / 1e9:,.2f} GB of the {most / 1e9:,.2f} GB that may be pinned"
-        checks.append(Check("Pinned chunks", "warning" if full else "ok", result, remedy if full else ""))
-    if budgets := protocol.tenant_bytes(metrics, protocol.TENANT_BUDGET):
-        used = protocol.tenant_bytes(metrics, protocol.TENANT_BYTES)
-        evicted = protocol.tenant_bytes(metrics, protocol.TENANT_EVICTED)
-        words = [
-            f"{clean(tenant) or 'no tenant'} {used.get(tenant, 0) / 1e9:,.2f} of {budget / 1e9:,.2f} GB"
-            + (f" ({evicted[tenant]:,.0f} objects evicted)" if evicted.get(tenant) else "")
-            for tenant, budget in sorted(budgets.items())
-        ]
-        shown = ", ".join(words[:_TENANTS]) + (f" and {len(words) - _TENANTS} more" if len(words) > _TENANTS else "")
-        checks.append(Check("Tenant budgets", "ok", shown))
-    return checks
-
-
-def rank_checks(status: dict[str, Any]) -> list[Check]:
-    """Check that all tensor-parallel ranks of each vLLM are registered; no check if no vLLM has several.
-
-    If one is missing, every prompt is computed in full on all ranks: no rank may blend alone.
-    """
-    sizes: Counter[tuple[str, int]] = Counter()
-    for one in (status.get("cache_context_meta") or {}).values():
-        sizes[str(one.get("model_name")), int(one.get("world_size") or 1)] += 1
-    checks = []
-    for (model, size), found in sorted(sizes.items()):
-        if size == 1:
-            continue
-        result = f"{found} registered for {model}, which is served by {size}"
-        if found % size:
-            remedy = "KV is blended by all ranks or by none: see vLLM's log for the worker that could not register."
-            checks.append(Check("Ranks", "failed", result, remedy))
-        else:
-            checks.append(Check("Ranks", "ok", result))
-    return checks
-
-
-def get_json(url: str, path: str) -> dict[str, Any] | None:
-    """A JSON document from an LMCache server; None if there is no valid answer.
-
-    Raises:
-        EngineError: It requires a key.
-    """
-    try:
-        response = httpx.get(
-            url + path,
-            timeout=PAGE_SECONDS,
-            verify=False,  # noqa: S501
-            trust_env=False,
-            headers=lmcache_headers(url),
-        )
-        if response.status_code in (401, 403):
-            raise EngineError(f"{url}{path} requires a key.", remedy=LMCACHE_KEY_REMEDY)
-        document = response.raise_for_status().json()
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
-        return None
-    return document if isinstance(document, dict) else None
-
-
-def get_text(url: str, path: str) -> str:
-    """A page of an LMCache server; "" if there is no valid answer."""
-    headers = lmcache_headers(url)
-    try:
-        response = httpx.get(url + path, timeout=PAGE_SECONDS, verify=False, trust_env=False, headers=headers)  # noqa: S501
-        return response.raise_for_status().text
-    except (httpx.HTTPError, httpx.InvalidURL):
-        return ""
-
-
-def answers(url: str, path: str) -> bool:
-    """Whether a server answers this path with 200."""
-    try:
-        # Certificates are not checked: this asks only whether a server on this machine is up.
-        return httpx.get(url + path, timeout=PAGE_SECONDS, verify=False, trust_env=False).status_code == 200  # noqa: S501
-    except (httpx.HTTPError, httpx.InvalidURL):
-        return False
 
 
 def vllm_checks(server: VLLMClient, here: str = "") -> tuple[list[Check], ModelCard | None]:
@@ -425,7 +279,11 @@ def judge(outcome: Outcome) -> Iterator[Check]:
         remedy = "Start vLLM by lmcache-rag serve, or with the --kv-transfer-config of its --dry-run."
         yield Check("Round trip", "failed", "the answer has no statistics: our connector is not loaded", remedy)
         return
-    if (why_not := protocol.cannot_blend(found)) is not None:
+    why_not = protocol.cannot_blend(found)
+    if why_not is not None and why_not.code is CannotBlend.NEEDS_CUDA and outcome.prefix is not None:
+        yield exact_prefixes(outcome.prefix)
+        return
+    if why_not is not None:
         name = "Self-check" if why_not.code in _SELF_CHECKS else "Round trip"
         remedy = _REMEDIES.get(why_not.code, _STOCK)
         yield Check(name, "failed", f"our connector is loaded, and cannot blend: {why_not}", remedy)
@@ -456,6 +314,19 @@ def judge(outcome: Outcome) -> Iterator[Check]:
         result += "; at the first difference both tokens are equally likely within rounding"
     remedy = "" if outcome.agrees else "Answers may be wrong. Set lmcache_rag.blend to off and report this, please."
     yield Check("Ratio 1", "ok" if outcome.agrees else "failed", result, remedy)
+
+
+def exact_prefixes(found: Mapping[str, Any]) -> Check:
+    """The round trip of a server on a CPU, which reuses exact prefixes and blends nothing.
+
+    Args:
+        found: Statistics of a prompt that was asked again.
+    """
+    held, prompt = int(found.get("prefix_tokens", 0)), int(found.get("prompt_tokens", 0))
+    result = f"an exact prefix: {held:,} of {prompt:,} tokens found again; a server on a CPU blends nothing"
+    if held:
+        return Check("Round trip", "ok", result)
+    return Check("Round trip", "failed", result, "Does LMCache run, and is vLLM's prefix cache on? See their logs.")
 
 
 def self_check(found: Mapping[str, Any]) -> Check:
@@ -519,11 +390,11 @@ class Prompts:
         """Prefix and chunk, for each chunk."""
         return [[*self.prefix, *chunk] for chunk in self.chunks]
 
-    def query(self) -> list[int]:
-        """All chunks in the opposite order, with new separators and a new question."""
+    def query(self, chunks: int = CHUNKS) -> list[int]:
+        """All chunks, or the first, in the opposite order, with new separators and a new question."""
         dice = random.Random()  # noqa: S311 - not a secret
         prompt = list(self.prefix)
-        for chunk in reversed(self.chunks):
+        for chunk in reversed(self.chunks[:chunks]):
             prompt += [*_ids(dice, 3), *chunk]
         return [*prompt, *_ids(dice, 40)]
 
@@ -589,6 +460,7 @@ class Outcome:
         same: Tokens in which it agrees with a run without reuse, out of `compared`.
         compared: Tokens compared.
         near_tie: Whether both tokens at the first difference are equally likely within rounding.
+        prefix: Statistics of a prompt that was asked again, where the server cannot blend.
     """
 
     reused: dict[str, Any] | None
@@ -597,6 +469,7 @@ class Outcome:
     same: int = 0
     compared: int = 0
     near_tie: bool = False
+    prefix: dict[str, Any] | None = None
 
     @property
     def hit(self) -> bool:
@@ -652,6 +525,9 @@ def round_trip(
         found = ask(server, served.name, query, params=keep_out).statistics
         if found is None or found.get(CAN_BLEND) is False:
             break
+    if compare and protocol.cannot_blend(found) is not None:
+        again = ask(server, served.name, prompts.ingest()[0], params={**NO_BLEND, MAX_OFFLOAD_TOKENS: 0})
+        return Outcome(found, attempt, prefix=again.statistics)
     for _ in range(more if found_again(found) else 0):
         ask(server, served.name, prompts.query(), params=keep_out)
     if not compare or not found_again(found):

@@ -11,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -67,12 +67,18 @@ class Check:
         state: The outcome.
         result: What was found.
         remedy: What to do about it; empty when all is well.
+        server: Address of the server that it is about, where several are checked.
     """
 
     name: str
     state: State
     result: str
     remedy: str = ""
+    server: str = ""
+
+    def at(self, server: str) -> Check:
+        """The same check, of one of several servers."""
+        return replace(self, server=server)
 
 
 def gpu() -> Iterator[Check]:

@@ -179,9 +179,16 @@ class Supervisor:
             return end.status
         except KeyboardInterrupt as stop:
             number = self.signal_of(stop)
+            waits = f"running requests get up to {self.timeouts.grace:g} s; a second signal kills at once"
+            self.report(f"Ending {', '.join(self._running())}: {waits}.")
             raise
         finally:
             self._stop(number)
+
+    def _running(self) -> list[str]:
+        """Names of the servers that run, in the order in which they are ended."""
+        servers = [self.vllm, *(kept.server for kept in reversed(self._kept))]
+        return [server.name for server in servers if server.runs] or ["serve"]
 
     def _start_vllm(self) -> None:
         self.report(f"Starting vLLM, which takes minutes with a large model; its log: {self.vllm.log}")

@@ -154,6 +154,15 @@ def test_without_vllm_it_says_what_to_install() -> None:
     assert 'pip install ".[gpu]"' in result.stderr
 
 
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_without_vllm_no_model_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("lmcache_rag.weights.find.find_served", asked.append)
+    result = CliRunner().invoke(app, ["serve", "some/model"])
+    assert (result.exit_code, asked) == (2, [])
+    assert "Not installed" in result.stderr
+
+
 def test_the_document_has_every_option_and_right_sizes() -> None:
     text = (TESTS.parent / "docs" / "serving.md").read_text()
     command = typer.main.get_command(app).commands["serve"]  # type: ignore[attr-defined]

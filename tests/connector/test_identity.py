@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from lmcache_rag.connector.identity import Adapters, identity, sample
+from lmcache_rag import protocol
+from lmcache_rag.connector.identity import Adapters, facts, identity, sample
 
 
 class Config:
@@ -61,6 +62,40 @@ def test_what_a_model_is(tmp_path: Path) -> None:
         config(Path("some-org/some-model"), commit="abc"),
     ]
     assert len({same, *(identity(other) for other in others)}) == 10
+
+
+def test_what_is_published_tells_what_differs(tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(name.encode() * 9000)
+
+    def differ(*changed: Any, secret: bytes = b"1" * 32, chunk: int = 64, prefix: int = 0) -> set[str]:
+        base = facts(config(tmp_path / "one"), 64, b"1" * 32)
+        other = facts(*(changed or (config(tmp_path / "one"),)), chunk, secret, prefix)
+        assert {*base, "lmcache"} == {*protocol.SERVER_FACTS}
+        return {name for name in base if base[name] != other[name]}
+
+    assert differ() == set()
+    assert differ(config(tmp_path / "other")) == {"weights"}
+    assert differ(config(tmp_path / "one", dtype=torch.float16)) == {"config"}
+    assert differ(config(tmp_path / "one", commit="abc")) == {"weights"}
+    wider = config(tmp_path / "one")
+    wider.parallel_config.tensor_parallel_size = 2
+    assert differ(wider) == {"layout"}
+    assert differ(secret=b"2" * 32) == differ(secret=b"") == {"secret"}
+    assert differ(chunk=128) == {"chunk", "prefix_tokens"}
+    assert differ(prefix=128) == {"prefix_tokens"}
+
+
+def test_the_published_digest_does_not_show_the_secret(tmp_path: Path) -> None:
+    import hashlib
+
+    secret = b"1" * 32
+    shown = facts(config(tmp_path), 64, secret)["secret"]
+    assert len(shown) == 16
+    assert shown not in (secret.hex()[:16], hashlib.sha256(secret).hexdigest()[:16])
+    odd = SimpleNamespace(model_config=None, cache_config=None)
+    assert set(facts(odd, 64, secret)) >= {"chunk", "secret", "lmcache_rag"}, "never raises"
 
 
 def test_an_unidentified_model_shares_no_kv(caplog: pytest.LogCaptureFixture) -> None:

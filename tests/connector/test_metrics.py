@@ -170,6 +170,16 @@ def test_the_servers_chunk_is_told_for_each_engine(shelf: Shelf) -> None:
     assert shelf.values["chunk_tokens", "m", "0"] == shelf.values["chunk_tokens", "m", "3"] == [256]
 
 
+def test_what_servers_have_in_common_is_published(shelf: Shelf) -> None:
+    facts = {name: f"{name}!" for name in protocol.SERVER_FACTS} | {"unknown": "x"}
+    metrics.ServerInfo(shelf.make, LABELS, ENGINES).observe([facts], 3)
+    assert shelf.values["server_info", "m", "3", *(f"{name}!" for name in protocol.SERVER_FACTS)] == [1]
+    labels = ",".join(f'{name}="{value}"' for name, value in {"model_name": "m", **facts}.items())
+    del facts["unknown"]
+    assert protocol.server_facts(f"# HELP x\n{protocol.SERVER_GAUGE}{{{labels}}} 1.0\n") == facts
+    assert protocol.server_facts(f"{protocol.SERVER_GAUGE}{{{labels}}} 0.0\n") == protocol.server_facts("") == {}
+
+
 def test_the_chunk_is_read_from_a_metrics_page() -> None:
     page = (
         "# HELP vllm:lmcache_rag_chunk_tokens Tokens of an LMCache chunk.\n"
@@ -185,6 +195,7 @@ def test_the_documents_name_what_there_is(shelf: Shelf) -> None:
     meters(shelf)
     metrics.publish_chunk_size(shelf.make, LABELS, ENGINES, 64)
     metrics.CostGauges(shelf.make, LABELS, ENGINES)
+    metrics.ServerInfo(shelf.make, LABELS, ENGINES)
     text = (Path(__file__).parents[2] / "docs/serving.md").read_text()
     named = {name.removesuffix("_total") for name in re.findall(r"vllm:lmcache_rag_\w+", text)}
     assert named == set(shelf.names)

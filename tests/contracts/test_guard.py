@@ -159,6 +159,9 @@ def test_the_server_counts_what_its_index_finds(client: Any, served: Served) -> 
     assert counted(served, "index_entries") == 0
     read = [protocol.lmcache_number(httpx.get(served.url + "/metrics").text, name) for name in NUMBERS]
     assert read == [0, before + 3, 0, INDEX_SIZE], "as doctor reads them"
+    found = protocol.lmcache_facts(httpx.get(served.url + "/metrics").text)
+    assert set(found) == {*protocol.LMCACHE_FACTS}
+    assert (found["chunk"], len(found["hash"])) == (str(CHUNK), 16)
 
 
 NUMBERS = (protocol.INDEX_ENTRIES, protocol.INDEX_ASKED, protocol.INDEX_FOUND, protocol.INDEX_SIZE)

@@ -94,6 +94,11 @@ def test_what_a_connector_counts_is_on_vllms_metrics(config: Any) -> None:
     assert sample("load_seconds_bucket", engine="1", le="0.02") == 1
     assert sample("load_seconds_bucket", engine="1", le="0.01") == 0
     assert sample("requests_total", engine="0", how="blended") == 0
+    stats.facts.append(dict.fromkeys(protocol.SERVER_FACTS, "x"))
+    shown.observe(sent(stats.clone_and_reset()), 1)
+    assert stats.is_empty()
+    page = prometheus_client.generate_latest().decode()
+    assert protocol.server_facts(page) == dict.fromkeys(protocol.SERVER_FACTS, "x"), "as doctor reads them"
     theirs = prometheus_client.REGISTRY.get_sample_value
     assert theirs("vllm:lmcache_mp_lookup_duration_seconds_sum", {"model_name": "m", "engine": "1"}) == 0.25
 
@@ -130,6 +135,10 @@ def test_the_connector_hands_records_over_once() -> None:
     one = object.__new__(connector.CacheBlendConnector)
     one._connector_stats, one._role = BlendStats(), base.KVConnectorRole.SCHEDULER
     one._scheduler = BlendScheduler(ConnectorOptions(), 64, SimpleNamespace(), PrefixCache(16))
+    one._facts = [{"chunk": "64"}]
+    first = one.get_kv_connector_stats()
+    assert isinstance(first, BlendStats)
+    assert first.facts == [{"chunk": "64"}]
     assert one.get_kv_connector_stats() is None
     statistics = {
         "prefix_tokens": 32,

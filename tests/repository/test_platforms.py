@@ -9,6 +9,8 @@ import kubernetes_validate
 import pytest
 from chart_kit import CASES, COORDINATOR, KUBERNETES, documents, options, platforms, ray_engine, served
 
+from lmcache_rag.serving.tiers import second_tier
+
 FILES = ("operator.yaml", "production-stack.yaml", "llm-d/kustomization.yaml", "llm-d/patch.yaml", "ray-service.yaml")
 SERVE = served(CASES["defaults"])
 NODE = "tcp://kv.rag.svc.cluster.local"  # the Service of the operator's LMCacheEngine
@@ -75,6 +77,16 @@ def test_lmcache_gets_what_serve_gives_it(name: str) -> None:
             name: value for name, value in options(COORDINATOR).items() if name != "--host"
         }
     assert {option: found[option] for option in usual} == usual
+
+
+def test_the_operators_tier_connects_again() -> None:
+    """LMCache's adapter `resp`, which the operator's own field makes, does not."""
+    found = options(platforms()["operator"]["lmcache"])["--l2-adapter"]
+    theirs, ours = found if isinstance(found, dict) else json.loads(found), json.loads(second_tier("redis://v:1"))
+    assert theirs["shared"]
+    assert {name: theirs[name] for name in ours} == ours | {"startup_nodes": theirs["startup_nodes"]}
+    (engine,) = (each for each in documents("operator.yaml") if each["kind"] == "LMCacheEngine")
+    assert "l2Backend" not in engine["spec"]
 
 
 def test_rays_engine_gets_what_serve_gives_vllm() -> None:

@@ -20,7 +20,7 @@ from vllm_cpu_kit import CHUNK, SURROUNDINGS, Process, answers, free_port, until
 
 from lmcache_rag.connector.server_guard import MODULE
 from lmcache_rag.credentials import ensure_secret, lmcache_key_file
-from lmcache_rag.serving import doctor
+from lmcache_rag.serving import lmcache_checks
 from lmcache_rag.serving.commands import lmcache_environment
 from lmcache_rag.serving.tiers import second_tier
 
@@ -78,11 +78,11 @@ def test_the_http_port_asks_for_a_key_and_we_have_it(tmp_path: Path, monkeypatch
     url = f"http://127.0.0.1:{free_port()}"
     server = lmcache(tmp_path, url, [], LMCACHE_HTTP_API_KEY_FILE=str(lmcache_key_file()))
     try:
-        server.wait_for(lambda: doctor.answers(url, "/healthcheck"), 120)
+        server.wait_for(lambda: lmcache_checks.answers(url, "/healthcheck"), 120)
         numbers = [int(part) for part in re.findall(r"\d+", importlib.metadata.version("lmcache"))[:3]]
         asks = numbers >= [0, 5, 7]
         assert httpx.get(f"{url}/status", timeout=10).status_code == (401 if asks else 200)
-        status = doctor.get_json(url, "/status")
+        status = lmcache_checks.get_json(url, "/status")
         assert status is not None
         assert status["is_healthy"]
         assert key not in server.text

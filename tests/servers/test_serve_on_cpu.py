@@ -93,7 +93,8 @@ def test_serve_on_a_cpu_reuses_exact_prefixes_only(served: Served) -> None:
     ]
     done = subprocess.run([*words, "--json"], capture_output=True, text=True, timeout=300)
     checks = {check["name"]: check["state"] for check in json.loads(done.stdout)["checks"]}
-    assert [name for name, state in checks.items() if state == "failed"] == ["Round trip"], "it cannot blend"
+    assert (done.returncode, checks["Round trip"]) == (0, "ok"), done.stdout
+    assert "failed" not in checks.values(), "an exact prefix is found again, and that is all that it can do"
     assert (checks["GPU"], checks["Versions"], checks["Connector"]) == ("skipped", "ok", "ok")
 
     os.kill(served.process.pid, signal.SIGTERM)

@@ -211,7 +211,8 @@ def states(found: dict[str, dict[str, Any]], *names: str) -> dict[str, str]:
 
 def test_doctor_says_what_works_without_cuda(servers: Servers) -> None:
     status, found = doctor(servers)
-    assert status == 1
+    failed = {name for name, check in found.items() if check["state"] == "failed"}
+    assert (status, failed) == (0, set()), "an exact prefix is all that such a server can find again"
     assert states(found, "LMCache", "Blend engine", "RoPE", "vLLM", "Model", "Chunk and block", "Round trip") == {
         "LMCache": "ok",
         "Blend engine": "ok",
@@ -219,7 +220,7 @@ def test_doctor_says_what_works_without_cuda(servers: Servers) -> None:
         "vLLM": "ok",
         "Model": "ok",
         "Chunk and block": "ok",
-        "Round trip": "failed",
+        "Round trip": "ok",
     }
     assert "Ratio 1" not in found, "nothing was reused that could be compared"
     assert f"chunks of {CHUNK} tokens, blocks of {BLOCK}" in found["Chunk and block"]["result"]
@@ -261,7 +262,7 @@ def test_doctor_says_that_lmcache_alone_is_gone(servers: Servers) -> None:
         "LMCache": "failed",
         "vLLM": "ok",
         "Chunk and block": "ok",  # vLLM knows both
-        "Round trip": "failed",
+        "Round trip": "ok",  # and its own cache has the prefix
     }
     left = what_is_left(servers)
     assert [name for name, value in left.items() if value is None] == [n for n in left if n.startswith("lmcache:")]

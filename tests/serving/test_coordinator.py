@@ -16,7 +16,7 @@ from serve_kit import free_ports
 
 from lmcache_rag.errors import ConfigError
 from lmcache_rag.serving.coordinator import CHECKPOINT_S, TIMEOUT_S
-from lmcache_rag.serving.doctor import answers
+from lmcache_rag.serving.lmcache_checks import answers
 from lmcache_rag.serving.process import Server
 from lmcache_rag.serving.supervise import Supervisor, Timeouts
 

@@ -211,6 +211,8 @@ def test_a_second_signal_kills_a_server_that_resists(start: Callable[..., Servin
     serving.process.send_signal(signal.SIGINT)
     status, stderr = serving.end()
     assert status == 130
+    waits = "Ending vLLM, LMCache: running requests get up to 3 s; a second signal kills at once."
+    assert waits in stderr, "said before anything is waited for"
     assert "vLLM is killed." in stderr
     assert [pid for pid in tree if alive(pid)] == []
 

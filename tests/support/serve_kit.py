@@ -37,6 +37,13 @@ class Cache:
         end = min(len(prompt), most)
         self.known |= {tuple(prompt[i : i + self.chunk]) for i in range(self.chunk, end - self.chunk + 1, self.chunk)}
 
+    def exact(self, prompt: list[int]) -> int:
+        """Whole chunks from the beginning; of the first one it is always there."""
+        held = self.chunk
+        while tuple(prompt[held : held + self.chunk]) in self.known:
+            held += self.chunk
+        return held
+
     def found(self, prompt: list[int]) -> int:
         position, tokens = self.chunk, 0
         while position + self.chunk <= len(prompt):
@@ -55,7 +62,9 @@ class FakeServer:
     (of one worker only), "ill" (not healthy), "misfit" (blocks of 48 tokens), "long" (chunks of 256 tokens, which only
     vLLM says), "full" (an index that is nearly so), "no index" (that shows no metrics), "unchecked" (says nothing of a
     self-check), "not checked" (skipped it), "strange" (JSON of another server), "key" (asks for one), "cached" and
-    "uncached" (vLLM's prefix cache is on, or off).
+    "uncached" (vLLM's prefix cache is on, or off), "cpu" (it computes on one: exact prefixes only).
+
+    `facts` are what it publishes to be compared, `instances` what it knows as a coordinator.
     """
 
     def __init__(self, role: str, port: int = 0, mode: str = "", model: str = "tiny") -> None:
@@ -64,6 +73,8 @@ class FakeServer:
         self.hang = lambda: False
         self.requests: list[dict[str, Any]] = []
         self.hits = 0
+        self.facts: dict[str, str] = {}
+        self.instances: list[dict[str, Any]] = []
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -128,6 +139,11 @@ class FakeServer:
                 for name, value in (("tenant_bytes", 4e9), ("tenant_budget_bytes", 5e9), ("tenant_evicted_total", 7)):
                     lines.append(f'lmcache_rag_{name}{{scope="lmcache_rag",tenant="ac\\"me"}} {value}')
             pages: dict[str, Any] = {"/healthcheck": {"status": "healthy"}, "/status": status}
+            if self.instances:
+                pages |= {"/healthz": {}, "/instances": {"instances": self.instances}}
+                pages["/directory/stats"] = {"blend": {"num_chunks": 1234}}
+            if self.facts:
+                lines.append(self._info("lmcache_rag_lmcache_info"))
             if self.mode != "no index":
                 pages["/metrics"] = "\n".join(lines)
         else:
@@ -150,16 +166,23 @@ class FakeServer:
                     pages["/metrics"] += f'vllm:lmcache_rag_cost_ms{{cost="{name}",engine="0"}} {ms}\n'
                 for tier, tokens in {"l1": 1881.0, "hot": 0.0}.items():
                     pages["/metrics"] += f'vllm:lmcache_rag_blended_from_tokens{{engine="0",tier="{tier}"}} {tokens}\n'
+            if self.facts:
+                pages["/metrics"] += self._info("vllm:lmcache_rag_server_info") + "\n"
             if self.mode == "long":
                 pages["/metrics"] += 'vllm:lmcache_rag_chunk_tokens{engine="0"} 256.0\n'
         return (200, pages[path]) if path in pages else (404, {"detail": "Not Found"})
+
+    def _info(self, name: str) -> str:
+        labels = {"engine": "0", **self.facts}
+        return f"{name}{{{','.join(f'{key}={json.dumps(value)}' for key, value in labels.items())}}} 1.0"
 
     def complete(self, body: dict[str, Any]) -> tuple[int, Any]:
         self.requests.append(body)
         prompt, params = body["prompt"], body["kv_transfer_params"]
         blend = params.get("lmcache_rag.blend") != "off"
         ratio = params.get("lmcache_rag.ratio", 1.0 if self.mode == "all" else 0.15)
-        found = self.cache.found(prompt) if blend and self.mode not in ("empty", "unable") else 0
+        found = self.cache.found(prompt) if blend and self.mode not in ("empty", "unable", "cpu") else 0
+        exact = self.cache.exact(prompt) if self.mode == "cpu" else 0
         self.cache.store(prompt, params.get("lmcache.max_offload_tokens", len(prompt)))
         self.hits += found
         again = round(found * ratio)
@@ -170,7 +193,7 @@ class FakeServer:
             tokens[3] += 1
         statistics = {
             "prompt_tokens": len(prompt),
-            "prefix_tokens": 0,
+            "prefix_tokens": exact,
             "reused_tokens": found - again,
             "recomputed_tokens": again,
             "computed_tokens": len(prompt) - found,
@@ -184,6 +207,8 @@ class FakeServer:
         if self.mode == "unable":
             why_not = {"failure": "sliding window attention is not supported", "reason": "attention"}
             statistics |= {**why_not, "can_blend": False}
+        elif self.mode == "cpu":
+            statistics |= {"failure": "it needs an NVIDIA GPU", "reason": "needs CUDA", "can_blend": False}
         elif self.mode not in ("bare", "unchecked"):
             statistics["self_check"] = "skipped" if self.mode == "not checked" else "passed"
         return 200, {

@@ -7,6 +7,8 @@ while it does not answer, and a thread asks for its health until it does.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import logging
 import threading
 import time
@@ -14,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from lmcache_rag import __version__
 from lmcache_rag.connector.lmcache_server.index import ChunkIndex, as_tokens
 from lmcache_rag.connector.patching import Patch, patch_object
 
@@ -207,6 +210,17 @@ def fits(match: Any, chunk: int, tokens: int) -> bool:
         return False
     sizes = match.cur_ed - match.cur_st, match.old_ed - match.old_st
     return sizes == (chunk, chunk) and bool(match.cur_ed <= tokens)
+
+
+def facts(chunk: int, hashed: bytes) -> dict[str, str]:
+    """What LMCache servers have to have in common to share KV, as protocol.LMCACHE_FACTS.
+
+    Args:
+        chunk: Tokens of an LMCache chunk.
+        hashed: What LMCache's hash makes of a fixed chunk: by its algorithm, and its seed where it has one.
+    """
+    versions = {"lmcache": importlib.metadata.version("lmcache"), "lmcache_rag": __version__}
+    return {"chunk": str(chunk), "hash": hashlib.sha256(hashed).hexdigest()[:16], **versions}
 
 
 def _pending() -> object:

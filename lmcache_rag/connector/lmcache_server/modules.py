@@ -19,7 +19,7 @@ from typing import Any
 
 from lmcache_rag import protocol
 from lmcache_rag.connector.lmcache_server import reports, retention, tier_check
-from lmcache_rag.connector.lmcache_server.fleet import FleetLookups
+from lmcache_rag.connector.lmcache_server.fleet import FleetLookups, facts
 from lmcache_rag.connector.lmcache_server.index import ChunkIndex, as_tokens, from_ids
 from lmcache_rag.connector.lmcache_server.removal import Expiry, Forgetting, evict_ingested_last, held_by_tier
 from lmcache_rag.connector.lmcache_server.retention import Pins, TenantBudgets
@@ -332,7 +332,7 @@ class Guard:
             return key
         if self.context.event_bus.has_subscribers(EventType.MP_LOOKUP):
             return key  # that event has the hashes of all chunks
-        hashes = self._hashes(tokens[: _FIRST * size])
+        hashes = self.hashes(tokens[: _FIRST * size])
         (objects,) = ipc_key_to_object_keys(key.no_worker_id_version(), hashes, sorted(groups))
         ranks = len(objects) // len(hashes)
         for at, first in enumerate(objects[::ranks]):
@@ -341,7 +341,7 @@ class Guard:
                 return dataclasses.replace(key, **{name: tokens[: (at + 1) * size]}, end=end)
         return key
 
-    def _hashes(self, tokens: Any) -> list[bytes]:
+    def hashes(self, tokens: Any) -> list[bytes]:
         """LMCache's hashes of a prompt's whole chunks."""
         hasher = self.context.token_hasher
         packed = isinstance(tokens, bytes)
@@ -509,7 +509,7 @@ class Guard:
         """All objects of a prompt from a chunk of LMCache's on."""
         from lmcache.v1.distributed.api import ipc_key_to_object_keys
 
-        hashes = self._hashes(key.token_bytes if hasattr(key, "token_bytes") else key.token_ids)
+        hashes = self.hashes(key.token_bytes if hasattr(key, "token_bytes") else key.token_ids)
         rows = ipc_key_to_object_keys(
             key.no_worker_id_version(), hashes[first:], sorted(self._layouts(key) or {0: None})
         )
@@ -598,6 +598,11 @@ def _report(guard: Guard) -> None:
     except ImportError:
         return
     meter, index = metrics.get_meter("lmcache_rag"), guard.index
+    meter.create_observable_gauge(
+        protocol.LMCACHE_INFO,
+        [lambda _: [metrics.Observation(1, facts(index.chunk, guard.hashes(list(range(index.chunk)))[0]))]],
+        description="What servers have to have in common to share KV",
+    )
 
     def reading(value: Callable[[], int]) -> list[Callable[[Any], list[Any]]]:
         return [lambda _: [metrics.Observation(value())]]
