@@ -2,8 +2,10 @@
 
     python benchmarks/models.py OUT --tokenizer MODEL_FOLDER --memory 100
 
-No weights are written: vLLM makes random ones (`--load-format dummy`). The tokenizer is another model's, so the
-vocabulary is that tokenizer's size at least. For each folder these are to be run on a machine with a GPU:
+Without --weights no weights are written, and vLLM makes random ones (`--load-format dummy`): for times alone, since
+they are all so small that each token attends to all others alike. With --weights DEVICE they are drawn as transformers
+initialises such a model. The tokenizer is another model's, so the vocabulary is that tokenizer's size at least. For
+each folder these are to be run on a machine with a GPU, which benchmarks/measure_models.py does:
 
     lmcache-rag serve OUT/NAME --load-format dummy ...                  # the self-check at start must pass
     lmcache-rag bench exact examples/data/documents --prompts 30        # ratio 1 equal but for near ties
@@ -49,6 +51,14 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
             "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
             "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000,
             "sliding_window": None, "rope_parameters": DEFAULT_ROPE | {"rope_theta": 1e6},
+        },
+    ),
+    "mistral-small-3-24b": (
+        "mistral",
+        {
+            "hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 131072, "sliding_window": None,
+            "rope_parameters": DEFAULT_ROPE | {"rope_theta": 1e8},
         },
     ),
     "phi-4": (
@@ -148,14 +158,19 @@ def commands(name: str, folder: Path, how: str = "") -> list[str]:
     return [" ".join(line.split()) for line in lines]
 
 
-def write(name: str, out: Path, tokenizer: Path, memory: float) -> int:
-    """Write one folder; returns its number of layers."""
+def write(name: str, out: Path, tokenizer: Path, memory: float, weights: str = "") -> int:
+    """Write one folder, with weights drawn on the device `weights` if that is named; returns its number of layers."""
     layers = layers_that_fit(name, memory)
     config = config_of(name, layers, vocabulary=int(AutoConfig.from_pretrained(tokenizer).vocab_size))
     config.architectures = [AutoModelForCausalLM._model_mapping[type(config)].__name__]
     config.dtype = "bfloat16"
     out.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(out)
+    if weights:
+        torch.manual_seed(0)
+        with torch.device(weights):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        model.save_pretrained(out, max_shard_size="4GB")
     for pattern in ("tokenizer*", "vocab*", "merges*", "special_tokens*", "chat_template*"):
         for file in tokenizer.glob(pattern):
             shutil.copy(file, out)
@@ -170,11 +185,12 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--tokenizer", type=Path, required=True, help="folder of a model whose tokenizer is taken")
     parser.add_argument("--memory", type=float, default=100.0, help="gigabytes that weights may take")
+    parser.add_argument("--weights", default="", metavar="DEVICE", help="also draw weights, on this device")
     parser.add_argument("--only", choices=sorted(SHAPES), nargs="+", default=sorted(SHAPES))
     arguments = parser.parse_args()
     for name in arguments.only:
         folder = arguments.out / name
-        layers = write(name, folder, arguments.tokenizer, arguments.memory)
+        layers = write(name, folder, arguments.tokenizer, arguments.memory, arguments.weights)
         print(f"# {name}: {layers} of {SHAPES[name][1]['num_hidden_layers']} layers")
         for how in ("", *OPTIONS.get(name, ())):
             print(*([f"# {name}, {how}"] if how else []), *commands(name, folder, how), sep="\n")

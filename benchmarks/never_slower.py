@@ -9,10 +9,12 @@ stock vLLM, the server with blending off in the request, as any client asks it (
 named (hot: vLLM itself still has them). Medians of 50 requests, of 20 above 8,192 tokens. The server is at most 3%
 slower, or 1 ms, at every length, or the exit status is 1.
 
-Then both under load: requests a second with 16 in flight at 8,600 tokens, the slowest hundredth of the gaps between
-tokens, and GPU-seconds for 1,000 questions: the share of the time in which the GPU ran any kernel, by nvidia-smi's
-utilization.gpu, times the seconds that 1,000 questions take. It is left out where nvidia-smi does not run here; --gpus
-names the GPUs of the two servers.
+Then stock vLLM and the server under load: requests a second with 16 in flight at 8,600 tokens, and GPU-seconds for
+1,000 questions: the share of the time in which the GPU ran any kernel, by nvidia-smi's utilization.gpu, times the
+seconds that 1,000 questions take. It is left out where nvidia-smi does not run here; --gpus names the GPUs of the two
+servers. The slowest hundredth of the gaps between tokens is measured so, too, and again at 0.8 of the requests a second
+that stock vLLM can do, at the same moments for each arm: with 16 in flight a server that starts answers sooner has more
+starts among its gaps. --load-first: before the lengths, while LMCache's memory holds nothing else.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from typing import Any
 
 from lmcache_rag import protocol
 from lmcache_rag.bench.client import Workload
-from lmcache_rag.bench.speed import Arm, Row, SpeedBench
+from lmcache_rag.bench.speed import OF_BASELINE, Arm, Row, SpeedBench
 from lmcache_rag.engines.vllm_client import VLLMClient
 from lmcache_rag.protocol import boundaries, costs
 
@@ -85,9 +87,10 @@ def judged(row: Row, stock: float) -> dict[str, Any]:
 
 
 async def load(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Throughput, gaps and GPU time of each arm."""
+    """Throughput, gaps and GPU time of each arm but the one with blending off."""
     tokens = args.load_tokens
-    bench = SpeedBench(arms(args.engine, args.baseline), workload(tokens, args.seed))
+    chosen = [arm for arm in arms(args.engine, args.baseline) if arm.name != "off"]
+    bench = SpeedBench(chosen, workload(tokens, args.seed))
     await bench.open()
     found = []
     try:
@@ -103,6 +106,9 @@ async def load(args: argparse.Namespace) -> list[dict[str, Any]]:
             if samples:
                 row["gpu_seconds_per_1000"] = statistics.mean(samples) / 100 * seconds / args.requests * 1000
             found.append(row)
+        per_second = OF_BASELINE * found[0]["requests_per_second"]
+        for arm, row in zip(bench.arms, found, strict=True):
+            row["at_rate"] = await bench.rate(arm, tokens, args.requests // 2, per_second=per_second)
     finally:
         await bench.close()
     return found
@@ -145,14 +151,18 @@ def shown(rows: list[dict[str, Any]]) -> str:
 def shown_load(rows: list[dict[str, Any]]) -> str:
     """The rows under load as a table in Markdown."""
     lines = [
-        "| arm | requests/s | of stock | gap p99 ms | GPU-seconds per 1,000 |",
-        "| --- | ---: | ---: | ---: | ---: |",
+        f"At a rate: {rows[0]['at_rate']['per_second']:.2f} requests a second.\n",
+        "| arm | requests/s | of stock | gap p99 ms | GPU-seconds per 1,000 | computed | TTFT, gap p99 ms at a rate |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for row in rows:
         per_second = row["requests_per_second"]
         gpu = f"{row['gpu_seconds_per_1000']:.0f}" if "gpu_seconds_per_1000" in row else ""
         of_stock = per_second / rows[0]["requests_per_second"]
-        lines.append(f"| {row['arm']} | {per_second:.2f} | {of_stock:.2f} | {row['gap_ms_p99']:.0f} | {gpu} |")
+        cells = f"{per_second:.2f} | {of_stock:.2f} | {row['gap_ms_p99']:.0f} | {gpu}"
+        cells += f" | {row['steps'].get('computed_tokens', 0):,.0f}"
+        at_rate = row["at_rate"]
+        lines.append(f"| {row['arm']} | {cells} | {at_rate['ttft_ms_median']:.0f}, {at_rate['gap_ms_p99']:.0f} |")
     return "\n".join(lines)
 
 
@@ -165,6 +175,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=0, help="requests of each arm; default 50, 20 for long ones")
     parser.add_argument("--requests", type=int, default=REQUESTS, help="requests of each arm under load; 0: no load")
     parser.add_argument("--load-tokens", type=int, default=LOAD, help="length of the prompts under load")
+    parser.add_argument("--load-first", action="store_true", help="the load before the lengths")
     parser.add_argument("--gpus", type=int, nargs="+", default=[0, 1], metavar="ID", help="GPUs of the two servers")
     parser.add_argument(
         "--seed", type=int, default=time.time_ns() % 1_000_000, help="of the prompts; default: new ones"
@@ -172,10 +183,12 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write everything into this file")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
+    loaded = asyncio.run(load(args)) if args.requests and args.load_first else []
     for tokens in args.tokens:
         rows += asyncio.run(latency(args, tokens))
         print(shown(rows[-4:]), flush=True)
-    loaded = asyncio.run(load(args)) if args.requests else []
+    if args.requests and not args.load_first:
+        loaded = asyncio.run(load(args))
     with VLLMClient(args.engine, attempts=1) as server:
         page = server.metrics()
     print(f"\n{shown(rows)}\n")

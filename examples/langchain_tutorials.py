@@ -1,11 +1,12 @@
 """The RAG programs of LangChain's and LangGraph's tutorials, converted; prints what each reused.
 
     lmcache-rag serve Qwen/Qwen2.5-1.5B-Instruct --min-gain off --enable-auto-tool-choice --tool-call-parser hermes
-    VLLM_URL=http://localhost:8000 MODEL=Qwen/Qwen2.5-1.5B-Instruct python examples/langchain_tutorials.py
+    export LMCACHE_RAG_RATIO=0.3 VLLM_URL=http://localhost:8000 MODEL=Qwen/Qwen2.5-1.5B-Instruct
+    python examples/langchain_tutorials.py
 
-With `--min-gain off` the server blends also where computing a prompt as short as these starts the answer as early.
-docs/langchain.md shows what was changed in each. Each asks its questions twice; `search_first` stands in for a model
-that calls tools by itself.
+With `--min-gain off` the server blends also where computing a prompt as short as these starts the answer as early, and
+with a ratio it reuses what `auto` would recompute, since that costs no time in so short a prompt. docs/langchain.md has
+what was changed in each. Each asks its questions twice; `search_first` takes the place of a model that calls tools.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from langchain.agents import create_agent
 from langchain.agents.middleware import dynamic_prompt, wrap_model_call
@@ -44,7 +45,9 @@ CHAIN = ChatPromptTemplate.from_messages([("system", "Answer from the context.\n
 class GradeDocuments(BaseModel):
     """Grade documents using a binary score for relevance check."""
 
-    binary_score: str = Field(description="Relevance score: 'yes' if relevant, or 'no' if not relevant")
+    binary_score: Literal["yes", "no"] = Field(
+        description="Relevance score: 'yes' if relevant, or 'no' if not relevant"
+    )
 
 
 @wrap_model_call
