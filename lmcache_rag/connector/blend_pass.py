@@ -172,6 +172,7 @@ class ModelPasses:
 
     def deviation(self, *, layer: int) -> Tensor:
         """See Passes."""
+        layer = min(layer, self._blend.model.layers - 1)
         if layer not in self._deviations:
             for _ in self.check(layer):
                 pass
@@ -186,6 +187,7 @@ class ModelPasses:
         import torch
 
         model, first = self._blend.model, self._start
+        layer = min(layer, model.layers - 1)  # a policy's layer may be beyond those of a very small model
         parts = []
         while first < self._end:
             while not (size := self._blend.next_chunk_size):

@@ -284,7 +284,7 @@ class BlendJob:
         plan, model, tokens = self.plan, self._resources.model, self.blend.chunk_size
         layer = get_policy(plan.policy).check_layer
         if layer is not None:  # a check that is cut in chunks takes more tokens through fewer layers
-            tokens = tokens * model.layers // (layer + 1)
+            tokens = max(tokens, tokens * model.layers // (layer + 1))
         prompt = len(plan.token_ids)
         return model.has_memory(min(tokens, model.max_tokens, prompt), prompt)
 
@@ -328,6 +328,7 @@ class BlendJob:
 
         Raises:
             torch.OutOfMemoryError: As `_recompute_all`; or in a pass of several ranks.
+            Exception: Any other fault in a pass of several ranks, or one that computing everything meets, too.
         """
         import torch
 
@@ -341,6 +342,11 @@ class BlendJob:
                 if self._resources.model.ranks > 1:
                     raise  # the others wait for this rank in the middle of the pass: it cannot begin another
                 self.failure = Fallback.OUT_OF_MEMORY
+            except Exception:  # a fault of ours costs this request its blend, and no other request anything
+                if self._resources.model.ranks > 1:
+                    raise
+                log.exception("A blend failed; request %s is computed in full", self.plan.request_id)
+                self.failure = Fallback.OTHER
             # Outside `except`: the traceback holds the pass's tensors, so memory would not be freed.
             if self.failure:
                 self._shrink_chunks()

@@ -261,6 +261,7 @@ class ModelPasses:
 
     def deviation(self, *, layer: int) -> Tensor:
         """See Passes."""
+        layer = min(layer, self._model.layers - 1)  # a policy's layer may be beyond those of a very small model
         if (layer,) not in self._results:
             self._results[layer,] = self._deviation(layer)
         return self._results[layer,]

@@ -40,7 +40,7 @@ def ordinary() -> dict[str, Any]:
     return {"model": "m", "prompt": list(range(200)), "max_tokens": 4, "kv_transfer_params": {protocol.PREFIX: 64}}
 
 
-def drawn(number: int = 2000) -> list[HostileRequest]:
+def drawn(number: int = 4000) -> list[HostileRequest]:
     rng, hostile = random.Random(0), Hostile(ordinary, 4)
     return [hostile.draw(rng) for _ in range(number)]
 

@@ -78,6 +78,18 @@ def test_a_paged_blend_is_the_embedded_blend(
         torch.testing.assert_close(values, cache.layers[layer].values[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("policy", ["query", "hkvd", "head", "none", "all"])
+def test_a_model_of_one_layer_is_blended(tokenizer: Any, policy: str) -> None:
+    model = HFModel.wrap(tiny_model("llama", num_hidden_layers=1), tokenizer)
+    it = Case(model, [40, 30, 50], [3, 0, 7], 12, 1, frozenset())
+    ids, cache, sequence = torch.tensor(it.ids), model.buffer(len(it.ids)), PagedSequence.of(range(20), 16, "cpu")
+    paged, half = PagedModel(model, layout="NHD", block=16, blocks=20), Budget(share=0.5)
+    it.place(model, paged, sequence)
+    want = blended_prefill(model, it.prompt, ids, cache, it.kv[0], it.hits, get_policy(policy), half)
+    got = drained(BlendPass(paged, sequence).run(ids, it.spans, it.exact, policy=get_policy(policy), budget=half))
+    assert got.recomputed == want.recomputed_tokens
+
+
 @pytest.mark.parametrize("missed", [(), (0,), (1,), (0, 1)], ids=str)
 def test_ratio_one_equals_a_full_prefill(model: HFModel, missed: tuple[int, ...]) -> None:
     it = Case(model, [40, 30, 50], [3, 0, 7], 12, 1, frozenset(missed))

@@ -220,6 +220,21 @@ def test_out_of_memory_in_the_pass_means_computing(hf: HFModel, monkeypatch: pyt
     assert world.is_full_prefill()
 
 
+@pytest.mark.parametrize("place", ["select", "recompute"])
+def test_any_fault_in_a_pass_means_computing(
+    hf: HFModel, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, place: str
+) -> None:
+    world = World(hf)
+
+    def fault(*args: Any, **kwargs: Any) -> None:
+        raise IndexError("list index out of range")
+
+    monkeypatch.setattr(blend_pass.BlendPass, place, fault)
+    assert world.run().failure == "other"
+    assert world.is_full_prefill()
+    assert "A blend failed; request r is computed in full" in caplog.text
+
+
 def alone(world: World) -> World:
     """vLLM's step computes the request's last token and nothing else."""
     world.plan = dataclasses.replace(world.plan, alone=True)

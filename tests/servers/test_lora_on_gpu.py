@@ -27,7 +27,7 @@ def served(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
 
     folder, model = tmp_path_factory.mktemp("lora"), AutoModelForCausalLM.from_pretrained(smollm2_path)
     paths = [f"{name}={write_adapter(folder / name, model, seed=seed)}" for seed, name in enumerate(NAMES) if name]
-    lora = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--lora-dtype", "float32")
+    lora = ("--enable-lora", "--max-loras", "2", "--max-lora-rank", "8")  # in the type of the model, float32
     served = Served(smollm2_path, folder, *lora, "--lora-modules", *paths)
     try:
         served.adapter = "one"

@@ -125,7 +125,7 @@ def test_a_second_tier_needs_a_lasting_secret(tmp_path: Path, how: str) -> None:
         (state / "secret").chmod(0o644)
     code = (
         "import lmcache_rag.cli.serve as serve; from lmcache_rag.cli import main; "
-        "serve._check_environment = lambda *_: None; main()"
+        "serve._check_packages = serve._check_environment = lambda *_: None; main()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "serve", "some/model", "--l2", str(tmp_path / "kv")],
