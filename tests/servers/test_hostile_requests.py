@@ -28,7 +28,7 @@ from vllm_cpu_kit import Servers, needs_vllm_cpu
 
 from lmcache_rag import protocol
 from lmcache_rag.connector.authorization import MIDDLEWARE
-from lmcache_rag.protocol import CHUNKS, FORGET, INGEST, INGEST_KEY_HEADER, PIN, PREFIX, RATIO
+from lmcache_rag.protocol import CHUNKS, FORGET, INGEST, INGEST_KEY_HEADER, PREFIX, RATIO
 
 pytestmark = [needs_vllm_cpu]
 
@@ -236,7 +236,7 @@ def test_each_key_with_each_kind_of_value(traffic: Traffic) -> None:
         some = requests[start : start + 200]
         for (endpoint, params, _), (status, text) in zip(some, traffic.many(some), strict=True):
             wrong = protocol.complaints(params, 1024)
-            needs_key = any(params.get(key) is True for key in (INGEST, FORGET, PIN))
+            needs_key = protocol.pins(params) is not None or True in (params.get(INGEST), params.get(FORGET))
             if wrong:
                 assert (status, len(text) < 2000) == (400, True), (endpoint, str(params)[:200], text)
             elif not {CHUNKS, PREFIX, "prompt_token_ids"} & set(
