@@ -5,10 +5,8 @@ See test_internals.py.
 
 from __future__ import annotations
 
-import importlib
 import logging
 import random
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +18,6 @@ from lmcache_server_kit import TOKENS, LMCacheServer, key, made_servers, text
 from lmcache_rag import protocol
 from lmcache_rag.connector.lmcache_client import read_counts
 from lmcache_rag.connector.lmcache_server import removal as removal_module
-from lmcache_rag.connector.lmcache_server.modules import HTTP_SERVER
 from lmcache_rag.connector.metadata import Match
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
@@ -29,9 +26,7 @@ Make = Callable[..., LMCacheServer]
 
 
 @pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    if http := sys.modules.get(HTTP_SERVER):  # a server cuts its routes, which other tests look at
-        monkeypatch.setattr(http.app.router, "routes", list(http.app.router.routes))
+def make() -> Iterator[Make]:
     with made_servers() as made:
         yield made
 
@@ -391,11 +386,9 @@ def test_a_chunk_on_its_way_from_l2_is_forgotten(
 def test_only_routes_that_are_needed_are_left(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of LMCache's own application; see test_guard.py too."""
     from fastapi.testclient import TestClient
-    from lmcache.v1.multiprocess import http_server
+    from lmcache.v1.multiprocess.http_server import app
 
     from lmcache_rag.connector.lmcache_server import modules
-
-    app = importlib.reload(http_server).app  # a server that another test made has removed routes of the first one
 
     monkeypatch.setattr(app.router, "routes", list(app.router.routes))
     monkeypatch.setattr(app.state, "configs", {"tier": {"host": "h", "password": "s3cret"}}, raising=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +10,9 @@ from typing import Any
 
 import pytest
 from contract_kit import CHUNK
-from lmcache_server_kit import LMCacheServer, key
+from lmcache_server_kit import LMCacheServer, key, made_servers
 
 from lmcache_rag.connector.lmcache_server import modules
-from lmcache_rag.connector.lmcache_server.modules import HTTP_SERVER
 
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
@@ -23,18 +21,9 @@ FIRST = modules._FIRST
 
 
 @pytest.fixture
-def make(monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
-    if http := sys.modules.get(HTTP_SERVER):  # a server cuts its routes, which other tests look at
-        monkeypatch.setattr(http.app.router, "routes", list(http.app.router.routes))
-    servers: list[LMCacheServer] = []
-
-    def made(*args: Any, **kwargs: Any) -> LMCacheServer:
-        servers.append(LMCacheServer(*args, **kwargs))
-        return servers[-1]
-
-    yield made
-    for server in servers:
-        server.close()
+def make() -> Iterator[Make]:
+    with made_servers() as made:
+        yield made
 
 
 def text(chunks: int, seed: int = 0) -> list[int]:

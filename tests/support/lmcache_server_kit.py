@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import random
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +34,7 @@ with warnings.catch_warnings():
     )
     from lmcache.v1.multiprocess.custom_types import IPCCacheServerKey
 
-    from lmcache_rag.connector.lmcache_server.modules import Guard
+    from lmcache_rag.connector.lmcache_server.modules import HTTP_SERVER, Guard
     from lmcache_rag.connector.lmcache_server.tier_check import register
     from lmcache_rag.connector.server_guard import MODULE
 
@@ -220,8 +221,9 @@ class LMCacheServer:
 
 @contextmanager
 def made_servers() -> Iterator[Callable[..., LMCacheServer]]:
-    """Makes servers, and ends them at the end."""
-    servers: list[LMCacheServer] = []
+    """Makes servers, and ends them at the end. A server removes routes of LMCache's application: they come back."""
+    http, servers = sys.modules.get(HTTP_SERVER), list[LMCacheServer]()
+    routes = list(http.app.router.routes) if http else []
 
     def made(*args: Any, **kwargs: Any) -> LMCacheServer:
         servers.append(LMCacheServer(*args, **kwargs))
@@ -230,6 +232,8 @@ def made_servers() -> Iterator[Callable[..., LMCacheServer]]:
     yield made
     for server in servers:
         server.close()
+    if http:
+        http.app.router.routes[:] = routes
 
 
 def text(draw: random.Random, chunks: int) -> list[int]:
